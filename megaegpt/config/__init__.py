@@ -1,0 +1,27 @@
+"""Configuration: frozen dataclasses, one concern a file; ``loading`` reads and checks YAML."""
+
+from megaegpt.config.data import DataConfig
+from megaegpt.config.model import EGPTConfig, EncoderConfig, ModelConfig
+from megaegpt.config.parallel import ParallelConfig
+from megaegpt.config.run import RunConfig
+from megaegpt.config.training import (
+    CheckpointConfig,
+    GenerationConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EGPTConfig",
+    "EncoderConfig",
+    "GenerationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainingConfig",
+]

@@ -1,0 +1,124 @@
+"""What a model is: sizes, attention, positions, and the EGPT and encoder parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+VOCABULARY_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The frozen GPT under EGPT and DeepGPT."""
+
+    source: str | None = None
+    """Folder of weights (one of our checkpoints, or a weights folder). Required for egpt and deepgpt."""
+    batch_size: int = 8
+    """Chunks encoded at once when a feature store is computed."""
+
+
+@dataclass(frozen=True)
+class EGPTConfig:
+    """How EGPT sees a long document: chunks, their features, and the extensions of the original."""
+
+    num_chunks: int = 16
+    """Chunks in a training window; a token sees at most ``num_chunks - 1`` earlier chunks."""
+    chunk_size: int = 1024
+    """Tokens in a chunk; at most the encoder's ``max_seq_len``."""
+    features_per_chunk: int = 1
+    """Memory vectors an earlier chunk is seen through. 1 is the original."""
+    feature_pooling: Literal["last", "mean"] = "last"
+    """``last``: the encoder state of a span's last token (the original); ``mean``: the span's mean."""
+    local_attention: bool = False
+    """Tokens of the current chunk also attend to each other causally in the decoder."""
+    memory_gate: bool = False
+    """A learned, zero-initialised gate per head on what is read from earlier chunks."""
+    random_history: bool = False
+    """In training, each window shows a random number of its earlier chunks."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A GPT, or the trainable decoder of EGPT or DeepGPT (then sizes are the decoder's)."""
+
+    kind: Literal["gpt", "egpt", "deepgpt"] = "gpt"
+    """Which model: a GPT, EGPT (frozen encoder, history features), or DeepGPT (its baseline)."""
+    vocab_size: int = 50257
+    """Tokens of the tokenizer; weights have ``padded_vocab_size`` rows."""
+    max_seq_len: int = 1024
+    """Longest sequence a GPT sees (rows of its learned position table)."""
+    hidden_size: int = 768
+    """Width of the residual stream; for egpt and deepgpt it must be the encoder's."""
+    num_layers: int = 12
+    """Transformer blocks."""
+    num_heads: int = 12
+    """Query heads; divisible by the tensor-parallel size."""
+    num_kv_heads: int | None = None
+    """Key/value heads: None means ``num_heads`` (multi-head); 1 is multi-query."""
+    head_dim: int | None = None
+    """Width of a head; None means ``hidden_size / num_heads``."""
+    ffn_hidden_size: int | None = None
+    """Width inside the MLP; None means ``4 * hidden_size``."""
+    attention: Literal["grouped_query", "latent"] = "grouped_query"
+    """``grouped_query`` covers multi-head, grouped- and multi-query; ``latent`` is MLA."""
+    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    """How a token knows where it is."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    window: int | None = None
+    """Sliding window: a token sees itself and the ``window - 1`` tokens before it. None: all."""
+    window_every: int | None = None
+    """Every n-th layer stays global (layers n-1, 2n-1, ...). None: every layer has the window."""
+    latent_dim: int | None = None
+    """Latent attention: width of the cached key/value latent. None means ``hidden_size / 8``."""
+    query_latent_dim: int | None = None
+    """Latent attention: width of the query latent. None: queries are projected directly."""
+    rope_head_dim: int | None = None
+    """Latent attention with rotary positions: width of the decoupled rotary part of a head."""
+    dropout: float = 0.0
+    """Probability, for attention weights, block outputs and embeddings alike."""
+    bias: bool = True
+    """Biases in linear layers and LayerNorms."""
+    tied_embeddings: bool = True
+    """The output head is the token embedding (gpt only; egpt and deepgpt have their own head)."""
+    layer_norm_eps: float = 1e-5
+    """Added to the variance in LayerNorm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2 layers)."""
+    egpt: EGPTConfig = field(default_factory=EGPTConfig)
+    """Chunks and features (egpt; deepgpt reads num_chunks and chunk_size)."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """The frozen encoder (egpt and deepgpt)."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head: a multiple of 128, whatever the TP size."""
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads with the default resolved."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """Head width with the default resolved."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def ffn_size(self) -> int:
+        """MLP width with the default resolved."""
+        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+
+    @property
+    def latent_size(self) -> int:
+        """Latent width with the default resolved."""
+        return self.hidden_size // 8 if self.latent_dim is None else self.latent_dim
+
+    @property
+    def sample_len(self) -> int:
+        """Tokens predicted in one training sample: a sequence, or a whole window of chunks."""
+        if self.kind == "gpt":
+            return self.max_seq_len
+        return self.egpt.num_chunks * self.egpt.chunk_size

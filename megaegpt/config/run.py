@@ -1,0 +1,39 @@
+"""A whole run: one section per concern, in one frozen object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megaegpt.config.data import DataConfig
+from megaegpt.config.model import ModelConfig
+from megaegpt.config.parallel import ParallelConfig
+from megaegpt.config.training import (
+    CheckpointConfig,
+    GenerationConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs; ``megaegpt.config.loading`` makes one from YAML and overrides."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Raw DeepSpeed keys, merged into the generated configuration; contradictions are errors."""
+
+    def gradient_accumulation(self, data_parallel_size: int) -> int:
+        """Micro-steps per optimizer step (``loading`` has checked that it divides)."""
+        return self.training.global_batch_size // (
+            self.training.micro_batch_size * data_parallel_size
+        )

