@@ -1,0 +1,74 @@
+"""What every reader yields, and what happens to input that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megaegpt.errors import DataError
+
+BadInputPolicy = Literal["fail", "skip"]
+
+_EXAMPLES_KEPT = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text and where it came from."""
+
+    text: str
+    source: str
+    """The file."""
+    position: str
+    """The place inside the file: ``line 12``, ``row 3``, a member's name."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """File and place, as an error message names them."""
+        return f"{self.source}, {self.position}" if self.position else self.source
+
+
+class Problems:
+    """The policy for bad input, and the count of what it has let pass.
+
+    ``fail`` raises :class:`DataError` at the first problem; ``skip`` counts all of them and keeps the
+    first few for the report.
+    """
+
+    def __init__(self, policy: BadInputPolicy = "fail") -> None:
+        self.policy = policy
+        self.count = 0
+        self.examples: list[str] = []
+
+    def report(self, where: str, what: str) -> None:
+        """A piece of input is unusable and will be left out.
+
+        Args:
+            where: file and place, such as ``news.jsonl, line 12``.
+            what: what is wrong with it.
+
+        Raises:
+            DataError: the policy is ``fail``.
+        """
+        if self.policy == "fail":
+            raise DataError(f"{where}: {what} (--on-bad-input skip leaves such input out)")
+        self.count += 1
+        if len(self.examples) < _EXAMPLES_KEPT:
+            self.examples.append(f"{where}: {what}")
+
+    def merge(self, other: Problems) -> None:
+        """Add what another part of the same run has met."""
+        self.count += other.count
+        self.examples = (self.examples + other.examples)[:_EXAMPLES_KEPT]
+
+    def summary(self) -> str:
+        """One line for a count, and one for each example; empty without problems."""
+        if not self.count:
+            return ""
+        lines = [f"{self.count} bad inputs skipped"]
+        lines += [f"  {example}" for example in self.examples]
+        if self.count > len(self.examples):
+            lines.append(f"  ... and {self.count - len(self.examples)} more")
+        return "\n".join(lines)
