@@ -1,0 +1,129 @@
+"""Linear layers and embeddings cut over tensor-parallel ranks, and the replicated layers beside them.
+
+Weights are ``nn.Linear``-shaped (out, in). A column-parallel layer's input must have entered the sharded region
+through ``copy_to_tp``, once for all layers that share it; a row-parallel layer's output has left it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaegpt.parallel.collectives import reduce_from_tp
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import new_parameter, spec_of
+
+
+class Linear(nn.Module):
+    """``y = x @ weight.T + bias``, the same on every rank."""
+
+    tp_dim: int | None = None
+
+    def __init__(
+        self, in_size: int, out_size: int, grid: ProcessGrid, *, bias: bool, std: float
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.weight = new_parameter((out_size, in_size), grid, tp_dim=self.tp_dim, std=std)
+        bias_dim = 0 if self.tp_dim == 0 else None
+        self.bias = new_parameter((out_size,), grid, tp_dim=bias_dim) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        return F.linear(x, self.weight, self.bias)
+
+
+class ColumnParallelLinear(Linear):
+    """Output features cut over TP: (..., in) -> (..., out / tp). Bias is cut too."""
+
+    tp_dim = 0
+
+
+class RowParallelLinear(Linear):
+    """Input features cut over TP: (..., in / tp) -> (..., out), summed over ranks; the bias is added once."""
+
+    tp_dim = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in / tp) -> (..., out), replicated"""
+        if self.grid.tp_group is None:
+            return F.linear(x, self.weight, self.bias)
+        y = reduce_from_tp(F.linear(x, self.weight), self.grid)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding with rows cut over TP; padding rows are zero and never looked up."""
+
+    def __init__(
+        self,
+        padded_vocab_size: int,
+        vocab_size: int,
+        hidden_size: int,
+        grid: ProcessGrid,
+        std: float,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.weight = new_parameter(
+            (padded_vocab_size, hidden_size), grid, tp_dim=0, std=std, vocab_rows=vocab_size
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(...) ids -> (..., C), replicated"""
+        if self.grid.tp_group is None:
+            return F.embedding(tokens, self.weight)
+        rows = self.weight.shape[0]
+        local = tokens - self.grid.tp_rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return reduce_from_tp(vectors.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.grid)
+
+
+class Embedding(nn.Module):
+    """A small replicated table, such as positions."""
+
+    def __init__(self, rows: int, hidden_size: int, grid: ProcessGrid, std: float) -> None:
+        super().__init__()
+        self.weight = new_parameter((rows, hidden_size), grid, std=std)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """(...) -> (..., C)"""
+        return F.embedding(indices, self.weight)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, replicated, with an optional bias."""
+
+    def __init__(self, hidden_size: int, grid: ProcessGrid, *, bias: bool, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = new_parameter((hidden_size,), grid, mean=1.0)
+        self.bias = new_parameter((hidden_size,), grid) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)"""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), replicated."""
+
+    def __init__(self, hidden_size: int, grid: ProcessGrid, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = new_parameter((hidden_size,), grid, mean=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)"""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def count_linear_weights(module: nn.Module) -> int:
+    """Full weights that take part in matrix products, for FLOP counts (tables and norms do none)."""
+    return sum(
+        torch.Size(spec_of(layer.weight).full_shape).numel()
+        for layer in module.modules()
+        if isinstance(layer, Linear)
+    )

@@ -1,0 +1,140 @@
+"""Cross-entropy of a vocabulary-parallel output head, without the (tokens x vocabulary) logits.
+
+The head's product, the loss and both its gradients are computed together for a few hundred rows at a time; only the
+gradients' own shapes are kept. At GPT-2's vocabulary the logits would be the largest tensor of a step by far.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaegpt.parallel.grid import ProcessGrid
+
+IGNORE = -100
+"""Target of a position that is not predicted."""
+
+_ROWS_AT_ONCE = {"cpu": 256, "cuda": 4096}
+
+
+def _chunk_nats(
+    logits: Tensor, targets: Tensor, grid: ProcessGrid, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Nats of each row and what the gradient needs.
+
+    Args:
+        logits: (n, V/tp) in at least fp32; overwritten with exp(logit - max).
+        targets: (n,) token ids, ``IGNORE`` where nothing is predicted.
+
+    Returns:
+        nats (n,), exponentials (n, V/tp), their sums over the whole vocabulary (n, 1), and this rank's column of each
+        target (n, 1), or -1 where another rank holds it or there is none.
+    """
+    columns = logits.shape[1]
+    first = grid.tp_rank * columns
+    if first + columns > vocab_size:
+        logits[:, max(vocab_size - first, 0) :] = -torch.inf
+    largest = logits.amax(dim=1, keepdim=True)  # (n, 1)
+    if grid.tp_group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=grid.tp_group)
+    logits.sub_(largest)
+    column = targets.unsqueeze(1) - first  # (n, 1)
+    column = column.masked_fill((column < 0) | (column >= columns), -1)
+    at_target = logits.gather(1, column.clamp(min=0)).masked_fill(column < 0, 0.0)  # (n, 1)
+    exponentials = logits.exp_()
+    sums = exponentials.sum(dim=1, keepdim=True)  # (n, 1)
+    if grid.tp_group is not None:
+        both = torch.cat([sums, at_target], dim=1)
+        dist.all_reduce(both, group=grid.tp_group)
+        sums, at_target = both.split(1, dim=1)
+    nats = (sums.log() - at_target).squeeze(1)
+    return nats.masked_fill(targets == IGNORE, 0.0), exponentials, sums, column
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    """Sum of nats; the gradients are ready after forward and only scaled in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        grid: ProcessGrid,
+        vocab_size: int,
+        rows: int,
+    ) -> Tensor:
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if need_weight else None
+        total = hidden.new_zeros((), dtype=precise)
+        for start in range(0, hidden.shape[0], rows):
+            x, y = hidden[start : start + rows], targets[start : start + rows]
+            nats, grad, sums, column = _chunk_nats(
+                (x @ weight.t()).to(precise), y, grid, vocab_size
+            )
+            total += nats.sum()
+            if not (need_hidden or need_weight):
+                continue
+            grad.div_(sums)
+            grad.scatter_add_(1, column.clamp(min=0), -(column >= 0).to(grad.dtype))
+            grad.mul_((y != IGNORE).unsqueeze(1))
+            grad = grad.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                if grad.dtype == precise:
+                    grad_weight.addmm_(grad.t(), x)
+                else:
+                    grad_weight += grad.t() @ x
+        if grad_hidden is not None and grid.tp_group is not None:
+            dist.all_reduce(grad_hidden, group=grid.tp_group)
+        ctx.save_for_backward(
+            grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grads[0]
+        scaled = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        return (*scaled, None, None, None, None)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    grid: ProcessGrid,
+    vocab_size: int,
+    reduction: Literal["sum", "none"] = "sum",
+    rows: int | None = None,
+) -> Tensor:
+    """Cross-entropy in nats of ``hidden @ weight.T`` against ``targets``.
+
+    Args:
+        hidden: (..., C), replicated over TP.
+        weight: (V/tp, C), this rank's rows of the head; rows of padding tokens are masked out.
+        targets: (...) token ids; ``IGNORE`` positions count 0.
+        vocab_size: real tokens, without padding.
+        reduction: ``sum``: a scalar to differentiate; ``none``: nats of each position, no gradient.
+        rows: positions computed at once (default: by device).
+
+    Returns:
+        fp32 (fp64 for fp64 inputs), identical on all TP ranks.
+    """
+    rows = rows or _ROWS_AT_ONCE.get(hidden.device.type, 1024)
+    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if reduction == "sum":
+        return _LinearCrossEntropySum.apply(flat, weight, flat_targets, grid, vocab_size, rows)
+    with torch.no_grad():
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        nats = [
+            _chunk_nats((x @ weight.t()).to(precise), y, grid, vocab_size)[0]
+            for x, y in zip(flat.split(rows), flat_targets.split(rows), strict=True)
+        ]
+    return torch.cat(nats).view(targets.shape)

@@ -1,0 +1,105 @@
+"""What each parameter is under tensor parallelism: the one source for initialisation, DeepSpeed's marks,
+the gradient norm, checkpoint reshaping and weight export.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaegpt.parallel.grid import ProcessGrid
+
+_ATTRIBUTE = "tp_spec"
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """The full, TP-independent tensor behind a parameter and how this rank's slice is cut from it."""
+
+    full_shape: tuple[int, ...]
+    """Shape at tensor_parallel_size=1."""
+    tp_dim: int | None = None
+    """Dimension cut into equal contiguous slices over TP ranks; None: every rank holds all of it."""
+    init_std: float = 0.0
+    """Standard deviation of the normal initial values around ``init_mean``; 0: constant."""
+    init_mean: float = 0.0
+    """Mean of the initial values (1 for LayerNorm weights)."""
+    vocab_rows: int | None = None
+    """For vocabulary matrices: real tokens; the rows from here on are padding and start (and stay) 0."""
+
+
+def mark(parameter: nn.Parameter, spec: ParamSpec) -> nn.Parameter:
+    """Attach ``spec`` to ``parameter`` and return it."""
+    setattr(parameter, _ATTRIBUTE, spec)
+    return parameter
+
+
+def spec_of(parameter: Tensor) -> ParamSpec:
+    """The spec attached by :func:`mark`."""
+    return getattr(parameter, _ATTRIBUTE)
+
+
+def new_parameter(
+    full_shape: tuple[int, ...],
+    grid: ProcessGrid,
+    *,
+    tp_dim: int | None = None,
+    std: float = 0.0,
+    mean: float = 0.0,
+    vocab_rows: int | None = None,
+) -> nn.Parameter:
+    """An uninitialised parameter of this rank's shape with its spec (see :func:`initialize`)."""
+    local_shape = list(full_shape)
+    if tp_dim is not None:
+        if full_shape[tp_dim] % grid.tp_size:
+            raise ValueError(
+                f"dimension {tp_dim} of {full_shape} is not divisible by {grid.tp_size}"
+            )
+        local_shape[tp_dim] //= grid.tp_size
+    spec = ParamSpec(tuple(full_shape), tp_dim, std, mean, vocab_rows)
+    return mark(nn.Parameter(torch.empty(local_shape)), spec)
+
+
+def shard(full: Tensor, spec: ParamSpec, grid: ProcessGrid) -> Tensor:
+    """This rank's slice (a view) of a full tensor."""
+    if spec.tp_dim is None:
+        return full
+    size = spec.full_shape[spec.tp_dim] // grid.tp_size
+    return full.narrow(spec.tp_dim, grid.tp_rank * size, size)
+
+
+def unshard(local: Tensor, spec: ParamSpec, grid: ProcessGrid) -> Tensor:
+    """The full tensor behind a slice, on every TP rank; collective over the TP group."""
+    local = local.detach()
+    if spec.tp_dim is None or grid.tp_group is None:
+        return local
+    local = local.contiguous()
+    parts = [torch.empty_like(local) for _ in range(grid.tp_size)]
+    dist.all_gather(parts, local, group=grid.tp_group)
+    return torch.cat(parts, dim=spec.tp_dim)
+
+
+def full_state(model: nn.Module, grid: ProcessGrid) -> Iterator[tuple[str, Tensor]]:
+    """(name, full tensor) of every parameter in order, tied ones once; collective over the TP group."""
+    for name, parameter in model.named_parameters():
+        yield name, unshard(parameter, spec_of(parameter), grid)
+
+
+def initialize(model: nn.Module, seed: int, grid: ProcessGrid) -> None:
+    """Draw every parameter from (seed, its name): the same full weights at any TP size or layer order."""
+    for name, parameter in model.named_parameters():
+        spec = spec_of(parameter)
+        full = torch.full(spec.full_shape, spec.init_mean, dtype=torch.float32)
+        if spec.init_std:
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            full.normal_(spec.init_mean, spec.init_std, generator=generator)
+        if spec.vocab_rows is not None:
+            full[spec.vocab_rows :] = 0
+        with torch.no_grad():
+            parameter.copy_(shard(full, spec, grid))

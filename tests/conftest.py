@@ -1,0 +1,31 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.harness import Distributed
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def distributed() -> Iterator[Distributed]:
+    """Run a function on 1, 2 or 4 gloo ranks: ``distributed(2, function, *args)``."""
+    groups = Distributed()
+    yield groups
+    groups.close()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of real corpora, from MEGAEGPT_DATA; tests that need it are skipped without it."""
+    folder = os.environ.get("MEGAEGPT_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("set MEGAEGPT_DATA to the folder of real corpora to run this test")
+    return Path(folder)

@@ -1,0 +1,129 @@
+"""Persistent groups of gloo processes: started once a session, fed functions by queue.
+
+Starting a process costs seconds (importing torch and DeepSpeed), so one group of each size serves all tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import queue
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megaegpt.parallel.grid import ProcessGrid
+
+
+
+
+@functools.cache
+def grid_for(tp_size: int) -> ProcessGrid:
+    """The grid of this worker for one tensor-parallel size, made once (call it on all ranks)."""
+    return ProcessGrid.create(tp_size)
+
+
+def _worker(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    while (task := tasks.get()) is not None:
+        function, args = task
+        try:
+            results.put((rank, True, function(*args)))
+        except BaseException:
+            results.put((rank, False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class WorkerGroup:
+    """``world_size`` processes that run the same function together, as ranks of one process group."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._tasks = [context.Queue() for _ in range(world_size)]
+        self._results = context.Queue()
+        self._processes = [
+            context.Process(
+                target=_worker,
+                args=(rank, world_size, port, self._tasks[rank], self._results),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
+        """Call ``function(*args)`` on every rank; the results by rank. A failure ends the group."""
+        for tasks in self._tasks:
+            tasks.put((function, args))
+        results: dict[int, Any] = {}
+        while len(results) < len(self._processes):
+            try:
+                rank, ok, value = self._results.get(timeout=timeout)
+            except queue.Empty:
+                self.close(kill=True)
+                waiting = sorted(set(range(len(self._processes))) - set(results))
+                raise TimeoutError(f"no answer from ranks {waiting} after {timeout} s") from None
+            if not ok:
+                self.close(kill=True)
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+        return [results[rank] for rank in range(len(self._processes))]
+
+    @property
+    def alive(self) -> bool:
+        """All processes are there."""
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self, kill: bool = False) -> None:
+        """Let the processes end, or end them."""
+        for tasks, process in zip(self._tasks, self._processes, strict=True):
+            if kill:
+                process.kill()
+            else:
+                tasks.put(None)
+        for process in self._processes:
+            process.join(timeout=20)
+            if process.is_alive():
+                process.kill()
+
+
+class Distributed:
+    """What the ``distributed`` fixture gives: ``distributed(2, function, *args)`` -> results by rank.
+
+    ``function`` must be importable (module level) and its arguments and results picklable.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[int, WorkerGroup] = {}
+
+    def __call__(
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0
+    ) -> list[Any]:
+        group = self._groups.get(world_size)
+        if group is None or not group.alive:
+            group = self._groups[world_size] = WorkerGroup(world_size)
+        return group.run(function, *args, timeout=timeout)
+
+    def close(self) -> None:
+        """End every group."""
+        for group in self._groups.values():
+            group.close()
