@@ -21,7 +21,7 @@ class DataConfig:
     history_features: Literal["stored", "online"] = "stored"
     """Earlier chunks' features: read from the store, or encoded again in the loop."""
     token_features: Literal["online", "stored"] = "online"
-    """The current chunks' encoder states: encoded in the loop, or read (hidden_size x 2-4 bytes a token)."""
+    """The current chunks' encoder states: encoded in the loop, or read (large: a vector each)."""
     feature_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Storage type of features; auto: the training precision."""
     prefetch: int = 2

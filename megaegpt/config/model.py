@@ -13,7 +13,7 @@ class EncoderConfig:
     """The frozen GPT under EGPT and DeepGPT."""
 
     source: str | None = None
-    """Folder of weights (one of our checkpoints, or a weights folder). Required for egpt and deepgpt."""
+    """Folder of weights, or of a checkpoint. Required for egpt and deepgpt."""
     batch_size: int = 8
     """Chunks encoded at once when a feature store is computed."""
 
@@ -29,7 +29,7 @@ class EGPTConfig:
     features_per_chunk: int = 1
     """Memory vectors an earlier chunk is seen through. 1 is the original."""
     feature_pooling: Literal["last", "mean"] = "last"
-    """``last``: the encoder state of a span's last token (the original); ``mean``: the span's mean."""
+    """``last``: the encoder state of a span's last token (the original); ``mean``: their mean."""
     local_attention: bool = False
     """Tokens of the current chunk also attend to each other causally in the decoder."""
     memory_gate: bool = False
@@ -80,6 +80,8 @@ class ModelConfig:
     """Probability, for attention weights, block outputs and embeddings alike."""
     bias: bool = True
     """Biases in linear layers and LayerNorms."""
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    """Of the MLP: GPT-2's tanh approximation of GELU, or the exact one."""
     tied_embeddings: bool = True
     """The output head is the token embedding (gpt only; egpt and deepgpt have their own head)."""
     layer_norm_eps: float = 1e-5

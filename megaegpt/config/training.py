@@ -19,7 +19,7 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU. fp16 uses dynamic loss scaling."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute nothing; all but matrix products and attention; or whole blocks in the backward pass."""
+    """In the backward pass recompute nothing, all but matrix products and attention, or blocks."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     seed: int = 1337
@@ -47,7 +47,8 @@ class OptimizerConfig:
     warmup_steps: int = 20
     """Linear warm-up from 0."""
     decay_steps: int | None = None
-    """cosine, linear: step at which min_lr is reached; wsd: length of the decay. None: all steps / a fifth."""
+    """cosine, linear: step at which min_lr is reached (None: the last).
+    wsd: length of the decay (None: a fifth of all steps)."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95
@@ -84,7 +85,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Samples written to TensorBoard and the console at every evaluation; defaults of tools/generate.py."""
+    """Samples written at every evaluation; also the defaults of ``tools/generate.py``."""
 
     prompt: str = "\n"
     """Text to continue."""

@@ -1,0 +1,136 @@
+"""Rules of a model: what heads, positions, latents, windows, chunks and ranks ask of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megaegpt.config.model import ModelConfig
+from megaegpt.config.parsing import Problem
+
+
+def model_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
+    """What cannot be built of ``model`` on ``tp`` tensor-parallel ranks (sizes are positive)."""
+    for rule in (_heads, _positions, _latent, _window, _chunks_and_encoder):
+        yield from rule(model)
+    yield from _divisible_by_tp(model, tp)
+
+
+def _heads(model: ModelConfig) -> Iterator[Problem]:
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        yield Problem(
+            ("model.hidden_size", "model.num_heads"),
+            f"model.hidden_size={model.hidden_size} is not divisible by "
+            f"model.num_heads={model.num_heads}: change one, or give model.head_dim",
+        )
+    if model.num_heads % model.kv_heads:
+        yield Problem(
+            ("model.num_heads", "model.num_kv_heads"),
+            f"model.num_heads={model.num_heads} is not divisible by "
+            f"model.num_kv_heads={model.num_kv_heads}: use one of {_divisors(model.num_heads)}",
+        )
+
+
+def _positions(model: ModelConfig) -> Iterator[Problem]:
+    grouped = model.attention == "grouped_query"
+    if model.positions == "rotary" and grouped and model.head_size % 2:
+        yield Problem(
+            ("model.positions", "model.head_dim", "model.hidden_size", "model.num_heads"),
+            "model.positions=rotary turns pairs of values: "
+            f"the head width {model.head_size} must be even",
+        )
+    if model.positions == "sinusoidal" and model.hidden_size % 2:
+        yield Problem(
+            ("model.positions", "model.hidden_size"),
+            f"model.positions=sinusoidal needs an even model.hidden_size, not {model.hidden_size}",
+        )
+
+
+def _latent(model: ModelConfig) -> Iterator[Problem]:
+    example = max(2, model.head_size // 4 * 2)
+    decoupled = model.attention == "latent" and model.positions == "rotary"
+    if decoupled and (model.rope_head_dim is None or model.rope_head_dim % 2):
+        yield Problem(
+            ("model.attention", "model.positions", "model.rope_head_dim"),
+            "model.attention=latent with model.positions=rotary needs an even "
+            f"model.rope_head_dim, for example {example}, not {model.rope_head_dim}",
+        )
+    if not decoupled and model.rope_head_dim is not None:
+        yield Problem(
+            ("model.attention", "model.positions", "model.rope_head_dim"),
+            f"model.rope_head_dim={model.rope_head_dim} has no effect: it belongs to "
+            "model.attention=latent with model.positions=rotary",
+        )
+    if model.attention == "latent" and model.num_kv_heads is not None:
+        yield Problem(
+            ("model.attention", "model.num_kv_heads"),
+            f"model.num_kv_heads={model.num_kv_heads} has no effect with model.attention=latent: "
+            "its cache is set by model.latent_dim",
+        )
+    for name in ("latent_dim", "query_latent_dim"):
+        value = getattr(model, name)
+        if model.attention != "latent" and value is not None:
+            yield Problem(
+                ("model.attention", f"model.{name}"),
+                f"model.{name}={value} has no effect without model.attention=latent",
+            )
+
+
+def _window(model: ModelConfig) -> Iterator[Problem]:
+    if model.window is not None and model.attention == "latent":
+        yield Problem(
+            ("model.window", "model.attention"),
+            f"model.window={model.window} cannot be combined with model.attention=latent",
+        )
+    if model.window_every is not None and model.window is None:
+        yield Problem(
+            ("model.window", "model.window_every"),
+            f"model.window_every={model.window_every} has no effect without model.window",
+        )
+
+
+def _divisible_by_tp(model: ModelConfig, tp: int) -> Iterator[Problem]:
+    key = "parallel.tensor_parallel_size"
+    if model.num_heads % tp:
+        yield Problem(
+            ("model.num_heads", key),
+            f"model.num_heads={model.num_heads} is not divisible by {key}={tp}: "
+            f"use one of {_divisors(model.num_heads)}",
+        )
+    elif model.attention == "grouped_query" and model.kv_heads % tp and tp % model.kv_heads:
+        yield Problem(
+            ("model.num_kv_heads", "model.num_heads", key),
+            f"model.num_kv_heads={model.kv_heads} and {key}={tp}: one must divide the other",
+        )
+    if model.ffn_size % tp:
+        yield Problem(
+            ("model.ffn_hidden_size", "model.hidden_size", key),
+            f"model.ffn_hidden_size={model.ffn_size} is not divisible by {key}={tp}",
+        )
+    if model.padded_vocab_size % tp:
+        yield Problem(
+            ("model.vocab_size", key),
+            f"model.vocab_size={model.vocab_size}, padded to {model.padded_vocab_size}, "
+            f"is not divisible by {key}={tp}",
+        )
+
+
+def _chunks_and_encoder(model: ModelConfig) -> Iterator[Problem]:
+    if model.kind == "gpt":
+        return
+    chunks = model.egpt
+    if chunks.chunk_size % chunks.features_per_chunk:
+        yield Problem(
+            ("model.egpt.chunk_size", "model.egpt.features_per_chunk"),
+            f"model.egpt.chunk_size={chunks.chunk_size} is not divisible by "
+            f"model.egpt.features_per_chunk={chunks.features_per_chunk}",
+        )
+    if not model.encoder.source:
+        yield Problem(
+            ("model.kind", "model.encoder.source"),
+            f"model.encoder.source is required for model.kind={model.kind}: "
+            "the folder of the frozen encoder's weights",
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -1,0 +1,179 @@
+"""From plain values (YAML, JSON) to typed dataclasses, collecting every problem on the way."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from megaegpt.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    keys: tuple[str, ...]
+    """Dotted keys it is about; rules that depend on them cannot be judged any more."""
+    message: str
+    """Names the key, its value, what is allowed and the way out."""
+
+
+class _WrongTypeError(Exception):
+    """A value is not of its field's type."""
+
+
+def raise_problems(source: str, problems: list[Problem]) -> None:
+    """Raise one :class:`ConfigError` that lists all ``problems``; nothing if there is none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise ConfigError(f"{source}: {problems[0].message}")
+    lines = "".join(f"\n  - {problem.message}" for problem in problems)
+    raise ConfigError(f"{source}: {len(problems)} problems{lines}")
+
+
+def parse_section(section: type[T], values: Any, prefix: str, problems: list[Problem]) -> T:
+    """An instance of the dataclass ``section``; absent and wrong fields keep their defaults.
+
+    Args:
+        section: a dataclass all of whose fields have defaults.
+        values: a mapping, or None for an empty section.
+        prefix: dotted key of the section with its final dot; empty at the top.
+        problems: unknown keys and wrong types are appended to it.
+    """
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        name = prefix.rstrip(".") or "the configuration"
+        message = f"{name} must be a section of `key: value` lines, not {_show(values)}"
+        problems.append(Problem((name,), message))
+        return section()
+    hints = get_type_hints(section)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        if key not in hints:
+            problems.append(_unknown_key(str(key), prefix, list(hints)))
+        elif is_dataclass(hints[key]):
+            nested = cast(type[Any], hints[key])
+            arguments[key] = parse_section(nested, value, f"{dotted}.", problems)
+        else:
+            try:
+                arguments[key] = _parse_value(value, hints[key])
+            except _WrongTypeError as error:
+                message = f"{dotted} must be {describe(hints[key])}, not {_show(value)}{error}"
+                problems.append(Problem((dotted,), message))
+    return section(**arguments)
+
+
+def annotation_of(section: type[Any], dotted_key: str) -> Any:
+    """The type of the field ``dotted_key`` below ``section``; None where there is no such field."""
+    annotation: Any = section
+    for part in dotted_key.split("."):
+        if not is_dataclass(annotation):
+            return None
+        annotation = get_type_hints(annotation).get(part)
+    return annotation
+
+
+def accepts_text(annotation: Any) -> bool:
+    """A string is a value of this type."""
+    return annotation is str or (_is_union(annotation) and str in get_args(annotation))
+
+
+def describe(annotation: Any) -> str:
+    """What a user may write for a field of this type, in words."""
+    if _is_union(annotation):
+        return " or ".join(describe(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        choices = get_args(annotation)
+        return f"one of {', '.join(map(str, choices))}"
+    if get_origin(annotation) is tuple:
+        return "a list of strings"
+    if get_origin(annotation) is dict:
+        return "a mapping"
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    return words.get(annotation, "null")
+
+
+def _parse_value(value: Any, annotation: Any) -> Any:
+    """``value`` as ``annotation`` wants it; :class:`_WrongTypeError` may carry a hint."""
+    if _is_union(annotation):
+        choices = get_args(annotation)
+        if value is None and types.NoneType in choices:
+            return None
+        return _parse_value(value, next(c for c in choices if c is not types.NoneType))
+    if get_origin(annotation) is Literal:
+        return _parse_choice(value, get_args(annotation))
+    if get_origin(annotation) is tuple:
+        # A lone string is a list of one: `data.train: data/book/train`.
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
+            raise _WrongTypeError
+        return tuple(items)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    wanted = get_origin(annotation) or annotation
+    if type(value) is not wanted:  # not isinstance: a bool is an int to Python, not to a user
+        raise _WrongTypeError(" (quote it to make it a string)" if wanted is str else "")
+    if wanted is float and not math.isfinite(value):
+        raise _WrongTypeError(" (it must be finite)")
+    return value
+
+
+def _parse_choice(value: Any, choices: tuple[Any, ...]) -> Any:
+    for choice in choices:
+        if type(choice) is type(value) and choice == value:
+            return value
+    close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
+    raise _WrongTypeError(f"; did you mean {close[0]}?" if close else "")
+
+
+def _unknown_key(key: str, prefix: str, known: list[str]) -> Problem:
+    """The problem of a key that no field has, with the valid key that was probably meant."""
+    dotted = f"{prefix}{key}"
+    close = difflib.get_close_matches(key, known, n=1)
+    suggestion = f"{prefix}{close[0]}" if close else _key_of_another_section(key)
+    if suggestion:
+        message = f"{dotted} is not a key; did you mean {suggestion}?"
+        return Problem((dotted, suggestion), message)
+    where = f"of {prefix.rstrip('.')}" if prefix else "at the top"
+    message = f"{dotted} is not a key; the keys {where} are {', '.join(known)}"
+    return Problem((dotted,), message)
+
+
+def _key_of_another_section(key: str) -> str | None:
+    """The dotted key whose last part is closest to ``key``, anywhere in a run's configuration."""
+    from megaegpt.config.run import RunConfig
+
+    by_name = {dotted.rsplit(".", 1)[-1]: dotted for dotted in _dotted_keys(RunConfig, "")}
+    close = difflib.get_close_matches(key, by_name, n=1, cutoff=0.75)
+    return by_name[close[0]] if close else None
+
+
+def _dotted_keys(section: type[Any], prefix: str) -> Iterator[str]:
+    hints = get_type_hints(section)
+    for field in fields(section):
+        yield f"{prefix}{field.name}"
+        if is_dataclass(hints[field.name]):
+            yield from _dotted_keys(cast(type[Any], hints[field.name]), f"{prefix}{field.name}.")
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (types.UnionType, Union)
+
+
+def _show(value: Any) -> str:
+    """A value as the user would write it in YAML, short enough for one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,207 @@
+"""Rules between values: what divides what, what needs what. (``parsing`` has checked types.)"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megaegpt.config.model import ModelConfig
+from megaegpt.config.model_rules import model_problems
+from megaegpt.config.parsing import Problem, raise_problems
+from megaegpt.config.run import RunConfig
+
+GENERATED_DEEPSPEED_KEYS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "gradient_clipping": "training.gradient_clipping",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.overlap_comm": "parallel.overlap_comm",
+    "bf16.enabled": "training.precision",
+    "fp16.enabled": "training.precision",
+    "data_types.grad_accum_dtype": "training.precision",
+    "activation_checkpointing": "training.activation_checkpointing",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "tensorboard": "logging.tensorboard",
+    "steps_per_print": "logging.interval",
+    "checkpoint": "checkpoint",
+}
+"""DeepSpeed keys that are generated from this project's (which are named): not to be given raw."""
+
+_POSITIVE = [
+    "model.vocab_size",
+    "model.max_seq_len",
+    "model.hidden_size",
+    "model.num_layers",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.head_dim",
+    "model.ffn_hidden_size",
+    "model.rope_base",
+    "model.window",
+    "model.window_every",
+    "model.latent_dim",
+    "model.query_latent_dim",
+    "model.rope_head_dim",
+    "model.layer_norm_eps",
+    "model.init_std",
+    "model.egpt.num_chunks",
+    "model.egpt.chunk_size",
+    "model.egpt.features_per_chunk",
+    "model.encoder.batch_size",
+    "data.prefetch",
+    "parallel.tensor_parallel_size",
+    "training.steps",
+    "training.global_batch_size",
+    "training.micro_batch_size",
+    "training.eval_interval",
+    "optimizer.lr",
+    "optimizer.decay_steps",
+    "optimizer.eps",
+    "checkpoint.keep",
+    "logging.interval",
+    "generation.top_k",
+]
+_NOT_NEGATIVE = [
+    "training.gradient_clipping",
+    "training.seed",
+    "optimizer.min_lr",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "checkpoint.interval",
+    "generation.max_new_tokens",
+    "generation.temperature",
+    "generation.seed",
+]
+_BELOW_ONE = ["model.dropout", "optimizer.beta1", "optimizer.beta2"]
+_BATCH = {
+    "parallel.tensor_parallel_size",
+    "training.global_batch_size",
+    "training.micro_batch_size",
+}
+
+
+def validate(config: RunConfig, world_size: int | None = None) -> None:
+    """Check every rule between values; ``world_size`` (processes) adds those about ranks.
+
+    Raises:
+        ConfigError: one message that lists all problems.
+    """
+    raise_problems("configuration", find_problems(config, world_size))
+
+
+def validate_model(model: ModelConfig, source: str) -> None:
+    """Check the rules of a model by itself; the encoder's source may still be open.
+
+    Raises:
+        ConfigError: one message that lists all problems, beginning with ``source``.
+    """
+    problems = find_problems(RunConfig(model=model))
+    about_run = {"model.encoder.source"}
+    raise_problems(
+        source,
+        [p for p in problems if p.keys[0].startswith("model.") and about_run.isdisjoint(p.keys)],
+    )
+
+
+def find_problems(config: RunConfig, world_size: int | None = None) -> list[Problem]:
+    """All problems of values that have the right types.
+
+    A rule is left out where one of its values is out of range: 0 divides nothing.
+    """
+    problems = list(_ranges(config))
+    broken = {key for problem in problems for key in problem.keys}
+    if not any(key.startswith(("model.", "parallel.")) for key in broken):
+        problems += model_problems(config.model, config.parallel.tensor_parallel_size)
+    if broken.isdisjoint(_BATCH):
+        problems += _batch(config, world_size)
+    problems += [p for p in _schedule(config) if broken.isdisjoint(p.keys)]
+    problems += _deepspeed_keys(config)
+    return problems
+
+
+def _ranges(config: RunConfig) -> Iterator[Problem]:
+    """Single values outside what makes sense. None means "the default" and is fine."""
+    for key in _POSITIVE:
+        value = _value(config, key)
+        if value is not None and value <= 0:
+            yield Problem((key,), f"{key}={value} must be greater than 0")
+    for key in _NOT_NEGATIVE:
+        if (value := _value(config, key)) < 0:
+            yield Problem((key,), f"{key}={value} must not be negative")
+    for key in _BELOW_ONE:
+        if not 0 <= (value := _value(config, key)) < 1:
+            yield Problem((key,), f"{key}={value} must be at least 0 and below 1")
+    top_p = config.generation.top_p
+    if top_p is not None and not 0 < top_p <= 1:
+        yield Problem(("generation.top_p",), f"generation.top_p={top_p} must be above 0, at most 1")
+
+
+def _value(config: RunConfig, dotted_key: str) -> Any:
+    value: Any = config
+    for part in dotted_key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _schedule(config: RunConfig) -> Iterator[Problem]:
+    optimizer, steps = config.optimizer, config.training.steps
+    warmup = optimizer.warmup_steps
+    if optimizer.min_lr > optimizer.lr:
+        yield Problem(
+            ("optimizer.min_lr", "optimizer.lr"),
+            f"optimizer.min_lr={optimizer.min_lr} must not be above optimizer.lr={optimizer.lr}",
+        )
+    if optimizer.schedule in ("cosine", "linear"):
+        end = steps if optimizer.decay_steps is None else optimizer.decay_steps
+        name = "training.steps" if optimizer.decay_steps is None else "optimizer.decay_steps"
+        if end <= warmup:
+            yield Problem(
+                (name, "optimizer.warmup_steps"),
+                f"{name}={end} must be greater than optimizer.warmup_steps={warmup}",
+            )
+    elif optimizer.schedule == "wsd" and warmup + (optimizer.decay_steps or steps // 5) > steps:
+        yield Problem(
+            ("training.steps", "optimizer.decay_steps", "optimizer.warmup_steps"),
+            f"optimizer.warmup_steps={warmup} and optimizer.decay_steps="
+            f"{_or_null(optimizer.decay_steps)} do not fit in training.steps={steps}",
+        )
+
+
+def _batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Processes = TP x DP, and global batch = micro batch x DP x gradient accumulation."""
+    training, tp = config.training, config.parallel.tensor_parallel_size
+    batch, micro = training.global_batch_size, training.micro_batch_size
+    if world_size is not None and world_size % tp:
+        yield Problem(
+            ("parallel.tensor_parallel_size",),
+            f"{world_size} processes are not divisible by parallel.tensor_parallel_size={tp}",
+        )
+        world_size = None
+    dp = 1 if world_size is None else world_size // tp
+    if batch % (micro * dp):
+        ranks = f" x {dp} data-parallel ranks" if dp > 1 else ""
+        multiple = micro * dp
+        suggestion = -(-batch // multiple) * multiple
+        yield Problem(
+            ("training.global_batch_size", "training.micro_batch_size"),
+            f"training.global_batch_size={batch} is not divisible by "
+            f"training.micro_batch_size={micro}{ranks}: use for example {suggestion}",
+        )
+
+
+def _deepspeed_keys(config: RunConfig) -> Iterator[Problem]:
+    """Raw DeepSpeed keys that the generated configuration already sets."""
+    for raw, ours in GENERATED_DEEPSPEED_KEYS.items():
+        section: object = config.deepspeed
+        for part in raw.split("."):
+            if not isinstance(section, dict) or part not in section:
+                break
+            section = section[part]
+        else:
+            yield Problem((f"deepspeed.{raw}",), f"deepspeed.{raw} is set by {ours}: remove it")
+
+
+def _or_null(value: int | None) -> str:
+    return "null" if value is None else str(value)
