@@ -33,8 +33,8 @@ class Document:
 class Problems:
     """The policy for bad input, and the count of what it has let pass.
 
-    ``fail`` raises :class:`DataError` at the first problem; ``skip`` counts all of them and keeps the
-    first few for the report.
+    ``fail`` raises :class:`DataError` at the first problem; ``skip`` counts all of them and keeps
+    the first few for the report.
     """
 
     def __init__(self, policy: BadInputPolicy = "fail") -> None:
