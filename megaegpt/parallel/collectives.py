@@ -1,4 +1,5 @@
-"""Megatron's conjugate operators f and g (Shoeybi et al., arXiv 1909.08053, section 3) and a gather.
+"""Megatron's conjugate operators f and g (Shoeybi et al., arXiv 1909.08053, section 3) and a
+gather.
 
 Each is the identity where tensor_parallel_size is 1.
 """
@@ -44,7 +45,9 @@ class _ReduceFromTP(torch.autograd.Function):
 
 
 def copy_to_tp(x: Tensor, grid: ProcessGrid) -> Tensor:
-    """Enter a sharded region with a replicated tensor (activation, or a weight each rank uses a part of)."""
+    """Enter a sharded region with a replicated tensor (activation, or a weight each rank uses a
+    part of).
+    """
     return x if grid.tp_group is None else _CopyToTP.apply(x, grid)
 
 

@@ -1,12 +1,12 @@
 """Who am I in tensor parallel x data parallel.
 
-Ranks of one tensor-parallel group are neighbours: ``rank = dp_rank * tp_size + tp_rank``, so that the
-frequent, latency-bound TP traffic stays inside a node.
+Ranks of one tensor-parallel group are neighbours: ``rank = dp_rank * tp_size + tp_rank``, so that
+the frequent, latency-bound TP traffic stays inside a node.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ class ProcessGrid:
     dp_size: int = 1
     tp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def rank(self) -> int:
@@ -53,8 +53,8 @@ class ProcessGrid:
         if not dist.is_initialized():
             if tp_size != 1:
                 raise LaunchError(
-                    f"parallel.tensor_parallel_size={tp_size} needs {tp_size} processes: start with "
-                    f"`torchrun --nproc_per_node {tp_size}` or `deepspeed --num_gpus {tp_size}`"
+                    f"parallel.tensor_parallel_size={tp_size} needs {tp_size} processes: start "
+                    f"with `torchrun --nproc_per_node {tp_size}` or `deepspeed --num_gpus {tp_size}`"
                 )
             return ProcessGrid(device=device)
         world = dist.get_world_size()
@@ -81,7 +81,8 @@ class DeepSpeedMpu:
     """The methods DeepSpeed expects of its ``mpu`` argument, over one :class:`ProcessGrid`.
 
     DeepSpeed wants real groups where the size is 1 too, so they are made here. It must never define
-    ``initialize_sequence_parallel``: ZeRO would then take the grid to have no tensor-parallel group.
+    ``initialize_sequence_parallel``: ZeRO would then take the grid to have no tensor-parallel
+        group.
     """
 
     def __init__(self, grid: ProcessGrid) -> None:

@@ -1,7 +1,9 @@
-"""Linear layers and embeddings cut over tensor-parallel ranks, and the replicated layers beside them.
+"""Linear layers and embeddings cut over tensor-parallel ranks, and the replicated layers beside
+them.
 
-Weights are ``nn.Linear``-shaped (out, in). A column-parallel layer's input must have entered the sharded region
-through ``copy_to_tp``, once for all layers that share it; a row-parallel layer's output has left it.
+Weights are ``nn.Linear``-shaped (out, in). A column-parallel layer's input must have entered the
+sharded region through ``copy_to_tp``, once for all layers that share it; a row-parallel layer's
+output has left it.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """Input features cut over TP: (..., in / tp) -> (..., out), summed over ranks; the bias is added once."""
+    """Input features cut over TP: (..., in / tp) -> (..., out), summed over ranks; the bias is
+    added once.
+    """
 
     tp_dim = 1
 
@@ -121,7 +125,9 @@ class RMSNorm(nn.Module):
 
 
 def count_linear_weights(module: nn.Module) -> int:
-    """Full weights that take part in matrix products, for FLOP counts (tables and norms do none)."""
+    """Full weights that take part in matrix products, for FLOP counts (tables and norms do
+    none).
+    """
     return sum(
         torch.Size(spec_of(layer.weight).full_shape).numel()
         for layer in module.modules()

@@ -1,7 +1,8 @@
 """Cross-entropy of a vocabulary-parallel output head, without the (tokens x vocabulary) logits.
 
-The head's product, the loss and both its gradients are computed together for a few hundred rows at a time; only the
-gradients' own shapes are kept. At GPT-2's vocabulary the logits would be the largest tensor of a step by far.
+The head's product, the loss and both its gradients are computed together for a few hundred rows at
+a time; only the gradients' own shapes are kept. At GPT-2's vocabulary the logits would be the
+largest tensor of a step by far.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def _chunk_nats(
         targets: (n,) token ids, ``IGNORE`` where nothing is predicted.
 
     Returns:
-        nats (n,), exponentials (n, V/tp), their sums over the whole vocabulary (n, 1), and this rank's column of each
-        target (n, 1), or -1 where another rank holds it or there is none.
+        nats (n,), exponentials (n, V/tp), their sums over the whole vocabulary (n, 1), and this
+        rank's column of each target (n, 1), or -1 where another rank holds it or there is none.
     """
     columns = logits.shape[1]
     first = grid.tp_rank * columns

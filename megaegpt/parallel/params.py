@@ -1,10 +1,11 @@
-"""What each parameter is under tensor parallelism: the one source for initialisation, DeepSpeed's marks,
-the gradient norm, checkpoint reshaping and weight export.
+"""What each parameter is under tensor parallelism: the one source for initialisation, DeepSpeed's
+marks, the gradient norm, checkpoint reshaping and weight export.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,18 +20,24 @@ _ATTRIBUTE = "tp_spec"
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """The full, TP-independent tensor behind a parameter and how this rank's slice is cut from it."""
+    """The full, TP-independent tensor behind a parameter and how this rank's slice is cut from
+    it.
+    """
 
     full_shape: tuple[int, ...]
     """Shape at tensor_parallel_size=1."""
     tp_dim: int | None = None
-    """Dimension cut into equal contiguous slices over TP ranks; None: every rank holds all of it."""
+    """Dimension cut into equal contiguous slices over TP ranks; None: every rank holds all of
+    it.
+    """
     init_std: float = 0.0
     """Standard deviation of the normal initial values around ``init_mean``; 0: constant."""
     init_mean: float = 0.0
     """Mean of the initial values (1 for LayerNorm weights)."""
     vocab_rows: int | None = None
-    """For vocabulary matrices: real tokens; the rows from here on are padding and start (and stay) 0."""
+    """For vocabulary matrices: real tokens; the rows from here on are padding and start (and stay)
+    0.
+    """
 
 
 def mark(parameter: nn.Parameter, spec: ParamSpec) -> nn.Parameter:
@@ -85,13 +92,17 @@ def unshard(local: Tensor, spec: ParamSpec, grid: ProcessGrid) -> Tensor:
 
 
 def full_state(model: nn.Module, grid: ProcessGrid) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor) of every parameter in order, tied ones once; collective over the TP group."""
+    """(name, full tensor) of every parameter in order, tied ones once; collective over the TP
+    group.
+    """
     for name, parameter in model.named_parameters():
         yield name, unshard(parameter, spec_of(parameter), grid)
 
 
 def initialize(model: nn.Module, seed: int, grid: ProcessGrid) -> None:
-    """Draw every parameter from (seed, its name): the same full weights at any TP size or layer order."""
+    """Draw every parameter from (seed, its name): the same full weights at any TP size or layer
+    order.
+    """
     for name, parameter in model.named_parameters():
         spec = spec_of(parameter)
         full = torch.full(spec.full_shape, spec.init_mean, dtype=torch.float32)
@@ -103,3 +114,8 @@ def initialize(model: nn.Module, seed: int, grid: ProcessGrid) -> None:
             full[spec.vocab_rows :] = 0
         with torch.no_grad():
             parameter.copy_(shard(full, spec, grid))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Elements of the full parameters behind a model, whatever the TP size; tied ones once."""
+    return sum(math.prod(spec_of(parameter).full_shape) for parameter in model.parameters())

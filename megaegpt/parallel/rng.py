@@ -1,8 +1,10 @@
-"""Randomness without state: a micro-step's dropout is a function of (seed, step, micro-step, dp rank).
+"""Randomness without state: a micro-step's dropout is a function of (seed, step, micro-step, dp
+rank).
 
-All ranks of a TP group draw the same numbers for replicated activations. Where activations are sharded,
-:func:`sharded_rng` derives a stream of each rank's own from that common stream, so that restoring the common
-stream (as torch's checkpoint does before it recomputes) restores both, and nothing needs to be saved.
+All ranks of a TP group draw the same numbers for replicated activations. Where activations are
+sharded, :func:`sharded_rng` derives a stream of each rank's own from that common stream, so that
+restoring the common stream (as torch's checkpoint does before it recomputes) restores both, and
+nothing needs to be saved.
 """
 
 from __future__ import annotations
@@ -25,13 +27,17 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seed_micro_step(seed: int, step: int, micro_step: int, dp_rank: int) -> None:
-    """Set torch's default generators (CPU and the current GPU) for one forward and backward pass."""
+    """Set torch's default generators (CPU and the current GPU) for one forward and backward
+    pass.
+    """
     torch.manual_seed(derive_seed("micro-step", seed, step, micro_step, dp_rank))
 
 
 @contextlib.contextmanager
 def sharded_rng(grid: ProcessGrid) -> Iterator[None]:
-    """Inside, random numbers differ between TP ranks; outside, the common stream goes on in step."""
+    """Inside, random numbers differ between TP ranks; outside, the common stream goes on in
+    step.
+    """
     if grid.tp_group is None:
         yield
         return

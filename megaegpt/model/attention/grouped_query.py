@@ -1,0 +1,92 @@
+"""Multi-head, grouped-query (Ainslie et al., arXiv 2305.13245) and multi-query attention.
+
+Shapes: B batch, T tokens, C hidden, H heads, K kv heads, D head dim; H and K are this rank's.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaegpt.config import ModelConfig
+from megaegpt.model.attention.context import AttentionContext, layer_window
+from megaegpt.parallel.collectives import copy_to_tp
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear
+from megaegpt.parallel.params import new_parameter
+from megaegpt.parallel.rng import sharded_rng
+
+
+class SharedKVLinear(Linear):
+    """Key or value projection with fewer heads than TP ranks: replicated, each rank uses one head.
+
+    The copy operator on the weight sums the gradients of the ranks' different uses, so the
+    replicas stay equal and export needs no special case.
+    """
+
+    def __init__(
+        self,
+        in_size: int,
+        kv_heads: int,
+        head_dim: int,
+        grid: ProcessGrid,
+        *,
+        bias: bool,
+        std: float,
+    ) -> None:
+        super().__init__(in_size, kv_heads * head_dim, grid, bias=bias, std=std)
+        self.head_dim = head_dim
+        self.head = grid.tp_rank * kv_heads // grid.tp_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., D)"""
+        rows = slice(self.head * self.head_dim, (self.head + 1) * self.head_dim)
+        weight = copy_to_tp(self.weight, self.grid)[rows]
+        bias = None if self.bias is None else copy_to_tp(self.bias, self.grid)[rows]
+        return F.linear(x, weight, bias)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Heads cut over TP: the query, key and value projections by column, the output by row."""
+
+    def __init__(self, config: ModelConfig, layer: int, grid: ProcessGrid) -> None:
+        super().__init__()
+        self.grid, self.layer = grid, layer
+        self.head_dim, self.dropout = config.head_size, config.dropout
+        self.window = layer_window(config, layer)
+        hidden, std, bias = config.hidden_size, config.init_std, config.bias
+        width = config.num_heads * config.head_size
+        self.query = ColumnParallelLinear(hidden, width, grid, bias=bias, std=std)
+        self.key, self.value = (self._kv_projection(config) for _ in range(2))
+        self.output = RowParallelLinear(
+            width, hidden, grid, bias=bias, std=std / (2 * config.num_layers) ** 0.5
+        )
+        self.gate = (
+            new_parameter((config.num_heads,), grid, tp_dim=0)
+            if config.kind == "egpt" and config.egpt.memory_gate
+            else None
+        )
+
+    def _kv_projection(self, config: ModelConfig) -> Linear:
+        hidden, heads, grid = config.hidden_size, config.kv_heads, self.grid
+        bias, std = config.bias, config.init_std
+        if heads < grid.tp_size:
+            return SharedKVLinear(hidden, heads, self.head_dim, grid, bias=bias, std=std)
+        return ColumnParallelLinear(hidden, heads * self.head_dim, grid, bias=bias, std=std)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        return x.view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, D)
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        x = copy_to_tp(x, self.grid)
+        q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
+        if context.rotary is not None:
+            q, k = context.rotary.rotate(q), context.rotary.rotate(k)
+        dropout = self.dropout if self.training else 0.0
+        with sharded_rng(self.grid):
+            y = context.attend(
+                q, k, v, layer=self.layer, window=self.window, dropout=dropout, gate=self.gate
+            )  # (B, H, T, D)
+        return self.output(y.transpose(1, 2).flatten(2))

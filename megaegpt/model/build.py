@@ -1,0 +1,51 @@
+"""From a configuration to an initialised model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from megaegpt.config import ModelConfig
+from megaegpt.model.deepgpt import DeepGPT
+from megaegpt.model.egpt import EGPT
+from megaegpt.model.gpt import GPT
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import initialize
+
+Model = GPT | EGPT | DeepGPT
+
+_KINDS: dict[str, type[Model]] = {"gpt": GPT, "egpt": EGPT, "deepgpt": DeepGPT}
+
+
+def build_model(
+    config: ModelConfig,
+    grid: ProcessGrid,
+    *,
+    seed: int = 1337,
+    activation_checkpointing: Literal["none", "selective", "full"] = "none",
+    compile_blocks: bool = False,
+) -> Model:
+    """The trainable model of ``config``, in fp32 on ``grid.device``, initialised from ``seed``.
+
+    The full weights are the same at any TP size.
+    """
+    model = empty_model(config, grid)
+    initialize(model, seed, grid)
+    model.stack.recompute = activation_checkpointing
+    if compile_blocks:
+        for block in model.stack.blocks:
+            block.compile()
+    return model.to(grid.device)
+
+
+def empty_model(config: ModelConfig, grid: ProcessGrid) -> Model:
+    """The same without values, for weights to be loaded into."""
+    return _KINDS[config.kind](config, grid)
+
+
+def meta_model(config: ModelConfig) -> nn.Module:
+    """The whole model without memory, to count its parameters and operations."""
+    with torch.device("meta"):
+        return empty_model(config, ProcessGrid())

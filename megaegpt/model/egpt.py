@@ -1,0 +1,157 @@
+"""EGPT's trainable part: a shallow decoder that reads encoder states of the current chunk's tokens
+and one or more features of each earlier chunk of the window.
+
+Shapes: B batch, N chunks, S chunk size, P features a chunk, M = (N - 1) * P, C hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaegpt.config import EGPTConfig, ModelConfig
+from megaegpt.model.attention.cache import KVCache
+from megaegpt.model.block import MLP, BlockStack, residual_std
+from megaegpt.model.chunk_memory import ChunkWindowContext, ReadingContext, RecordingContext
+from megaegpt.model.flops import attention_flops, matmul_flops
+from megaegpt.model.head import OutputHead
+from megaegpt.model.positions import AddedPositions, rotary_table
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.layers import Embedding
+from megaegpt.parallel.params import count_parameters
+
+Recorded = list[tuple[Tensor, Tensor]]
+
+
+def chunk_features(token_states: Tensor, config: EGPTConfig) -> Tensor:
+    """What later chunks see of a chunk: (..., S, C) encoder states -> (..., P, C).
+
+    The chunk is cut into P equal spans; a span's feature is its last state, or the mean of its
+    states.
+    """
+    spans = token_states.unflatten(-2, (config.features_per_chunk, -1))  # (..., P, S / P, C)
+    return spans[..., -1, :] if config.feature_pooling == "last" else spans.mean(-2)
+
+
+class EGPT(nn.Module):
+    """The decoder over a frozen encoder (``FrozenEncoder``, kept outside of this module)."""
+
+    def __init__(self, config: ModelConfig, grid: ProcessGrid) -> None:
+        super().__init__()
+        self.config, self.grid = config, grid
+        chunks = config.egpt
+        self.input_mlp = MLP(config, grid, out_std=residual_std(config))
+        self.chunk_positions = AddedPositions(config, chunks.num_chunks, grid)
+        self.lengths = Embedding(chunks.chunk_size, config.hidden_size, grid, config.init_std)
+        self.stack = BlockStack(config, grid)
+        self.head = OutputHead(config, grid)
+
+    def _embed(self, states: Tensor, chunk: Tensor, offset: Tensor) -> Tensor:
+        """Encoder states (B, T, C) with chunk numbers and offsets (T,) -> decoder inputs (B, T,
+        C).
+        """
+        x = self.chunk_positions(self.input_mlp(states), chunk) + self.lengths(offset)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _feature_places(self, chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Chunk number and last offset of each of the first ``chunks`` chunks' features, (M,)
+        each.
+        """
+        egpt = self.config.egpt
+        span = egpt.chunk_size // egpt.features_per_chunk
+        ends = torch.arange(1, egpt.features_per_chunk + 1, device=device) * span - 1  # (P,)
+        number = torch.arange(chunks, device=device).repeat_interleave(egpt.features_per_chunk)
+        return number, ends.repeat(chunks)
+
+    def hidden_states(self, token_states: Tensor, features: Tensor) -> Tensor:
+        """A whole window: states (B, N, S, C), features (B, N - 1, P, C) -> (B, N, S, C) after the
+        final norm.
+
+        Positions computed: N * S tokens and (N - 1) * P features, each once.
+        """
+        egpt = self.config.egpt
+        batch, chunks, size, _ = token_states.shape
+        device = token_states.device
+        token_chunk = torch.arange(chunks, device=device).repeat_interleave(size)
+        token_offset = torch.arange(size, device=device).repeat(chunks)
+        feature_chunk, feature_offset = self._feature_places(chunks - 1, device)
+        chunk = torch.cat([feature_chunk, token_chunk])  # (M + N * S,)
+        offset = torch.cat([feature_offset, token_offset])
+        states = torch.cat([features.flatten(1, 2), token_states.flatten(1, 2)], dim=1)
+        context = ChunkWindowContext(
+            chunks,
+            size,
+            egpt.features_per_chunk,
+            local=egpt.local_attention,
+            rotary=rotary_table(self.config, chunk),
+            cut=self._history_cut(batch, chunks, device),
+            device=device,
+        )
+        x = self.stack(self._embed(states, chunk, offset), context)
+        return x[:, feature_chunk.numel() :].unflatten(1, (chunks, size))
+
+    def _history_cut(self, batch: int, chunks: int, device: torch.device) -> Tensor | None:
+        """A random chunk of each window before which nothing is seen from it on (training only)."""
+        if not (self.training and self.config.egpt.random_history):
+            return None
+        return torch.randint(chunks, (batch,), device=device)
+
+    def forward(
+        self,
+        token_states: Tensor,
+        features: Tensor,
+        targets: Tensor,
+        reduction: Literal["sum", "none"] = "sum",
+    ) -> Tensor:
+        """States (B, N, S, C), features (B, N - 1, P, C), targets (B, N, S) -> nats."""
+        return self.head.loss(self.hidden_states(token_states, features), targets, reduction)
+
+    def record_memory(self, features: Tensor) -> Recorded:
+        """Features of the chunks before the current one, (B, n, P, C) with n < N -> each layer's
+        keys, values.
+        """
+        chunk, offset = self._feature_places(features.shape[1], features.device)
+        context = RecordingContext(rotary_table(self.config, chunk))
+        self.stack(self._embed(features.flatten(1, 2), chunk, offset), context)
+        return context.recorded
+
+    def decode(
+        self,
+        token_states: Tensor,
+        memory: Recorded,
+        chunk: int,
+        offset: int,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """New tokens of chunk number ``chunk`` of the window, from ``offset`` on: (B, T, C) -> (B,
+        T, C).
+
+        ``cache`` holds the chunk's earlier tokens and is needed with local attention only.
+        """
+        length, device = token_states.shape[1], token_states.device
+        chunks = torch.full((length,), chunk, device=device)
+        offsets = torch.arange(offset, offset + length, device=device)
+        context = ReadingContext(memory, cache, rotary_table(self.config, chunks))
+        x = self.stack(self._embed(token_states, chunks, offsets), context)
+        if cache is not None:
+            cache.length += length
+        return x
+
+    def num_parameters(self) -> int:
+        """Trainable parameters over all TP ranks (the encoder's are not among them)."""
+        return count_parameters(self)
+
+    def flops_per_token(self) -> int:
+        """Operations of training the decoder on one token of a full window (without the
+        encoder).
+        """
+        config, egpt = self.config, self.config.egpt
+        features = (egpt.num_chunks - 1) * egpt.features_per_chunk
+        positions = 1 + features / (egpt.num_chunks * egpt.chunk_size)  # a token's share of them
+        per_position = matmul_flops(self.stack) + matmul_flops(self.input_mlp)
+        visible = features + (egpt.chunk_size if egpt.local_attention else 1)
+        forward = positions * per_position + attention_flops(config, visible)
+        return int(3 * (forward + 2 * config.vocab_size * config.hidden_size))

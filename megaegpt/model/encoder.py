@@ -1,0 +1,78 @@
+"""The frozen GPT under EGPT and DeepGPT.
+
+It is never part of the trained module: the DeepSpeed engine, the optimizer and the checkpoints do
+not know it. It is built from its own source each time, and its fingerprint is what a run remembers
+of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from megaegpt.config import EncoderConfig
+from megaegpt.errors import ConfigError
+from megaegpt.model.flops import attention_flops, matmul_flops
+from megaegpt.model.gpt import GPT
+from megaegpt.model.weights import load_weights, read_weights_config
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import full_state
+
+
+class FrozenEncoder(nn.Module):
+    """A GPT without gradients, always in eval mode."""
+
+    def __init__(self, gpt: GPT) -> None:
+        super().__init__()
+        self.gpt = gpt.requires_grad_(False).eval()
+        self.config = gpt.config
+        self.fingerprint = weights_fingerprint(gpt)
+
+    @staticmethod
+    def from_source(
+        config: EncoderConfig, grid: ProcessGrid, dtype: torch.dtype = torch.float32
+    ) -> FrozenEncoder:
+        """Load the GPT that ``config.source`` names, cut for ``grid``, on its device, in ``dtype``.
+
+        Raises:
+            ConfigError: no source, or it is not a GPT.
+            CheckpointError: the folder is missing or damaged.
+        """
+        if config.source is None:
+            raise ConfigError("model.encoder.source is not set: give the folder of a GPT's weights")
+        model_config, _ = read_weights_config(config.source)
+        if model_config.kind != "gpt":
+            raise ConfigError(
+                f"model.encoder.source={config.source} holds a {model_config.kind}; "
+                "an encoder must be a gpt"
+            )
+        gpt = GPT(model_config, grid)
+        load_weights(gpt, config.source, grid)
+        encoder = FrozenEncoder(gpt)  # the fingerprint is of the weights as stored, before casts
+        return encoder.to(device=grid.device, dtype=dtype)
+
+    def train(self, mode: bool = True) -> FrozenEncoder:
+        """Stays in eval mode whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., S) ids, S <= max_seq_len -> (..., S, C) states after the final LayerNorm"""
+        states = self.gpt.hidden_states(tokens.reshape(-1, tokens.shape[-1]))
+        return states.view(*tokens.shape, -1)
+
+    def flops_per_token(self, length: int) -> int:
+        """Operations of encoding one token of a chunk of ``length`` tokens."""
+        return matmul_flops(self.gpt.stack) + attention_flops(self.config, length)
+
+
+def weights_fingerprint(model: GPT) -> str:
+    """sha256 over names, shapes, types and bytes of the full weights: the same at any TP size."""
+    digest = hashlib.sha256()
+    for name, tensor in full_state(model, model.grid):
+        data = tensor.cpu().contiguous()
+        digest.update(f"{name}:{tuple(data.shape)}:{data.dtype}".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,60 @@
+"""From hidden states to the vocabulary: sharded logits, or the loss without them.
+
+Shapes: C hidden, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megaegpt.config import ModelConfig
+from megaegpt.parallel.collectives import gather_from_tp
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.loss import linear_cross_entropy
+from megaegpt.parallel.params import new_parameter
+
+
+class OutputHead(nn.Module):
+    """The vocabulary-parallel head. With ``tied_to`` it shares that (V/tp, C) weight."""
+
+    def __init__(
+        self, config: ModelConfig, grid: ProcessGrid, tied_to: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.vocab_size = config.vocab_size
+        self.weight = tied_to if tied_to is not None else _untied_weight(config, grid)
+
+    def loss(
+        self, hidden: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum"
+    ) -> Tensor:
+        """hidden (..., C), targets (...) -> nats; see ``linear_cross_entropy``."""
+        return linear_cross_entropy(
+            hidden, self.weight, targets, self.grid, self.vocab_size, reduction
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V/tp), this rank's columns; padding columns are -inf. No gradient of
+        TP.
+        """
+        logits = hidden @ self.weight.t()
+        first = self.grid.tp_rank * logits.shape[-1]
+        padding = torch.arange(first, first + logits.shape[-1], device=logits.device)
+        return logits.masked_fill(padding >= self.vocab_size, -torch.inf)
+
+    def full_logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., vocab_size) on every TP rank, for sampling."""
+        return gather_from_tp(self.logits(hidden), self.grid)[..., : self.vocab_size]
+
+
+def _untied_weight(config: ModelConfig, grid: ProcessGrid) -> nn.Parameter:
+    return new_parameter(
+        (config.padded_vocab_size, config.hidden_size),
+        grid,
+        tp_dim=0,
+        std=config.init_std,
+        vocab_rows=config.vocab_size,
+    )

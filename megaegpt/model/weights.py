@@ -1,0 +1,132 @@
+"""A model's weights as a folder: ``model.safetensors`` with full, TP-independent tensors, and
+``config.json``.
+
+This is what a trained model is once it leaves its run: what generates, is evaluated, converted, or
+becomes an encoder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from megaegpt.config import ModelConfig
+from megaegpt.config.loading import model_config_from_dict
+from megaegpt.errors import CheckpointError
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import full_state, shard, spec_of
+
+FORMAT = "megaegpt-weights"
+VERSION = 1
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+
+def save_weights(
+    model: nn.Module, folder: str | Path, grid: ProcessGrid, extra: dict[str, Any] | None = None
+) -> None:
+    """Write the full weights of a GPT, EGPT or DeepGPT; collective over the ranks of one TP group.
+
+    Only TP rank 0 writes; call it on the ranks of dp rank 0. ``extra`` is kept in config.json.
+    """
+    tensors = {}
+    for name, tensor in full_state(model, grid):
+        if grid.tp_rank == 0:
+            tensors[name] = tensor.cpu().contiguous()
+    if grid.tp_rank != 0:
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": dataclasses.asdict(config),
+        "extra": extra or {},
+    }
+    with _whole_file(folder / _WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    with _whole_file(folder / _CONFIG) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Any:
+    """Yield a temporary path that takes ``path``'s place, synced, when the block ends well."""
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_weights_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model configuration and the extra entries of a weights folder.
+
+    Raises:
+        CheckpointError: there is none, or it is not ours.
+    """
+    path = Path(folder) / _CONFIG
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: {folder} is not a weights folder") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a MegaEGPT weights description")
+    if document.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {document.get('version')}; this program reads {VERSION}"
+        )
+    return model_config_from_dict(document["model"]), document.get("extra", {})
+
+
+def load_weights(model: nn.Module, folder: str | Path, grid: ProcessGrid) -> None:
+    """Fill ``model`` with this rank's slices of a folder's weights, cast to the model's types.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or names or shapes differ from the model's.
+    """
+    path = Path(folder) / _WEIGHTS
+    parameters = dict(model.named_parameters())
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if names != set(parameters):
+                raise CheckpointError(
+                    f"{path} does not fit the model: {_difference(names, parameters)}"
+                )
+            for name, parameter in parameters.items():
+                spec, full = spec_of(parameter), file.get_tensor(name)
+                if tuple(full.shape) != spec.full_shape:
+                    raise CheckpointError(
+                        f"{path}: {name} has shape {tuple(full.shape)}, the model {spec.full_shape}"
+                    )
+                with torch.no_grad():
+                    parameter.copy_(shard(full, spec, grid))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+def _difference(names: set[str], parameters: dict[str, nn.Parameter]) -> str:
+    missing, foreign = sorted(set(parameters) - names), sorted(names - set(parameters))
+    parts = [
+        f"{what} {', '.join(some[:3])}{' ...' if len(some) > 3 else ''}"
+        for what, some in (("it lacks", missing), ("it has the unknown", foreign))
+        if some
+    ]
+    return "; ".join(parts)
