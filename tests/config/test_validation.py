@@ -1,0 +1,139 @@
+"""Combinations of values that cannot be run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.config.loading import validate
+from megaegpt.config.validation import GENERATED_DEEPSPEED_KEYS
+from megaegpt.errors import ConfigError
+from megaegpt.training.deepspeed_config import deepspeed_config
+
+
+def run_config(**sections: dict[str, Any]) -> RunConfig:
+    """The default run with some fields replaced: ``run_config(model={"num_heads": 4})``."""
+    default = RunConfig()
+    replaced = {
+        name: dataclasses.replace(getattr(default, name), **values)
+        for name, values in sections.items()
+        if name != "deepspeed"
+    }
+    return dataclasses.replace(default, deepspeed=sections.get("deepspeed", {}), **replaced)
+
+
+REFUSED = [
+    ({"model": {"hidden_size": 100}}, "hidden_size=100 is not divisible by model.num_heads=12"),
+    ({"model": {"num_kv_heads": 5}}, "model.num_kv_heads=5: use one of 1, 2, 3, 4, 6, 12"),
+    (
+        {"model": {"num_kv_heads": 3}, "parallel": {"tensor_parallel_size": 2}},
+        "model.num_kv_heads=3 and parallel.tensor_parallel_size=2: one must divide the other",
+    ),
+    ({"parallel": {"tensor_parallel_size": 8}}, "model.num_heads=12 is not divisible by"),
+    (
+        {"model": {"ffn_hidden_size": 6}, "parallel": {"tensor_parallel_size": 4}},
+        "model.ffn_hidden_size=6 is not divisible by parallel.tensor_parallel_size=4",
+    ),
+    (
+        {"model": {"num_heads": 5, "hidden_size": 320}, "parallel": {"tensor_parallel_size": 5}},
+        "model.vocab_size=50257, padded to 50304, is not divisible by",
+    ),
+    ({"training": {"micro_batch_size": 3}}, "use for example 9"),
+    ({"model": {"positions": "rotary", "head_dim": 5}}, "the head width 5 must be even"),
+    ({"model": {"positions": "sinusoidal", "hidden_size": 3, "num_heads": 1}}, "needs an even"),
+    ({"model": {"attention": "latent", "positions": "rotary"}}, "needs an even model.rope_head"),
+    ({"model": {"rope_head_dim": 8}}, "model.rope_head_dim=8 has no effect"),
+    ({"model": {"latent_dim": 8}}, "model.latent_dim=8 has no effect without"),
+    ({"model": {"attention": "latent", "num_kv_heads": 2}}, "num_kv_heads=2 has no effect"),
+    ({"model": {"attention": "latent", "window": 8}}, "cannot be combined with"),
+    ({"model": {"window_every": 2}}, "model.window_every=2 has no effect without model.window"),
+    ({"model": {"window": 0}}, "model.window=0 must be greater than 0"),
+    ({"model": {"dropout": 1.0}}, "model.dropout=1.0 must be at least 0 and below 1"),
+    ({"model": {"kind": "egpt"}}, "model.encoder.source is required for model.kind=egpt"),
+    ({"model": {"kind": "deepgpt"}}, "model.encoder.source is required for model.kind=deepgpt"),
+    ({"training": {"steps": 20}}, "training.steps=20 must be greater than optimizer.warmup_steps"),
+    ({"optimizer": {"decay_steps": 9}}, "optimizer.decay_steps=9 must be greater than"),
+    ({"optimizer": {"schedule": "wsd", "decay_steps": 990}}, "do not fit in training.steps=1000"),
+    ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr=1.0 must not be above optimizer.lr"),
+    ({"training": {"micro_batch_size": 0}}, "training.micro_batch_size=0 must be greater than 0"),
+    ({"optimizer": {"weight_decay": -0.1}}, "optimizer.weight_decay=-0.1 must not be negative"),
+    ({"generation": {"top_p": 1.5}}, "generation.top_p=1.5 must be above 0, at most 1"),
+    ({"deepspeed": {"bf16": {"enabled": True}}}, "deepspeed.bf16.enabled is set by"),
+    ({"deepspeed": {"optimizer": {"type": "Adam"}}}, "deepspeed.optimizer is set by optimizer"),
+]
+
+
+@pytest.mark.parametrize(("sections", "expected"), REFUSED)
+def test_a_combination_that_cannot_run_is_refused(sections, expected):
+    with pytest.raises(ConfigError) as caught:
+        validate(run_config(**sections))
+    assert expected in str(caught.value)
+
+
+ALLOWED = [
+    {"model": {"num_kv_heads": 1}, "parallel": {"tensor_parallel_size": 4}},
+    {"model": {"num_kv_heads": 6}, "parallel": {"tensor_parallel_size": 3}},
+    {"model": {"hidden_size": 100, "head_dim": 8}},
+    {"model": {"attention": "latent", "positions": "rotary", "rope_head_dim": 32}},
+    {"model": {"window": 128, "window_every": 4}},
+    {"optimizer": {"schedule": "wsd", "decay_steps": 980}},
+    {"optimizer": {"schedule": "constant"}, "training": {"steps": 5}},
+    {"deepspeed": {"fp16": {"initial_scale_power": 12}, "wall_clock_breakdown": True}},
+]
+
+
+@pytest.mark.parametrize("sections", ALLOWED)
+def test_a_combination_that_can_run_is_accepted(sections):
+    validate(run_config(**sections))
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "tp", "world", "fits"),
+    [(8, 1, 1, 8, True), (8, 2, 1, 8, False), (8, 2, 2, 8, True), (12, 1, 1, 8, False)],
+)
+def test_the_global_batch_divides_over_the_ranks_of_the_run(batch, micro, tp, world, fits):
+    config = run_config(
+        training={"global_batch_size": batch, "micro_batch_size": micro},
+        parallel={"tensor_parallel_size": tp},
+    )
+    validate(config)
+    if fits:
+        validate(config, world)
+    else:
+        with pytest.raises(ConfigError, match=f"training.global_batch_size={batch}"):
+            validate(config, world)
+
+
+def test_processes_that_do_not_divide_into_tensor_parallel_groups_are_refused():
+    config = run_config(parallel={"tensor_parallel_size": 2})
+    with pytest.raises(ConfigError, match="3 processes are not divisible by"):
+        validate(config, 3)
+
+
+def test_a_model_rule_is_not_judged_on_a_size_of_zero():
+    config = run_config(model={"num_heads": 0}, parallel={"tensor_parallel_size": 0})
+    with pytest.raises(ConfigError) as caught:
+        validate(config, 2)
+    assert "2 problems" in str(caught.value)
+
+
+def test_every_deepspeed_key_that_is_refused_raw_is_one_that_the_project_decides():
+    generated = deepspeed_config(run_config(), 1, "fp32", 1000)
+    dotted = set(generated) | {
+        f"{key}.{name}"
+        for key, value in generated.items()
+        if isinstance(value, dict)
+        for name in value
+    }
+    decided_elsewhere = {"optimizer", "scheduler", "activation_checkpointing", "tensorboard"}
+    decided_elsewhere |= {"steps_per_print", "checkpoint"}
+    assert set(GENERATED_DEEPSPEED_KEYS) <= dotted | decided_elsewhere
+
+
+def test_defaults_of_sizes_resolve():
+    model = ModelConfig(hidden_size=64, num_heads=4, num_kv_heads=2)
+    assert (model.kv_heads, model.head_size, model.ffn_size, model.latent_size) == (2, 16, 256, 8)
+    assert model.padded_vocab_size == 50304
