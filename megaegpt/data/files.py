@@ -1,0 +1,75 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megaegpt.errors import DataError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def temporary_name(path: Path) -> Path:
+    """Where ``path`` is written before it is complete; a rerun reuses the name."""
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
+@contextlib.contextmanager
+def naming_failures(path: Path) -> Iterator[None]:
+    """Turn a failed write (full disk, no permission) into a :class:`DataError` with the file."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a fully written, fsynced file its final name, durably."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file under its temporary name, then publish it.
+
+    Raises:
+        DataError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary = temporary_name(path)
+    try:
+        with naming_failures(path):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
+    except DataError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def map_bytes(path: Path) -> np.ndarray:
+    """The bytes of a file as a read-only uint8 array over its memory map.
+
+    A plain array and not ``numpy.memmap``: slicing the subclass costs several times as much.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return np.empty(0, dtype=np.uint8)
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
