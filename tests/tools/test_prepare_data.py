@@ -1,0 +1,174 @@
+"""tools/prepare_data.py: which text it takes, how it is cleaned, what it leaves on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megaegpt.data import books
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import DataError
+from tests.data.readers.test_gutenberg import BODY, FOOTER, HEADER
+from tools import prepare_data
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No local corpora and no network, whatever the machine."""
+
+    def unreachable(url: str, *_: object) -> Path:
+        raise DataError(f"{url}: cannot be downloaded (offline)")
+
+    monkeypatch.delenv("MEGAEGPT_DATA", raising=False)
+    monkeypatch.setattr(books, "download", unreachable)
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
+    prepare_data.main()
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_given_file_becomes_one_clean_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    book = tmp_path / "mine.txt"
+    book.write_text(HEADER + BODY + FOOTER, encoding="utf-8")
+    out = tmp_path / "out"
+    prepare(monkeypatch, "war_and_peace", "--output", out, "--input", book, "--straight-quotes")
+    [line] = lines(out / "war_and_peace.jsonl")
+    assert 'hall struck, and "nobody" was there' in line["text"]
+    assert line["meta"]["title"] == "War and Peace"
+    assert [path.name for path in out.iterdir()] == ["war_and_peace.jsonl"]
+    printed = capsys.readouterr().out
+    assert "another edition" in printed
+    assert printed.rstrip().endswith(str(out / "war_and_peace.jsonl"))
+
+
+def test_offline_without_the_book_the_error_is_one_line_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        prepare(monkeypatch, "war_and_peace", "--output", tmp_path)
+    assert raised.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "gutenberg.org" in message
+    assert "--input" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_book_falls_back_to_the_bible_and_the_choice_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(monkeypatch, "book", "--output", tmp_path)
+    assert "text: The King James Bible" in capsys.readouterr().out
+    [line] = lines(tmp_path / "book.jsonl")
+    assert line["text"].startswith(
+        "GENESIS\n\nChapter 1\n\nIn the beginning God created the heaven and the earth.\nAnd the"
+    )
+    assert line["text"].endswith("The grace of our Lord Jesus Christ be with you all. Amen.")
+    assert line["text"].count("\nChapter ") == 1_189
+
+    monkeypatch.setattr(prepare_data, "_load", lambda *_: pytest.fail("chose again"))
+    prepare(monkeypatch, "book", "--output", tmp_path)
+    assert "text: The King James Bible (prepared before)" in capsys.readouterr().out
+
+
+def test_the_bible_is_read_without_importing_its_package() -> None:
+    books.king_james_bible()
+    assert "bible" not in sys.modules
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "king_james_bible.jsonl"
+    target.write_text("old")
+    monkeypatch.setattr(prepare_data.os, "fsync", full)
+    with pytest.raises(SystemExit):
+        prepare(monkeypatch, "king_james_bible", "--output", tmp_path)
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    assert target.read_text() == "old"
+
+
+def test_a_download_with_other_words_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(url: str, target: Path) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(HEADER + BODY + FOOTER, encoding="utf-8")
+        return target
+
+    monkeypatch.setattr(books, "download", wrong)
+    with pytest.raises(DataError, match="not those of the known edition"):
+        books.load_book(books.BOOKS["moby_dick"], books.Cleaning(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_with_the_known_words_is_kept_whatever_its_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "It was late when the clock in the hall struck, and “nobody” was there to hear it."
+    sha256 = hashlib.sha256(words.encode()).hexdigest()
+    book = books.Book("clock", "The Clock", "Ada Example", 1, "It was late", "to hear it.", sha256)
+    fetched = []
+
+    def serve(url: str, target: Path) -> Path:
+        fetched.append(url)
+        target.write_text((HEADER + BODY + FOOTER).replace("\n", "\r\n"), encoding="utf-8-sig")
+        return target
+
+    monkeypatch.setattr(books, "download", serve)
+    for _ in range(2):  # the second time from the kept file
+        document = books.load_book(book, books.Cleaning(), tmp_path)
+        assert words in document.text
+    assert len(fetched) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["clock.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tokens"),
+    [
+        ("war_and_peace", {}, 797_293),
+        ("war_and_peace", {"keep_wraps": True}, 849_487),
+        ("war_and_peace", {"doubled_newlines": True}, 902_163),
+        ("anna_karenina", {}, 506_032),
+        ("moby_dick", {}, 305_941),
+    ],
+)
+def test_real_books_have_the_known_number_of_tokens(
+    data_dir: Path, tmp_path: Path, name: str, options: dict[str, bool], tokens: int
+) -> None:
+    said: list[str] = []
+    book = books.BOOKS[name]
+    cleaning = books.Cleaning(**options)
+    document = books.load_book(book, cleaning, tmp_path, local=data_dir, say=said.append)
+    assert not any("another edition" in line for line in said)
+    assert len(Tokenizer.load().encode(document.text)) == tokens
+
+
+def test_tolstoy_is_two_books_to_train_on_and_one_to_validate(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(monkeypatch, "tolstoy", "--output", tmp_path, "--input", data_dir, "--doubled-newlines")
+    train, validation = (
+        lines(tmp_path / "tolstoy_train.jsonl"),
+        lines(tmp_path / "tolstoy_validation.jsonl"),
+    )
+    assert [line["meta"]["title"] for line in train] == ["War and Peace", "Anna Karenina"]
+    assert [line["meta"]["author"] for line in validation] == ["Herman Melville"]
+    for line in train + validation:
+        assert "\n\n\n" not in line["text"]  # every line end a blank line, and never more than one
+        assert line["text"].count("\n") == 2 * line["text"].count("\n\n")

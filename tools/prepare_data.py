@@ -1,0 +1,126 @@
+"""Get a corpus ready for ``tools/preprocess.py``: downloaded or read, cleaned, written as JSONL.
+
+    python tools/prepare_data.py book --output data            # War and Peace, or else the Bible
+    python tools/prepare_data.py war_and_peace --output data --input 2600-0.txt
+    python tools/prepare_data.py tolstoy --output data         # train and validation files
+
+Each line of the output is one document, ``{"text": ..., "meta": ...}``. A file appears whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from megaegpt.data.books import BOOKS, Cleaning, king_james_bible, load_book
+from megaegpt.data.documents import Document
+from megaegpt.data.files import naming_failures, publish, temporary_name
+from megaegpt.errors import DataError, exits_cleanly
+
+TOLSTOY = {"train": ("war_and_peace", "anna_karenina"), "validation": ("moby_dick",)}
+
+
+@exits_cleanly
+def main() -> None:
+    """Prepare the corpus named on the command line and print the files it is in."""
+    for path in _prepare(_parse_arguments()):
+        print(path)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [*BOOKS, "king_james_bible", "book", "tolstoy"]
+    parser.add_argument("name", choices=names, help="corpus; 'book': the best one to be had here")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument(
+        "--input", type=Path, metavar="PATH", help="file or folder to read instead of downloading"
+    )
+    parser.add_argument(
+        "--keep-wraps", action="store_true", help="keep a book's hard line breaks at 70 columns"
+    )
+    parser.add_argument(
+        "--straight-quotes", action="store_true", help="typographic quotation marks become straight"
+    )
+    parser.add_argument(
+        "--doubled-newlines",
+        action="store_true",
+        help="every line end twice: the text on which the original EGPT figures were measured",
+    )
+    return parser.parse_args()
+
+
+def _prepare(arguments: argparse.Namespace) -> list[Path]:
+    """Write the corpus; returns its files."""
+    name, output = arguments.name, arguments.output
+    with naming_failures(output):
+        output.mkdir(parents=True, exist_ok=True)
+    if name == "tolstoy":
+        return [
+            write_jsonl(output / f"tolstoy_{split}.jsonl", [_load(b, arguments) for b in books])
+            for split, books in TOLSTOY.items()
+        ]
+    target = output / f"{name}.jsonl"
+    if name == "book":
+        return [_prepare_any_book(target, arguments)]
+    document = king_james_bible() if name == "king_james_bible" else _load(name, arguments)
+    return [write_jsonl(target, [document])]
+
+
+def _prepare_any_book(target: Path, arguments: argparse.Namespace) -> Path:
+    """War and Peace, or the Bible where that cannot be had.
+
+    The choice is made once: an existing file is kept, so that a run that was interrupted goes on
+    with the same text even when the network has come or gone in between.
+    """
+    if target.exists():
+        with target.open(encoding="utf-8") as file:
+            title = json.loads(file.readline())["meta"]["title"]
+        print(f"text: {title} (prepared before)")
+        return target
+    try:
+        document = _load("war_and_peace", arguments)
+    except DataError as error:
+        if arguments.input is not None:
+            raise
+        print(f"{error}\nfalling back to the King James Bible")
+        document = king_james_bible()
+    print(f"text: {document.metadata['title']}")
+    return write_jsonl(target, [document])
+
+
+def _load(name: str, arguments: argparse.Namespace) -> Document:
+    cleaning = Cleaning(
+        keep_wraps=arguments.keep_wraps,
+        straight_quotes=arguments.straight_quotes,
+        doubled_newlines=arguments.doubled_newlines,
+        squeeze_blank_lines=arguments.doubled_newlines and arguments.name == "tolstoy",
+    )
+    downloads = arguments.output / "downloads"
+    return load_book(BOOKS[name], cleaning, downloads, local=arguments.input)
+
+
+def write_jsonl(path: Path, documents: Iterable[Document]) -> Path:
+    """Write documents one a line, under a temporary name until all are on disk."""
+    temporary = temporary_name(path)
+    try:
+        with naming_failures(path):
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                for document in documents:
+                    line = {"text": document.text, "meta": dict(document.metadata)}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+if __name__ == "__main__":
+    main()
