@@ -1,45 +1,261 @@
-"""Checkpoints of a run: complete or absent, checksummed, and the last few of them kept."""
+"""Checkpoints of a run: complete or absent, checksummed, and the last few of them kept.
+
+::
+
+    checkpoints/
+      latest                  the name of the folder to resume from
+      step_00000500/
+        manifest.json         step, topology, the loop's state, every file's size and sha256
+        deepspeed/            weights and optimizer state, cut by rank
+        weights/              whatever the caller's writers add, such as TP-independent safetensors
+
+A checkpoint is written under a name that starts with a dot, flushed, renamed, and only then named
+by ``latest``. So a process that dies at any moment leaves the previous checkpoint, or the new one,
+whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+import re
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megaegpt.training.engine import Engine
+import torch.distributed as dist
+
+from megaegpt.errors import CheckpointError
+from megaegpt.parallel.agreement import raise_together
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.engine import Engine, Topology
+from megaegpt.training.manifest import (
+    FileEntry,
+    Manifest,
+    describe_files,
+    sync_folder,
+    verify_files,
+    write_durably,
+)
 
 TrainerState = dict[str, Any]
 """What the loop itself remembers; JSON values only."""
+
+Writers = Mapping[str, Callable[[Path], None]]
+"""Further parts of a checkpoint: name of a sub-folder -> what fills it, called on every rank."""
+
+_LATEST = "latest"
+_STATE = "deepspeed"
+_COMPLETE = re.compile(r"step_\d{8,}")
+_SAVING, _REPLACED, _REMOVING = ".saving-", ".replaced-", ".removing-"
 
 
 class CheckpointManager:
     """The checkpoints of one run.
 
     Args:
-        directory: holds ``step_00000500/`` folders and the file ``latest`` that names one of them.
-        keep: complete checkpoints kept.
+        directory: where they are; shared by all ranks. Created by the first save.
+        keep: complete checkpoints kept, at least 1.
     """
 
     def __init__(self, directory: str | Path, keep: int) -> None:
         self.directory = Path(directory)
-        self.keep = keep
+        self.keep = max(1, keep)
+
+    # -- looking ----------------------------------------------------------------------------------
 
     def latest(self) -> Path | None:
-        """Folder of the newest complete checkpoint, or None."""
-        raise NotImplementedError
+        """The checkpoint that ``latest`` names, else the newest complete one, else None."""
+        try:
+            named = self.directory / (self.directory / _LATEST).read_text(encoding="utf-8").strip()
+            if _COMPLETE.fullmatch(named.name) and named in self._complete():
+                return named
+        except (OSError, UnicodeDecodeError):
+            pass
+        return max(self._complete(), key=_saved_at, default=None)
+
+    def _complete(self) -> list[Path]:
+        """Folders under their final name: they were whole when they got it."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(p for p in self.directory.iterdir() if _COMPLETE.fullmatch(p.name))
+
+    # -- saving -----------------------------------------------------------------------------------
 
     def save(
+        self, engine: Engine, step: int, state: TrainerState, writers: Writers | None = None
+    ) -> Path:
+        """Save after ``step`` optimizer steps; collective over all ranks.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: on all ranks, when one cannot write (a full disk, say); what was
+                there before is untouched.
+        """
+        grid = engine.grid
+        name = f"step_{step:08d}"
+        temporary = self.directory / f"{_SAVING}{name}"
+        together = functools.partial(self._together, grid, step)
+        try:
+            prepare = functools.partial(self._prepare, temporary)
+            together(prepare if grid.is_main else None)
+            own = together(functools.partial(engine.save_state, temporary / _STATE))
+            for part, write in (writers or {}).items():
+                together(functools.partial(write, temporary / part))
+            entries = together(functools.partial(describe_files, own, temporary))
+            written = _gather(entries, grid)
+            finish = functools.partial(self._publish, engine, step, state, temporary, written)
+            together(finish if grid.is_main else None)
+        except BaseException:
+            if grid.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return self.directory / name
+
+    def _together(self, grid: ProcessGrid, step: int, action: Callable[[], Any] | None) -> Any:
+        """Run this rank's ``action``; if it fails on one rank, fail on all."""
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = action() if action else None
+        except OSError as e:
+            previous = self.latest()
+            rest = f"{previous.name} is untouched" if previous else "there is no earlier one"
+            error = CheckpointError(
+                f"checkpoint of step {step} was not saved: {e.filename}: {e.strerror}; {rest}"
+            )
+        except Exception as e:
+            error = e
+        raise_together(error, grid)
+        return result
+
+    def _prepare(self, temporary: Path) -> None:
+        """Make room, after clearing what a killed process left."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob(".*-step_*"):
+            final = self.directory / leftover.name.split("-", 1)[1]
+            if leftover.name.startswith(_REPLACED) and not final.exists():
+                leftover.rename(final)  # killed between the two renames of _publish
+            elif leftover.name.startswith((_SAVING, _REPLACED, _REMOVING)):
+                shutil.rmtree(leftover)
+        temporary.mkdir()
+
+    def _publish(
         self,
         engine: Engine,
         step: int,
         state: TrainerState,
-        writers: Mapping[str, Callable[[Path], None]] = {},  # noqa: B006
-    ) -> Path:
-        """Save after ``step`` optimizer steps. Collective; ``writers`` make further sub-folders by name
-        (for example ``{"weights": lambda folder: save_weights(...)}``), called on every rank.
-        """
-        raise NotImplementedError
+        temporary: Path,
+        written: dict[str, FileEntry],
+    ) -> None:
+        others = [
+            path
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file() and path.relative_to(temporary).as_posix() not in written
+        ]
+        manifest = Manifest(
+            step=step,
+            topology=dataclasses.asdict(engine.topology),
+            parameters={n: list(s.full_shape) for n, s in engine.parameter_specs().items()},
+            trainer=state,
+            files={**written, **describe_files(others, temporary)},
+        )
+        manifest.write(temporary)
+        for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
+            sync_folder(folder)
+        final = self.directory / temporary.name.removeprefix(_SAVING)
+        if final.exists():
+            final.rename(self.directory / f"{_REPLACED}{final.name}")
+        temporary.rename(final)
+        sync_folder(self.directory)
+        write_durably(self.directory / _LATEST, f"{final.name}\n")
+        self._remove_old()
 
-    def load(self, engine: Engine, folder: Path | None = None) -> TrainerState:
-        """Restore the engine from ``folder`` (default: the latest) and return the trainer's state."""
-        raise NotImplementedError
+    def _remove_old(self) -> None:
+        newest_first = sorted(self._complete(), key=_saved_at, reverse=True)
+        for folder in newest_first[self.keep :]:
+            doomed = self.directory / f"{_REMOVING}{folder.name}"
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+        for replaced in self.directory.glob(f"{_REPLACED}*"):
+            shutil.rmtree(replaced)
+
+    # -- loading ----------------------------------------------------------------------------------
+
+    def load(self, engine: Engine, folder: str | Path | None = None) -> TrainerState:
+        """Restore the engine from ``folder`` (default: :meth:`latest`); collective over all ranks.
+
+        Every file is verified first, each by one rank.
+
+        Returns:
+            The state that was given to :meth:`save`.
+
+        Raises:
+            CheckpointError: on all ranks: there is none, a file is missing or damaged, or it
+                was made for another model or topology.
+        """
+        grid = engine.grid
+        chosen = _from_main(Path(folder) if folder else self.latest(), grid)
+        if chosen is None:
+            raise CheckpointError(f"{self.directory} holds no checkpoint to resume from")
+        manifest: Manifest | None = None
+        error: CheckpointError | None = None
+        try:
+            manifest = Manifest.read(chosen)
+            mine = sorted(manifest.files)[grid.rank :: grid.world_size]
+            verify_files({name: manifest.files[name] for name in mine}, chosen)
+            _check_model(manifest, engine, chosen)
+            _check_topology(manifest, engine, chosen)
+        except CheckpointError as e:
+            error = e
+        raise_together(error, grid)
+        assert manifest is not None
+        engine.load_state(chosen / _STATE)
+        return manifest.trainer
+
+
+def _saved_at(folder: Path) -> int:
+    try:
+        return Manifest.read(folder).saved_at_ns
+    except CheckpointError:
+        return -1  # damaged: never preferred, first to go
+
+
+def _check_model(manifest: Manifest, engine: Engine, folder: Path) -> None:
+    ours = {name: list(spec.full_shape) for name, spec in engine.parameter_specs().items()}
+    for name in sorted({*ours, *manifest.parameters}):
+        saved, wanted = manifest.parameters.get(name), ours.get(name)
+        if saved != wanted:
+            raise CheckpointError(
+                f"{folder} is of another model: {name} is {saved or 'absent'} there and "
+                f"{wanted or 'absent'} in this run's model section"
+            )
+
+
+def _check_topology(manifest: Manifest, engine: Engine, folder: Path) -> None:
+    saved = Topology(**manifest.topology)
+    if saved != engine.topology:
+        raise CheckpointError(
+            f"{folder} was saved with {saved}, but this run has {engine.topology}: "
+            "resume with the saved layout"
+        )
+
+
+def _gather(entries: dict[str, FileEntry], grid: ProcessGrid) -> dict[str, FileEntry]:
+    if grid.world_size == 1:
+        return entries
+    gathered: list[dict[str, FileEntry]] = [{} for _ in range(grid.world_size)]
+    dist.all_gather_object(gathered, entries)
+    return {name: entry for part in gathered for name, entry in part.items()}
+
+
+def _from_main(folder: Path | None, grid: ProcessGrid) -> Path | None:
+    """The main rank's answer, so that all ranks look at the same folder."""
+    if grid.world_size == 1:
+        return folder
+    answer = [folder]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]

@@ -31,9 +31,9 @@ _OWNERS = {
 def effective_zero_stage(stage: int, precision: Precision) -> int:
     """The stage DeepSpeed is given.
 
-    Half precision needs fp32 master weights, which DeepSpeed's stage 0 keeps in an optimizer that counts
-    sharded gradients wrongly under tensor parallelism and accumulates in half precision. Stage 1 costs
-    the same communication and less memory, so it serves for 0 there.
+    Half precision needs fp32 master weights, which DeepSpeed's stage 0 keeps in an optimizer that
+    counts sharded gradients wrongly under tensor parallelism and accumulates in half precision.
+    Stage 1 costs the same communication and less memory, so it serves for 0 there.
     """
     return max(stage, 1) if precision != "fp32" else stage
 
@@ -74,10 +74,8 @@ def deepspeed_config(
     return _merge(generated, raw)
 
 
-def _check_contradictions(
-    raw: dict[str, Any], generated: dict[str, Any], clipping: float
-) -> None:
-    ours = {**generated, "gradient_clipping": clipping}
+def _check_contradictions(raw: dict[str, Any], generated: dict[str, Any], clipping: float) -> None:
+    ours: dict[str, Any] = {**generated, "gradient_clipping": clipping}
     problems = []
     for path, owner in _OWNERS.items():
         value, expected = _lookup(raw, path), _lookup(ours, path)
@@ -100,6 +98,7 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in extra.items():
         known = merged.get(key)
-        both = isinstance(known, dict) and isinstance(value, dict)
-        merged[key] = _merge(known, value) if both else value
+        if isinstance(known, dict) and isinstance(value, dict):
+            value = _merge(known, value)
+        merged[key] = value
     return merged

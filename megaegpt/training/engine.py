@@ -1,4 +1,4 @@
-"""DeepSpeed behind one class: processes, precision, the optimizer step, and the state that is saved.
+"""DeepSpeed behind one class: processes, precision, the optimizer step, and saved state.
 
 Nothing else in the project imports DeepSpeed, so what it expects is written down here. Tested with
 0.19.8; ``setup.py`` pins the line, because defaults move between releases.
@@ -10,7 +10,8 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,48 +19,97 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 from torch import Tensor, nn
 
 from megaegpt.config.run import RunConfig
-from megaegpt.errors import CheckpointError, ConfigError, LaunchError
+from megaegpt.errors import ConfigError, LaunchError
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
 from megaegpt.parallel.loss import IGNORE
-from megaegpt.parallel.params import spec_of
+from megaegpt.parallel.params import ParamSpec, spec_of
 from megaegpt.parallel.rng import seed_micro_step
-from megaegpt.training.deepspeed_config import Precision, deepspeed_config
+from megaegpt.training import deepspeed_state
+from megaegpt.training.deepspeed_config import (
+    Precision,
+    deepspeed_config,
+    effective_zero_stage,
+)
 from megaegpt.training.optimizer import build_adamw, build_clipped_adamw
 from megaegpt.training.schedule import learning_rate
 
 MicroBatch = Mapping[str, Tensor]
-"""Tensors by name, on any device; ``targets`` (-100 where nothing is predicted) must be among them."""
+"""Tensors by name, on any device; ``targets`` (-100 where nothing is predicted) is among them."""
 
 LossFunction = Callable[[Callable[..., Tensor], MicroBatch], Tensor]
-"""(model, micro-batch on this device) -> sum of nats, by one call of the model."""
+"""(model, micro-batch on this rank's device) -> sum of nats, through one call of the model."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+
 
 def init_distributed() -> torch.device:
-    """Join the processes that ``deepspeed`` or ``torchrun`` started, or be the only one; the device to use.
+    """Join the processes that a launcher started, or be the only one; returns the device to use.
 
-    Call it once, before :meth:`ProcessGrid.create`.
+    Call it once, before :meth:`ProcessGrid.create`. ``deepspeed`` and ``torchrun`` describe the
+    processes in the environment; without them this process is a world of its own.
 
     Raises:
-        LaunchError: more processes than GPUs on this machine, or an incomplete environment.
+        LaunchError: more processes on this machine than it has GPUs.
     """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise LaunchError(
+                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are "
+                "visible; start as many processes as GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        # DeepSpeed would compile this operator (45 s, needs a compiler); only its inference uses
+        # it.
+        deepspeed_ops["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False
+    )
+    return device
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
-    """``auto`` is bf16 on a GPU and fp32 on a CPU.
+    """``auto`` is bf16 on a GPU and fp32 on a CPU; the rest is taken as it is.
 
     Raises:
-        ConfigError: the device cannot compute in ``wanted``.
+        ConfigError: this device cannot compute in ``wanted``.
     """
+    if wanted == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    if wanted == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+        raise ConfigError("training.precision=fp16 is not supported on this CPU: use fp32, or auto")
+    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("training.precision=bf16 is not supported on this GPU: use fp16")
+    return wanted  # type: ignore[return-value]
+
+
+def slow_precision_notice(precision: Precision, device: torch.device) -> str | None:
+    """A warning where products in ``precision`` run without vector instructions, else None."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision != "bf16" or device.type != "cpu" or fast:
+        return None
+    return "bf16 is many times slower than fp32 on this CPU (no avx512_bf16, no amx)"
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step. Tensors are scalars on the device, equal on all ranks; reading them waits for it."""
+    """One optimizer step. Tensors are scalars on the device, equal on all ranks."""
 
     loss: Tensor
     """Mean nats per token over the global batch, before the update."""
@@ -72,28 +122,178 @@ class StepResult:
     applied: bool
     """False: the gradient was not finite and the weights are unchanged."""
     nonfinite: bool
-    """Skipped for a cause that loss scaling does not cure (fp16 skips steps while it finds its scale)."""
+    """Skipped for a cause that loss scaling does not cure."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What a checkpoint's layout depends on; it is resumed as it is only under the same."""
+
+    tensor_parallel: int
+    data_parallel: int
+    zero_stage: int
+    precision: str
+
+    def __str__(self) -> str:
+        return (
+            f"tensor parallel {self.tensor_parallel} x data parallel {self.data_parallel}, "
+            f"ZeRO stage {self.zero_stage}, {self.precision}"
+        )
 
 
 class Engine:
     """A model under DeepSpeed: ZeRO, mixed precision, clipping, AdamW.
 
     Args:
-        model: the trainable model, with its initial weights; moved to the device and cast in place.
-        grid: this process's place.
+        model: the trainable model with its initial weights and :class:`ParamSpec` marks; it is
+            moved to the grid's device and cast in place. Anything frozen stays outside.
+        grid: this process's place; the process groups must exist (:func:`init_distributed`).
         config: the run.
+
+    Raises:
+        ConfigError: a precision that the device lacks, or contradicting raw DeepSpeed keys.
     """
 
     def __init__(self, model: nn.Module, grid: ProcessGrid, config: RunConfig) -> None:
-        self.grid = grid
-        self.precision: Precision = "fp32"
         self.model = model
+        self.grid = grid
+        self.precision = resolve_precision(config.training.precision, grid.device)
+        stage = effective_zero_stage(config.parallel.zero_stage, self.precision)
+        self.topology = Topology(grid.tp_size, grid.dp_size, stage, self.precision)
+        self._config = config
+        self._loss_scale_was_minimal = False
+        for parameter in model.parameters():
+            # DeepSpeed counts the gradients of unmarked parameters on TP rank 0 only.
+            setattr(parameter, "tensor_model_parallel", is_sharded(parameter, grid))  # noqa: B010
+        model.to(grid.device)
+        optimizer: torch.optim.Optimizer
+        if stage == 0:
+            clipping = config.training.gradient_clipping
+            optimizer = build_clipped_adamw(model, config.optimizer, clipping, grid)
+        else:
+            optimizer = build_adamw(model, config.optimizer)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        options = deepspeed_config(config, grid.dp_size, self.precision, trainable)
+        with contextlib.redirect_stdout(None):  # its optimizers print memory figures
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, mpu=DeepSpeedMpu(grid), config=options
+            )
+        if self.precision == "fp16" and self._loss_scaler is not None:
+            # DeepSpeed would end the run with a bare Exception; train_step reports it instead.
+            self._loss_scaler.raise_error_at_min_scale = False
+        deepspeed_state.install(self._deepspeed)
+
+    @property
+    def loss_scale(self) -> float:
+        """The current loss scale; 1 unless the precision is fp16."""
+        return 1.0 if self._loss_scaler is None else float(self._loss_scaler.cur_scale)
+
+    @property
+    def _loss_scaler(self) -> Any:
+        return getattr(self._deepspeed.optimizer, "loss_scaler", None)
+
+    def parameter_specs(self) -> dict[str, ParamSpec]:
+        """The spec of every trainable parameter by name."""
+        return {n: spec_of(p) for n, p in self.model.named_parameters() if p.requires_grad}
+
+    # -- training ---------------------------------------------------------------------------------
 
     def train_step(
         self, step: int, micro_batches: Sequence[MicroBatch], loss_function: LossFunction
     ) -> StepResult:
         """Optimizer step ``step`` (counted from 0) over this rank's micro-batches. Collective.
 
-        The gradient is that of (nats of the global batch) / (predicted tokens of the global batch).
+        The gradient is that of (nats of the global batch) / (predicted tokens of the global batch),
+        however unevenly the tokens lie over ranks and micro-batches; without any, loss and gradient
+        are 0.
         """
-        raise NotImplementedError
+        lr = learning_rate(step, self._config.optimizer, self._config.training.steps)
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        tokens = self._count_tokens(micro_batches)
+        divisor = tokens.clamp(min=1)
+        scale = self.grid.dp_size / divisor  # DeepSpeed averages over data-parallel ranks
+        nats = torch.zeros((), device=self.grid.device)
+        seed = self._config.training.seed
+        for micro_step, micro_batch in enumerate(micro_batches):
+            seed_micro_step(seed, step, micro_step, self.grid.dp_rank)
+            self._deepspeed.set_gradient_accumulation_boundary(micro_step + 1 == len(micro_batches))
+            micro_nats = loss_function(self._deepspeed, self._to_device(micro_batch))
+            self._deepspeed.backward(micro_nats * scale, scale_wrt_gas=False)
+            self._deepspeed.step()
+            nats += micro_nats.detach()
+        if self.grid.dp_group is not None:
+            dist.all_reduce(nats, group=self.grid.dp_group)
+        return self._result(nats / divisor, tokens, lr)
+
+    def _count_tokens(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        counts = [(batch["targets"] != IGNORE).sum() for batch in micro_batches]
+        tokens = torch.stack(counts).sum().to(self.grid.device, non_blocking=True)
+        if self.grid.dp_group is not None:
+            dist.all_reduce(tokens, group=self.grid.dp_group)
+        return tokens
+
+    def _to_device(self, micro_batch: MicroBatch) -> MicroBatch:
+        device = self.grid.device
+        return {name: x.to(device, non_blocking=True) for name, x in micro_batch.items()}
+
+    def _result(self, loss: Tensor, tokens: Tensor, lr: float) -> StepResult:
+        applied = self._deepspeed.was_step_applied()
+        norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32)
+        nonfinite = False
+        if not applied:
+            norm = torch.full_like(norm, torch.inf)
+            scaler = self._loss_scaler if self.precision == "fp16" else None
+            at_minimum = scaler is None or scaler.cur_scale <= scaler.min_scale
+            nonfinite = at_minimum or not bool(torch.isfinite(loss))
+        return StepResult(loss, tokens, norm.to(loss.device), lr, applied, nonfinite)
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def save_state(self, folder: Path) -> list[Path]:
+        """Write weights and optimizer state under ``folder``; collective.
+
+        Returns:
+            The files that this rank wrote.
+
+        Raises:
+            OSError: writing failed on this rank; every rank has left the collective part by then.
+        """
+        return deepspeed_state.save(self._deepspeed, folder, self.parameter_specs())
+
+    def load_state(self, folder: Path) -> None:
+        """Restore what :meth:`save_state` wrote under the same topology. Collective.
+
+        Raises:
+            CheckpointError: the files do not fit this model.
+        """
+        deepspeed_state.load(self._deepspeed, folder)
+
+    def assert_replicas_equal(self) -> None:
+        """Check bit for bit that ranks which hold the same parameter agree. Collective; for tests.
+
+        Raises:
+            AssertionError: names the first parameter that differs.
+        """
+        for name, parameter in self.model.named_parameters():
+            groups = [self.grid.dp_group]
+            if not is_sharded(parameter, self.grid):
+                groups.append(self.grid.tp_group)
+            for group in filter(None, groups):
+                first = parameter.detach().clone()
+                dist.broadcast(first, src=dist.get_global_rank(group, 0), group=group)
+                if not torch.equal(first, parameter):
+                    raise AssertionError(f"{name} differs between ranks {self._ranks(group)}")
+
+    @staticmethod
+    def _ranks(group: dist.ProcessGroup) -> list[int]:
+        return dist.get_process_group_ranks(group)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the model."""
+        self._deepspeed.destroy()
+
+
+def is_sharded(parameter: Tensor, grid: ProcessGrid) -> bool:
+    """Whether TP ranks hold different slices of ``parameter``."""
+    return grid.tp_size > 1 and spec_of(parameter).tp_dim is not None

@@ -1,4 +1,4 @@
-"""AdamW over a model's parameters: which of them decay, and clipping where DeepSpeed leaves it to us."""
+"""AdamW over a model's parameters, and clipping where DeepSpeed leaves it to us."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megaegpt.parallel.grid import ProcessGrid
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and embeddings (two dimensions or more) decay, biases and norms do not."""
+    """Two groups: matrices and embeddings decay, vectors (biases, norms) do not."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
@@ -31,7 +31,7 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 def build_clipped_adamw(
     model: nn.Module, config: OptimizerConfig, max_norm: float, grid: ProcessGrid
 ) -> ClippedAdamW:
-    """AdamW for ZeRO stage 0 in fp32, with clipping and the skipping of non-finite gradients inside."""
+    """AdamW for ZeRO stage 0 in fp32: it clips, and skips non-finite gradients."""
     groups = parameter_groups(model, config.weight_decay)
     return ClippedAdamW(groups, max_norm=max_norm, grid=grid, **_arguments(config))
 
@@ -48,11 +48,13 @@ def _arguments(config: OptimizerConfig) -> dict[str, Any]:
 class ClippedAdamW(torch.optim.AdamW):
     """AdamW that clips by the global norm and does nothing on a non-finite one.
 
-    DeepSpeed without ZeRO keeps the gradient norm to itself and would apply a non-finite step; it reads
-    the outcome back from the two attributes below when its optimizer has them.
+    DeepSpeed without ZeRO keeps the gradient norm to itself and would apply a non-finite step; it
+    reads the outcome back from the two attributes below when its optimizer has them.
     """
 
-    def __init__(self, params: Any, *, max_norm: float, grid: ProcessGrid, **arguments: Any) -> None:
+    def __init__(
+        self, params: Any, *, max_norm: float, grid: ProcessGrid, **arguments: Any
+    ) -> None:
         super().__init__(params, **arguments)
         self._max_norm = max_norm
         self._grid = grid
@@ -62,7 +64,9 @@ class ClippedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Clip the gradients in place, then update; ``overflow`` says that nothing was updated."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [
+            p for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
         norm = gradient_norm(parameters, self._grid)
         self._global_grad_norm = norm
         self.overflow = not bool(torch.isfinite(norm))
@@ -75,10 +79,10 @@ class ClippedAdamW(torch.optim.AdamW):
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], grid: ProcessGrid) -> torch.Tensor:
-    """2-norm of the whole model's gradient, each replicated parameter counted once; collective over TP.
+    """2-norm of the whole model's gradient, replicated parameters counted once; collective.
 
-    Parameters carry ``tensor_model_parallel`` (see :func:`megaegpt.training.engine.Engine`): true where
-    this rank's slice is to be counted beside the other ranks'.
+    Parameters carry ``tensor_model_parallel`` (see :func:`megaegpt.training.engine.Engine`): true
+    where this rank's slice is to be counted beside the other ranks'.
     """
     counted = [
         p.grad

@@ -10,10 +10,10 @@ from megaegpt.config.training import OptimizerConfig
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
     """Learning rate of optimizer step ``step`` (counted from 0) in a run of ``total_steps``.
 
-    Warm-up rises linearly and reaches ``lr`` on step ``warmup_steps``; step 0 already learns a little.
-    After it, ``cosine`` and ``linear`` fall to ``min_lr`` at step ``decay_steps`` (None: ``total_steps``)
-    and stay there; ``wsd`` is constant until its last ``decay_steps`` steps (None: a fifth of the run), in
-    which it falls linearly to ``min_lr``; ``constant`` stays at ``lr``.
+    Warm-up rises linearly and reaches ``lr`` on step ``warmup_steps``; step 0 already learns a
+    little. After it, ``cosine`` and ``linear`` fall to ``min_lr`` at step ``decay_steps`` (None:
+    ``total_steps``) and stay there; ``wsd`` is constant until its last ``decay_steps`` steps (None:
+    a fifth of the run), in which it falls linearly to ``min_lr``; ``constant`` stays at ``lr``.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)

@@ -1,0 +1,138 @@
+"""The list of a checkpoint's files with their checksums: a damaged one is found and named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megaegpt.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What one file of a checkpoint must be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal digest of the content."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is and holds."""
+
+    step: int
+    """Optimizer steps done."""
+    topology: dict[str, Any]
+    """Layout of the files (:class:`megaegpt.training.engine.Topology` as a dictionary)."""
+    parameters: dict[str, list[int]]
+    """Full shape of every trainable parameter."""
+    trainer: dict[str, Any]
+    """State of the training loop."""
+    files: dict[str, FileEntry]
+    """By path relative to the checkpoint."""
+    saved_at_ns: int = field(default_factory=time.time_ns)
+    """Wall-clock time, to tell which of two checkpoints is newer."""
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` durably."""
+        body = {**vars(self), "files": {name: vars(e) for name, e in self.files.items()}}
+        content = json.dumps({"format": _FORMAT, "sha256": _digest(body), **body}, indent=1)
+        write_durably(folder / MANIFEST, content)
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Read and check ``manifest.json``.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of another format.
+        """
+        path = folder / MANIFEST
+        try:
+            body = json.loads(path.read_bytes())
+            version, digest = body.pop("format"), body.pop("sha256")
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder} is not a complete checkpoint: {MANIFEST} is missing"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            raise CheckpointError(f"{path} is damaged: resume from another checkpoint") from None
+        if version != _FORMAT:
+            raise CheckpointError(f"{path} has format {version}; this version reads {_FORMAT}")
+        if digest != _digest(body):
+            raise CheckpointError(f"{path} is damaged: resume from another checkpoint")
+        body["files"] = {name: FileEntry(**entry) for name, entry in body["files"].items()}
+        return Manifest(**body)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def describe_files(paths: Iterable[Path], folder: Path) -> dict[str, FileEntry]:
+    """Flush each file to disk and compute its entry, by its path relative to ``folder``."""
+    entries = {}
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entries[path.relative_to(folder).as_posix()] = FileEntry(path.stat().st_size, digest)
+    return entries
+
+
+def verify_files(entries: dict[str, FileEntry], folder: Path) -> None:
+    """Check that each file is what it was when it was saved.
+
+    Raises:
+        CheckpointError: names the first file that is missing, cut short, or changed.
+    """
+    for name, entry in entries.items():
+        path = folder / name
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing: resume from another checkpoint") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if size != entry.size:
+            raise CheckpointError(
+                f"{path} has {size} bytes instead of {entry.size}: resume from another checkpoint"
+            )
+        if digest != entry.sha256:
+            raise CheckpointError(
+                f"{path} is damaged (its checksum differs): resume from another checkpoint"
+            )
+
+
+def write_durably(path: Path, content: str) -> None:
+    """Write a small file under a temporary name, flush it to disk, and move it into place."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
