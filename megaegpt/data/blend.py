@@ -1,0 +1,120 @@
+"""Several corpora in fixed proportions, without a stored schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from megaegpt.data.permutation import Permutation
+from megaegpt.data.samples import PretrainingSamples
+from megaegpt.errors import DataError
+
+_SMALLEST_BLOCK = 1024
+
+
+class Blend:
+    """Samples of several sources, mixed by weight; itself a source of samples for the loader.
+
+    Global sample numbers are cut into blocks. At every block's end, each source has given its
+    weight's share of all samples so far, to within one sample; inside a block the order is
+    pseudo-random. Which source a number belongs to, and its number inside that source, follow from
+    the number alone.
+
+    Args:
+        sources: samples with rows of one length.
+        weights: positive, in any unit.
+        seed: of the order inside blocks.
+
+    Raises:
+        DataError: sources and weights do not fit together.
+    """
+
+    def __init__(
+        self, sources: Sequence[PretrainingSamples], weights: Sequence[float], seed: int
+    ) -> None:
+        if not sources or len(sources) != len(weights) or min(weights) <= 0:
+            raise DataError(f"{len(sources)} sources need as many positive weights, not {weights}")
+        if len({source.row_len for source in sources}) > 1:
+            raise DataError("the sources of a blend must have samples of one length")
+        self.sources = list(sources)
+        total = sum(weights)
+        self.weights = [weight / total for weight in weights]
+        # Shares in exact integer arithmetic: rounding must not depend on machine or sample number.
+        self._scale = 1 << 60
+        cumulative = accumulate(self.weights)
+        self._bounds = [0, *(round(bound * self._scale) for bound in cumulative)]
+        self._bounds[-1] = self._scale
+        # Two samples or more of every source a block: then no source's count can go backwards.
+        self.block_size = max(_SMALLEST_BLOCK, int(2 / min(self.weights)) + 1)
+        self._seed = seed
+        self._cached: tuple[int, Permutation, list[int], list[int]] | None = None
+
+    @property
+    def row_len(self) -> int:
+        """Length of a row of tokens."""
+        return self.sources[0].row_len
+
+    def __len__(self) -> int:
+        """Samples in which the source that runs out first is seen once."""
+        return min(
+            int(len(source) / weight)
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        )
+
+    def counts(self, block: int) -> list[int]:
+        """Samples each source has given before a block."""
+        before = block * self.block_size
+        half = self._scale // 2
+        bounds = [(bound * before + half) // self._scale for bound in self._bounds]
+        return [high - low for low, high in pairwise(bounds)]
+
+    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source (n,) of each global sample number (n,), and the sample's number in its source."""
+        sources = np.empty(len(numbers), np.int64)
+        inside = np.empty(len(numbers), np.int64)
+        blocks = numbers // self.block_size
+        for block in np.unique(blocks).tolist():
+            mask = blocks == block
+            order, before, bounds = self._block(block)
+            slots = order(numbers[mask] - block * self.block_size)
+            found = np.searchsorted(bounds, slots, side="right")
+            first = np.array([0, *bounds])[found]
+            sources[mask] = found
+            inside[mask] = np.array(before)[found] + slots - first
+        return sources, inside
+
+    def _block(self, block: int) -> tuple[Permutation, list[int], list[int]]:
+        """A block's order, samples before it by source, and where in the order each source ends."""
+        if self._cached is None or self._cached[0] != block:
+            before, after = self.counts(block), self.counts(block + 1)
+            ends = list(accumulate(b - a for a, b in zip(before, after, strict=True)))
+            order = Permutation(self.block_size, (self._seed, block, 2))
+            self._cached = (block, order, before, ends)
+        return self._cached[1:]
+
+    def batch(self, numbers: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Tokens (n, row_len) int64 of samples by global number, in ``out`` if given."""
+        out = np.empty((len(numbers), self.row_len), np.int64) if out is None else out
+        sources, inside = self.locate(numbers)
+        for source in np.unique(sources).tolist():
+            rows = np.flatnonzero(sources == source)
+            out[rows] = self.sources[source].batch(inside[rows])
+        return out
+
+    def tokens_by_source(self, samples: int) -> list[int]:
+        """Tokens predicted from each source in the first ``samples`` samples of a run."""
+        block, rest = divmod(samples, self.block_size)
+        counts = np.array(self.counts(block))
+        sources, _ = self.locate(np.arange(rest) + block * self.block_size)
+        counts += np.bincount(sources, minlength=len(self.sources))
+        return (counts * (self.row_len - 1)).tolist()
+
+    def epochs_by_source(self, samples: int) -> list[float]:
+        """How often each source has been seen after ``samples`` samples of a run."""
+        tokens = self.tokens_by_source(samples)
+        return [
+            seen / ((self.row_len - 1) * len(source))
+            for seen, source in zip(tokens, self.sources, strict=True)
+        ]

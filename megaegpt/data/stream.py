@@ -1,0 +1,154 @@
+"""One long row of tokens over any number of shards, memory-mapped."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from megaegpt.data.shards import Shard
+from megaegpt.errors import DataError
+
+_PART_OF = re.compile(r"-(\d{5})-of-(\d{5})$")
+_HASHED_BLOCK = 1 << 20
+_HASHED_BLOCKS = 64
+
+
+class TokenStream:
+    """The documents of several shards, back to back, as one row of tokens.
+
+    Args:
+        prefixes: shard prefixes, prefixes of a set of shards, or globs (see
+            :func:`resolve_prefixes`).
+
+    Raises:
+        DataError: no shard, a damaged shard, or shards without tokens.
+    """
+
+    def __init__(self, prefixes: Sequence[str]) -> None:
+        self.prefixes = resolve_prefixes(prefixes)
+        self.shards = [Shard(prefix) for prefix in self.prefixes]
+        self._tokens = [shard.tokens for shard in self.shards]
+        self._ends = list(accumulate(len(tokens) for tokens in self._tokens))
+        self._begins = [0, *self._ends[:-1]]
+        if not self.shards or not self._ends[-1]:
+            raise DataError(f"no tokens in {', '.join(prefixes) or 'an empty list of shards'}")
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return self._ends[-1]
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens from ``start`` on, in the shards' own type; a view where one shard has them all.
+
+        Raises:
+            IndexError: the span is not inside the stream.
+        """
+        if start < 0 or length < 0 or start + length > len(self):
+            raise IndexError(f"tokens {start}..{start + length} of a stream of {len(self)}")
+        parts = []
+        shard = bisect_right(self._ends, start)
+        while length > 0:
+            tokens = self._tokens[shard]
+            offset = start - self._begins[shard]
+            part = tokens[offset : offset + length]
+            parts.append(part)
+            start, length, shard = start + len(part), length - len(part), shard + 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else self._tokens[0][:0]
+
+    def read_rows(self, starts: np.ndarray, out: np.ndarray) -> None:
+        """Fill ``out`` (n, length), of any integer type, with the spans that begin at ``starts``.
+
+        One copy a row, straight from the map: several times faster than gathering by index.
+        """
+        length = out.shape[1]
+        for row, start in enumerate(starts.tolist()):
+            shard = bisect_right(self._ends, start)
+            if start + length <= self._ends[shard]:
+                offset = start - self._begins[shard]
+                out[row] = self._tokens[shard][offset : offset + length]
+            else:
+                out[row] = self.read(start, length)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 that tells this row of tokens from any other.
+
+        It covers all bytes of shards up to 64 MiB; of larger ones the size and 64 MiB spread
+        evenly, so that it costs the same for any corpus.
+        """
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            content = shard.tokens.view(np.uint8)
+            digest.update(f"{shard.dtype.str} {len(content)};".encode())
+            if len(content) <= _HASHED_BLOCKS * _HASHED_BLOCK:
+                digest.update(content.data)
+                continue
+            last = len(content) - _HASHED_BLOCK
+            for block in range(_HASHED_BLOCKS):
+                start = last * block // (_HASHED_BLOCKS - 1)
+                digest.update(content[start : start + _HASHED_BLOCK].data)
+        return digest.hexdigest()
+
+
+def shard_name(split: str, number: int, count: int) -> str:
+    """File name, without suffix, of one shard of a split."""
+    return split if count == 1 else f"{split}-{number:05d}-of-{count:05d}"
+
+
+def resolve_prefixes(patterns: Iterable[str]) -> list[str]:
+    """Shard prefixes that ``patterns`` stand for, in order.
+
+    A pattern is a shard's prefix (``data/wap/train``), the prefix of a set (``data/web/train`` for
+    ``train-00000-of-00004`` and so on, which must be complete), or a glob of prefixes. A
+    ``.bin`` or ``.idx`` at its end is ignored.
+
+    Raises:
+        DataError: a pattern stands for nothing, or a set is not complete.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        prefix = pattern.removesuffix(".idx").removesuffix(".bin")
+        if Path(f"{prefix}.idx").is_file():
+            found.append(prefix)
+            continue
+        several = _complete_set(prefix)
+        if not several:
+            several = sorted(name.removesuffix(".idx") for name in glob.glob(f"{prefix}.idx"))
+        if not several:
+            raise DataError(f"no shards at {pattern}: {prefix}.idx does not exist{_nearby(prefix)}")
+        found += several
+    return found
+
+
+def _complete_set(prefix: str) -> list[str]:
+    names = sorted(
+        name.removesuffix(".idx")
+        for name in glob.glob(f"{glob.escape(prefix)}-*.idx")
+        if _PART_OF.search(name.removesuffix(".idx"))
+    )
+    if not names:
+        return []
+    counts = {name[-5:] for name in names}
+    if len(counts) > 1:
+        raise DataError(f"{prefix} names sets of {' and '.join(sorted(counts))} shards: keep one")
+    count = int(counts.pop())
+    missing = sorted({f"{prefix}-{n:05d}-of-{count:05d}" for n in range(count)} - set(names))
+    if missing:
+        raise DataError(f"{missing[0]}.idx is missing: {len(names)} of {count} shards are there")
+    return names
+
+
+def _nearby(prefix: str) -> str:
+    folder = Path(prefix).parent
+    names = sorted(path.stem for path in folder.glob("*.idx")) if folder.is_dir() else []
+    return f"; {folder} has {', '.join(names[:5])}" if names else ""
