@@ -45,7 +45,7 @@ class FrozenEncoder(nn.Module):
         model_config, _ = read_weights_config(config.source)
         if model_config.kind != "gpt":
             raise ConfigError(
-                f"model.encoder.source={config.source} holds a {model_config.kind}; "
+                f"model.encoder.source={config.source} is of kind {model_config.kind}; "
                 "an encoder must be a gpt"
             )
         gpt = GPT(model_config, grid)

@@ -1,6 +1,7 @@
 """Persistent groups of gloo processes: started once a session, fed functions by queue.
 
-Starting a process costs seconds (importing torch and DeepSpeed), so one group of each size serves all tests.
+Starting a process costs seconds (importing torch and DeepSpeed), so one group of each size serves
+all tests.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ import torch
 import torch.distributed as dist
 
 from megaegpt.parallel.grid import ProcessGrid
-
-
 
 
 @functools.cache
@@ -50,7 +49,7 @@ def _worker(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> 
 
 
 class WorkerGroup:
-    """``world_size`` processes that run the same function together, as ranks of one process group."""
+    """``world_size`` processes that run the same function together, as ranks of one group."""
 
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -71,7 +70,7 @@ class WorkerGroup:
             process.start()
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
-        """Call ``function(*args)`` on every rank; the results by rank. A failure ends the group."""
+        """Call ``function(*args)`` on every rank; results by rank. A failure ends the group."""
         for tasks in self._tasks:
             tasks.put((function, args))
         results: dict[int, Any] = {}
@@ -107,7 +106,7 @@ class WorkerGroup:
 
 
 class Distributed:
-    """What the ``distributed`` fixture gives: ``distributed(2, function, *args)`` -> results by rank.
+    """The ``distributed`` fixture: ``distributed(2, function, *args)`` -> results by rank.
 
     ``function`` must be importable (module level) and its arguments and results picklable.
     """

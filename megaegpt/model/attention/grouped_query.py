@@ -75,8 +75,7 @@ class GroupedQueryAttention(nn.Module):
         return ColumnParallelLinear(hidden, heads * self.head_dim, grid, bias=bias, std=std)
 
     def _heads(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        return x.view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, D)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)"""

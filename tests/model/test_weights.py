@@ -1,0 +1,75 @@
+"""Weights folders: full tensors under names that do not know of tensor parallelism."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megaegpt.config import EGPTConfig, ModelConfig
+from megaegpt.errors import CheckpointError
+from megaegpt.model.build import build_model, empty_model
+from megaegpt.model.weights import load_weights, read_weights_config, save_weights
+from megaegpt.parallel.grid import ProcessGrid
+from tests.distributed.harness import grid_for
+
+GRID = ProcessGrid()
+GPT = ModelConfig(vocab_size=300, max_seq_len=8, hidden_size=16, num_layers=2, num_heads=2)
+EGPT = replace(GPT, kind="egpt", egpt=EGPTConfig(num_chunks=3, chunk_size=8, memory_gate=True))
+
+
+@pytest.mark.parametrize("config", [GPT, EGPT, replace(EGPT, kind="deepgpt")])
+def test_what_is_saved_is_loaded(tmp_path, config):
+    model = build_model(config, GRID, seed=4)
+    save_weights(model, tmp_path, GRID, {"step": 7})
+    loaded_config, extra = read_weights_config(tmp_path)
+    assert (loaded_config, extra) == (config, {"step": 7})
+    again = empty_model(loaded_config, GRID)
+    load_weights(again, tmp_path, GRID)
+    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
+
+
+def _save_and_reload(folder: str) -> bool:
+    """Save at TP 2, load at TP 2 and at TP 1."""
+    pair = grid_for(2)
+    model = build_model(EGPT, pair, seed=4)
+    save_weights(model, folder, pair)
+    torch.distributed.barrier()
+    same = True
+    for grid in (pair, GRID):
+        again = empty_model(EGPT, grid)
+        load_weights(again, folder, grid)
+        expected = build_model(EGPT, grid, seed=4)
+        same &= all(
+            torch.equal(a, b)
+            for a, b in zip(again.parameters(), expected.parameters(), strict=True)
+        )
+    return same
+
+
+def test_weights_saved_at_tp_2_load_at_tp_1_and_2(distributed, tmp_path):
+    assert distributed(2, _save_and_reload, str(tmp_path)) == [True, True]
+
+
+def test_damaged_foreign_and_unfitting_folders_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="not a weights folder"):
+        read_weights_config(tmp_path)
+    save_weights(build_model(GPT, GRID), tmp_path, GRID)
+    config = json.loads((tmp_path / "config.json").read_text())
+    deeper = empty_model(replace(GPT, num_layers=3), GRID)
+    with pytest.raises(CheckpointError, match=r"it lacks stack\.blocks\.2\."):
+        load_weights(deeper, tmp_path, GRID)
+    with pytest.raises(CheckpointError, match=r"positions\.table\.weight has shape \(8, 16\)"):
+        load_weights(empty_model(replace(GPT, max_seq_len=9), GRID), tmp_path, GRID)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"version": 99}))
+    with pytest.raises(CheckpointError, match="version 99; this program reads 1"):
+        read_weights_config(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a MegaEGPT weights description"):
+        read_weights_config(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_weights(empty_model(GPT, GRID), tmp_path, GRID)

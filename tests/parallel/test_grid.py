@@ -1,0 +1,53 @@
+"""The process grid: neighbours share a model, and what does not divide is refused."""
+
+import pytest
+import torch.distributed as dist
+
+from megaegpt.errors import LaunchError
+from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
+from tests.distributed.harness import grid_for
+
+
+def test_a_process_alone_is_a_grid_of_one():
+    grid = ProcessGrid.create(1)
+    assert (grid.world_size, grid.rank, grid.is_main) == (1, 0, True)
+    assert grid.tp_group is None
+    assert grid.dp_group is None
+
+
+def test_tensor_parallelism_without_processes_is_refused():
+    with pytest.raises(LaunchError, match="needs 2 processes"):
+        ProcessGrid.create(2)
+
+
+def _describe_grid() -> dict:
+    grid = grid_for(2)
+    mpu = DeepSpeedMpu(grid)
+    refused = ""
+    try:
+        ProcessGrid.create(3)
+    except LaunchError as error:
+        refused = str(error)
+    return {
+        "place": (grid.rank, grid.tp_rank, grid.dp_rank, grid.tp_size, grid.dp_size),
+        "tp_ranks": dist.get_process_group_ranks(grid.tp_group),
+        "dp_ranks": dist.get_process_group_ranks(grid.dp_group),
+        "mpu_dp_ranks": mpu.get_data_parallel_group_ranks(),
+        "mpu_src": mpu.get_tensor_model_parallel_src_rank(),
+        "refused": refused,
+    }
+
+
+def test_tensor_parallel_ranks_are_neighbours(distributed):
+    grids = distributed(4, _describe_grid)
+    assert [g["place"] for g in grids] == [
+        (0, 0, 0, 2, 2),
+        (1, 1, 0, 2, 2),
+        (2, 0, 1, 2, 2),
+        (3, 1, 1, 2, 2),
+    ]
+    assert [g["tp_ranks"] for g in grids] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [g["dp_ranks"] for g in grids] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [g["mpu_dp_ranks"] for g in grids] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [g["mpu_src"] for g in grids] == [0, 0, 2, 2]
+    assert all("groups of 3" in g["refused"] for g in grids)

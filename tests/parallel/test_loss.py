@@ -1,0 +1,72 @@
+"""The chunked loss against torch's cross-entropy on the full logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.loss import IGNORE, linear_cross_entropy
+
+VOCAB, PADDED, HIDDEN, ROWS = 300, 384, 16, 37
+
+
+def _problem(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(PADDED, HIDDEN, generator=generator, dtype=dtype, requires_grad=True)
+    targets = torch.randint(VOCAB, (ROWS,), generator=generator)
+    targets[::5] = IGNORE
+    return hidden, weight, targets
+
+
+def _reference(hidden, weight, targets, reduction="sum"):
+    logits = hidden @ weight[:VOCAB].t()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_sum_and_gradients_equal_torchs_on_full_logits(rows):
+    hidden, weight, targets = _problem()
+    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, rows=rows)
+    grads = torch.autograd.grad(3.0 * loss, (hidden, weight))
+    expected = _reference(hidden, weight, targets)
+    expected_grads = torch.autograd.grad(3.0 * expected, (hidden, weight))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
+
+
+def test_padding_rows_of_the_head_get_no_gradient():
+    hidden, weight, targets = _problem()
+    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB)
+    (grad,) = torch.autograd.grad(loss, weight)
+    assert grad[VOCAB:].abs().max() == 0
+
+
+def test_each_positions_nats_are_zero_where_nothing_is_predicted():
+    hidden, weight, targets = _problem()
+    nats = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, "none", rows=8)
+    torch.testing.assert_close(nats, _reference(hidden, weight, targets, "none").detach())
+    assert not nats.requires_grad
+    assert (nats[::5] == 0).all()
+
+
+def test_a_batch_without_a_valid_target_costs_nothing_and_is_not_nan():
+    hidden, weight, targets = _problem()
+    loss = linear_cross_entropy(
+        hidden, weight, torch.full_like(targets, IGNORE), ProcessGrid(), VOCAB
+    )
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert loss.item() == 0
+    assert (grad == 0).all()
+
+
+def test_bf16_inputs_are_summed_in_fp32():
+    hidden, weight, targets = (
+        t.detach().to(torch.bfloat16) if t.is_floating_point() else t for t in _problem()
+    )
+    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB)
+    logits = (hidden @ weight[:VOCAB].t()).float()
+    expected = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
