@@ -82,7 +82,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def config_to_yaml(config: RunConfig) -> str:
     """The configuration with every default, as YAML that :func:`load_config` reads back."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    values = config_to_dict(config)
+    return yaml.dump(values, Dumper=_LineDumper, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
@@ -91,6 +92,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+class _LineDumper(yaml.SafeDumper):
+    """Safe YAML that keeps every text on one line, as ``"a\\nb"``."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, '"' if "\n" in text else None)
+
+
+_LineDumper.add_representer(str, _LineDumper.represent_text)
 
 
 class _StrictLoader(yaml.SafeLoader):
