@@ -49,6 +49,7 @@ _LATEST = "latest"
 _STATE = "deepspeed"
 _COMPLETE = re.compile(r"step_\d{8,}")
 _SAVING, _REPLACED, _REMOVING = ".saving-", ".replaced-", ".removing-"
+_RESHAPING = ".reshaping-"
 
 
 class CheckpointManager:
@@ -139,7 +140,7 @@ class CheckpointManager:
             final = self.directory / leftover.name.split("-", 1)[1]
             if leftover.name.startswith(_REPLACED) and not final.exists():
                 leftover.rename(final)  # killed between the two renames of _publish
-            elif leftover.name.startswith((_SAVING, _REPLACED, _REMOVING)):
+            elif leftover.name.startswith((_SAVING, _REPLACED, _REMOVING, _RESHAPING)):
                 shutil.rmtree(leftover)
         temporary.mkdir()
 
@@ -208,13 +209,30 @@ class CheckpointManager:
             mine = sorted(manifest.files)[grid.rank :: grid.world_size]
             verify_files({name: manifest.files[name] for name in mine}, chosen)
             _check_model(manifest, engine, chosen)
-            _check_topology(manifest, engine, chosen)
+            _check_precision(manifest, engine, chosen)
         except CheckpointError as e:
             error = e
         raise_together(error, grid)
         assert manifest is not None
-        engine.load_state(chosen / _STATE)
+        saved = Topology(**manifest.topology)
+        if saved == engine.topology:
+            engine.load_state(chosen / _STATE)
+        else:
+            self._reshape(engine, chosen, saved)
         return manifest.trainer
+
+    def _reshape(self, engine: Engine, folder: Path, saved: Topology) -> None:
+        scratch = self.directory / f"{_RESHAPING}{folder.name}"
+        try:
+            if engine.grid.is_main:
+                print(f"{folder.name}: from {saved} to {engine.topology}", flush=True)
+                shutil.rmtree(scratch, ignore_errors=True)
+            engine.load_reshaped(folder / _STATE, saved, scratch)
+        finally:
+            if engine.grid.world_size > 1:
+                dist.barrier()
+            if engine.grid.is_main:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _saved_at(folder: Path) -> int:
@@ -235,12 +253,12 @@ def _check_model(manifest: Manifest, engine: Engine, folder: Path) -> None:
             )
 
 
-def _check_topology(manifest: Manifest, engine: Engine, folder: Path) -> None:
+def _check_precision(manifest: Manifest, engine: Engine, folder: Path) -> None:
     saved = Topology(**manifest.topology)
-    if saved != engine.topology:
+    if saved.precision != engine.topology.precision:
         raise CheckpointError(
-            f"{folder} was saved with {saved}, but this run has {engine.topology}: "
-            "resume with the saved layout"
+            f"{folder} was saved with {saved}, but this run has {engine.topology}: resume with "
+            f"training.precision={saved.precision}, or start a new run from its weights"
         )
 
 

@@ -11,27 +11,34 @@ import contextlib
 import errno
 import os
 import pickle
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.checkpoint.constants import (
-    PARAMETER_WITH_ROW_PARALLELISM_PATTERNS,
-    TP_REPLICATED_PARAMETER_PATTERNS,
-    UNIVERSAL_CHECKPOINT_INFO,
-    UNIVERSAL_CHECKPOINT_VERSION_KEY,
-)
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from megaegpt.errors import CheckpointError
+from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import ParamSpec
+from megaegpt.training.universal import load_replicated, universal_info
 
 _TRUSTED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-_UNIVERSAL_VERSION = 0.2
+_SAFE_LOADING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_LOADING_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    pickle.PickleError,
+)
 
 
 class _CheckpointFiles(TorchCheckpointEngine):
@@ -57,8 +64,7 @@ class _CheckpointFiles(TorchCheckpointEngine):
         self.written.append(Path(path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(_TRUSTED_CLASSES):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def install(engine: Any) -> None:
@@ -97,40 +103,70 @@ def load(engine: Any, folder: Path) -> None:
     Raises:
         CheckpointError: a file is missing, holds more than tensors, or is of another model.
     """
-    try:
-        with contextlib.redirect_stdout(None):  # DeepSpeed prints while it loads
-            path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        AssertionError,
-        pickle.PickleError,
-    ) as e:
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise CheckpointError(f"{folder} cannot be loaded into this model: {reason}") from e
-    if path is None:
-        raise CheckpointError(f"{folder} holds no weights for this rank")
+    with loading(folder), _settings_kept(engine):
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise CheckpointError(f"{folder} holds no weights for this rank")
 
 
-def universal_info(specs: dict[str, ParamSpec]) -> dict[str, Any]:
-    """How DeepSpeed's universal checkpoint puts the slices of each parameter together.
+@contextlib.contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Read safely and quietly, and turn what DeepSpeed raises into a :class:`CheckpointError`.
 
-    Padded vocabulary rows are the same at every tensor-parallel size, so vocabulary matrices are
-    cut and joined like any other; no parameter needs DeepSpeed's re-padding.
+    Inside, ``torch.load`` takes tensors, plain containers and the trusted classes even where
+    DeepSpeed asks for any object.
     """
-    replicated = [name for name, spec in specs.items() if spec.tp_dim is None]
-    by_row = [name for name, spec in specs.items() if spec.tp_dim == 1]
-    return {
-        UNIVERSAL_CHECKPOINT_VERSION_KEY: _UNIVERSAL_VERSION,
-        TP_REPLICATED_PARAMETER_PATTERNS: [_exactly(name) for name in replicated],
-        PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: [_exactly(name) for name in by_row],
-    }
+    before = os.environ.get(_SAFE_LOADING)
+    os.environ[_SAFE_LOADING] = "1"
+    try:
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),  # progress bars
+            torch.serialization.safe_globals(_TRUSTED_CLASSES),
+        ):
+            yield
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{folder} cannot be loaded into this model: {reason}") from error
+    finally:
+        os.environ.pop(_SAFE_LOADING)
+        if before is not None:
+            os.environ[_SAFE_LOADING] = before
 
 
-def _exactly(name: str) -> str:
-    return re.escape(name) + "$"
+@contextlib.contextmanager
+def _settings_kept(engine: Any) -> Iterator[None]:
+    """Let this run's optimizer settings win over those that loading brings back."""
+    optimizer = engine.optimizer
+    settings = [
+        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+    ]
+    clipping = getattr(optimizer, "clip_grad", None)
+    yield
+    for group, ours in zip(optimizer.param_groups, settings, strict=True):
+        group.update(ours)
+    if clipping is not None:
+        optimizer.clip_grad = clipping
+
+
+def load_universal(engine: Any, folder: Path, grid: ProcessGrid) -> None:
+    """Restore from the universal checkpoint ``folder``, whatever topology it came from; collective.
+
+    Raises:
+        CheckpointError: as for :func:`load`.
+    """
+    with loading(folder), _settings_kept(engine):
+        if not engine.zero_optimization():
+            load_replicated(engine.module, engine.optimizer, folder, grid)
+            return
+        engine._config.load_universal_checkpoint = True
+        try:
+            engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        finally:
+            engine._config.load_universal_checkpoint = False
+        for parameter, state in engine.optimizer.state.items():
+            state["step"] = state["step"].to(parameter.device)  # DeepSpeed leaves it on the CPU
 
 
 def as_os_error(error: Exception, path: str | Path) -> OSError:

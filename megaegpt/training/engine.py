@@ -16,14 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 from torch import Tensor, nn
 
+if not torch.cuda.is_available():  # say so before DeepSpeed looks for devices and warns
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+from deepspeed.ops import __compatible_ops__ as deepspeed_ops
+
 from megaegpt.config.run import RunConfig
-from megaegpt.errors import ConfigError, LaunchError
+from megaegpt.errors import CheckpointError, ConfigError, LaunchError
+from megaegpt.parallel.agreement import raise_together
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
 from megaegpt.parallel.loss import IGNORE
 from megaegpt.parallel.params import ParamSpec, spec_of
@@ -36,6 +40,7 @@ from megaegpt.training.deepspeed_config import (
 )
 from megaegpt.training.optimizer import build_adamw, build_clipped_adamw
 from megaegpt.training.schedule import learning_rate
+from megaegpt.training.universal import convert
 
 MicroBatch = Mapping[str, Tensor]
 """Tensors by name, on any device; ``targets`` (-100 where nothing is predicted) is among them."""
@@ -46,6 +51,8 @@ LossFunction = Callable[[Callable[..., Tensor], MicroBatch], Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed would compile this CPU operator (45 s, needs a compiler); only its inference uses it.
+deepspeed_ops["deepspeed_shm_comm"] = False
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 
@@ -74,10 +81,6 @@ def init_distributed() -> torch.device:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    else:
-        # DeepSpeed would compile this operator (45 s, needs a compiler); only its inference uses
-        # it.
-        deepspeed_ops["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False
     )
@@ -268,6 +271,29 @@ class Engine:
             CheckpointError: the files do not fit this model.
         """
         deepspeed_state.load(self._deepspeed, folder)
+
+    def load_reshaped(self, folder: Path, saved: Topology, scratch: Path) -> None:
+        """Restore what :meth:`save_state` wrote under the topology ``saved``. Collective.
+
+        Goes through DeepSpeed's universal checkpoint, which needs about as much disk space as
+        ``folder`` under ``scratch`` (a folder that the main rank makes and every rank sees).
+
+        Raises:
+            CheckpointError: on all ranks: the files do not fit this model, or the disk is full.
+        """
+        universal = scratch / "universal"
+        error: Exception | None = None
+        try:
+            if self.grid.is_main:
+                scratch.mkdir()
+                with deepspeed_state.loading(folder):
+                    convert(folder, universal, self.parameter_specs(), saved.zero_stage)
+        except OSError as e:
+            error = CheckpointError(f"{scratch} cannot be written: {e.strerror}")
+        except CheckpointError as e:
+            error = e
+        raise_together(error, self.grid)
+        deepspeed_state.load_universal(self._deepspeed, universal, self.grid)
 
     def assert_replicas_equal(self) -> None:
         """Check bit for bit that ranks which hold the same parameter agree. Collective; for tests.

@@ -1,0 +1,88 @@
+"""DeepSpeed's ZeRO under our engine against plain torch: its gradients have been wrong before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megaegpt.config.run import RunConfig
+from tests.distributed.harness import Distributed, grid_for
+from tests.training.runs import (
+    Curve,
+    largest_difference,
+    run_config,
+    train,
+    train_plainly,
+)
+
+_ROUNDING = 1e-5
+
+
+def _train_all(configs: list[RunConfig]) -> list[Curve]:
+    return [train(config, grid_for(config.parallel.tensor_parallel_size)) for config in configs]
+
+
+def _zero(stage: int, overlap: bool = False, recompute: str = "none", **parallel: Any) -> RunConfig:
+    return run_config(
+        parallel={"zero_stage": stage, "overlap_comm": overlap, **parallel},
+        training={"activation_checkpointing": recompute},
+    )
+
+
+@pytest.fixture(scope="module")
+def plain() -> Curve:
+    return train_plainly(run_config())
+
+
+def test_every_zero_stage_takes_the_steps_of_plain_adamw(
+    distributed: Distributed, plain: Curve
+) -> None:
+    configs = [_zero(stage, recompute=kind) for stage in (0, 1, 2) for kind in ("none", "full")]
+    configs += [_zero(1, overlap=True), _zero(2, overlap=True, recompute="full")]
+    assert max(plain.norms) > configs[0].training.gradient_clipping, "clipping must be active"
+    for curves in distributed(2, _train_all, configs):
+        for config, curve in zip(configs, curves, strict=True):
+            assert largest_difference(curve, plain) <= _ROUNDING, config.parallel
+
+
+def _small(kind: str, tp: int, stage: int = 2) -> RunConfig:
+    return run_config(
+        model={"kind": kind, "tied_embeddings": kind == "gpt"},
+        parallel={"tensor_parallel_size": tp, "zero_stage": stage},
+        training={"global_batch_size": 4, "micro_batch_size": 1},
+    )
+
+
+@pytest.fixture(scope="module")
+def plain_by_kind() -> dict[str, Curve]:
+    return {kind: train_plainly(_small(kind, 1)) for kind in ("gpt", "egpt", "deepgpt")}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tensor_and_data_parallel_runs_are_the_single_process_run(
+    distributed: Distributed, plain_by_kind: dict[str, Curve], ranks: int
+) -> None:
+    if ranks == 2:
+        configs = [_small("gpt", 1), *(_small("gpt", 2, stage) for stage in (0, 1, 2))]
+    else:
+        configs = [_small("gpt", tp) for tp in (1, 2, 4)] + [_small("gpt", 2, stage=0)]
+        configs += [_small("egpt", 2), _small("egpt", 4), _small("deepgpt", 2)]
+    for curves in distributed(ranks, _train_all, configs):
+        for config, curve in zip(configs, curves, strict=True):
+            reference = plain_by_kind[config.model.kind]
+            assert largest_difference(curve, reference) <= _ROUNDING, config
+
+
+def test_bf16_stays_as_close_to_fp32_as_plain_bf16_with_master_weights(
+    distributed: Distributed, plain: Curve
+) -> None:
+    configs = [
+        run_config(parallel={"zero_stage": stage}, training={"precision": "bf16"})
+        for stage in (0, 1, 2)
+    ]
+    bf16 = train_plainly(configs[0], torch.bfloat16)
+    allowed = largest_difference(bf16, plain)
+    for curve in distributed(2, _train_all, configs)[0]:
+        assert largest_difference(curve, plain) <= allowed
