@@ -6,12 +6,20 @@ A program shows them without a traceback; anything else is a bug of ours and kee
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import time
 from collections.abc import Callable
+
+_RANK_0_SPEAKS_S = 3.0
+"""Launchers end the other ranks when one exits: rank 0 needs this long to show its message."""
 
 
 class MegaEGPTError(Exception):
     """Base of every error that is the user's to fix."""
+
+    on_every_rank = False
+    """Every rank of a distributed run raises it, so rank 0 alone shows it."""
 
 
 class ConfigError(MegaEGPTError):
@@ -26,6 +34,10 @@ class CheckpointError(MegaEGPTError):
     """A checkpoint or weights folder that is incomplete, damaged or of another model."""
 
 
+class TrainingError(MegaEGPTError):
+    """A run that cannot go on, such as one whose loss is not finite."""
+
+
 class LaunchError(MegaEGPTError):
     """Processes, devices or addresses that do not fit together."""
 
@@ -38,7 +50,10 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except MegaEGPTError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            if error.on_every_rank and os.environ.get("RANK", "0") != "0":
+                time.sleep(_RANK_0_SPEAKS_S)
+            else:
+                print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)

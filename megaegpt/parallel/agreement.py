@@ -22,10 +22,13 @@ T = TypeVar("T")
 
 
 def largest_over_ranks(values: Sequence[int], grid: ProcessGrid) -> list[int]:
-    """The element-wise maximum over all ranks. Collective; on the CPU, so no device waits for it."""
+    """The element-wise maximum over all ranks. Collective; on the CPU where the back-end allows it,
+    so that no device is waited for.
+    """
     if grid.world_size == 1:
         return list(values)
-    flags = torch.tensor(values, dtype=torch.int64)
+    device = "cpu" if "cpu:" in dist.get_backend_config() else grid.device
+    flags = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return flags.tolist()
 
