@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.model.deepgpt import DeepGPT
@@ -45,7 +44,7 @@ def empty_model(config: ModelConfig, grid: ProcessGrid) -> Model:
     return _KINDS[config.kind](config, grid)
 
 
-def meta_model(config: ModelConfig) -> nn.Module:
+def meta_model(config: ModelConfig) -> Model:
     """The whole model without memory, to count its parameters and operations."""
     with torch.device("meta"):
         return empty_model(config, ProcessGrid())

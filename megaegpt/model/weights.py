@@ -71,6 +71,27 @@ def _whole_file(path: Path) -> Any:
         temporary.unlink(missing_ok=True)
 
 
+def find_weights(folder: str | Path) -> Path:
+    """The weights folder that ``folder`` stands for: itself, that of a checkpoint, or that of the
+    latest checkpoint of a run's checkpoint directory.
+
+    Raises:
+        CheckpointError: it is none of these.
+    """
+    folder = Path(folder)
+    candidates = [folder, folder / "weights"]
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        latest = (folder / "latest").read_text(encoding="utf-8").strip()
+        candidates.append(folder / Path(latest).name / "weights")
+    for candidate in candidates:
+        if (candidate / _CONFIG).is_file():
+            return candidate
+    raise CheckpointError(
+        f"{folder} holds no weights: give a folder with {_CONFIG} and {_WEIGHTS}, a checkpoint, "
+        "or a run's checkpoints"
+    )
+
+
 def read_weights_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The model configuration and the extra entries of a weights folder.
 
