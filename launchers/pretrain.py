@@ -1,0 +1,124 @@
+"""Train a GPT, an EGPT or a DeepGPT from a YAML configuration.
+
+On one process, on the GPUs of one machine, and on several machines:
+
+    python launchers/pretrain.py --config configs/gpt2_124m.yaml
+    deepspeed launchers/pretrain.py --config configs/gpt2_124m.yaml
+    deepspeed --hostfile hosts launchers/pretrain.py --config configs/gpt2_124m.yaml
+    torchrun --nproc_per_node 8 launchers/pretrain.py --config configs/gpt2_124m.yaml
+
+On a CPU, `deepspeed --num_accelerators 2` or `torchrun --nproc_per_node 2` starts two processes.
+
+Any value of the configuration can be changed behind it, as section.key=value:
+
+    python launchers/pretrain.py --config X.yaml training.steps=100 optimizer.lr=1e-3
+
+SIGTERM or SIGUSR1 to the processes saves a checkpoint and ends the run; --resume goes on with it,
+exactly. Exit codes: 0 complete, or saved and stopped on request; 2 an error that the message says
+how to fix; 1 a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import NoReturn
+
+from megaegpt.config.loading import config_to_yaml, load_config
+from megaegpt.config.run import RunConfig
+from megaegpt.errors import LaunchError, MegaEGPTError, exits_cleanly
+
+_STARTED = time.monotonic()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line once, not once a process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LaunchError(f"{message} (see --help)")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the latest checkpoint in checkpoint.directory; without one, start anew",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the resolved configuration, parameters, tokens and operations per step and an "
+        "estimate of memory, for WORLD_SIZE processes (environment; default: as few as possible)",
+    )
+    parser.add_argument(
+        "--exit-minutes",
+        type=float,
+        metavar="M",
+        help="save and stop M minutes after the start, before a job's time limit does",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other values")
+    return parser.parse_intermixed_args()
+
+
+def _dry_run(config: RunConfig, world_size: int) -> None:
+    import torch
+
+    from megaegpt.errors import CheckpointError
+    from megaegpt.training.engine import resolve_precision
+    from megaegpt.training.metrics import device_name
+    from megaegpt.training.stores import read_encoder_config
+    from megaegpt.training.summary import describe_run, measure_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(config.training.precision, device)
+    print(config_to_yaml(config))
+    try:
+        found = read_encoder_config(config)
+    except CheckpointError as error:
+        print(f"notice: the encoder is left out of the numbers: {error}")
+        found = None
+    size = measure_model(config, found and found[1])
+    dp_size = world_size // config.parallel.tensor_parallel_size
+    for line in describe_run(config, size, dp_size, precision, device_name(device)):
+        print(line)
+
+
+def _train(config: RunConfig, resume: bool, exit_minutes: float | None) -> None:
+    import torch.distributed as dist
+
+    from megaegpt.generation.generator import sample_text
+    from megaegpt.parallel.grid import ProcessGrid
+    from megaegpt.training.engine import init_distributed
+    from megaegpt.training.pretraining import pretrain
+    from megaegpt.training.stopping import StopRequests
+
+    device = init_distributed()
+    grid = ProcessGrid.create(config.parallel.tensor_parallel_size, device)
+    stops = StopRequests(exit_minutes, _STARTED)
+    pretrain(config, grid, resume=resume, stops=stops, sample_text=sample_text)
+    dist.destroy_process_group()
+
+
+@exits_cleanly
+def main() -> None:
+    """Read the command line and the configuration, then train or say what would be trained."""
+    world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+    try:
+        arguments = _parse_arguments()
+        config = load_config(arguments.config, arguments.overrides, world_size)
+    except MegaEGPTError as error:
+        error.on_every_rank = True  # all read the same
+        raise
+    if not arguments.dry_run:
+        _train(config, arguments.resume, arguments.exit_minutes)
+    elif os.environ.get("RANK", "0") == "0":
+        _dry_run(config, world_size or config.parallel.tensor_parallel_size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

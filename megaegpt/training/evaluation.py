@@ -1,0 +1,126 @@
+"""Loss over a whole split: every target once, the same number whatever the number of ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaegpt.data.evaluation import EvaluationWindows
+from megaegpt.data.stream import TokenStream
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.loss import IGNORE
+from megaegpt.training.inputs import ModelInputs
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the split's text costs the model."""
+
+    loss: float
+    """Mean nats per predicted token."""
+    nats_per_byte: float
+    """Nats over the UTF-8 bytes of the predicted tokens (end-of-text has none)."""
+    tokens: int
+    """Predicted tokens: all of the split but its first."""
+    loss_by_chunk: tuple[float, ...] = ()
+    """Nats per token by the chunk's number in its window; empty for gpt, nan without targets."""
+
+    def __str__(self) -> str:
+        return (
+            f"validation loss {self.loss:.4f} nats/token ({self.nats_per_byte:.4f} nats/byte, "
+            f"perplexity {math.exp(min(self.loss, 700.0)):.2f}) over {self.tokens:,} tokens"
+        )
+
+
+class Evaluator:
+    """Evaluates models of one kind on one split, in non-overlapping windows from its start.
+
+    Args:
+        stream: the split.
+        window: tokens predicted in a window (S).
+        num_chunks: chunks a window is reported by; 1 for gpt.
+        inputs: how the model is fed.
+        grid: windows are shared out over data-parallel ranks.
+        batch_size: windows at once.
+        token_byte_lengths: bytes of each token id.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        window: int,
+        num_chunks: int,
+        inputs: ModelInputs,
+        grid: ProcessGrid,
+        batch_size: int,
+        token_byte_lengths: np.ndarray,
+    ) -> None:
+        self._windows = EvaluationWindows(stream, window)
+        self._num_chunks = num_chunks
+        self._inputs = inputs
+        self._grid = grid
+        self._batch_size = batch_size
+        self._byte_lengths = torch.from_numpy(np.asarray(token_byte_lengths, dtype=np.int64))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Collective over all ranks. The model is left in the mode it was in.
+
+        Sums are kept by window and chunk and added in one order at the end, so that the result
+        does not depend on which rank had which window.
+        """
+        device, shape = self._grid.device, (len(self._windows), self._num_chunks)
+        nats = torch.zeros(shape, dtype=torch.float64, device=device)
+        counts = torch.zeros((2, *shape), dtype=torch.int64)  # tokens, bytes
+        was_training = model.training
+        model.eval()
+        for first in self._first_windows():
+            rows = slice(first, min(first + self._batch_size, len(self._windows)))
+            batch, targets = self._batch(np.arange(rows.start, rows.stop))
+            values = self._inputs.nats(
+                model, {name: x.to(device, non_blocking=True) for name, x in batch.items()}, "none"
+            )
+            nats[rows] = self._by_chunk(values.double())
+            valid = targets != IGNORE
+            counts[0, rows] = self._by_chunk(valid.long())
+            bytes_of = self._byte_lengths[targets.clamp(min=0)]
+            counts[1, rows] = self._by_chunk(bytes_of.where(valid, 0))
+        model.train(was_training)
+        return self._summarize(nats, counts.to(device))
+
+    def _first_windows(self) -> range:
+        """First windows of this rank's batches; no number of ranks decides what is in a batch."""
+        size, grid = self._batch_size, self._grid
+        return range(grid.dp_rank * size, len(self._windows), grid.dp_size * size)
+
+    def _batch(self, numbers: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+        windows = self._windows.batch(numbers)
+        ids = numbers[:, None] * self._num_chunks + np.arange(self._num_chunks)
+        targets = torch.from_numpy(windows.targets)
+        batch = self._inputs.prepare(
+            torch.from_numpy(windows.tokens), targets, torch.from_numpy(ids)
+        )
+        return batch, targets
+
+    def _by_chunk(self, values: Tensor) -> Tensor:
+        """(n, ...) of S values a window -> (n, N) sums."""
+        return values.reshape(len(values), self._num_chunks, -1).sum(-1)
+
+    def _summarize(self, nats: Tensor, counts: Tensor) -> Evaluation:
+        if self._grid.dp_group is not None:
+            dist.all_reduce(nats, group=self._grid.dp_group)  # one rank has a value, the others 0
+            dist.all_reduce(counts, group=self._grid.dp_group)
+        nats, (tokens, num_bytes) = nats.cpu(), counts.cpu().unbind()
+        by_chunk = nats.sum(0) / tokens.sum(0)
+        total = nats.sum().item()
+        return Evaluation(
+            loss=total / max(1, int(tokens.sum())),
+            nats_per_byte=total / max(1, int(num_bytes.sum())),
+            tokens=int(tokens.sum()),
+            loss_by_chunk=tuple(by_chunk.tolist()) if self._num_chunks > 1 else (),
+        )

@@ -1,0 +1,120 @@
+"""From a batch of tokens to a call of the model, for each kind of model.
+
+``prepare`` runs on the CPU (it may read stored features), so it can be done ahead of the step;
+``nats`` runs on the device: it encodes what is not stored and calls the model once.
+
+Shapes: B samples, T tokens of a sequence, N chunks, S chunk size, P features a chunk, C hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from megaegpt.config import ModelConfig
+from megaegpt.data.features import FeatureStore
+from megaegpt.model.egpt import chunk_features
+from megaegpt.model.encoder import FrozenEncoder
+
+Reduction = Literal["sum", "none"]
+
+
+class ModelInputs(Protocol):
+    """How one kind of model is fed."""
+
+    def prepare(
+        self, tokens: Tensor, targets: Tensor, chunk_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Tokens and targets (B, L) int64, and of chunk windows the chunk ids (B, N), all on the
+        CPU -> a micro-batch, still on the CPU.
+        """
+
+    def nats(
+        self, model: Callable[..., Tensor], batch: Any, reduction: Reduction = "sum"
+    ) -> Tensor:
+        """One call of ``model`` on a micro-batch that is on the device -> nats of its targets."""
+
+
+class SequenceInputs:
+    """GPT: tokens in, nats out."""
+
+    def prepare(
+        self, tokens: Tensor, targets: Tensor, chunk_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """(B, T) each."""
+        return {"tokens": tokens, "targets": targets}
+
+    def nats(
+        self, model: Callable[..., Tensor], batch: Any, reduction: Reduction = "sum"
+    ) -> Tensor:
+        """See :class:`ModelInputs`."""
+        return model(batch["tokens"], batch["targets"], reduction=reduction)
+
+
+class ChunkInputs:
+    """EGPT and DeepGPT: frozen-encoder states of every chunk, and EGPT's features of earlier ones.
+
+    Args:
+        config: of the decoder.
+        encoder: encodes, without gradient, what is not read from a store.
+        dtype: what the model computes in.
+        history: store of the earlier chunks' features (egpt); None: pooled from the states.
+        token_states: store of the current chunks' states; None: encoded in the loop.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        encoder: FrozenEncoder,
+        dtype: torch.dtype,
+        history: FeatureStore | None = None,
+        token_states: FeatureStore | None = None,
+    ) -> None:
+        self._config = config
+        self._encoder = encoder
+        self._dtype = dtype
+        self._history = history if config.kind == "egpt" else None
+        self._token_states = token_states
+
+    def prepare(
+        self, tokens: Tensor, targets: Tensor, chunk_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Tokens and targets (B, N * S) -> (B, N, S), and what the stores hold of their chunks."""
+        chunks = (-1, self._config.egpt.chunk_size)
+        batch = {
+            "tokens": tokens.unflatten(1, chunks),
+            "targets": targets.unflatten(1, chunks),
+        }
+        if self._history is not None:
+            # The partial chunk at a split's end is not stored; no target comes after it.
+            last = self._history.spec.num_chunks - 1
+            batch["features"] = self._history.history(_ids(chunk_ids)[:, :-1].clamp(max=last))
+        store = self._token_states
+        if store is not None and bool((_ids(chunk_ids) < store.spec.num_chunks).all()):
+            batch["token_states"] = store.token_states(_ids(chunk_ids))
+        return batch
+
+    def nats(
+        self, model: Callable[..., Tensor], batch: Any, reduction: Reduction = "sum"
+    ) -> Tensor:
+        """See :class:`ModelInputs`."""
+        if "token_states" in batch:
+            states = batch["token_states"].to(self._dtype)  # (B, N, S, C)
+        else:
+            states = self._encoder(batch["tokens"]).to(self._dtype)
+        if self._config.kind == "deepgpt":
+            return model(states, batch["targets"], reduction=reduction)
+        if "features" in batch:
+            features = batch["features"].to(self._dtype)  # (B, N - 1, P, C)
+        else:
+            features = chunk_features(states[:, :-1], self._config.egpt)
+        return model(states, features, batch["targets"], reduction=reduction)
+
+
+def _ids(chunk_ids: Tensor | None) -> Tensor:
+    if chunk_ids is None:
+        raise ValueError("stored features are read by chunk id, but the batch has none")
+    return chunk_ids

@@ -1,0 +1,171 @@
+"""Speed, model FLOPs utilisation, memory, and the line that reports them."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+_DENSE_HALF_PRECISION_TFLOPS = {
+    # The first entry whose words all occur in the device's name counts. Data sheets' dense figures.
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "V100": 125.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "MI300X": 1307.4,
+    "MI250X": 383.0,
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Dense matrix FLOP/s of one device, or None where it is not known (fp32, CPUs, new devices).
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` gives it.
+        precision: ``bf16``, ``fp16`` or ``fp32``.
+    """
+    if precision not in ("bf16", "fp16"):
+        return None
+    words = device_name.replace("-", " ").split()
+    if precision == "bf16" and "V100" in words:
+        return None
+    for name, tflops in _DENSE_HALF_PRECISION_TFLOPS.items():
+        if all(word in words for word in name.split()):
+            return tflops * 1e12
+    return None
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Stopwatch:
+    """Seconds spent in training steps: it does not run during evaluations and checkpoints."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+        self._seconds = 0.0
+
+    def start(self) -> None:
+        """Run (again)."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stand still until ``start``."""
+        self._seconds, self._started = self._now(), None
+
+    def restart(self) -> float:
+        """Seconds since the last call; counts from 0 again."""
+        seconds, self._seconds = self._now(), 0.0
+        if self._started is not None:
+            self._started = time.perf_counter()
+        return seconds
+
+    def _now(self) -> float:
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._seconds + running
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the steps since the last report were."""
+
+    tokens_per_second: float
+    """Predicted tokens of all ranks."""
+    mfu: float | None
+    """Model FLOP/s over the devices' peak, 0..1; None where the peak is not known."""
+    seconds_left: float
+    """To the run's last step, evaluations and checkpoints not counted."""
+    memory: int
+    """Peak bytes on this rank."""
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Names and values to record."""
+        return {
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "memory_gib": self.memory / 2**30,
+        }
+
+
+@dataclass(frozen=True)
+class SpeedMeter:
+    """Turns elapsed seconds into a :class:`Speed`."""
+
+    tokens_per_step: int
+    flops_per_token: int
+    peak_flops: float | None
+    """Of all ranks' devices together."""
+    total_steps: int
+    device: torch.device
+
+    def measure(self, steps: int, seconds: float, done: int) -> Speed:
+        """Speed of ``steps`` steps that took ``seconds``, the last being number ``done``."""
+        tokens_per_second = steps * self.tokens_per_step / seconds
+        achieved = tokens_per_second * self.flops_per_token
+        return Speed(
+            tokens_per_second=tokens_per_second,
+            mfu=None if self.peak_flops is None else achieved / self.peak_flops,
+            seconds_left=(self.total_steps - done) * seconds / steps,
+            memory=peak_memory(self.device),
+        )
+
+
+def log_line(
+    done: int, total: int, loss: float, grad_norm: float, lr: float, speed: Speed, skipped: int = 0
+) -> str:
+    """``step 00012/02000 (0.60%) | loss 4.8100 | norm 1.02 | lr 6.0e-04 | tok/s 2.9M | ...``"""
+    width = max(5, len(str(total)))
+    mfu = "n/a" if speed.mfu is None else f"{100 * speed.mfu:.1f}%"
+    fields = [
+        f"step {done:0{width}d}/{total:0{width}d} ({100 * done / total:.2f}%)",
+        f"loss {loss:.4f}",
+        f"norm {grad_norm:.2f}",
+        f"lr {lr:.1e}",
+        f"tok/s {short_count(speed.tokens_per_second)}",
+        f"mfu {mfu}",
+        f"mem {speed.memory / 2**30:.1f}G",
+        f"eta {short_time(speed.seconds_left)}",
+    ]
+    return " | ".join(fields + ([f"skipped {skipped}"] if skipped else []))
+
+
+def short_count(number: float) -> str:
+    """1234567 -> 1.2M"""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"
+
+
+def short_time(seconds: float) -> str:
+    """3700 -> 1h02m, 95 -> 1m35s"""
+    whole = round(seconds)
+    if whole >= 86400:
+        return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    if whole >= 60:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole}s"

@@ -1,0 +1,274 @@
+"""From a configuration to a trained model: builds the parts of a run and starts the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaegpt.config import GenerationConfig, RunConfig
+from megaegpt.config.loading import config_to_yaml
+from megaegpt.config.validation import validate
+from megaegpt.data.files import write_whole
+from megaegpt.data.loader import TrainingLoader
+from megaegpt.data.samples import ChunkWindows, PretrainingSamples
+from megaegpt.data.stream import TokenStream
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.model.build import Model, build_model
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.weights import find_weights, load_weights, save_weights
+from megaegpt.parallel.agreement import from_main, raising_together
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.checkpoint import CheckpointManager, TrainerState
+from megaegpt.training.engine import DTYPES, Engine, resolve_precision, slow_precision_notice
+from megaegpt.training.evaluation import Evaluator
+from megaegpt.training.inputs import ChunkInputs, ModelInputs, SequenceInputs
+from megaegpt.training.metrics import SpeedMeter, device_name, peak_flops
+from megaegpt.training.monitor import Monitor
+from megaegpt.training.stopping import StopRequests
+from megaegpt.training.stores import load_encoder, needs_store, prepare_store
+from megaegpt.training.summary import ModelSize, describe_run, measure_model, tokens_per_step
+from megaegpt.training.trainer import Trainer
+
+SampleText = Callable[[Model, FrozenEncoder | None, Tokenizer, GenerationConfig], str]
+"""Writes a text with the model in training; ``megaegpt.generation`` has it."""
+
+
+def pretrain(
+    config: RunConfig,
+    grid: ProcessGrid,
+    *,
+    resume: bool = False,
+    stops: StopRequests | None = None,
+    sample_text: SampleText | None = None,
+) -> bool:
+    """Train a gpt, egpt or deepgpt. Collective over all ranks of ``grid``.
+
+    Args:
+        resume: go on from the latest checkpoint if there is one.
+        stops: signals and time limit.
+        sample_text: called at every evaluation if ``generation.max_new_tokens`` is not 0.
+
+    Returns:
+        True if the run is complete, False if it was stopped, and saved, before its last step.
+
+    Raises:
+        MegaEGPTError: whatever is the user's to fix, on every rank.
+    """
+    with raising_together(grid):
+        validate(config, grid.world_size)
+        data = _Data(config)
+        checkpoints = _checkpoints(config, resume)
+    run = _Run(config, grid, data)
+    state: TrainerState = {}
+    if resume and from_main(checkpoints.latest() is not None, grid):
+        state = checkpoints.load(run.engine)
+    with raising_together(grid):
+        differences = _differences(state, run.identity)
+        monitor = Monitor(config.logging, grid, state.get("step", 0))
+    run.introduce(monitor, state, resume, differences)
+    trainer = Trainer(
+        config=config,
+        engine=run.engine,
+        inputs=run.inputs(data.train, "train"),
+        loader=data.loader(grid, state.get("step", 0)),
+        checkpoints=checkpoints,
+        monitor=monitor,
+        meter=run.meter(),
+        stops=stops or StopRequests(),
+        evaluator=run.evaluator(),
+        sample=run.sampler(sample_text),
+        writers={"weights": run.export_weights},
+        identity=run.identity,
+        done=state.get("step", 0),
+        skipped=state.get("skipped", 0),
+    )
+    try:
+        return trainer.train()
+    finally:
+        monitor.close()
+        run.engine.close()
+
+
+class _Data:
+    """Tokenizer, splits and samples."""
+
+    def __init__(self, config: RunConfig) -> None:
+        if not config.data.train:
+            raise ConfigError("data.train is empty: give the prefixes of the training shards")
+        self._config = config
+        self.tokenizer = Tokenizer.load(config.data.vocabulary)
+        self.train = TokenStream(config.data.train)
+        self.validation = TokenStream(config.data.validation) if config.data.validation else None
+        model, seed = config.model, config.training.seed
+        self.samples: PretrainingSamples | ChunkWindows
+        if model.kind == "gpt":
+            self.samples = PretrainingSamples(self.train, model.max_seq_len, seed)
+        else:
+            egpt = model.egpt
+            self.samples = ChunkWindows(self.train, egpt.num_chunks, egpt.chunk_size, seed)
+
+    def loader(self, grid: ProcessGrid, start_step: int) -> TrainingLoader:
+        """This rank's micro-batches from a step on."""
+        training = self._config.training
+        return TrainingLoader(
+            self.samples,
+            grid,
+            training.global_batch_size,
+            training.micro_batch_size,
+            start_step,
+            self._config.data.prefetch,
+        )
+
+    def describe(self) -> str:
+        """One line on the splits."""
+        training = self._config.training
+        epochs = training.steps * training.global_batch_size / len(self.samples)
+        held_out = f"{len(self.validation):,}" if self.validation else "no"
+        return (
+            f"{len(self.train):,} training tokens ({len(self.samples):,} samples; "
+            f"the run is {epochs:.2f} epochs), {held_out} validation tokens"
+        )
+
+
+@dataclass
+class _Run:
+    """The model under its engine, and what is made of it."""
+
+    config: RunConfig
+    grid: ProcessGrid
+    data: _Data
+
+    def __post_init__(self) -> None:
+        config, grid, training = self.config, self.grid, self.config.training
+        with raising_together(grid):
+            self.precision = resolve_precision(training.precision, grid.device)
+        self.encoder = load_encoder(config, grid, self.precision)
+        self.model = build_model(
+            config.model,
+            grid,
+            seed=training.seed,
+            activation_checkpointing=training.activation_checkpointing,
+            compile_blocks=training.compile,
+        )
+        with raising_together(grid):
+            if training.initialize_from is not None:
+                load_weights(self.model, find_weights(training.initialize_from), grid)
+        self.engine = Engine(self.model, grid, config)
+        self.size: ModelSize = measure_model(
+            config, None if self.encoder is None else self.encoder.config
+        )
+        self.identity = {
+            "encoder": self.encoder and self.encoder.fingerprint,
+            "shards": self.data.train.fingerprint,
+            "global_batch_size": training.global_batch_size,
+            "seed": training.seed,
+        }
+
+    def inputs(self, stream: TokenStream, split: str) -> ModelInputs:
+        """How the model is fed from a split; computes the split's feature store if need be."""
+        config = self.config
+        if self.encoder is None:
+            return SequenceInputs()
+        store = None
+        if needs_store(config):
+            store = prepare_store(config, self.grid, self.encoder, stream, split, self.precision)
+        return ChunkInputs(
+            config.model,
+            self.encoder,
+            DTYPES[self.precision],
+            history=store if config.data.history_features == "stored" else None,
+            token_states=store if config.data.token_features == "stored" else None,
+        )
+
+    def evaluator(self) -> Evaluator | None:
+        """Evaluates the validation split, if there is one."""
+        stream, model = self.data.validation, self.config.model
+        if stream is None:
+            return None
+        return Evaluator(
+            stream,
+            window=model.sample_len,
+            num_chunks=1 if model.kind == "gpt" else model.egpt.num_chunks,
+            inputs=self.inputs(stream, "validation"),
+            grid=self.grid,
+            batch_size=self.config.training.micro_batch_size,
+            token_byte_lengths=self.data.tokenizer.token_byte_lengths,
+        )
+
+    def sampler(self, sample_text: SampleText | None) -> Callable[[], str] | None:
+        """Writes sample texts, if the configuration asks for them."""
+        generation = self.config.generation
+        if sample_text is None or generation.max_new_tokens == 0:
+            return None
+        return lambda: sample_text(self.model, self.encoder, self.data.tokenizer, generation)
+
+    def meter(self) -> SpeedMeter:
+        """Measures speed against all ranks' devices."""
+        peak = peak_flops(device_name(self.grid.device), self.precision)
+        return SpeedMeter(
+            tokens_per_step=tokens_per_step(self.config),
+            flops_per_token=self.size.flops_per_token,
+            peak_flops=None if peak is None else peak * self.grid.world_size,
+            total_steps=self.config.training.steps,
+            device=self.grid.device,
+        )
+
+    def export_weights(self, folder: Path) -> None:
+        """Write the model for generation, evaluation, conversion, or use as an encoder."""
+        if self.grid.dp_rank != 0:
+            return
+        source = self.config.model.encoder.source
+        extra: dict[str, Any] = {"tokenizer": self.data.tokenizer.fingerprint}
+        if self.encoder is not None:
+            extra["encoder"] = {"source": source, "fingerprint": self.encoder.fingerprint}
+        save_weights(self.model, folder, self.grid, extra)
+
+    def introduce(
+        self, monitor: Monitor, state: TrainerState, resume: bool, differences: list[str]
+    ) -> None:
+        """Show and record what the run is, before its first step."""
+        config, grid = self.config, self.grid
+        resolved = config_to_yaml(config)
+        with raising_together(grid):
+            if grid.is_main:
+                write_whole(Path(config.logging.directory) / "config.yaml", resolved.encode())
+        monitor.text("config", resolved)
+        name = device_name(grid.device)
+        for line in describe_run(config, self.size, grid.dp_size, self.precision, name):
+            monitor.say(line)
+        monitor.say(f"{'data':<11}{self.data.describe()}")
+        for notice in (slow_precision_notice(self.precision, grid.device), *differences):
+            if notice is not None:
+                monitor.say(f"notice: {notice}")
+        if state:
+            monitor.say(f"resuming after step {state['step']}")
+        elif resume:
+            monitor.say(f"no checkpoint in {config.checkpoint.directory}: starting at step 0")
+
+
+def _checkpoints(config: RunConfig, resume: bool) -> CheckpointManager:
+    checkpoints = CheckpointManager(config.checkpoint.directory, config.checkpoint.keep)
+    latest = checkpoints.latest()
+    if latest is not None and not resume:
+        raise CheckpointError(
+            f"{latest} is from an earlier run: go on with it by --resume, or set "
+            "checkpoint.directory and logging.directory to new folders"
+        )
+    return checkpoints
+
+
+def _differences(state: TrainerState, identity: dict[str, Any]) -> list[str]:
+    """What a resumed run no longer has in common with its checkpoint, if that is tolerable."""
+    if not state:
+        return []
+    if state["encoder"] != identity["encoder"]:
+        raise CheckpointError(
+            "the checkpoint was trained over another encoder (fingerprint "
+            f"{str(state['encoder'])[:12]}, now {str(identity['encoder'])[:12]}): "
+            "set model.encoder.source to the one it was trained with"
+        )
+    changed = [name for name, value in identity.items() if state[name] != value]
+    return [f"{name} differs from the checkpoint's: the data order changes" for name in changed]
