@@ -1,84 +1,188 @@
-"""What the readers share: finding files, ordering them, and opening them as bytes or text."""
+"""What the readers share: finding files, ordering them, opening them, and reading them by lines."""
 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
+import os
 import re
+import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, cast
 
+import zstandard
+
+from megaegpt.data.documents import Problems
 from megaegpt.errors import DataError
 
-DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error)
+DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
 """What Python's decompressors raise on truncated or damaged input."""
+
+MAX_DOCUMENT_BYTES = 1 << 28
+"""Longest line, member or field that is taken for a document; more is a sign of damage."""
+
+# Text compresses 3 to 10 times; a file that grows a hundredfold and is large is no text.
+_MAX_EXPANSION = 100
+_EXPANSION_FREE_BYTES = 1 << 26
+
+_Piece = tuple[int, int, str]
 
 
 def expand(paths: Iterable[Path], suffixes: tuple[str, ...] | None = None) -> Iterator[Path]:
     """Files, in the order given; folders become the files below them.
 
     Below a folder, hidden files are left out, only names ending in one of ``suffixes`` are taken
-    (all names without it), and numbers sort by value: ``chunk2`` before ``chunk10``.
+    (all names without it), and numbers sort by value: ``chunk2`` before ``chunk10``. One folder's
+    names are held at a time, so trees of any number of files are walked in little memory.
 
     Raises:
         DataError: a path does not exist, or a folder holds nothing to read.
     """
     for path in paths:
         if path.is_dir():
-            yield from _below(path, suffixes)
+            found = False
+            for file in _walk(path, suffixes):
+                found = True
+                yield file
+            if not found:
+                kinds = f" ending in {' or '.join(suffixes)}" if suffixes else ""
+                raise DataError(f"{path}: no files{kinds} in this folder")
         elif path.exists():
             yield path
         else:
             raise DataError(f"{path}: no such file or folder")
 
 
-def _below(folder: Path, suffixes: tuple[str, ...] | None) -> list[Path]:
-    files = [
-        path
-        for path in folder.rglob("*")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and (suffixes is None or path.name.endswith(suffixes))
-        and path.is_file()
-    ]
-    if not files:
-        kinds = f" ending in {' or '.join(suffixes)}" if suffixes else ""
-        raise DataError(f"{folder}: no files{kinds} in this folder")
-    return sorted(files, key=natural_key)
+def _walk(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror or error}") from error
+    for entry in sorted(visible, key=lambda entry: natural_key(entry.name)):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(folder / entry.name, suffixes)
+        elif entry.is_file() and (suffixes is None or entry.name.endswith(suffixes)):
+            yield folder / entry.name
 
 
-def natural_key(path: Path) -> list[tuple[int, int, str]]:
+def natural_key(name: str) -> list[_Piece]:
     """A sort key under which digits count as numbers, so part 2 comes before part 10."""
-    pieces = re.split(r"(\d+)", str(path))
-    return [(0, int(p), p) if p.isdecimal() else (1, 0, p) for p in pieces]
+    pieces = re.split(r"([0-9]+)", name)
+    return [(0, int(p), p) if p.isdecimal() else (1, 0, p) for p in pieces if p]
 
 
 def open_bytes(path: Path) -> IO[bytes]:
     """Open for reading, undoing ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` compression.
 
+    Reading raises one of :data:`DECOMPRESSION_ERRORS` where the file is truncated or damaged, or
+    grows beyond all reason.
+
     Raises:
         DataError: the file cannot be opened.
     """
     try:
-        if path.suffix == ".gz":
-            return cast(IO[bytes], gzip.open(path))
-        if path.suffix == ".bz2":
-            return cast(IO[bytes], bz2.open(path))
-        if path.suffix == ".xz":
-            return cast(IO[bytes], lzma.open(path))
-        if path.suffix == ".zst":
-            import zstandard
-
-            stream = zstandard.ZstdDecompressor().stream_reader(
-                path.open("rb"), read_across_frames=True, closefd=True
-            )
-            return io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
-        return path.open("rb")
+        file = path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
+    return decompressed(file, path.suffix, os.fstat(file.fileno()).st_size)
+
+
+def decompressed(file: IO[bytes], suffix: str, size: int) -> IO[bytes]:
+    """``file`` without the compression that ``suffix`` stands for.
+
+    Args:
+        size: bytes of the compressed file, against which its expansion is measured.
+    """
+    plain: IO[bytes]
+    if suffix in (".gz", ".tgz"):
+        plain = cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    elif suffix == ".bz2":
+        plain = cast(IO[bytes], bz2.BZ2File(file))
+    elif suffix == ".xz":
+        plain = cast(IO[bytes], lzma.LZMAFile(file))  # noqa: SIM115  (bounded() closes the file)
+    elif suffix == ".zst":
+        plain = cast(IO[bytes], _ZstdStream(file))
+    else:
+        return file
+    return bounded(plain, size, close=file.close)
+
+
+def bounded(plain: IO[bytes], size: int, close: Callable[[], None]) -> IO[bytes]:
+    """A decompressed stream that refuses to grow without end out of ``size`` bytes."""
+    return io.BufferedReader(_BoundedExpansion(plain, size, close), 1 << 18)
+
+
+class _BoundedExpansion(io.RawIOBase):
+    def __init__(self, plain: IO[bytes], size: int, close: Callable[[], None]) -> None:
+        super().__init__()
+        self._plain, self._close = plain, close
+        self._unread = b""
+        self._left = max(_EXPANSION_FREE_BYTES, _MAX_EXPANSION * size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._unread or self._plain.read(len(buffer))
+        data, self._unread = data[: len(buffer)], data[len(buffer) :]
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(f"it expands more than {_MAX_EXPANSION}-fold, as no text does")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._close()
+        super().close()
+
+
+class _ZstdStream(io.RawIOBase):
+    """Zstandard frames one after the other; unlike the library's own reader it notices a cut."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self._file = file
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._left_over = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, _: int = -1) -> bytes:
+        """The next piece, of the library's choice of size; empty at the end."""
+        while True:
+            block = self._left_over or self._file.read(1 << 16)
+            self._left_over = b""
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("the last Zstandard frame is not complete")
+                return b""
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            try:
+                plain = self._frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            if self._frame.eof:
+                self._left_over, self._frame = self._frame.unused_data, None
+            if plain:
+                return plain
+
+
+@contextlib.contextmanager
+def reporting_damage(where: str, problems: Problems) -> Iterator[None]:
+    """Report a truncated or corrupt stream; what was read before it stands."""
+    try:
+        yield
+    except DECOMPRESSION_ERRORS as error:
+        problems.report(where, f"truncated or damaged ({error})")
 
 
 def read_text(path: Path) -> str:
@@ -93,7 +197,22 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start:,}") from error
     except DECOMPRESSION_ERRORS as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"{path}: truncated or damaged ({error})") from error
+
+
+def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, bytes]]:
+    """Numbers (from 1) and bytes of a file's lines, line ends included; damage is reported.
+
+    Raises:
+        DataError: a line is too long to be a document.
+    """
+    with open_bytes(path) as file, reporting_damage(str(path), problems):
+        number = 0
+        while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+            number += 1
+            if len(line) > MAX_DOCUMENT_BYTES:
+                raise DataError(f"{path}, line {number}: longer than {MAX_DOCUMENT_BYTES:,} bytes")
+            yield number, line
 
 
 def normalize_newlines(text: str) -> str:
