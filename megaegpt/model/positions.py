@@ -67,13 +67,9 @@ class RotaryTable:
     def rotate(self, x: Tensor) -> Tensor:
         """(B, H, T, D) -> the same, rotated; computed in at least fp32."""
         precise = torch.promote_types(x.dtype, torch.float32)
-        if self._cos.dtype != precise:
-            self._cos, self._sin = self._cos.to(precise), self._sin.to(precise)
+        cos, sin = self._cos.to(precise), self._sin.to(precise)
         first, second = x.to(precise).chunk(2, dim=-1)
-        rotated = [
-            first * self._cos - second * self._sin,
-            second * self._cos + first * self._sin,
-        ]
+        rotated = [first * cos - second * sin, second * cos + first * sin]
         return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
