@@ -50,6 +50,7 @@ _STATE = "deepspeed"
 _COMPLETE = re.compile(r"step_\d{8,}")
 _SAVING, _REPLACED, _REMOVING = ".saving-", ".replaced-", ".removing-"
 _RESHAPING = ".reshaping-"
+_TEMPORARY = re.compile(r"^\.(saving|replaced|removing|reshaping)-")
 
 
 class CheckpointManager:
@@ -77,10 +78,18 @@ class CheckpointManager:
         return max(self._complete(), key=_saved_at, default=None)
 
     def _complete(self) -> list[Path]:
-        """Folders under their final name: they were whole when they got it."""
+        """Folders under their final name (they were whole when they got it), or moved aside by a
+        save of the same step that died before its own took the place.
+        """
         if not self.directory.is_dir():
             return []
-        return sorted(p for p in self.directory.iterdir() if _COMPLETE.fullmatch(p.name))
+        entries = sorted(self.directory.iterdir())
+        aside = [p for p in entries if _COMPLETE.fullmatch(p.name.removeprefix(_REPLACED))]
+        return [p for p in aside if p == self._final(p) or not self._final(p).exists()]
+
+    def _final(self, folder: Path) -> Path:
+        """Where a folder under one of the temporary names belongs."""
+        return self.directory / _TEMPORARY.sub("", folder.name)
 
     # -- saving -----------------------------------------------------------------------------------
 
@@ -137,10 +146,9 @@ class CheckpointManager:
         """Make room, after clearing what a killed process left."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob(".*-step_*"):
-            final = self.directory / leftover.name.split("-", 1)[1]
-            if leftover.name.startswith(_REPLACED) and not final.exists():
-                leftover.rename(final)  # killed between the two renames of _publish
-            elif leftover.name.startswith((_SAVING, _REPLACED, _REMOVING, _RESHAPING)):
+            if leftover in self._complete():
+                leftover.rename(self._final(leftover))
+            elif _TEMPORARY.match(leftover.name):
                 shutil.rmtree(leftover)
         temporary.mkdir()
 
@@ -167,7 +175,7 @@ class CheckpointManager:
         manifest.write(temporary)
         for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
             sync_folder(folder)
-        final = self.directory / temporary.name.removeprefix(_SAVING)
+        final = self._final(temporary)
         if final.exists():
             final.rename(self.directory / f"{_REPLACED}{final.name}")
         temporary.rename(final)

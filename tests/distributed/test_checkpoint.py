@@ -1,0 +1,228 @@
+"""Checkpoints of real engines: exact resume, other topologies, damage, and failures on one rank."""
+
+from __future__ import annotations
+
+import pickle
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaegpt.config.run import RunConfig
+from megaegpt.errors import CheckpointError
+from megaegpt.training.checkpoint import CheckpointManager
+from tests.distributed.harness import Distributed, grid_for
+from tests.training.runs import Curve, advance, make_engine, run_config
+
+_SAVED, _END = 3, 6
+
+
+def _config(kind: str = "gpt", tp: int = 1, stage: int = 2, **changes: Any) -> RunConfig:
+    training = {"global_batch_size": 4, "micro_batch_size": 1, **changes.pop("training", {})}
+    model = {"kind": kind, "tied_embeddings": kind == "gpt", **changes.pop("model", {})}
+    parallel = {"tensor_parallel_size": tp, "zero_stage": stage}
+    return run_config(model=model, parallel=parallel, training=training, **changes)
+
+
+def _train_and_save(config: RunConfig, folder: Path, saved: int, end: int) -> Curve:
+    """Train to ``end``, saving after ``saved`` steps; the curve from there on."""
+    grid = grid_for(config.parallel.tensor_parallel_size)
+    engine = make_engine(config, grid)
+    advance(engine, config, range(saved))
+    CheckpointManager(folder, keep=1).save(engine, saved, {"samples": saved * 4})
+    curve = advance(engine, config, range(saved, end))
+    engine.close()
+    return curve
+
+
+def _resume(config: RunConfig, folder: Path, saved: int, end: int) -> Curve:
+    grid = grid_for(config.parallel.tensor_parallel_size)
+    engine = make_engine(config, grid)
+    state = CheckpointManager(folder, keep=1).load(engine)
+    assert state == {"samples": saved * 4}
+    curve = advance(engine, config, range(saved, end))
+    engine.assert_replicas_equal()
+    engine.close()
+    return curve
+
+
+def _assert_resumes_exactly(configs: list[RunConfig], folder: Path) -> None:
+    for number, config in enumerate(configs):
+        place = folder / str(number)
+        straight = _train_and_save(config, place, _SAVED, _END)
+        resumed = _resume(config, place, _SAVED, _END)
+        assert resumed.losses == straight.losses, config
+        assert resumed.norms == straight.norms, config
+        for name, weight in straight.weights.items():
+            assert weight.equal(resumed.weights[name]), (name, config)
+
+
+def test_resume_is_exact_for_every_zero_stage_and_precision_with_dropout(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    dropout = {"model": {"dropout": 0.1}}
+    configs = [_config(stage=stage, **dropout) for stage in (0, 1, 2)]
+    configs += [_config(stage=s, training={"precision": "bf16"}, **dropout) for s in (1, 2)]
+    configs += [_config(tp=2, stage=0, **dropout)]
+    distributed(2, _assert_resumes_exactly, configs, tmp_path)
+
+
+def test_resume_is_exact_with_tensor_and_data_parallel_ranks(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    configs = [_config(kind, tp=2, model={"dropout": 0.1}) for kind in ("gpt", "egpt")]
+    distributed(4, _assert_resumes_exactly, configs, tmp_path)
+
+
+def _train_all(configs: list[RunConfig], folder: Path, end: int) -> list[Curve]:
+    return [
+        _train_and_save(config, folder / str(number), _SAVED, end)
+        for number, config in enumerate(configs)
+    ]
+
+
+def _resume_all(configs: list[RunConfig], folder: Path, end: int) -> list[Curve]:
+    return [
+        _resume(config, folder / str(number), _SAVED, end) for number, config in enumerate(configs)
+    ]
+
+
+def _assert_same_curve(ours: Curve, theirs: Curve, context: object) -> None:
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4), context
+    assert ours.norms == pytest.approx(theirs.norms, rel=1e-4), context
+
+
+@pytest.mark.parametrize("kind", ["gpt", "egpt"])
+def test_a_run_continues_at_another_topology(
+    distributed: Distributed, tmp_path: Path, kind: str
+) -> None:
+    end = _SAVED + 20
+    straight = distributed(4, _train_all, [_config(kind, tp=2)], tmp_path, end)[0][0]
+    # (tensor parallel, data parallel, ZeRO stage)
+    others = [(2, 1, 2), (1, 2, 1), (1, 1, 0)] if kind == "gpt" else [(1, 1, 2)]
+    for tp, dp, stage in others:
+        config = _config(kind, tp, stage)
+        resumed = distributed(tp * dp, _resume_all, [config], tmp_path, end)[0][0]
+        _assert_same_curve(resumed, straight, (tp, dp, stage))
+
+
+def test_checkpoints_without_zero_and_of_bf16_master_weights_are_reshaped_too(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    bf16 = {"training": {"precision": "bf16"}}
+    saved = [_config(tp=2, stage=0), _config(stage=1, **bf16)]
+    straight = distributed(2, _train_all, saved, tmp_path, _END)[0]
+    resumed = distributed(
+        1, _resume_all, [_config(stage=2), _config(stage=2, **bf16)], tmp_path, _END
+    )
+    _assert_same_curve(resumed[0][0], straight[0], "stage 0, TP 2")
+    for ours, theirs in zip(resumed[0][1].losses, straight[1].losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3), "bf16 rounds differently at another DP"
+
+
+def _error_of(config: RunConfig, folder: Path) -> str:
+    """What loading raises, the same on every rank but for which rank it names."""
+    engine = make_engine(config, grid_for(config.parallel.tensor_parallel_size))
+    try:
+        CheckpointManager(folder, keep=1).load(engine)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        engine.close()
+    raise AssertionError("the checkpoint was loaded")
+
+
+def test_what_does_not_fit_is_refused_by_name_on_every_rank(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    distributed(2, _train_all, [_config()], tmp_path, _SAVED)
+    folder = tmp_path / "0"
+
+    errors = distributed(2, _error_of, _config(training={"precision": "bf16"}), folder)
+    assert all("fp32" in error and "bf16" in error for error in errors)
+
+    errors = distributed(2, _error_of, _config(model={"num_layers": 3}), folder)
+    assert all("stack.blocks.2" in error for error in errors)
+
+    [optimizer] = folder.glob("step_*/deepspeed/zero_pp_rank_1_*")
+    content = bytearray(optimizer.read_bytes())
+    content[len(content) // 2] ^= 1
+    optimizer.write_bytes(content)
+    errors = distributed(2, _error_of, _config(), folder)
+    assert all(optimizer.name in error and "damaged" in error for error in errors)
+
+    optimizer.unlink()
+    errors = distributed(2, _error_of, _config(), folder)
+    assert all(optimizer.name in error and "missing" in error for error in errors)
+
+
+class _Payload:
+    """Unpickling this would run code."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def _load_foreign_pickle(folder: Path) -> None:
+    config = _config()
+    engine = make_engine(config, grid_for(1))
+    engine.save_state(folder / "state")
+    mark = folder / "executed"
+    for file in (folder / "state").iterdir():
+        original = file.read_bytes()
+        file.write_bytes(pickle.dumps({"module": _Payload(mark)}))
+        torch.load(file, weights_only=False)
+        assert mark.exists(), "the payload must work where objects are unpickled"
+        mark.unlink()
+        for load in (
+            lambda: engine.load_state(folder / "state"),
+            lambda: engine.load_reshaped(folder / "state", engine.topology, folder / "scratch"),
+        ):
+            with pytest.raises(CheckpointError, match="cannot be loaded"):
+                load()
+            assert not mark.exists()
+            shutil.rmtree(folder / "scratch", ignore_errors=True)
+        file.write_bytes(original)
+    engine.load_state(folder / "state")
+    engine.close()
+
+
+def test_no_object_is_unpickled_from_a_checkpoint(distributed: Distributed, tmp_path: Path) -> None:
+    distributed(1, _load_foreign_pickle, tmp_path)
+
+
+def _save_with_a_full_disk_on_one_rank(folder: Path) -> str:
+    config = _config()
+    grid = grid_for(1)
+    engine = make_engine(config, grid)
+    manager = CheckpointManager(folder, keep=1)
+    manager.save(engine, 1, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if grid.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        manager.save(engine, 2, {})
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        manager.load(engine)
+        engine.close()
+    raise AssertionError("saving worked")
+
+
+def test_a_full_disk_is_reported_on_every_rank_and_harms_no_earlier_checkpoint(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    for error in distributed(2, _save_with_a_full_disk_on_one_rank, tmp_path):
+        assert "step 2 was not saved" in error
+        assert "zero_pp_rank_1" in error
+        assert "File too large" in error
+        assert "step_00000001 is untouched" in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]

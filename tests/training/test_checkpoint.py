@@ -1,0 +1,254 @@
+"""What a checkpoint directory looks like after kills, damage and many saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megaegpt.errors import CheckpointError
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import ParamSpec
+from megaegpt.training import manifest
+from megaegpt.training.checkpoint import CheckpointManager
+from megaegpt.training.engine import Engine, Topology
+
+_FILES = 2
+
+
+class _FilesOnly(Engine):
+    """An engine whose state is a few small files that hold its step."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.grid = ProcessGrid()
+        self.topology = Topology(1, 1, 2, "fp32")
+        self.step = step
+
+    def parameter_specs(self) -> dict[str, ParamSpec]:
+        return {"weight": ParamSpec((4, 2))}
+
+    def save_state(self, folder: Path) -> list[Path]:
+        folder.mkdir()
+        paths = [folder / f"part_{number}" for number in range(_FILES)]
+        for path in paths:
+            path.write_text(f"{self.step}" * 2000)
+        return paths
+
+    def load_state(self, folder: Path) -> None:
+        contents = {path.read_text() for path in folder.iterdir()}
+        assert len(contents) == 1, "files of several checkpoints"
+        self.step = int(contents.pop()[0])
+
+
+def _save(manager: CheckpointManager, step: int) -> Path:
+    weights = {"weights": lambda folder: _write_weights(folder, step)}
+    return manager.save(_FilesOnly(step % 10), step, {"step": step}, weights)
+
+
+def _write_weights(folder: Path, step: int) -> None:
+    folder.mkdir()
+    (folder / "model.safetensors").write_text(str(step))
+
+
+def _load(manager: CheckpointManager, folder: Path | None = None) -> int:
+    engine = _FilesOnly()
+    step = manager.load(engine, folder)["step"]
+    assert engine.step == step % 10
+    return step
+
+
+def test_the_last_checkpoint_is_loaded_and_only_so_many_are_kept(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path / "new" / "folder", keep=2)
+    assert manager.latest() is None
+    for step in (1, 2, 3, 4):
+        folder = _save(manager, step)
+        assert manager.latest() == folder
+        assert _load(manager) == step
+        assert (folder / "weights" / "model.safetensors").read_text() == str(step)
+    names = sorted(p.name for p in manager.directory.iterdir())
+    assert names == ["latest", "step_00000003", "step_00000004"]
+    assert _load(manager, manager.directory / "step_00000003") == 3
+
+
+def test_saving_again_at_an_earlier_step_keeps_the_new_one(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=1)
+    for step in (5, 9, 6, 6):
+        _save(manager, step)
+        assert _load(manager) == step
+
+
+def test_no_checkpoint_at_all_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        CheckpointManager(tmp_path, keep=1).load(_FilesOnly())
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not a complete checkpoint: manifest\.json"):
+        CheckpointManager(tmp_path, keep=1).load(_FilesOnly(), tmp_path)
+
+
+def test_a_lost_or_wrong_latest_falls_back_to_the_newest_complete_one(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=3)
+    for step in (1, 2):
+        _save(manager, step)
+    for content in (b"step_00000777", b"", b"../../etc", b"\xff\xfe"):
+        (tmp_path / "latest").write_bytes(content)
+        assert _load(manager) == 2
+    (tmp_path / "latest").unlink()
+    assert _load(manager) == 2
+
+
+def test_going_back_by_editing_latest_is_respected(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=3)
+    for step in (1, 2):
+        _save(manager, step)
+    (tmp_path / "latest").write_text("step_00000001")
+    assert _load(manager) == 1
+
+
+def test_a_failing_writer_leaves_no_trace(tmp_path: Path) -> None:
+    def fails(folder: Path) -> None:
+        folder.mkdir()
+        raise OSError(28, "No space left on device", str(folder / "model.safetensors"))
+
+    manager = CheckpointManager(tmp_path, keep=1)
+    _save(manager, 1)
+    with pytest.raises(CheckpointError, match=r"No space left.*step_00000001 is untouched"):
+        manager.save(_FilesOnly(2), 2, {"step": 2}, {"weights": fails})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
+    assert _load(manager) == 1
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["next_step", "same_step"])
+def test_dying_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(
+    tmp_path: Path, again: bool
+) -> None:
+    manager = CheckpointManager(tmp_path, keep=1)
+    _save(manager, 1)
+    survivor = 1
+    for operation in range(1, 200):
+        step = survivor if again else survivor + 1
+        finished = _run_in_a_child(lambda step=step, n=operation: _save_and_die(manager, step, n))
+        assert _load(manager) in (survivor, step)
+        survivor = _load(manager)
+        if finished:
+            break
+    else:
+        raise AssertionError("the save never finished")
+    assert operation > 20, "operations were not counted"
+    _save(manager, survivor + 1)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_killed_at_random_moments_the_last_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=2)
+    _save(manager, 1)
+    timing = random.Random(7)
+    before = 1
+    for _ in range(12):
+        child = os.fork()
+        if child == 0:
+            for step in range(before + 1, before + 10_000):
+                _save(manager, step)
+        time.sleep(timing.uniform(0.0, 0.3))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        now = _load(manager)
+        assert now >= before
+        before = now
+    assert before > 2, "nothing was saved between the kills"
+
+
+def _run_in_a_child(action: Callable[[], None]) -> bool:
+    """Whether ``action`` ended by itself (and not by :func:`_save_and_die`'s exit)."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 9), "the save failed instead of dying"
+    return code == 0
+
+
+def _save_and_die(manager: CheckpointManager, step: int, operation: int) -> None:
+    """Exit at once, as ``kill -9`` does, before the ``operation``-th change of a file or folder."""
+    count = 0
+
+    def dying(original: Callable[..., object]) -> Callable[..., object]:
+        def changed(*args: object, **kwargs: object) -> object:
+            nonlocal count
+            count += 1
+            if count == operation:
+                os._exit(9)
+            return original(*args, **kwargs)
+
+        return changed
+
+    for name in ("mkdir", "rename", "replace", "write_text", "open"):
+        setattr(Path, name, dying(getattr(Path, name)))
+    for name in ("unlink", "rmdir", "fsync"):
+        setattr(os, name, dying(getattr(os, name)))
+    _save(manager, step)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> CheckpointManager:
+    manager = CheckpointManager(tmp_path_factory.mktemp("checkpoints"), keep=1)
+    _save(manager, 1)
+    return manager
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_changed_byte_or_cut_is_found_and_the_file_named(
+    saved: CheckpointManager, data: st.DataObject
+) -> None:
+    files = sorted(p for p in saved.directory.glob("step_*/**/*") if p.is_file())
+    path = data.draw(st.sampled_from(files))
+    original = path.read_bytes()
+    content = bytearray(original)
+    place = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[place] ^= data.draw(st.integers(1, 255))
+    else:
+        del content[place:]
+    path.write_bytes(content)
+    try:
+        if path.name == manifest.MANIFEST and _same_json(path):
+            return
+        with pytest.raises(CheckpointError) as caught:
+            saved.load(_FilesOnly())
+        assert path.name in str(caught.value)
+    finally:
+        path.write_bytes(original)
+
+
+def _same_json(path: Path) -> bool:
+    """Whether a change of the manifest was only one of its spaces."""
+    try:
+        document = json.loads(path.read_bytes())
+        body = {k: v for k, v in document.items() if k not in ("format", "sha256")}
+        return document["format"] == 1 and document["sha256"] == manifest._digest(body)
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return False
+
+
+def test_another_model_is_refused_by_parameter(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=1)
+    _save(manager, 1)
+    engine = _FilesOnly()
+    engine.parameter_specs = lambda: {"weight": ParamSpec((4, 3))}  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match=r"weight is \[4, 2\] there and \[4, 3\]"):
+        manager.load(engine)
