@@ -3,6 +3,7 @@
     python tools/prepare_data.py book --output data            # War and Peace, or else the Bible
     python tools/prepare_data.py war_and_peace --output data --input 2600-0.txt
     python tools/prepare_data.py tolstoy --output data         # train and validation files
+    python tools/prepare_data.py enron --output data --input maildir
 
 Each line of the output is one document, ``{"text": ..., "meta": ...}``. A file appears whole or not
 at all.
@@ -16,11 +17,20 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from megaegpt.data.books import BOOKS, Cleaning, king_james_bible, load_book
-from megaegpt.data.documents import Document
+from megaegpt.data.documents import Document, Problems
+from megaegpt.data.download import download
 from megaegpt.data.files import naming_failures, publish, temporary_name
+from megaegpt.data.readers import READERS, parse_reader_options, read_documents
 from megaegpt.errors import DataError, exits_cleanly
 
+DOWNLOADS = {
+    "enron": "https://www.cs.cmu.edu/~enron/enron_mail_20150507.tar.gz",
+    "wikipedia": "https://dumps.wikimedia.org/enwiki/latest/enwiki-latest-pages-articles.xml.bz2",
+}
+"""Raw corpora that may be downloaded; their compression carries checksums that reading verifies."""
 TOLSTOY = {"train": ("war_and_peace", "anna_karenina"), "validation": ("moby_dick",)}
 
 
@@ -35,7 +45,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [*BOOKS, "king_james_bible", "book", "tolstoy"]
+    names = [*BOOKS, "king_james_bible", "book", "tolstoy", *READERS]
     parser.add_argument("name", choices=names, help="corpus; 'book': the best one to be had here")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="output folder")
     parser.add_argument(
@@ -52,6 +62,14 @@ def _parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="every line end twice: the text on which the original EGPT figures were measured",
     )
+    parser.add_argument(
+        "--reader-option",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="option of a corpus' reader, such as text_column=maintext; may be repeated",
+    )
+    parser.add_argument("--on-bad-input", choices=["fail", "skip"], default="fail")
     return parser.parse_args()
 
 
@@ -66,6 +84,8 @@ def _prepare(arguments: argparse.Namespace) -> list[Path]:
             for split, books in TOLSTOY.items()
         ]
     target = output / f"{name}.jsonl"
+    if name in READERS:
+        return [_prepare_corpus(target, arguments)]
     if name == "book":
         return [_prepare_any_book(target, arguments)]
     document = king_james_bible() if name == "king_james_bible" else _load(name, arguments)
@@ -94,6 +114,34 @@ def _prepare_any_book(target: Path, arguments: argparse.Namespace) -> Path:
     return write_jsonl(target, [document])
 
 
+def _prepare_corpus(target: Path, arguments: argparse.Namespace) -> Path:
+    """Read a corpus in its native format, downloaded if it is nowhere given."""
+    name, source = arguments.name, arguments.input
+    options = parse_reader_options(name, arguments.reader_option)
+    if source is None and name not in DOWNLOADS:
+        raise DataError(f"{name} cannot be downloaded freely: give its files by --input PATH")
+    if source is None:
+        url = DOWNLOADS[name]
+        source = _download(url, arguments.output / "downloads" / url.rpartition("/")[2])
+    problems = Problems(arguments.on_bad_input)
+    documents = read_documents(name, [source], problems, **options)
+    write_jsonl(target, tqdm(documents, unit=" documents", mininterval=1.0), problems)
+    if problems.count:
+        print(problems.summary())
+    return target
+
+
+def _download(url: str, target: Path) -> Path:
+    print(f"downloading {url}")
+    with tqdm(unit="B", unit_scale=True, mininterval=1.0) as bar:
+
+        def show(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return download(url, target, progress=show)
+
+
 def _load(name: str, arguments: argparse.Namespace) -> Document:
     cleaning = Cleaning(
         keep_wraps=arguments.keep_wraps,
@@ -105,15 +153,27 @@ def _load(name: str, arguments: argparse.Namespace) -> Document:
     return load_book(BOOKS[name], cleaning, downloads, local=arguments.input)
 
 
-def write_jsonl(path: Path, documents: Iterable[Document]) -> Path:
-    """Write documents one a line, under a temporary name until all are on disk."""
+def write_jsonl(
+    path: Path, documents: Iterable[Document], problems: Problems | None = None
+) -> Path:
+    """Write documents one a line, under a temporary name until all are on disk.
+
+    Raises:
+        DataError: there are none, or the disk is full; what was at ``path`` before is untouched.
+    """
+    problems = problems or Problems()
     temporary = temporary_name(path)
     try:
         with naming_failures(path):
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            with temporary.open("wb") as file:
                 for document in documents:
                     line = {"text": document.text, "meta": dict(document.metadata)}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    try:
+                        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                    except UnicodeEncodeError:
+                        problems.report(document.where, "holds half of a surrogate pair")
+                if not file.tell():
+                    raise DataError(f"{path}: not written, there are no documents")
                 file.flush()
                 os.fsync(file.fileno())
             publish(temporary, path)

@@ -48,9 +48,10 @@ def download(
         hint = "; run again to continue" if part.exists() else ""
         raise DataError(f"{url}: cannot be downloaded ({reason}){hint}") from error
     if sha256 is not None and (found := _sha256(part)) != sha256:
-        part.unlink()
+        _discard(part)
         raise DataError(f"{url}: sha256 is {found}, expected {sha256}; nothing was kept")
     os.replace(part, target)
+    _discard(part)
     return target
 
 
@@ -62,14 +63,18 @@ def _fetch(
 ) -> None:
     """Append to ``part`` what is missing of ``url``; start over if the server cannot continue."""
     have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "megaegpt"} | ({"Range": f"bytes={have}-"} if have else {})
+    headers = {"User-Agent": "megaegpt"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if version := _version_file(part).read_text() if _version_file(part).exists() else "":
+            headers["If-Range"] = version  # a file that has changed since is sent whole
     try:
         response = urllib.request.urlopen(
             urllib.request.Request(url, headers=headers), timeout=timeout
         )
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # the part is as long as the file or longer: not trustworthy
-            part.unlink()
+            _discard(part)
             return _fetch(url, part, timeout, progress)
         raise
     with response:
@@ -77,6 +82,9 @@ def _fetch(
         done = have if resumed else 0
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
+        if not resumed:
+            version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+            _version_file(part).write_text("" if (version or "W/").startswith("W/") else version)
         with part.open("ab" if resumed else "wb") as file:
             while block := response.read(_BLOCK):
                 file.write(block)
@@ -87,6 +95,16 @@ def _fetch(
             os.fsync(file.fileno())
     if total is not None and done < total:
         raise OSError(f"connection lost after {done:,} of {total:,} bytes")
+
+
+def _version_file(part: Path) -> Path:
+    """Holds what the server calls the version that ``part`` is a part of."""
+    return part.with_name(part.name + "-version")
+
+
+def _discard(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _version_file(part).unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

@@ -21,6 +21,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     break_after: int | None = None
     understands_ranges = True
+    version = '"one"'
 
     def __init__(self) -> None:
         self.ranges: list[str | None] = []
@@ -37,12 +38,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         self.server.ranges.append(wanted)
         start = 0
-        if wanted and self.server.understands_ranges:
+        unchanged = self.headers.get("If-Range") in (None, self.server.version)
+        if wanted and self.server.understands_ranges and unchanged:
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
         if start >= len(CONTENT):
             self.send_error(416)
             return
         self.send_response(206 if start else 200)
+        self.send_header("ETag", self.server.version)
         self.send_header("Content-Length", str(len(CONTENT) - start))
         self.end_headers()
         self.wfile.write(CONTENT[start:][: self.server.break_after])
@@ -81,6 +84,16 @@ def test_a_download_that_broke_off_continues_where_it_stopped(
     assert download(url(server), target, SHA256).read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=300000-"]
     assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def test_a_file_that_has_changed_since_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+    server.break_after = 300_000
+    with pytest.raises(DataError, match="run again to continue"):
+        download(url(server), tmp_path / "file")
+    part = tmp_path / "file.part"
+    part.write_bytes(bytes(len(part.read_bytes())))  # what the older version was like
+    server.break_after, server.version = None, '"two"'
+    assert download(url(server), tmp_path / "file").read_bytes() == CONTENT
 
 
 def test_a_server_without_ranges_starts_over(server: Server, tmp_path: Path) -> None:

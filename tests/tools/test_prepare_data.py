@@ -138,6 +138,31 @@ def test_a_download_with_the_known_words_is_kept_whatever_its_layout(
     assert [path.name for path in tmp_path.iterdir()] == ["clock.txt"]
 
 
+def test_a_corpus_in_its_native_format_becomes_json_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"body": "Grüße", "id": 3}\n{oops}\n{"body": "\\ud800"}\n', encoding="utf-8")
+    command = ("jsonl", "--output", tmp_path / "out", "--input", source)
+    command += ("--reader-option", "text_column=body")
+    with pytest.raises(SystemExit):
+        prepare(monkeypatch, *command)
+    assert "in.jsonl, line 2: not JSON" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+    prepare(monkeypatch, *command, "--on-bad-input", "skip")
+    assert lines(tmp_path / "out" / "jsonl.jsonl") == [{"text": "Grüße", "meta": {"id": 3}}]
+    assert "2 bad inputs skipped" in capsys.readouterr().out
+
+
+def test_a_corpus_without_a_free_download_asks_for_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        prepare(monkeypatch, "cnn", "--output", tmp_path)
+    assert "cnn cannot be downloaded freely: give its files by --input" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "options", "tokens"),
     [
