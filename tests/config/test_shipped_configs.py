@@ -1,0 +1,117 @@
+"""The YAML files in configs/ are valid, can be started, and explain their keys truthfully."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+
+from megaegpt.config import RunConfig
+from megaegpt.config.loading import load_config
+from megaegpt.config.parsing import annotation_of, describe
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+LINE = re.compile(r"^(?P<indent> *)(?P<key>[a-z_0-9]+):(?P<value>.*)$")
+TYPE_AND_DEFAULT = re.compile(r"^ *# \((?P<type>.*); default (?P<default>.*)\)$")
+
+
+def names(path: Path) -> str:
+    return path.name
+
+
+def test_there_are_configurations_for_every_model():
+    kinds = {load_config(path).model.kind for path in CONFIGS}
+    assert kinds == {"gpt", "egpt", "deepgpt"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=names)
+def test_it_loads_and_fits_one_and_two_processes(path):
+    for world_size in (1, 2):
+        load_config(path, world_size=world_size)
+
+
+def test_every_one_dry_runs():
+    """One process for all: importing the program costs more than running it."""
+    program = (
+        "import sys, runpy\n"
+        "for path in sys.argv[1:]:\n"
+        "    sys.argv = ['launchers/pretrain.py', '--config', path, '--dry-run']\n"
+        "    try: runpy.run_path('launchers/pretrain.py', run_name='__main__')\n"
+        "    except SystemExit as stop: assert not stop.code, (path, stop.code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, CONFIGS)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trainable parameters") == len(CONFIGS)
+    assert "124,475,904 trainable parameters" in done.stdout
+    assert "262,144 tokens" in done.stdout
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=names)
+def test_every_key_is_explained_with_its_type_and_default(path):
+    sections: list[str] = []
+    comments: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not (match := LINE.match(line)):
+            comments = [*comments, line] if line.lstrip().startswith("#") else []
+            continue
+        depth = len(match["indent"]) // 2
+        sections[depth:] = [match["key"]]
+        dotted = ".".join(sections)
+        assert comments, f"{dotted} has no comment"
+        if match["value"]:
+            assert len(comments) >= 2, f"{dotted} says its type but not its meaning"
+            stated = TYPE_AND_DEFAULT.match(comments[-1])
+            assert stated, f"{dotted}: {comments[-1]!r} does not give type and default"
+            assert stated["type"] == describe(annotation_of(RunConfig, dotted)), dotted
+            assert same(yaml.safe_load(stated["default"]), default_of(dotted)), dotted
+        comments = []
+
+
+def default_of(dotted: str) -> object:
+    value: object = RunConfig()
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def same(stated: object, default: object) -> bool:
+    return float(stated) == default if isinstance(default, float) else stated == default  # type: ignore[arg-type]
+
+
+def test_the_originals_hyper_parameters_are_those_of_the_experiment():
+    config = load_config(ROOT / "configs/egpt_war_and_peace.yaml")
+    model, optimizer, training = config.model, config.optimizer, config.training
+    assert (model.num_layers, model.num_heads, model.hidden_size) == (3, 12, 768)
+    assert (model.egpt.num_chunks, model.egpt.chunk_size) == (16, 1024)
+    assert (model.dropout, model.bias) == (0.0, False)
+    assert (optimizer.lr, optimizer.min_lr, optimizer.warmup_steps) == (6e-4, 6e-5, 20)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.1)
+    assert (training.steps, training.gradient_clipping) == (6000, 1.0)
+
+
+@pytest.mark.parametrize("suffix", ["", "_cpu"])
+def test_egpt_and_its_baseline_differ_in_the_model_only(suffix):
+    egpt = load_config(ROOT / f"configs/egpt_war_and_peace{suffix}.yaml")
+    deepgpt = load_config(ROOT / f"configs/deepgpt_war_and_peace{suffix}.yaml")
+    for section in ("training", "optimizer", "parallel", "generation"):
+        assert getattr(egpt, section) == getattr(deepgpt, section)
+    assert egpt.model.sample_len == deepgpt.model.sample_len
+    for name in get_type_hints(type(egpt.model)):
+        if name not in ("kind", "egpt"):
+            assert getattr(egpt.model, name) == getattr(deepgpt.model, name), name
+    assert (egpt.data.train, egpt.data.validation) == (deepgpt.data.train, deepgpt.data.validation)
+    assert egpt.checkpoint.directory != deepgpt.checkpoint.directory
