@@ -1,0 +1,59 @@
+"""The table of validation losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megaegpt.errors import DataError
+from tools.compare_runs import compare, read_result
+
+
+def make_run(folder: Path, kind: str, losses: list[float], chunks: list[float]) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(
+        f"model: {{kind: {kind}, max_seq_len: 8, encoder: {{source: x}}, "
+        "egpt: {num_chunks: 2, chunk_size: 4}}\n"
+        "training: {steps: 30, global_batch_size: 2}\n"
+    )
+    records: list[dict[str, object]] = []
+    for number, loss in enumerate(losses, 1):
+        records.append({"step": 10 * number, "loss": 9.0})
+        validation = {"validation_loss": loss, "validation_nats_per_byte": loss / 4}
+        by_chunk = {"validation_loss_by_chunk": chunks} if chunks else {}
+        records.append({"step": 10 * number, **validation, **by_chunk})
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(lines)
+    return folder
+
+
+def test_the_last_validation_of_each_run_is_shown_and_chunks_where_there_are_some(tmp_path):
+    runs = [
+        make_run(tmp_path / "encoder", "gpt", [6.0, 5.0], []),
+        make_run(tmp_path / "small", "egpt", [4.0], [4.25, 3.75]),
+    ]
+    lines = compare([read_result(run) for run in runs]).splitlines()
+    assert lines[0].split("  ")[-1].strip() == "perplexity"
+    assert lines[2].split() == ["encoder", "gpt", "20", "320", "5.0000", "1.2500", "148.4"]
+    assert lines[3].split() == ["small", "egpt", "10", "160", "4.0000", "1.0000", "54.6"]
+    assert [line.split() for line in lines[-3:]] == [
+        ["chunk", "0", "1"],
+        ["-----", "-----", "-----"],
+        ["small", "4.250", "3.750"],
+    ]
+    assert "encoder" not in "".join(lines[5:])
+
+
+def test_a_run_without_an_evaluation_is_named(tmp_path):
+    run = make_run(tmp_path / "new", "gpt", [], [])
+    with pytest.raises(DataError, match="new was not evaluated yet"):
+        read_result(run)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    run = make_run(tmp_path / "other", "gpt", [1.0], [])
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(DataError, match=r"other: no metrics\.jsonl"):
+        read_result(run)
