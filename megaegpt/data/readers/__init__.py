@@ -1,7 +1,8 @@
 """One reader a source of text; all of them stream, and yield :class:`Document`.
 
 ``read_documents("enron", paths, problems, keep_quoted=True)`` is the way in. Each reader is the
-function ``read(paths, problems, *, option=default, ...)`` of its module.
+function ``read(paths, problems, *, option=default, ...)`` of its module, beside ``SUFFIXES``, the
+names it takes below a folder.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from megaegpt.data.documents import Document, Problems
 from megaegpt.errors import ConfigError
@@ -57,6 +59,16 @@ def read_documents(
     return _reader(source)((Path(path) for path in paths), problems, **options)
 
 
+def reader_suffixes(source: str) -> tuple[str, ...] | None:
+    """How the names of the files end that a reader takes below a folder; None: all names.
+
+    Raises:
+        ConfigError: no such reader.
+    """
+    suffixes: tuple[str, ...] | None = _module(source).SUFFIXES
+    return suffixes
+
+
 def reader_options(source: str) -> dict[str, Option]:
     """The options of a reader and their defaults.
 
@@ -95,11 +107,14 @@ def parse_reader_options(source: str, assignments: Iterable[str]) -> dict[str, O
 
 
 def _reader(source: str) -> Callable[..., Iterator[Document]]:
+    reader: Callable[..., Iterator[Document]] = _module(source).read
+    return reader
+
+
+def _module(source: str) -> Any:
     if source not in _MODULES:
         raise ConfigError(_unknown("format", source, _MODULES, "the readers"))
-    module = importlib.import_module(f"{__name__}.{_MODULES[source]}")
-    reader: Callable[..., Iterator[Document]] = module.read
-    return reader
+    return importlib.import_module(f"{__name__}.{_MODULES[source]}")
 
 
 def _unknown(what: str, name: str, known: Iterable[str], where: str) -> str:

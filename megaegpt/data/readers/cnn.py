@@ -16,6 +16,7 @@ from megaegpt.data.documents import Document, Problems
 from megaegpt.data.readers.inputs import bounded, expand, open_bytes, reporting_damage
 from megaegpt.data.readers.tables import read_rows
 
+SUFFIXES = (".csv", ".csv.gz", ".zip")
 _TEXT = "article text"
 _METADATA = {
     "author": "author",
@@ -27,9 +28,8 @@ _METADATA = {
 _DATELINE = re.compile(r"\A\s*\(CNN(?: [A-Z]\w+)*\)\s*")
 _SITE = re.compile(r"\s*[-\u2013|] *CNN\w*(?: \w+)?\s*\Z|\s*\(CNN(?: \w+)*\)\s*\Z")
 # The end of a sentence right against a capital: the end of a paragraph, unless it is a name.
-_SEAM = re.compile(
-    r"(?<![\w.@/])([\w'\u2019-]+)([.!?][\u201d\u2019)]?)(?=\u201c?[A-Z][\w'\u2019-]*[ ,])"
-)
+_SEAM = re.compile(r"[.!?][\u201d\u2019)]?(?=\u201c?[A-Z][\w'\u2019-]*[ ,])")
+_LAST_WORD = re.compile(r"[\w'\u2019.@/-]+\Z")
 _ABBREVIATIONS = frozenset(
     [
         *("mr", "mrs", "ms", "dr", "st", "jr", "sr", "vs", "inc", "co", "corp", "ltd", "no"),
@@ -47,7 +47,7 @@ def read(
     Args:
         keep_raw: leave the text exactly as the file has it.
     """
-    for path in expand(paths, (".csv", ".csv.gz", ".zip")):
+    for path in expand(paths, SUFFIXES):
         for name, file in _tables(path, problems):
             with file, reporting_damage(name, problems):
                 for position, row in read_rows(file, name, (_TEXT,), problems):
@@ -62,12 +62,16 @@ def clean(text: str) -> str:
 
 
 def _part(seam: re.Match[str]) -> str:
-    """A line break after the sentence, unless its last word is an abbreviation or an initial."""
-    word, stop = seam.groups()
+    """A line break after the sentence, unless its last word is an abbreviation or in a name."""
+    stop, start = seam[0], seam.start()
+    last_word = _LAST_WORD.search(seam.string[max(0, start - 40) : start])
+    word = last_word[0] if last_word else ""
     is_initial = len(word) == 1 and word.isupper()
+    if not word or any(sign in word for sign in ".@/"):  # U.S., p.m., an address
+        return stop
     if stop == "." and (is_initial or word.lower() in _ABBREVIATIONS):
-        return word + stop
-    return f"{word}{stop}\n"
+        return stop
+    return f"{stop}\n"
 
 
 def _metadata(row: Mapping[str, str]) -> dict[str, str]:

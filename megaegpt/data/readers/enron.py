@@ -24,6 +24,7 @@ from megaegpt.data.readers.inputs import (
 from megaegpt.data.readers.tables import read_rows
 from megaegpt.errors import DataError
 
+SUFFIXES = None  # messages are named by numbers
 _NOT_MAIL = frozenset({"contacts", "calendar", "tasks"})
 _END_OF_HEADERS = re.compile(rb"\r?\n\r?\n")
 _HEADER = re.compile(r"[!-9;-~]+:")
@@ -118,7 +119,7 @@ def strip_history(text: str) -> str:
 
 def _messages(paths: Iterable[Path], problems: Problems) -> Iterator[tuple[str, str, bytes]]:
     """File, place in it and bytes of every message that may be mail."""
-    for path in expand(paths):
+    for path in expand(paths, SUFFIXES):
         if path.name.lower().endswith((".csv", ".csv.gz")):
             yield from _from_csv(path, problems)
         elif is_tar_name(path):

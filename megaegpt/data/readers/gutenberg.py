@@ -10,6 +10,8 @@ from megaegpt.data.documents import Document, Problems
 from megaegpt.data.readers.inputs import expand, read_text
 from megaegpt.errors import DataError
 
+SUFFIXES = (".txt",)
+
 # A long title runs on over several lines, so the marker ends at its closing asterisks.
 _START = re.compile(
     r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]{0,400}\*\*\*", re.I | re.M
@@ -75,7 +77,7 @@ def read(
         keep_wraps: leave the hard line breaks (about 70 columns) as they are.
         straight_quotes: turn typographic quotation marks into straight ones.
     """
-    for path in expand(paths, suffixes=(".txt",)):
+    for path in expand(paths, SUFFIXES):
         try:
             raw = read_text(path)
             text = cut_wrapper(raw, str(path))

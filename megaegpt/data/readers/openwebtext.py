@@ -16,6 +16,7 @@ from megaegpt.data.readers import parquet
 from megaegpt.data.readers.archives import is_tar_name, read_members, read_small
 from megaegpt.data.readers.inputs import decompressed, expand, open_bytes
 
+SUFFIXES = (".tar", ".xz", ".parquet")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _MAX_DEPTH = 2  # openwebtext.tar.xz holds *_data.xz, which hold *.txt
 
@@ -30,7 +31,7 @@ def read(
             of these or of parquet.
         text_column: the text's column, in parquet.
     """
-    for path in expand(paths, (".tar", ".xz", ".parquet")):
+    for path in expand(paths, SUFFIXES):
         if path.suffix == ".parquet":
             yield from parquet.read([path], problems, text_column=text_column)
             continue

@@ -11,6 +11,7 @@ from megaegpt.data.readers.inputs import expand
 from megaegpt.data.readers.json_lines import IDENTITY_COLUMNS, metadata_of, text_of
 from megaegpt.errors import DataError
 
+SUFFIXES = (".parquet",)
 _ROWS_AT_ONCE = 256
 
 
@@ -28,7 +29,7 @@ def read(
         DataError: pyarrow is missing, or the file has no such column.
     """
     pyarrow = _pyarrow()
-    for path in expand(paths, (".parquet",)):
+    for path in expand(paths, SUFFIXES):
         try:
             with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
                 columns = _columns(file, text_column, path)

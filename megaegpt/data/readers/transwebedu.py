@@ -9,6 +9,8 @@ from megaegpt.data.documents import Document, Problems
 from megaegpt.data.readers import json_lines, parquet
 from megaegpt.data.readers.inputs import expand
 
+SUFFIXES = (*json_lines.SUFFIXES, *parquet.SUFFIXES)
+
 
 def read(
     paths: Iterable[Path], problems: Problems, *, text_column: str = "text"
@@ -19,6 +21,6 @@ def read(
         paths: ``*.jsonl`` or ``*.parquet`` files, or folders of them.
         text_column: name of the column that holds the text.
     """
-    for path in expand(paths, (*json_lines.SUFFIXES, ".parquet")):
+    for path in expand(paths, SUFFIXES):
         reader = parquet if path.suffix == ".parquet" else json_lines
         yield from reader.read([path], problems, text_column=text_column)

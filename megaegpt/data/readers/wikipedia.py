@@ -23,6 +23,7 @@ from megaegpt.data.readers.inputs import (
 from megaegpt.data.readers.wikitext import clean
 from megaegpt.errors import DataError
 
+SUFFIXES = None  # wikiextractor names its files wiki_00
 _CHUNK = 1 << 18
 _REDIRECT = re.compile(r"\s*#redirect\b", re.I)
 _DISAMBIGUATION = re.compile(r"\{\{\s*(?:[\w -]*\b)?(?:disambig|hndis|geodis)", re.I)
@@ -55,7 +56,7 @@ def read(
         DataError: the XML declares a document type or entities of its own, which no dump does; or
             mwparserfromhell, which cleans the markup, is not installed.
     """
-    for path in expand(paths):
+    for path in expand(paths, SUFFIXES):
         if wikiextractor.is_output(path):
             yield from wikiextractor.read_file(path, problems)
             continue
