@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaegpt.data.documents import Problems
-from megaegpt.data.readers import Option, read_documents, reader_suffixes
+from megaegpt.data.documents import Document, Problems
+from megaegpt.data.readers import Option, read_documents, reader_suffixes, wikipedia
 from megaegpt.data.readers.inputs import expand
 
 
@@ -24,9 +24,22 @@ class Documents:
     """File and place of each text, for messages."""
     problems: tuple[tuple[str, str], ...] = ()
     """Places, and what is wrong there."""
+    are_wikitext: tuple[bool, ...] = ()
+    """Which texts are still to be cleaned of markup; empty: none."""
+
+    def finish(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """Place and final text of each document, and all problems; the slow part of reading."""
+        problems = CollectedProblems()
+        finished = []
+        marks = self.are_wikitext or (False,) * len(self.texts)
+        for text, place, is_wikitext in zip(self.texts, self.places, marks, strict=True):
+            prose = wikipedia.clean_or_report(text, place, problems) if is_wikitext else text
+            if prose:
+                finished.append((place, prose))
+        return finished, [*problems.found, *self.problems]
 
 
-class _Collected(Problems):
+class CollectedProblems(Problems):
     """Keeps what a reader reports, to be raised or counted when its turn among the jobs comes."""
 
     def __init__(self) -> None:
@@ -69,20 +82,33 @@ def read_pieces(
                 file.stat().st_size
             )  # the reader asks for the next file, so it has done this
 
-    problems = _Collected()
-    texts: list[str] = []
-    places: list[str] = []
+    problems = CollectedProblems()
+    waiting: list[tuple[str, str, bool]] = []
     size = 0
-    for document in read_documents(source, files(), problems, **options):
-        if problems.found:  # met before this document
-            yield finished, Documents(tuple(texts), tuple(places), tuple(problems.found))
-            problems.found.clear()
-            texts, places, size = [], [], 0
-        texts.append(document.text)
-        places.append(document.where)
+    for document, is_wikitext in _documents(source, files(), problems, options):
+        if problems.found or size >= characters:  # problems were met before this document
+            yield finished, _piece(waiting, problems)
+            waiting, size = [], 0
+        waiting.append((document.text, document.where, is_wikitext))
         size += len(document.text)
-        if size >= characters:
-            yield finished, Documents(tuple(texts), tuple(places))
-            texts, places, size = [], [], 0
-    if texts or problems.found:
-        yield finished, Documents(tuple(texts), tuple(places), tuple(problems.found))
+    if waiting or problems.found:
+        yield finished, _piece(waiting, problems)
+
+
+def _documents(
+    source: str, files: Iterator[Path], problems: Problems, options: Mapping[str, Option]
+) -> Iterator[tuple[Document, bool]]:
+    """Documents, and whether their markup is left for the workers to clean."""
+    if source == "wikipedia" and not options.get("keep_wikitext"):
+        drop = bool(options.get("drop_disambiguation"))
+        yield from wikipedia.read_marked(files, problems, drop_disambiguation=drop)
+        return
+    for document in read_documents(source, files, problems, **options):
+        yield document, False
+
+
+def _piece(waiting: list[tuple[str, str, bool]], problems: CollectedProblems) -> Documents:
+    texts, places, marks = zip(*waiting, strict=True) if waiting else ((), (), ())
+    piece = Documents(texts, places, tuple(problems.found), marks if any(marks) else ())
+    problems.found.clear()
+    return piece

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 from xml.parsers import expat
@@ -56,23 +57,40 @@ def read(
         DataError: the XML declares a document type or entities of its own, which no dump does; or
             mwparserfromhell, which cleans the markup, is not installed.
     """
+    documents = read_marked(paths, problems, drop_disambiguation=drop_disambiguation)
+    for document, is_wikitext in documents:
+        if keep_wikitext or not is_wikitext:
+            yield document
+        elif text := clean_or_report(document.text, document.where, problems):
+            yield replace(document, text=text)
+
+
+def read_marked(
+    paths: Iterable[Path], problems: Problems, *, drop_disambiguation: bool = False
+) -> Iterator[tuple[Document, bool]]:
+    """Articles as they lie in the files, and whether their text is wikitext, still to be cleaned.
+
+    Cleaning takes many times longer than reading; so it can be left to other processes.
+    """
     for path in expand(paths, SUFFIXES):
         if wikiextractor.is_output(path):
-            yield from wikiextractor.read_file(path, problems)
+            for document in wikiextractor.read_file(path, problems):
+                yield document, False
             continue
         for page in read_pages(path, problems):
-            if not _is_article(page) or (
-                drop_disambiguation and _DISAMBIGUATION.search(page["text"])
-            ):
-                continue
-            where = f"page {page['id']}"
-            try:
-                text = page["text"] if keep_wikitext else clean(page["text"])
-            except ValueError as error:
-                problems.report(f"{path}, {where}", f"wikitext cannot be parsed ({error})")
-                continue
-            if text:
-                yield Document(text, str(path), where, {"id": page["id"], "title": page["title"]})
+            is_dropped = drop_disambiguation and _DISAMBIGUATION.search(page["text"])
+            if _is_article(page) and not is_dropped:
+                metadata = {"id": page["id"], "title": page["title"]}
+                yield Document(page["text"], str(path), f"page {page['id']}", metadata), True
+
+
+def clean_or_report(wikitext: str, where: str, problems: Problems) -> str:
+    """The prose of an article; empty if there is none, or after a problem."""
+    try:
+        return clean(wikitext)
+    except ValueError as error:
+        problems.report(where, f"wikitext cannot be parsed ({error})")
+        return ""
 
 
 def _is_article(page: dict[str, str]) -> bool:
@@ -80,6 +98,7 @@ def _is_article(page: dict[str, str]) -> bool:
         page["namespace"] == "0"
         and "redirect" not in page
         and page.get("model", "wikitext") == "wikitext"
+        and bool(page["text"])
         and not _REDIRECT.match(page["text"])
     )
 
