@@ -1,0 +1,52 @@
+"""Measure MegaEGPT against other programs' models, in one run on one machine.
+
+    python tools/benchmark.py train --peer nanogpt=../nanoGPT --peer hf
+    python tools/benchmark.py egpt --peer egpt=../egpt
+    python tools/benchmark.py generate --peer hf
+
+Every candidate lives in a process of its own; repetitions are interleaved, so a machine that gets
+slower gets slower for all. Medians are printed with minimum and maximum, and ratios against the
+first candidate: compare within one table only. --json FILE keeps the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+from megaegpt.errors import exits_cleanly
+from tools.benchmarks.common import machine
+
+SUBCOMMANDS = {
+    "train": "a training step of a GPT through the engine",
+    "egpt": "a training window of EGPT: online and stored features, and the original",
+    "generate": "decoding with a cache, GPT and EGPT",
+    "attention": "every kind of attention: parameters, cache, speed, memory",
+    "data": "tokenizing to shards, and drawing batches",
+}
+
+
+@exits_cleanly
+def main() -> None:
+    """Dispatch to ``tools/benchmarks/<subcommand>.py``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="WHAT")
+    for name, summary in SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        module = importlib.import_module(f"tools.benchmarks.{name}")
+        module.add_arguments(subparser)
+        subparser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+        subparser.set_defaults(run=module.run)
+    arguments = parser.parse_args()
+    record = {"machine": machine(), **arguments.run(arguments)}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""A training step of a GPT: forward, backward, clipping, AdamW.
+
+Ours runs as in a real run: the engine with DeepSpeed, its micro-batches, its optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaegpt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from megaegpt.model.build import build_model, meta_model
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.metrics import peak_flops
+from tools.benchmarks import peers
+from tools.benchmarks.common import (
+    Candidate,
+    Workload,
+    add_repetitions,
+    compare,
+    parse_peers,
+    print_results,
+)
+
+SHAPES = {
+    "small": {"layers": 4, "heads": 4, "hidden": 256, "context": 256, "batch": 8},
+    "124M": {"layers": 12, "heads": 12, "hidden": 768, "context": 1024, "batch": 1},
+    "355M": {"layers": 24, "heads": 16, "hidden": 1024, "context": 1024, "batch": 1},
+    "774M": {"layers": 36, "heads": 20, "hidden": 1280, "context": 1024, "batch": 1},
+    "1558M": {"layers": 48, "heads": 25, "hidden": 1600, "context": 1024, "batch": 1},
+}
+VOCAB = 50304
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``benchmark.py train``."""
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="sizes (%(default)s)")
+    parser.add_argument("--context", type=int, help="tokens in a sequence (the shape's)")
+    parser.add_argument("--batch", type=int, help="sequences in a step over all processes")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=0, help="ZeRO stage")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "auto"), default="auto", help="%(default)s"
+    )
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks, peers whole")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="also run ours with this many, a thread each"
+    )
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="nanogpt=DIR|hf|litgpt=DIR", help="repeat"
+    )
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="trace a step of ours, top 10")
+    add_repetitions(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, and return the record."""
+    shape = dict(SHAPES[arguments.shape], vocab=VOCAB)
+    shape |= {key: value for key in ("context", "batch") if (value := getattr(arguments, key))}
+    options = {
+        "zero": arguments.zero,
+        "precision": arguments.precision,
+        "recompute": arguments.recompute,
+        "compile": arguments.compile,
+    }
+    if arguments.profile is not None:
+        _profile(arguments.profile, shape, options)
+    threads = arguments.threads
+    candidates = [Candidate("megaegpt", ours, (shape, options), threads=threads)]
+    if arguments.processes > 1:
+        name = f"megaegpt, {arguments.processes} processes, ZeRO-2"
+        together = (shape, options | {"zero": 2})
+        candidates.append(
+            Candidate(name, ours, together, processes=arguments.processes, threads=1)
+        )
+    for name, folder in parse_peers(arguments.peer, ("nanogpt", "hf", "litgpt")).items():
+        candidates.append(Candidate(name, peer, (name, folder, shape, False), threads=threads))
+        if arguments.compile:
+            compiled = (name, folder, shape, True)
+            candidates.append(Candidate(f"{name}, compiled", peer, compiled, threads=threads))
+    results = compare(candidates, arguments.repetitions, warmup=2)
+    print_results(f"training step, {shape}", "tokens", results)
+    for result in results:
+        if result.info.get("mfu_peak"):
+            mfu = result.rate * result.info["flops_per_token"] / result.info["mfu_peak"]
+            result.info["mfu"] = mfu
+            print(f"{result.name}: MFU {mfu:.1%}")
+    return {"shape": shape, "options": options, "results": [r.as_dict() for r in results]}
+
+
+def ours(shape: dict[str, int], options: dict[str, Any]) -> Workload:
+    """One optimizer step through the engine."""
+    from megaegpt.training.engine import Engine, init_distributed
+
+    device = init_distributed()
+    grid = ProcessGrid.create(1, device)
+    model_config = _model_config(shape)
+    config = RunConfig(
+        model=model_config,
+        parallel=ParallelConfig(zero_stage=options["zero"]),
+        training=TrainingConfig(
+            steps=1_000_000,
+            global_batch_size=shape["batch"],
+            micro_batch_size=shape["batch"] // grid.dp_size,
+            precision=options["precision"],
+        ),
+        optimizer=OptimizerConfig(warmup_steps=0),
+    )
+    model = build_model(
+        model_config,
+        grid,
+        activation_checkpointing=options["recompute"],
+        compile_blocks=options["compile"],
+    )
+    engine = Engine(model, grid, config)
+    tokens = torch.randint(50257, (shape["batch"] // grid.dp_size, shape["context"] + 1))
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:].contiguous()}
+    step = iter(range(1_000_000))
+
+    def one() -> None:
+        engine.train_step(
+            next(step), [batch], lambda m, b: m(b["tokens"], b["targets"], reduction="sum")
+        )
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    counts = meta_model(model_config)
+    info = {
+        "parameters": counts.num_parameters(),
+        "flops_per_token": counts.flops_per_token(),
+        "mfu_peak": peak_flops(name, engine.precision),
+    }
+    return Workload(one, shape["batch"] * shape["context"], info)
+
+
+def _model_config(shape: dict[str, int]) -> ModelConfig:
+    return ModelConfig(
+        max_seq_len=shape["context"],
+        hidden_size=shape["hidden"],
+        num_layers=shape["layers"],
+        num_heads=shape["heads"],
+    )
+
+
+def peer(name: str, folder: Path | None, shape: dict[str, int], compiled: bool) -> Workload:
+    """The peer's model with torch's fused AdamW and clipping, as its own training script has it."""
+    builders = {
+        "nanogpt": lambda: peers.nanogpt(folder or Path(), shape),
+        "hf": lambda: peers.hugging_face(shape),
+        "litgpt": lambda: peers.litgpt(folder or Path(), shape),
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = builders[name]().to(device)
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(50257, (shape["batch"], shape["context"] + 1), device=device)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
+
+    def one() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = peers.mean_loss(name, forward, inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Workload(one, shape["batch"] * shape["context"])
+
+
+def _profile(folder: Path, shape: dict[str, int], options: dict[str, Any]) -> None:
+    """Write a torch profiler trace of the third step, and print where its time went."""
+    from torch.profiler import profile
+
+    workload = ours(shape, options)
+    for _ in range(2):
+        workload.run()
+    with profile() as profiler:
+        workload.run()
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "train_step.json"))
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=50))
