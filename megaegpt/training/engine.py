@@ -27,7 +27,7 @@ from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import CheckpointError, ConfigError, LaunchError
-from megaegpt.parallel.agreement import raise_together
+from megaegpt.parallel.agreement import largest_over_ranks, raise_together
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
 from megaegpt.parallel.loss import IGNORE
 from megaegpt.parallel.params import ParamSpec, spec_of
@@ -299,21 +299,24 @@ class Engine:
         """Check bit for bit that ranks which hold the same parameter agree. Collective; for tests.
 
         Raises:
-            AssertionError: names the first parameter that differs.
+            AssertionError: on every rank; names the first parameter that differs anywhere.
         """
-        for name, parameter in self.model.named_parameters():
-            groups = [self.grid.dp_group]
-            if not is_sharded(parameter, self.grid):
-                groups.append(self.grid.tp_group)
-            for group in filter(None, groups):
-                first = parameter.detach().clone()
-                dist.broadcast(first, src=dist.get_global_rank(group, 0), group=group)
-                if not torch.equal(first, parameter):
-                    raise AssertionError(f"{name} differs between ranks {self._ranks(group)}")
+        parameters = dict(self.model.named_parameters())
+        differs = [not self._like_first_rank(parameter) for parameter in parameters.values()]
+        for name, found in zip(parameters, largest_over_ranks(differs, self.grid), strict=True):
+            if found:
+                raise AssertionError(f"{name} differs between ranks that should hold the same")
 
-    @staticmethod
-    def _ranks(group: dist.ProcessGroup) -> list[int]:
-        return dist.get_process_group_ranks(group)
+    def _like_first_rank(self, parameter: Tensor) -> bool:
+        groups = [self.grid.dp_group]
+        if not is_sharded(parameter, self.grid):
+            groups.append(self.grid.tp_group)
+        equal = True
+        for group in filter(None, groups):
+            first = parameter.detach().clone()
+            dist.broadcast(first, src=dist.get_global_rank(group, 0), group=group)
+            equal = equal and torch.equal(first, parameter)
+        return equal
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""

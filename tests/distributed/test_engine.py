@@ -1,0 +1,113 @@
+"""Steps of the engine that are out of the ordinary, on two data-parallel ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaegpt.config.run import RunConfig
+from megaegpt.parallel.params import full_state
+from megaegpt.training.engine import Engine, MicroBatch, StepResult
+from tests.distributed.harness import Distributed, grid_for
+from tests.training.runs import make_engine, micro_batches, nats, run_config
+
+_PRECISIONS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
+
+
+def _config(stage: int, precision: str) -> RunConfig:
+    return run_config(parallel={"zero_stage": stage}, training={"precision": precision})
+
+
+def _weights(engine: Engine) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in full_state(engine.model, engine.grid)}
+
+
+def _step(engine: Engine, config: RunConfig, step: int, **changes: Any) -> StepResult:
+    batches = micro_batches(step, config, engine.grid)
+    if "targets" in changes:
+        batches = [{**b, "targets": torch.full_like(b["targets"], -100)} for b in batches]
+    return engine.train_step(step, batches, changes.get("loss", nats))
+
+
+def _each(configs: list[RunConfig], check: Any) -> None:
+    for config in configs:
+        engine = make_engine(config, grid_for(1))
+        check(engine, config)
+        engine.assert_replicas_equal()
+        engine.close()
+
+
+def _infinite_on_the_last_rank(engine: Engine, config: RunConfig) -> None:
+    def infinite(model: Any, batch: MicroBatch) -> Tensor:
+        return nats(model, batch) * (torch.inf if engine.grid.dp_rank == 1 else 1.0)
+
+    _step(engine, config, 0)
+    before = _weights(engine)
+    result = _step(engine, config, 1, loss=infinite)
+    assert not result.applied
+    assert result.nonfinite
+    assert result.grad_norm.item() == torch.inf
+    assert all(before[name].equal(tensor) for name, tensor in _weights(engine).items())
+
+    result = _step(engine, config, 2)
+    assert result.applied
+    assert torch.isfinite(result.loss)
+    assert torch.isfinite(result.grad_norm)
+    after = _weights(engine)
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    assert any(not before[name].equal(tensor) for name, tensor in after.items())
+
+
+def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(distributed: Distributed) -> None:
+    configs = [_config(stage, precision) for stage, precision in _PRECISIONS]
+    distributed(2, _each, configs, _infinite_on_the_last_rank)
+
+
+def _nothing_to_predict(engine: Engine, config: RunConfig) -> None:
+    result = _step(engine, config, 0, targets=None)
+    assert result.loss.item() == 0.0
+    assert result.tokens.item() == 0
+    assert result.grad_norm.item() == 0.0
+    assert result.applied
+    assert all(torch.isfinite(tensor).all() for tensor in _weights(engine).values())
+
+
+def test_a_batch_without_targets_has_loss_zero(distributed: Distributed) -> None:
+    configs = [_config(stage, precision) for stage, precision in _PRECISIONS]
+    distributed(2, _each, configs, _nothing_to_predict)
+
+
+def _accumulation_may_change(engine: Engine, config: RunConfig) -> None:
+    batches = micro_batches(0, config, engine.grid)
+    whole = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+    before = _weights(engine)
+    result = engine.train_step(0, [whole], nats)
+    assert result.applied
+    other = make_engine(config, engine.grid)
+    expected = other.train_step(0, batches, nats)
+    other.close()
+    assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert result.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=1e-5)
+    assert any(not before[n].equal(t) for n, t in _weights(engine).items())
+
+
+def test_the_number_of_micro_batches_is_the_callers(distributed: Distributed) -> None:
+    distributed(2, _each, [_config(stage, "fp32") for stage in (0, 1, 2)], _accumulation_may_change)
+
+
+def _drift_on_one_rank(tp: int) -> None:
+    engine = make_engine(run_config(parallel={"tensor_parallel_size": tp}), grid_for(tp))
+    engine.assert_replicas_equal()
+    with torch.no_grad():
+        engine.model.stack.norm.weight[0] += 1e-6 * engine.grid.rank
+    with pytest.raises(AssertionError, match=r"stack\.norm\.weight differs"):
+        engine.assert_replicas_equal()
+    engine.close()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_replica_that_drifts_is_named_on_every_rank(distributed: Distributed, tp: int) -> None:
+    distributed(2, _drift_on_one_rank, tp)
