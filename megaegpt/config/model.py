@@ -76,6 +76,9 @@ class ModelConfig:
     """Latent attention: width of the query latent. None: queries are projected directly."""
     rope_head_dim: int | None = None
     """Latent attention with rotary positions: width of the decoupled rotary part of a head."""
+    document_end: int | None = None
+    """Token that ends a document inside a packed sample (50256 for GPT-2): attention and positions
+    start anew after it. None: documents flow into each other."""
     dropout: float = 0.0
     """Probability, for attention weights, block outputs and embeddings alike."""
     bias: bool = True

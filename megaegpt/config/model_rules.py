@@ -10,7 +10,7 @@ from megaegpt.config.parsing import Problem
 
 def model_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
     """What cannot be built of ``model`` on ``tp`` tensor-parallel ranks (sizes are positive)."""
-    for rule in (_heads, _positions, _latent, _window, _chunks_and_encoder):
+    for rule in (_heads, _positions, _latent, _window, _documents, _chunks_and_encoder):
         yield from rule(model)
     yield from _divisible_by_tp(model, tp)
 
@@ -85,6 +85,24 @@ def _window(model: ModelConfig) -> Iterator[Problem]:
         yield Problem(
             ("model.window", "model.window_every"),
             f"model.window_every={model.window_every} has no effect without model.window",
+        )
+
+
+def _documents(model: ModelConfig) -> Iterator[Problem]:
+    end = model.document_end
+    if end is None:
+        return
+    if not 0 <= end < model.vocab_size:
+        yield Problem(
+            ("model.document_end", "model.vocab_size"),
+            f"model.document_end={end} is no token of the vocabulary: "
+            f"model.vocab_size={model.vocab_size}",
+        )
+    if model.kind != "gpt":
+        yield Problem(
+            ("model.document_end", "model.kind"),
+            f"model.document_end={end} has no effect with model.kind={model.kind}: "
+            "set it on the encoder",
         )
 
 

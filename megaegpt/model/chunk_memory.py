@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaegpt.model.attention.cache import KVCache
-from megaegpt.model.attention.context import CausalContext, band_mask
+from megaegpt.model.attention.causal import band_mask, scaled_dot_product
+from megaegpt.model.attention.context import CausalContext
 from megaegpt.model.positions import RotaryTable
 
 
@@ -74,10 +75,7 @@ def read_memory_and_local(
     visible = memory.visible
     mask = torch.cat([visible, local.expand(visible.shape[0], -1, -1)], dim=-1)
     keys, values = torch.cat([memory.keys, k], dim=2), torch.cat([memory.values, v], dim=2)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, keys, values, mask.unsqueeze(1), dropout, enable_gqa=grouped
-    )
+    return scaled_dot_product(q, keys, values, mask.unsqueeze(1), dropout=dropout)
 
 
 def _read(
@@ -101,8 +99,7 @@ def _read(
     if local is None:
         own = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     else:
-        grouped = q.shape[1] != k.shape[1]
-        own = F.scaled_dot_product_attention(q, k, v, local, dropout, enable_gqa=grouped)
+        own = scaled_dot_product(q, k, v, local, dropout=dropout)
     return own + gate.tanh().view(-1, 1, 1) * read_memory(q, memory, dropout)
 
 
@@ -115,6 +112,8 @@ class ChunkWindowContext:
         local: tokens of a chunk also attend to each other.
         cut: (B,) or None; the history of chunks from this one on starts at it.
     """
+
+    keeps_keys = False
 
     def __init__(
         self,
@@ -175,10 +174,7 @@ class ChunkWindowContext:
         if self._cut is not None:
             after = self._slot_chunk >= self._cut.unsqueeze(1)  # (B, M)
             mask = mask & (after.unsqueeze(2) == after.unsqueeze(1))
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, mask.unsqueeze(1), dropout, enable_gqa=grouped
-        )
+        return scaled_dot_product(q, k, v, mask.unsqueeze(1), dropout=dropout)
 
     def _visible(self, window: int | None, rows: int) -> Tensor:
         """(B or 1, N, rows, M): memory seen by the first ``rows`` tokens of each chunk.
@@ -231,6 +227,8 @@ class ChunkWindowContext:
 class RecordingContext(CausalContext):
     """The memory stream by itself, keeping each layer's keys and values for later reading."""
 
+    keeps_keys = True
+
     def __init__(self, rotary: RotaryTable | None = None) -> None:
         super().__init__(rotary)
         self.recorded: list[tuple[Tensor, Tensor]] = []
@@ -258,6 +256,8 @@ class ReadingContext:
         recorded: each layer's keys and values of the memory.
         cache: the chunk's tokens so far (local attention only; the caller advances it).
     """
+
+    keeps_keys = True
 
     def __init__(
         self,
@@ -292,6 +292,6 @@ class ReadingContext:
             k, v = self._cache.update(layer, k, v)
             offsets = torch.arange(start, start + length, device=q.device)
             rows = size + offsets
-            local = band_mask(offsets, torch.arange(k.shape[2], device=q.device), window)
+            local = band_mask(offsets, self._cache.columns(layer, length), window)
         memory = Memory(memory_k, memory_v, band_mask(rows, slots, window).unsqueeze(0))
         return _read(q, k, v, memory, local, dropout, gate)

@@ -23,4 +23,5 @@ def attention_flops(config: ModelConfig, visible: int) -> int:
     for layer in range(config.num_layers):
         window = layer_window(config, layer)
         keys += visible if window is None else min(window, visible)
-    return 4 * keys * config.num_heads * config.head_size
+    rotary_part = (config.rope_head_dim or 0) if config.attention == "latent" else 0
+    return 2 * keys * config.num_heads * (2 * config.head_size + rotary_part)

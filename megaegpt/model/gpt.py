@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
+from megaegpt.errors import ConfigError
 from megaegpt.model.attention.cache import CachedContext, KVCache
 from megaegpt.model.attention.context import AttentionContext, CausalContext
 from megaegpt.model.block import BlockStack
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
+from megaegpt.model.placement import place_tokens
 from megaegpt.model.positions import AddedPositions, rotary_table
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import VocabParallelEmbedding
@@ -37,17 +38,29 @@ class GPT(nn.Module):
         tied_to = self.embedding.weight if config.tied_embeddings else None
         self.head = OutputHead(config, grid, tied_to)
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, cache: KVCache | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         """(B, T) ids -> (B, T, C) after the final LayerNorm.
 
-        With a cache the tokens follow those already in it, and are added to it.
+        Args:
+            tokens: with a cache, those that follow the ones already in it; they are added to it.
+            cache: keys and values of the tokens before.
+            segments: (B, T) numbers of the texts in a row, negative at padding (see
+                :mod:`megaegpt.model.segments`); by default what ``config.document_end`` says, or,
+                behind the tokens of a cache, the text that is open there. Rows of a cache must be
+                padded on the left.
+
+        Raises:
+            ConfigError: more tokens than the cache, or a learned position table, has room for.
         """
-        start, length = (0 if cache is None else cache.length), tokens.shape[1]
-        positions = torch.arange(start, start + length, device=tokens.device)
+        length, start = tokens.shape[1], 0 if cache is None else cache.length
+        positions, segments = place_tokens(tokens, cache, segments, self.config.document_end)
+        self._check_length(positions, start + length)
         rotary = rotary_table(self.config, positions)
         context: AttentionContext
         if cache is None:
-            context = CausalContext(rotary)
+            context = CausalContext(rotary, segments)
         else:
             context = CachedContext(cache, length, rotary)
         x = self.positions(self.embedding(tokens), positions)
@@ -56,15 +69,30 @@ class GPT(nn.Module):
             cache.length += length
         return x
 
+    def _check_length(self, positions: Tensor, columns: int) -> None:
+        """Padding may take a row beyond the position table, its tokens not."""
+        longest = self.config.max_seq_len
+        if self.config.positions == "learned" and columns > longest <= int(positions.max()):
+            raise ConfigError(
+                f"a text of {int(positions.max()) + 1} tokens is longer than the model's learned "
+                f"positions: model.max_seq_len={longest}"
+            )
+
     def forward(
-        self, tokens: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum"
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        reduction: Literal["sum", "none"] = "sum",
+        segments: Tensor | None = None,
     ) -> Tensor:
         """(B, T) ids and targets (-100: not predicted) -> nats, summed or of each position."""
-        return self.head.loss(self.hidden_states(tokens), targets, reduction)
+        return self.head.loss(self.hidden_states(tokens, segments=segments), targets, reduction)
 
-    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def logits(
+        self, tokens: Tensor, cache: KVCache | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         """(B, T) ids -> (B, T, V/tp), this rank's columns of the logits."""
-        return self.head.logits(self.hidden_states(tokens, cache))
+        return self.head.logits(self.hidden_states(tokens, cache, segments))
 
     def num_parameters(self) -> int:
         """Parameters of the whole model over all TP ranks, the tied head once, padding rows

@@ -4,9 +4,13 @@ from torch import nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.model.attention.grouped_query import GroupedQueryAttention
+from megaegpt.model.attention.latent import LatentAttention
 from megaegpt.parallel.grid import ProcessGrid
 
-_KINDS = {"grouped_query": GroupedQueryAttention}
+_KINDS: dict[str, type[GroupedQueryAttention] | type[LatentAttention]] = {
+    "grouped_query": GroupedQueryAttention,
+    "latent": LatentAttention,
+}
 
 
 def build_attention(config: ModelConfig, layer: int, grid: ProcessGrid) -> nn.Module:

@@ -1,23 +1,123 @@
 """The preallocated key/value cache of incremental decoding, and the context that reads it.
 
-Shapes: B batch, T new tokens, S cached tokens, H heads, K kv heads, D head dim.
+Bytes of one layer's store, on one rank, with e bytes a number:
+
+- full: ``2 * B * K * capacity * D * e``
+- sliding window (ring): ``2 * B * K * min(window, capacity) * D * e``
+- latent: ``B * capacity * (latent_dim + rope_head_dim) * e``, on every TP rank alike
+
+K = num_kv_heads / tp, at least 1. Rows with padding or several texts add 8 bytes a token for the
+whole cache.
+
+Shapes: B batch, T new tokens, S tokens given to the queries, H heads, K kv heads, D head dim.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
-from megaegpt.model.attention.context import band_mask
+from megaegpt.errors import ConfigError
+from megaegpt.model.attention.causal import Segments, causal_attention
+from megaegpt.model.attention.context import layer_window
 from megaegpt.model.positions import RotaryTable
 from megaegpt.parallel.grid import ProcessGrid
 
 
+class LayerStore(Protocol):
+    """One layer's keys and values. A column is a token's number in its row, padding counted."""
+
+    def append(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep (B, K, T, D) of columns ``start ...``; all that the new tokens may see, (B, K, S,
+        D): in order, or, for a single new token, in any order.
+        """
+        ...
+
+    def columns(self, start: int, length: int) -> Tensor:
+        """(S,) columns of what ``append`` returns for ``length`` tokens from ``start`` on."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken."""
+        ...
+
+
+class FullStore:
+    """Every column, at its own place. Without ``values`` the keys are the values too: latents with
+    the shared rotary key beside them.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor | None = None) -> None:
+        """(B, K, capacity, D) each"""
+        self._keys, self._values = keys, keys if values is None else values
+        self.nbytes = keys.nbytes + (0 if values is None else values.nbytes)
+
+    def append(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`LayerStore`."""
+        end = start + k.shape[2]
+        self._keys[:, :, start:end] = k
+        if self._values is not self._keys:
+            self._values[:, :, start:end] = v
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def columns(self, start: int, length: int) -> Tensor:
+        """See :class:`LayerStore`."""
+        return torch.arange(start + length, device=self._keys.device)
+
+
+class RingStore:
+    """The last ``window`` columns: column c is at place c mod window."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """(B, K, window, D) each"""
+        self._keys, self._values = keys, values
+        self._size = keys.shape[2]
+        self.nbytes = keys.nbytes + values.nbytes
+
+    def append(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`LayerStore`."""
+        return self._append(self._keys, start, k), self._append(self._values, start, v)
+
+    def _append(self, ring: Tensor, start: int, new: Tensor) -> Tensor:
+        length = new.shape[2]
+        if length == 1:  # the ring as it lies: the new token takes the place of the one that leaves
+            ring[:, :, start % self._size] = new[:, :, 0]
+            return ring[:, :, : start + 1]
+        new = new.to(ring.dtype)
+        seen = torch.cat([ring[:, :, self._old_columns(start) % self._size], new], dim=2)
+        first = start + max(length - self._size, 0)
+        places = torch.arange(first, start + length, device=ring.device) % self._size
+        ring[:, :, places] = new[:, :, first - start :]
+        return seen
+
+    def columns(self, start: int, length: int) -> Tensor:
+        """See :class:`LayerStore`."""
+        if length > 1:
+            new = torch.arange(start, start + length, device=self._keys.device)
+            return torch.cat([self._old_columns(start), new])
+        places = torch.arange(min(start + 1, self._size), device=self._keys.device)
+        return start - (start - places) % self._size
+
+    def _old_columns(self, start: int) -> Tensor:
+        return torch.arange(max(start - self._size, 0), start, device=self._keys.device)
+
+
 class KVCache:
-    """Keys and values of all layers for up to ``capacity`` tokens; passed in, never kept on a
-    module.
+    """Keys and values of all layers for up to ``capacity`` tokens a row; passed in, never kept on
+    a module, and for inference: no gradient flows into it.
+
+    Rows of different lengths are padded on the left (``segments`` of ``GPT.hidden_states``).
+
+    Args:
+        config: of the model.
+        grid: the cache lies on its device and holds this rank's heads.
+        batch_size: rows.
+        capacity: tokens a row, padding counted.
+        dtype: of keys and values.
     """
 
     def __init__(
@@ -29,44 +129,111 @@ class KVCache:
         *,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        heads = max(config.kv_heads // grid.tp_size, 1)
-        shape = (config.num_layers, 2, batch_size, heads, capacity, config.head_size)
-        self._store = torch.empty(shape, dtype=dtype, device=grid.device)
-        self.capacity = capacity
+        self.batch_size, self.capacity = batch_size, capacity
         self.length = 0
+        self.segments: Tensor | None = None
+        """(B, capacity + 1), up to the column that comes next; None: each row is one text."""
+        self._device = grid.device
+        self._layers = [
+            _layer_store(config, layer, grid, batch_size, capacity, dtype)
+            for layer in range(config.num_layers)
+        ]
 
     def reset(self) -> None:
         """Forget everything; the memory is kept."""
         self.length = 0
+        self.segments = None
 
     def bytes(self) -> int:
-        """Memory of this rank's cache."""
-        return self._store.nbytes
+        """Memory of this rank's keys and values; see the formulas of this module."""
+        return sum(layer.nbytes for layer in self._layers)
 
+    @torch.no_grad()
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' (B, K, T, D) after the old ones; all so far, (B, K, S + T, D), without
-        gradient: a cache is for inference.
+        """Write the new tokens' (B, K, T, D) after the old ones; all that they may see, (B, K, S,
+        D). For a single token the order is free, else it is the tokens' own.
+
+        Raises:
+            ConfigError: there is no room for them.
         """
-        end = self.length + k.shape[2]
-        keys, values = self._store[layer, 0], self._store[layer, 1]
-        with torch.no_grad():
-            keys[:, :, self.length : end] = k
-            values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        if k.shape[0] != self.batch_size:
+            raise ValueError(f"{k.shape[0]} rows for a cache of {self.batch_size}")
+        if self.length + k.shape[2] > self.capacity:
+            raise ConfigError(
+                f"the key/value cache holds {self.capacity} tokens: {self.length} are in it and "
+                f"{k.shape[2]} more do not fit; make it larger or the text shorter"
+            )
+        return self._layers[layer].append(self.length, k, v)
+
+    def columns(self, layer: int, length: int) -> Tensor:
+        """(S,) columns of what :meth:`update` returns for ``length`` new tokens."""
+        return self._layers[layer].columns(self.length, length)
+
+    def next_segment(self) -> tuple[Tensor, Tensor]:
+        """The segment (B,) that the next token continues, and how many tokens it has so far."""
+        if self.segments is None:
+            segment = torch.zeros(self.batch_size, dtype=torch.int64, device=self._device)
+            return segment, segment + self.length
+        segment = self.segments[:, self.length]
+        count = (self.segments[:, : self.length] == segment.unsqueeze(1)).sum(1)
+        return segment, count
+
+    def keep_segments(self, segments: Tensor, following: Tensor) -> None:
+        """Note the new tokens' (B, T) segments, and the one (B,) that a token after them is in."""
+        if self.segments is None:
+            shape = (self.batch_size, self.capacity + 1)
+            self.segments = torch.zeros(shape, dtype=torch.int64, device=self._device)
+        end = self.length + segments.shape[1]
+        if end <= self.capacity:  # else update() refuses the tokens
+            self.segments[:, self.length : end] = segments
+            self.segments[:, end] = following
+
+
+def _layer_store(
+    config: ModelConfig,
+    layer: int,
+    grid: ProcessGrid,
+    batch_size: int,
+    capacity: int,
+    dtype: torch.dtype,
+) -> LayerStore:
+    """The store that fits a layer's attention kind and window."""
+
+    def room(heads: int, size: int, width: int) -> Tensor:
+        return torch.empty(batch_size, heads, size, width, dtype=dtype, device=grid.device)
+
+    if config.attention == "latent":
+        return FullStore(room(1, capacity, config.latent_size + (config.rope_head_dim or 0)))
+    heads = max(config.kv_heads // grid.tp_size, 1)
+    window = layer_window(config, layer)
+    size = capacity if window is None else min(window, capacity)
+    keys, values = (room(heads, size, config.head_size) for _ in range(2))
+    return FullStore(keys, values) if size == capacity else RingStore(keys, values)
 
 
 class CachedContext:
     """New tokens after the cache's; the caller advances ``cache.length`` once all layers have
     run.
+
+    Args:
+        cache: what came before; its segments, if it has any, include the new tokens' already.
+        new_tokens: how many are given now.
+        rotary: their rotations.
     """
+
+    keeps_keys = True
 
     def __init__(self, cache: KVCache, new_tokens: int, rotary: RotaryTable | None = None) -> None:
         self.rotary = rotary
         self.cache = cache
-        end = cache.length + new_tokens
-        device = cache._store.device
-        self._rows = torch.arange(cache.length, end, device=device)
-        self._columns = torch.arange(end, device=device)
+        self._new_tokens = new_tokens
+
+    def _segments(self, layer: int) -> Segments | None:
+        known, start = self.cache.segments, self.cache.length
+        if known is None:
+            return None
+        columns = self.cache.columns(layer, self._new_tokens)
+        return Segments(known[:, start : start + self._new_tokens], known[:, columns])
 
     def attend(
         self,
@@ -81,8 +248,4 @@ class CachedContext:
     ) -> Tensor:
         """See :class:`~megaegpt.model.attention.context.AttentionContext`."""
         k, v = self.cache.update(layer, k, v)
-        grouped = q.shape[1] != k.shape[1]
-        if q.shape[2] == 1 and window is None:
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-        mask = band_mask(self._rows, self._columns, window)
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
+        return causal_attention(q, k, v, window=window, segments=self._segments(layer))

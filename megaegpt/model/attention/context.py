@@ -3,18 +3,17 @@
 The split keeps kinds of attention (grouped-query, latent) apart from layouts of tokens (a causal
 sequence, EGPT's chunks beside their memory), so every kind works in every layout.
 
-Shapes: B batch, T tokens, S keys, H heads, K kv heads, G = H / K, D head dim, Dv value dim.
+Shapes: B batch, T tokens, H heads, K kv heads, D head dim.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
+from megaegpt.model.attention.causal import Segments, causal_attention
 from megaegpt.model.positions import RotaryTable
 
 
@@ -23,6 +22,8 @@ class AttentionContext(Protocol):
 
     rotary: RotaryTable | None
     """Rotations of this pass's tokens; None unless positions are rotary."""
+    keeps_keys: bool
+    """Keys and values outlive the pass: an attention kind gives them in their smallest form."""
 
     def attend(
         self,
@@ -35,7 +36,10 @@ class AttentionContext(Protocol):
         dropout: float,
         gate: Tensor | None,
     ) -> Tensor:
-        """q (B, H, T, D), k (B, K, T, D), v (B, K, T, Dv) of the same tokens -> (B, H, T, Dv)."""
+        """q (B, H, T, D), k and v (B, K, T, D) of the same tokens -> (B, H, T, D).
+
+        Scores are scaled by 1 / sqrt(D).
+        """
         ...
 
 
@@ -46,21 +50,19 @@ def layer_window(config: ModelConfig, layer: int) -> int | None:
     return config.window
 
 
-def band_mask(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
-    """True where the key at position ``columns`` is visible from ``rows``: the past, in the window.
-
-    (..., T) and (..., S) absolute positions -> (..., T, S)
-    """
-    distance = rows.unsqueeze(-1) - columns.unsqueeze(-2)
-    visible = distance >= 0
-    return visible if window is None else visible & (distance < window)
-
-
 class CausalContext:
-    """An ordinary sequence: each token sees itself and its past."""
+    """An ordinary sequence: each token sees itself and its past.
 
-    def __init__(self, rotary: RotaryTable | None = None) -> None:
+    Args:
+        rotary: rotations of the tokens.
+        segments: (B, T) texts and padding within a row, see :mod:`megaegpt.model.segments`.
+    """
+
+    keeps_keys = False
+
+    def __init__(self, rotary: RotaryTable | None = None, segments: Tensor | None = None) -> None:
         self.rotary = rotary
+        self._segments = None if segments is None else Segments(segments, segments)
 
     def attend(
         self,
@@ -74,12 +76,4 @@ class CausalContext:
         gate: Tensor | None,
     ) -> Tensor:
         """See :class:`AttentionContext`."""
-        length = q.shape[2]
-        grouped = q.shape[1] != k.shape[1]
-        if window is None or window >= length:
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped
-            )
-        positions = torch.arange(length, device=q.device)
-        mask = band_mask(positions, positions, window)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=grouped)
+        return causal_attention(q, k, v, window=window, dropout=dropout, segments=self._segments)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.model.attention.context import AttentionContext, layer_window
+from megaegpt.model.attention.heads import memory_gate, merge_heads, split_heads
 from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear
-from megaegpt.parallel.params import new_parameter
 from megaegpt.parallel.rng import sharded_rng
 
 
@@ -61,11 +61,7 @@ class GroupedQueryAttention(nn.Module):
         self.output = RowParallelLinear(
             width, hidden, grid, bias=bias, std=std / (2 * config.num_layers) ** 0.5
         )
-        self.gate = (
-            new_parameter((config.num_heads,), grid, tp_dim=0)
-            if config.kind == "egpt" and config.egpt.memory_gate
-            else None
-        )
+        self.gate = memory_gate(config, grid)
 
     def _kv_projection(self, config: ModelConfig) -> Linear:
         hidden, heads, grid = config.hidden_size, config.kv_heads, self.grid
@@ -80,7 +76,9 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         x = copy_to_tp(x, self.grid)
-        q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
+        q, k, v = (
+            split_heads(project(x), self.head_dim) for project in (self.query, self.key, self.value)
+        )
         if context.rotary is not None:
             q, k = context.rotary.rotate(q), context.rotary.rotate(k)
         dropout = self.dropout if self.training else 0.0
@@ -88,4 +86,4 @@ class GroupedQueryAttention(nn.Module):
             y = context.attend(
                 q, k, v, layer=self.layer, window=self.window, dropout=dropout, gate=self.gate
             )  # (B, H, T, D)
-        return self.output(y.transpose(1, 2).flatten(2))
+        return self.output(merge_heads(y))

@@ -1,0 +1,179 @@
+"""Causal attention of the newest T of S tokens: full, in a sliding window, in segments.
+
+A window costs time and memory linear in the length: queries are cut into blocks, and a block reads
+its own keys and the few blocks before it, all blocks as one batch under one small mask.
+
+Shapes: B batch, T queries, S keys, H heads, K kv heads, G = H / K, D head dim, n blocks, b tokens a
+block, r tokens of the blocks before that a block reads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaegpt.model.segments import PADDING, same_segment
+
+_SMALLEST_BLOCK = 64  # smaller ones cost more in calls than they save in masked-out products
+
+
+class Segments(NamedTuple):
+    """Segment numbers (see :mod:`megaegpt.model.segments`) of the queries and of the keys."""
+
+    queries: Tensor
+    """(B, T)"""
+    keys: Tensor
+    """(B, S)"""
+
+
+def band_mask(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    """True where the key at position ``columns`` is visible from ``rows``: the past, in the window.
+
+    (..., T) and (..., S) absolute positions -> (..., T, S)
+    """
+    distance = rows.unsqueeze(-1) - columns.unsqueeze(-2)
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def scaled_dot_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """torch's fused attention, grouped heads without repeated keys: (B, H, T, D), (B, K, S, D)
+    twice, mask broadcastable to (B, 1, T, S) -> (B, H, T, D).
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None and q.is_cuda:
+        return _grouped_as_rows(q, k, v, mask, dropout)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=groups > 1)
+
+
+def _grouped_as_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """Heads that share keys become rows of one head: CUDA's kernels with masks know no groups."""
+    heads, length = q.shape[1:3]
+    q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, K, G * T, D)
+    repeats = [1] * (mask.dim() - 2) + [heads // k.shape[1], 1]
+    y = F.scaled_dot_product_attention(q, k, v, mask.repeat(repeats), dropout)
+    return y.unflatten(2, (-1, length)).flatten(1, 2)  # (B, H, T, D)
+
+
+class _Tokens(NamedTuple):
+    """Queries of the last T of the S tokens whose keys and values are beside them."""
+
+    q: Tensor
+    """(B, H, T, D)"""
+    k: Tensor
+    """(B, K, S, D)"""
+    v: Tensor
+    """(B, K, S, D)"""
+    segments: Segments | None
+
+    def cut(self, queries: slice, keys: slice) -> _Tokens:
+        """Some of the queries and some of the keys."""
+        segments = self.segments
+        if segments is not None:
+            segments = Segments(segments.queries[:, queries], segments.keys[:, keys])
+        return _Tokens(self.q[:, :, queries], self.k[:, :, keys], self.v[:, :, keys], segments)
+
+    def newest(self, count: int) -> _Tokens:
+        """With the last ``count`` keys only, if there are more."""
+        return self.cut(slice(None), slice(-count, None)) if count < self.k.shape[2] else self
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+) -> Tensor:
+    """q (B, H, T, D) of the last T of the S tokens of k and v (B, K, S, D) -> (B, H, T, D).
+
+    Each sees itself and what is before it, in the window and in its segment. The keys of a single
+    query may come in any order if all are in its window.
+    """
+    length = q.shape[2]
+    tokens = _Tokens(q, k, v, segments)
+    if window is not None:
+        tokens = tokens.newest(window + length - 1)
+        if tokens.k.shape[2] <= window:
+            window = None
+    if window is not None and length > (block := max(_SMALLEST_BLOCK, window // 2)):
+        return banded_attention(*tokens, window=window, block=block, dropout=dropout)
+    if window is None and segments is None and length in (1, k.shape[2]):
+        return scaled_dot_product(q, tokens.k, tokens.v, is_causal=length > 1, dropout=dropout)
+    return _masked(tokens, window, dropout)
+
+
+def banded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments | None = None,
+    *,
+    window: int,
+    block: int,
+    dropout: float = 0.0,
+) -> Tensor:
+    """:func:`causal_attention` in a window, by blocks of ``block`` queries."""
+    length = q.shape[2]
+    reach = -(-(window - 1) // block) * block
+    tokens = _Tokens(q, k, v, segments).newest(reach + length)
+    held = tokens.k.shape[2] - length  # keys before the first query
+    first = min(reach - held, length)  # queries that lack a full reach of keys before them
+    parts = []
+    if first:
+        parts.append(_masked(tokens.cut(slice(first), slice(held + first)), window, dropout))
+    if first < length:
+        rest = tokens.cut(slice(first, None), slice(held + first - reach, None))
+        parts.append(_by_blocks(rest, window, block, dropout))
+    return torch.cat(parts, dim=2)
+
+
+def _by_blocks(tokens: _Tokens, window: int, block: int, dropout: float) -> Tensor:
+    """q (B, H, T, D), k and v (B, K, r + T, D) -> (B, H, T, D)"""
+    q, k, v, segments = tokens
+    batch, _, length, _ = q.shape
+    reach, padding = k.shape[2] - length, -length % block
+    if padding:
+        q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
+        if segments is not None:
+            segments = Segments(*(F.pad(s, (0, padding), value=PADDING) for s in segments))
+    if segments is not None:
+        of_keys = _spans(segments.keys.unsqueeze(1), block, reach).squeeze(1)  # (B * n, r + b)
+        segments = Segments(segments.queries.reshape(-1, block), of_keys)
+    queries = q.unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)  # (B * n, H, b, D)
+    blocks = _Tokens(queries, _spans(k, block, reach), _spans(v, block, reach), segments)
+    y = _masked(blocks, window, dropout).unflatten(0, (batch, -1))
+    return y.transpose(1, 2).flatten(2, 3)[:, :, :length]  # (B, H, T, D)
+
+
+def _spans(x: Tensor, block: int, reach: int) -> Tensor:
+    """What each block of queries reads: (B, K, r + n * b, ...) -> (B * n, K, r + b, ...)"""
+    blocks = x.unflatten(2, (-1, block)).transpose(1, 2)  # (B, r / b + n, K, b, ...)
+    before = reach // block
+    count = blocks.shape[1] - before
+    return torch.cat([blocks[:, i : i + count] for i in range(before + 1)], dim=3).flatten(0, 1)
+
+
+def _masked(tokens: _Tokens, window: int | None, dropout: float) -> Tensor:
+    """Attention under an explicit mask: (T, S), or with segments (B, 1, T, S)."""
+    q, k, v, segments = tokens
+    columns = torch.arange(k.shape[2], device=q.device)
+    rows = columns[-q.shape[2] :]
+    mask = band_mask(rows, columns, window)
+    if segments is not None:
+        itself = rows.unsqueeze(1) == columns
+        mask = ((mask & same_segment(*segments)) | itself).unsqueeze(1)
+    return scaled_dot_product(q, k, v, mask, dropout=dropout)

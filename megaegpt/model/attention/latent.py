@@ -1,0 +1,141 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Keys and values of all heads come from one narrow latent a token, and only that is cached. Rotations
+do not commute with the up-projections, so rotary positions get columns of their own: each query
+head has ``rope_head_dim`` more, against one rotated key that all heads share.
+
+While decoding, the up-projection of the keys is absorbed into the query and that of the values
+into the output, so that attention runs on the cached latents as they are.
+
+Shapes: B batch, T tokens, C hidden, L latent, R rotary part, H this rank's heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaegpt.config import ModelConfig
+from megaegpt.model.attention.context import AttentionContext, layer_window
+from megaegpt.model.attention.heads import memory_gate, merge_heads, split_heads
+from megaegpt.parallel.collectives import copy_to_tp
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear
+from megaegpt.parallel.rng import sharded_rng
+
+
+class Latent(nn.Module):
+    """A down-projection and its norm, replicated: (B, T, C) -> (B, T, L)."""
+
+    def __init__(self, config: ModelConfig, width: int, grid: ProcessGrid) -> None:
+        super().__init__()
+        self.down = Linear(config.hidden_size, width, grid, bias=config.bias, std=config.init_std)
+        self.norm = RMSNorm(width, grid, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, L)"""
+        return self.norm(self.down(x))
+
+
+class LatentAttention(nn.Module):
+    """Down-projections replicated, heads cut over TP.
+
+    What is replicated enters the heads through ``copy_to_tp``: its gradient is summed there, so
+    that every rank has the whole gradient of the down-projections.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, grid: ProcessGrid) -> None:
+        super().__init__()
+        self.grid, self.layer = grid, layer
+        self.head_dim, self.rope_dim = config.head_size, config.rope_head_dim or 0
+        self.latent_dim, self.dropout = config.latent_size, config.dropout
+        self.window = layer_window(config, layer)
+        hidden, std, width = config.hidden_size, config.init_std, config.num_heads * self.head_dim
+        query_width = width + config.num_heads * self.rope_dim
+        query_latent = config.query_latent_dim
+        self.query_latent = Latent(config, query_latent, grid) if query_latent else None
+        self.query = ColumnParallelLinear(
+            query_latent or hidden, query_width, grid, bias=False, std=std
+        )
+        self.latent = Latent(config, self.latent_dim, grid)
+        self.rope_key = (
+            Linear(hidden, self.rope_dim, grid, bias=config.bias, std=std)
+            if self.rope_dim
+            else None
+        )
+        self.key, self.value = (
+            ColumnParallelLinear(self.latent_dim, width, grid, bias=False, std=std)
+            for _ in range(2)
+        )
+        self.output = RowParallelLinear(
+            width, hidden, grid, bias=config.bias, std=std / (2 * config.num_layers) ** 0.5
+        )
+        self.gate = memory_gate(config, grid)
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        q, q_rope = self._queries(x, context)
+        latents = self._latents(x, context)
+        dropout = self.dropout if self.training else 0.0
+        attend = self._attend_absorbed if context.keeps_keys else self._attend_expanded
+        with sharded_rng(self.grid):
+            y = attend(q, q_rope, latents, context, dropout)  # (B, H, T, D)
+        return self.output(merge_heads(y))
+
+    def _queries(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """(B, H, T, D) and, rotated, (B, H, T, R)"""
+        if self.query_latent is not None:
+            x = self.query_latent(x)
+        q = split_heads(self.query(copy_to_tp(x, self.grid)), self.head_dim + self.rope_dim)
+        q, q_rope = q.split([self.head_dim, self.rope_dim], dim=-1)
+        return q, q_rope if context.rotary is None else context.rotary.rotate(q_rope)
+
+    def _latents(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """What is cached: latents with the shared rotary key behind them, (B, 1, T, L + R)."""
+        latents = self.latent(x).unsqueeze(1)
+        if self.rope_key is not None and context.rotary is not None:
+            rope_key = context.rotary.rotate(self.rope_key(x).unsqueeze(1))
+            latents = torch.cat([latents, rope_key], dim=-1)
+        return copy_to_tp(latents, self.grid)
+
+    def _attend_expanded(
+        self, q: Tensor, q_rope: Tensor, latents: Tensor, context: AttentionContext, dropout: float
+    ) -> Tensor:
+        """Keys and values of every head. Values are filled up with zeros to the keys' width,
+        which fused kernels ask for.
+        """
+        latent, rope_key = latents.split([self.latent_dim, self.rope_dim], dim=-1)
+        latent = latent.squeeze(1)
+        k = split_heads(self.key(latent), self.head_dim)
+        v = split_heads(self.value(latent), self.head_dim)
+        if self.rope_dim:
+            q = torch.cat([q, q_rope], dim=-1)  # (B, H, T, D + R)
+            k = torch.cat([k, rope_key.expand(-1, k.shape[1], -1, -1)], dim=-1)
+            v = F.pad(v, (0, self.rope_dim))
+        y = self._attend(q, k, v, context, dropout)
+        return y[..., : self.head_dim]
+
+    def _attend_absorbed(
+        self, q: Tensor, q_rope: Tensor, latents: Tensor, context: AttentionContext, dropout: float
+    ) -> Tensor:
+        """Scores of q W_k against the latents; their weighted sum is projected up at the end.
+
+        A context scales scores by the width it is given, L + R: the query makes up for it.
+        """
+        key_up, value_up = (
+            layer.weight.view(-1, self.head_dim, self.latent_dim)  # (H, D, L)
+            for layer in (self.key, self.value)
+        )
+        width = self.latent_dim + self.rope_dim
+        q = torch.cat([q @ key_up, q_rope], dim=-1)  # (B, H, T, L + R)
+        q = q * (width / (self.head_dim + self.rope_dim)) ** 0.5
+        y = self._attend(q, latents, latents, context, dropout)
+        return y[..., : self.latent_dim] @ value_up.transpose(1, 2)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, dropout: float
+    ) -> Tensor:
+        return context.attend(
+            q, k, v, layer=self.layer, window=self.window, dropout=dropout, gate=self.gate
+        )
