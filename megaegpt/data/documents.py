@@ -58,10 +58,10 @@ class Problems:
         if len(self.examples) < _EXAMPLES_KEPT:
             self.examples.append(f"{where}: {what}")
 
-    def merge(self, other: Problems) -> None:
-        """Add what another part of the same run has met."""
-        self.count += other.count
-        self.examples = (self.examples + other.examples)[:_EXAMPLES_KEPT]
+    def merge(self, count: int, examples: list[str]) -> None:
+        """Add what another part of the same run has skipped."""
+        self.count += count
+        self.examples = (self.examples + examples)[:_EXAMPLES_KEPT]
 
     def summary(self) -> str:
         """One line for a count, and one for each example; empty without problems."""

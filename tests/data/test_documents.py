@@ -25,12 +25,11 @@ def test_skip_counts_all_and_shows_a_few() -> None:
 
 
 def test_merged_counts_add_up() -> None:
-    first, second = Problems("skip"), Problems("skip")
-    first.report("a", "x")
-    second.report("b", "y")
-    first.merge(second)
-    assert first.count == 2
-    assert first.examples == ["a: x", "b: y"]
+    problems = Problems("skip")
+    problems.report("a", "x")
+    problems.merge(10, ["b: y"])
+    assert problems.count == 11
+    assert problems.examples == ["a: x", "b: y"]
 
 
 def test_a_document_knows_where_it_is() -> None:

@@ -1,0 +1,124 @@
+"""The program: its command line, and what a kill at any moment leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from megaegpt.data.shards import Shard
+from megaegpt.data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "preprocess.py"), *map(str, arguments)]
+
+
+def run(*arguments: object, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command(*arguments), capture_output=True, input=stdin, check=False)
+
+
+def test_a_book_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 50)
+    result = run(tmp_path / "book.txt", "--output", tmp_path / "out", "--split-tokens", 0.8)
+    assert result.returncode == 0, result.stderr.decode()
+    output = result.stdout.decode()
+    assert f"{tmp_path}/out/train: 361 tokens in 1 shard" in output
+    assert f"{tmp_path}/out/validation: 91 tokens in 1 shard" in output
+    again = run(tmp_path / "book.txt", "--output", tmp_path / "out", "--split-tokens", 0.8)
+    assert "nothing to do" in again.stdout.decode()
+
+
+def test_standard_input_fills_one_shard(tmp_path: Path) -> None:
+    lines = b'{"text": "one"}\n{"text": "two"}\n'
+    result = run("-", "--output", tmp_path / "out", "--no-append-eod", stdin=lines)
+    assert result.returncode == 0, result.stderr.decode()
+    shard = Shard(tmp_path / "out" / "train")
+    assert Tokenizer.load().decode(shard.tokens) == "onetwo"
+    result = run("-", "--output", tmp_path / "more", "--shards", 2, stdin=lines)
+    assert result.returncode == 2
+    assert "no known length" in result.stderr.decode()
+
+
+def test_bad_input_is_one_line_on_stderr(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\nbad\n')
+    result = run(tmp_path / "a.jsonl", "--output", tmp_path / "out", "--quiet", "--workers", 2)
+    assert result.returncode == 2
+    error = result.stderr.decode()
+    assert error.startswith(f"error: {tmp_path}/a.jsonl, line 2: not JSON")
+    assert error.count("\n") == 1
+    result = run(
+        tmp_path / "a.jsonl", "--output", tmp_path / "out", "--on-bad-input", "skip", "--quiet"
+    )
+    assert result.returncode == 0
+    assert f"{tmp_path}/a.jsonl, line 2: not JSON" in result.stdout.decode()
+
+
+def test_nanogpt_files_are_imported(tmp_path: Path) -> None:
+    np.array([5, 6, 50256], "<u2").tofile(tmp_path / "val.bin")
+    result = run("--from-nanogpt", tmp_path / "val.bin", "--output", tmp_path / "out")
+    assert "3 tokens, 1 documents" in result.stdout.decode()
+    assert Shard(tmp_path / "out" / "validation").tokens.tolist() == [5, 6, 50256]
+
+
+def test_the_program_starts_without_torch() -> None:
+    code = "import sys; import tools.preprocess; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=True)
+    assert result.stdout.decode().strip() == "False"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = np.random.default_rng(1)
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    words = np.array(["alpha", "beta", "gamma", "delta", "\n", "1812", "Ω"])
+    with open(path, "w") as file:
+        for number in range(4000):
+            text = " ".join(generator.choice(words, size=300))
+            file.write(json.dumps({"text": f"{number % 3500} {text}"}) + "\n")
+    return path
+
+
+def test_a_killed_run_is_repeated_to_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
+    options = ["--shards", 8, "--workers", 2, "--deduplicate", "--validation-fraction", 0.1]
+    assert run(corpus, "--output", tmp_path / "expected", *options).returncode == 0
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
+    arguments = command(corpus, "--output", tmp_path / "out", *options, "--quiet")
+    moments = random.Random(1)
+    kills = 0
+    for _ in range(int(os.environ.get("MEGAEGPT_KILLS", "4"))):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+        wait_until_busy(process, tmp_path / "out")
+        time.sleep(moments.uniform(0, 0.6))
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        _, alive = psutil.wait_procs(workers, timeout=20)
+        assert not alive, "workers outlive their killed parent"
+        assert_no_half_shard(tmp_path / "out")
+    assert kills, "every run was complete before it could be killed"
+    assert subprocess.run(arguments, capture_output=True, check=True).stderr == b""
+    found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert found == expected
+
+
+def wait_until_busy(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Until the first temporary shard of this run is there, or the run is over."""
+    while process.poll() is None and not list(folder.glob("*.tmp")):
+        time.sleep(0.01)
+
+
+def assert_no_half_shard(folder: Path) -> None:
+    for index in folder.glob("*.idx"):
+        Shard(index.with_suffix("")).verify()

@@ -1,0 +1,140 @@
+"""Tokenise text into Megatron-compatible shards (.bin/.idx) for training.
+
+    python tools/preprocess.py book.txt --output data/book --split-tokens 0.8
+    python tools/preprocess.py corpus/ --output data/web --shards 8 --validation-fraction 0.001
+    zcat pages.jsonl.gz | python tools/preprocess.py - --output data/pages --text-key content
+    python tools/preprocess.py --from-nanogpt train.bin val.bin --output data/openwebtext
+
+Inputs are text files (one document each) and JSON Lines, plain or compressed (.gz, .bz2, .xz,
+.zst), folders of them, globs, or - for JSON Lines on standard input. The shards depend on the input
+and the options, never on the number of workers. An interrupted run goes on where the last complete
+shard ended: repeat the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megaegpt.data.encode import EncodeOptions
+from megaegpt.data.nanogpt import import_files
+from megaegpt.data.preprocess import PreprocessOptions, Report, preprocess
+from megaegpt.errors import exits_cleanly
+
+
+@exits_cleanly
+def main() -> None:
+    """Run the command line."""
+    arguments = _parse_arguments()
+    if arguments.from_nanogpt:
+        _import_nanogpt(arguments.from_nanogpt, arguments.output)
+        return
+    options = PreprocessOptions(
+        output=arguments.output,
+        inputs=tuple(arguments.inputs),
+        validation=tuple(arguments.validation),
+        kind=arguments.format,
+        encode=EncodeOptions(
+            text_key=arguments.text_key,
+            append_eod=arguments.append_eod,
+            min_chars=arguments.min_chars,
+            vocabulary=arguments.vocabulary,
+        ),
+        shards=arguments.shards,
+        validation_fraction=arguments.validation_fraction,
+        split_tokens=arguments.split_tokens,
+        deduplicate=arguments.deduplicate,
+        on_bad_input=arguments.on_bad_input,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+    _print_report(preprocess(options, show_progress=not arguments.quiet), arguments.output)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="INPUT", help="files, folders, globs, or - for stdin")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    add("--format", choices=["text", "jsonl"], help="of the inputs (default: by their names)")
+    add("--text-key", default="text", help="key of the text in JSON Lines (default: text)")
+    add("--vocabulary", metavar="DIR", help="folder with encoder.json (default: the installed one)")
+    add(
+        "--workers",
+        type=int,
+        default=_cpus(),
+        help="processes (default: all cores, here %(default)s)",
+    )
+    add("--shards", type=int, default=1, help="shards of each split (default: 1)")
+    add("--append-eod", action=argparse.BooleanOptionalAction, default=True,
+        help="end every document with <|endoftext|> (default: yes)")  # fmt: skip
+    split = parser.add_argument_group("validation split (at most one of these)")
+    add = split.add_argument
+    add(
+        "--validation",
+        nargs="+",
+        default=[],
+        metavar="INPUT",
+        help="inputs of the validation split",
+    )
+    add("--validation-fraction", type=float, default=0.0, metavar="F",
+        help="share of the documents, chosen by a hash of the text")  # fmt: skip
+    add("--split-tokens", type=float, metavar="F",
+        help="share of the tokens, from the start, that is for training: for one book")  # fmt: skip
+    choice = parser.add_argument_group("choice of documents")
+    add = choice.add_argument
+    add("--on-bad-input", choices=["fail", "skip"], default="fail",
+        help="stop at the first bad input, or leave it out and count (default: fail)")  # fmt: skip
+    add("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
+    add("--deduplicate", action="store_true", help="leave out exact repetitions of a document")
+    parser.add_argument("--overwrite", action="store_true", help="replace shards of another run")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--from-nanogpt", nargs="+", type=Path, metavar="BIN",
+        help="import nanoGPT token files instead: train.bin, val.bin")  # fmt: skip
+    arguments = parser.parse_args()
+    if bool(arguments.inputs) == bool(arguments.from_nanogpt):
+        parser.error("give inputs, or --from-nanogpt and token files")
+    return arguments
+
+
+def _cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _print_report(report: Report, output: Path) -> None:
+    counts = report.manifest.counts
+    print(f"documents   {counts['documents']:,}")
+    print(f"tokens      {counts['tokens']:,}")
+    print(f"text        {counts['text_bytes'] / 1e6:,.1f} MB, "
+          f"{counts['text_bytes'] / max(1, counts['tokens']):.2f} bytes/token")  # fmt: skip
+    for name, count in [("duplicates", "duplicates"), ("too short", "too_short")]:
+        if counts[count]:
+            print(f"{name:11} {counts[count]:,} left out")
+    if counts["bad_inputs"]:
+        print(f"bad inputs  {counts['bad_inputs']:,} left out")
+        print("\n".join(report.problems.summary().splitlines()[1:]))
+    if report.meter.counts.documents:
+        print(f"speed       {report.meter.rates()}, {report.meter.seconds:.1f} s")
+    else:
+        print("speed       nothing to do: the shards were complete")
+    for split, shards in report.manifest.splits.items():
+        tokens = sum(shard.tokens for shard in shards)
+        print(f"{split:11} {output / split}: {tokens:,} tokens in {len(shards)} shard(s)")
+        if not tokens:
+            print(f"warning: no document fell into the {split} split")
+
+
+def _import_nanogpt(files: list[Path], output: Path) -> None:
+    manifest = import_files(files, output)
+    for split, (shard,) in manifest.splits.items():
+        print(
+            f"{split:11} {output / split}: {shard.tokens:,} tokens, {shard.documents:,} documents"
+        )
+
+
+if __name__ == "__main__":
+    main()
