@@ -14,7 +14,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.benchmarks
 
 from megaegpt.errors import exits_cleanly
 from tools.benchmarks.common import machine

@@ -1,4 +1,4 @@
-"""Interleaved measurement of workloads, each in processes of its own, and what is printed of them."""
+"""Interleaved measurement of workloads in processes of their own, and what is printed of them."""
 
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ class _Group:
         return value
 
     def ready(self) -> tuple[int, dict[str, Any]]:
-        return [self._receive(pipe) for pipe in self._pipes][0]
+        answers = [self._receive(pipe) for pipe in self._pipes]
+        return answers[0]
 
     def repeat(self) -> float:
         return max(self._ask("repeat"))

@@ -73,9 +73,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.processes > 1:
         name = f"megaegpt, {arguments.processes} processes, ZeRO-2"
         together = (shape, options | {"zero": 2})
-        candidates.append(
-            Candidate(name, ours, together, processes=arguments.processes, threads=1)
-        )
+        candidates.append(Candidate(name, ours, together, processes=arguments.processes, threads=1))
     for name, folder in parse_peers(arguments.peer, ("nanogpt", "hf", "litgpt")).items():
         candidates.append(Candidate(name, peer, (name, folder, shape, False), threads=threads))
         if arguments.compile:

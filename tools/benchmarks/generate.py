@@ -1,0 +1,160 @@
+"""Decoding: tokens a second after a prompt, greedy, random weights."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megaegpt.config import EGPTConfig, GenerationConfig, ModelConfig
+from megaegpt.generation.generator import TextGenerator
+from megaegpt.model.build import build_model
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.parallel.grid import ProcessGrid
+from tools.benchmarks import peers
+from tools.benchmarks.common import (
+    Candidate,
+    Workload,
+    add_repetitions,
+    compare,
+    parse_peers,
+    print_results,
+    print_table,
+)
+
+PROMPT = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``benchmark.py generate``."""
+    parser.add_argument("--hidden", type=int, default=768, help="width (%(default)s)")
+    parser.add_argument("--layers", type=int, default=12, help="blocks (%(default)s)")
+    parser.add_argument("--heads", type=int, default=12, help="heads (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--egpt", action="store_true", help="EGPT's cost per token at 1k, 4k and 16k of context"
+    )
+    parser.add_argument("--peer", action="append", default=[], metavar="hf")
+    add_repetitions(parser, default=3)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, and return the record."""
+    keys = ("hidden", "layers", "heads", "batch", "tokens", "dtype")
+    shape = {key: getattr(arguments, key) for key in keys}
+    if arguments.egpt:
+        return {"shape": shape, "egpt": _egpt_by_context(shape, arguments.repetitions)}
+    candidates = [Candidate("megaegpt", ours, (shape,), threads=arguments.threads)]
+    for name in parse_peers(arguments.peer, ("hf",)):
+        candidates.append(Candidate(name, hugging_face, (shape,), threads=arguments.threads))
+    results = compare(candidates, arguments.repetitions)
+    print_results(f"decoding, {shape}", "tokens", results)
+    roofline = _weights_per_second(shape)
+    print(f"reading the weights once a token allows {roofline:.1f} tokens/s a sequence")
+    return {
+        "shape": shape,
+        "roofline_tokens_per_second": roofline,
+        "results": [result.as_dict() for result in results],
+    }
+
+
+def _model_config(shape: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(
+        hidden_size=shape["hidden"], num_layers=shape["layers"], num_heads=shape["heads"]
+    )
+
+
+def _grid() -> ProcessGrid:
+    return ProcessGrid(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def ours(shape: dict[str, Any]) -> Workload:
+    """Prefill and decoding with the preallocated cache."""
+    model = build_model(_model_config(shape), _grid()).to(getattr(torch, shape["dtype"])).eval()
+    generator = TextGenerator(model)
+    greedy = GenerationConfig(max_new_tokens=shape["tokens"], temperature=0.0)
+    prompts = [list(range(100 * row, 100 * row + PROMPT)) for row in range(shape["batch"])]
+
+    def one() -> None:
+        for _ in generator.stream_batch(prompts, greedy):
+            pass
+
+    return Workload(one, shape["batch"] * shape["tokens"])
+
+
+def hugging_face(shape: dict[str, Any]) -> Workload:
+    """transformers' ``generate`` with its own cache."""
+    sizes = {"vocab": 50304, "context": 1024} | {k: shape[k] for k in ("hidden", "layers", "heads")}
+    device = _grid().device
+    model: Any = peers.hugging_face(sizes).to(device, getattr(torch, shape["dtype"])).eval()
+    prompts = torch.arange(PROMPT, device=device).repeat(shape["batch"], 1)
+
+    def one() -> None:
+        with torch.inference_mode():
+            model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=shape["tokens"],
+                min_new_tokens=shape["tokens"],
+                do_sample=False,
+                pad_token_id=50256,
+            )
+
+    return Workload(one, shape["batch"] * shape["tokens"])
+
+
+def _weights_per_second(shape: dict[str, Any]) -> float:
+    """How often a second this machine can read the model's weights: products with one vector."""
+    grid = _grid()
+    dtype = getattr(torch, shape["dtype"])
+    model = build_model(_model_config(shape), grid)
+    matrix = torch.randn(50304, shape["hidden"], dtype=dtype, device=grid.device)
+    vector = torch.randn(shape["hidden"], 1, dtype=dtype, device=grid.device)
+    best = float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        matrix @ vector
+        if grid.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    read = sum(p.numel() for p in model.parameters()) * matrix.element_size()
+    return matrix.nbytes / best / read
+
+
+def _egpt_by_context(shape: dict[str, Any], repetitions: int) -> list[dict[str, float]]:
+    """Seconds a token of EGPT in the middle of a chunk after 1k, 4k and 16k tokens."""
+    grid = _grid()
+    encoder_config = _model_config(shape)
+    config = replace(
+        encoder_config,
+        kind="egpt",
+        num_layers=3,
+        bias=False,
+        egpt=EGPTConfig(num_chunks=16, chunk_size=1024),
+    )
+    encoder = FrozenEncoder(build_model(encoder_config, grid))  # type: ignore[arg-type]
+    generator = TextGenerator(build_model(config, grid).eval(), encoder)
+    rows: list[dict[str, float]] = []
+    for context in (1024, 4096, 16384):
+        prompt = torch.randint(50257, (context - 512,)).tolist()  # ends in the middle of a chunk
+        times = []
+        for _ in range(repetitions):
+            stream = generator.stream(
+                prompt, GenerationConfig(max_new_tokens=shape["tokens"], temperature=0.0)
+            )
+            next(stream)  # the prompt
+            began = time.perf_counter()
+            count = sum(1 for _ in stream)
+            times.append((time.perf_counter() - began) / count)
+        times.sort()
+        rows.append({"context": context, "ms_per_token": 1e3 * times[len(times) // 2]})
+    print_table(
+        [("context", "ms a token")]
+        + [(f"{row['context']:,}", f"{row['ms_per_token']:.2f}") for row in rows]
+    )
+    return rows
