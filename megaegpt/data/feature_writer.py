@@ -212,5 +212,6 @@ class _PartFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # the disk that was full still is
+            self._file.close()
         self._temporary.unlink(missing_ok=True)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from megaegpt.config import (
     CheckpointConfig,
     DataConfig,
     EGPTConfig,
     EncoderConfig,
+    GenerationConfig,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
@@ -25,6 +27,7 @@ from megaegpt.data.shards import ShardWriter
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.stopping import StopRequests
 
 VOCAB, HIDDEN, CHUNK, CHUNKS = 100, 16, 8, 3
 TRAIN_TOKENS, VALIDATION_TOKENS = 1000, 213  # the validation split ends inside a chunk
@@ -42,9 +45,13 @@ def write_corpus(folder: Path) -> None:
 
 def encoder_config(**changes: Any) -> ModelConfig:
     """A GPT that fits under :func:`run_config`'s decoders."""
-    values: dict[str, Any] = dict(
-        vocab_size=VOCAB, max_seq_len=CHUNK, hidden_size=HIDDEN, num_layers=2, num_heads=4
-    )
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "max_seq_len": CHUNK,
+        "hidden_size": HIDDEN,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
     return ModelConfig(**values | changes)
 
 
@@ -79,10 +86,33 @@ def run_config(kind: str, corpus: Path, folder: Path, **changes: Any) -> RunConf
         "optimizer": OptimizerConfig(lr=3e-3, min_lr=3e-4, warmup_steps=2),
         "checkpoint": CheckpointConfig(directory=str(folder / "checkpoints"), interval=3),
         "logging": LoggingConfig(directory=str(folder), interval=2, tensorboard=False),
+        "generation": GenerationConfig(),
     }
     for name, values in changes.items():
         sections[name] = dataclasses.replace(sections[name], **values)
     return RunConfig(**sections)
+
+
+class StopAfter(StopRequests):
+    """Asks to stop before the step after ``steps`` more."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._left = steps
+
+    def agreed(self, failed: bool, grid: ProcessGrid) -> tuple[bool, str | None]:
+        some_failed, reason = super().agreed(failed, grid)
+        self._left -= 1
+        return some_failed, "the test" if self._left < 0 else reason
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of shards and an encoder."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    write_encoder(folder / "encoder")
+    return folder
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,145 @@
+"""Evaluation: every target of the split once, the same result however many ranks share it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megaegpt.data.shards import ShardWriter
+from megaegpt.data.stream import TokenStream
+from megaegpt.model.build import build_model
+from megaegpt.model.egpt import chunk_features
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.evaluation import Evaluation, Evaluator
+from megaegpt.training.inputs import ChunkInputs, ModelInputs, SequenceInputs
+from tests.distributed.harness import Distributed, grid_for
+from tests.training.tiny import CHUNK, CHUNKS, HIDDEN, VOCAB, encoder_config, run_config
+
+LENGTH, WINDOW = 500, CHUNK * CHUNKS
+BYTES = np.arange(VOCAB) % 7
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prefix of a split that ends inside a chunk."""
+    prefix = tmp_path_factory.mktemp("split") / "validation"
+    with ShardWriter(prefix) as writer:
+        writer.add_document(np.random.default_rng(1).integers(0, VOCAB, LENGTH).astype(np.uint16))
+        writer.finish()
+    return str(prefix)
+
+
+class TargetsAsNats:
+    """A model whose loss on each token is its target's number."""
+
+    def prepare(self, tokens: Tensor, targets: Tensor, chunk_ids: Any = None) -> dict[str, Tensor]:
+        return {"targets": targets}
+
+    def nats(self, model: Any, batch: Any, reduction: str = "sum") -> Tensor:
+        assert reduction == "none"
+        return batch["targets"].clamp(min=0).float()
+
+
+def evaluator(split: str, inputs: ModelInputs, grid: ProcessGrid, **changes: Any) -> Evaluator:
+    values: dict[str, Any] = {
+        "window": WINDOW,
+        "num_chunks": CHUNKS,
+        "batch_size": 2,
+        "token_byte_lengths": BYTES,
+    }
+    return Evaluator(TokenStream([split]), inputs=inputs, grid=grid, **values | changes)
+
+
+def test_every_target_counts_once_by_token_byte_and_chunk(split: str) -> None:
+    result = evaluator(split, TargetsAsNats(), ProcessGrid()).evaluate(nn.Identity())
+    targets = TokenStream([split]).read(1, LENGTH - 1).astype(np.int64)
+    assert result.tokens == LENGTH - 1
+    assert result.loss == targets.sum() / (LENGTH - 1)
+    assert result.nats_per_byte == targets.sum() / BYTES[targets].sum()
+    chunk_of = np.arange(LENGTH - 1) // CHUNK % CHUNKS
+    expected = [targets[chunk_of == chunk].mean() for chunk in range(CHUNKS)]
+    assert result.loss_by_chunk == pytest.approx(expected, rel=1e-12)
+    for batch_size in (1, 5, 100):
+        other = evaluator(split, TargetsAsNats(), ProcessGrid(), batch_size=batch_size)
+        assert other.evaluate(nn.Identity()) == result
+
+
+def test_the_model_is_evaluated_without_dropout_and_left_as_it_was(split: str) -> None:
+    config = encoder_config(dropout=0.5, max_seq_len=WINDOW)
+    model = build_model(config, ProcessGrid()).train()
+    measure = evaluator(split, SequenceInputs(), ProcessGrid(), num_chunks=1)
+    first, second = measure.evaluate(model), measure.evaluate(model)
+    assert model.training
+    assert first == second
+    assert first.loss_by_chunk == ()
+    stream = torch.from_numpy(TokenStream([split]).read(0, LENGTH).astype(np.int64))
+    model.eval()
+    with torch.no_grad():
+        total = sum(
+            model(part[None, :-1], part[None, 1:]).item()
+            for start in range(0, LENGTH - 1, WINDOW)
+            if len(part := stream[start : start + WINDOW + 1])
+        )
+    assert first.loss == pytest.approx(total / (LENGTH - 1), rel=1e-6)
+
+
+def _evaluate(kind: str, split: str, tp_size: int) -> Evaluation:
+    grid = grid_for(tp_size)
+    config = run_config(kind, Path(), Path()).model
+    encoder = FrozenEncoder(build_model(encoder_config(), grid, seed=1))
+    inputs = ChunkInputs(config, encoder, torch.float32)
+    return evaluator(split, inputs, grid).evaluate(build_model(config, grid, seed=2))
+
+
+@pytest.mark.parametrize("kind", ["egpt", "deepgpt"])
+def test_the_result_does_not_depend_on_the_number_of_ranks(
+    split: str, kind: str, distributed: Distributed
+) -> None:
+    alone = distributed(1, _evaluate, kind, split, 1)[0]
+    assert len(alone.loss_by_chunk) == CHUNKS
+    for world_size in (2, 4):
+        assert distributed(world_size, _evaluate, kind, split, 1) == [alone] * world_size
+    for result in distributed(4, _evaluate, kind, split, 2):
+        assert result.loss == pytest.approx(alone.loss, rel=1e-6)
+        assert result.loss_by_chunk == pytest.approx(alone.loss_by_chunk, rel=1e-6)
+
+
+class Store:
+    """A feature store in memory, of whole chunks only."""
+
+    def __init__(self, states: Tensor, config: Any) -> None:
+        self.states, self.config = states, config
+        self.spec = self
+        self.num_chunks = len(states)
+
+    def history(self, ids: Tensor) -> Tensor:
+        return chunk_features(self.states[ids], self.config)
+
+    def token_states(self, ids: Tensor) -> Tensor:
+        return self.states[ids]
+
+
+@pytest.mark.parametrize("kind", ["egpt", "deepgpt"])
+def test_stored_features_give_the_online_loss_also_of_the_partial_chunk(
+    split: str, kind: str
+) -> None:
+    grid, config = ProcessGrid(), run_config(kind, Path(), Path()).model
+    encoder = FrozenEncoder(build_model(encoder_config(), grid, seed=1))
+    model = build_model(config, grid, seed=2)
+    whole = TokenStream([split]).read(0, LENGTH // CHUNK * CHUNK).astype(np.int64)
+    states = encoder(torch.from_numpy(whole).view(-1, CHUNK))
+    assert states.shape == (LENGTH // CHUNK, CHUNK, HIDDEN)
+    store: Any = Store(states, config.egpt)
+    results = [
+        evaluator(split, ChunkInputs(config, encoder, torch.float32, *stores), grid).evaluate(model)
+        for stores in [(), (store,), (store, store)]
+    ]
+    for result in results[1:]:
+        assert result.loss == pytest.approx(results[0].loss, rel=1e-6)
+        assert result.loss_by_chunk == pytest.approx(results[0].loss_by_chunk, rel=1e-6)

@@ -1,0 +1,107 @@
+"""A run that was interrupted ends as if it had not been, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megaegpt.config.loading import config_to_yaml
+from megaegpt.config.run import RunConfig
+from megaegpt.training.pretraining import pretrain
+from tests.distributed.harness import Distributed, grid_for
+from tests.training.tiny import StopAfter, corpus, losses, records, run_config
+
+__all__ = ["corpus"]
+
+STEPS, STOPPED = 30, 15
+
+
+def _config(kind: str, corpus: Path, folder: Path, tp_size: int) -> RunConfig:
+    return run_config(
+        kind,
+        corpus,
+        folder,
+        parallel={"tensor_parallel_size": tp_size},
+        training={
+            "steps": STEPS,
+            "eval_interval": 15,
+            "global_batch_size": 4,
+            "micro_batch_size": 1,
+        },
+        checkpoint={"interval": 6},
+        logging={"interval": 7},
+    )
+
+
+def _run(config: RunConfig, resume: bool = False, stop_after: int = STEPS) -> bool:
+    grid = grid_for(config.parallel.tensor_parallel_size)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return pretrain(config, grid, resume=resume, stops=StopAfter(stop_after))
+
+
+def _straight_and_interrupted(kind: str, corpus: Path, folder: Path) -> None:
+    assert _run(_config(kind, corpus, folder / "straight", 2))
+    interrupted = _config(kind, corpus, folder / "interrupted", 2)
+    assert not _run(interrupted, stop_after=STOPPED)
+    assert _run(interrupted, resume=True)
+
+
+def _assert_same_run(straight: Path, interrupted: Path) -> None:
+    assert sorted(losses(straight)) == list(range(1, STEPS + 1))
+    assert losses(interrupted) == losses(straight)
+    norms = [
+        {r["step"]: r["grad_norm"] for r in records(f) if "loss" in r}
+        for f in (straight, interrupted)
+    ]
+    assert norms[0] == norms[1]
+    validation = [
+        [r for r in records(folder) if "validation_loss" in r] for folder in (straight, interrupted)
+    ]
+    assert len(validation[0]) == 2
+    assert validation[0] == validation[1]
+    weights = Path("checkpoints") / f"step_{STEPS:08d}" / "weights" / "model.safetensors"
+    assert (straight / weights).read_bytes() == (interrupted / weights).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["gpt", "egpt"])
+def test_15_steps_and_15_resumed_are_30_at_tp_2_x_dp_2_with_dropout(
+    corpus: Path, tmp_path: Path, kind: str, distributed: Distributed
+) -> None:
+    distributed(4, _straight_and_interrupted, kind, corpus, tmp_path)
+    _assert_same_run(tmp_path / "straight", tmp_path / "interrupted")
+
+
+def _resume_alone(config: RunConfig) -> bool:
+    return _run(config, resume=True)
+
+
+def test_a_run_killed_at_any_moment_goes_on_from_its_last_complete_checkpoint(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    root = Path(__file__).parents[2]
+    straight = _config("gpt", corpus, tmp_path / "straight", 1)
+    killed = _config("gpt", corpus, tmp_path / "killed", 1)
+    distributed(1, _resume_alone, straight)
+    (tmp_path / "killed.yaml").write_text(config_to_yaml(killed))
+    program = [sys.executable, "launchers/pretrain.py", "--config", str(tmp_path / "killed.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    process = subprocess.Popen(
+        program, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    latest = tmp_path / "killed" / "checkpoints" / "latest"
+    while not latest.exists():
+        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        time.sleep(0.005)
+    time.sleep(random.random())
+    process.kill()
+    process.communicate()
+    assert distributed(1, _resume_alone, killed) == [True]
+    _assert_same_run(tmp_path / "straight", tmp_path / "killed")

@@ -1,0 +1,388 @@
+"""The loop: what it shows, when it saves, how it stops, and that the encoder stays as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from megaegpt.errors import CheckpointError, ConfigError, DataError, MegaEGPTError, TrainingError
+from megaegpt.training import pretraining
+from megaegpt.training.evaluation import Evaluator
+from megaegpt.training.pretraining import pretrain
+from megaegpt.training.stopping import StopRequests
+from megaegpt.training.trainer import Trainer
+from tests.distributed.harness import Distributed, grid_for
+from tests.training.tiny import (
+    StopAfter,
+    corpus,
+    losses,
+    records,
+    run_config,
+    validation_losses,
+    write_encoder,
+)
+
+__all__ = ["corpus"]
+
+
+def _run(
+    kind: str,
+    corpus: Path,
+    folder: Path,
+    *,
+    resume: bool = False,
+    stops: StopRequests | None = None,
+    sample_text: Any = None,
+    **changes: Any,
+) -> tuple[bool, str]:
+    """Train; whether it is complete, and what was shown on this rank."""
+    config = run_config(kind, corpus, folder, **changes)
+    grid = grid_for(config.parallel.tensor_parallel_size)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
+        complete = pretrain(config, grid, resume=resume, stops=stops, sample_text=sample_text)
+    return complete, shown.getvalue()
+
+
+def _error_of(*args: Any, **kwargs: Any) -> MegaEGPTError:
+    try:
+        _run(*args, **kwargs)
+    except MegaEGPTError as error:
+        return error
+    raise AssertionError("no error")
+
+
+# -- what a run shows and leaves
+
+
+def _plain_run(corpus: Path, folder: Path) -> str:
+    complete, shown = _run("egpt", corpus, folder)
+    assert complete
+    return shown
+
+
+def test_a_run_shows_derived_quantities_before_step_0_and_leaves_records(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    (shown,) = distributed(1, _plain_run, corpus, tmp_path)
+    before, _ = shown.split("step 00002/00006")
+    for words in (
+        "10,944 trainable parameters over a frozen encoder of 8,768",
+        "192 tokens = 8 samples of 24 = 1 ranks x 4 micro-steps x 2",
+        "FLOP a token",
+        "1,000 training tokens",
+    ):
+        assert words in before
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+    assert sorted(validation_losses(tmp_path)) == [3, 6]
+    assert losses(tmp_path)[6] < losses(tmp_path)[1]
+    speed = [r["step"] for r in records(tmp_path) if "tokens_per_second" in r]
+    assert speed == [2, 3, 4, 6]  # step 3 was reported because it was saved
+    assert "kind: egpt" in (tmp_path / "config.yaml").read_text()
+
+
+# -- the frozen encoder
+
+
+def _train_and_look_at_the_encoder(corpus: Path, folder: Path) -> None:
+    built: list[Any] = []
+
+    class Watched(pretraining._Run):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            built.append(self)
+
+    original, pretraining._Run = pretraining._Run, Watched  # type: ignore[misc]
+    try:
+        _run("egpt", corpus, folder)
+    finally:
+        pretraining._Run = original  # type: ignore[misc]
+    (run,) = built
+    from megaegpt.model.encoder import weights_fingerprint
+
+    assert weights_fingerprint(run.encoder.gpt) == run.encoder.fingerprint
+    assert not any(module.training for module in run.encoder.gpt.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in run.encoder.parameters())
+    trained = {id(p) for p in run.model.parameters()}
+    assert not any(id(p) in trained for p in run.encoder.parameters())
+
+
+def test_training_leaves_the_encoder_bit_for_bit_and_out_of_the_checkpoint(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    distributed(1, _train_and_look_at_the_encoder, corpus, tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "step_00000006"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    with safe_open(checkpoint / "weights" / "model.safetensors", framework="pt") as file:
+        exported = set(file.keys())
+    assert exported == set(manifest["parameters"])
+    assert not any("encoder" in name or "embedding" in name for name in exported)
+    extra = json.loads((checkpoint / "weights" / "config.json").read_text())["extra"]
+    assert extra["encoder"]["fingerprint"] == manifest["trainer"]["encoder"]
+
+
+def _resume_over_another_encoder(corpus: Path, other: Path, folder: Path) -> str:
+    _run("egpt", corpus, folder, stops=StopAfter(2), data={"history_features": "online"})
+    error = _error_of(
+        "egpt",
+        corpus,
+        folder,
+        resume=True,
+        data={"history_features": "online"},
+        model={"encoder": run_config("egpt", other, folder).model.encoder},
+    )
+    assert isinstance(error, CheckpointError)
+    return str(error)
+
+
+def test_a_run_does_not_go_on_over_another_encoder(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    write_encoder(tmp_path / "other" / "encoder", seed=8)
+    run = tmp_path / "run"
+    (message,) = distributed(1, _resume_over_another_encoder, corpus, tmp_path / "other", run)
+    assert "another encoder" in message
+
+
+# -- stored and online features
+
+_SOURCES = {
+    "online": {"history_features": "online"},
+    "stored history": {"history_features": "stored"},
+    "stored": {"history_features": "stored", "token_features": "stored"},
+}
+
+
+def _train_from_each_source(corpus: Path, folder: Path) -> None:
+    for name, data in _SOURCES.items():
+        _run("egpt", corpus, folder / name, data=data)
+
+
+def test_stored_and_online_features_give_the_same_losses(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    distributed(2, _train_from_each_source, corpus, tmp_path)
+    online = tmp_path / "online"
+    assert not (online / "features").exists()
+    for name in ("stored history", "stored"):
+        stored = tmp_path / name
+        assert sorted(p.name for p in (stored / "features").iterdir()) == ["train", "validation"]
+        assert losses(stored) == pytest.approx(losses(online), rel=1e-6)
+        assert validation_losses(stored) == pytest.approx(validation_losses(online), rel=1e-6)
+
+
+# -- saving and stopping
+
+
+def _fail_in_evaluation(corpus: Path, folder: Path) -> None:
+    original = Evaluator.evaluate
+
+    def failing(self: Evaluator, model: Any) -> Any:
+        raise RuntimeError("out of memory in evaluation")
+
+    Evaluator.evaluate = failing  # type: ignore[method-assign]
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            _run("gpt", corpus, folder)
+    finally:
+        Evaluator.evaluate = original  # type: ignore[method-assign]
+    assert (folder / "checkpoints" / "step_00000003").is_dir()
+    complete, _ = _run("gpt", corpus, folder, resume=True)
+    assert complete
+
+
+def test_a_checkpoint_precedes_evaluation_which_is_made_up_for_on_resume(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    distributed(1, _fail_in_evaluation, corpus, tmp_path)
+    assert sorted(validation_losses(tmp_path)) == [3, 6]
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+
+
+def _stop_by_signal(corpus: Path, folder: Path, number: int) -> tuple[bool, str, bool]:
+    before = signal.getsignal(number)
+    original = Trainer._check_finite
+
+    def with_signal(self: Trainer, result: Any) -> None:
+        original(self, result)
+        if self.done == 1 and self._grid.rank == 1:
+            os.kill(os.getpid(), number)
+
+    Trainer._check_finite = with_signal  # type: ignore[method-assign]
+    try:
+        complete, shown = _run("gpt", corpus, folder)
+    finally:
+        Trainer._check_finite = original  # type: ignore[method-assign]
+    return complete, shown, signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_one_rank_saves_and_stops_all(
+    corpus: Path, tmp_path: Path, name: str, distributed: Distributed
+) -> None:
+    results = distributed(2, _stop_by_signal, corpus, tmp_path, getattr(signal, name))
+    assert [(complete, restored) for complete, _, restored in results] == [(False, True)] * 2
+    assert f"stopped by {name} after step 2 of 6; go on with --resume" in results[0][1]
+    assert results[1][1] == ""  # one rank speaks
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000002"
+
+
+def _stop_by_time(corpus: Path, folder: Path) -> tuple[bool, str]:
+    stops = StopRequests(exit_minutes=0.0)
+    return _run("gpt", corpus, folder, stops=stops)
+
+
+def test_a_time_limit_saves_and_stops(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    ((complete, shown),) = distributed(1, _stop_by_time, corpus, tmp_path)
+    assert not complete
+    assert "stopped by --exit-minutes 0 after step 0" in shown
+
+
+def _start_again(corpus: Path, folder: Path) -> tuple[str, str, bool]:
+    _run("gpt", corpus, folder, training={"steps": 3})
+    error = _error_of("gpt", corpus, folder)
+    assert isinstance(error, CheckpointError)
+    _, fresh = _run("gpt", corpus, folder / "new", resume=True, training={"steps": 3})
+    complete, _ = _run("gpt", corpus, folder / "new", resume=True, training={"steps": 3})
+    return str(error), fresh, complete
+
+
+def test_an_old_run_is_not_overwritten_and_resume_without_one_starts_clean(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    ((message, fresh, complete),) = distributed(1, _start_again, corpus, tmp_path)
+    assert "step_00000003 is from an earlier run: go on with it by --resume" in message
+    assert f"no checkpoint in {tmp_path / 'new' / 'checkpoints'}: starting at step 0" in fresh
+    assert complete  # resuming a complete run does nothing
+    assert sorted(losses(tmp_path / "new")) == [1, 2, 3]
+
+
+# -- failures
+
+
+def _fail_to_read_on_rank_1(corpus: Path, folder: Path) -> tuple[str, bool]:
+    from megaegpt.data.samples import PretrainingSamples
+
+    original = PretrainingSamples.batch
+
+    def failing(self: Any, numbers: np.ndarray, out: Any = None) -> Any:
+        if grid_for(1).rank == 1 and numbers[0] >= 16:
+            raise DataError("train.bin: the disk is gone")
+        return original(self, numbers, out)
+
+    PretrainingSamples.batch = failing  # type: ignore[method-assign]
+    try:
+        error = _error_of("gpt", corpus, folder)
+    finally:
+        PretrainingSamples.batch = original  # type: ignore[method-assign]
+    assert isinstance(error, DataError)
+    return str(error), error.on_every_rank
+
+
+def test_a_rank_that_cannot_read_ends_all_ranks(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    assert distributed(2, _fail_to_read_on_rank_1, corpus, tmp_path) == [
+        ("rank 1: train.bin: the disk is gone", True),
+        ("train.bin: the disk is gone", True),
+    ]
+
+
+def _meet_a_bad_loss(corpus: Path, folder: Path, policy: str) -> tuple[str, str]:
+    """Rank 1's second micro-batch of step 3 has an infinite loss."""
+    from megaegpt.training.inputs import SequenceInputs
+
+    original = SequenceInputs.nats
+    calls = 0
+
+    def bad(self: Any, model: Any, batch: Any, reduction: str = "sum") -> Any:
+        nonlocal calls
+        nats = original(self, model, batch, reduction)  # type: ignore[arg-type]
+        calls += reduction == "sum"
+        return nats * float("inf") if grid_for(1).rank == 1 and calls == 2 * 2 + 2 else nats
+
+    SequenceInputs.nats = bad  # type: ignore[method-assign]
+    shown, message = "", ""
+    try:
+        _, shown = _run(
+            "gpt",
+            corpus,
+            folder,
+            training={"on_nonfinite": policy, "eval_interval": 100},
+            data={"validation": ()},
+        )
+    except TrainingError as error:
+        message = str(error)
+    finally:
+        SequenceInputs.nats = original  # type: ignore[method-assign]
+    return message, shown
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rank_and_samples(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    # Samples of step 3: 16..23; micro-step 1 of rank 1 has (1 * 2 ranks + 1) * 2 = 6 and 7 of them.
+    for message, _ in distributed(2, _meet_a_bad_loss, corpus, tmp_path, "stop"):
+        assert message.startswith("step 3: the loss is not finite on rank 1 (samples 22, 23)")
+        assert "on_nonfinite=skip" in message
+
+
+def test_a_loss_that_is_not_finite_is_skipped_if_asked(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    (message, shown), _ = distributed(2, _meet_a_bad_loss, corpus, tmp_path, "skip")
+    assert message == ""
+    assert "skipped: step 3: the loss is not finite on rank 1 (samples 22, 23)" in shown
+    assert "skipped 1" in shown.splitlines()[-2]
+    assert sorted(losses(tmp_path)) == [1, 2, 4, 5, 6]
+
+
+def _misfits(corpus: Path, folder: Path) -> list[tuple[str, bool]]:
+    errors = [
+        _error_of("egpt", corpus, folder, model={"hidden_size": 32}),
+        _error_of("gpt", corpus, folder, data={"train": (str(corpus / "nothing"),)}),
+        _error_of("gpt", corpus, folder, training={"global_batch_size": 9}),
+    ]
+    assert [type(e) for e in errors] == [ConfigError, DataError, ConfigError]
+    return [(str(e), e.on_every_rank) for e in errors]
+
+
+def test_what_does_not_fit_is_one_error_on_all_ranks(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    for encoder, shards, batch in distributed(2, _misfits, corpus, tmp_path):
+        assert "its hidden_size is 16, model's 32" in encoder[0]
+        assert "nothing" in shards[0]
+        assert "training.global_batch_size=9" in batch[0]
+        assert all(everywhere for _, everywhere in (encoder, shards, batch))
+
+
+# -- samples
+
+
+def _sample(model: Any, encoder: Any, tokenizer: Any, generation: Any) -> str:
+    assert encoder is not None
+    return f"{generation.prompt} and so on"
+
+
+def _run_with_samples(corpus: Path, folder: Path) -> str:
+    generation = {"max_new_tokens": 4, "prompt": "Once"}
+    return _run("egpt", corpus, folder, sample_text=_sample, generation=generation)[1]
+
+
+def test_a_sample_is_shown_at_every_evaluation(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    (shown,) = distributed(1, _run_with_samples, corpus, tmp_path)
+    assert shown.count("Once and so on") == 2
