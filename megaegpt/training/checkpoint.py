@@ -27,7 +27,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megaegpt.errors import CheckpointError
-from megaegpt.parallel.agreement import raise_together
+from megaegpt.parallel.agreement import from_all, from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.engine import Engine, Topology
 from megaegpt.training.manifest import (
@@ -116,7 +116,7 @@ class CheckpointManager:
             for part, write in (writers or {}).items():
                 together(functools.partial(write, temporary / part))
             entries = together(functools.partial(describe_files, own, temporary))
-            written = _gather(entries, grid)
+            written = {n: entry for part in from_all(entries, grid) for n, entry in part.items()}
             finish = functools.partial(self._publish, engine, step, state, temporary, written)
             together(finish if grid.is_main else None)
         except BaseException:
@@ -127,20 +127,16 @@ class CheckpointManager:
 
     def _together(self, grid: ProcessGrid, step: int, action: Callable[[], Any] | None) -> Any:
         """Run this rank's ``action``; if it fails on one rank, fail on all."""
-        result: Any = None
-        error: Exception | None = None
-        try:
-            result = action() if action else None
-        except OSError as e:
-            previous = self.latest()
-            rest = f"{previous.name} is untouched" if previous else "there is no earlier one"
-            error = CheckpointError(
-                f"checkpoint of step {step} was not saved: {e.filename}: {e.strerror}; {rest}"
-            )
-        except Exception as e:
-            error = e
-        raise_together(error, grid)
-        return result
+        with raising_together(grid):
+            try:
+                return action() if action else None
+            except OSError as error:
+                previous = self.latest()
+                rest = f"{previous.name} is untouched" if previous else "there is no earlier one"
+                raise CheckpointError(
+                    f"checkpoint of step {step} was not saved: {error.filename}: "
+                    f"{error.strerror}; {rest}"
+                ) from error
 
     def _prepare(self, temporary: Path) -> None:
         """Make room, after clearing what a killed process left."""
@@ -207,21 +203,15 @@ class CheckpointManager:
                 was made for another model or topology.
         """
         grid = engine.grid
-        chosen = _from_main(Path(folder) if folder else self.latest(), grid)
+        chosen = from_main(Path(folder) if folder else self.latest(), grid)
         if chosen is None:
             raise CheckpointError(f"{self.directory} holds no checkpoint to resume from")
-        manifest: Manifest | None = None
-        error: CheckpointError | None = None
-        try:
+        with raising_together(grid):
             manifest = Manifest.read(chosen)
             mine = sorted(manifest.files)[grid.rank :: grid.world_size]
             verify_files({name: manifest.files[name] for name in mine}, chosen)
             _check_model(manifest, engine, chosen)
             _check_precision(manifest, engine, chosen)
-        except CheckpointError as e:
-            error = e
-        raise_together(error, grid)
-        assert manifest is not None
         saved = Topology(**manifest.topology)
         if saved == engine.topology:
             engine.load_state(chosen / _STATE)
@@ -268,20 +258,3 @@ def _check_precision(manifest: Manifest, engine: Engine, folder: Path) -> None:
             f"{folder} was saved with {saved}, but this run has {engine.topology}: resume with "
             f"training.precision={saved.precision}, or start a new run from its weights"
         )
-
-
-def _gather(entries: dict[str, FileEntry], grid: ProcessGrid) -> dict[str, FileEntry]:
-    if grid.world_size == 1:
-        return entries
-    gathered: list[dict[str, FileEntry]] = [{} for _ in range(grid.world_size)]
-    dist.all_gather_object(gathered, entries)
-    return {name: entry for part in gathered for name, entry in part.items()}
-
-
-def _from_main(folder: Path | None, grid: ProcessGrid) -> Path | None:
-    """The main rank's answer, so that all ranks look at the same folder."""
-    if grid.world_size == 1:
-        return folder
-    answer = [folder]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]

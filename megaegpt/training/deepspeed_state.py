@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from megaegpt.training.universal import load_replicated, universal_info
 
 _TRUSTED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 _SAFE_LOADING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_SPACE_TO_RESHAPE = 3
+"""Times the checkpoint's size: fragments, joined tensors, and copies of the weights."""
 _LOADING_ERRORS = (
     OSError,
     RuntimeError,
@@ -148,6 +151,25 @@ def _settings_kept(engine: Any) -> Iterator[None]:
         group.update(ours)
     if clipping is not None:
         optimizer.clip_grad = clipping
+
+
+def make_scratch(scratch: Path, source: Path) -> None:
+    """Make the folder in which a universal checkpoint of ``source`` is built.
+
+    Raises:
+        CheckpointError: there is no room for it.
+    """
+    needed = _SPACE_TO_RESHAPE * sum(file.stat().st_size for file in source.iterdir())
+    free = shutil.disk_usage(scratch.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"resuming {source.parent} at another topology needs {needed / 2**30:.1f} GiB free in "
+            f"{scratch.parent}, which has {free / 2**30:.1f} GiB"
+        )
+    try:
+        scratch.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{scratch} cannot be made: {error.strerror}") from error
 
 
 def load_universal(engine: Any, folder: Path, grid: ProcessGrid) -> None:

@@ -26,8 +26,8 @@ import deepspeed
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 
 from megaegpt.config.run import RunConfig
-from megaegpt.errors import CheckpointError, ConfigError, LaunchError
-from megaegpt.parallel.agreement import largest_over_ranks, raise_together
+from megaegpt.errors import ConfigError, LaunchError
+from megaegpt.parallel.agreement import largest_over_ranks, raising_together
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
 from megaegpt.parallel.loss import IGNORE
 from megaegpt.parallel.params import ParamSpec, spec_of
@@ -275,24 +275,18 @@ class Engine:
     def load_reshaped(self, folder: Path, saved: Topology, scratch: Path) -> None:
         """Restore what :meth:`save_state` wrote under the topology ``saved``. Collective.
 
-        Goes through DeepSpeed's universal checkpoint, which needs about as much disk space as
-        ``folder`` under ``scratch`` (a folder that the main rank makes and every rank sees).
+        Goes through DeepSpeed's universal checkpoint, made in ``scratch``: a folder that the main
+        rank makes and every rank sees, and that the caller removes.
 
         Raises:
-            CheckpointError: on all ranks: the files do not fit this model, or the disk is full.
+            CheckpointError: the files do not fit this model, or there is no room for ``scratch``.
         """
         universal = scratch / "universal"
-        error: Exception | None = None
-        try:
+        with raising_together(self.grid):
             if self.grid.is_main:
-                scratch.mkdir()
+                deepspeed_state.make_scratch(scratch, folder)
                 with deepspeed_state.loading(folder):
                     convert(folder, universal, self.parameter_specs(), saved.zero_stage)
-        except OSError as e:
-            error = CheckpointError(f"{scratch} cannot be written: {e.strerror}")
-        except CheckpointError as e:
-            error = e
-        raise_together(error, self.grid)
         deepspeed_state.load_universal(self._deepspeed, universal, self.grid)
 
     def assert_replicas_equal(self) -> None:

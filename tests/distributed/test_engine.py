@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import deepspeed
 import pytest
 import torch
 from torch import Tensor
@@ -111,3 +115,41 @@ def _drift_on_one_rank(tp: int) -> None:
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_replica_that_drifts_is_named_on_every_rank(distributed: Distributed, tp: int) -> None:
     distributed(2, _drift_on_one_rank, tp)
+
+
+def _fp16_finds_its_scale(folder: Path) -> None:
+    supported = mock.patch.object(
+        type(deepspeed.get_accelerator()), "is_fp16_supported", return_value=True
+    )
+    raw = {"fp16": {"initial_scale_power": 24, "hysteresis": 1}}
+    for stage in (1, 2):
+        config = dataclasses.replace(_config(stage, "fp16"), deepspeed=raw)
+        with supported:
+            engine, other = make_engine(config, grid_for(1)), make_engine(config, grid_for(1))
+        before = _weights(engine)
+        results = [_step(engine, config, step) for step in range(12)]
+        skipped = [result for result in results if not result.applied]
+        assert skipped, "the first scale must overflow"
+        assert not any(result.nonfinite for result in skipped), "overflow is not an error in fp16"
+        assert results[-1].applied
+        assert engine.loss_scale == 2.0 ** (24 - len(skipped))
+        assert any(not before[n].equal(t) for n, t in _weights(engine).items())
+
+        infinite = _step(engine, config, 12, loss=lambda m, b: nats(m, b) * torch.inf)
+        assert not infinite.applied
+        assert infinite.nonfinite, "but an infinite loss is"
+
+        engine.save_state(folder / str(stage))
+        other.load_state(folder / str(stage))
+        assert other.loss_scale == engine.loss_scale
+        ours, theirs = _step(engine, config, 13), _step(other, config, 13)
+        assert ours.loss.equal(theirs.loss)
+        assert ours.grad_norm.equal(theirs.grad_norm)
+        engine.close()
+        other.close()
+
+
+def test_fp16_skips_steps_until_its_loss_scale_fits(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    distributed(2, _fp16_finds_its_scale, tmp_path)
