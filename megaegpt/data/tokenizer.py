@@ -146,7 +146,7 @@ def _encoding_from(file: Path) -> tiktoken.Encoding:
         raise DataError(f"cannot read {file}: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != VOCABULARY_SHA256:
         raise DataError(f"{file} is not GPT-2's vocabulary: its sha256 is not {VOCABULARY_SHA256}")
-    to_byte = _byte_alphabet()
+    to_byte = byte_alphabet()
     ranks = {
         token.translate(to_byte).encode("latin-1"): rank
         for token, rank in json.loads(content).items()
@@ -161,7 +161,7 @@ def _encoding_from(file: Path) -> tiktoken.Encoding:
     )
 
 
-def _byte_alphabet() -> dict[int, int]:
+def byte_alphabet() -> dict[int, int]:
     """Character of the file -> byte: printable bytes are themselves, others follow U+0100."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in set(printable)]
