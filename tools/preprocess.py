@@ -6,9 +6,11 @@
     python tools/preprocess.py --from-nanogpt train.bin val.bin --output data/openwebtext
 
 Inputs are text files (one document each) and JSON Lines, plain or compressed (.gz, .bz2, .xz,
-.zst), folders of them, globs, or - for JSON Lines on standard input. The shards depend on the input
-and the options, never on the number of workers. An interrupted run goes on where the last complete
-shard ended: repeat the command.
+.zst), folders of them, globs, or - for JSON Lines on standard input. --format reads the native
+forms of other corpora: --format wikipedia enwiki-pages-articles.xml.bz2, --format enron maildir.
+
+The shards depend on the input and the options, never on the number of workers. An interrupted run
+goes on where the last complete shard ended: repeat the command.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from pathlib import Path
 from megaegpt.data.encode import EncodeOptions
 from megaegpt.data.nanogpt import import_files
 from megaegpt.data.preprocess import PreprocessOptions, Report, preprocess
-from megaegpt.errors import exits_cleanly
+from megaegpt.data.readers import READERS, Option, parse_reader_options
+from megaegpt.errors import ConfigError, exits_cleanly
 
 
 @exits_cleanly
@@ -35,11 +38,13 @@ def main() -> None:
         inputs=tuple(arguments.inputs),
         validation=tuple(arguments.validation),
         kind=arguments.format,
+        reader_options=_reader_options(arguments),
         encode=EncodeOptions(
-            text_key=arguments.text_key,
+            text_key=arguments.text_key or "text",
             append_eod=arguments.append_eod,
             min_chars=arguments.min_chars,
             vocabulary=arguments.vocabulary,
+            backend=arguments.tokenizer_backend,
         ),
         shards=arguments.shards,
         validation_fraction=arguments.validation_fraction,
@@ -59,9 +64,13 @@ def _parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="files, folders, globs, or - for stdin")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    add("--format", choices=["text", "jsonl"], help="of the inputs (default: by their names)")
-    add("--text-key", default="text", help="key of the text in JSON Lines (default: text)")
+    add("--format", choices=READERS, help="of the inputs (default: text or jsonl by their names)")
+    add("--text-key", metavar="NAME", help="key or column of the text (default: text)")
+    add("--reader-option", action="append", default=[], metavar="NAME[=VALUE]",
+        help="option of the format, such as keep_quoted for enron; may be repeated")  # fmt: skip
     add("--vocabulary", metavar="DIR", help="folder with encoder.json (default: the installed one)")
+    add("--tokenizer-backend", choices=["tiktoken", "gigatoken"], default="tiktoken",
+        help="gigatoken (optional package): the same tokens, many times faster")  # fmt: skip
     add(
         "--workers",
         type=int,
@@ -98,6 +107,18 @@ def _parse_arguments() -> argparse.Namespace:
     if bool(arguments.inputs) == bool(arguments.from_nanogpt):
         parser.error("give inputs, or --from-nanogpt and token files")
     return arguments
+
+
+def _reader_options(arguments: argparse.Namespace) -> dict[str, Option]:
+    """Of a format that is read in the main process."""
+    if arguments.format in (None, "text", "jsonl"):
+        if arguments.reader_option:
+            raise ConfigError("--reader-option needs a --format that is neither text nor jsonl")
+        return {}
+    assignments = list(arguments.reader_option)
+    if arguments.text_key is not None:
+        assignments.append(f"text_column={arguments.text_key}")
+    return parse_reader_options(arguments.format, assignments)
 
 
 def _cpus() -> int:

@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from megaegpt.data.documents import Problems
+from megaegpt.data.gigatoken import GigatokenEncoder
 from megaegpt.data.jobs import Content, Damage, LineSpan, Texts
 from megaegpt.data.progress import Counts
+from megaegpt.data.reader_jobs import CollectedProblems, Documents
 from megaegpt.data.readers.inputs import DECOMPRESSION_ERRORS, normalize_newlines, open_bytes
 from megaegpt.data.readers.json_lines import parse_object, text_of
 from megaegpt.data.tokenizer import Tokenizer
@@ -34,6 +36,8 @@ class EncodeOptions:
     """Give each document's hash, for splitting and for finding duplicates."""
     vocabulary: str | None = None
     """Folder of the vocabulary; None: the installed one."""
+    backend: Literal["tiktoken", "gigatoken"] = "tiktoken"
+    """What encodes; the ids are the same."""
 
 
 @dataclass
@@ -87,7 +91,9 @@ class Encoder:
 
     def __init__(self, options: EncodeOptions, tokenizer: Tokenizer | None = None) -> None:
         self.options = options
-        self.tokenizer = tokenizer or Tokenizer.load(options.vocabulary)
+        loaded = tokenizer or Tokenizer.load(options.vocabulary)
+        gigatoken = options.backend == "gigatoken"
+        self.tokenizer = GigatokenEncoder(loaded) if gigatoken else loaded
 
     def __call__(self, content: Content) -> Encoded:
         """Read and tokenise a job. Bad input is listed, never raised.
@@ -148,6 +154,10 @@ def _read(
             text = _read_text_file(path, problems)
             if text is not None:
                 yield path, None, text
+    elif isinstance(content, Documents):
+        documents, found = content.finish()
+        yield from ((place, None, text) for place, text in documents)
+        problems.extend(Problem(place, None, what) for place, what in found)
     elif isinstance(content, Damage):
         problems.append(Problem(content.where, None, content.what))
     else:
@@ -163,7 +173,7 @@ def _read(
 def _read_lines(
     path: str, raw: bytes, first_line: int, text_key: str, problems: list[Problem]
 ) -> Iterator[tuple[int, str]]:
-    collected = _Collected()
+    collected = CollectedProblems()
     for number, line in enumerate(_lines(raw), first_line):
         if not line.strip():
             continue
@@ -172,7 +182,7 @@ def _read_lines(
         if text is not None:
             yield number, text
         else:
-            problems.append(Problem(path, number, collected.found.pop()))
+            problems.append(Problem(path, number, collected.found.pop()[1]))
 
 
 def _lines(raw: bytes) -> Iterator[bytes]:
@@ -183,17 +193,6 @@ def _lines(raw: bytes) -> Iterator[bytes]:
         start = end
     if start < len(raw):
         yield raw[start:]
-
-
-class _Collected(Problems):
-    """Takes what a reader reports, to be raised or counted in the order of the input."""
-
-    def __init__(self) -> None:
-        super().__init__("skip")
-        self.found: list[str] = []
-
-    def report(self, where: str, what: str) -> None:
-        self.found.append(what)
 
 
 def _read_span(span: LineSpan) -> bytes:

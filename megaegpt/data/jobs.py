@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import glob
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
-from megaegpt.data.readers import json_lines, plain
+from megaegpt.data.reader_jobs import Documents, measure, read_pieces
+from megaegpt.data.readers import Option, json_lines, plain
 from megaegpt.data.readers.inputs import (
     DECOMPRESSION_ERRORS,
     MAX_DOCUMENT_BYTES,
@@ -29,7 +30,8 @@ _SMALLEST_JOB = 1 << 14
 STDIN = "-"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
-Kind = Literal["jsonl", "text"]
+Kind = str
+"""``jsonl`` and ``text``, which workers read themselves, or another of the readers' names."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class InputFile:
     kind: Kind
     size: int
     mtime_ns: int
+    reader_options: Mapping[str, Option] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Damage:
     what: str
 
 
-Content = LineSpan | Lines | Texts | Damage
+Content = LineSpan | Lines | Texts | Documents | Damage
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Job:
             return f"{content.path}, bytes {content.start:,} to {content.end:,}"
         if isinstance(content, Lines):
             return f"{content.path}, from line {content.first_line:,} on"
+        if isinstance(content, Documents):
+            return content.places[0] if content.places else content.problems[0][0]
         return content.paths[0] if isinstance(content, Texts) else content.where
 
 
@@ -120,30 +125,45 @@ class LineCounter:
         return self._lines
 
 
-def find_inputs(paths: Iterable[str], kind: Kind | None = None) -> list[InputFile]:
+def find_inputs(
+    paths: Iterable[str],
+    kind: Kind | None = None,
+    reader_options: Mapping[str, Option] | None = None,
+) -> list[InputFile]:
     """Files that ``paths`` (files, folders, globs, ``-`` for standard input) stand for, in order.
 
     Args:
         kind: what all of them are; None: by their names (``-`` is JSON Lines).
+        reader_options: for a kind that neither is JSON Lines nor text.
 
     Raises:
         DataError: nothing is there, or a name does not say what the file is.
     """
-    return [_describe(path, kind) for pattern in paths for path in _matches(pattern)]
+    if kind is None or kind in ("jsonl", "text"):
+        return [_describe(path, kind) for pattern in paths for path in _matches(pattern)]
+    return [
+        InputFile(path, kind, *measure(path, kind), reader_options or {})
+        for pattern in paths
+        for path in _glob(pattern)  # a folder whole: how it is searched is the reader's business
+    ]
 
 
 def _matches(pattern: str) -> Iterator[str]:
     if pattern == STDIN:
         yield STDIN
-    elif not Path(pattern).exists() and glob.has_magic(pattern):
-        names = sorted(glob.glob(pattern, recursive=True), key=natural_key)
-        if not names:
-            raise DataError(f"{pattern}: no file matches")
-        for path in expand(map(Path, names), json_lines.SUFFIXES + plain.SUFFIXES):
-            yield str(path)
-    else:
-        for path in expand([Path(pattern)], json_lines.SUFFIXES + plain.SUFFIXES):
-            yield str(path)
+        return
+    for path in expand(map(Path, _glob(pattern)), json_lines.SUFFIXES + plain.SUFFIXES):
+        yield str(path)
+
+
+def _glob(pattern: str) -> list[str]:
+    """The files and folders that a name or pattern stands for, numbers in order of their value."""
+    if Path(pattern).exists() or not glob.has_magic(pattern):
+        return [pattern]
+    names = sorted(glob.glob(pattern, recursive=True), key=natural_key)
+    if not names:
+        raise DataError(f"{pattern}: no file matches")
+    return names
 
 
 def _describe(path: str, kind: Kind | None) -> InputFile:
@@ -187,6 +207,9 @@ def _contents(files: Sequence[InputFile], size: int) -> Iterator[tuple[int, Cont
         if file.kind == "text":
             texts.append(file.path)
             texts_bytes += file.size
+        elif file.kind != "jsonl":
+            for end, piece in read_pieces(file.path, file.kind, file.reader_options, size):
+                yield before + end, piece
         else:
             for end, content in _line_jobs(file, size):
                 yield before + end, content

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +28,7 @@ from megaegpt.data.manifest import Manifest, describe_tokenizer
 from megaegpt.data.meter import Meter
 from megaegpt.data.pool import EncoderPool
 from megaegpt.data.progress import Counts, Part, Progress
+from megaegpt.data.readers import Option
 from megaegpt.data.shards import ShardSummary, ShardWriter
 from megaegpt.data.stream import shard_name
 from megaegpt.data.tokenizer import Tokenizer
@@ -48,6 +49,8 @@ class PreprocessOptions:
     """The same for the validation split."""
     kind: Kind | None = None
     """What the input files are; None: by their names."""
+    reader_options: Mapping[str, Option] = field(default_factory=dict)
+    """Options of the reader, for a kind that is neither JSON Lines nor text."""
     encode: EncodeOptions = field(default_factory=EncodeOptions)
     """How documents become tokens."""
     shards: int = 1
@@ -114,9 +117,9 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
             or has shards of other inputs or options.
     """
     options.check()
-    groups = {TRAIN: find_inputs(options.inputs, options.kind)}
+    groups = {TRAIN: find_inputs(options.inputs, options.kind, options.reader_options)}
     if options.validation:
-        groups[VALIDATION] = find_inputs(options.validation, options.kind)
+        groups[VALIDATION] = find_inputs(options.validation, options.kind, options.reader_options)
     with naming_failures(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
     with _only_run_in(options.output):
