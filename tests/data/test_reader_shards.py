@@ -1,0 +1,157 @@
+"""Every source through preprocessing: its native format in, its text out of the shards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaegpt.data.preprocess import PreprocessOptions, Report, preprocess
+from megaegpt.data.shards import Shard
+from megaegpt.data.stream import resolve_prefixes
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import DataError
+from tests.data.readers import test_cnn, test_enron, test_gutenberg, test_openwebtext
+from tests.data.readers import test_wikipedia as wiki
+from tests.data.readers.reading import read, texts
+from tools import preprocess as preprocess_program
+
+TOKENIZER = Tokenizer.load()
+
+
+def run(output: Path, source: str, *inputs: Path, **options: Any) -> Report:
+    paths = tuple(str(path) for path in inputs)
+    return preprocess(PreprocessOptions(output, paths, kind=source, **options))
+
+
+def documents(prefix: Path) -> list[str]:
+    found = []
+    for shard in map(Shard, resolve_prefixes([str(prefix)])):
+        for number in range(shard.num_documents):
+            tokens = shard.document(number).tolist()
+            assert tokens.pop() == TOKENIZER.eot_token
+            found.append(TOKENIZER.decode(tokens))
+    return found
+
+
+def make_gutenberg(folder: Path) -> None:
+    book = test_gutenberg.HEADER + test_gutenberg.BODY + test_gutenberg.FOOTER
+    test_gutenberg.write(folder / "clock.txt", book, "utf-8-sig")
+
+
+def make_cnn(folder: Path) -> None:
+    rows = [test_cnn.row(n, f"(CNN)Article {n}.Ends here, “so”") for n in range(3)]
+    (folder / "a.csv").write_bytes(test_cnn.table(*rows, test_cnn.row(3, "")))
+
+
+def make_enron(folder: Path) -> None:
+    for number in (1, 2, 10):
+        test_enron.put(folder, f"inbox/{number}.", test_enron.message(f"mail {number}\n> old"))
+
+
+def make_openwebtext(folder: Path) -> None:
+    subsets = [test_openwebtext.subset(pages) for pages in test_openwebtext.PAGES]
+    test_openwebtext.write(folder / "a.tar", test_openwebtext.outer(*subsets))
+
+
+def make_wikipedia(folder: Path) -> None:
+    pytest.importorskip("mwparserfromhell")
+    pages = [wiki.page(f"P{n}", f"A '''page''' about [[number|{n}]].", n) for n in range(5)]
+    wiki.write(folder / "a.xml.bz2", wiki.dump(*pages, wiki.page("R", "#REDIRECT [[P1]]", 9)))
+
+
+def make_parquet(folder: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from tests.data.readers import test_parquet
+
+    test_parquet.write(folder / "a.parquet", ["Здравствуй", "мир"])
+
+
+def make_transwebedu(folder: Path) -> None:
+    for number in (10, 2):
+        line = json.dumps({"text": f"морская вода {number}"}) + "\n"
+        (folder / f"ru_chunk{number}.jsonl").write_text(line)
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "gutenberg": make_gutenberg,
+    "cnn": make_cnn,
+    "enron": make_enron,
+    "openwebtext": make_openwebtext,
+    "wikipedia": make_wikipedia,
+    "parquet": make_parquet,
+    "transwebedu": make_transwebedu,
+}
+
+
+@pytest.mark.parametrize("source", MAKERS)
+def test_shards_decode_to_the_texts_that_the_reader_yields(tmp_path: Path, source: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    MAKERS[source](folder)
+    expected = texts(read(source, folder))
+    report = run(tmp_path / "out", source, folder)
+    assert documents(tmp_path / "out" / "train") == expected
+    assert report.manifest.counts["documents"] == len(expected) >= 1
+
+
+def make_dump(folder: Path, bad: bool = False) -> None:
+    pytest.importorskip("mwparserfromhell")
+    for part in range(4):
+        pages = [
+            wiki.page(f"P{part}.{n}", f"'''Page''' {n} of {part}. " * 20, n) for n in range(60)
+        ]
+        wiki.write(folder / f"part{part}.xml", wiki.dump(*pages))
+    if bad:
+        (folder / "part1.xml").write_text("<mediawiki>")
+
+
+def test_the_number_of_workers_does_not_change_a_byte(tmp_path: Path) -> None:
+    make_dump(tmp_path / "in")
+    for workers in (1, 2):
+        run(tmp_path / f"{workers}", "wikipedia", tmp_path / "in", workers=workers, shards=3)
+    one, two = (
+        {path.name: path.read_bytes() for path in sorted((tmp_path / name).glob("train*"))}
+        for name in ("1", "2")
+    )
+    assert len(one) == 6
+    assert one == two
+    assert all(len(content) > 0 for content in one.values())
+
+
+def test_a_bad_file_among_good_ones_stops_the_run_or_is_counted(tmp_path: Path) -> None:
+    make_dump(tmp_path / "in", bad=True)
+    with pytest.raises(DataError, match=r"part1\.xml: truncated or damaged XML"):
+        run(tmp_path / "out", "wikipedia", tmp_path / "in")
+    assert not list((tmp_path / "out").glob("*.bin"))
+    report = run(tmp_path / "out", "wikipedia", tmp_path / "in", on_bad_input="skip")
+    assert report.manifest.counts["bad_inputs"] == 1
+    assert report.manifest.counts["documents"] == 180
+
+
+def test_changed_reader_options_are_another_corpus(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    make_enron(folder)
+    run(tmp_path / "out", "enron", folder)
+    with pytest.raises(DataError, match="other inputs or options"):
+        run(tmp_path / "out", "enron", folder, reader_options={"keep_quoted": True})
+
+
+def test_the_program_takes_format_column_and_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"maintext": "Grüße"}\n')
+    command = ["preprocess.py", str(source), "--output", str(tmp_path / "out"), "--quiet"]
+    command += ["--workers", "1", "--format", "transwebedu"]
+    monkeypatch.setattr(sys, "argv", [*command, "--text-key", "maintext"])
+    preprocess_program.main()
+    assert documents(tmp_path / "out" / "train") == ["Grüße"]
+    monkeypatch.setattr(sys, "argv", [*command, "--reader-option", "text_colum=a"])
+    with pytest.raises(SystemExit):
+        preprocess_program.main()
+    assert "did you mean 'text_column'" in capsys.readouterr().err
