@@ -18,7 +18,7 @@ data=data/quickstart
 runs=runs/quickstart
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 case $gpus in
-    0) ranks=(--num_accelerators 2) ;;
+    0) ranks=(--num_accelerators 2) && export DS_ACCELERATOR=cpu ;;
     1) ranks=(--num_gpus 1) ;;
     *) ranks=(--num_gpus 2) ;;
 esac
@@ -43,7 +43,7 @@ stage() {
 launch() { # a program on all ranks
     local port
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    deepspeed "${ranks[@]}" --master_port "$port" "$@" &
+    deepspeed --quiet "${ranks[@]}" --master_port "$port" "$@" &
     job=$!
     wait "$job"
     job=
