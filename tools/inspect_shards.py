@@ -1,0 +1,117 @@
+"""Look into token shards: counts, lengths of documents, text, damage, differences.
+
+python tools/inspect_shards.py show data/web/train --samples 3 --png lengths.png
+python tools/inspect_shards.py verify data/web/train
+python tools/inspect_shards.py compare data/web/train data/other/train
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megaegpt.data.inspection import LengthHistogram, first_difference
+from megaegpt.data.manifest import MANIFEST_NAME, Manifest
+from megaegpt.data.shards import Shard
+from megaegpt.data.stream import resolve_prefixes
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import exits_cleanly
+
+
+@exits_cleanly
+def main() -> None:
+    """Run the command line."""
+    arguments = _parse_arguments()
+    arguments.run(arguments)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    show = commands.add_parser("show", help="counts, histogram of lengths, decoded samples")
+    show.add_argument("prefixes", nargs="+", metavar="PREFIX")
+    show.add_argument("--samples", type=int, default=3, metavar="N", help="documents (%(default)s)")
+    show.add_argument("--tokens", type=int, default=100, metavar="N", help="of each (%(default)s)")
+    show.add_argument("--png", type=Path, metavar="FILE", help="draw the histogram")
+    show.add_argument("--vocabulary", metavar="DIR", help="folder with encoder.json")
+    show.set_defaults(run=_show)
+    verify = commands.add_parser("verify", help="read everything; checksums where there are some")
+    verify.add_argument("prefixes", nargs="+", metavar="PREFIX")
+    verify.add_argument("--vocabulary", metavar="DIR", help="folder with encoder.json")
+    verify.set_defaults(run=_verify)
+    compare = commands.add_parser("compare", help="same documents? exit code 1 if not")
+    compare.add_argument("first", metavar="PREFIX")
+    compare.add_argument("second", metavar="PREFIX")
+    compare.set_defaults(run=_compare)
+    return parser.parse_args()
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    shards = [Shard(prefix) for prefix in resolve_prefixes(arguments.prefixes)]
+    for shard in shards:
+        print(
+            f"{shard.prefix}: {shard.num_documents:,} documents, {len(shard.tokens):,} tokens, "
+            f"{shard.dtype.name}"
+        )
+    histogram = LengthHistogram(shards)
+    mean = histogram.tokens / max(1, histogram.documents)
+    print(
+        f"{histogram.documents:,} documents, {histogram.tokens:,} tokens, "
+        f"mean {mean:,.1f}, longest {histogram.longest:,}\n\n{histogram.text()}"
+    )
+    if arguments.png:
+        histogram.draw(arguments.png)
+        print(f"\nwrote {arguments.png}")
+    tokenizer = Tokenizer.load(arguments.vocabulary)
+    numbers = np.linspace(0, histogram.documents - 1, arguments.samples).astype(int)
+    for number in sorted(set(numbers.tolist())):
+        shard, inside = _locate(shards, number)
+        tokens = shard.document(inside)
+        print(f"\n--- document {number:,} ({shard.prefix}), {len(tokens):,} tokens")
+        print(tokenizer.decode(tokens[: arguments.tokens]))
+
+
+def _locate(shards: list[Shard], number: int) -> tuple[Shard, int]:
+    """The shard of a document of the whole set, and its number there."""
+    for shard in shards:
+        if number < shard.num_documents:
+            return shard, number
+        number -= shard.num_documents
+    raise IndexError(number)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    tokenizer = Tokenizer.load(arguments.vocabulary)
+    prefixes = resolve_prefixes(arguments.prefixes)
+    for prefix in prefixes:
+        shard = Shard(prefix)
+        shard.verify(tokenizer.vocab_size)
+        print(f"{prefix}: whole, {shard.num_documents:,} documents, {len(shard.tokens):,} tokens")
+    for folder in sorted({Path(prefix).parent for prefix in prefixes}):
+        if (folder / MANIFEST_NAME).exists():
+            manifest = Manifest.load(folder)
+            manifest.verify(folder)
+            same = manifest.tokenizer.get("fingerprint") == tokenizer.fingerprint
+            print(f"{folder / MANIFEST_NAME}: all checksums agree")
+            if not same:
+                print("warning: the manifest names another tokenizer than this one")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    first, second = (
+        [Shard(prefix) for prefix in resolve_prefixes([pattern])]
+        for pattern in (arguments.first, arguments.second)
+    )
+    difference = first_difference(first, second)
+    print(difference or "the same documents")
+    if difference:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
