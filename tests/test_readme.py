@@ -49,11 +49,9 @@ def test_every_configuration_is_mentioned():
 
 
 def test_the_file_tree_is_the_repositorys():
-    tree = next(
-        block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "tests/ " in block
-    )
+    (tree,) = (block for block in README.split("```") if "\ntests/ " in block)
     folder = ""
-    for line in tree.splitlines():
+    for line in tree.strip().splitlines():
         name = line.split()[0]
         folder = "" if not line.startswith(" ") else folder
         assert (ROOT / folder / name).exists(), f"{folder}{name}"
