@@ -1,0 +1,141 @@
+"""GPT written a second time, as plainly as possible: attention query by query and head by head,
+over the list of tokens that it sees.
+
+It shares nothing with the package but the names of the weights. Shapes: T tokens, H heads, D head
+dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def naive_logits(
+    weights: dict[str, Tensor], config, tokens: Tensor, segments: Tensor | None = None
+) -> Tensor:
+    """(B, T) ids -> (B, T, vocab_size)"""
+    rows = []
+    for b in range(tokens.shape[0]):
+        of_row = [0] * tokens.shape[1] if segments is None else segments[b].tolist()
+        rows.append(_row(weights, config, tokens[b], of_row))
+    head = weights.get("head.weight", weights["embedding.weight"])
+    return torch.stack(rows) @ head[: config.vocab_size].T
+
+
+def _row(weights: dict[str, Tensor], config, tokens: Tensor, segments: list[int]) -> Tensor:
+    """One row's (T,) ids -> (T, C)"""
+    positions, texts = [], []
+    for t, segment in enumerate(segments):
+        earlier = [s for s in range(t) if segments[s] == segment and segment >= 0]
+        positions.append(len(earlier))
+        texts.append([*earlier, t])
+    x = weights["embedding.weight"][tokens]
+    if config.positions == "learned":
+        x = x + weights["positions.table.weight"][torch.tensor(positions)]
+    elif config.positions == "sinusoidal":
+        x = x + torch.stack([_sinusoid(position, x.shape[1]) for position in positions])
+    for layer in range(config.num_layers):
+        prefix = f"stack.blocks.{layer}."
+        of_layer = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        window = config.window
+        if config.window_every and layer % config.window_every == config.window_every - 1:
+            window = None
+        seen = [
+            [s for s in text if window is None or t - s < window] for t, text in enumerate(texts)
+        ]
+        heads_of = _latent if config.attention == "latent" else _grouped
+        normed = _norm(of_layer, "attention_norm", x, config.layer_norm_eps)
+        q, k, v = heads_of(of_layer, config, normed, positions)
+        x = x + _linear(of_layer, "attention.output", _attend(q, k, v, seen))
+        x = x + _mlp(of_layer, config, x)
+    return _norm(weights, "stack.norm", x, config.layer_norm_eps)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]]) -> Tensor:
+    """(T, H, D) each, and what each query sees -> (T, H * D)"""
+    outputs = []
+    for t, visible in enumerate(seen):
+        for head in range(q.shape[1]):
+            scores = k[visible, head] @ q[t, head] / math.sqrt(q.shape[2])
+            shares = torch.exp(scores - scores.max())
+            outputs.append((shares / shares.sum()) @ v[visible, head])
+    return torch.stack(outputs).reshape(len(seen), -1)
+
+
+def _linear(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    y = x @ weights[f"{name}.weight"].T
+    bias = weights.get(f"{name}.bias")
+    return y if bias is None else y + bias
+
+
+def _norm(weights: dict[str, Tensor], name: str, x: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps) * weights[f"{name}.weight"]
+    bias = weights.get(f"{name}.bias")
+    return y if bias is None else y + bias
+
+
+def _rms_norm(weights: dict[str, Tensor], name: str, x: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps) * weights[f"{name}.weight"]
+
+
+def _mlp(weights: dict[str, Tensor], config, x: Tensor) -> Tensor:
+    h = _linear(weights, "mlp.up", _norm(weights, "mlp_norm", x, config.layer_norm_eps))
+    gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    return _linear(weights, "mlp.down", gelu)
+
+
+def _sinusoid(position: int, width: int) -> Tensor:
+    values = []
+    for i in range(width):
+        angle = position / 10000 ** (2 * (i // 2) / width)
+        values.append(math.cos(angle) if i % 2 else math.sin(angle))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _rotate(x: Tensor, positions: list[int], base: float) -> Tensor:
+    """(T, H, D): pairs (i, i + D/2) as complex numbers, turned by position * base ** (-2 i / D)."""
+    half = x.shape[-1] // 2
+    angles = torch.tensor(
+        [[p * base ** (-2 * i / x.shape[-1]) for i in range(half)] for p in positions],
+        dtype=torch.float64,
+    )
+    turn = torch.complex(torch.cos(angles), torch.sin(angles)).unsqueeze(1)
+    turned = torch.complex(x[..., :half], x[..., half:]) * turn
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def _grouped(weights, config, x: Tensor, positions: list[int]) -> tuple[Tensor, ...]:
+    """(T, C) -> queries, keys and values of every query head, (T, H, D)"""
+    q, k, v = (
+        _linear(weights, f"attention.{name}", x).reshape(len(x), -1, config.head_size)
+        for name in ("query", "key", "value")
+    )
+    if config.positions == "rotary":
+        q, k = _rotate(q, positions, config.rope_base), _rotate(k, positions, config.rope_base)
+    kv_head = [head * config.kv_heads // config.num_heads for head in range(config.num_heads)]
+    return q, k[:, kv_head], v[:, kv_head]
+
+
+def _latent(weights, config, x: Tensor, positions: list[int]) -> tuple[Tensor, ...]:
+    """(T, C) -> queries and keys (T, H, D + R), values (T, H, D)"""
+    length, size, heads = len(x), config.head_size, config.num_heads
+    latent = _linear(weights, "attention.latent.down", x)
+    latent = _rms_norm(weights, "attention.latent.norm", latent, config.layer_norm_eps)
+    source = x
+    if config.query_latent_dim:
+        source = _linear(weights, "attention.query_latent.down", x)
+        source = _rms_norm(weights, "attention.query_latent.norm", source, config.layer_norm_eps)
+    q = _linear(weights, "attention.query", source).reshape(length, heads, -1)
+    k = _linear(weights, "attention.key", latent).reshape(length, heads, size)
+    v = _linear(weights, "attention.value", latent).reshape(length, heads, size)
+    if config.positions == "rotary":
+        shared = _linear(weights, "attention.rope_key", x).unsqueeze(1)
+        shared = _rotate(shared, positions, config.rope_base)
+        turned = _rotate(q[..., size:], positions, config.rope_base)
+        q = torch.cat([q[..., :size], turned], dim=-1)
+        k = torch.cat([k, torch.cat([shared] * heads, dim=1)], dim=-1)
+    return q, k, v
