@@ -20,29 +20,20 @@ how to fix; 1 a bug.
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 import time
-from typing import NoReturn
 
-from megaegpt.config.loading import config_to_yaml, load_config
+from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.run import RunConfig
-from megaegpt.errors import LaunchError, MegaEGPTError, exits_cleanly
+from megaegpt.errors import exits_cleanly
+from megaegpt.training.command_line import RunParser, is_main_process, started_processes
 
 _STARTED = time.monotonic()
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line once, not once a process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise LaunchError(f"{message} (see --help)")
-
-
-def _parse_arguments() -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run")
+@exits_cleanly
+def main() -> None:
+    """Read the command line and the configuration, then train or say what would be trained."""
+    parser = RunParser(__doc__)
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -60,32 +51,11 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="M",
         help="save and stop M minutes after the start, before a job's time limit does",
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other values")
-    return parser.parse_intermixed_args()
-
-
-def _dry_run(config: RunConfig, world_size: int) -> None:
-    import torch
-
-    from megaegpt.errors import CheckpointError
-    from megaegpt.training.engine import resolve_precision
-    from megaegpt.training.metrics import device_name
-    from megaegpt.training.stores import read_encoder_config
-    from megaegpt.training.summary import describe_run, measure_model
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = resolve_precision(config.training.precision, device)
-    print(config_to_yaml(config))
-    try:
-        found = read_encoder_config(config)
-    except CheckpointError as error:
-        print(f"notice: the encoder is left out of the numbers: {error}")
-        found = None
-    size = measure_model(config, found and found[1])
-    dp_size = world_size // config.parallel.tensor_parallel_size
-    for line in describe_run(config, size, dp_size, precision, device_name(device)):
-        print(line)
+    arguments, config = parser.parse_run()
+    if not arguments.dry_run:
+        _train(config, arguments.resume, arguments.exit_minutes)
+    elif is_main_process():
+        _dry_run(config, started_processes() or config.parallel.tensor_parallel_size)
 
 
 def _train(config: RunConfig, resume: bool, exit_minutes: float | None) -> None:
@@ -104,21 +74,30 @@ def _train(config: RunConfig, resume: bool, exit_minutes: float | None) -> None:
     dist.destroy_process_group()
 
 
-@exits_cleanly
-def main() -> None:
-    """Read the command line and the configuration, then train or say what would be trained."""
-    world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+def _dry_run(config: RunConfig, world_size: int) -> None:
+    import torch
+
+    from megaegpt.errors import CheckpointError
+    from megaegpt.training.engine import resolve_precision
+    from megaegpt.training.memory import estimate_memory
+    from megaegpt.training.metrics import device_name
+    from megaegpt.training.stores import find_encoder
+    from megaegpt.training.summary import describe_run, measure_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(config.training.precision, device)
+    print(config_to_yaml(config))
+    encoder = None
     try:
-        arguments = _parse_arguments()
-        config = load_config(arguments.config, arguments.overrides, world_size)
-    except MegaEGPTError as error:
-        error.on_every_rank = True  # all read the same
-        raise
-    if not arguments.dry_run:
-        _train(config, arguments.resume, arguments.exit_minutes)
-    elif os.environ.get("RANK", "0") == "0":
-        _dry_run(config, world_size or config.parallel.tensor_parallel_size)
+        encoder = find_encoder(config)
+    except CheckpointError as error:
+        print(f"notice: the encoder is left out of the numbers below: {error}")
+    dp_size = world_size // config.parallel.tensor_parallel_size
+    size = measure_model(config, encoder)
+    memory = estimate_memory(config, dp_size, precision, encoder, device.type)
+    for line in describe_run(config, size, dp_size, precision, device_name(device), memory):
+        print(line)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -26,12 +26,17 @@ cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=$((cores > 2 ? cores / 2 : 1)) # two processes share the cores
 
 job=
-stop() {
+stop() { # the launcher ends at once; its ranks save first, and the next run must not meet them
     trap - INT TERM
-    echo
-    echo "stopping: saving what is done (run the same command to go on)"
-    [ -z "$job" ] || kill -TERM -- "-$job" 2>/dev/null || true
-    wait || true
+    if [ -n "$job" ] && kill -TERM -- "-$job" 2>/dev/null; then
+        printf '\nstopping: saving what is done\n'
+        for _ in {1..60}; do
+            kill -0 -- "-$job" 2>/dev/null || break
+            sleep 1
+        done
+        kill -KILL -- "-$job" 2>/dev/null || true
+    fi
+    echo "stopped: the same command goes on from here"
     exit 130
 }
 trap stop INT TERM

@@ -1,4 +1,4 @@
-"""The exceptions a user can meet. Each message is one line: what is wrong, where, and how to fix it.
+"""The exceptions a user can meet: one line that says what is wrong, where, and how to fix it.
 
 A program shows them without a traceback; anything else is a bug of ours and keeps its traceback.
 """
@@ -43,7 +43,7 @@ class LaunchError(MegaEGPTError):
 
 
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a program's ``main``: a :class:`MegaEGPTError` becomes one line on stderr and exit code 2."""
+    """Decorate a program's ``main``: our errors become one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def wrapped() -> None:

@@ -73,22 +73,23 @@ def _whole_file(path: Path) -> Any:
 
 def find_weights(folder: str | Path) -> Path:
     """The weights folder that ``folder`` stands for: itself, that of a checkpoint, or that of the
-    latest checkpoint of a run's checkpoint directory.
+    latest checkpoint in a run's folder or its checkpoint directory.
 
     Raises:
         CheckpointError: it is none of these.
     """
     folder = Path(folder)
     candidates = [folder, folder / "weights"]
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        latest = (folder / "latest").read_text(encoding="utf-8").strip()
-        candidates.append(folder / Path(latest).name / "weights")
+    for checkpoints in (folder, folder / "checkpoints"):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            latest = (checkpoints / "latest").read_text(encoding="utf-8").strip()
+            candidates.append(checkpoints / Path(latest).name / "weights")
     for candidate in candidates:
         if (candidate / _CONFIG).is_file():
             return candidate
     raise CheckpointError(
         f"{folder} holds no weights: give a folder with {_CONFIG} and {_WEIGHTS}, a checkpoint, "
-        "or a run's checkpoints"
+        "a run, or its checkpoints"
     )
 
 

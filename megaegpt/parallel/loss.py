@@ -18,7 +18,8 @@ from megaegpt.parallel.grid import ProcessGrid
 IGNORE = -100
 """Target of a position that is not predicted."""
 
-_ROWS_AT_ONCE = {"cpu": 256, "cuda": 4096}
+ROWS_AT_ONCE = {"cpu": 256, "cuda": 4096}
+"""Rows of logits that exist at once, by device type."""
 
 
 def _chunk_nats(
@@ -128,7 +129,7 @@ def linear_cross_entropy(
     Returns:
         fp32 (fp64 for fp64 inputs), identical on all TP ranks.
     """
-    rows = rows or _ROWS_AT_ONCE.get(hidden.device.type, 1024)
+    rows = rows or ROWS_AT_ONCE.get(hidden.device.type, 1024)
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if reduction == "sum":
         return _LinearCrossEntropySum.apply(flat, weight, flat_targets, grid, vocab_size, rows)

@@ -81,9 +81,9 @@ def init_distributed() -> torch.device:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False
-    )
+    # Both back-ends: what ranks agree on outside of a step is talked about without the GPU.
+    # DeepSpeed adopts the groups that it finds.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 

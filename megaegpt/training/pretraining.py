@@ -16,9 +16,10 @@ from megaegpt.data.samples import ChunkWindows, PretrainingSamples
 from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.build import Model, build_model
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.weights import find_weights, load_weights, save_weights
+from megaegpt.model.weights import load_weights, save_weights
 from megaegpt.parallel.agreement import from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.checkpoint import CheckpointManager, TrainerState
@@ -153,9 +154,10 @@ class _Run:
             activation_checkpointing=training.activation_checkpointing,
             compile_blocks=training.compile,
         )
-        with raising_together(grid):
-            if training.initialize_from is not None:
-                load_weights(self.model, find_weights(training.initialize_from), grid)
+        if training.initialize_from is not None:
+            weights = resolve_weights_source(training.initialize_from, grid)
+            with raising_together(grid):
+                load_weights(self.model, weights, grid)
         self.engine = Engine(self.model, grid, config)
         self.size: ModelSize = measure_model(
             config, None if self.encoder is None else self.encoder.config
@@ -220,10 +222,9 @@ class _Run:
         """Write the model for generation, evaluation, conversion, or use as an encoder."""
         if self.grid.dp_rank != 0:
             return
-        source = self.config.model.encoder.source
-        extra: dict[str, Any] = {"tokenizer": self.data.tokenizer.fingerprint}
+        extra = {"tokenizer_fingerprint": self.data.tokenizer.fingerprint}
         if self.encoder is not None:
-            extra["encoder"] = {"source": source, "fingerprint": self.encoder.fingerprint}
+            extra["encoder_fingerprint"] = self.encoder.fingerprint
         save_weights(self.model, folder, self.grid, extra)
 
     def introduce(

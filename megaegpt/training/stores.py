@@ -11,6 +11,7 @@ from megaegpt.data.feature_writer import compute_features
 from megaegpt.data.features import FeatureSpec, FeatureStore
 from megaegpt.data.stream import TokenStream
 from megaegpt.errors import ConfigError
+from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import find_weights, read_weights_config
@@ -20,19 +21,46 @@ from megaegpt.training.deepspeed_config import Precision
 from megaegpt.training.engine import DTYPES
 
 
-def read_encoder_config(config: RunConfig) -> tuple[Path, ModelConfig] | None:
-    """The encoder's weights folder and architecture; None for a gpt, which has no encoder.
+def find_encoder(config: RunConfig) -> ModelConfig | None:
+    """The architecture of the encoder, if its weights are on this machine; None for a gpt.
 
     Raises:
         ConfigError: the encoder does not fit the decoder.
-        CheckpointError: ``model.encoder.source`` is no weights folder.
+        CheckpointError: there are no weights at ``model.encoder.source``.
     """
-    model, source = config.model, config.model.encoder.source
-    if model.kind == "gpt":
+    if config.model.kind == "gpt":
         return None
+    return _fitting_encoder(config.model, find_weights(_source(config)))
+
+
+def load_encoder(
+    config: RunConfig, grid: ProcessGrid, precision: Precision
+) -> FrozenEncoder | None:
+    """The frozen encoder on this rank's device, in the training precision; None for a gpt.
+
+    Collective over all ranks.
+
+    Raises:
+        ConfigError: the encoder does not fit the decoder.
+        CheckpointError: there are no weights at ``model.encoder.source``, nor a model of its name.
+    """
+    if config.model.kind == "gpt":
+        return None
+    folder = resolve_weights_source(_source(config), grid)
+    with raising_together(grid):
+        _fitting_encoder(config.model, folder)
+    source = dataclasses.replace(config.model.encoder, source=str(folder))
+    return FrozenEncoder.from_source(source, grid, DTYPES[precision])
+
+
+def _source(config: RunConfig) -> str:
+    source = config.model.encoder.source
     if source is None:
         raise ConfigError("model.encoder.source is not set: give the folder of a GPT's weights")
-    folder = find_weights(source)
+    return source
+
+
+def _fitting_encoder(model: ModelConfig, folder: Path) -> ModelConfig:
     encoder, _ = read_weights_config(folder)
     problems = []
     if encoder.kind != "gpt":
@@ -47,19 +75,7 @@ def read_encoder_config(config: RunConfig) -> tuple[Path, ModelConfig] | None:
         )
     if problems:
         raise ConfigError(f"model.encoder.source={folder} does not fit: {'; '.join(problems)}")
-    return folder, encoder
-
-
-def load_encoder(
-    config: RunConfig, grid: ProcessGrid, precision: Precision
-) -> FrozenEncoder | None:
-    """The run's frozen encoder on this rank's device, in the training precision. Collective."""
-    with raising_together(grid):
-        found = read_encoder_config(config)
-    if found is None:
-        return None
-    source = dataclasses.replace(config.model.encoder, source=str(found[0]))
-    return FrozenEncoder.from_source(source, grid, DTYPES[precision])
+    return encoder
 
 
 def needs_store(config: RunConfig) -> bool:

@@ -157,6 +157,30 @@ def test_what_does_not_fit_is_refused_by_name_on_every_rank(
     assert all(optimizer.name in error and "missing" in error for error in errors)
 
 
+def _resume_with_other_settings(folder: Path) -> None:
+    changed = {"optimizer": {"weight_decay": 0.3, "beta2": 0.9}}
+    for tp in (1, 2):  # as it is, and reshaped
+        for stage in (0, 2):
+            config = _config(tp=tp, stage=stage, training={"gradient_clipping": 0.5}, **changed)
+            engine = make_engine(config, grid_for(tp))
+            CheckpointManager(folder, keep=1).load(engine)
+            optimizer = engine._deepspeed.optimizer
+            matrices, vectors = optimizer.param_groups
+            assert matrices["weight_decay"] == 0.3
+            assert vectors["weight_decay"] == 0.0
+            assert matrices["betas"] == (0.9, 0.9)
+            if stage == 2:
+                assert optimizer.clip_grad == 0.5
+            engine.close()
+
+
+def test_settings_of_this_run_win_over_the_checkpoints(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    distributed(2, _train_all, [_config()], tmp_path, _SAVED)
+    distributed(2, _resume_with_other_settings, tmp_path / "0")
+
+
 class _Payload:
     """Unpickling this would run code."""
 

@@ -127,7 +127,7 @@ def test_training_leaves_the_encoder_bit_for_bit_and_out_of_the_checkpoint(
     assert exported == set(manifest["parameters"])
     assert not any("encoder" in name or "embedding" in name for name in exported)
     extra = json.loads((checkpoint / "weights" / "config.json").read_text())["extra"]
-    assert extra["encoder"]["fingerprint"] == manifest["trainer"]["encoder"]
+    assert extra["encoder_fingerprint"] == manifest["trainer"]["encoder"]
 
 
 def _resume_over_another_encoder(corpus: Path, other: Path, folder: Path) -> str:

@@ -1,0 +1,237 @@
+"""What a model remembers of a text while it goes on writing it.
+
+A decoder is fed tokens, the whole prompt first and then one by one, and gives the hidden state
+that predicts the next. There is one for each model, with caches, and one for all that recomputes
+everything each time: the same function written naively, which the tests hold the others against.
+
+Which tokens a model sees is a function of how many there are, never of how they were fed:
+
+- GPT: at most its ``max_seq_len`` last tokens. When they are full the older half is forgotten, so
+  that the cache is rebuilt once in ``max_seq_len / 2`` tokens and not with every token.
+- EGPT: its chunks are cut from the start of the prompt. A token sees the tokens of its own chunk
+  and the features of the ``num_chunks - 1`` chunks before it, numbered from the oldest one.
+- DeepGPT: the tokens of its own chunk; a new chunk starts from nothing, as in training.
+
+Shapes: B rows, T new tokens, S chunk size, N chunks, P features a chunk, C hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megaegpt.model.attention.cache import KVCache
+from megaegpt.model.build import Model
+from megaegpt.model.deepgpt import DeepGPT
+from megaegpt.model.egpt import EGPT, Recorded, chunk_features
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.gpt import GPT
+
+
+class Decoder(Protocol):
+    """One text of each row, all rows equally long."""
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """(B, T) ids that follow those so far, T >= 1 -> (B, C) hidden state of the last one."""
+        ...
+
+
+def new_decoder(
+    model: Model,
+    encoder: FrozenEncoder | None,
+    batch_size: int,
+    max_tokens: int,
+    *,
+    use_cache: bool = True,
+) -> Decoder:
+    """A decoder of ``model``, for at most ``max_tokens`` tokens a row; EGPT and DeepGPT need their
+    encoder.
+    """
+    if not use_cache:
+        return RecomputingDecoder(model, encoder)
+    if isinstance(model, GPT):
+        return GPTDecoder(model, batch_size, max_tokens)
+    kind = EGPTDecoder if isinstance(model, EGPT) else DeepGPTDecoder
+    return kind(model, _needed(encoder), batch_size, max_tokens)  # type: ignore[arg-type]
+
+
+def context_start(length: int, max_seq_len: int) -> int:
+    """The first token that a GPT sees of a text of ``length`` tokens."""
+    step = max(max_seq_len // 2, 1)
+    return max(-(-(length - max_seq_len) // step), 0) * step
+
+
+class GPTDecoder:
+    """Keys and values of the tokens the model sees, and their ids to start again from."""
+
+    def __init__(self, model: GPT, batch_size: int, max_tokens: int) -> None:
+        self._model = model
+        self._max_seq_len = model.config.max_seq_len
+        self._tokens = torch.empty(
+            batch_size, max_tokens, dtype=torch.long, device=model.grid.device
+        )
+        self._cache = _new_cache(model, batch_size, min(self._max_seq_len, max_tokens))
+        self._start = self._length = 0
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        end = self._length + tokens.shape[1]
+        self._tokens[:, self._length : end] = tokens
+        self._length = end
+        start = context_start(end, self._max_seq_len)
+        if start != self._start:
+            self._cache.reset()
+            self._start = start
+        not_cached = self._tokens[:, start + self._cache.length : end]
+        return self._model.hidden_states(not_cached, self._cache)[:, -1]
+
+
+class EGPTDecoder:
+    """The current chunk's encoder cache and states, and what is seen of the chunks before it.
+
+    A token costs one encoder and one decoder position, however long the text; the first of a chunk
+    adds the ``(N - 1) * P`` positions of its memory.
+    """
+
+    def __init__(
+        self, model: EGPT, encoder: FrozenEncoder, batch_size: int, max_tokens: int
+    ) -> None:
+        egpt, config = model.config.egpt, model.config
+        self._model, self._encoder = model, encoder
+        self._held = egpt.num_chunks - 1
+        weight = model.head.weight
+        capacity = min(egpt.chunk_size, max_tokens)
+        self._encoder_cache = _new_cache(encoder.gpt, batch_size, capacity)
+        self._local_cache = (
+            _new_cache(model, batch_size, capacity) if egpt.local_attention else None
+        )
+        self._states = weight.new_empty(batch_size, egpt.chunk_size, config.hidden_size)
+        self._features = weight.new_empty(
+            batch_size, 0, egpt.features_per_chunk, config.hidden_size
+        )
+        self._memory: Recorded | None = None
+        self._offset = 0  # tokens of the current chunk
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        size = self._model.config.egpt.chunk_size
+        # Chunks of a long prompt that its last one does not see are not encoded at all.
+        unseen = (tokens.shape[1] - 1) // size - self._held
+        if self._offset == 0 and unseen > 0:
+            tokens = tokens[:, unseen * size :]
+        room = size - self._offset
+        for piece in (tokens[:, :room], *tokens[:, room:].split(size, dim=1)):
+            if piece.shape[1] == 0:
+                continue
+            if self._offset == size:
+                self._finish_chunk()
+            states = self._encode(piece)
+        return self._decode(states)
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        """The encoder's states of the current chunk's next tokens: (B, T) -> (B, T, C)."""
+        end = self._offset + tokens.shape[1]
+        states = self._encoder.gpt.hidden_states(tokens, self._encoder_cache)
+        self._states[:, self._offset : end] = states
+        states = self._states[:, self._offset : end]
+        self._offset = end
+        return states
+
+    def _finish_chunk(self) -> None:
+        """The current chunk becomes features; the oldest chunk leaves a full window."""
+        features = chunk_features(self._states, self._model.config.egpt).unsqueeze(1)
+        held = torch.cat([self._features, features], dim=1)  # (B, n, P, C)
+        self._features = held[:, max(held.shape[1] - self._held, 0) :]
+        self._memory = None
+        self._encoder_cache.reset()
+        if self._local_cache is not None:
+            self._local_cache.reset()
+        self._offset = 0
+
+    def _decode(self, states: Tensor) -> Tensor:
+        """States of the chunk's newest tokens (B, T, C) -> (B, C); all but the last are read only
+        where tokens see each other.
+        """
+        if self._memory is None:
+            self._memory = self._model.record_memory(self._features)
+        if self._local_cache is None:
+            states = states[:, -1:]
+        start, chunk = self._offset - states.shape[1], self._features.shape[1]
+        return self._model.decode(states, self._memory, chunk, start, self._local_cache)[:, -1]
+
+
+class DeepGPTDecoder:
+    """The encoder's and the decoder's caches of the current chunk."""
+
+    def __init__(
+        self, model: DeepGPT, encoder: FrozenEncoder, batch_size: int, max_tokens: int
+    ) -> None:
+        self._model, self._encoder = model, encoder
+        capacity = min(model.config.egpt.chunk_size, max_tokens)
+        self._caches = [_new_cache(m, batch_size, capacity) for m in (encoder.gpt, model)]
+        self._offset = 0  # tokens of the current chunk
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        end = self._offset + tokens.shape[1]
+        last_chunk = (end - 1) // self._model.config.egpt.chunk_size
+        if last_chunk:
+            end -= last_chunk * self._model.config.egpt.chunk_size
+            tokens = tokens[:, -end:]
+            for cache in self._caches:
+                cache.reset()
+        self._offset = end
+        encoder_cache, decoder_cache = self._caches
+        states = self._encoder.gpt.hidden_states(tokens, encoder_cache)
+        return self._model.decode(states.to(self._model.head.weight.dtype), decoder_cache)[:, -1]
+
+
+class RecomputingDecoder:
+    """No cache: every token runs the model over all that it sees, in the form used in training."""
+
+    def __init__(self, model: Model, encoder: FrozenEncoder | None) -> None:
+        self._model, self._encoder = model, encoder
+        self._tokens: Tensor | None = None
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        if self._tokens is not None:
+            tokens = torch.cat([self._tokens, tokens], dim=1)
+        self._tokens = tokens
+        model = self._model
+        if isinstance(model, GPT):
+            start = context_start(tokens.shape[1], model.config.max_seq_len)
+            return model.hidden_states(tokens[:, start:])[:, -1]
+        states = self._window_states(tokens)
+        last = (tokens.shape[1] - 1) % model.config.egpt.chunk_size
+        if isinstance(model, DeepGPT):
+            return model.hidden_states(states)[:, -1, last]
+        features = chunk_features(states[:, :-1], model.config.egpt)
+        return model.hidden_states(states, features)[:, -1, last]
+
+    def _window_states(self, tokens: Tensor) -> Tensor:
+        """(B, n) ids -> (B, up to N, S, C) of the last chunks; the last one is filled up with
+        tokens that causality hides.
+        """
+        egpt = self._model.config.egpt
+        chunks = -(-tokens.shape[1] // egpt.chunk_size)
+        padded = torch.nn.functional.pad(tokens, (0, chunks * egpt.chunk_size - tokens.shape[1]))
+        window = padded.unflatten(1, (chunks, egpt.chunk_size))[:, -egpt.num_chunks :]
+        return _needed(self._encoder)(window).to(self._model.head.weight.dtype)
+
+
+def _new_cache(model: Model, batch_size: int, capacity: int) -> KVCache:
+    dtype = model.head.weight.dtype
+    return KVCache(model.config, model.grid, batch_size, capacity, dtype=dtype)
+
+
+def _needed(encoder: FrozenEncoder | None) -> FrozenEncoder:
+    if encoder is None:
+        raise ValueError("EGPT and DeepGPT decode the states of an encoder: pass it")
+    return encoder

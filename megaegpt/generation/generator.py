@@ -1,0 +1,184 @@
+"""Text out of a trained model, token by token.
+
+Example:
+    >>> model, encoder, tokenizer = load_for_inference("runs/egpt/checkpoints", ProcessGrid())
+    >>> generator = TextGenerator(model, encoder)
+    >>> for token in generator.stream(tokenizer.encode("Well, Prince,"), config): ...
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megaegpt.config import GenerationConfig
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.generation.decoders import Decoder, new_decoder
+from megaegpt.generation.sampling import Sampler
+from megaegpt.model.build import Model
+from megaegpt.model.encoder import FrozenEncoder
+
+
+class TextGenerator:
+    """Continues prompts with a GPT, an EGPT or a DeepGPT.
+
+    All methods are collective over the ranks of a tensor-parallel group: each calls them with the
+    same arguments and gets the same tokens.
+
+    Args:
+        model: in eval mode, on its grid's device.
+        encoder: of an EGPT or DeepGPT.
+        vocab_size: ids from here on are never drawn (a model may have more than its tokenizer).
+    """
+
+    def __init__(
+        self, model: Model, encoder: FrozenEncoder | None = None, vocab_size: int | None = None
+    ) -> None:
+        self._model, self._encoder = model, encoder
+        self._vocab_size = vocab_size or model.config.vocab_size
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        *,
+        stop: int | None = None,
+        use_cache: bool = True,
+    ) -> Iterator[int]:
+        """Yield up to ``config.max_new_tokens`` tokens that continue ``prompt`` as they are drawn.
+
+        ``stop`` ends the text and is not part of it. ``use_cache=False`` computes every token
+        from the beginning; the tokens are the same.
+        """
+        for (token,) in self.stream_batch([prompt], config, stop=stop, use_cache=use_cache):
+            assert token is not None  # a batch ends when all its rows have
+            yield token
+
+    def stream_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        *,
+        stop: int | None = None,
+        use_cache: bool = True,
+    ) -> Iterator[list[int | None]]:
+        """Yield the next token of each prompt at a time, None where its text has ended.
+
+        Prompts of equal length are run as one batch. Row r draws with seed ``config.seed + r``, so
+        it becomes what it would become by itself with that seed.
+        """
+        if self._model.training:
+            raise ValueError("the model is in training mode, with dropout: call model.eval()")
+        rows_of_length = defaultdict(list)
+        for row, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {row} has no tokens: start from the end-of-text token")
+            rows_of_length[len(prompt)].append(row)
+        groups = list(rows_of_length.values())
+        streams = [
+            self._stream_rows([prompts[r] for r in rows], rows, config, stop, use_cache)
+            for rows in groups
+        ]
+        for _ in range(config.max_new_tokens):
+            step: list[int | None] = [None] * len(prompts)
+            for rows, stream in zip(groups, streams, strict=True):
+                for row, token in zip(rows, next(stream, ()), strict=False):
+                    step[row] = token
+            if all(token is None for token in step):
+                return
+            yield step
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        *,
+        stop: int | None = None,
+        use_cache: bool = True,
+    ) -> list[list[int]]:
+        """The tokens that :meth:`stream_batch` yields, by prompt."""
+        texts: list[list[int]] = [[] for _ in prompts]
+        for step in self.stream_batch(prompts, config, stop=stop, use_cache=use_cache):
+            for text, token in zip(texts, step, strict=True):
+                if token is not None:
+                    text.append(token)
+        return texts
+
+    def _stream_rows(
+        self,
+        prompts: list[Sequence[int]],
+        rows: list[int],
+        config: GenerationConfig,
+        stop: int | None,
+        use_cache: bool,
+    ) -> Iterator[list[int | None]]:
+        """:meth:`stream_batch` for prompts of one length; ``rows`` are their numbers."""
+        device = self._model.grid.device
+        max_tokens = len(prompts[0]) + config.max_new_tokens
+        decoder = new_decoder(
+            self._model, self._encoder, len(prompts), max_tokens, use_cache=use_cache
+        )
+        sampler = Sampler(config, [config.seed + row for row in rows], device)
+        tokens = torch.tensor(prompts, device=device)  # (B, T)
+        running = [True] * len(prompts)
+        while True:
+            drawn = self._next_tokens(decoder, sampler, tokens)
+            ids = drawn.tolist()  # the only wait for the device
+            running = [on and token != stop for on, token in zip(running, ids, strict=True)]
+            if not any(running):
+                return
+            yield [token if on else None for on, token in zip(running, ids, strict=True)]
+            tokens = drawn.unsqueeze(1)  # (B, 1)
+
+    @torch.inference_mode()
+    def _next_tokens(self, decoder: Decoder, sampler: Sampler, tokens: Tensor) -> Tensor:
+        """Feed (B, T) tokens, draw the next: (B,)."""
+        logits = self._model.head.full_logits(decoder.advance(tokens))  # (B, V)
+        return sampler.draw(logits[:, : self._vocab_size])
+
+
+class TextAssembler:
+    """Tokens to text as they come: a character whose bytes lie in several tokens comes out whole,
+    with the last of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, *tokens: int) -> str:
+        """The text completed by ``tokens``; bytes that are no UTF-8 become U+FFFD."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(tokens))
+
+    def end(self) -> str:
+        """What is left of a character that was cut off."""
+        return self._decoder.decode(b"", final=True)
+
+
+def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a prompt; without text, the end of a document, after which a new one starts."""
+    return tokenizer.encode(text) or [tokenizer.eot_token]
+
+
+def sample_text(
+    model: Model, encoder: FrozenEncoder | None, tokenizer: Tokenizer, config: GenerationConfig
+) -> str:
+    """``config.prompt`` and its continuation, from a model in training; its mode is put back.
+
+    Collective over the ranks of a tensor-parallel group. Compiled blocks run uncompiled: every
+    length of the text would be compiled anew.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            generator = TextGenerator(model, encoder, tokenizer.vocab_size)
+            prompt = encode_prompt(config.prompt, tokenizer)
+            (tokens,) = generator.generate([prompt], config, stop=tokenizer.eot_token)
+    finally:
+        model.train(was_training)
+    return config.prompt + tokenizer.decode(tokens)

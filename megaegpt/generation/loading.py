@@ -1,0 +1,107 @@
+"""A trained model from disk, with the encoder and the tokenizer it was trained with."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megaegpt.config import ModelConfig
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import CheckpointError, LaunchError
+from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.model.build import Model, empty_model
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.weights import load_weights, read_weights_config
+from megaegpt.parallel.grid import ProcessGrid
+
+
+class LoadedModel(NamedTuple):
+    """What it takes to write text."""
+
+    model: Model
+    """In eval mode, without gradients, on the grid's device."""
+    encoder: FrozenEncoder | None
+    """Of an EGPT or DeepGPT."""
+    tokenizer: Tokenizer
+
+
+def inference_grid() -> ProcessGrid:
+    """The grid of a program that only runs a model: all processes ``torchrun`` started are one
+    tensor-parallel group; without it this process is alone. On the GPU if there is one.
+
+    Raises:
+        LaunchError: more processes than GPUs.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise LaunchError(f"process {local_rank} has no GPU: only {gpus} are visible")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return ProcessGrid.create(world_size, device)
+
+
+def load_for_inference(
+    folder: str | Path,
+    grid: ProcessGrid,
+    dtype: torch.dtype = torch.float32,
+    *,
+    encoder_source: str | None = None,
+    vocabulary: str | None = None,
+) -> LoadedModel:
+    """Load whatever :func:`~megaegpt.interop.sources.resolve_weights_source` finds at ``folder``.
+
+    The encoder of an EGPT or DeepGPT is loaded from the source that its configuration names (from
+    the working directory, else from beside the weights), or from ``encoder_source``, and must be
+    the very one it was trained with. Collective over all ranks.
+
+    Raises:
+        CheckpointError: something is missing or damaged, or the encoder is another one.
+        ConfigError: the weights' description is not valid.
+        DataError: the tokenizer's vocabulary cannot be had.
+    """
+    weights = resolve_weights_source(folder, grid)
+    config, extra = read_weights_config(weights)
+    tokenizer = Tokenizer.load(vocabulary)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{weights} has a vocabulary of {config.vocab_size} tokens, GPT-2's tokenizer has "
+            f"{tokenizer.vocab_size}: it was not trained on this tokenizer's text"
+        )
+    encoder = None
+    if config.kind != "gpt":
+        source = encoder_source or config.encoder.source
+        encoder = _load_encoder(config, source, weights, extra.get("encoder_fingerprint"), grid)
+        encoder.to(dtype)
+    model = empty_model(config, grid).to(device=grid.device, dtype=dtype)
+    load_weights(model, weights, grid)
+    model.requires_grad_(False).eval()
+    return LoadedModel(model, encoder, tokenizer)
+
+
+def _load_encoder(
+    config: ModelConfig, source: str | None, weights: Path, wanted: str | None, grid: ProcessGrid
+) -> FrozenEncoder:
+    if source is None or wanted is None:
+        raise CheckpointError(f"{weights} does not say which encoder it was trained with")
+    try:
+        folder = resolve_weights_source(source, grid, beside=weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"the encoder of {weights} cannot be loaded: {error}") from None
+    encoder_config = dataclasses.replace(config.encoder, source=str(folder))
+    encoder = FrozenEncoder.from_source(encoder_config, grid)
+    if encoder.fingerprint != wanted:
+        raise CheckpointError(
+            f"{source} is not the encoder that {weights} was trained with: its fingerprint is "
+            f"{encoder.fingerprint[:16]}, not {wanted[:16]}"
+        )
+    return encoder

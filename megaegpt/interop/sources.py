@@ -1,0 +1,49 @@
+"""From what a user names to a folder of weights that ``model/weights.py`` reads.
+
+A name may be a weights folder, a checkpoint, the checkpoints of a run or the run's own folder
+(whose latest checkpoint is meant), a folder with GPT-2 weights in Hugging Face's form, or the name
+of such a model on the Hugging Face hub. What is Hugging Face's is converted once and kept.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megaegpt.errors import CheckpointError
+from megaegpt.interop.huggingface import converted, download, is_hub_name, is_huggingface_folder
+from megaegpt.model.weights import find_weights
+from megaegpt.parallel.agreement import raising_together
+from megaegpt.parallel.grid import ProcessGrid
+
+
+def resolve_weights_source(
+    source: str | Path, grid: ProcessGrid, beside: str | Path | None = None
+) -> Path:
+    """The weights folder that ``source`` stands for. Collective over all ranks.
+
+    Args:
+        source: see the module; a relative path starts at the working directory.
+        grid: where ``source`` needs a download or conversion, one process of each machine does it.
+        beside: a folder from which a relative path is tried too.
+
+    Raises:
+        CheckpointError: there is no such thing, or it cannot be used.
+    """
+    first_here = os.environ.get("LOCAL_RANK", str(grid.rank)) == "0"
+    with raising_together(grid):
+        if first_here:
+            _resolve(source, beside)
+    with raising_together(grid):
+        folder = _resolve(source, beside)
+    return folder
+
+
+def _resolve(source: str | Path, beside: str | Path | None) -> Path:
+    places = [Path(source), *([Path(beside) / source] if beside else [])]
+    for folder in places:
+        if folder.is_dir():
+            return converted(folder) if is_huggingface_folder(folder) else find_weights(folder)
+    if is_hub_name(str(source)):
+        return converted(download(str(source)))
+    raise CheckpointError(f"there is no folder {' and no folder '.join(map(str, places))}")

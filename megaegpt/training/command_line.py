@@ -1,0 +1,57 @@
+"""The part of the command line that all programs on a run's configuration share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import NoReturn
+
+from megaegpt.config.loading import load_config
+from megaegpt.config.run import RunConfig
+from megaegpt.errors import LaunchError, MegaEGPTError
+
+
+class RunParser(argparse.ArgumentParser):
+    """``--config FILE [section.key=value ...]``, started by ``deepspeed``, ``torchrun`` or alone.
+
+    A wrong command line or configuration is reported once, not once a process.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.add_argument("--config", required=True, metavar="FILE", help="YAML of the run")
+        self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
+        self.add_argument(
+            "overrides", nargs="*", metavar="section.key=value", help="values that differ from it"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of printing the usage and exiting."""
+        raise LaunchError(f"{message} (see --help)")
+
+    def parse_run(self) -> tuple[argparse.Namespace, RunConfig]:
+        """The arguments, and the configuration they give for this number of processes.
+
+        Raises:
+            LaunchError: a wrong command line.
+            ConfigError: a wrong configuration.
+        """
+        try:
+            arguments = self.parse_intermixed_args()
+            config = load_config(arguments.config, arguments.overrides, started_processes())
+        except MegaEGPTError as error:
+            error.on_every_rank = True  # all read the same
+            raise
+        return arguments, config
+
+
+def started_processes() -> int | None:
+    """How many processes a launcher started; None without one."""
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+
+
+def is_main_process() -> bool:
+    """Whether this is the one that prints, before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,177 @@
+"""``launchers/pretrain.py`` and the programs beside it, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaegpt.config.loading import config_to_yaml
+from tests.training.tiny import corpus, losses, records, run_config
+
+__all__ = ["corpus"]
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = Path(sys.executable).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT["PATH"] = f"{SCRIPTS}{os.pathsep}{ENVIRONMENT['PATH']}"
+
+
+def _port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _command(launcher: str, program: str, *arguments: str) -> list[str]:
+    start = {
+        "python": [sys.executable],
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", _port()],
+        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", _port()],
+    }[launcher]
+    return [*start, program, *arguments]
+
+
+def _run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def _write_config(folder: Path, kind: str, corpus: Path, **changes: Any) -> Path:
+    path = folder / "run.yaml"
+    config = run_config(kind, corpus, folder / "run", **changes)
+    path.write_text(config_to_yaml(config))
+    return path
+
+
+def test_a_run_is_the_same_under_every_launcher(corpus: Path, tmp_path: Path) -> None:
+    found = {}
+    for launcher in ("python", "torchrun", "deepspeed"):
+        folder = tmp_path / launcher
+        folder.mkdir()
+        # Dropout's masks depend on the number of ranks, the rest of a run does not.
+        config = _write_config(folder, "egpt", corpus, model={"dropout": 0.0})
+        done = _run(*_command(launcher, "launchers/pretrain.py", "--config", str(config)))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step 00006/00006") == 1
+        found[launcher] = losses(folder / "run")
+    assert sorted(found["python"]) == [1, 2, 3, 4, 5, 6]
+    assert found["torchrun"] == found["deepspeed"]
+    assert found["python"] == pytest.approx(found["torchrun"], rel=1e-5)
+
+
+def test_an_error_is_one_line_from_one_rank_and_exit_code_2(corpus: Path, tmp_path: Path) -> None:
+    config = _write_config(tmp_path, "gpt", corpus)
+    wrong = ["--config", str(config), "data.train=[nowhere]"]
+    done = _run(*_command("torchrun", "launchers/pretrain.py", *wrong))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "error: no shards at nowhere" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert 'pretrain.py", line' not in done.stderr
+
+
+def test_wrong_arguments_and_keys_exit_with_2() -> None:
+    for arguments, words in [
+        (["--config", "configs/gpt2_124m.yaml", "--resumee"], "--resumee"),
+        (["--config", "configs/gpt2_124m.yaml", "training.stesp=1"], "training.steps"),
+        ([], "--config"),
+    ]:
+        done = _run(sys.executable, "launchers/pretrain.py", *arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_dry_run_shows_everything_and_starts_nothing(corpus: Path, tmp_path: Path) -> None:
+    config = _write_config(tmp_path, "egpt", corpus)
+    command = [sys.executable, "launchers/pretrain.py", "--config", str(config), "--dry-run"]
+    done = _run(*command, "training.steps=12", WORLD_SIZE="2")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "steps: 12",
+        "10,944 trainable parameters over a frozen encoder of 8,768",
+        "2 = 1 tensor-parallel x 2 data-parallel",
+        "FLOP a token",
+        "GiB a rank",
+    ):
+        assert words in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
+    config = _write_config(
+        tmp_path,
+        "gpt",
+        corpus,
+        training={"steps": 100_000, "eval_interval": 100_000},
+        checkpoint={"interval": 0},
+        logging={"interval": 1},
+    )
+    command = _command("torchrun", "launchers/pretrain.py", "--config", str(config), "--resume")
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or not metrics.stat().st_size:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=120)
+    assert "stopped by SIGTERM after step" in shown
+    latest = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
+    done = int(latest.removeprefix("step_"))
+    assert f"stopped by SIGTERM after step {done} of" in shown
+    assert max(losses(tmp_path / "run")) == done
+
+
+def test_features_computed_before_are_what_training_reads(corpus: Path, tmp_path: Path) -> None:
+    config = _write_config(tmp_path, "egpt", corpus)
+    program = "tools/precompute_features.py"
+    done = _run(*_command("deepspeed", program, "--config", str(config)))
+    assert done.returncode == 0, done.stderr
+    store = tmp_path / "run" / "features" / "train"
+    manifest = (store / "manifest.json").stat().st_mtime_ns
+    again = _run(sys.executable, program, "--config", str(config), "--verify")
+    assert f"{store}: 125 chunks, verified" in again.stdout
+    assert (store / "manifest.json").stat().st_mtime_ns == manifest
+    foreign = _run(sys.executable, program, "--config", str(config), "model.egpt.chunk_size=4")
+    assert foreign.returncode == 2
+    assert "chunk_size is 8 there and 4 here" in foreign.stderr
+
+
+def test_evaluate_gives_the_loss_that_training_recorded(corpus: Path, tmp_path: Path) -> None:
+    vocabulary = {"vocab_size": 50257, "dropout": 0.0}
+    write = _write_config(
+        tmp_path, "gpt", corpus, model=vocabulary, training={"steps": 3, "eval_interval": 3}
+    )
+    assert _run(sys.executable, "launchers/pretrain.py", "--config", str(write)).returncode == 0
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--data", str(corpus / "validation")]
+    result = tmp_path / "result.json"
+    done = _run(*_command("torchrun", "tools/evaluate.py", *arguments, "--json", str(result)))
+    assert done.returncode == 0, done.stderr
+    recorded = [r for r in records(tmp_path / "run") if "validation_loss" in r][-1]
+    values = json.loads(result.read_text())
+    assert values["loss"] == pytest.approx(recorded["validation_loss"], rel=1e-6)
+    assert values["nats_per_byte"] == pytest.approx(recorded["validation_nats_per_byte"], rel=1e-6)

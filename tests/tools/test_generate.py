@@ -1,0 +1,127 @@
+"""The program: what it prints where, how it is told, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import Distributed
+from tests.generation.test_loading import save_egpt, save_gpt
+from tools import generate
+
+COMMON = ["--max-new-tokens", "12", "--top-k", "0"]
+
+
+@pytest.fixture(scope="module")
+def egpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    return save_egpt(folder / "egpt", save_gpt(folder / "encoder"))
+
+
+def _run(*arguments: object, stdin: bytes = b"") -> tuple[str, str]:
+    """stdout and stderr of the program in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, sys.stdin
+    sys.argv = ["generate.py", *map(str, arguments), *COMMON]
+    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            generate.main()
+    finally:
+        sys.argv, sys.stdin = before
+    return out.getvalue(), err.getvalue()
+
+
+def test_the_prompt_and_its_continuation_go_to_stdout_and_the_speed_to_stderr(egpt: Path) -> None:
+    out, err = _run("--checkpoint", egpt, "--prompt", "Well, Prince,")
+    assert out.startswith("Well, Prince,")
+    assert len(out) > len("Well, Prince,\n")
+    assert out.endswith("\n")
+    assert re.fullmatch(r"prompt: 4 tokens in [\d.]+ s; then [\d.]+ tokens/s; 12 new tokens\n", err)
+    assert _run("--checkpoint", egpt, "--prompt", "Well, Prince,", "--only-new")[0] == out[13:]
+
+
+def test_the_cache_does_not_change_the_text(egpt: Path) -> None:
+    with_cache, _ = _run("--checkpoint", egpt, "--prompt", "It")
+    without, _ = _run("--checkpoint", egpt, "--prompt", "It", "--no-cache")
+    assert with_cache == without
+
+
+def test_a_prompt_comes_from_the_command_line_a_file_or_stdin(egpt: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("Пьер\n".encode())
+    expected, _ = _run("--checkpoint", egpt, "--prompt", "Пьер")
+    assert _run("--checkpoint", egpt, "--prompt-file", file)[0] == expected
+    stdin = "Пьер\r\n".encode()
+    assert _run("--checkpoint", egpt, "--prompt-file", "-", stdin=stdin)[0] == expected
+
+
+def test_samples_are_numbered_by_the_seed_that_makes_them(egpt: Path) -> None:
+    out, err = _run("--checkpoint", egpt, "--prompt", "It", "--num-samples", 3, "--seed", 5)
+    _, *parts = re.split(r"=== sample \d, seed (\d) ===\n", out)
+    assert parts[::2] == ["5", "6", "7"]
+    assert len(set(parts[1::2])) == 3
+    assert "36 new tokens" in err
+    assert _run("--checkpoint", egpt, "--prompt", "It", "--seed", 7)[0] == parts[5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "-1"], "generation.temperature=-1.0 must not be negative"),
+        (["--top-p", "1.5", "--seed", "-2"], r"generation.top_p=1.5 .*"),
+        (["--prompt-file", "absent.txt"], "cannot read absent.txt: No such file"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(
+    egpt: Path,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", str(egpt), *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        generate.main()
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_prompt_that_is_no_text_is_refused(
+    egpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompt"
+    file.write_bytes(b"abc\xff")
+    with pytest.raises(SystemExit):
+        _run_visibly(egpt, "--prompt-file", str(file))
+    assert f"{file} is not UTF-8: invalid start byte at 3" in capsys.readouterr().err
+
+
+def _run_visibly(checkpoint: Path, *arguments: str) -> None:
+    before = sys.argv
+    sys.argv = ["generate.py", "--checkpoint", str(checkpoint), *arguments]
+    try:
+        generate.main()
+    finally:
+        sys.argv = before
+
+
+def _run_on_ranks(checkpoint: str) -> tuple[str, str]:
+    return _run("--checkpoint", checkpoint, "--prompt", "It")
+
+
+def test_under_torchrun_rank_0_alone_prints_the_same_text(
+    egpt: Path, distributed: Distributed
+) -> None:
+    alone, _ = _run("--checkpoint", egpt, "--prompt", "It")
+    first, second = distributed(2, _run_on_ranks, str(egpt))
+    assert first[0] == alone
+    assert "12 new tokens" in first[1]
+    assert second == ("", "")

@@ -1,0 +1,224 @@
+"""Continue a text with a trained GPT, EGPT or DeepGPT, shown as it is written.
+
+    python tools/generate.py --checkpoint runs/egpt --prompt "Well, Prince,"
+    python tools/generate.py --checkpoint runs/gpt/checkpoints --prompt-file story.txt --top-p 0.9
+    echo "It was" | python tools/generate.py --checkpoint weights --prompt-file - --temperature 0
+    torchrun --nproc_per_node 2 tools/generate.py --checkpoint runs/egpt --prompt "..."
+
+--checkpoint is a run's folder or its checkpoints (the latest is taken), one checkpoint, a weights
+folder, a folder with GPT-2 weights in Hugging Face's form, or gpt2, gpt2-medium, gpt2-large,
+gpt2-xl. An EGPT or DeepGPT finds its encoder by itself; if that was moved, give --encoder.
+
+Text goes to stdout, everything else to stderr. Under torchrun the processes are one
+tensor-parallel group. A text ends at --max-new-tokens, or where the model ends the document. The
+same seed, prompt and machine give the same text; sample k of --num-samples has the seed
+`--seed + k - 1`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from megaegpt.config import GenerationConfig, RunConfig
+from megaegpt.config.loading import validate
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import DataError, exits_cleanly
+from megaegpt.generation.generator import TextAssembler, TextGenerator, encode_prompt
+from megaegpt.generation.loading import inference_grid, load_for_inference
+from megaegpt.parallel.agreement import from_main, raising_together
+from megaegpt.parallel.grid import ProcessGrid
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DEFAULTS = GenerationConfig(max_new_tokens=256)
+
+
+@exits_cleanly
+def main() -> None:
+    """Generate as told on the command line."""
+    arguments = _parse_arguments()
+    config = GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k or None,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    validate(RunConfig(generation=config))
+    grid = inference_grid()
+    prompt = _read_prompt(arguments, grid)
+    dtype = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
+    model, encoder, tokenizer = load_for_inference(
+        arguments.checkpoint,
+        grid,
+        _DTYPES[dtype],
+        encoder_source=arguments.encoder,
+        vocabulary=arguments.vocabulary,
+    )
+    generator = TextGenerator(model, encoder, tokenizer.vocab_size)
+    writer = _SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main)
+    writer.begin("" if arguments.only_new else prompt)
+    tokens = encode_prompt(prompt, tokenizer)
+    for step in generator.stream_batch(
+        [tokens] * arguments.num_samples,
+        config,
+        stop=tokenizer.eot_token,
+        use_cache=not arguments.no_cache,
+    ):
+        writer.add(step)
+    writer.end(len(tokens))
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="the trained model; see above"
+    )
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument(
+        "--prompt",
+        default=_DEFAULTS.prompt,
+        metavar="TEXT",
+        help="text to continue; '' begins a new document (default: a line break)",
+    )
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="file with the text to continue; - is stdin"
+    )
+    _add_sampling_options(parser)
+    parser.add_argument(
+        "--only-new", action="store_true", help="do not repeat the prompt before its continuation"
+    )
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="compute every token from the beginning: slow, the same text; to check the caches",
+    )
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="precision (default: bf16 on a GPU, fp32 on a CPU)"
+    )
+    parser.add_argument("--encoder", metavar="PATH", help="the frozen encoder, where it was moved")
+    parser.add_argument("--vocabulary", metavar="DIR", help="folder with GPT-2's encoder.json")
+    arguments = parser.parse_args()
+    if arguments.num_samples < 1:
+        parser.error("--num-samples must be at least 1")
+    return arguments
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=_DEFAULTS.max_new_tokens,
+        metavar="N",
+        help="length of the continuation in tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=_DEFAULTS.temperature,
+        metavar="T",
+        help="below 1 the likely becomes likelier; 0 always takes the likeliest token "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=_DEFAULTS.top_k,
+        metavar="K",
+        help="draw among the K likeliest tokens only; 0: among all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=_DEFAULTS.top_p,
+        metavar="P",
+        help="draw among the fewest tokens that hold the probability P (default: off)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=_DEFAULTS.seed, help="of the sampling (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="continuations (default: 1)"
+    )
+
+
+def _read_prompt(arguments: argparse.Namespace, grid: ProcessGrid) -> str:
+    """The prompt, read by rank 0 and given to all; a file's last line break is not part of it."""
+    name, text = arguments.prompt_file, arguments.prompt
+    with raising_together(grid):
+        if name is not None and grid.is_main:
+            try:
+                content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+                text = content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+            except OSError as error:
+                raise DataError(f"cannot read {name}: {error.strerror}") from None
+            except UnicodeDecodeError as error:
+                raise DataError(f"{name} is not UTF-8: {error.reason} at {error.start}") from None
+    return from_main(text, grid)
+
+
+class _SampleWriter:
+    """The first sample on the terminal as it comes, the others after it; the speed at the end."""
+
+    def __init__(self, tokenizer: Tokenizer, samples: int, seed: int, speaks: bool) -> None:
+        self._assemblers = [TextAssembler(tokenizer) for _ in range(samples)]
+        self._later = [""] * samples
+        self._seed, self._speaks = seed, speaks
+        self._prompt = ""
+        self._tokens = 0
+        self._times = [time.perf_counter()]
+
+    def begin(self, prompt: str) -> None:
+        """Show the prompt."""
+        self._prompt = prompt
+        self._write(self._title(0) + prompt)
+
+    def add(self, step: list[int | None]) -> None:
+        """One token of each sample, None where it has ended."""
+        if len(self._times) == 1:
+            self._times.append(time.perf_counter())
+        for sample, token in enumerate(step):
+            if token is None:
+                continue
+            self._tokens += 1
+            text = self._assemblers[sample].add(token)
+            if sample == 0:
+                self._write(text)
+            else:
+                self._later[sample] += text
+
+    def end(self, prompt_tokens: int) -> None:
+        """Show the other samples, and on stderr how fast it went."""
+        self._times.append(time.perf_counter())
+        self._write(self._assemblers[0].end() + "\n")
+        for sample, text in list(enumerate(self._later))[1:]:
+            rest = self._assemblers[sample].end()
+            self._write(f"{self._title(sample)}{self._prompt}{text}{rest}\n")
+        if not self._speaks:
+            return
+        start, first, *_, end = self._times if self._tokens else [*self._times, self._times[-1]]
+        report = f"prompt: {prompt_tokens} tokens in {first - start:.2f} s"
+        after_first = self._tokens - len(self._assemblers)
+        if after_first > 0:
+            report += f"; then {after_first / (end - first):.1f} tokens/s"
+        print(f"{report}; {self._tokens} new tokens", file=sys.stderr)
+
+    def _title(self, sample: int) -> str:
+        if len(self._assemblers) == 1:
+            return ""
+        return f"=== sample {sample + 1}, seed {self._seed + sample} ===\n"
+
+    def _write(self, text: str) -> None:
+        if self._speaks:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

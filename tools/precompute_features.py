@@ -1,0 +1,65 @@
+"""Compute the chunk features of an EGPT run, for its training and validation shards.
+
+Training does this by itself where the features are missing; done before, it can have more
+processes, or a machine of its own:
+
+    python tools/precompute_features.py --config configs/egpt_war_and_peace.yaml
+    deepspeed tools/precompute_features.py --config configs/egpt_war_and_peace.yaml
+    torchrun --nproc_per_node 8 tools/precompute_features.py --config X.yaml data.features=/disk
+
+The result does not depend on the number of processes. An interrupted computation goes on where it
+stopped when it is started again; features of another encoder, other shards or another chunk size
+are refused. With data.token_features=stored every token's state is stored too.
+"""
+
+from __future__ import annotations
+
+from megaegpt.config.run import RunConfig
+from megaegpt.errors import ConfigError, exits_cleanly
+from megaegpt.training.command_line import RunParser
+
+
+@exits_cleanly
+def main() -> None:
+    """Compute what is missing, and check what is there if asked."""
+    parser = RunParser(__doc__)
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every file with its checksum"
+    )
+    arguments, config = parser.parse_run()
+    _compute(config, arguments.verify)
+
+
+def _compute(config: RunConfig, verify: bool) -> None:
+    import torch.distributed as dist
+
+    from megaegpt.data.stream import TokenStream
+    from megaegpt.parallel.agreement import raising_together
+    from megaegpt.parallel.grid import ProcessGrid
+    from megaegpt.training.engine import init_distributed, resolve_precision
+    from megaegpt.training.stores import load_encoder, prepare_store
+
+    device = init_distributed()
+    grid = ProcessGrid.create(config.parallel.tensor_parallel_size, device)
+    with raising_together(grid):
+        precision = resolve_precision(config.training.precision, device)
+        splits = {"train": config.data.train, "validation": config.data.validation}
+        streams = {name: TokenStream(shards) for name, shards in splits.items() if shards}
+    encoder = load_encoder(config, grid, precision)
+    with raising_together(grid):
+        if encoder is None:
+            raise ConfigError("model.kind=gpt has no chunk features: give an egpt configuration")
+    assert encoder is not None
+    for name, stream in streams.items():
+        store = prepare_store(config, grid, encoder, stream, name, precision)
+        with raising_together(grid):
+            if verify and grid.is_main:
+                store.verify()
+        if grid.is_main:
+            state = "verified" if verify else "complete"
+            print(f"{store.folder}: {store.spec.num_chunks:,} chunks, {state}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
