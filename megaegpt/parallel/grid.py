@@ -54,7 +54,8 @@ class ProcessGrid:
             if tp_size != 1:
                 raise LaunchError(
                     f"parallel.tensor_parallel_size={tp_size} needs {tp_size} processes: "
-                    f"start with `torchrun --nproc_per_node {tp_size}` or `deepspeed --num_gpus {tp_size}`"
+                    f"start with `torchrun --nproc_per_node {tp_size}` or "
+                    f"`deepspeed --num_gpus {tp_size}`"
                 )
             return ProcessGrid(device=device)
         world = dist.get_world_size()

@@ -111,12 +111,15 @@ def test_a_run_continues_at_another_topology(
 def test_checkpoints_of_every_kind_are_reshaped(distributed: Distributed, tmp_path: Path) -> None:
     bf16 = {"training": {"precision": "bf16"}}
     multi_query = {"model": {"num_kv_heads": 1}}
-    saved = [_config(tp=2, stage=0), _config(stage=1, **bf16), _config(tp=2, **multi_query)]
+    latent = {"model": {"attention": "latent", "latent_dim": 16}}
+    saved = [_config(tp=2, stage=0), _config(stage=1, **bf16)]
+    saved += [_config(tp=2, **changes) for changes in (multi_query, latent)]
     straight = distributed(2, _train_all, saved, tmp_path, _END)[0]
-    alone = [_config(stage=2), _config(stage=2, **bf16), _config(**multi_query)]
+    alone = [_config(**changes) for changes in ({}, bf16, multi_query, latent)]
     resumed = distributed(1, _resume_all, alone, tmp_path, _END)[0]
     _assert_same_curve(resumed[0], straight[0], "stage 0, TP 2")
     _assert_same_curve(resumed[2], straight[2], "key and value heads replicated over TP")
+    _assert_same_curve(resumed[3], straight[3], "latent attention")
     # bf16 rounds differently at another data-parallel size
     assert resumed[1].losses == pytest.approx(straight[1].losses, rel=1e-3)
 
