@@ -55,8 +55,10 @@ def _following(tokens: Tensor, segments: Tensor, document_end: int | None) -> Te
 def _check_left_padding(segments: Tensor, cache: KVCache) -> None:
     """A padded column behind a text would take a place in the window of those after it."""
     before = segments[:, :1]
-    if cache.segments is not None and cache.length:
-        before = cache.segments[:, cache.length - 1 : cache.length]
+    if cache.length:
+        known = cache.segments
+        last = slice(cache.length - 1, cache.length)
+        before = torch.zeros_like(before) if known is None else known[:, last]
     previous = torch.cat([before, segments[:, :-1]], dim=1)
     if bool(((segments < 0) & (previous >= 0)).any()):
         raise ValueError(f"with a cache, padding ({PADDING}) must come before a row's tokens")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megaegpt.config import ModelConfig
+from megaegpt.config.model_rules import model_problems
 from megaegpt.errors import ConfigError
 from megaegpt.model.positions import AddedPositions, RotaryTable, rotary_table, sinusoids
 from megaegpt.model.segments import document_segments, padding_segments, segment_positions
@@ -100,7 +101,7 @@ def test_rotary_width_is_the_head_or_the_decoupled_part():
 def test_a_text_longer_than_the_learned_positions_is_refused():
     model = build(BASE)
     model.hidden_states(tokens_of(BASE, 1, BASE.max_seq_len))
-    with pytest.raises(ConfigError, match="a text of 49 tokens .* model.max_seq_len=48"):
+    with pytest.raises(ConfigError, match=r"a text of 49 tokens .* model.max_seq_len=48"):
         model.hidden_states(tokens_of(BASE, 1, BASE.max_seq_len + 1))
 
 
@@ -140,8 +141,6 @@ def test_the_end_of_text_belongs_to_the_document_it_ends():
 
 
 def test_documents_end_at_a_token_of_the_vocabulary_and_in_a_gpt():
-    from megaegpt.config.model_rules import model_problems
-
     def messages(**changes) -> str:
         model = ModelConfig(**changes)
         return "\n".join(problem.message for problem in model_problems(model, 1))
