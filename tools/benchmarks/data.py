@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         results = compare(tokenising, arguments.repetitions, warmup=0)
         print_results(f"tokenising, {arguments.workers} workers", "kB", results)
         for result in results[1:]:
-            print(f"{result.name}: largest process {result.info['largest_process_mb']:.0f} MB")
+            print(f"{result.name}: largest process at most {result.info['largest_process_mb']:.0f} MB")
         shard = _make_shard(folder / "loader", arguments.tokens)
         drawing = [
             Candidate("nanoGPT's random crops", nanogpt_crops, (shard,), threads=1),
@@ -146,7 +146,7 @@ def _program(command: list[str], corpus: Path, output: Path) -> Workload:
     def repeat() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
-    repeat()  # also shows how much memory it takes
+    repeat()  # also shows the memory it takes, or this process's where that is more
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     size = corpus.stat().st_size // _BYTES_PER_UNIT
     info = {"largest_process_mb": largest, "output": sorted(p.name for p in output.iterdir())}
