@@ -84,12 +84,11 @@ def assert_estimates(configs: list[RunConfig], dp: int, measured: list[int]) -> 
 
 def test_estimate_is_what_one_rank_takes(distributed: Distributed) -> None:
     configs = [
-        run_config(1, 0, "fp32"),
-        run_config(1, 0, "fp32", accumulation=2, micro_batch=8),
+        run_config(1, 0, "fp32", accumulation=2),
         run_config(1, 1, "bf16"),
         run_config(1, 2, "fp32", accumulation=2),
         run_config(1, 2, "bf16", micro_batch=16),
-        run_config(1, 2, "bf16", micro_batch=16, recompute="selective"),
+        run_config(1, 2, "fp32", recompute="selective"),
         run_config(1, 2, "bf16", micro_batch=16, recompute="full"),
         run_config(1, 2, "fp32", micro_batch=8, num_kv_heads=1, positions="rotary", window=16),
     ]
@@ -132,7 +131,7 @@ print(peak() - before, estimate)
 
 def test_estimate_is_what_the_process_takes() -> None:
     """The same against the operating system's figure: the growth of peak resident memory."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(
         [sys.executable, "-c", _RESIDENT],
         capture_output=True,
