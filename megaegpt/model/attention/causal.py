@@ -174,6 +174,7 @@ def _masked(tokens: _Tokens, window: int | None, dropout: float) -> Tensor:
     rows = columns[-q.shape[2] :]
     mask = band_mask(rows, columns, window)
     if segments is not None:
-        itself = rows.unsqueeze(1) == columns
-        mask = ((mask & same_segment(*segments)) | itself).unsqueeze(1)
+        itself = rows.unsqueeze(1) == columns  # (T, S), for padding: no softmax over nothing
+        padding = (segments.queries < 0).unsqueeze(2) & itself
+        mask = ((mask & same_segment(*segments)) | padding).unsqueeze(1)
     return scaled_dot_product(q, k, v, mask, dropout=dropout)
