@@ -11,6 +11,7 @@ EXTRAS = {
     "wikipedia": ["mwparserfromhell"],
     "parquet": ["pyarrow"],
     "plots": ["matplotlib"],
+    "gigatoken": ["gigatoken==0.10.0"],  # a faster tokenizer for tools/preprocess.py
 }
 
 setup(

@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         results = compare(tokenising, arguments.repetitions, warmup=0)
         print_results(f"tokenising, {arguments.workers} workers", "kB", results)
         for result in results[1:]:
-            print(f"{result.name}: largest process at most {result.info['largest_process_mb']:.0f} MB")
+            largest = result.info["largest_process_mb"]
+            print(f"{result.name}: largest process at most {largest:.0f} MB")
         shard = _make_shard(folder / "loader", arguments.tokens)
         drawing = [
             Candidate("nanoGPT's random crops", nanogpt_crops, (shard,), threads=1),
