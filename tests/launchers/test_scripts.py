@@ -1,0 +1,127 @@
+"""The shell scripts: they parse, and the environment they set up survives interruptions."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [*(ROOT / "launchers").glob("*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"]
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Stands in for Python: notes what it is asked for; fails at what FAILS_AT matches.
+echo "$*" >>"$CALLS"
+if [[ -n "${FAILS_AT:-}" && "$*" =~ $FAILS_AT ]]; then exit 1; fi
+if [[ "$1 $2" == "-m venv" ]]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_it_is_valid_bash(script):
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_quickstart_trains_configurations_that_exist():
+    script = (ROOT / "launchers/quickstart.sh").read_text(encoding="utf-8")
+    names = re.findall(r"^train (\w+) (\w+)$", script, re.MULTILINE)
+    assert [run for _, run in names] == ["encoder", "egpt", "deepgpt"]
+    for config, run in names:
+        text = (ROOT / f"configs/{config}.yaml").read_text(encoding="utf-8")
+        assert f"directory: runs/quickstart/{run}\n" in text
+        assert re.search(r"^  steps: \d+$", text, re.MULTILINE)  # the script reads this line
+
+
+class Checkout:
+    """A folder with the files that the set-up reads, and a Python that is not one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.calls = folder / "calls"
+        (folder / "launchers").mkdir(parents=True)
+        for name in ("setup.py", "launchers/setup_env.sh"):
+            shutil.copy(ROOT / name, folder / name)
+        self.python = folder / "fake_python"
+        self.python.write_text(FAKE_PYTHON)
+        self.python.chmod(0o755)
+
+    def set_up(self, extra: str = "test", fails_at: str = "") -> tuple[int, list[str]]:
+        """Exit code, and what pip was asked to install."""
+        self.calls.write_text("")
+        done = subprocess.run(
+            ["bash", "-c", f"set -euo pipefail; source {self.folder}/launchers/setup_env.sh; "
+             f"set_up_environment {extra}"],
+            env={"PATH": os.environ["PATH"], "PYTHON": str(self.python),
+                 "CALLS": str(self.calls), "FAILS_AT": fails_at},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        lines = self.calls.read_text().splitlines()
+        return done.returncode, [line for line in lines if "pip install" in line]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path / "project")
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a GPU wants another torch")
+def test_torch_comes_first_as_a_cpu_build_where_one_is_to_be_had(checkout):
+    code, installed = checkout.set_up()
+    assert code == 0
+    assert re.search(r"torch==[\d.]+\+cpu$", installed[0])
+    assert installed[1].endswith("[test]")
+    assert re.search(r"--no-deps megatron-core==[\d.]+$", installed[2])
+    assert len(installed) == 3
+
+
+def test_the_general_build_serves_where_there_is_no_cpu_build(checkout):
+    code, installed = checkout.set_up(fails_at=r"\+cpu$")
+    assert code == 0
+    assert any(re.search(r"torch==[\d.]+$", line) for line in installed)
+
+
+def test_the_second_set_up_does_nothing(checkout):
+    checkout.set_up()
+    assert checkout.set_up() == (0, [])
+
+
+def test_another_extra_is_installed_into_the_same_environment(checkout):
+    checkout.set_up("quickstart")
+    code, installed = checkout.set_up("test")
+    assert code == 0
+    assert any(line.endswith("[test]") for line in installed)
+    assert checkout.set_up("quickstart") == (0, [])
+
+
+def test_a_set_up_that_failed_half_way_is_taken_up_again(checkout):
+    code, _ = checkout.set_up(fails_at=r"-e ")
+    assert code != 0
+    code, installed = checkout.set_up()
+    assert code == 0
+    assert any(line.endswith("[test]") for line in installed)
+
+
+def test_a_missing_optional_package_is_no_failure(checkout):
+    assert checkout.set_up(fails_at="megatron-core")[0] == 0
+
+
+def test_new_requirements_are_installed(checkout):
+    checkout.set_up()
+    with (checkout.folder / "setup.py").open("a") as file:
+        file.write("# changed\n")
+    assert checkout.set_up()[1] != []
+
+
+def test_an_environment_that_was_moved_is_made_again(checkout, tmp_path):
+    checkout.set_up()
+    moved = Path(shutil.move(checkout.folder, tmp_path / "moved"))
+    checkout.folder, checkout.calls = moved, moved / "calls"
+    checkout.python = moved / "fake_python"
+    code, installed = checkout.set_up()
+    assert code == 0
+    assert len(installed) >= 2
