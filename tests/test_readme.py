@@ -48,7 +48,7 @@ def test_every_configuration_is_mentioned():
     assert missing == set()
 
 
-def test_the_file_tree_is_the_repositorys():
+def test_the_file_tree_is_the_repositorys_and_has_every_tool():
     (tree,) = (block for block in README.split("```") if "\ntests/ " in block)
     folder = ""
     for line in tree.strip().splitlines():
@@ -57,6 +57,9 @@ def test_the_file_tree_is_the_repositorys():
         assert (ROOT / folder / name).exists(), f"{folder}{name}"
         if not line.startswith(" "):
             folder = name
+    listed = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
+    programs = {path.name for path in (ROOT / "tools").glob("*.py")} - {"__init__.py"}
+    assert programs <= listed
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -29,10 +29,11 @@ import torch.distributed as dist
 from megaegpt.errors import CheckpointError
 from megaegpt.parallel.agreement import from_all, from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.engine import Engine, Topology
+from megaegpt.training.engine import Engine
 from megaegpt.training.manifest import (
     FileEntry,
     Manifest,
+    Topology,
     describe_files,
     sync_folder,
     verify_files,

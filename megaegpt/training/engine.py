@@ -27,7 +27,7 @@ from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import ConfigError, LaunchError
-from megaegpt.parallel.agreement import largest_over_ranks, raising_together
+from megaegpt.parallel.agreement import raising_together
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
 from megaegpt.parallel.loss import IGNORE
 from megaegpt.parallel.params import ParamSpec, spec_of
@@ -38,7 +38,9 @@ from megaegpt.training.deepspeed_config import (
     deepspeed_config,
     effective_zero_stage,
 )
+from megaegpt.training.manifest import Topology
 from megaegpt.training.optimizer import build_adamw, build_clipped_adamw
+from megaegpt.training.replicas import assert_replicas_equal, is_sharded
 from megaegpt.training.schedule import learning_rate
 from megaegpt.training.universal import convert
 
@@ -126,22 +128,6 @@ class StepResult:
     """False: the gradient was not finite and the weights are unchanged."""
     nonfinite: bool
     """Skipped for a cause that loss scaling does not cure."""
-
-
-@dataclass(frozen=True)
-class Topology:
-    """What a checkpoint's layout depends on; it is resumed as it is only under the same."""
-
-    tensor_parallel: int
-    data_parallel: int
-    zero_stage: int
-    precision: str
-
-    def __str__(self) -> str:
-        return (
-            f"tensor parallel {self.tensor_parallel} x data parallel {self.data_parallel}, "
-            f"ZeRO stage {self.zero_stage}, {self.precision}"
-        )
 
 
 class Engine:
@@ -295,28 +281,8 @@ class Engine:
         Raises:
             AssertionError: on every rank; names the first parameter that differs anywhere.
         """
-        parameters = dict(self.model.named_parameters())
-        differs = [not self._like_first_rank(parameter) for parameter in parameters.values()]
-        for name, found in zip(parameters, largest_over_ranks(differs, self.grid), strict=True):
-            if found:
-                raise AssertionError(f"{name} differs between ranks that should hold the same")
-
-    def _like_first_rank(self, parameter: Tensor) -> bool:
-        groups = [self.grid.dp_group]
-        if not is_sharded(parameter, self.grid):
-            groups.append(self.grid.tp_group)
-        equal = True
-        for group in filter(None, groups):
-            first = parameter.detach().clone()
-            dist.broadcast(first, src=dist.get_global_rank(group, 0), group=group)
-            equal = equal and torch.equal(first, parameter)
-        return equal
+        assert_replicas_equal(self.model, self.grid)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""
         self._deepspeed.destroy()
-
-
-def is_sharded(parameter: Tensor, grid: ProcessGrid) -> bool:
-    """Whether TP ranks hold different slices of ``parameter``."""
-    return grid.tp_size > 1 and spec_of(parameter).tp_dim is not None

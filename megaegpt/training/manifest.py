@@ -28,13 +28,29 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Topology:
+    """What a checkpoint's layout depends on; it is resumed as it is only under the same."""
+
+    tensor_parallel: int
+    data_parallel: int
+    zero_stage: int
+    precision: str
+
+    def __str__(self) -> str:
+        return (
+            f"tensor parallel {self.tensor_parallel} x data parallel {self.data_parallel}, "
+            f"ZeRO stage {self.zero_stage}, {self.precision}"
+        )
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a checkpoint is and holds."""
 
     step: int
     """Optimizer steps done."""
     topology: dict[str, Any]
-    """Layout of the files (:class:`megaegpt.training.engine.Topology` as a dictionary)."""
+    """Layout of the files (:class:`Topology` as a dictionary)."""
     parameters: dict[str, list[int]]
     """Full shape of every trainable parameter."""
     trainer: dict[str, Any]

@@ -19,7 +19,8 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import ParamSpec
 from megaegpt.training import manifest
 from megaegpt.training.checkpoint import CheckpointManager
-from megaegpt.training.engine import Engine, Topology
+from megaegpt.training.engine import Engine
+from megaegpt.training.manifest import Topology
 
 _FILES = 2
 

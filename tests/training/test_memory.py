@@ -113,13 +113,16 @@ def test_estimate_is_what_tensor_parallel_ranks_take(distributed: Distributed) -
 
 
 _RESIDENT = """
-import dataclasses, resource, sys
+import re
+from pathlib import Path
 from tests.training.test_memory import measured_peak, run_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.engine import init_distributed
 from megaegpt.training.memory import estimate_memory
 init_distributed()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not getrusage's ru_maxrss: a child inherits it from the process that started it.
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 measured_peak(run_config(1, 0, "fp32", num_layers=1), ProcessGrid())  # libraries and thread pools
 config = run_config(1, 0, "fp32", micro_batch=16, vocab_size=20000, hidden_size=512, num_layers=6)
 estimate = estimate_memory(config, 1, "fp32", device_type="cpu").total
