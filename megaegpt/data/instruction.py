@@ -114,6 +114,13 @@ class InstructionDataset(torch.utils.data.Dataset):
             continue is exactly the prompt's tokens.
         max_seq_len: most tokens of an item.
         mask_prompt: False: the prompt is learned too.
+
+    Example:
+        >>> records = [Instruction("Name the capital.", "France", "Paris")]
+        >>> dataset = InstructionDataset(records, Tokenizer.load(), max_seq_len=128)
+        >>> tokens, targets = dataset[0]
+        >>> targets[targets != -100].tolist()  # "Paris" and the end of the text
+        [40313, 50256]
     """
 
     def __init__(
@@ -163,6 +170,15 @@ def create_instruction_collate_fn(
     Args:
         pad_token_id: what fills the tokens.
         multiple_of: T is rounded up to it.
+
+    Example:
+        >>> records = [Instruction(f"Count to {n}.", "", "1 2 3"[: 2 * n - 1]) for n in (1, 2, 3)]
+        >>> dataset = InstructionDataset(records, Tokenizer.load(), max_seq_len=128)
+        >>> collate = create_instruction_collate_fn(pad_token_id=50256)
+        >>> batches = torch.utils.data.DataLoader(dataset, batch_size=3, collate_fn=collate)
+        >>> tokens, targets = next(iter(batches))
+        >>> (targets != -100).sum(dim=1)
+        tensor([2, 3, 4])
     """
 
     def collate(

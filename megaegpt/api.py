@@ -1,0 +1,288 @@
+"""A GPT in a notebook: one process, no launcher, plain tensors and ``torch.utils.data``.
+
+The names are the ones small GPT kits use; behind them are the package's own model, loss and
+generator. Import them from ``megaegpt``:
+
+    >>> import torch
+    >>> from megaegpt import GPTModel, compute_batch_loss, create_model_config
+    >>> from megaegpt import create_pretraining_dataloader, generate_text_autoregressive
+    >>> from megaegpt import text_to_token_ids, token_ids_to_text
+
+    >>> config = create_model_config("gpt2-small (124M)", num_layers=1, hidden_size=24)
+    >>> model = GPTModel(config)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    >>> text = "The quick brown fox jumps over the lazy dog. " * 40
+    >>> losses = []
+    >>> for inputs, targets in create_pretraining_dataloader(text, max_length=16):
+    ...     loss = compute_batch_loss(inputs, targets, model)
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     losses.append(loss.item())
+    >>> losses[-1] < losses[0] - 1
+    True
+
+Runs that are to be kept, resumed or spread over processes belong to ``launchers/pretrain.py``.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from megaegpt.config import GenerationConfig, ModelConfig
+from megaegpt.config.presets import create_model_config
+from megaegpt.data.instruction import InstructionDataset, create_instruction_collate_fn
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import ConfigError, DataError
+from megaegpt.generation.generator import TextGenerator
+from megaegpt.model.gpt import GPT
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.loss import IGNORE
+from megaegpt.parallel.params import initialize
+
+__all__ = [
+    "GPTModel",
+    "InstructionDataset",
+    "compute_batch_loss",
+    "create_instruction_collate_fn",
+    "create_model_config",
+    "create_pretraining_dataloader",
+    "generate_text_autoregressive",
+    "text_to_token_ids",
+    "token_ids_to_text",
+]
+
+
+class TextTokenizer(Protocol):
+    """:class:`~megaegpt.data.tokenizer.Tokenizer`, or tiktoken's ``Encoding``."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ...
+
+    def decode(self, ids: list[int], /) -> str:
+        """Text of ids."""
+        ...
+
+
+@functools.cache
+def _gpt2_tokenizer() -> Tokenizer:
+    return Tokenizer.load()
+
+
+class GPTModel(GPT):
+    """A GPT with initial weights, called like any torch model: ids in, logits out.
+
+    It is a :class:`~megaegpt.model.gpt.GPT` and fits wherever one does; its weights are written
+    and read by :mod:`megaegpt.model.weights`.
+
+    Args:
+        config: of kind ``gpt``, from :func:`~megaegpt.config.presets.create_model_config`.
+        seed: of the initial weights.
+
+    Raises:
+        ConfigError: the configuration is that of an EGPT or DeepGPT.
+
+    Example:
+        >>> config = create_model_config("gpt2-small (124M)", num_layers=2, hidden_size=48)
+        >>> model = GPTModel(config)
+        >>> model(torch.tensor([[464, 3139]])).shape
+        torch.Size([1, 2, 50257])
+        >>> model.num_parameters()
+        2520384
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 1337) -> None:
+        if config.kind != "gpt":
+            raise ConfigError(
+                f"GPTModel is a model of kind gpt, not {config.kind}, which needs an encoder: "
+                "see megaegpt.model.build.build_model"
+            )
+        super().__init__(config, ProcessGrid())
+        initialize(self, seed, self.grid)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        reduction: Literal["sum", "none"] = "sum",
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) ids -> (B, T, V) logits; with targets (B, T) nats, as of any GPT of the package,
+        which never makes the logits and is the way to train.
+        """
+        if targets is not None:
+            return super().forward(tokens, targets, reduction, segments)
+        return self.head.full_logits(self.hidden_states(tokens, segments=segments))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPTModel:
+        """``to("cuda")`` and its like: caches are made where the weights have gone."""
+        super()._apply(fn, recurse)
+        self.grid = replace(self.grid, device=self.embedding.weight.device)
+        return self
+
+
+def text_to_token_ids(text: str, tokenizer: TextTokenizer | None = None) -> Tensor:
+    """A text -> (1, T) int64 ids, a batch of one.
+
+    Args:
+        text: all of it is ordinary; ``<|endoftext|>`` is characters like any other.
+        tokenizer: None: GPT-2's.
+
+    Example:
+        >>> text_to_token_ids("The capital of")
+        tensor([[ 464, 3139,  286]])
+    """
+    return torch.tensor([(tokenizer or _gpt2_tokenizer()).encode(text)], dtype=torch.int64)
+
+
+def token_ids_to_text(token_ids: Tensor, tokenizer: TextTokenizer | None = None) -> str:
+    """Ids of one text, (T,) or (1, T) -> the text.
+
+    Raises:
+        DataError: several rows, or an id that is outside the vocabulary.
+
+    Example:
+        >>> token_ids_to_text(torch.tensor([[464, 3139, 286]]))
+        'The capital of'
+    """
+    if token_ids.dim() > 2 or (token_ids.dim() == 2 and token_ids.shape[0] != 1):
+        raise DataError(f"ids of shape {tuple(token_ids.shape)} are not one text: give one row")
+    return (tokenizer or _gpt2_tokenizer()).decode(token_ids.flatten().tolist())
+
+
+def create_pretraining_dataloader(
+    text: str,
+    batch_size: int = 4,
+    max_length: int = 256,
+    stride: int | None = None,
+    shuffle: bool = True,
+    drop_last: bool = True,
+    tokenizer: TextTokenizer | None = None,
+    seed: int = 1337,
+) -> DataLoader:
+    """Batches of ``(inputs, targets)``, both (B, ``max_length``) int64; targets are one token on.
+
+    For a text that fits in memory. Corpora on disk: ``tools/preprocess.py`` and
+    :mod:`megaegpt.data.samples`.
+
+    Args:
+        text: tokenised at once.
+        batch_size: windows in a batch.
+        max_length: tokens in a window.
+        stride: tokens from one window's start to the next one's; None: ``max_length``, so that
+            no token is predicted twice. What is left at the end and fills no window is not used.
+        shuffle: draw windows in a random order, another one in each epoch.
+        drop_last: leave out a last batch that is not full.
+        tokenizer: None: GPT-2's.
+        seed: of the order.
+
+    Raises:
+        DataError: the text is shorter than one window.
+
+    Example:
+        >>> batches = create_pretraining_dataloader("one two three " * 50, max_length=8)
+        >>> inputs, targets = next(iter(batches))
+        >>> inputs.shape
+        torch.Size([4, 8])
+        >>> bool((inputs[:, 1:] == targets[:, :-1]).all())
+        True
+    """
+    ids = text_to_token_ids(text, tokenizer)[0]
+    if len(ids) <= max_length:
+        raise DataError(
+            f"the text has {len(ids)} tokens; one window needs max_length + 1 = {max_length + 1}"
+        )
+    windows = ids.unfold(0, max_length + 1, stride or max_length)  # (windows, T + 1), a view
+    return DataLoader(
+        TensorDataset(windows[:, :-1], windows[:, 1:]),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def compute_batch_loss(
+    input_batch: Tensor,
+    target_batch: Tensor,
+    model: GPT,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Mean nats of the batch's predicted tokens: a scalar to call ``backward()`` on.
+
+    Args:
+        input_batch: (B, T) ids.
+        target_batch: (B, T) ids; -100 is not predicted. With none to predict the loss is 0.
+        model: a :class:`GPTModel`, or any GPT of the package.
+        device: None: the model's.
+
+    Example:
+        >>> config = create_model_config("gpt2-small (124M)", num_layers=1, hidden_size=24)
+        >>> inputs = text_to_token_ids("The capital of France is Paris")
+        >>> loss = compute_batch_loss(inputs[:, :-1], inputs[:, 1:], GPTModel(config))
+        >>> f"{loss.item():.1f} nats, untrained; ln(50257) = 10.8"
+        '10.8 nats, untrained; ln(50257) = 10.8'
+    """
+    device = device or model.embedding.weight.device
+    inputs, targets = input_batch.to(device), target_batch.to(device)
+    return model(inputs, targets) / (targets != IGNORE).sum().clamp(min=1)
+
+
+def generate_text_autoregressive(
+    model: GPT,
+    token_ids: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    eos_token_id: int | None = None,
+    seed: int = 1337,
+) -> Tensor:
+    """Continue each row of (B, T) ids: (B, T + n), n <= ``max_new_tokens``, on the ids' device.
+
+    The model's mode, training or not, is put back. Rows draw independently of each other.
+
+    Args:
+        model: a :class:`GPTModel`, or any GPT of the package.
+        token_ids: prompts of one length, at least one token.
+        max_new_tokens: most that are added.
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k: draw among the k likeliest only; None: among all.
+        eos_token_id: ends a row; the row is filled up with it while others go on. 50256 for GPT-2;
+            None: nothing ends a row.
+        seed: of the draws, row r's is ``seed + r``.
+
+    Example:
+        >>> config = create_model_config("gpt2-small (124M)", num_layers=1, hidden_size=24)
+        >>> prompt = text_to_token_ids("The capital of")
+        >>> ids = generate_text_autoregressive(
+        ...     GPTModel(config), prompt, max_new_tokens=5, temperature=0.8, top_k=50
+        ... )
+        >>> ids.shape
+        torch.Size([1, 8])
+        >>> token_ids_to_text(ids).startswith("The capital of")
+        True
+    """
+    prompts = torch.as_tensor(token_ids)
+    sampling = GenerationConfig(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        generator = TextGenerator(model)
+        rows = generator.generate(prompts.tolist(), sampling, stop=eos_token_id)
+    finally:
+        model.train(was_training)
+    longest = max(map(len, rows))
+    new = prompts.new_tensor([row + [eos_token_id or 0] * (longest - len(row)) for row in rows])
+    return torch.cat([prompts, new.view(len(rows), longest)], dim=1)
