@@ -65,10 +65,11 @@ def test_tensor_and_data_parallel_runs_are_the_single_process_run(
     distributed: Distributed, plain_by_kind: dict[str, Curve], ranks: int
 ) -> None:
     if ranks == 2:
-        configs = [_small("gpt", 1), *(_small("gpt", 2, stage) for stage in (0, 1, 2))]
+        configs = [_small(kind, 1) for kind in plain_by_kind]
+        configs += [_small("gpt", 2, stage) for stage in (0, 1, 2)]
     else:
-        configs = [_small("gpt", tp) for tp in (1, 2, 4)] + [_small("gpt", 2, stage=0)]
-        configs += [_small("egpt", 2), _small("egpt", 4), _small("deepgpt", 2)]
+        configs = [_small(kind, tp) for kind in plain_by_kind for tp in (1, 2, 4)]
+        configs += [_small("gpt", 2, stage=0)]
     for curves in distributed(ranks, _train_all, configs):
         for config, curve in zip(configs, curves, strict=True):
             reference = plain_by_kind[config.model.kind]
