@@ -28,6 +28,26 @@ def test_fields_can_be_replaced():
     assert (config.num_layers, config.kv_heads, config.egpt.chunk_size) == (24, 4, 512)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_kv_heads": 1},
+        {"attention": "latent", "latent_dim": 96},
+        {"attention": "latent", "positions": "rotary", "rope_head_dim": 32},
+        {"window": 256, "window_every": 4, "positions": "rotary"},
+        {"positions": "none"},
+    ],
+)
+def test_every_size_can_have_every_attention(name, overrides):
+    config = create_model_config(name, **overrides)
+    assert {key: getattr(config, key) for key in overrides} == overrides
+    assert (
+        meta_model(config).num_parameters()
+        < 1.01 * meta_model(create_model_config(name)).num_parameters()
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "expected"),
     [

@@ -15,6 +15,7 @@ import yaml
 from megaegpt.config import RunConfig
 from megaegpt.config.loading import load_config
 from megaegpt.config.parsing import annotation_of, describe
+from megaegpt.config.presets import create_model_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -101,6 +102,25 @@ def test_the_originals_hyper_parameters_are_those_of_the_experiment():
     assert (optimizer.lr, optimizer.min_lr, optimizer.warmup_steps) == (6e-4, 6e-5, 20)
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.1)
     assert (training.steps, training.gradient_clipping) == (6000, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gqa", {"num_kv_heads": 4}),
+        ("mla", {"attention": "latent", "latent_dim": 96}),
+        ("swa", {"window": 256, "window_every": 4}),
+        ("rotary", {"positions": "rotary"}),
+    ],
+)
+def test_families_of_gpt2_differ_from_it_in_attention_or_positions_only(family, changes):
+    config = load_config(ROOT / f"configs/gpt2_124m_{family}.yaml")
+    plain = load_config(ROOT / "configs/gpt2_124m.yaml")
+    assert config.model == create_model_config("gpt2-small (124M)", **changes)
+    for section in ("data", "parallel", "training", "optimizer", "generation"):
+        assert getattr(config, section) == getattr(plain, section), section
+    folders = {path.checkpoint.directory for path in map(load_config, CONFIGS)}
+    assert len(folders) == len(CONFIGS)
 
 
 @pytest.mark.parametrize("suffix", ["", "_cpu"])
