@@ -8,36 +8,31 @@
         manifest.json         step, topology, the loop's state, every file's size and sha256
         deepspeed/            weights and optimizer state, cut by rank
         weights/              whatever the caller's writers add, such as TP-independent safetensors
-
-A checkpoint is written under a name that starts with a dot, flushed, renamed, and only then named
-by ``latest``. So a process that dies at any moment leaves the previous checkpoint, or the new one,
-whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from megaegpt.errors import CheckpointError
 from megaegpt.parallel.agreement import from_all, from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.checkpoint_folders import CheckpointFolders
 from megaegpt.training.engine import Engine
 from megaegpt.training.manifest import (
     FileEntry,
     Manifest,
     Topology,
     describe_files,
-    sync_folder,
     verify_files,
-    write_durably,
 )
 
 TrainerState = dict[str, Any]
@@ -46,12 +41,7 @@ TrainerState = dict[str, Any]
 Writers = Mapping[str, Callable[[Path], None]]
 """Further parts of a checkpoint: name of a sub-folder -> what fills it, called on every rank."""
 
-_LATEST = "latest"
 _STATE = "deepspeed"
-_COMPLETE = re.compile(r"step_\d{8,}")
-_SAVING, _REPLACED, _REMOVING = ".saving-", ".replaced-", ".removing-"
-_RESHAPING = ".reshaping-"
-_TEMPORARY = re.compile(r"^\.(saving|replaced|removing|reshaping)-")
 
 
 class CheckpointManager:
@@ -65,32 +55,11 @@ class CheckpointManager:
     def __init__(self, directory: str | Path, keep: int) -> None:
         self.directory = Path(directory)
         self.keep = max(1, keep)
-
-    # -- looking ----------------------------------------------------------------------------------
+        self._folders = CheckpointFolders(directory)
 
     def latest(self) -> Path | None:
         """The checkpoint that ``latest`` names, else the newest complete one, else None."""
-        try:
-            named = self.directory / (self.directory / _LATEST).read_text(encoding="utf-8").strip()
-            if _COMPLETE.fullmatch(named.name) and named in self._complete():
-                return named
-        except (OSError, UnicodeDecodeError):
-            pass
-        return max(self._complete(), key=_saved_at, default=None)
-
-    def _complete(self) -> list[Path]:
-        """Folders under their final name (they were whole when they got it), or moved aside by a
-        save of the same step that died before its own took the place.
-        """
-        if not self.directory.is_dir():
-            return []
-        entries = sorted(self.directory.iterdir())
-        aside = [p for p in entries if _COMPLETE.fullmatch(p.name.removeprefix(_REPLACED))]
-        return [p for p in aside if p == self._final(p) or not self._final(p).exists()]
-
-    def _final(self, folder: Path) -> Path:
-        """Where a folder under one of the temporary names belongs."""
-        return self.directory / _TEMPORARY.sub("", folder.name)
+        return self._folders.latest()
 
     # -- saving -----------------------------------------------------------------------------------
 
@@ -108,10 +77,10 @@ class CheckpointManager:
         """
         grid = engine.grid
         name = f"step_{step:08d}"
-        temporary = self.directory / f"{_SAVING}{name}"
+        temporary = self._folders.saving(name)
         together = functools.partial(self._together, grid, step)
         try:
-            prepare = functools.partial(self._prepare, temporary)
+            prepare = functools.partial(self._folders.prepare, temporary)
             together(prepare if grid.is_main else None)
             own = together(functools.partial(engine.save_state, temporary / _STATE))
             for part, write in (writers or {}).items():
@@ -131,23 +100,15 @@ class CheckpointManager:
         with raising_together(grid):
             try:
                 return action() if action else None
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 previous = self.latest()
                 rest = f"{previous.name} is untouched" if previous else "there is no earlier one"
+                reason = str(error)  # what safetensors says of a full disk
+                if isinstance(error, OSError):
+                    reason = f"{error.filename}: {error.strerror}"
                 raise CheckpointError(
-                    f"checkpoint of step {step} was not saved: {error.filename}: "
-                    f"{error.strerror}; {rest}"
+                    f"checkpoint of step {step} was not saved: {reason}; {rest}"
                 ) from error
-
-    def _prepare(self, temporary: Path) -> None:
-        """Make room, after clearing what a killed process left."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(".*-step_*"):
-            if leftover in self._complete():
-                leftover.rename(self._final(leftover))
-            elif _TEMPORARY.match(leftover.name):
-                shutil.rmtree(leftover)
-        temporary.mkdir()
 
     def _publish(
         self,
@@ -170,24 +131,8 @@ class CheckpointManager:
             files={**written, **describe_files(others, temporary)},
         )
         manifest.write(temporary)
-        for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
-            sync_folder(folder)
-        final = self._final(temporary)
-        if final.exists():
-            final.rename(self.directory / f"{_REPLACED}{final.name}")
-        temporary.rename(final)
-        sync_folder(self.directory)
-        write_durably(self.directory / _LATEST, f"{final.name}\n")
-        self._remove_old()
-
-    def _remove_old(self) -> None:
-        newest_first = sorted(self._complete(), key=_saved_at, reverse=True)
-        for folder in newest_first[self.keep :]:
-            doomed = self.directory / f"{_REMOVING}{folder.name}"
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
-        for replaced in self.directory.glob(f"{_REPLACED}*"):
-            shutil.rmtree(replaced)
+        self._folders.publish(temporary)
+        self._folders.remove_old(self.keep)
 
     # -- loading ----------------------------------------------------------------------------------
 
@@ -221,7 +166,7 @@ class CheckpointManager:
         return manifest.trainer
 
     def _reshape(self, engine: Engine, folder: Path, saved: Topology) -> None:
-        scratch = self.directory / f"{_RESHAPING}{folder.name}"
+        scratch = self._folders.reshaping(folder.name)
         try:
             if engine.grid.is_main:
                 print(f"{folder.name}: from {saved} to {engine.topology}", flush=True)
@@ -232,13 +177,6 @@ class CheckpointManager:
                 dist.barrier()
             if engine.grid.is_main:
                 shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _saved_at(folder: Path) -> int:
-    try:
-        return Manifest.read(folder).saved_at_ns
-    except CheckpointError:
-        return -1  # damaged: never preferred, first to go
 
 
 def _check_model(manifest: Manifest, engine: Engine, folder: Path) -> None:

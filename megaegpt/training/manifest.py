@@ -15,6 +15,7 @@ from megaegpt.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
+_REMEDY = "write the name of another checkpoint into the file `latest`"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ class Manifest:
         try:
             body = json.loads(path.read_bytes())
             version, digest = body.pop("format"), body.pop("sha256")
+            if version != _FORMAT:
+                raise CheckpointError(f"{path} has format {version}; this version reads {_FORMAT}")
+            if digest != _digest(body):
+                raise ValueError("checksum")
+            body["files"] = {name: FileEntry(**entry) for name, entry in body["files"].items()}
+            return Manifest(**body)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{folder} is not a complete checkpoint: {MANIFEST} is missing"
@@ -84,13 +91,7 @@ class Manifest:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
-            raise CheckpointError(f"{path} is damaged: resume from another checkpoint") from None
-        if version != _FORMAT:
-            raise CheckpointError(f"{path} has format {version}; this version reads {_FORMAT}")
-        if digest != _digest(body):
-            raise CheckpointError(f"{path} is damaged: resume from another checkpoint")
-        body["files"] = {name: FileEntry(**entry) for name, entry in body["files"].items()}
-        return Manifest(**body)
+            raise CheckpointError(f"{path} is damaged: {_REMEDY}") from None
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -121,27 +122,26 @@ def verify_files(entries: dict[str, FileEntry], folder: Path) -> None:
                 size = os.fstat(file.fileno()).st_size
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: resume from another checkpoint") from None
+            raise CheckpointError(f"{path} is missing: {_REMEDY}") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         if size != entry.size:
-            raise CheckpointError(
-                f"{path} has {size} bytes instead of {entry.size}: resume from another checkpoint"
-            )
+            raise CheckpointError(f"{path} has {size} bytes instead of {entry.size}: {_REMEDY}")
         if digest != entry.sha256:
-            raise CheckpointError(
-                f"{path} is damaged (its checksum differs): resume from another checkpoint"
-            )
+            raise CheckpointError(f"{path} is damaged (its checksum differs): {_REMEDY}")
 
 
 def write_durably(path: Path, content: str) -> None:
     """Write a small file under a temporary name, flush it to disk, and move it into place."""
     temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

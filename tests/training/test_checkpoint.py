@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from megaegpt.errors import CheckpointError
 from megaegpt.parallel.grid import ProcessGrid
@@ -107,6 +111,29 @@ def test_a_lost_or_wrong_latest_falls_back_to_the_newest_complete_one(tmp_path: 
     assert _load(manager) == 2
 
 
+def test_the_latest_is_kept_though_a_clock_says_that_it_is_the_oldest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines of a cluster disagree about the time; a run may go on on another one."""
+    for keep in (1, 2):
+        manager = CheckpointManager(tmp_path / str(keep), keep=keep)
+        for step in (1, 2, 3):
+            monkeypatch.setattr(time, "time_ns", lambda step=step: 10**18 - step)
+            _save(manager, step)
+            assert _load(manager) == step
+        assert len(list(manager.directory.glob("step_*"))) == keep
+
+
+def test_the_last_good_one_stays_while_others_are_damaged(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=2)
+    for step in (1, 2):
+        _save(manager, step)
+    (tmp_path / "step_00000002" / "manifest.json").write_text("{}")
+    (tmp_path / "latest").write_text("step_00000001\n")
+    _save(manager, 3)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000001", "step_00000003"]
+
+
 def test_going_back_by_editing_latest_is_respected(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep=3)
     for step in (1, 2):
@@ -126,6 +153,56 @@ def test_a_failing_writer_leaves_no_trace(tmp_path: Path) -> None:
         manager.save(_FilesOnly(2), 2, {"step": 2}, {"weights": fails})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
     assert _load(manager) == 1
+
+
+def test_a_full_disk_while_weights_are_exported_is_said_so(tmp_path: Path) -> None:
+    """safetensors has an exception of its own for it."""
+    manager = CheckpointManager(tmp_path, keep=1)
+    _save(manager, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"too large.*step_00000001 is untouched"):
+            manager.save(_FilesOnly(2), 2, {"step": 2}, {"weights": _write_many_weights})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def _write_many_weights(folder: Path) -> None:
+    folder.mkdir()
+    save_file({"weight": torch.zeros(100, 100)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["next_step", "same_step"])
+def test_a_disk_full_at_any_file_operation_of_a_save_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    manager = CheckpointManager(tmp_path, keep=2)
+    _save(manager, 1)
+    step = 1 if again else 2
+    for operation in range(1, 200):
+
+        def full(path: str) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+
+        said = ""
+        with monkeypatch.context() as patch:
+            _fail_at(operation, full, patch, needing_space=True)
+            try:
+                _save(manager, step)
+            except CheckpointError as error:
+                said = str(error)
+        if not said:
+            break
+        assert f"step {step} was not saved: " in said
+        assert "No space left on device; step_0000000" in said
+        assert _load(manager) in (1, step)
+        assert {p.name for p in tmp_path.glob(".*")} <= {f".replaced-step_{step:08d}"}
+    else:
+        raise AssertionError("the save never finished")
+    assert operation > 10, "operations were not counted"
+    assert _load(manager) == step
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["next_step", "same_step"])
@@ -185,23 +262,35 @@ def _run_in_a_child(action: Callable[[], None]) -> bool:
 
 def _save_and_die(manager: CheckpointManager, step: int, operation: int) -> None:
     """Exit at once, as ``kill -9`` does, before the ``operation``-th change of a file or folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        _fail_at(operation, lambda path: os._exit(9), patch)
+        _save(manager, step)
+
+
+def _fail_at(
+    operation: int,
+    fail: Callable[[str], None],
+    patch: pytest.MonkeyPatch,
+    needing_space: bool = False,
+) -> None:
+    """Call ``fail`` in place of the ``operation``-th change of a file or folder from now on."""
     count = 0
 
-    def dying(original: Callable[..., object]) -> Callable[..., object]:
-        def changed(*args: object, **kwargs: object) -> object:
+    def failing(original: Callable[..., object]) -> Callable[..., object]:
+        def changed(path: object, *args: object, **kwargs: object) -> object:
             nonlocal count
             count += 1
             if count == operation:
-                os._exit(9)
-            return original(*args, **kwargs)
+                fail(str(path))
+            return original(path, *args, **kwargs)
 
         return changed
 
-    for name in ("mkdir", "rename", "replace", "write_text", "open"):
-        setattr(Path, name, dying(getattr(Path, name)))
-    for name in ("unlink", "rmdir", "fsync"):
-        setattr(os, name, dying(getattr(os, name)))
-    _save(manager, step)
+    methods = ["mkdir", "rename", "replace", "write_text", "open"]
+    functions = ["fsync"] if needing_space else ["fsync", "unlink", "rmdir"]
+    for place, names in ((Path, methods), (os, functions)):
+        for name in names:
+            patch.setattr(place, name, failing(getattr(place, name)))
 
 
 @pytest.fixture(scope="module")
