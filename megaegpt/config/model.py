@@ -14,6 +14,10 @@ class EncoderConfig:
 
     source: str | None = None
     """Folder of weights, or of a checkpoint. Required for egpt and deepgpt."""
+    layers: int | None = None
+    """Blocks that are run; their output is taken as it is. None: all, then the final LayerNorm."""
+    initialize_decoder: bool = False
+    """The decoder's blocks, final LayerNorm and head start as the encoder's last ones."""
     batch_size: int = 8
     """Chunks encoded at once when a feature store is computed."""
 
@@ -36,6 +40,13 @@ class EGPTConfig:
     """A learned, zero-initialised gate per head on what is read from earlier chunks."""
     random_history: bool = False
     """In training, each window shows a random number of its earlier chunks."""
+    history: bool = True
+    """Earlier chunks are seen. false: the same model over the same windows without its memory."""
+    adapter_norm: bool = False
+    """A LayerNorm before the MLP that encoder states go through first."""
+    adapter_residual: bool = False
+    """States are added to that MLP's output; it and the chunk and length tables start at zero, so
+    that the decoder's input starts as the encoder's output."""
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,12 @@ def _chunks_and_encoder(model: ModelConfig) -> Iterator[Problem]:
             f"model.egpt.chunk_size={chunks.chunk_size} is not divisible by "
             f"model.egpt.features_per_chunk={chunks.features_per_chunk}",
         )
+    for name in ("memory_gate", "random_history"):
+        if not chunks.history and getattr(chunks, name):
+            yield Problem(
+                (f"model.egpt.{name}", "model.egpt.history"),
+                f"model.egpt.{name}=true has no effect with model.egpt.history=false",
+            )
     if not model.encoder.source:
         yield Problem(
             ("model.kind", "model.encoder.source"),

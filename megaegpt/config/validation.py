@@ -50,6 +50,7 @@ _POSITIVE = [
     "model.egpt.chunk_size",
     "model.egpt.features_per_chunk",
     "model.encoder.batch_size",
+    "model.encoder.layers",
     "data.prefetch",
     "parallel.tensor_parallel_size",
     "training.steps",

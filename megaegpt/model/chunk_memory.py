@@ -108,7 +108,7 @@ class ChunkWindowContext:
 
     Args:
         num_chunks: chunks of tokens; the memory holds the features of all but the last.
-        features_per_chunk: memory vectors of a chunk.
+        features_per_chunk: memory vectors of a chunk; 0 without a memory.
         local: tokens of a chunk also attend to each other.
         cut: (B,) or None; the history of chunks from this one on starts at it.
     """
@@ -132,7 +132,7 @@ class ChunkWindowContext:
         self.memory_size = (num_chunks - 1) * features_per_chunk
         self._token_chunk = torch.arange(num_chunks, device=device)  # (N,)
         self._slot = torch.arange(self.memory_size, device=device)  # (M,)
-        self._slot_chunk = self._slot // features_per_chunk
+        self._slot_chunk = self._slot // max(features_per_chunk, 1)
         self._features_per_chunk = features_per_chunk
         self._cut = cut
 

@@ -6,6 +6,7 @@ Shapes: B batch, N chunks, S chunk size, P features a chunk, M = (N - 1) * P, C 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
 from megaegpt.model.positions import AddedPositions, rotary_table
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.layers import Embedding
+from megaegpt.parallel.layers import Embedding, LayerNorm
 from megaegpt.parallel.params import count_parameters
 
 Recorded = list[tuple[Tensor, Tensor]]
@@ -42,10 +43,16 @@ class EGPT(nn.Module):
     def __init__(self, config: ModelConfig, grid: ProcessGrid) -> None:
         super().__init__()
         self.config, self.grid = config, grid
-        chunks = config.egpt
-        self.input_mlp = MLP(config, grid, out_std=residual_std(config))
-        self.chunk_positions = AddedPositions(config, chunks.num_chunks, grid)
-        self.lengths = Embedding(chunks.chunk_size, config.hidden_size, grid, config.init_std)
+        chunks, width = config.egpt, config.hidden_size
+        self.input_norm = (
+            LayerNorm(width, grid, bias=config.bias, eps=config.layer_norm_eps)
+            if chunks.adapter_norm
+            else None
+        )
+        added = replace(config, init_std=0.0) if chunks.adapter_residual else config
+        self.input_mlp = MLP(config, grid, out_std=residual_std(added))
+        self.chunk_positions = AddedPositions(added, chunks.num_chunks, grid)
+        self.lengths = Embedding(chunks.chunk_size, width, grid, added.init_std)
         self.stack = BlockStack(config, grid)
         self.head = OutputHead(config, grid)
 
@@ -53,7 +60,10 @@ class EGPT(nn.Module):
         """Encoder states (B, T, C) with chunk numbers and offsets (T,) -> decoder inputs (B, T,
         C).
         """
-        x = self.chunk_positions(self.input_mlp(states), chunk) + self.lengths(offset)
+        x = self.input_mlp(states if self.input_norm is None else self.input_norm(states))
+        if self.config.egpt.adapter_residual:
+            x = states + x
+        x = self.chunk_positions(x, chunk) + self.lengths(offset)
         return F.dropout(x, self.config.dropout, self.training)
 
     def _feature_places(self, chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -73,18 +83,20 @@ class EGPT(nn.Module):
         Positions computed: N * S tokens and (N - 1) * P features, each once.
         """
         egpt = self.config.egpt
+        if not egpt.history:
+            features = features[:, :0]
         batch, chunks, size, _ = token_states.shape
         device = token_states.device
         token_chunk = torch.arange(chunks, device=device).repeat_interleave(size)
         token_offset = torch.arange(size, device=device).repeat(chunks)
-        feature_chunk, feature_offset = self._feature_places(chunks - 1, device)
+        feature_chunk, feature_offset = self._feature_places(features.shape[1], device)
         chunk = torch.cat([feature_chunk, token_chunk])  # (M + N * S,)
         offset = torch.cat([feature_offset, token_offset])
         states = torch.cat([features.flatten(1, 2), token_states.flatten(1, 2)], dim=1)
         context = ChunkWindowContext(
             chunks,
             size,
-            egpt.features_per_chunk,
+            egpt.features_per_chunk if egpt.history else 0,
             local=egpt.local_attention,
             rotary=rotary_table(self.config, chunk),
             cut=self._history_cut(batch, chunks, device),
@@ -113,6 +125,8 @@ class EGPT(nn.Module):
         """Features of the chunks before the current one, (B, n, P, C) with n < N -> each layer's
         keys, values.
         """
+        if not self.config.egpt.history:
+            features = features[:, :0]
         chunk, offset = self._feature_places(features.shape[1], features.device)
         context = RecordingContext(rotary_table(self.config, chunk))
         self.stack(self._embed(features.flatten(1, 2), chunk, offset), context)
@@ -149,7 +163,7 @@ class EGPT(nn.Module):
         encoder).
         """
         config, egpt = self.config, self.config.egpt
-        features = (egpt.num_chunks - 1) * egpt.features_per_chunk
+        features = (egpt.num_chunks - 1) * egpt.features_per_chunk * egpt.history
         positions = 1 + features / (egpt.num_chunks * egpt.chunk_size)  # a token's share of them
         per_position = matmul_flops(self.stack) + matmul_flops(self.input_mlp)
         visible = features + (egpt.chunk_size if egpt.local_attention else 1)

@@ -8,6 +8,7 @@ of it.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ class FrozenEncoder(nn.Module):
             )
         gpt = GPT(model_config, grid)
         load_weights(gpt, config.source, grid)
+        if config.layers is not None:
+            _cut(gpt, config.layers)
         encoder = FrozenEncoder(gpt)  # the fingerprint is of the weights as stored, before casts
         return encoder.to(device=grid.device, dtype=dtype)
 
@@ -59,13 +62,29 @@ class FrozenEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
-        """(..., S) ids, S <= max_seq_len -> (..., S, C) states after the final LayerNorm"""
+        """(..., S) ids, S <= max_seq_len -> (..., S, C) states after the final LayerNorm, or of the
+        last block where the encoder is cut.
+        """
         states = self.gpt.hidden_states(tokens.reshape(-1, tokens.shape[-1]))
         return states.view(*tokens.shape, -1)
 
     def flops_per_token(self, length: int) -> int:
         """Operations of encoding one token of a chunk of ``length`` tokens."""
         return matmul_flops(self.gpt.stack) + attention_flops(self.config, length)
+
+
+def _cut(gpt: GPT, layers: int) -> None:
+    """Keep the first blocks, and no final LayerNorm behind them.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    total = gpt.config.num_layers
+    if layers > total:
+        raise ConfigError(f"model.encoder.layers={layers}: the encoder has {total} blocks")
+    gpt.config = replace(gpt.config, num_layers=layers)
+    gpt.stack.blocks = gpt.stack.blocks[:layers]
+    gpt.stack.norm = nn.Identity()  # type: ignore[assignment]
 
 
 def weights_fingerprint(model: GPT) -> str:

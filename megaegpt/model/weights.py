@@ -27,7 +27,7 @@ from megaegpt.parallel.params import full_state, shard, spec_of
 
 FORMAT = "megaegpt-weights"
 VERSION = 1
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
 def save_weights(
@@ -52,7 +52,7 @@ def save_weights(
         "model": dataclasses.asdict(config),
         "extra": extra or {},
     }
-    with _whole_file(folder / _WEIGHTS) as temporary:
+    with _whole_file(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     with _whole_file(folder / _CONFIG) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -88,7 +88,7 @@ def find_weights(folder: str | Path) -> Path:
         if (candidate / _CONFIG).is_file():
             return candidate
     raise CheckpointError(
-        f"{folder} holds no weights: give a folder with {_CONFIG} and {_WEIGHTS}, a checkpoint, "
+        f"{folder} holds no weights: give a folder with {_CONFIG} and {WEIGHTS}, a checkpoint, "
         "a run, or its checkpoints"
     )
 
@@ -121,7 +121,7 @@ def load_weights(model: nn.Module, folder: str | Path, grid: ProcessGrid) -> Non
     Raises:
         CheckpointError: the file is missing or damaged, or names or shapes differ from the model's.
     """
-    path = Path(folder) / _WEIGHTS
+    path = Path(folder) / WEIGHTS
     parameters = dict(model.named_parameters())
     try:
         with safe_open(path, framework="pt") as file:

@@ -19,6 +19,7 @@ from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.build import Model, build_model
 from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.initialization import initialize_from_encoder
 from megaegpt.model.weights import load_weights, save_weights
 from megaegpt.parallel.agreement import from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
@@ -154,6 +155,10 @@ class _Run:
             activation_checkpointing=training.activation_checkpointing,
             compile_blocks=training.compile,
         )
+        if self.encoder is not None and config.model.encoder.initialize_decoder:
+            source = resolve_weights_source(str(config.model.encoder.source), grid)
+            with raising_together(grid):
+                initialize_from_encoder(self.model, source, grid)
         if training.initialize_from is not None:
             weights = resolve_weights_source(training.initialize_from, grid)
             with raising_together(grid):

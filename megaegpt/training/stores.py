@@ -14,6 +14,7 @@ from megaegpt.errors import ConfigError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.initialization import initialization_problems
 from megaegpt.model.weights import find_weights, read_weights_config
 from megaegpt.parallel.agreement import raising_together
 from megaegpt.parallel.grid import ProcessGrid
@@ -73,15 +74,20 @@ def _fitting_encoder(model: ModelConfig, folder: Path) -> ModelConfig:
         problems.append(
             f"it sees {encoder.max_seq_len} tokens, a chunk has {model.egpt.chunk_size}"
         )
+    layers = model.encoder.layers or encoder.num_layers
+    if layers > encoder.num_layers:
+        problems.append(f"it has {encoder.num_layers} blocks, model.encoder.layers is {layers}")
+    if model.encoder.initialize_decoder:
+        problems += initialization_problems(model, encoder)
     if problems:
         raise ConfigError(f"model.encoder.source={folder} does not fit: {'; '.join(problems)}")
-    return encoder
+    return dataclasses.replace(encoder, num_layers=layers)
 
 
 def needs_store(config: RunConfig) -> bool:
     """Whether the run reads features from disk."""
     data, kind = config.data, config.model.kind
-    history = kind == "egpt" and data.history_features == "stored"
+    history = kind == "egpt" and config.model.egpt.history and data.history_features == "stored"
     return history or (kind != "gpt" and data.token_features == "stored")
 
 

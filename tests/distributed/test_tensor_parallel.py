@@ -18,7 +18,14 @@ GPT = ModelConfig(vocab_size=300, max_seq_len=12, hidden_size=32, num_layers=2, 
 EGPT = replace(GPT, kind="egpt", bias=False, egpt=EGPTConfig(num_chunks=3, chunk_size=4))
 IMPROVED = replace(
     EGPT,
-    egpt=replace(EGPT.egpt, local_attention=True, features_per_chunk=2, memory_gate=True),
+    egpt=replace(
+        EGPT.egpt,
+        local_attention=True,
+        features_per_chunk=2,
+        memory_gate=True,
+        adapter_norm=True,
+        adapter_residual=True,
+    ),
 )
 MODELS = {
     "gpt": GPT,

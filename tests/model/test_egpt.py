@@ -41,6 +41,8 @@ VARIANTS = {
     "window_2": replace(ORIGINAL, window=2),
     "window_3_local": replace(_variant(local_attention=True), window=3),
     "grouped_query": replace(ORIGINAL, num_kv_heads=1),
+    "adapter": _variant(adapter_norm=True, adapter_residual=True),
+    "no_history": _variant(history=False, local_attention=True),
 }
 
 
@@ -85,8 +87,13 @@ def _naive_block(x: torch.Tensor, block, window: int | None) -> torch.Tensor:
 
 
 def _naive_embed(model: EGPT, state: torch.Tensor, chunk: int, offset: int) -> torch.Tensor:
-    mlp = model.input_mlp
-    x = mlp.down(F.gelu(mlp.up(state), approximate="tanh"))
+    mlp, egpt, x = model.input_mlp, model.config.egpt, state
+    if egpt.adapter_norm:
+        norm = model.input_norm
+        x = F.layer_norm(x, (C,), norm.weight, norm.bias)
+    x = mlp.down(F.gelu(mlp.up(x), approximate="tanh"))
+    if egpt.adapter_residual:
+        x = state + x
     if model.config.positions == "learned":
         x = x + model.chunk_positions.table.weight[chunk]
     else:
@@ -107,7 +114,7 @@ def _naive_hidden(model: EGPT, states: torch.Tensor) -> torch.Tensor:
         of_window = []
         for n in range(N):
             history = []
-            for chunk in range(n):
+            for chunk in range(n if egpt.history else 0):
                 for p in range(egpt.features_per_chunk):
                     seen = window[chunk, p * span : (p + 1) * span]
                     state = seen[-1] if egpt.feature_pooling == "last" else seen.mean(0)
@@ -221,7 +228,9 @@ def test_a_cut_history_is_that_of_two_shorter_windows(monkeypatch):
     torch.testing.assert_close(before[1], whole[1])
 
 
-@pytest.mark.parametrize("name", ["original", "features_3", "local", "window_3_local"])
+@pytest.mark.parametrize(
+    "name", ["original", "features_3", "local", "window_3_local", "adapter", "no_history"]
+)
 def test_decoding_from_a_recorded_memory_equals_the_whole_window(name):
     config = VARIANTS[name]
     model = _model(config).eval()
@@ -237,6 +246,17 @@ def test_decoding_from_a_recorded_memory_equals_the_whole_window(name):
             for start, stop in ((0, 3), (3, 4), (4, S))
         ]
         torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, n], rtol=1e-9, atol=1e-9)
+
+
+def test_a_residual_adapter_starts_as_the_identity_whatever_the_chunk_and_offset():
+    config = _variant(adapter_norm=True, adapter_residual=True)
+    model = build_model(config, ProcessGrid(), seed=3).double()
+    states, features, _ = _batch(config)
+    inputs = []
+    model.stack.blocks[0].register_forward_hook(lambda _, args, __: inputs.append(args[0]))
+    model.hidden_states(states, features)
+    expected = torch.cat([features.flatten(1, 2), states.flatten(1, 2)], dim=1)
+    assert torch.equal(inputs[0], expected)
 
 
 def test_operations_per_token_are_counted_position_by_position():

@@ -1,0 +1,122 @@
+"""An encoder cut before its end, and decoders that start as the part that was cut off."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
+from megaegpt.errors import ConfigError
+from megaegpt.model.attention.cache import KVCache
+from megaegpt.model.build import build_model
+from megaegpt.model.egpt import chunk_features
+from megaegpt.model.encoder import FrozenEncoder, weights_fingerprint
+from megaegpt.model.initialization import initialization_problems, initialize_from_encoder
+from megaegpt.model.weights import save_weights
+from megaegpt.parallel.grid import ProcessGrid
+from tests.distributed.harness import Distributed, grid_for
+
+N, S = 3, 8
+GPT = ModelConfig(vocab_size=300, max_seq_len=S, hidden_size=16, num_layers=4, num_heads=2)
+DEEPGPT = replace(GPT, kind="deepgpt", num_layers=2, egpt=EGPTConfig(num_chunks=N, chunk_size=S))
+EGPT = replace(
+    DEEPGPT,
+    kind="egpt",
+    egpt=EGPTConfig(
+        num_chunks=N,
+        chunk_size=S,
+        features_per_chunk=2,
+        feature_pooling="mean",
+        local_attention=True,
+        memory_gate=True,
+        adapter_norm=True,
+        adapter_residual=True,
+    ),
+)
+
+
+def save_encoder(folder: Path, config: ModelConfig = GPT) -> str:
+    save_weights(build_model(config, ProcessGrid(), seed=9), folder, ProcessGrid())
+    return str(folder)
+
+
+def _cut(source: str, layers: int, grid: ProcessGrid) -> FrozenEncoder:
+    return FrozenEncoder.from_source(EncoderConfig(source=source, layers=layers), grid)
+
+
+def test_a_cut_encoder_gives_the_states_behind_its_last_block(tmp_path):
+    encoder = _cut(save_encoder(tmp_path), 3, ProcessGrid())
+    whole = build_model(GPT, ProcessGrid(), seed=9)
+    tokens = torch.randint(300, (2, N, S))
+    behind = []
+    whole.stack.blocks[2].register_forward_hook(lambda _, __, output: behind.append(output))
+    whole.hidden_states(tokens.flatten(0, 1))
+    assert torch.equal(encoder(tokens), behind[0].view(2, N, S, 16))
+    cache = KVCache(encoder.gpt.config, ProcessGrid(), 2, S, dtype=torch.float32)
+    first, rest = tokens[:, 0, :5], tokens[:, 0, 5:]
+    parts = [encoder.gpt.hidden_states(part, cache) for part in (first, rest)]
+    torch.testing.assert_close(torch.cat(parts, 1), behind[0].view(2, N, S, 16)[:, 0])
+
+
+def test_a_cut_encoder_has_a_fingerprint_and_costs_of_its_own(tmp_path):
+    source = save_encoder(tmp_path)
+    whole, cut = (
+        FrozenEncoder.from_source(EncoderConfig(source), ProcessGrid()),
+        _cut(source, 2, ProcessGrid()),
+    )
+    assert cut.fingerprint == weights_fingerprint(cut.gpt) != whole.fingerprint
+    assert cut.flops_per_token(S) == whole.flops_per_token(S) / 2
+    with pytest.raises(ConfigError, match=r"model\.encoder\.layers=5: the encoder has 4 blocks"):
+        _cut(source, 5, ProcessGrid())
+
+
+def _differences(source: str, tp: int) -> dict[str, float]:
+    """Loss of each decoder as it starts, relative to the whole GPT's, at a tensor-parallel size."""
+    grid = grid_for(tp)
+    tokens = torch.randint(300, (2, N, S + 1), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[..., :-1], tokens[..., 1:]
+    gpt = build_model(GPT, ProcessGrid(), seed=9).double()
+    expected = gpt(inputs.flatten(0, 1), targets.flatten(0, 1)).item()
+    states = _cut(source, 2, grid).double()(inputs)
+    found = {}
+    for config in (DEEPGPT, EGPT):
+        model = build_model(config, grid, seed=1)
+        initialize_from_encoder(model, source, grid)
+        features = [chunk_features(states[:, :-1], config.egpt)] if config is EGPT else []
+        found[config.kind] = model.double()(states, *features, targets).item() / expected - 1
+    return found
+
+
+def test_decoders_over_a_cut_encoder_start_as_the_whole_gpt(tmp_path, distributed: Distributed):
+    source = save_encoder(tmp_path)
+    for result in distributed(2, _differences, source, 2):
+        assert result == pytest.approx({"deepgpt": 0.0, "egpt": 0.0}, abs=1e-9)
+
+
+def test_an_encoder_with_a_head_of_its_own_gives_that_one(tmp_path):
+    untied = replace(GPT, tied_embeddings=False)
+    source = save_encoder(tmp_path, untied)
+    decoder = build_model(DEEPGPT, ProcessGrid(), seed=1)
+    initialize_from_encoder(decoder, source, ProcessGrid())
+    expected = build_model(untied, ProcessGrid(), seed=9)
+    assert torch.equal(decoder.head.weight, expected.head.weight)
+    assert torch.equal(decoder.stack.norm.weight, expected.stack.norm.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_heads": 4}, "num_heads is 2, model's 4"),
+        ({"bias": False}, "bias is True, model's False"),
+        ({"num_layers": 5}, "4 blocks, too few for the 5"),
+        ({"positions": "rotary"}, "rotary"),
+    ],
+)
+def test_what_cannot_start_as_the_encoder_is_refused_by_name(changes, words):
+    assert initialization_problems(EGPT, GPT) == []
+    assert any(
+        words in problem for problem in initialization_problems(replace(EGPT, **changes), GPT)
+    )
