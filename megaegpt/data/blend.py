@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from megaegpt.data.permutation import Permutation
-from megaegpt.data.samples import PretrainingSamples
+from megaegpt.data.samples import StreamSamples
 from megaegpt.errors import DataError
 
 _SMALLEST_BLOCK = 1024
@@ -23,21 +23,23 @@ class Blend:
     the number alone.
 
     Args:
-        sources: samples with rows of one length.
+        sources: samples of one kind and size, out of several spans of one stream.
         weights: positive, in any unit.
         seed: of the order inside blocks.
 
     Raises:
-        DataError: sources and weights do not fit together.
+        DataError: there is not one positive weight for each source.
     """
 
     def __init__(
-        self, sources: Sequence[PretrainingSamples], weights: Sequence[float], seed: int
+        self, sources: Sequence[StreamSamples], weights: Sequence[float], seed: int
     ) -> None:
         if not sources or len(sources) != len(weights) or min(weights) <= 0:
             raise DataError(f"{len(sources)} sources need as many positive weights, not {weights}")
+        if any(source.stream is not sources[0].stream for source in sources):
+            raise ValueError("the sources of a blend must be spans of one stream")
         if len({source.row_len for source in sources}) > 1:
-            raise DataError("the sources of a blend must have samples of one length")
+            raise ValueError("the sources of a blend must have samples of one length")
         self.sources = list(sources)
         total = sum(weights)
         self.weights = [weight / total for weight in weights]
@@ -94,14 +96,16 @@ class Blend:
             self._cached = (block, order, before, ends)
         return self._cached[1:]
 
-    def batch(self, numbers: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Tokens (n, row_len) int64 of samples by global number, in ``out`` if given."""
-        out = np.empty((len(numbers), self.row_len), np.int64) if out is None else out
+    def batch(
+        self, numbers: np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray | tuple[np.ndarray, ...]:
+        """What the sources' own ``batch`` gives, of samples by global number."""
         sources, inside = self.locate(numbers)
+        starts = np.empty(len(numbers), np.int64)
         for source in np.unique(sources).tolist():
-            rows = np.flatnonzero(sources == source)
-            out[rows] = self.sources[source].batch(inside[rows])
-        return out
+            mask = sources == source
+            starts[mask] = self.sources[source].starts(inside[mask])
+        return self.sources[0].read(starts, out)
 
     def tokens_by_source(self, samples: int) -> list[int]:
         """Tokens predicted from each source in the first ``samples`` samples of a run."""

@@ -34,6 +34,20 @@ class Samples(Protocol):
         """Length of a row of tokens."""
 
 
+class StreamSamples(Samples, Protocol):
+    """Samples that are rows of a stream."""
+
+    stream: TokenStream
+
+    def starts(self, numbers: np.ndarray) -> np.ndarray:
+        """First token (n,), in the stream, of samples by global number."""
+
+    def read(
+        self, starts: np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray | tuple[np.ndarray, ...]:
+        """What ``batch`` gives, of rows that begin at these tokens."""
+
+
 class EpochLayout:
     """How ``total`` units are cut into samples of ``size`` units: the same number in every epoch.
 
@@ -67,20 +81,34 @@ class EpochLayout:
 
 
 class PretrainingSamples:
-    """Spans of ``seq_len`` predicted tokens, anywhere in the stream; documents may end inside.
+    """Rows of ``seq_len`` predicted tokens, anywhere in the stream; documents may end inside.
+
+    Args:
+        stream: where the tokens are.
+        seq_len: tokens predicted in a row.
+        seed: of the order.
+        span: first token and end of the part of the stream that is used; None: all of it.
 
     Raises:
-        DataError: the stream is shorter than one sample.
+        DataError: there are fewer tokens than one sample has.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, seed: int) -> None:
-        if len(stream) <= seq_len:
+    def __init__(
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        seed: int,
+        span: tuple[int, int] | None = None,
+    ) -> None:
+        self._begin, end = span or (0, len(stream))
+        tokens = end - self._begin
+        if tokens <= seq_len:
             raise DataError(
-                f"{stream.prefixes[0]} has {len(stream)} tokens; one sample needs {seq_len + 1}"
+                f"{stream.name_at(self._begin)} has {tokens} tokens; one sample needs {seq_len + 1}"
             )
         self.stream = stream
         self.seq_len = seq_len
-        self._layout = EpochLayout(len(stream) - 1, seq_len, seed)
+        self._layout = EpochLayout(tokens - 1, seq_len, seed)
 
     def __len__(self) -> int:
         """Samples an epoch."""
@@ -93,8 +121,16 @@ class PretrainingSamples:
 
     def batch(self, numbers: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Tokens (n, seq_len + 1) int64 of samples by global number, in ``out`` if given."""
-        out = np.empty((len(numbers), self.row_len), np.int64) if out is None else out
-        self.stream.read_rows(self._layout.starts(numbers), out)
+        return self.read(self.starts(numbers), out)
+
+    def starts(self, numbers: np.ndarray) -> np.ndarray:
+        """First token (n,), in the stream, of samples by global number."""
+        return self._layout.starts(numbers) + self._begin
+
+    def read(self, starts: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Tokens (n, seq_len + 1) of rows that begin at ``starts``."""
+        out = np.empty((len(starts), self.row_len), np.int64) if out is None else out
+        self.stream.read_rows(starts, out)
         return out
 
 
@@ -104,16 +140,33 @@ class ChunkWindows:
     Chunk i of a stream is always tokens ``i * chunk_size .. (i + 1) * chunk_size``, so features
     can be stored by chunk number. The phase of an epoch is a number of chunks.
 
+    Args:
+        stream: where the tokens are.
+        num_chunks: of a window.
+        chunk_size: tokens of a chunk.
+        seed: of the order.
+        span: first token and end of the part of the stream that is used; None: all of it. Chunks
+            that begin before it are left out, so that no window reaches over two corpora.
+
     Raises:
-        DataError: the stream is shorter than one window.
+        DataError: there are fewer tokens than one window has.
     """
 
-    def __init__(self, stream: TokenStream, num_chunks: int, chunk_size: int, seed: int) -> None:
-        chunks = (len(stream) - 1) // chunk_size
+    def __init__(
+        self,
+        stream: TokenStream,
+        num_chunks: int,
+        chunk_size: int,
+        seed: int,
+        span: tuple[int, int] | None = None,
+    ) -> None:
+        begin, end = span or (0, len(stream))
+        self._first_chunk = -(-begin // chunk_size)
+        chunks = (end - 1) // chunk_size - self._first_chunk
         if chunks < num_chunks:
             raise DataError(
-                f"{stream.prefixes[0]} has {len(stream)} tokens; a window of {num_chunks} chunks "
-                f"of {chunk_size} needs {num_chunks * chunk_size + 1}"
+                f"{stream.name_at(begin)} has {end - begin} tokens; a window of {num_chunks} "
+                f"chunks of {chunk_size} needs {num_chunks * chunk_size + 1}"
             )
         self.stream = stream
         self.num_chunks = num_chunks
@@ -133,7 +186,16 @@ class ChunkWindows:
         self, numbers: np.ndarray, out: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (n, num_chunks * chunk_size + 1) and chunk numbers (n, num_chunks), both int64."""
-        out = np.empty((len(numbers), self.row_len), np.int64) if out is None else out
-        first = self._layout.starts(numbers)
-        self.stream.read_rows(first * self.chunk_size, out)
-        return out, first[:, None] + np.arange(self.num_chunks)
+        return self.read(self.starts(numbers), out)
+
+    def starts(self, numbers: np.ndarray) -> np.ndarray:
+        """First token (n,), in the stream, of windows by global number."""
+        return (self._layout.starts(numbers) + self._first_chunk) * self.chunk_size
+
+    def read(
+        self, starts: np.ndarray, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and chunk numbers of windows that begin at ``starts``."""
+        out = np.empty((len(starts), self.row_len), np.int64) if out is None else out
+        self.stream.read_rows(starts, out)
+        return out, starts[:, None] // self.chunk_size + np.arange(self.num_chunks)

@@ -8,7 +8,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,22 +28,34 @@ class TokenStream:
         prefixes: shard prefixes, prefixes of a set of shards, or globs (see
             :func:`resolve_prefixes`).
 
+    Attributes:
+        prefixes: of all shards.
+        spans: first token and end of what each of the given prefixes stands for.
+
     Raises:
         DataError: no shard, a damaged shard, or shards without tokens.
     """
 
     def __init__(self, prefixes: Sequence[str]) -> None:
-        self.prefixes = resolve_prefixes(prefixes)
+        sets = [resolve_prefixes([prefix]) for prefix in prefixes]
+        self.prefixes = [prefix for found in sets for prefix in found]
         self.shards = [Shard(prefix) for prefix in self.prefixes]
         self._tokens = [shard.tokens for shard in self.shards]
         self._ends = list(accumulate(len(tokens) for tokens in self._tokens))
         self._begins = [0, *self._ends[:-1]]
+        bounds = [0, *accumulate(len(found) for found in sets)]
+        tokens_before = [0, *self._ends]
+        self.spans = [(tokens_before[a], tokens_before[b]) for a, b in pairwise(bounds)]
         if not self.shards or not self._ends[-1]:
             raise DataError(f"no tokens in {', '.join(prefixes) or 'an empty list of shards'}")
 
     def __len__(self) -> int:
         """Tokens."""
         return self._ends[-1]
+
+    def name_at(self, start: int) -> str:
+        """Prefix of the shard that a token is in, for messages."""
+        return self.prefixes[bisect_right(self._ends, min(start, len(self) - 1))]
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens from ``start`` on, in the shards' own type; a view where one shard has them all.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,19 +9,25 @@ from hypothesis import strategies as st
 
 from megaegpt.data.blend import Blend
 from megaegpt.data.loader import TrainingLoader
-from megaegpt.data.samples import PretrainingSamples
+from megaegpt.data.samples import ChunkWindows, PretrainingSamples
+from megaegpt.data.stream import TokenStream
 from megaegpt.errors import DataError
 from megaegpt.parallel.grid import ProcessGrid
 from tests.data.corpora import counting_stream
 
+SPANS = [(0, 400), (400, 1200), (1200, 2400)]
+
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> list[PretrainingSamples]:
-    folder = tmp_path_factory.mktemp("blend")
-    return [
-        PretrainingSamples(counting_stream(folder, size), seq_len=4, seed=size)
-        for size in (400, 800, 1200)
-    ]
+def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
+    """Three sets of shards, the last two of several: 400, 800 and 1,200 tokens."""
+    prefixes = counting_stream(tmp_path_factory.mktemp("blend"), 2400, 400).prefixes
+    return TokenStream(prefixes)
+
+
+@pytest.fixture(scope="module")
+def sources(stream: TokenStream) -> list[PretrainingSamples]:
+    return [PretrainingSamples(stream, 4, seed, span) for seed, span in enumerate(SPANS)]
 
 
 @settings(max_examples=50, deadline=None)
@@ -43,6 +47,7 @@ def test_every_block_ends_within_one_sample_of_the_weights(
 
 class _Nothing:
     row_len = 5
+    stream = None
 
 
 def test_each_source_is_walked_in_its_own_order_without_gaps(
@@ -69,6 +74,25 @@ def test_rows_come_from_the_source_that_locate_names(sources: list[PretrainingSa
     rows = blend.batch(numbers)
     for row, source, inside in zip(rows, *blend.locate(numbers), strict=True):
         assert np.array_equal(row, sources[source].batch(np.array([inside]))[0])
+        first, end = SPANS[source]
+        assert first <= row.min() <= row.max() < end
+
+
+def test_windows_of_chunks_stay_on_the_grid_of_the_whole_stream(stream: TokenStream) -> None:
+    windows = [ChunkWindows(stream, 3, 7, seed, span) for seed, span in enumerate(SPANS)]
+    blend = Blend(windows, [1, 1, 2], seed=1)
+    numbers = np.arange(2000)
+    buffer = np.empty((2000, blend.row_len), np.int64)
+    tokens, chunks = blend.batch(numbers, out=buffer)
+    assert tokens is buffer
+    assert np.array_equal(tokens[:, 0], chunks[:, 0] * 7)
+    assert (np.diff(chunks, axis=1) == 1).all()
+    for source, row in zip(blend.locate(numbers)[0], tokens, strict=True):
+        first, end = SPANS[source]
+        assert first <= row[0] <= row[-1] < end
+    for source, (first, end) in enumerate(SPANS):  # no chunk of a corpus is out of reach
+        seen = np.unique(chunks[blend.locate(numbers)[0] == source])
+        assert np.array_equal(seen, np.arange(-(-first // 7), (end - 1) // 7))
 
 
 def test_a_run_resumes_in_the_middle_of_a_blend(sources: list[PretrainingSamples]) -> None:
@@ -91,12 +115,14 @@ def test_tokens_and_epochs_are_counted_by_source(sources: list[PretrainingSample
     assert max(epochs) == pytest.approx(1.0, abs=0.05)
 
 
-def test_sources_that_do_not_fit_are_refused(
-    sources: list[PretrainingSamples], tmp_path: Path
-) -> None:
+def test_weights_that_do_not_fit_are_refused(sources: list[PretrainingSamples]) -> None:
     for weights in ([1.0], [1.0, 0.0, 1.0], [1.0, -1.0, 2.0]):
         with pytest.raises(DataError, match="positive weights"):
             Blend(sources, weights, seed=1)
-    longer = PretrainingSamples(counting_stream(tmp_path, 100), seq_len=8, seed=1)
-    with pytest.raises(DataError, match="samples of one length"):
-        Blend([sources[0], longer], [1, 1], seed=1)
+
+
+def test_a_corpus_without_a_whole_sample_is_named(stream: TokenStream) -> None:
+    with pytest.raises(DataError, match="count-2400-400 has 6 tokens; one sample needs 9"):
+        PretrainingSamples(stream, 8, 1, span=(400, 406))
+    with pytest.raises(DataError, match="count-2400-800 has 20 tokens; a window of 3 chunks of 7"):
+        ChunkWindows(stream, 3, 7, 1, span=(800, 820))

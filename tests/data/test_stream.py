@@ -93,3 +93,12 @@ def test_an_incomplete_set_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / shard_name("train", 1, 2), [np.array([1])])
     with pytest.raises(DataError, match="sets of 00002 and 00003 shards"):
         resolve_prefixes([f"{tmp_path}/train"])
+
+
+def test_spans_are_those_of_the_given_prefixes(tmp_path: Path) -> None:
+    for number in range(3):
+        write_shard(tmp_path / f"set-{number:05d}-of-00003", [np.arange(4)])
+    write_shard(tmp_path / "single", [np.arange(5)])
+    stream = TokenStream([f"{tmp_path}/single", f"{tmp_path}/set"])
+    assert stream.spans == [(0, 5), (5, 17)]
+    assert [Path(stream.name_at(n)).name[:6] for n in (4, 5)] == ["single", "set-00"]
