@@ -12,6 +12,8 @@ class DataConfig:
 
     train: tuple[str, ...] = ()
     """Shard prefixes (or globs of them), as ``tools/preprocess.py`` prints them."""
+    weights: tuple[float, ...] = ()
+    """Share of each entry of ``train`` in the samples, in any unit. Empty: all are one corpus."""
     validation: tuple[str, ...] = ()
     """Shard prefixes evaluated whole. Empty: no evaluation."""
     vocabulary: str | None = None

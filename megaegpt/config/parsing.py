@@ -95,7 +95,7 @@ def describe(annotation: Any) -> str:
         choices = get_args(annotation)
         return f"one of {', '.join(map(str, choices))}"
     if get_origin(annotation) is tuple:
-        return "a list of strings"
+        return "a list of strings" if get_args(annotation)[0] is str else "a list of numbers"
     if get_origin(annotation) is dict:
         return "a mapping"
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -114,9 +114,9 @@ def _parse_value(value: Any, annotation: Any) -> Any:
     if get_origin(annotation) is tuple:
         # A lone string is a list of one: `data.train: data/book/train`.
         items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
+        if not isinstance(items, list | tuple):
             raise _WrongTypeError
-        return tuple(items)
+        return tuple(_parse_value(item, get_args(annotation)[0]) for item in items)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     wanted = get_origin(annotation) or annotation

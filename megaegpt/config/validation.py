@@ -118,6 +118,7 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
     if broken.isdisjoint(_BATCH):
         problems += _batch(config, world_size)
     problems += [p for p in _schedule(config) if broken.isdisjoint(p.keys)]
+    problems += _blend(config)
     problems += _deepspeed_keys(config)
     return problems
 
@@ -189,6 +190,17 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
             ("training.global_batch_size", "training.micro_batch_size"),
             f"training.global_batch_size={batch} is not divisible by "
             f"training.micro_batch_size={micro}{ranks}: use for example {suggestion}",
+        )
+
+
+def _blend(config: RunConfig) -> Iterator[Problem]:
+    """A positive weight for each corpus of a blend."""
+    weights, corpora = config.data.weights, len(config.data.train)
+    if weights and (len(weights) != corpora or min(weights) <= 0):
+        yield Problem(
+            ("data.weights", "data.train"),
+            f"data.weights={list(weights)} must be positive, one for each of the {corpora} "
+            "entries of data.train",
         )
 
 

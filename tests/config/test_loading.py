@@ -89,6 +89,8 @@ def test_no_follow_up_problem_is_invented_from_a_value_that_was_refused(write):
         ("parallel: {zero_stage: true}", "parallel.zero_stage must be one of 0, 1, 2, not true"),
         ("optimizer: {schedule: cosin}", "not 'cosin'; did you mean cosine?"),
         ("data: {train: [1]}", "data.train must be a list of strings, not [1]"),
+        ("data: {weights: [1, a]}", "data.weights must be a list of numbers, not [1, 'a']"),
+        ("data: {weights: 1}", "data.weights must be a list of numbers, not 1"),
         ("generation: {prompt: 5}", "must be a string, not 5 (quote it to make it a string)"),
         ("model: {egpt: 3}", "model.egpt must be a section of `key: value` lines, not 3"),
         ("deepspeed: 3", "deepspeed must be a mapping, not 3"),

@@ -57,6 +57,8 @@ REFUSED = [
     ({"training": {"steps": 20}}, "training.steps=20 must be greater than optimizer.warmup_steps"),
     ({"optimizer": {"decay_steps": 9}}, "optimizer.decay_steps=9 must be greater than"),
     ({"optimizer": {"schedule": "wsd", "decay_steps": 990}}, "do not fit in training.steps=1000"),
+    ({"data": {"train": ("a", "b"), "weights": (1.0,)}}, "one for each of the 2 entries"),
+    ({"data": {"train": ("a", "b"), "weights": (1.0, 0.0)}}, "data.weights=[1.0, 0.0] must be pos"),
     ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr=1.0 must not be above optimizer.lr"),
     ({"training": {"micro_batch_size": 0}}, "training.micro_batch_size=0 must be greater than 0"),
     ({"optimizer": {"weight_decay": -0.1}}, "optimizer.weight_decay=-0.1 must not be negative"),
