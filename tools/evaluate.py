@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megaegpt.data.evaluation import EvaluationWindows
 from megaegpt.data.files import write_whole
 from megaegpt.data.stream import TokenStream
 from megaegpt.errors import exits_cleanly
@@ -84,10 +85,10 @@ def _evaluate(
     inputs: ModelInputs = SequenceInputs()
     if loaded.encoder is not None:
         inputs = ChunkInputs(config, loaded.encoder, dtype)
+    num_chunks = 1 if config.kind == "gpt" else config.egpt.num_chunks
     evaluator = Evaluator(
-        stream,
-        window=config.sample_len,
-        num_chunks=1 if config.kind == "gpt" else config.egpt.num_chunks,
+        EvaluationWindows(stream, config.sample_len, num_chunks),
+        num_chunks=num_chunks,
         inputs=inputs,
         grid=grid,
         batch_size=batch_size,

@@ -1,17 +1,18 @@
-"""Loss over a whole split: every target once, the same number whatever the number of ranks."""
+"""Loss over a whole text: every target once, the same number whatever the number of ranks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from megaegpt.data.evaluation import EvaluationWindows
-from megaegpt.data.stream import TokenStream
+from megaegpt.data.evaluation import Windows
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import IGNORE
 from megaegpt.training.inputs import ModelInputs
@@ -19,14 +20,14 @@ from megaegpt.training.inputs import ModelInputs
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the split's text costs the model."""
+    """What a text costs the model."""
 
     loss: float
     """Mean nats per predicted token."""
     nats_per_byte: float
     """Nats over the UTF-8 bytes of the predicted tokens (end-of-text has none)."""
     tokens: int
-    """Predicted tokens: all of the split but its first."""
+    """Predicted tokens: all of a split but its first; of instructions, the answers'."""
     loss_by_chunk: tuple[float, ...] = ()
     """Nats per token by the chunk's number in its window; empty for gpt, nan without targets."""
 
@@ -38,34 +39,35 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates models of one kind on one split, in non-overlapping windows from its start.
+    """Evaluates models of one kind on one text.
 
     Args:
-        stream: the split.
-        window: tokens predicted in a window (S).
+        windows: of the text.
         num_chunks: chunks a window is reported by; 1 for gpt.
         inputs: how the model is fed.
         grid: windows are shared out over data-parallel ranks.
         batch_size: windows at once.
         token_byte_lengths: bytes of each token id.
+        progress: shows a bar of the windows on stderr, by rank 0.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
-        window: int,
+        windows: Windows,
         num_chunks: int,
         inputs: ModelInputs,
         grid: ProcessGrid,
         batch_size: int,
         token_byte_lengths: np.ndarray,
+        progress: str | None = None,
     ) -> None:
-        self._windows = EvaluationWindows(stream, window)
+        self._windows = windows
         self._num_chunks = num_chunks
         self._inputs = inputs
         self._grid = grid
         self._batch_size = batch_size
         self._byte_lengths = torch.from_numpy(np.asarray(token_byte_lengths, dtype=np.int64))
+        self._progress = progress
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Evaluation:
@@ -81,11 +83,12 @@ class Evaluator:
         model.eval()
         for first in self._first_windows():
             rows = slice(first, min(first + self._batch_size, len(self._windows)))
-            batch, targets = self._batch(np.arange(rows.start, rows.stop))
+            batch = self._batch(np.arange(rows.start, rows.stop))
             values = self._inputs.nats(
                 model, {name: x.to(device, non_blocking=True) for name, x in batch.items()}, "none"
             )
             nats[rows] = self._by_chunk(values.double())
+            targets = batch["targets"]
             valid = targets != IGNORE
             counts[0, rows] = self._by_chunk(valid.long())
             bytes_of = self._byte_lengths[targets.clamp(min=0)]
@@ -93,22 +96,21 @@ class Evaluator:
         model.train(was_training)
         return self._summarize(nats, counts.to(device))
 
-    def _first_windows(self) -> range:
+    def _first_windows(self) -> Iterable[int]:
         """First windows of this rank's batches; no number of ranks decides what is in a batch."""
         size, grid = self._batch_size, self._grid
-        return range(grid.dp_rank * size, len(self._windows), grid.dp_size * size)
+        firsts = range(grid.dp_rank * size, len(self._windows), grid.dp_size * size)
+        if self._progress is None:
+            return firsts
+        return tqdm(firsts, self._progress, unit="batch", disable=not grid.is_main)
 
-    def _batch(self, numbers: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+    def _batch(self, numbers: np.ndarray) -> dict[str, Tensor]:
         windows = self._windows.batch(numbers)
-        ids = numbers[:, None] * self._num_chunks + np.arange(self._num_chunks)
-        targets = torch.from_numpy(windows.targets)
-        batch = self._inputs.prepare(
-            torch.from_numpy(windows.tokens), targets, torch.from_numpy(ids)
-        )
-        return batch, targets
+        arrays = (windows.tokens, windows.targets, *windows.extras)
+        return self._inputs.prepare(*map(torch.from_numpy, arrays))
 
     def _by_chunk(self, values: Tensor) -> Tensor:
-        """(n, ...) of S values a window -> (n, N) sums."""
+        """(n, ...) of the windows' values -> (n, N) sums."""
         return values.reshape(len(values), self._num_chunks, -1).sum(-1)
 
     def _summarize(self, nats: Tensor, counts: Tensor) -> Evaluation:

@@ -1,15 +1,16 @@
 """From a batch of tokens to a call of the model, for each kind of model.
 
 ``prepare`` runs on the CPU (it may read stored features), so it can be done ahead of the step;
-``nats`` runs on the device: it encodes what is not stored and calls the model once.
+``arguments`` and ``nats`` run on the device: what is not stored is encoded, the model called once.
 
 Shapes: B samples, T tokens of a sequence, N chunks, S chunk size, P features a chunk, C hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Protocol
+import abc
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,41 +21,43 @@ from megaegpt.model.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 
 Reduction = Literal["sum", "none"]
+MicroBatch = Mapping[str, Tensor]
 
 
-class ModelInputs(Protocol):
+class ModelInputs(abc.ABC):
     """How one kind of model is fed."""
 
-    def prepare(
-        self, tokens: Tensor, targets: Tensor, chunk_ids: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Tokens and targets (B, L) int64, and of chunk windows the chunk ids (B, N), all on the
-        CPU -> a micro-batch, still on the CPU.
+    @abc.abstractmethod
+    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
+        """Tokens and targets (B, L) int64, and what the samples have besides (chunk windows: the
+        chunk ids (B, N)), all on the CPU -> a micro-batch, still on the CPU.
         """
 
+    @abc.abstractmethod
+    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """What the model is called with, but the targets; the micro-batch is on the device."""
+
     def nats(
-        self, model: Callable[..., Tensor], batch: Any, reduction: Reduction = "sum"
+        self, model: Callable[..., Tensor], batch: MicroBatch, reduction: Reduction = "sum"
     ) -> Tensor:
         """One call of ``model`` on a micro-batch that is on the device -> nats of its targets."""
+        return model(**self.arguments(batch), targets=batch["targets"], reduction=reduction)
 
 
-class SequenceInputs:
+class SequenceInputs(ModelInputs):
     """GPT: tokens in, nats out."""
 
-    def prepare(
-        self, tokens: Tensor, targets: Tensor, chunk_ids: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """(B, T) each."""
-        return {"tokens": tokens, "targets": targets}
+    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
+        """(B, T) each; ``extras`` may be the segments (B, T) of packed texts."""
+        batch = {"tokens": tokens, "targets": targets}
+        return batch if not extras else batch | {"segments": extras[0]}
 
-    def nats(
-        self, model: Callable[..., Tensor], batch: Any, reduction: Reduction = "sum"
-    ) -> Tensor:
+    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
         """See :class:`ModelInputs`."""
-        return model(batch["tokens"], batch["targets"], reduction=reduction)
+        return {name: batch[name] for name in ("tokens", "segments") if name in batch}
 
 
-class ChunkInputs:
+class ChunkInputs(ModelInputs):
     """EGPT and DeepGPT: frozen-encoder states of every chunk, and EGPT's features of earlier ones.
 
     Args:
@@ -79,10 +82,10 @@ class ChunkInputs:
         self._history = history if config.kind == "egpt" else None
         self._token_states = token_states
 
-    def prepare(
-        self, tokens: Tensor, targets: Tensor, chunk_ids: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Tokens and targets (B, N * S) -> (B, N, S), and what the stores hold of their chunks."""
+    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
+        """Tokens and targets (B, N * S) -> (B, N, S), and what the stores hold of their chunks,
+        whose ids (B, N) are the first of ``extras``; without stores any number of chunks.
+        """
         chunks = (-1, self._config.egpt.chunk_size)
         batch = {
             "tokens": tokens.unflatten(1, chunks),
@@ -91,30 +94,28 @@ class ChunkInputs:
         if self._history is not None:
             # The partial chunk at a split's end is not stored; no target comes after it.
             last = self._history.spec.num_chunks - 1
-            batch["features"] = self._history.history(_ids(chunk_ids)[:, :-1].clamp(max=last))
+            batch["features"] = self._history.history(_ids(extras)[:, :-1].clamp(max=last))
         store = self._token_states
-        if store is not None and bool((_ids(chunk_ids) < store.spec.num_chunks).all()):
-            batch["token_states"] = store.token_states(_ids(chunk_ids))
+        if store is not None and bool((_ids(extras) < store.spec.num_chunks).all()):
+            batch["token_states"] = store.token_states(_ids(extras))
         return batch
 
-    def nats(
-        self, model: Callable[..., Tensor], batch: Any, reduction: Reduction = "sum"
-    ) -> Tensor:
-        """See :class:`ModelInputs`."""
+    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """See :class:`ModelInputs`; encodes what is not stored."""
         if "token_states" in batch:
             states = batch["token_states"].to(self._dtype)  # (B, N, S, C)
         else:
             states = self._encoder(batch["tokens"]).to(self._dtype)
         if self._config.kind == "deepgpt":
-            return model(states, batch["targets"], reduction=reduction)
+            return {"token_states": states}
         if "features" in batch:
             features = batch["features"].to(self._dtype)  # (B, N - 1, P, C)
         else:
             features = chunk_features(states[:, :-1], self._config.egpt)
-        return model(states, features, batch["targets"], reduction=reduction)
+        return {"token_states": states, "features": features}
 
 
-def _ids(chunk_ids: Tensor | None) -> Tensor:
-    if chunk_ids is None:
+def _ids(extras: tuple[Tensor, ...]) -> Tensor:
+    if not extras:
         raise ValueError("stored features are read by chunk id, but the batch has none")
-    return chunk_ids
+    return extras[0]

@@ -12,15 +12,13 @@ from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.validation import validate
 from megaegpt.data.files import write_whole
 from megaegpt.data.loader import TrainingLoader
-from megaegpt.data.samples import ChunkWindows, PretrainingSamples
-from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.errors import CheckpointError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.build import Model, build_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.initialization import initialize_from_encoder
-from megaegpt.model.weights import load_weights, save_weights
+from megaegpt.model.weights import load_weights, read_weights_config, save_weights
 from megaegpt.parallel.agreement import from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.checkpoint import CheckpointManager, TrainerState
@@ -29,9 +27,10 @@ from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.inputs import ChunkInputs, ModelInputs, SequenceInputs
 from megaegpt.training.metrics import SpeedMeter, device_name, peak_flops
 from megaegpt.training.monitor import Monitor
+from megaegpt.training.run_data import PretrainingData, RunData
 from megaegpt.training.stopping import StopRequests
 from megaegpt.training.stores import load_encoder, needs_store, prepare_store
-from megaegpt.training.summary import ModelSize, describe_run, measure_model, tokens_per_step
+from megaegpt.training.summary import ModelSize, describe_run, measure_model
 from megaegpt.training.trainer import Trainer
 
 SampleText = Callable[[Model, FrozenEncoder | None, Tokenizer, GenerationConfig], str]
@@ -46,9 +45,23 @@ def pretrain(
     stops: StopRequests | None = None,
     sample_text: SampleText | None = None,
 ) -> bool:
-    """Train a gpt, egpt or deepgpt. Collective over all ranks of ``grid``.
+    """Train a gpt, egpt or deepgpt on token shards; see :func:`train`."""
+    return train(config, grid, PretrainingData, resume=resume, stops=stops, sample_text=sample_text)
+
+
+def train(
+    config: RunConfig,
+    grid: ProcessGrid,
+    read_data: Callable[[RunConfig], RunData],
+    *,
+    resume: bool = False,
+    stops: StopRequests | None = None,
+    sample_text: SampleText | None = None,
+) -> bool:
+    """Train on what ``read_data`` gives. Collective over all ranks of ``grid``.
 
     Args:
+        read_data: called once on every rank, after the configuration is checked.
         resume: go on from the latest checkpoint if there is one.
         stops: signals and time limit.
         sample_text: called at every evaluation if ``generation.max_new_tokens`` is not 0.
@@ -61,7 +74,7 @@ def pretrain(
     """
     with raising_together(grid):
         validate(config, grid.world_size)
-        data = _Data(config)
+        data = read_data(config)
         checkpoints = _checkpoints(config, resume)
     run = _Run(config, grid, data)
     state: TrainerState = {}
@@ -74,8 +87,8 @@ def pretrain(
     trainer = Trainer(
         config=config,
         engine=run.engine,
-        inputs=run.inputs(data.train, "train"),
-        loader=data.loader(grid, state.get("step", 0)),
+        inputs=run.inputs("train"),
+        loader=run.loader(state.get("step", 0)),
         checkpoints=checkpoints,
         monitor=monitor,
         meter=run.meter(),
@@ -94,54 +107,13 @@ def pretrain(
         run.engine.close()
 
 
-class _Data:
-    """Tokenizer, splits and samples."""
-
-    def __init__(self, config: RunConfig) -> None:
-        if not config.data.train:
-            raise ConfigError("data.train is empty: give the prefixes of the training shards")
-        self._config = config
-        self.tokenizer = Tokenizer.load(config.data.vocabulary)
-        self.train = TokenStream(config.data.train)
-        self.validation = TokenStream(config.data.validation) if config.data.validation else None
-        model, seed = config.model, config.training.seed
-        self.samples: PretrainingSamples | ChunkWindows
-        if model.kind == "gpt":
-            self.samples = PretrainingSamples(self.train, model.max_seq_len, seed)
-        else:
-            egpt = model.egpt
-            self.samples = ChunkWindows(self.train, egpt.num_chunks, egpt.chunk_size, seed)
-
-    def loader(self, grid: ProcessGrid, start_step: int) -> TrainingLoader:
-        """This rank's micro-batches from a step on."""
-        training = self._config.training
-        return TrainingLoader(
-            self.samples,
-            grid,
-            training.global_batch_size,
-            training.micro_batch_size,
-            start_step,
-            self._config.data.prefetch,
-        )
-
-    def describe(self) -> str:
-        """One line on the splits."""
-        training = self._config.training
-        epochs = training.steps * training.global_batch_size / len(self.samples)
-        held_out = f"{len(self.validation):,}" if self.validation else "no"
-        return (
-            f"{len(self.train):,} training tokens ({len(self.samples):,} samples; "
-            f"the run is {epochs:.2f} epochs), {held_out} validation tokens"
-        )
-
-
 @dataclass
 class _Run:
     """The model under its engine, and what is made of it."""
 
     config: RunConfig
     grid: ProcessGrid
-    data: _Data
+    data: RunData
 
     def __post_init__(self) -> None:
         config, grid, training = self.config, self.grid, self.config.training
@@ -162,6 +134,7 @@ class _Run:
         if training.initialize_from is not None:
             weights = resolve_weights_source(training.initialize_from, grid)
             with raising_together(grid):
+                self._check_encoder(weights)
                 load_weights(self.model, weights, grid)
         self.engine = Engine(self.model, grid, config)
         self.size: ModelSize = measure_model(
@@ -169,37 +142,58 @@ class _Run:
         )
         self.identity = {
             "encoder": self.encoder and self.encoder.fingerprint,
-            "shards": self.data.train.fingerprint,
+            "shards": self.data.fingerprint,
             "global_batch_size": training.global_batch_size,
             "seed": training.seed,
         }
 
-    def inputs(self, stream: TokenStream, split: str) -> ModelInputs:
+    def _check_encoder(self, weights: Path) -> None:
+        """A decoder goes on over the encoder it was trained with."""
+        wanted = read_weights_config(weights)[1].get("encoder_fingerprint")
+        if self.encoder is not None and wanted not in (None, self.encoder.fingerprint):
+            raise CheckpointError(
+                f"{weights} was trained over another encoder (fingerprint {wanted[:12]}, now "
+                f"{self.encoder.fingerprint[:12]}): set model.encoder.source to that one"
+            )
+
+    def loader(self, start_step: int) -> TrainingLoader:
+        """This rank's micro-batches from a step on."""
+        training = self.config.training
+        return TrainingLoader(
+            self.data.samples,
+            self.grid,
+            training.global_batch_size,
+            training.micro_batch_size,
+            start_step,
+            self.config.data.prefetch,
+        )
+
+    def inputs(self, split: str) -> ModelInputs:
         """How the model is fed from a split; computes the split's feature store if need be."""
         config = self.config
         if self.encoder is None:
-            return SequenceInputs()
+            return self.data.adapt(SequenceInputs())
         store = None
-        if needs_store(config):
+        stream = self.data.streams.get(split)
+        if stream is not None and needs_store(config):
             store = prepare_store(config, self.grid, self.encoder, stream, split, self.precision)
-        return ChunkInputs(
+        inputs = ChunkInputs(
             config.model,
             self.encoder,
             DTYPES[self.precision],
             history=store if config.data.history_features == "stored" else None,
             token_states=store if config.data.token_features == "stored" else None,
         )
+        return self.data.adapt(inputs)
 
     def evaluator(self) -> Evaluator | None:
-        """Evaluates the validation split, if there is one."""
-        stream, model = self.data.validation, self.config.model
-        if stream is None:
+        """Evaluates what is held out, if anything is."""
+        if self.data.validation is None:
             return None
         return Evaluator(
-            stream,
-            window=model.sample_len,
-            num_chunks=1 if model.kind == "gpt" else model.egpt.num_chunks,
-            inputs=self.inputs(stream, "validation"),
+            self.data.validation,
+            num_chunks=self.data.num_chunks,
+            inputs=self.inputs("validation"),
             grid=self.grid,
             batch_size=self.config.training.micro_batch_size,
             token_byte_lengths=self.data.tokenizer.token_byte_lengths,
@@ -216,7 +210,9 @@ class _Run:
         """Measures speed against all ranks' devices."""
         peak = peak_flops(device_name(self.grid.device), self.precision)
         return SpeedMeter(
-            tokens_per_step=tokens_per_step(self.config),
+            tokens_per_step=round(
+                self.config.training.global_batch_size * self.data.tokens_per_sample
+            ),
             flops_per_token=self.size.flops_per_token,
             peak_flops=None if peak is None else peak * self.grid.world_size,
             total_steps=self.config.training.steps,

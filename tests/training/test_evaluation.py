@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megaegpt.data.evaluation import EvaluationWindows
 from megaegpt.data.shards import ShardWriter
 from megaegpt.data.stream import TokenStream
 from megaegpt.model.build import build_model
@@ -35,25 +36,35 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(prefix)
 
 
-class TargetsAsNats:
+class TargetsAsNats(ModelInputs):
     """A model whose loss on each token is its target's number."""
 
-    def prepare(self, tokens: Tensor, targets: Tensor, chunk_ids: Any = None) -> dict[str, Tensor]:
+    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
         return {"targets": targets}
+
+    def arguments(self, batch: Any) -> dict[str, Tensor]:
+        return {}
 
     def nats(self, model: Any, batch: Any, reduction: str = "sum") -> Tensor:
         assert reduction == "none"
         return batch["targets"].clamp(min=0).float()
 
 
-def evaluator(split: str, inputs: ModelInputs, grid: ProcessGrid, **changes: Any) -> Evaluator:
+def evaluator(
+    split: str,
+    inputs: ModelInputs,
+    grid: ProcessGrid,
+    stride: int | None = None,
+    **changes: Any,
+) -> Evaluator:
     values: dict[str, Any] = {
-        "window": WINDOW,
         "num_chunks": CHUNKS,
         "batch_size": 2,
         "token_byte_lengths": BYTES,
     }
-    return Evaluator(TokenStream([split]), inputs=inputs, grid=grid, **values | changes)
+    values |= changes
+    windows = EvaluationWindows(TokenStream([split]), WINDOW, values["num_chunks"], stride)
+    return Evaluator(windows, inputs=inputs, grid=grid, **values)
 
 
 def test_every_target_counts_once_by_token_byte_and_chunk(split: str) -> None:
@@ -87,6 +98,22 @@ def test_the_model_is_evaluated_without_dropout_and_left_as_it_was(split: str) -
             if len(part := stream[start : start + WINDOW + 1])
         )
     assert first.loss == pytest.approx(total / (LENGTH - 1), rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 7, 24])
+def test_sliding_perplexity_is_that_of_a_loop_over_the_tokens(split: str, stride: int) -> None:
+    config = encoder_config(max_seq_len=WINDOW, init_std=0.4)
+    model = build_model(config, ProcessGrid(), seed=4).eval()
+    measure = evaluator(split, SequenceInputs(), ProcessGrid(), stride, num_chunks=1)
+    text = torch.from_numpy(TokenStream([split]).read(0, LENGTH).astype(np.int64))
+    total = 0.0
+    with torch.no_grad():
+        for t in range(1, LENGTH):
+            # The window that counts token t: the first, or the first of the others to reach it.
+            start = -(-max(t - WINDOW, 0) // stride) * stride
+            logits = model.logits(text[None, start:t])[0, -1, :VOCAB]
+            total -= logits.log_softmax(-1)[text[t]].item()
+    assert measure.evaluate(model).loss == pytest.approx(total / (LENGTH - 1), rel=1e-5)
 
 
 def _evaluate(kind: str, split: str, tp_size: int) -> Evaluation:

@@ -1,0 +1,75 @@
+"""What a run learns from, made of its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from megaegpt.config import RunConfig
+from megaegpt.data.evaluation import EvaluationWindows, Windows
+from megaegpt.data.samples import ChunkWindows, PretrainingSamples, Samples
+from megaegpt.data.stream import TokenStream
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import ConfigError
+from megaegpt.training.inputs import ModelInputs
+
+
+class RunData(Protocol):
+    """What a run learns from; made on every rank alike, without communication."""
+
+    tokenizer: Tokenizer
+    samples: Samples
+    fingerprint: str
+    """Changes with the samples; a resumed run says so."""
+    tokens_per_sample: float
+    """Mean over an epoch, padding not counted."""
+    streams: Mapping[str, TokenStream]
+    """The splits that features are stored for, by name; empty: they are computed in the loop."""
+    validation: Windows | None
+    num_chunks: int
+    """Chunks that the validation loss is reported by."""
+
+    def adapt(self, inputs: ModelInputs) -> ModelInputs:
+        """How a model of the run's kind is fed from the samples."""
+
+    def describe(self) -> str:
+        """One line for people."""
+
+
+class PretrainingData:
+    """Token shards: sequences for a gpt, windows of chunks for egpt and deepgpt."""
+
+    def __init__(self, config: RunConfig) -> None:
+        if not config.data.train:
+            raise ConfigError("data.train is empty: give the prefixes of the training shards")
+        self.tokenizer = Tokenizer.load(config.data.vocabulary)
+        train = TokenStream(config.data.train)
+        self.fingerprint = train.fingerprint
+        self.streams: Mapping[str, TokenStream] = {"train": train}
+        model, seed = config.model, config.training.seed
+        self.tokens_per_sample: float = model.sample_len
+        self.num_chunks = 1 if model.kind == "gpt" else model.egpt.num_chunks
+        self.samples: Samples
+        if model.kind == "gpt":
+            self.samples = PretrainingSamples(train, model.max_seq_len, seed)
+        else:
+            self.samples = ChunkWindows(train, self.num_chunks, model.egpt.chunk_size, seed)
+        self.validation: Windows | None = None
+        if config.data.validation:
+            held_out = TokenStream(config.data.validation)
+            self.streams = {"train": train, "validation": held_out}
+            self.validation = EvaluationWindows(held_out, model.sample_len, self.num_chunks)
+        self._epochs = config.training.steps * config.training.global_batch_size / len(self.samples)
+
+    def adapt(self, inputs: ModelInputs) -> ModelInputs:
+        """Samples are what models take."""
+        return inputs
+
+    def describe(self) -> str:
+        """One line on the splits."""
+        validation = self.streams.get("validation")
+        held_out = f"{len(validation):,}" if validation else "no"
+        return (
+            f"{len(self.streams['train']):,} training tokens ({len(self.samples):,} samples; "
+            f"the run is {self._epochs:.2f} epochs), {held_out} validation tokens"
+        )
