@@ -94,32 +94,55 @@ def _assert_same_curve(ours: Curve, theirs: Curve, context: object) -> None:
     assert ours.norms == pytest.approx(theirs.norms, rel=1e-4), context
 
 
-@pytest.mark.parametrize("kind", ["gpt", "egpt"])
-def test_a_run_continues_at_another_topology(
+_KINDS: dict[str, dict[str, Any]] = {
+    "gpt": {},
+    "egpt": {"kind": "egpt"},
+    "one_key_value_head_for_all_ranks": {"model": {"num_kv_heads": 1}},
+    "two_key_value_heads_for_four_ranks": {"model": {"num_kv_heads": 2}},
+    "latent": {"model": {"attention": "latent", "latent_dim": 16}},
+}
+# Tensor parallel, data parallel, ZeRO stage: where a run is saved, and where it goes on.
+_ROUTES = {
+    "gpt": [((2, 2, 2), [(1, 4, 2), (1, 1, 0)]), ((1, 2, 2), [(2, 1, 1)])],
+    "egpt": [((2, 2, 2), [(1, 2, 1)]), ((1, 2, 2), [(2, 2, 2)])],
+    "one_key_value_head_for_all_ranks": [
+        ((2, 2, 2), [(1, 1, 2)]),
+        ((1, 2, 2), [(2, 1, 2)]),
+    ],
+    "two_key_value_heads_for_four_ranks": [((4, 1, 2), [(2, 2, 2)])],
+    "latent": [((2, 2, 2), [(1, 4, 1)]), ((1, 2, 2), [(2, 1, 0)])],
+}
+
+
+def _at(kind: str, topology: tuple[int, int, int]) -> RunConfig:
+    tp, dp, stage = topology
+    training = {"micro_batch_size": 4 // dp}
+    return _config(**_KINDS[kind], tp=tp, stage=stage, training=training)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_run_goes_on_at_another_topology_as_if_undisturbed(
     distributed: Distributed, tmp_path: Path, kind: str
 ) -> None:
     end = _SAVED + 20
-    straight = distributed(4, _train_all, [_config(kind, tp=2)], tmp_path, end)[0][0]
-    # (tensor parallel, data parallel, ZeRO stage)
-    others = [(2, 1, 2), (1, 2, 1), (1, 1, 0)] if kind == "gpt" else [(1, 1, 2)]
-    for tp, dp, stage in others:
-        config = _config(kind, tp, stage)
-        resumed = distributed(tp * dp, _resume_all, [config], tmp_path, end)[0][0]
-        _assert_same_curve(resumed, straight, (tp, dp, stage))
+    for number, (saved, others) in enumerate(_ROUTES[kind]):
+        folder = tmp_path / str(number)
+        ranks = saved[0] * saved[1]
+        undisturbed = distributed(ranks, _train_and_save, _at(kind, saved), folder, _SAVED, end)[0]
+        for other in others:
+            ranks = other[0] * other[1]
+            resumed = distributed(ranks, _resume, _at(kind, other), folder, _SAVED, end)[0]
+            _assert_same_curve(resumed, undisturbed, f"{kind}: {saved} -> {other}")
 
 
-def test_checkpoints_of_every_kind_are_reshaped(distributed: Distributed, tmp_path: Path) -> None:
+def test_checkpoints_of_other_stages_and_precisions_are_reshaped(
+    distributed: Distributed, tmp_path: Path
+) -> None:
     bf16 = {"training": {"precision": "bf16"}}
-    multi_query = {"model": {"num_kv_heads": 1}}
-    latent = {"model": {"attention": "latent", "latent_dim": 16}}
     saved = [_config(tp=2, stage=0), _config(stage=1, **bf16)]
-    saved += [_config(tp=2, **changes) for changes in (multi_query, latent)]
     straight = distributed(2, _train_all, saved, tmp_path, _END)[0]
-    alone = [_config(**changes) for changes in ({}, bf16, multi_query, latent)]
-    resumed = distributed(1, _resume_all, alone, tmp_path, _END)[0]
+    resumed = distributed(1, _resume_all, [_config(), _config(**bf16)], tmp_path, _END)[0]
     _assert_same_curve(resumed[0], straight[0], "stage 0, TP 2")
-    _assert_same_curve(resumed[2], straight[2], "key and value heads replicated over TP")
-    _assert_same_curve(resumed[3], straight[3], "latent attention")
     # bf16 rounds differently at another data-parallel size
     assert resumed[1].losses == pytest.approx(straight[1].losses, rel=1e-3)
 
