@@ -1,18 +1,23 @@
-"""TP 1, 2 and 4 give the same logits, losses, gradients, gradient norms and training runs."""
+"""TP 1, 2 and 4 give the same logits, losses, gradients, gradient norms, training runs and text."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from megaegpt.config import EGPTConfig, ModelConfig
-from megaegpt.model.build import build_model
+from megaegpt.model.attention.cache import KVCache
+from megaegpt.model.build import Model, build_model
+from megaegpt.parallel.agreement import from_all
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import spec_of, unshard
-from tests.distributed.harness import grid_for
+from tests.distributed.harness import Distributed, grid_for
+from tests.model.variants import ATTENTION, POSITIONS, variant
 
 GPT = ModelConfig(vocab_size=300, max_seq_len=12, hidden_size=32, num_layers=2, num_heads=4)
 EGPT = replace(GPT, kind="egpt", bias=False, egpt=EGPTConfig(num_chunks=3, chunk_size=4))
@@ -30,22 +35,22 @@ IMPROVED = replace(
 MODELS = {
     "gpt": GPT,
     "gpt_untied": replace(GPT, tied_embeddings=False),
-    "gpt_two_kv_heads": replace(GPT, num_kv_heads=2),
     "egpt": EGPT,
     "egpt_improved": IMPROVED,
     "deepgpt": replace(EGPT, kind="deepgpt"),
 }
-STEPS = 20
+STEPS, VARIANT_STEPS = 20, 10
 
 
 def _batch(config: ModelConfig, step: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(step)
     if config.kind == "gpt":
-        tokens = torch.randint(300, (2, 13), generator=generator)
+        tokens = torch.randint(config.vocab_size, (2, 13), generator=generator)
         return tokens[:, :-1], tokens[:, 1:].clone()
     egpt = config.egpt
-    states = torch.randn(2, 3, 4, 32, generator=generator, dtype=torch.float64).to(dtype)
-    targets = torch.randint(300, (2, 3, 4), generator=generator)
+    shape = (2, egpt.num_chunks, egpt.chunk_size)
+    states = torch.randn(*shape, 32, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(config.vocab_size, shape, generator=generator)
     targets[0, 0, :2] = -100
     if config.kind == "deepgpt":
         return states, targets
@@ -61,28 +66,41 @@ def _global_norm(model: torch.nn.Module, grid: ProcessGrid) -> float:
     return math.sqrt(float(total))
 
 
-def _run(config: ModelConfig, grid: ProcessGrid, dtype: torch.dtype) -> dict:
-    """First loss, logits, full gradients and norm; then losses of a short training run."""
+def _run(config: ModelConfig, grid: ProcessGrid, dtype: torch.dtype, steps: int) -> dict:
+    """First loss, logits, full gradients and norm; losses of a short training run; what the trained
+    model computes with a cache.
+    """
     model = build_model(config, grid).to(dtype)
     batch = _batch(config, 0, dtype)
     loss = model(*batch)
     loss.backward()
-    hidden = model.hidden_states(*batch[:-1])
+    with torch.no_grad():
+        logits = model.head.full_logits(model.hidden_states(*batch[:-1]))
     result = {
         "loss": loss.item(),
-        "logits": model.head.full_logits(hidden).detach(),
+        "logits": logits,
         "grads": {n: unshard(p.grad, spec_of(p), grid) for n, p in model.named_parameters()},
         "norm": _global_norm(model, grid),
         "losses": [],
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(STEPS):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    for step in range(steps):
         optimizer.zero_grad()
         loss = model(*_batch(config, step, dtype)) / 24
         loss.backward()
         optimizer.step()
         result["losses"].append(loss.item())
-    return result
+    return result | {"cached": _cached_logits(model, batch[0])}
+
+
+@torch.no_grad()
+def _cached_logits(model: Model, tokens: torch.Tensor) -> torch.Tensor:
+    """A GPT's logits, read from the cache in pieces; nothing of other models."""
+    if model.config.kind != "gpt":
+        return torch.zeros(1)
+    cache = KVCache(model.config, model.grid, 2, 12, dtype=model.head.weight.dtype)
+    states = [model.hidden_states(piece, cache) for piece in tokens.split([7, 4, 1], dim=1)]
+    return model.head.full_logits(torch.cat(states, dim=1))
 
 
 def _relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -100,30 +118,50 @@ def _gradient_difference(name: str, grad: torch.Tensor, alone: dict) -> float:
     return _relative_difference(grad, expected)
 
 
-def _compare(name: str, dtype: torch.dtype) -> dict[str, float]:
-    """Largest relative differences of TP 2 and TP 4 from TP 1, on this rank."""
-    config = MODELS[name]
-    alone = _run(config, grid_for(1), dtype)
-    worst: dict[str, float] = dict.fromkeys(("loss", "logits", "grads", "norm", "losses"), 0.0)
-    for tp in (2, 4):
-        run = _run(config, grid_for(tp), dtype)
-        differences = {
-            "loss": abs(run["loss"] / alone["loss"] - 1),
-            "logits": _relative_difference(run["logits"], alone["logits"]),
-            "norm": abs(run["norm"] / alone["norm"] - 1),
-            "losses": max(
-                abs(a / b - 1) for a, b in zip(run["losses"], alone["losses"], strict=True)
-            ),
-            "grads": max(
-                _gradient_difference(key, grad, alone) for key, grad in run["grads"].items()
-            ),
-        }
-        worst = {key: max(worst[key], differences[key]) for key in worst}
-    return worst
+def _differences(run: dict, alone: dict) -> dict[str, float]:
+    """Largest relative differences of a run from the one without tensor parallelism."""
+    return {
+        "loss": abs(run["loss"] / alone["loss"] - 1),
+        "logits": _relative_difference(run["logits"], alone["logits"]),
+        "cached": _relative_difference(run["cached"], alone["cached"]),
+        "norm": abs(run["norm"] / alone["norm"] - 1),
+        "losses": max(abs(a / b - 1) for a, b in zip(run["losses"], alone["losses"], strict=True)),
+        "grads": max(_gradient_difference(key, grad, alone) for key, grad in run["grads"].items()),
+    }
 
 
-def _compare_all(names: list[str], dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    return {name: _compare(name, dtype) for name in names}
+def _compare_all(
+    configs: dict[str, ModelConfig], dtype: torch.dtype, steps: int
+) -> dict[tuple[str, int], dict[str, float]]:
+    """Differences of TP 2 and 4 from TP 1, by model and TP size. TP groups share the models out."""
+
+    def own_runs(tp: int) -> Iterator[tuple[str, dict]]:
+        grid = grid_for(tp)
+        for name in list(configs)[grid.dp_rank :: grid.dp_size]:
+            yield name, _run(configs[name], grid, dtype, steps)
+
+    alone: dict[str, dict] = {}
+    for runs in from_all(dict(own_runs(1)), grid_for(1)):
+        alone |= runs
+    return {
+        (name, tp): _differences(run, alone[name]) for tp in (2, 4) for name, run in own_runs(tp)
+    }
+
+
+def _assert_same(
+    distributed: Distributed,
+    configs: dict[str, ModelConfig],
+    dtype: torch.dtype,
+    steps: int,
+    tolerance: float,
+) -> None:
+    compared = Counter()
+    for rank, differences in enumerate(distributed(4, _compare_all, configs, dtype, steps)):
+        for (name, tp), of_run in differences.items():
+            compared[name, tp] += 1
+            for what, difference in of_run.items():
+                assert difference <= tolerance, (rank, name, tp, what, difference)
+    assert compared == {(name, tp): tp for name in configs for tp in (2, 4)}  # on each of its ranks
 
 
 @pytest.mark.parametrize(
@@ -132,10 +170,20 @@ def _compare_all(names: list[str], dtype: torch.dtype) -> dict[str, dict[str, fl
     ids=["fp64", "fp32"],
 )
 def test_every_model_is_the_same_at_tp_1_2_and_4(distributed, names, dtype, tolerance):
-    for rank, differences in enumerate(distributed(4, _compare_all, names, dtype)):
-        for name, of_model in differences.items():
-            for what, difference in of_model.items():
-                assert difference <= tolerance, (rank, name, what, difference)
+    configs = {name: MODELS[name] for name in names}
+    _assert_same(distributed, configs, dtype, STEPS, tolerance)
+
+
+def _shallow(config: ModelConfig) -> ModelConfig:
+    """As few layers as have all kinds of layers."""
+    return replace(config, num_layers=config.window_every or 1)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_variant_is_the_same_at_tp_1_2_and_4(distributed, positions):
+    """Among them fewer key and value heads than ranks."""
+    configs = {name: _shallow(variant(name, positions)) for name in ATTENTION}
+    _assert_same(distributed, configs, torch.float64, VARIANT_STEPS, 1e-9)
 
 
 def _dropout_gradients(recompute: str) -> dict[str, torch.Tensor]:
