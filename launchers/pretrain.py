@@ -59,19 +59,14 @@ def main() -> None:
 
 
 def _train(config: RunConfig, resume: bool, exit_minutes: float | None) -> None:
-    import torch.distributed as dist
-
     from megaegpt.generation.generator import sample_text
-    from megaegpt.parallel.grid import ProcessGrid
-    from megaegpt.training.engine import init_distributed
     from megaegpt.training.pretraining import pretrain
+    from megaegpt.training.processes import joined_processes
     from megaegpt.training.stopping import StopRequests
 
-    device = init_distributed()
-    grid = ProcessGrid.create(config.parallel.tensor_parallel_size, device)
     stops = StopRequests(exit_minutes, _STARTED)
-    pretrain(config, grid, resume=resume, stops=stops, sample_text=sample_text)
-    dist.destroy_process_group()
+    with joined_processes(config.parallel.tensor_parallel_size) as grid:
+        pretrain(config, grid, resume=resume, stops=stops, sample_text=sample_text)
 
 
 def _dry_run(config: RunConfig, world_size: int) -> None:

@@ -14,9 +14,14 @@ are refused. With data.token_features=stored every token's state is stored too.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import ConfigError, exits_cleanly
 from megaegpt.training.command_line import RunParser
+
+if TYPE_CHECKING:
+    from megaegpt.parallel.grid import ProcessGrid
 
 
 @exits_cleanly
@@ -31,18 +36,20 @@ def main() -> None:
 
 
 def _compute(config: RunConfig, verify: bool) -> None:
-    import torch.distributed as dist
+    from megaegpt.training.processes import joined_processes
 
+    with joined_processes(config.parallel.tensor_parallel_size) as grid:
+        _compute_together(config, verify, grid)
+
+
+def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> None:
     from megaegpt.data.stream import TokenStream
     from megaegpt.parallel.agreement import raising_together
-    from megaegpt.parallel.grid import ProcessGrid
-    from megaegpt.training.engine import init_distributed, resolve_precision
+    from megaegpt.training.engine import resolve_precision
     from megaegpt.training.stores import load_encoder, prepare_store
 
-    device = init_distributed()
-    grid = ProcessGrid.create(config.parallel.tensor_parallel_size, device)
     with raising_together(grid):
-        precision = resolve_precision(config.training.precision, device)
+        precision = resolve_precision(config.training.precision, grid.device)
         splits = {"train": config.data.train, "validation": config.data.validation}
         streams = {name: TokenStream(shards) for name, shards in splits.items() if shards}
     encoder = load_encoder(config, grid, precision)
@@ -58,7 +65,6 @@ def _compute(config: RunConfig, verify: bool) -> None:
         if grid.is_main:
             state = "verified" if verify else "complete"
             print(f"{store.folder}: {store.spec.num_chunks:,} chunks, {state}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ from megaegpt.parallel.grid import ProcessGrid
 T = TypeVar("T")
 
 
+class OtherRankError(RuntimeError):
+    """This rank stops because another one met a bug, whose traceback that one shows."""
+
+
 def largest_over_ranks(values: Sequence[int], grid: ProcessGrid) -> list[int]:
     """The element-wise maximum over all ranks. Collective; on the CPU where the back-end allows it,
     so that no device is waited for.
@@ -87,4 +91,4 @@ def _seen_everywhere(error: Exception | None, rank: int, kind: str, message: str
         shared = error if isinstance(error, MegaEGPTError) else known(f"rank {rank}: {message}")
         shared.on_every_rank = True
         return shared
-    return error or RuntimeError(f"rank {rank} failed: {kind}: {message}")
+    return error or OtherRankError(f"rank {rank} failed: {kind}: {message}")
