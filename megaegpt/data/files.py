@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,3 +74,18 @@ def map_bytes(path: Path) -> np.ndarray:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def drop_pages(content: np.ndarray) -> None:
+    """Take the pages of a file, mapped by :func:`map_bytes`, out of this process' memory.
+
+    They stay in the system's cache and are mapped again when they are read. Without this a process
+    that reads here and there ends up with the whole file in its resident size.
+    """
+    owner: Any = content
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if isinstance(owner, mmap.mmap):  # an empty file has no map
+        owner.madvise(mmap.MADV_DONTNEED)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megaegpt.data import stream as stream_module
+from megaegpt.data.shards import HEADER, MAGIC
 from megaegpt.data.stream import TokenStream, resolve_prefixes, shard_name
 from megaegpt.errors import DataError
 from tests.data.corpora import counting_stream, write_shard
@@ -102,3 +106,51 @@ def test_spans_are_those_of_the_given_prefixes(tmp_path: Path) -> None:
     stream = TokenStream([f"{tmp_path}/single", f"{tmp_path}/set"])
     assert stream.spans == [(0, 5), (5, 17)]
     assert [Path(stream.name_at(n)).name[:6] for n in (4, 5)] == ["single", "set-00"]
+
+
+def write_zeros(prefix: Path, documents: int, length: int) -> None:
+    """A shard of zeros that takes up no room on disk."""
+    with open(f"{prefix}.bin", "wb") as tokens:
+        tokens.truncate(2 * documents * length)
+    with open(f"{prefix}.idx", "wb") as index:
+        index.write(HEADER.pack(MAGIC, 1, 8, documents, documents + 1))
+        index.write(np.full(documents, length, "<i4").tobytes())
+        index.write((2 * length * np.arange(documents, dtype="<i8")).tobytes())
+        index.write(np.arange(documents + 1, dtype="<i8").tobytes())
+
+
+_DRAW = """
+import json, sys, time
+import numpy as np
+from megaegpt.data.samples import PretrainingSamples
+from megaegpt.data.stream import TokenStream
+
+def memory(kind):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(kind))
+
+began = time.perf_counter()
+samples = PretrainingSamples(TokenStream([sys.argv[1]]), 1024, seed=1)
+samples.batch(np.arange(8))
+seconds, first = time.perf_counter() - began, memory("VmHWM")
+buffer = np.empty((8, 1025), np.int64)
+for batch in range(100):
+    samples.batch(np.arange(8) + 8 * batch, out=buffer)
+own = memory("RssAnon")
+for batch in range(100, 1200):
+    samples.batch(np.arange(8) + 8 * batch, out=buffer)
+print(json.dumps([seconds, first, memory("RssAnon") - own, memory("VmHWM")]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process reads its size in /proc")
+def test_a_billion_tokens_open_at_once_and_memory_stays_flat(tmp_path: Path) -> None:
+    """9,600 samples map half a gigabyte where nothing lets go of it."""
+    write_zeros(tmp_path / "s", documents=500_000, length=2000)
+    command = [sys.executable, "-c", _DRAW, f"{tmp_path}/s"]
+    result = subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[2])
+    seconds, first, growth, most = json.loads(result.stdout)
+    assert seconds < 1
+    assert first < 100  # MiB, the interpreter and numpy included
+    assert growth < 4
+    assert most < 300
