@@ -1,0 +1,61 @@
+"""Tensor-parallel ranks write the text of one, whatever the attention and the positions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import cycle
+
+from megaegpt.config import ModelConfig
+from megaegpt.generation.generator import TextGenerator
+from megaegpt.model.build import build_model
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.parallel.grid import ProcessGrid
+from tests.distributed.harness import Distributed, grid_for
+from tests.generation.tiny_models import CHUNK, GPT, SAMPLING, egpt, prompt
+from tests.model.variants import ATTENTION, POSITIONS, WINDOW, variant
+
+_GPT = replace(GPT, num_layers=1)
+_EGPT = replace(egpt(local_attention=True), num_layers=1)
+CONFIGS = {
+    **{(a, p, "gpt"): variant(a, p, _GPT) for a in ATTENTION for p in POSITIONS},
+    **{
+        (a, p, kind): replace(variant(a, p, _EGPT), kind=kind)
+        for a, p in zip(ATTENTION, cycle(POSITIONS), strict=False)
+        for kind in ("egpt", "deepgpt")
+    },
+}
+PROMPTS = [prompt(WINDOW + 1, seed) for seed in range(2)]
+NEW = 4  # into a second chunk
+assert WINDOW + 1 < CHUNK < WINDOW + NEW
+
+Texts = dict[tuple[str, str, str], list[list[int]]]
+
+
+def _write(config: ModelConfig, grid: ProcessGrid, *, use_cache: bool) -> list[list[int]]:
+    model = build_model(config, grid, seed=5).double().eval()
+    encoder = None
+    if config.kind != "gpt":  # an encoder of the same attention and positions
+        encoder = FrozenEncoder(build_model(replace(config, kind="gpt"), grid, seed=6).double())
+    sampling = replace(SAMPLING, max_new_tokens=NEW)
+    return TextGenerator(model, encoder).generate(PROMPTS, sampling, use_cache=use_cache)
+
+
+def _at_2_and_4() -> tuple[Texts, Texts]:
+    """Texts of the variants that fall to this rank's group: at TP 2 half of them, at TP 4 all."""
+    written = []
+    for grid in (grid_for(2), grid_for(4)):
+        share = list(CONFIGS)[grid.dp_rank :: grid.dp_size]
+        written.append({name: _write(CONFIGS[name], grid, use_cache=True) for name in share})
+    return written[0], written[1]
+
+
+def test_tensor_parallel_ranks_write_with_caches_what_one_writes_without(
+    distributed: Distributed,
+) -> None:
+    alone = {name: _write(c, ProcessGrid(), use_cache=False) for name, c in CONFIGS.items()}
+    assert len({str(texts) for texts in alone.values()}) > len(alone) // 2  # no text fits all
+    shares = distributed(4, _at_2_and_4)
+    for rank, (at_2, at_4) in enumerate(shares):
+        assert at_4 == alone, rank
+        assert at_2 == {name: alone[name] for name in at_2}, rank
+    assert len(shares[0][0]) + len(shares[2][0]) == len(alone)
