@@ -25,7 +25,7 @@ _CONTEXT.set_forkserver_preload(["tests.faults.preloaded"])
 def _rank(
     rank: int, world_size: int, port: int, output: Path, function: Callable[..., Any], args: Any
 ) -> None:
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    descriptor = os.open(output, os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
@@ -63,7 +63,8 @@ class Ranks:
             )
             for rank in range(world_size)
         ]
-        for process in self.processes:
+        for rank, process in enumerate(self.processes):
+            (folder / f"{rank}.txt").write_bytes(b"")
             process.start()
 
     def wait(self, timeout: float) -> list[int | None]:
