@@ -26,13 +26,18 @@ class Blend:
         sources: samples of one kind and size, out of several spans of one stream.
         weights: positive, in any unit.
         seed: of the order inside blocks.
+        names: of the sources, for reports; numbers without them.
 
     Raises:
         DataError: there is not one positive weight for each source.
     """
 
     def __init__(
-        self, sources: Sequence[StreamSamples], weights: Sequence[float], seed: int
+        self,
+        sources: Sequence[StreamSamples],
+        weights: Sequence[float],
+        seed: int,
+        names: Sequence[str] = (),
     ) -> None:
         if not sources or len(sources) != len(weights) or min(weights) <= 0:
             raise DataError(f"{len(sources)} sources need as many positive weights, not {weights}")
@@ -41,6 +46,7 @@ class Blend:
         if len({source.row_len for source in sources}) > 1:
             raise ValueError("the sources of a blend must have samples of one length")
         self.sources = list(sources)
+        self.names = list(names) or [str(number) for number in range(len(sources))]
         total = sum(weights)
         self.weights = [weight / total for weight in weights]
         # Shares in exact integer arithmetic: rounding must not depend on machine or sample number.
@@ -122,3 +128,16 @@ class Blend:
             seen / ((self.row_len - 1) * len(source))
             for seen, source in zip(tokens, self.sources, strict=True)
         ]
+
+    def progress(self, samples: int) -> dict[str, float]:
+        """Tokens and epochs of each source after ``samples`` samples of a run, to be recorded."""
+        tokens, epochs = self.tokens_by_source(samples), self.epochs_by_source(samples)
+        return {
+            **{f"tokens/{name}": count for name, count in zip(self.names, tokens, strict=True)},
+            **{f"epochs/{name}": seen for name, seen in zip(self.names, epochs, strict=True)},
+        }
+
+    def describe(self, samples: int) -> str:
+        """What a run of ``samples`` samples is made of, on one line."""
+        parts = zip(self.names, self.weights, self.epochs_by_source(samples), strict=True)
+        return ", ".join(f"{w:.1%} {name} ({epochs:.2f} epochs)" for name, w, epochs in parts)

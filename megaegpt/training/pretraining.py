@@ -10,6 +10,7 @@ from typing import Any
 from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.validation import validate
+from megaegpt.data.blend import Blend
 from megaegpt.data.files import write_whole
 from megaegpt.data.loader import TrainingLoader
 from megaegpt.data.tokenizer import Tokenizer
@@ -97,6 +98,7 @@ def train(
         sample=run.sampler(sample_text),
         writers={"weights": run.export_weights},
         identity=run.identity,
+        progress=data.samples.progress if isinstance(data.samples, Blend) else None,
         done=state.get("step", 0),
         skipped=state.get("skipped", 0),
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from megaegpt.config import RunConfig
+from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.data.blend import Blend
 from megaegpt.data.evaluation import EvaluationWindows, Windows
-from megaegpt.data.samples import ChunkWindows, PretrainingSamples, Samples
+from megaegpt.data.samples import ChunkWindows, PretrainingSamples, Samples, StreamSamples
 from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import ConfigError
@@ -46,20 +47,19 @@ class PretrainingData:
         train = TokenStream(config.data.train)
         self.fingerprint = train.fingerprint
         self.streams: Mapping[str, TokenStream] = {"train": train}
-        model, seed = config.model, config.training.seed
+        model = config.model
         self.tokens_per_sample: float = model.sample_len
         self.num_chunks = 1 if model.kind == "gpt" else model.egpt.num_chunks
-        self.samples: Samples
-        if model.kind == "gpt":
-            self.samples = PretrainingSamples(train, model.max_seq_len, seed)
-        else:
-            self.samples = ChunkWindows(train, self.num_chunks, model.egpt.chunk_size, seed)
+        self.samples: Samples = _samples_of(model, train, config.training.seed)
+        if config.data.weights:
+            self.samples = _blend(config, train)
+            self.fingerprint += f" blended {train.spans} {list(config.data.weights)}"
         self.validation: Windows | None = None
         if config.data.validation:
             held_out = TokenStream(config.data.validation)
             self.streams = {"train": train, "validation": held_out}
             self.validation = EvaluationWindows(held_out, model.sample_len, self.num_chunks)
-        self._epochs = config.training.steps * config.training.global_batch_size / len(self.samples)
+        self._samples_drawn = config.training.steps * config.training.global_batch_size
 
     def adapt(self, inputs: ModelInputs) -> ModelInputs:
         """Samples are what models take."""
@@ -69,7 +69,29 @@ class PretrainingData:
         """One line on the splits."""
         validation = self.streams.get("validation")
         held_out = f"{len(validation):,}" if validation else "no"
+        if isinstance(self.samples, Blend):
+            run = f"the run is {self.samples.describe(self._samples_drawn)}"
+        else:
+            epochs = self._samples_drawn / len(self.samples)
+            run = f"{len(self.samples):,} samples; the run is {epochs:.2f} epochs"
         return (
-            f"{len(self.streams['train']):,} training tokens ({len(self.samples):,} samples; "
-            f"the run is {self._epochs:.2f} epochs), {held_out} validation tokens"
+            f"{len(self.streams['train']):,} training tokens ({run}), {held_out} validation tokens"
         )
+
+
+def _samples_of(
+    model: ModelConfig, stream: TokenStream, seed: int, span: tuple[int, int] | None = None
+) -> StreamSamples:
+    if model.kind == "gpt":
+        return PretrainingSamples(stream, model.max_seq_len, seed, span)
+    return ChunkWindows(stream, model.egpt.num_chunks, model.egpt.chunk_size, seed, span)
+
+
+def _blend(config: RunConfig, stream: TokenStream) -> Blend:
+    """Each entry of ``data.train`` by its weight, in an order of its own."""
+    seed = config.training.seed
+    sources = [
+        _samples_of(config.model, stream, seed + number, span)
+        for number, span in enumerate(stream.spans)
+    ]
+    return Blend(sources, config.data.weights, seed, config.data.train)

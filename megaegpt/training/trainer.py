@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,8 @@ class Trainer:
     """Further parts of a checkpoint."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What the run depends on besides its configuration; kept in checkpoints."""
+    progress: Callable[[int], Mapping[str, float]] | None = None
+    """What to record of the data, such as a blend's tokens by corpus, after so many samples."""
     done: int = 0
     """Optimizer steps done."""
     skipped: int = 0
@@ -125,7 +127,7 @@ class Trainer:
         ):
             values = {"loss": loss, "grad_norm": norm, "lr": result.lr}
             if step == self.done:
-                values |= speed.as_dict()
+                values |= {**speed.as_dict(), **self._data_progress()}
             self.monitor.training(step, values)
         finite = [loss for loss in losses if math.isfinite(loss)]
         mean = sum(finite) / len(finite) if finite else math.nan
@@ -135,6 +137,10 @@ class Trainer:
         )
         self.monitor.flush()
         gc.collect(1)
+
+    def _data_progress(self) -> Mapping[str, float]:
+        samples = self.done * self.config.training.global_batch_size
+        return {} if self.progress is None else self.progress(samples)
 
     def save(self) -> None:
         """Write a checkpoint of the steps so far."""
