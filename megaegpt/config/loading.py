@@ -50,7 +50,7 @@ def load_config(
         ConfigError: the file cannot be read; or one message with every unknown key (and the closest
             valid one), wrong type and combination of values that cannot be run.
     """
-    values, problems = _read_yaml(Path(path))
+    values, problems = read_yaml(Path(path))
     from_command_line = _apply_overrides(values, overrides, problems)
     config = parse_section(RunConfig, values, "", problems)
     broken = {key for problem in problems for key in problem.keys}
@@ -139,7 +139,7 @@ def _parse_yaml(text: str) -> tuple[Any, list[str]]:
         loader.dispose()
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], list[Problem]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], list[Problem]]:
     """The file's mapping, and problems for its duplicate keys."""
     try:
         values, duplicates = _parse_yaml(path.read_text(encoding="utf-8"))

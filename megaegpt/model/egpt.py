@@ -22,7 +22,7 @@ from megaegpt.model.head import OutputHead
 from megaegpt.model.positions import AddedPositions, rotary_table
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Embedding, LayerNorm
-from megaegpt.parallel.params import count_parameters
+from megaegpt.parallel.params import count_parameters, spec_of, unshard
 
 Recorded = list[tuple[Tensor, Tensor]]
 
@@ -153,6 +153,14 @@ class EGPT(nn.Module):
         if cache is not None:
             cache.length += length
         return x
+
+    def gate_openness(self) -> list[float]:
+        """Mean of ``|tanh(gate)|`` over each layer's heads: how much is used of what is read from
+        the memory. Empty without gates. Collective over the TP group.
+        """
+        gates = [p for n, p in self.named_parameters() if n.endswith("attention.gate")]
+        full = [unshard(gate, spec_of(gate), self.grid) for gate in gates]
+        return [gate.float().tanh().abs().mean().item() for gate in full]
 
     def num_parameters(self) -> int:
         """Trainable parameters over all TP ranks (the encoder's are not among them)."""

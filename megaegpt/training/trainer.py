@@ -16,6 +16,7 @@ from torch import Tensor
 from megaegpt.config import RunConfig
 from megaegpt.data.loader import TrainingLoader
 from megaegpt.errors import TrainingError
+from megaegpt.model.egpt import EGPT
 from megaegpt.parallel.agreement import from_all, from_main, raise_together
 from megaegpt.training.checkpoint import CheckpointManager, Writers
 from megaegpt.training.engine import Engine, MicroBatch, StepResult
@@ -159,11 +160,21 @@ class Trainer:
                 result = self.evaluator.evaluate(self.engine.model)
                 self.monitor.say(f"step {self.done}: {result}")
                 self.monitor.validation(self.done, result)
+            if isinstance(self.engine.model, EGPT):
+                self._report_gates(self.engine.model.gate_openness())
             if self.sample is not None:
                 text = self.sample()
                 self.monitor.say(f"step {self.done}: sample\n{text}")
                 self.monitor.text("sample", text, self.done)
             self.monitor.flush()
+
+    def _report_gates(self, openness: list[float]) -> None:
+        """How far EGPT's memory gates are open, 0 to 1 for each layer that has them."""
+        if openness:
+            shown = ", ".join(f"{value:.4f}" for value in openness)
+            self.monitor.say(f"step {self.done}: memory gates open by {shown}")
+            named = {f"memory_gate/{layer:02d}": value for layer, value in enumerate(openness)}
+            self.monitor.training(self.done, named)
 
     def _evaluated(self) -> bool:
         """Whether the evaluation due at the step resumed from was made before the interruption."""

@@ -1,0 +1,160 @@
+"""What an experiment is: corpora, an encoder, variants of a decoder, and the runs they make."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megaegpt.config import RunConfig
+from megaegpt.config.loading import read_yaml
+from megaegpt.config.parsing import Problem, parse_section, raise_problems
+from megaegpt.config.validation import find_problems
+
+Budget = Literal["steps", "flops", "time"]
+BUDGETS: tuple[Budget, ...] = ("steps", "flops", "time")
+
+
+@dataclass(frozen=True)
+class CorpusPlan:
+    """One text to train on, and what is held out of it. Texts are books by name, or files."""
+
+    train: tuple[str, ...] = ()
+    """Texts to train on."""
+    held_out: tuple[str, ...] = ()
+    """Texts to validate on. Empty: the end of the training text."""
+    train_share: float = 0.8
+    """Share of the tokens, from the start, that is trained on where nothing else is held out."""
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """The frozen encoder under all variants."""
+
+    source: str | None = None
+    """Weights, as ``model.encoder.source`` takes them. None: a GPT is pretrained first."""
+    texts: tuple[str, ...] = ()
+    """What it is pretrained on: books by name, text files, JSON Lines."""
+    documents: int | None = None
+    """The first ones only. None: all."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """Sections of its run's configuration."""
+
+
+@dataclass(frozen=True)
+class ExperimentPlan:
+    """Every variant, with every seed, on every corpus, within every budget."""
+
+    output: str = "runs/experiments/default"
+    """Folder of data, runs and report."""
+    corpora: dict[str, Any] = field(default_factory=dict)
+    """By name, each with the keys of a corpus."""
+    max_characters: int | None = None
+    """Of every text, from its start. None: all."""
+    selection_share: float = 0.3
+    """Share of the held-out tokens, from their start, that checkpoints are chosen on; the rest is
+    reported."""
+    selection_tokens: int | None = None
+    """At most so many. None: the whole share."""
+    report_tokens: int | None = None
+    """At most so many reported. None: the whole rest."""
+    seeds: int = 3
+    """Runs of each variant; they differ in initial weights and data order."""
+    baseline: str = "deepgpt"
+    """The variant that the others are compared with; its steps set the other budgets."""
+    budgets: tuple[str, ...] = ("steps",)
+    """What is equal: ``steps`` always is one; ``flops``, ``time``: further runs of the variants."""
+    encoder: EncoderPlan = field(default_factory=EncoderPlan)
+    """The frozen encoder."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """Sections of a run's configuration, the same for all variants."""
+    variants: dict[str, Any] = field(default_factory=dict)
+    """By name, what differs from ``run``."""
+
+    def corpus(self, name: str) -> CorpusPlan:
+        """A corpus by name (``load_plan`` has checked it)."""
+        return parse_section(CorpusPlan, self.corpora[name], "", [])
+
+
+def load_plan(path: str | Path) -> ExperimentPlan:
+    """Read an experiment and check all that can be checked before it is started.
+
+    Raises:
+        ConfigError: one message with everything that is wrong.
+    """
+    values, problems = read_yaml(Path(path))
+    plan = parse_section(ExperimentPlan, values, "", problems)
+    for name, corpus in plan.corpora.items():
+        parse_section(CorpusPlan, corpus, f"corpora.{name}.", problems)
+    problems += _problems(plan)
+    if not problems:
+        for name in plan.variants:
+            problems += _run_problems(f"variants.{name}", decoder_values(plan, name))
+        if plan.encoder.source is None:
+            problems += _run_problems("encoder.run", plan.encoder.run)
+    raise_problems(str(path), problems)
+    return plan
+
+
+def _problems(plan: ExperimentPlan) -> list[Problem]:
+    found = []
+    if not plan.corpora:
+        found.append("corpora is empty")
+    if plan.baseline not in plan.variants:
+        found.append(f"baseline={plan.baseline} is none of variants: {', '.join(plan.variants)}")
+    if unknown := set(plan.budgets) - set(BUDGETS):
+        found.append(f"budgets: {', '.join(unknown)}: there are {', '.join(BUDGETS)}")
+    if "steps" not in plan.budgets:
+        found.append("budgets must hold steps: the others are derived from it")
+    if not 0 < plan.selection_share < 1:
+        found.append(f"selection_share={plan.selection_share} must be between 0 and 1")
+    if plan.seeds < 1:
+        found.append(f"seeds={plan.seeds} must be greater than 0")
+    if plan.encoder.source is None and not plan.encoder.texts:
+        found.append("encoder: give a source, or texts to pretrain one on")
+    return [Problem((), message) for message in found]
+
+
+def _run_problems(name: str, values: dict[str, Any]) -> list[Problem]:
+    problems: list[Problem] = []
+    config = parse_section(RunConfig, values, "", problems)
+    problems = problems or find_problems(config)
+    return [Problem((), f"{name}: {problem.message}") for problem in problems]
+
+
+def decoder_values(plan: ExperimentPlan, variant: str) -> dict[str, Any]:
+    """Sections of a variant's configuration."""
+    values = merged(plan.run, plan.variants[variant])
+    return merged(values, {"model": {"encoder": {"source": plan.encoder.source or "encoder"}}})
+
+
+def make_run(values: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    """A run in ``folder`` that is saved whenever it is evaluated, so that one can choose.
+
+    Raises:
+        ConfigError: what only the values of this run make wrong.
+    """
+    values = merged(values, sections)
+    training = parse_section(RunConfig, values, "", []).training
+    generated = {
+        "checkpoint": {
+            "directory": str(folder / "checkpoints"),
+            "interval": training.eval_interval,
+            "keep": training.steps // training.eval_interval + 1,
+        },
+        "logging": {"directory": str(folder), "tensorboard": False},
+    }
+    problems: list[Problem] = []
+    config = parse_section(RunConfig, merged(values, generated), "", problems)
+    raise_problems(str(folder), problems or find_problems(config))
+    return config
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings, those of ``changes`` over those of ``values``; neither is altered."""
+    result = copy.deepcopy(values)
+    for key, value in (changes or {}).items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
+    return result

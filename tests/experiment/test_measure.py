@@ -1,0 +1,88 @@
+"""What is measured: each target once, other windows' features, bins, verdicts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megaegpt.data.shards import ShardWriter
+from megaegpt.data.stream import TokenStream
+from megaegpt.errors import DataError
+from megaegpt.experiment.measure import Text, summarize, token_nats
+from megaegpt.experiment.report import _versus, binned
+from megaegpt.generation.loading import LoadedModel
+from megaegpt.model.build import build_model
+from megaegpt.model.egpt import chunk_features
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.parallel.grid import ProcessGrid
+from tests.training.tiny import CHUNK, CHUNKS, VOCAB, encoder_config, run_config
+
+LENGTH = 3 * CHUNK * CHUNKS + 5  # three whole windows, and four targets of a fourth
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Text:
+    with ShardWriter(tmp_path / "report") as writer:
+        writer.add_document(np.random.default_rng(1).integers(0, VOCAB, LENGTH).astype(np.uint16))
+        writer.finish()
+    stream = TokenStream([str(tmp_path / "report")])
+    with pytest.raises(DataError, match="needs two windows"):
+        Text.read(stream, CHUNKS * 2, CHUNK)
+    return Text.read(stream, CHUNKS, CHUNK)
+
+
+def _loaded(kind: str) -> LoadedModel:
+    encoder = FrozenEncoder(build_model(encoder_config(), ProcessGrid(), seed=1))
+    if kind == "gpt":
+        return LoadedModel(encoder.gpt, None, None)  # type: ignore[arg-type]
+    config = replace(run_config(kind, Path(), Path()).model, init_std=0.3)
+    model = build_model(config, ProcessGrid(), seed=2).eval()
+    return LoadedModel(model, encoder, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["gpt", "deepgpt", "egpt"])
+def test_every_target_is_counted_once_whatever_the_batch(text: Text, kind: str) -> None:
+    loaded = _loaded(kind)
+    nats = token_nats(loaded, text, 3)
+    assert nats.shape == (4, CHUNKS, CHUNK)
+    assert (nats != 0).sum() == LENGTH - 1
+    np.testing.assert_allclose(token_nats(loaded, text, 1), nats, rtol=1e-5)
+    result = summarize(nats, text, np.full(VOCAB, 2))
+    assert result["tokens"] == LENGTH - 1
+    assert result["nats_per_byte"] == pytest.approx(result["loss"] / 2)
+    counts = (text.targets != -100).numpy().sum((0, 2))
+    assert np.dot(result["by_chunk"], counts) / counts.sum() == pytest.approx(result["loss"])
+
+
+def test_shuffled_features_are_those_of_the_next_whole_window(text: Text) -> None:
+    loaded = _loaded("egpt")
+    nats = token_nats(loaded, text, 2, "shuffled")
+    assert loaded.encoder is not None
+    states = loaded.encoder(text.tokens)
+    features = chunk_features(states[:, :-1], loaded.model.config.egpt)
+    expected = loaded.model(states, features[[1, 2, 0, 1]], text.targets, reduction="none")
+    np.testing.assert_allclose(nats, expected.double().numpy(), rtol=1e-5)
+    assert not np.allclose(nats, token_nats(loaded, text, 2)[:])
+    zero = loaded.model(states, torch.zeros_like(features), text.targets, reduction="none")
+    np.testing.assert_allclose(token_nats(loaded, text, 2, "zero"), zero.double(), rtol=1e-5)
+
+
+def test_positions_are_binned_by_powers_of_two() -> None:
+    assert binned([1.0, 2.0, 3.0, 5.0, 7.0, 7.0]) == {"0": 1, "1": 2, "2-3": 4, "4-5": 7}
+
+
+@pytest.mark.parametrize(
+    ("loss", "sd", "words"),
+    [
+        (3.0, 0.1, "beats B: 3.0000 against 3.5000 nats/token, a gain of +0.5000"),
+        (4.0, 0.1, "loses to B"),
+        (3.4, 0.1, "is not told apart from B"),
+        (3.0, None, "one seed says nothing"),
+    ],
+)
+def test_a_verdict_needs_twice_the_larger_spread(loss, sd, words) -> None:
+    assert words in _versus({"mean": 3.5, "sd": 0.05}, {"mean": loss, "sd": sd}, "B")
