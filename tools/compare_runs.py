@@ -78,13 +78,12 @@ def compare(results: list[Result]) -> str:
     """The tables as text."""
     rows = [["run", "model", "steps", "tokens seen", "nats/token", "nats/byte", "perplexity"]]
     for result in results:
-        per_step = result.config.training.global_batch_size * result.config.model.sample_len
         rows.append(
             [
                 result.name,
                 result.config.model.kind,
                 f"{result.step:,}",
-                f"{result.step * per_step:,}",
+                f"{result.config.tokens_before(result.step):,}",
                 f"{result.loss:.4f}",
                 f"{result.nats_per_byte:.4f}",
                 f"{math.exp(min(result.loss, 700.0)):.1f}",

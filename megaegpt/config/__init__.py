@@ -1,5 +1,6 @@
 """Configuration: frozen dataclasses, one concern a file; ``loading`` reads and checks YAML."""
 
+from megaegpt.config.batch import BatchRampConfig, BatchSchedule
 from megaegpt.config.data import DataConfig
 from megaegpt.config.model import EGPTConfig, EncoderConfig, ModelConfig
 from megaegpt.config.parallel import ParallelConfig
@@ -13,6 +14,8 @@ from megaegpt.config.training import (
 )
 
 __all__ = [
+    "BatchRampConfig",
+    "BatchSchedule",
     "CheckpointConfig",
     "DataConfig",
     "EGPTConfig",

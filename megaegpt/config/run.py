@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megaegpt.config.batch import BatchSchedule
 from megaegpt.config.data import DataConfig
 from megaegpt.config.model import ModelConfig
 from megaegpt.config.parallel import ParallelConfig
@@ -33,7 +34,19 @@ class RunConfig:
     """Raw DeepSpeed keys, merged into the generated configuration; contradictions are errors."""
 
     def gradient_accumulation(self, data_parallel_size: int) -> int:
-        """Micro-steps per optimizer step (``loading`` has checked that it divides)."""
+        """Micro-steps of an optimizer step (``loading`` has checked that it divides).
+
+        While the batch grows, steps have fewer: those that follow from :attr:`batches`.
+        """
         return self.training.global_batch_size // (
             self.training.micro_batch_size * data_parallel_size
         )
+
+    @property
+    def batches(self) -> BatchSchedule:
+        """Samples of every optimizer step."""
+        return BatchSchedule(self.training.global_batch_size, self.training.batch_ramp)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens predicted in the steps 0 .. ``step - 1`` together."""
+        return self.batches.samples_before(step) * self.model.sample_len

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from megaegpt.config.batch import BatchRampConfig
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,8 @@ class TrainingConfig:
     """Optimizer steps of the whole run."""
     global_batch_size: int = 8
     """Samples (gpt: sequences; egpt, deepgpt: windows) per optimizer step over all ranks."""
+    batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
+    """How the global batch grows to ``global_batch_size``."""
     micro_batch_size: int = 1
     """Samples a rank runs at once; gradient accumulation follows from the two."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

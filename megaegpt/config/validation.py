@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megaegpt.config.batch import BatchRampConfig
 from megaegpt.config.model import ModelConfig
 from megaegpt.config.model_rules import model_problems
 from megaegpt.config.parsing import Problem, raise_problems
@@ -56,6 +57,9 @@ _POSITIVE = [
     "training.steps",
     "training.global_batch_size",
     "training.micro_batch_size",
+    "training.batch_ramp.start",
+    "training.batch_ramp.increment",
+    "training.batch_ramp.steps",
     "training.eval_interval",
     "optimizer.lr",
     "optimizer.decay_steps",
@@ -80,6 +84,9 @@ _BATCH = {
     "parallel.tensor_parallel_size",
     "training.global_batch_size",
     "training.micro_batch_size",
+    "training.batch_ramp.start",
+    "training.batch_ramp.increment",
+    "training.batch_ramp.steps",
 }
 
 
@@ -190,6 +197,38 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
             ("training.global_batch_size", "training.micro_batch_size"),
             f"training.global_batch_size={batch} is not divisible by "
             f"training.micro_batch_size={micro}{ranks}: use for example {suggestion}",
+        )
+    else:
+        yield from _batch_ramp(config, micro * dp)
+
+
+def _batch_ramp(config: RunConfig, multiple: int) -> Iterator[Problem]:
+    """Every size on the way is whole micro-steps, and the way leads upwards."""
+    training, ramp = config.training, config.training.batch_ramp
+    key = "training.batch_ramp"
+    if ramp.start is None:
+        if ramp != BatchRampConfig():
+            keys = (f"{key}.start", f"{key}.increment", f"{key}.steps")
+            yield Problem(keys, f"{key} has no effect without {key}.start")
+        return
+    if ramp.start >= training.global_batch_size:
+        yield Problem(
+            (f"{key}.start", "training.global_batch_size"),
+            f"{key}.start={ramp.start} must be below "
+            f"training.global_batch_size={training.global_batch_size}",
+        )
+    for name, value in (("start", ramp.start), ("increment", ramp.increment)):
+        if value % multiple:
+            yield Problem(
+                (f"{key}.{name}", "training.micro_batch_size"),
+                f"{key}.{name}={value} is not divisible by {multiple}, the samples of a "
+                f"micro-step: use for example {-(-value // multiple) * multiple}",
+            )
+    if config.batches.ramp_steps >= training.steps:
+        yield Problem(
+            (f"{key}.steps", "training.steps"),
+            f"{key} takes {config.batches.ramp_steps} steps, training.steps={training.steps}: "
+            f"global_batch_size={training.global_batch_size} is never reached",
         )
 
 

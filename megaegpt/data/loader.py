@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from megaegpt.config.batch import BatchSchedule
 from megaegpt.data.samples import Samples
 
 if TYPE_CHECKING:
@@ -23,17 +24,17 @@ MicroBatch = torch.Tensor | tuple[torch.Tensor, ...]
 class TrainingLoader:
     """Iterate over optimizer steps; each gives this rank's micro-batches as a list.
 
-    Step s has the samples ``s * G .. s * G + G - 1`` of global batch size G; micro-step m of
-    data-parallel rank r takes the ``micro_batch_size`` of them from ``(m * dp_size + r) *
-    micro_batch_size`` on. So a step sees the same samples whatever the number of ranks, and any
-    step can be the first.
+    A step has the samples that follow those of the steps before; micro-step m of data-parallel
+    rank r takes the ``micro_batch_size`` of them from ``(m * dp_size + r) * micro_batch_size`` on.
+    So a step sees the same samples whatever the number of ranks, and any step can be the first.
 
     The iteration has no end; use the loader as a context manager, or close it.
 
     Args:
         samples: :class:`PretrainingSamples`, :class:`ChunkWindows`, or a blend of them.
         grid: this process's place; ``dp_rank``, ``dp_size`` and ``device`` are used.
-        global_batch_size: samples a step; a multiple of ``micro_batch_size * grid.dp_size``.
+        global_batch_size: samples a step, one number or how they grow; multiples of
+            ``micro_batch_size * grid.dp_size``.
         micro_batch_size: samples a micro-batch.
         start_step: first step to give, for resuming.
         prefetch: steps prepared ahead.
@@ -43,21 +44,27 @@ class TrainingLoader:
         self,
         samples: Samples,
         grid: ProcessGrid,
-        global_batch_size: int,
+        global_batch_size: int | BatchSchedule,
         micro_batch_size: int,
         start_step: int = 0,
         prefetch: int = 2,
     ) -> None:
+        batches = (
+            BatchSchedule(global_batch_size)
+            if isinstance(global_batch_size, int)
+            else global_batch_size
+        )
         per_micro_step = micro_batch_size * grid.dp_size
-        if global_batch_size % per_micro_step:
-            raise ValueError(f"{global_batch_size} samples are not whole steps of {per_micro_step}")
+        for size in batches.sizes():
+            if size % per_micro_step:
+                raise ValueError(f"{size} samples are not whole steps of {per_micro_step}")
         self._samples = samples
-        self._global_batch_size = global_batch_size
+        self._batches = batches
         self._micro_batch_size = micro_batch_size
         self._pinned = grid.device.type == "cuda"
-        micro_steps = np.arange(global_batch_size // per_micro_step)
+        micro_steps = np.arange(batches.final // per_micro_step)
         first = (micro_steps * grid.dp_size + grid.dp_rank) * micro_batch_size
-        self._rows = (first[:, None] + np.arange(micro_batch_size)).ravel()
+        self._rows = (first[:, None] + np.arange(micro_batch_size)).ravel()  # ascending
         self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(max(1, prefetch))
         self._stopping = threading.Event()
         self._thread = threading.Thread(
@@ -75,7 +82,8 @@ class TrainingLoader:
             self._ready.put(error)
 
     def _batch_of(self, step: int) -> list[MicroBatch]:
-        numbers = step * self._global_batch_size + self._rows
+        rows = self._rows[: np.searchsorted(self._rows, self._batches.size(step))]
+        numbers = self._batches.samples_before(step) + rows
         buffer = torch.empty(
             (len(numbers), self._samples.row_len), dtype=torch.int64, pin_memory=self._pinned
         )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megaegpt.config import BatchSchedule
+
 _DENSE_HALF_PRECISION_TFLOPS = {
     # The first entry whose words all occur in the device's name counts. Data sheets' dense figures.
     "B200": 2250.0,
@@ -113,21 +115,25 @@ class Speed:
 class SpeedMeter:
     """Turns elapsed seconds into a :class:`Speed`."""
 
-    tokens_per_step: int
+    batches: BatchSchedule
+    tokens_per_sample: float
+    """Predicted ones; their mean, where samples differ."""
+    total_steps: int
     flops_per_token: int
     peak_flops: float | None
     """Of all ranks' devices together."""
-    total_steps: int
     device: torch.device
 
     def measure(self, steps: int, seconds: float, done: int) -> Speed:
         """Speed of ``steps`` steps that took ``seconds``, the last being number ``done``."""
-        tokens_per_second = steps * self.tokens_per_step / seconds
+        first, next_, end = map(self.batches.samples_before, (done - steps, done, self.total_steps))
+        samples_per_second = (next_ - first) / seconds
+        tokens_per_second = samples_per_second * self.tokens_per_sample
         achieved = tokens_per_second * self.flops_per_token
         return Speed(
             tokens_per_second=tokens_per_second,
             mfu=None if self.peak_flops is None else achieved / self.peak_flops,
-            seconds_left=(self.total_steps - done) * seconds / steps,
+            seconds_left=(end - next_) / samples_per_second,
             memory=peak_memory(self.device),
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaegpt.config import GenerationConfig, RunConfig
-from megaegpt.config.loading import config_to_yaml
+from megaegpt.config.loading import config_to_dict, config_to_yaml
 from megaegpt.config.validation import validate
 from megaegpt.data.blend import Blend
 from megaegpt.data.files import write_whole
@@ -146,6 +146,7 @@ class _Run:
             "encoder": self.encoder and self.encoder.fingerprint,
             "shards": self.data.fingerprint,
             "global_batch_size": training.global_batch_size,
+            "batch_ramp": training.batch_ramp.start and config_to_dict(training.batch_ramp),
             "seed": training.seed,
         }
 
@@ -164,7 +165,7 @@ class _Run:
         return TrainingLoader(
             self.data.samples,
             self.grid,
-            training.global_batch_size,
+            self.config.batches,
             training.micro_batch_size,
             start_step,
             self.config.data.prefetch,
@@ -212,12 +213,11 @@ class _Run:
         """Measures speed against all ranks' devices."""
         peak = peak_flops(device_name(self.grid.device), self.precision)
         return SpeedMeter(
-            tokens_per_step=round(
-                self.config.training.global_batch_size * self.data.tokens_per_sample
-            ),
+            batches=self.config.batches,
+            tokens_per_sample=self.data.tokens_per_sample,
+            total_steps=self.config.training.steps,
             flops_per_token=self.size.flops_per_token,
             peak_flops=None if peak is None else peak * self.grid.world_size,
-            total_steps=self.config.training.steps,
             device=self.grid.device,
         )
 
@@ -274,5 +274,5 @@ def _differences(state: TrainerState, identity: dict[str, Any]) -> list[str]:
             f"{str(state['encoder'])[:12]}, now {str(identity['encoder'])[:12]}): "
             "set model.encoder.source to the one it was trained with"
         )
-    changed = [name for name, value in identity.items() if state[name] != value]
+    changed = [name for name, value in identity.items() if state.get(name) != value]
     return [f"{name} differs from the checkpoint's: the data order changes" for name in changed]

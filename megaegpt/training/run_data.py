@@ -59,7 +59,7 @@ class PretrainingData:
             held_out = TokenStream(config.data.validation)
             self.streams = {"train": train, "validation": held_out}
             self.validation = EvaluationWindows(held_out, model.sample_len, self.num_chunks)
-        self._samples_drawn = config.training.steps * config.training.global_batch_size
+        self._samples_drawn = config.batches.samples_before(config.training.steps)
 
     def adapt(self, inputs: ModelInputs) -> ModelInputs:
         """Samples are what models take."""

@@ -40,11 +40,6 @@ def measure_model(config: RunConfig, encoder: ModelConfig | None = None) -> Mode
     return ModelSize(model.num_parameters(), flops, gpt.num_parameters())
 
 
-def tokens_per_step(config: RunConfig) -> int:
-    """Predicted tokens of a global batch."""
-    return config.training.global_batch_size * config.model.sample_len
-
-
 def describe_run(
     config: RunConfig,
     size: ModelSize,
@@ -63,7 +58,8 @@ def describe_run(
     """
     training, tp = config.training, config.parallel.tensor_parallel_size
     accumulation = config.gradient_accumulation(dp_size)
-    per_step = tokens_per_step(config)
+    per_step = training.global_batch_size * config.model.sample_len
+    total = config.tokens_before(training.steps)
     lines = {
         "model": f"{config.model.kind}, {size.parameters:,} trainable parameters",
         "ranks": f"{tp * dp_size} = {tp} tensor-parallel x {dp_size} data-parallel, ZeRO stage "
@@ -71,10 +67,13 @@ def describe_run(
         "step": f"{per_step:,} tokens = {training.global_batch_size} samples of "
         f"{config.model.sample_len:,} = {dp_size} ranks x {accumulation} micro-steps x "
         f"{training.micro_batch_size}",
-        "run": f"{training.steps:,} steps, {short_count(training.steps * per_step)} tokens",
+        "run": f"{training.steps:,} steps, {short_count(total)} tokens",
         "operations": f"{short_count(size.flops_per_token)}FLOP a token, "
         f"{short_count(size.flops_per_token * per_step)}FLOP a step",
     }
+    if training.batch_ramp.start is not None:
+        sizes = ", ".join(map(str, config.batches.sizes()))
+        lines["step"] += f" (after {config.batches.ramp_steps:,} steps of the batch ramp: {sizes})"
     if memory is not None:
         lines["memory"] = str(memory)
     if size.encoder_parameters:

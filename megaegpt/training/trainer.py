@@ -221,9 +221,9 @@ class Trainer:
 
     def _describe_nonfinite(self, result: StepResult) -> str:
         """Which rank's loss on which samples is at fault. Collective."""
-        grid, training = self._grid, self.config.training
-        size = training.micro_batch_size
-        start = self.done * training.global_batch_size
+        grid, size = self._grid, self.config.training.micro_batch_size
+        batches = self.config.batches
+        start = batches.samples_before(self.done)
         own = [
             start + (micro_step * grid.dp_size + grid.dp_rank) * size + row
             for micro_step, nats in enumerate(self._micro_nats)
@@ -238,7 +238,7 @@ class Trainer:
         where = f"step {self.done + 1}"
         if found:
             return f"{where}: the loss is not finite on {'; '.join(found)}"
-        last = start + training.global_batch_size - 1
+        last = batches.samples_before(self.done + 1) - 1
         return f"{where}: the gradient is not finite (losses are; samples {start}..{last})"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
 from megaegpt.config.loading import validate
 from megaegpt.config.validation import GENERATED_DEEPSPEED_KEYS
 from megaegpt.errors import ConfigError
@@ -42,6 +42,21 @@ REFUSED = [
         "model.vocab_size=50257, padded to 50304, is not divisible by",
     ),
     ({"training": {"micro_batch_size": 3}}, "use for example 9"),
+    ({"training": {"batch_ramp": BatchRampConfig(0)}}, "batch_ramp.start=0 must be greater than 0"),
+    ({"training": {"batch_ramp": BatchRampConfig(8)}}, "batch_ramp.start=8 must be below"),
+    ({"training": {"batch_ramp": BatchRampConfig(None, 4)}}, "no effect without training.batch_"),
+    (
+        {"training": {"batch_ramp": BatchRampConfig(3, 2), "micro_batch_size": 2}},
+        "training.batch_ramp.start=3 is not divisible by 2, the samples of a micro-step: use",
+    ),
+    (
+        {"training": {"batch_ramp": BatchRampConfig(4, 1), "micro_batch_size": 4}},
+        "training.batch_ramp.increment=1 is not divisible by 4",
+    ),
+    (
+        {"training": {"batch_ramp": BatchRampConfig(4, 1, 250)}},
+        "takes 1000 steps, training.steps=1000: global_batch_size=8 is never reached",
+    ),
     ({"model": {"positions": "rotary", "head_dim": 5}}, "the head width 5 must be even"),
     ({"model": {"positions": "sinusoidal", "hidden_size": 3, "num_heads": 1}}, "needs an even"),
     ({"model": {"attention": "latent", "positions": "rotary"}}, "needs an even model.rope_head"),

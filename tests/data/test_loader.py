@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megaegpt.config import BatchRampConfig, BatchSchedule
 from megaegpt.data.loader import TrainingLoader
 from megaegpt.data.samples import ChunkWindows, PretrainingSamples
 from megaegpt.parallel.grid import ProcessGrid
@@ -41,6 +42,29 @@ def test_the_global_batch_is_the_same_for_every_dp_size(
         micro_steps = zip(*(steps[step] for steps in ranks), strict=True)
         rows = torch.cat([batch for micro_step in micro_steps for batch in micro_step])
         assert np.array_equal(rows.numpy(), samples.batch(np.arange(8) + 8 * step))
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
+@pytest.mark.parametrize("start_step", [0, 5])
+def test_a_growing_batch_goes_through_the_samples_in_order_from_any_step(
+    samples: PretrainingSamples, dp_size: int, start_step: int
+) -> None:
+    batches = BatchSchedule(12, BatchRampConfig(start=4, increment=4, steps=3))
+    ranks = [
+        take(
+            TrainingLoader(
+                samples, ProcessGrid(dp_rank=r, dp_size=dp_size), batches, 2, start_step
+            ),
+            8,
+        )
+        for r in range(dp_size)
+    ]
+    rows: list[torch.Tensor] = []
+    for number, steps in enumerate(zip(*ranks, strict=True), start_step):
+        assert len(steps[0]) == batches.size(number) // (2 * dp_size)
+        rows += [batch for micro_step in zip(*steps, strict=True) for batch in micro_step]
+    first, last = (batches.samples_before(step) for step in (start_step, start_step + 8))
+    assert np.array_equal(torch.cat(rows).numpy(), samples.batch(np.arange(first, last)))
 
 
 def test_an_epoch_over_two_ranks_has_every_sample_once(samples: PretrainingSamples) -> None:

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from megaegpt.config import BatchRampConfig, BatchSchedule
 from megaegpt.training.metrics import (
     Speed,
     SpeedMeter,
@@ -19,6 +20,11 @@ from megaegpt.training.metrics import (
 )
 
 CPU = torch.device("cpu")
+
+
+def _meter(ramp: BatchRampConfig, peak: float | None) -> SpeedMeter:
+    """Of 100 steps of 10 samples of 100 tokens."""
+    return SpeedMeter(BatchSchedule(10, ramp), 100.0, 100, 50, peak, CPU)
 
 
 @pytest.mark.parametrize(
@@ -52,15 +58,20 @@ def test_an_unknown_peak_is_not_guessed(name: str, precision: str) -> None:
 
 
 def test_speed_is_of_the_steps_measured_and_mfu_against_all_devices() -> None:
-    meter = SpeedMeter(
-        tokens_per_step=1000, flops_per_token=50, peak_flops=1e6, total_steps=100, device=CPU
-    )
-    speed = meter.measure(steps=10, seconds=2.0, done=40)
+    speed = _meter(BatchRampConfig(), 1e6).measure(steps=10, seconds=2.0, done=40)
     assert speed.tokens_per_second == 5000
     assert speed.mfu == 0.25
     assert speed.seconds_left == 12.0
-    unknown = SpeedMeter(1000, 50, None, 100, CPU).measure(10, 2.0, 40)
+    unknown = _meter(BatchRampConfig(), None).measure(10, 2.0, 40)
     assert unknown.mfu is None
+
+
+def test_while_the_batch_grows_speed_counts_the_tokens_there_were() -> None:
+    meter = _meter(BatchRampConfig(start=2, increment=2, steps=10), None)
+    early = meter.measure(steps=10, seconds=2.0, done=20)
+    assert early.tokens_per_second == 10 * 4 * 100 / 2
+    left = (6 + 8) * 10 + 60 * 10
+    assert early.seconds_left == pytest.approx(left * 100 / early.tokens_per_second)
 
 
 def test_the_stopwatch_stands_still_while_paused() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megaegpt.config import BatchRampConfig
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.run import RunConfig
 from megaegpt.training.pretraining import pretrain
@@ -24,7 +25,7 @@ __all__ = ["corpus"]
 STEPS, STOPPED = 30, 15
 
 
-def _config(kind: str, corpus: Path, folder: Path, tp_size: int) -> RunConfig:
+def _config(kind: str, corpus: Path, folder: Path, tp_size: int, **training: object) -> RunConfig:
     return run_config(
         kind,
         corpus,
@@ -35,6 +36,7 @@ def _config(kind: str, corpus: Path, folder: Path, tp_size: int) -> RunConfig:
             "eval_interval": 15,
             "global_batch_size": 4,
             "micro_batch_size": 1,
+            **training,
         },
         checkpoint={"interval": 6},
         logging={"interval": 7},
@@ -47,9 +49,15 @@ def _run(config: RunConfig, resume: bool = False, stop_after: int = STEPS) -> bo
         return pretrain(config, grid, resume=resume, stops=StopAfter(stop_after))
 
 
-def _straight_and_interrupted(kind: str, corpus: Path, folder: Path) -> None:
-    assert _run(_config(kind, corpus, folder / "straight", 2))
-    interrupted = _config(kind, corpus, folder / "interrupted", 2)
+def _straight_and_interrupted(
+    kind: str,
+    corpus: Path,
+    folder: Path,
+    tp_size: int = 2,
+    training: dict[str, object] | None = None,
+) -> None:
+    assert _run(_config(kind, corpus, folder / "straight", tp_size, **training or {}))
+    interrupted = _config(kind, corpus, folder / "interrupted", tp_size, **training or {})
     assert not _run(interrupted, stop_after=STOPPED)
     assert _run(interrupted, resume=True)
 
@@ -76,6 +84,15 @@ def test_15_steps_and_15_resumed_are_30_at_tp_2_x_dp_2_with_dropout(
     corpus: Path, tmp_path: Path, kind: str, distributed: Distributed
 ) -> None:
     distributed(4, _straight_and_interrupted, kind, corpus, tmp_path)
+    _assert_same_run(tmp_path / "straight", tmp_path / "interrupted")
+
+
+def test_a_run_interrupted_while_its_batch_grows_goes_on_exactly_at_dp_2(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    ramp = BatchRampConfig(start=2, increment=2, steps=9)  # 2, 4 from step 9 on, 6 from step 18 on
+    training = {"global_batch_size": 6, "batch_ramp": ramp}
+    distributed(2, _straight_and_interrupted, "gpt", corpus, tmp_path, 1, training)
     _assert_same_run(tmp_path / "straight", tmp_path / "interrupted")
 
 

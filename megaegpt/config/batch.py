@@ -1,0 +1,60 @@
+"""How the global batch grows, and which samples a step has, as pure functions of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchRampConfig:
+    """A global batch that starts small: early steps learn as much from fewer samples."""
+
+    start: int | None = None
+    """Samples of the first steps. null: every step has global_batch_size."""
+    increment: int = 1
+    """Samples the global batch grows by."""
+    steps: int = 100
+    """Steps between one size and the next."""
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """The global batch of every step; step s has the samples that follow those of the steps before.
+
+    Args:
+        final: samples of a step after the ramp.
+        ramp: how it gets there; the defaults have no ramp.
+    """
+
+    final: int
+    ramp: BatchRampConfig = BatchRampConfig()
+
+    @property
+    def ramp_steps(self) -> int:
+        """Steps that have fewer samples than ``final``."""
+        return self._sizes_below() * self.ramp.steps
+
+    def size(self, step: int) -> int:
+        """Samples of step ``step``, counted from 0."""
+        if self.ramp.start is None:
+            return self.final
+        return min(self.final, self.ramp.start + step // self.ramp.steps * self.ramp.increment)
+
+    def samples_before(self, step: int) -> int:
+        """Samples of the steps 0 .. ``step - 1`` together: the number of the step's first one."""
+        if self.ramp.start is None:
+            return step * self.final
+        small = min(step, self.ramp_steps)
+        whole, rest = divmod(small, self.ramp.steps)
+        at_start = small * self.ramp.start
+        grown = self.ramp.increment * (self.ramp.steps * whole * (whole - 1) // 2 + rest * whole)
+        return at_start + grown + (step - small) * self.final
+
+    def sizes(self) -> list[int]:
+        """Every size in the order of the steps."""
+        if self.ramp.start is None:
+            return [self.final]
+        return [*range(self.ramp.start, self.final, self.ramp.increment), self.final]
+
+    def _sizes_below(self) -> int:
+        return len(self.sizes()) - 1
