@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.benchmarks
 
+from megaegpt.data.files import write_whole
 from megaegpt.errors import exits_cleanly
 from tools.benchmarks.common import machine
 
@@ -28,6 +29,8 @@ SUBCOMMANDS = {
     "generate": "decoding with a cache, GPT and EGPT",
     "attention": "every kind of attention: parameters, cache, speed, memory",
     "data": "tokenizing to shards, and drawing batches",
+    "features": "computing and reading chunk features",
+    "checkpoint": "saving and loading a run",
 }
 
 
@@ -47,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     record = {"machine": machine(), **arguments.run(arguments)}
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_whole(arguments.json, (json.dumps(record, indent=2) + "\n").encode())
         print(f"wrote {arguments.json}")
 
 

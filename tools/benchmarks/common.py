@@ -1,191 +1,20 @@
-"""Interleaved measurement of workloads in processes of their own, and what is printed of them."""
+"""What the benchmarks have in common: options, tables, and the description of the machine."""
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import platform
-import resource
-import socket
-import statistics
-import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from importlib import metadata
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megaegpt.errors import ConfigError, LaunchError
-
-
-@dataclass
-class Workload:
-    """What a candidate runs again and again."""
-
-    run: Callable[[], None]
-    """One repetition."""
-    units: int
-    """Work in a repetition (tokens, say)."""
-    info: dict[str, Any] = field(default_factory=dict)
-    """Facts to record: parameters, operations."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A named workload: ``factory(*arguments)``, module-level and called in the new process(es)."""
-
-    name: str
-    factory: Callable[..., Workload]
-    arguments: tuple[Any, ...] = ()
-    processes: int = 1
-    """Ranks that run it together (RANK, WORLD_SIZE and so on are set)."""
-    threads: int | None = None
-    """Threads of each; None: torch's default over the processes."""
-
-
-@dataclass
-class Result:
-    """What was measured of a candidate."""
-
-    name: str
-    units: int
-    seconds: list[float]
-    peak_bytes: int
-    info: dict[str, Any]
-
-    @property
-    def rate(self) -> float:
-        """Units a second at the median repetition."""
-        return self.units / statistics.median(self.seconds)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the JSON record."""
-        return {
-            "name": self.name,
-            "units_per_second": self.rate,
-            "seconds": self.seconds,
-            "peak_bytes": self.peak_bytes,
-            **self.info,
-        }
-
-
-def compare(
-    candidates: Sequence[Candidate], repetitions: int, warmup: int = 1, quiet: bool = False
-) -> list[Result]:
-    """Run the candidates in turn, ``repetitions`` times after ``warmup`` rounds.
-
-    Raises:
-        LaunchError: a candidate failed; its traceback is in the message.
-    """
-    groups = [_Group(candidate) for candidate in candidates]
-    try:
-        results = []
-        for group in groups:
-            units, info = group.ready()
-            results.append(Result(group.candidate.name, units, [], 0, info))
-        for repetition in range(-warmup, repetitions):
-            for group, result in zip(groups, results, strict=True):
-                seconds = group.repeat()
-                if repetition >= 0:
-                    result.seconds.append(seconds)
-                if not quiet and sys.stderr.isatty():
-                    print(f"\r{group.candidate.name}: {seconds:.3f} s ", end="", file=sys.stderr)
-        for group, result in zip(groups, results, strict=True):
-            result.peak_bytes = group.peak()
-    finally:
-        for group in groups:
-            group.close()
-    return results
-
-
-class _Group:
-    """The processes of one candidate, idle unless asked."""
-
-    def __init__(self, candidate: Candidate) -> None:
-        self.candidate = candidate
-        context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(candidate.processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(candidate, rank, port, theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-
-    def _ask(self, what: str) -> list[Any]:
-        for pipe in self._pipes:
-            pipe.send(what)
-        return [self._receive(pipe) for pipe in self._pipes]
-
-    def _receive(self, pipe: Connection) -> Any:
-        try:
-            ok, value = pipe.recv()
-        except EOFError:
-            raise LaunchError(f"{self.candidate.name}: its process died") from None
-        if not ok:
-            raise LaunchError(f"{self.candidate.name} failed:\n{value}")
-        return value
-
-    def ready(self) -> tuple[int, dict[str, Any]]:
-        answers = [self._receive(pipe) for pipe in self._pipes]
-        return answers[0]
-
-    def repeat(self) -> float:
-        return max(self._ask("repeat"))
-
-    def peak(self) -> int:
-        return sum(self._ask("peak"))
-
-    def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
-
-
-def _serve(candidate: Candidate, rank: int, port: int, pipe: Connection) -> None:
-    world = candidate.processes
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(world))
-    torch.set_num_threads(candidate.threads or max(torch.get_num_threads() // world, 1))
-    try:
-        workload = candidate.factory(*candidate.arguments)
-        pipe.send((True, (workload.units, workload.info)))
-        while True:
-            question = pipe.recv()
-            if question == "peak":
-                pipe.send((True, _peak_bytes()))
-                continue
-            began = time.perf_counter()
-            workload.run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            pipe.send((True, time.perf_counter() - began))
-    except EOFError:
-        pass
-    except BaseException:
-        pipe.send((False, traceback.format_exc()))
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# -- arguments and output -------------------------------------------------------------------------
+from megaegpt.errors import ConfigError
+from megaegpt.parallel.grid import ProcessGrid
+from tools.benchmarks.processes import Result
 
 
 def parse_peers(values: Sequence[str], known: Sequence[str]) -> dict[str, Path | None]:
@@ -206,13 +35,33 @@ def parse_peers(values: Sequence[str], known: Sequence[str]) -> dict[str, Path |
 
 
 def add_repetitions(parser: argparse.ArgumentParser, default: int = 5) -> None:
-    """The options that every subcommand has."""
+    """How often, and with how many threads."""
     parser.add_argument(
         "--repetitions", type=int, default=default, metavar="N", help="counted rounds (%(default)s)"
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads of a single process (torch's default)"
     )
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """For what torch computes."""
+    parser.add_argument(
+        "--profile", type=Path, metavar="DIR", help="trace one repetition of ours; print the top 10"
+    )
+
+
+def add_sizes(parser: argparse.ArgumentParser, sizes: dict[str, tuple[int, str]]) -> None:
+    """Whole numbers by name: ``{"chunk-size": (1024, "tokens in a chunk")}``."""
+    for name, (default, meaning) in sizes.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{meaning} (%(default)s)"
+        )
+
+
+def single_grid() -> ProcessGrid:
+    """One process, on the GPU if there is one."""
+    return ProcessGrid(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def print_results(title: str, unit: str, results: Sequence[Result]) -> None:
@@ -233,6 +82,15 @@ def print_results(title: str, unit: str, results: Sequence[Result]) -> None:
             )
         )
     print_table(rows)
+
+
+def print_mfu(results: Sequence[Result]) -> None:
+    """Note and print the share of the device's peak, where the peak is known."""
+    for result in results:
+        if result.info.get("mfu_peak"):
+            mfu = result.rate * result.info["flops_per_token"] / result.info["mfu_peak"]
+            result.info["mfu"] = mfu
+            print(f"{result.name}: MFU {mfu:.1%}")
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -20,14 +20,8 @@ from megaegpt.data.samples import PretrainingSamples
 from megaegpt.data.shards import ShardWriter
 from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import Tokenizer
-from tools.benchmarks.common import (
-    Candidate,
-    Workload,
-    add_repetitions,
-    compare,
-    parse_peers,
-    print_results,
-)
+from tools.benchmarks.common import add_repetitions, parse_peers, print_results
+from tools.benchmarks.processes import Candidate, Workload, compare
 
 PREPROCESS = Path(__file__).parents[1] / "preprocess.py"
 _RAW_MEGABYTES = 8

@@ -8,6 +8,8 @@ timed.
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,16 @@ from megaegpt.model.build import build_model
 from megaegpt.model.egpt import EGPT, chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.gpt import GPT
-from megaegpt.parallel.grid import ProcessGrid
 from tools.benchmarks.common import (
-    Candidate,
-    Workload,
+    add_profile,
     add_repetitions,
-    compare,
+    add_sizes,
     parse_peers,
     print_results,
+    single_grid,
 )
 from tools.benchmarks.peers import load_module
+from tools.benchmarks.processes import Candidate, Workload, compare
 
 VOCAB = 50257
 _TOLERANCE = {"loss": 1e-5, "gradient": 1e-4}  # fp32, relative
@@ -37,19 +39,20 @@ _TOLERANCE = {"loss": 1e-5, "gradient": 1e-4}  # fp32, relative
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``benchmark.py egpt``."""
-    for name, default, meaning in (
-        ("hidden", 768, "width of encoder and decoder"),
-        ("layers", 3, "decoder blocks"),
-        ("encoder-layers", 12, "encoder blocks"),
-        ("heads", 12, "heads of both"),
-        ("chunks", 16, "chunks in a window"),
-        ("chunk-size", 1024, "tokens in a chunk"),
-        ("windows", 1, "windows in a step"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{meaning} (%(default)s)"
-        )
+    add_sizes(
+        parser,
+        {
+            "hidden": (768, "width of encoder and decoder"),
+            "layers": (3, "decoder blocks"),
+            "encoder-layers": (12, "encoder blocks"),
+            "heads": (12, "heads of both"),
+            "chunks": (16, "chunks in a window"),
+            "chunk-size": (1024, "tokens in a chunk"),
+            "windows": (1, "windows in a step"),
+        },
+    )
     parser.add_argument("--peer", action="append", default=[], metavar="egpt=DIR")
+    add_profile(parser)
     add_repetitions(parser, default=3)
 
 
@@ -67,7 +70,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for folder in parse_peers(arguments.peer, ("egpt",)).values():
         record["parity"] = _check_parity(folder or Path(), shape)
         candidates.append(Candidate("original", original, (folder, shape), threads=threads))
-    results = compare(candidates, arguments.repetitions)
+    results = compare(candidates, arguments.repetitions, profile=arguments.profile)
     print_results(f"EGPT training window, {shape}", "tokens", results)
     return record | {"results": [result.as_dict() for result in results]}
 
@@ -91,10 +94,6 @@ def _configs(shape: dict[str, int]) -> tuple[ModelConfig, ModelConfig]:
     return encoder, decoder
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _window(shape: dict[str, int], device: torch.device) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     size = (shape["windows"], shape["chunks"] * shape["chunk_size"] + 1)
@@ -104,29 +103,31 @@ def _window(shape: dict[str, int], device: torch.device) -> tuple[Tensor, Tensor
 
 
 def ours(shape: dict[str, int], features: str) -> Workload:
-    """One step: encode what is not stored, one pass over the window, AdamW."""
-    device = _device()
-    grid = ProcessGrid(device=device)
+    """One step through the engine: encode what is not stored, one pass over the window."""
+    from megaegpt.training.engine import DTYPES
+    from tools.benchmarks.engines import PLAIN, build_engine, facts
+
     encoder_config, config = _configs(shape)
-    encoder = FrozenEncoder(build_model(encoder_config, grid))  # type: ignore[arg-type]
-    model = build_model(config, grid)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens, targets = _window(shape, device)
+    engine = build_engine(config, shape["windows"], PLAIN)
+    encoder = FrozenEncoder(build_model(encoder_config, engine.grid))  # type: ignore[arg-type]
+    encoder.to(DTYPES[engine.precision])
+    tokens, targets = _window(shape, engine.grid.device)
     states = encoder(tokens) if features != "online" else None
     history = None if states is None else chunk_features(states[:, :-1], config.egpt)
     if features == "history":
         states = None
+    batch = {"tokens": tokens, "targets": targets.contiguous()}
+    step = itertools.count()
+
+    def loss(model: Callable[..., Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        seen = encoder(batch["tokens"]) if states is None else states
+        past = chunk_features(seen[:, :-1], config.egpt) if history is None else history
+        return model(seen, past, batch["targets"], reduction="sum")
 
     def one() -> None:
-        seen = encoder(tokens) if states is None else states
-        past = chunk_features(seen[:, :-1], config.egpt) if history is None else history
-        loss = model(seen, past, targets) / targets.numel()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        engine.train_step(next(step), [batch], loss)
 
-    return Workload(one, targets.numel(), {"parameters": model.num_parameters()})
+    return Workload(one, targets.numel(), facts(engine, config))
 
 
 def _original_model(folder: Path, shape: dict[str, int]) -> Any:
@@ -142,7 +143,7 @@ def _original_model(folder: Path, shape: dict[str, int]) -> Any:
         bias=False,
         **sizes,
     )
-    return module.EGPT(config).to(_device())
+    return module.EGPT(config).to(single_grid().device)
 
 
 def _original_window(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -161,10 +162,11 @@ def original(folder: Path, shape: dict[str, int]) -> Workload:
     model = _original_model(folder, shape)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
-    tokens, targets = _window(shape, _device())
+    tokens, targets = _window(shape, single_grid().device)
 
     def one() -> None:
-        _original_window(model, tokens, targets)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+            _original_window(model, tokens, targets)
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -238,8 +240,8 @@ def _check_parity(folder: Path, shape: dict[str, int]) -> dict[str, float]:
         MegaEGPTError: they are larger than rounding explains.
     """
     small = dict(shape, chunks=min(shape["chunks"], 3), chunk_size=min(shape["chunk_size"], 64))
-    theirs, device = _original_model(folder, small), _device()
-    grid = ProcessGrid(device=device)
+    theirs, grid = _original_model(folder, small), single_grid()
+    device = grid.device
     encoder_config, config = _configs(small)
     gpt, model = build_model(encoder_config, grid), build_model(config, grid)
     transformer = theirs.encoder.transformer

@@ -13,33 +13,39 @@ from megaegpt.config import EGPTConfig, GenerationConfig, ModelConfig
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.parallel.grid import ProcessGrid
 from tools.benchmarks import peers
 from tools.benchmarks.common import (
-    Candidate,
-    Workload,
+    add_profile,
     add_repetitions,
-    compare,
+    add_sizes,
     parse_peers,
     print_results,
     print_table,
+    single_grid,
 )
+from tools.benchmarks.processes import Candidate, Workload, compare
 
 PROMPT = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``benchmark.py generate``."""
-    parser.add_argument("--hidden", type=int, default=768, help="width (%(default)s)")
-    parser.add_argument("--layers", type=int, default=12, help="blocks (%(default)s)")
-    parser.add_argument("--heads", type=int, default=12, help="heads (%(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens (%(default)s)")
+    add_sizes(
+        parser,
+        {
+            "hidden": (768, "width"),
+            "layers": (12, "blocks"),
+            "heads": (12, "heads"),
+            "batch": (1, "sequences"),
+            "tokens": (128, "new tokens"),
+        },
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--egpt", action="store_true", help="EGPT's cost per token at 1k, 4k and 16k of context"
     )
     parser.add_argument("--peer", action="append", default=[], metavar="hf")
+    add_profile(parser)
     add_repetitions(parser, default=3)
 
 
@@ -52,7 +58,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     candidates = [Candidate("megaegpt", ours, (shape,), threads=arguments.threads)]
     for name in parse_peers(arguments.peer, ("hf",)):
         candidates.append(Candidate(name, hugging_face, (shape,), threads=arguments.threads))
-    results = compare(candidates, arguments.repetitions)
+    results = compare(candidates, arguments.repetitions, profile=arguments.profile)
     print_results(f"decoding, {shape}", "tokens", results)
     roofline = _weights_per_second(shape)
     print(f"reading the weights once a token allows {roofline:.1f} tokens/s a sequence")
@@ -69,13 +75,11 @@ def _model_config(shape: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _grid() -> ProcessGrid:
-    return ProcessGrid(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def ours(shape: dict[str, Any]) -> Workload:
     """Prefill and decoding with the preallocated cache."""
-    model = build_model(_model_config(shape), _grid()).to(getattr(torch, shape["dtype"])).eval()
+    model = (
+        build_model(_model_config(shape), single_grid()).to(getattr(torch, shape["dtype"])).eval()
+    )
     generator = TextGenerator(model)
     greedy = GenerationConfig(max_new_tokens=shape["tokens"], temperature=0.0)
     prompts = [list(range(100 * row, 100 * row + PROMPT)) for row in range(shape["batch"])]
@@ -90,7 +94,7 @@ def ours(shape: dict[str, Any]) -> Workload:
 def hugging_face(shape: dict[str, Any]) -> Workload:
     """transformers' ``generate`` with its own cache."""
     sizes = {"vocab": 50304, "context": 1024} | {k: shape[k] for k in ("hidden", "layers", "heads")}
-    device = _grid().device
+    device = single_grid().device
     model: Any = peers.hugging_face(sizes).to(device, getattr(torch, shape["dtype"])).eval()
     prompts = torch.arange(PROMPT, device=device).repeat(shape["batch"], 1)
 
@@ -110,7 +114,7 @@ def hugging_face(shape: dict[str, Any]) -> Workload:
 
 def _weights_per_second(shape: dict[str, Any]) -> float:
     """How often a second this machine can read the model's weights: products with one vector."""
-    grid = _grid()
+    grid = single_grid()
     dtype = getattr(torch, shape["dtype"])
     model = build_model(_model_config(shape), grid)
     matrix = torch.randn(50304, shape["hidden"], dtype=dtype, device=grid.device)
@@ -128,7 +132,7 @@ def _weights_per_second(shape: dict[str, Any]) -> float:
 
 def _egpt_by_context(shape: dict[str, Any], repetitions: int) -> list[dict[str, float]]:
     """Seconds a token of EGPT in the middle of a chunk after 1k, 4k and 16k tokens."""
-    grid = _grid()
+    grid = single_grid()
     encoder_config = _model_config(shape)
     config = replace(
         encoder_config,

@@ -6,24 +6,22 @@ Ours runs as in a real run: the engine with DeepSpeed, its micro-batches, its op
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megaegpt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
-from megaegpt.model.build import build_model, meta_model
-from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.metrics import peak_flops
+from megaegpt.config import ModelConfig
 from tools.benchmarks import peers
 from tools.benchmarks.common import (
-    Candidate,
-    Workload,
+    add_profile,
     add_repetitions,
-    compare,
     parse_peers,
+    print_mfu,
     print_results,
 )
+from tools.benchmarks.processes import Candidate, Workload, compare
 
 SHAPES = {
     "small": {"layers": 4, "heads": 4, "hidden": 256, "context": 256, "batch": 8},
@@ -52,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer", action="append", default=[], metavar="nanogpt=DIR|hf|litgpt=DIR", help="repeat"
     )
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="trace a step of ours, top 10")
+    add_profile(parser)
     add_repetitions(parser)
 
 
@@ -66,8 +64,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "recompute": arguments.recompute,
         "compile": arguments.compile,
     }
-    if arguments.profile is not None:
-        _profile(arguments.profile, shape, options)
     threads = arguments.threads
     candidates = [Candidate("megaegpt", ours, (shape, options), threads=threads)]
     if arguments.processes > 1:
@@ -79,58 +75,29 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.compile:
             compiled = (name, folder, shape, True)
             candidates.append(Candidate(f"{name}, compiled", peer, compiled, threads=threads))
-    results = compare(candidates, arguments.repetitions, warmup=2)
+    results = compare(candidates, arguments.repetitions, warmup=2, profile=arguments.profile)
     print_results(f"training step, {shape}", "tokens", results)
-    for result in results:
-        if result.info.get("mfu_peak"):
-            mfu = result.rate * result.info["flops_per_token"] / result.info["mfu_peak"]
-            result.info["mfu"] = mfu
-            print(f"{result.name}: MFU {mfu:.1%}")
+    print_mfu(results)
     return {"shape": shape, "options": options, "results": [r.as_dict() for r in results]}
 
 
 def ours(shape: dict[str, int], options: dict[str, Any]) -> Workload:
     """One optimizer step through the engine."""
-    from megaegpt.training.engine import Engine, init_distributed
+    from tools.benchmarks.engines import build_engine, facts
 
-    device = init_distributed()
-    grid = ProcessGrid.create(1, device)
     model_config = _model_config(shape)
-    config = RunConfig(
-        model=model_config,
-        parallel=ParallelConfig(zero_stage=options["zero"]),
-        training=TrainingConfig(
-            steps=1_000_000,
-            global_batch_size=shape["batch"],
-            micro_batch_size=shape["batch"] // grid.dp_size,
-            precision=options["precision"],
-        ),
-        optimizer=OptimizerConfig(warmup_steps=0),
-    )
-    model = build_model(
-        model_config,
-        grid,
-        activation_checkpointing=options["recompute"],
-        compile_blocks=options["compile"],
-    )
-    engine = Engine(model, grid, config)
-    tokens = torch.randint(50257, (shape["batch"] // grid.dp_size, shape["context"] + 1))
+    engine = build_engine(model_config, shape["batch"], options)
+    rows = shape["batch"] // engine.grid.dp_size
+    tokens = torch.randint(50257, (rows, shape["context"] + 1), device=engine.grid.device)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:].contiguous()}
-    step = iter(range(1_000_000))
+    step = itertools.count()
 
     def one() -> None:
         engine.train_step(
             next(step), [batch], lambda m, b: m(b["tokens"], b["targets"], reduction="sum")
         )
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    counts = meta_model(model_config)
-    info = {
-        "parameters": counts.num_parameters(),
-        "flops_per_token": counts.flops_per_token(),
-        "mfu_peak": peak_flops(name, engine.precision),
-    }
-    return Workload(one, shape["batch"] * shape["context"], info)
+    return Workload(one, shape["batch"] * shape["context"], facts(engine, model_config))
 
 
 def _model_config(shape: dict[str, int]) -> ModelConfig:
@@ -165,18 +132,3 @@ def peer(name: str, folder: Path | None, shape: dict[str, int], compiled: bool) 
         optimizer.zero_grad(set_to_none=True)
 
     return Workload(one, shape["batch"] * shape["context"])
-
-
-def _profile(folder: Path, shape: dict[str, int], options: dict[str, Any]) -> None:
-    """Write a torch profiler trace of the third step, and print where its time went."""
-    from torch.profiler import profile
-
-    workload = ours(shape, options)
-    for _ in range(2):
-        workload.run()
-    with profile() as profiler:
-        workload.run()
-    folder.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(folder / "train_step.json"))
-    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=50))

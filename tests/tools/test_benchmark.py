@@ -1,0 +1,131 @@
+"""Each benchmark runs to its end at the smallest size and records what it printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaegpt.errors import ConfigError, LaunchError
+from tools import benchmark
+from tools.benchmarks.common import parse_peers
+from tools.benchmarks.processes import Candidate, Workload, compare
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a subcommand; its record."""
+
+    def run(*words: str) -> dict[str, Any]:
+        path = tmp_path / "record.json"
+        options = [*words, "--repetitions", "1", "--threads", "1", "--json", str(path)]
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+        benchmark.main()
+        return json.loads(path.read_text())
+
+    return run
+
+
+def test_train_with_a_profile(run, tmp_path, capsys):
+    record = run(
+        "train", "--shape", "small", "--context", "8", "--batch", "1", "--profile", str(tmp_path)
+    )
+    (result,) = record["results"]
+    assert result["units_per_second"] == pytest.approx(8 / result["seconds"][0])
+    assert result["peak_bytes"] > 2**27
+    assert record["machine"]["torch"] == torch.__version__
+    assert "Self CPU time total" in capsys.readouterr().out
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_egpt(run, capsys):
+    record = run(
+        *("egpt", "--hidden", "16", "--layers", "1", "--encoder-layers", "1"),
+        *("--heads", "2", "--chunks", "2", "--chunk-size", "4"),
+    )
+    names = ["megaegpt, online features", "megaegpt, stored history", "megaegpt, stored states"]
+    assert [result["name"] for result in record["results"]] == names
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+
+
+def test_generate(run):
+    record = run("generate", "--hidden", "16", "--layers", "1", "--heads", "2", "--tokens", "3")
+    (result,) = record["results"]
+    assert result["units_per_second"] == pytest.approx(3 / result["seconds"][0])
+    assert record["roofline_tokens_per_second"] > 0
+
+
+def test_attention(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plot.png"
+    record = run(
+        *("attention", "--hidden", "24", "--layers", "1", "--lengths", "16", "32"),
+        *("--window", "8", "--vocab", "64", "--tokens", "2", "--plot", str(plot)),
+        *("--variants", "multi-head", "latent", "sliding-window"),
+    )
+    caches = {(row["variant"], row["length"]): row["cache_bytes"] for row in record["rows"]}
+    assert caches == {
+        ("multi-head", 16): 16 * 2 * 24 * 4,
+        ("multi-head", 32): 32 * 2 * 24 * 4,
+        ("latent", 16): 16 * 24 // 8 * 4,
+        ("latent", 32): 32 * 24 // 8 * 4,
+        ("sliding-window", 16): 8 * 2 * 24 * 4,
+        ("sliding-window", 32): 8 * 2 * 24 * 4,
+    }
+    assert all(row["train"]["memory_bytes"] > 0 for row in record["rows"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_data(run, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(f'{{"text": "{n} is a number"}}\n' for n in range(200)))
+    record = run("data", "--input", str(corpus), "--workers", "1", "--tokens", "20000")
+    assert len(record["tokenising"]) == 3
+    assert len({tuple(r["output"]) for r in record["tokenising"] if "output" in r}) == 1
+    assert record["first_batch_seconds"] > 0
+
+
+def test_features(run):
+    record = run(
+        *("features", "--hidden", "16", "--layers", "1", "--heads", "2"),
+        *("--chunks", "20", "--chunk-size", "8", "--window", "4"),
+    )
+    assert [r.get("bytes_per_token") for r in record["computing"]] == [None, 8.0, 72.0]
+    assert [r["bytes_per_window"] for r in record["reading"]] == [4 * 16 * 4, 4 * 8 * 16 * 4]
+
+
+def test_checkpoint(run):
+    record = run("checkpoint", "--hidden", "16", "--layers", "1", "--heads", "2")
+    saved, *_ = record["results"]
+    assert [r["name"] for r in record["results"]] == ["save", "load", "write", "read"]
+    assert saved["bytes"] > 4 * 4 * 50304 * 16  # weights twice, and Adam's moments
+
+
+def fails() -> Workload:
+    raise ValueError("no such thing")
+
+
+def test_a_candidate_that_fails_shows_its_traceback():
+    with pytest.raises(LaunchError, match=r"(?s)broken failed:.*ValueError: no such thing"):
+        compare([Candidate("broken", fails)], 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("llama", "not one of nanogpt, hf"), ("nanogpt=/nowhere", "there is no folder /nowhere")],
+)
+def test_unknown_peers_are_refused(value, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_peers([value], ("nanogpt", "hf"))
+
+
+def test_every_benchmark_is_a_subcommand():
+    folder = Path(benchmark.__file__).parent / "benchmarks"
+    parts = {"common", "processes", "engines", "peers"}
+    modules = {path.stem for path in folder.glob("[!_]*.py")} - parts
+    assert modules == set(benchmark.SUBCOMMANDS)

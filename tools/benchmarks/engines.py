@@ -1,0 +1,54 @@
+"""Our models under the training engine, as a real run has them. Imports DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megaegpt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from megaegpt.model.build import build_model, meta_model
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.engine import Engine, init_distributed
+from megaegpt.training.metrics import device_name, peak_flops
+
+PLAIN = {"zero": 0, "precision": "auto", "recompute": "none", "compile": False}
+"""The least that a step can be."""
+
+
+def build_engine(model_config: ModelConfig, batch: int, options: dict[str, Any]) -> Engine:
+    """An engine over all processes of this candidate, each with its share of ``batch`` samples.
+
+    Args:
+        model_config: of the trainable model.
+        batch: samples a step over all processes, in one micro-step.
+        options: as :data:`PLAIN`.
+    """
+    grid = ProcessGrid.create(1, init_distributed())
+    config = RunConfig(
+        model=model_config,
+        parallel=ParallelConfig(zero_stage=options["zero"]),
+        training=TrainingConfig(
+            steps=1_000_000,
+            global_batch_size=batch,
+            micro_batch_size=batch // grid.dp_size,
+            precision=options["precision"],
+        ),
+        optimizer=OptimizerConfig(warmup_steps=0),
+    )
+    model = build_model(
+        model_config,
+        grid,
+        activation_checkpointing=options["recompute"],
+        compile_blocks=options["compile"],
+    )
+    return Engine(model, grid, config)
+
+
+def facts(engine: Engine, model_config: ModelConfig) -> dict[str, Any]:
+    """What MFU follows from, for the record."""
+    counts = meta_model(model_config)
+    return {
+        "parameters": counts.num_parameters(),
+        "flops_per_token": counts.flops_per_token(),
+        "mfu_peak": peak_flops(device_name(engine.grid.device), engine.precision),
+        "precision": engine.precision,
+    }
