@@ -70,7 +70,7 @@ class ExperimentPlan:
     run: dict[str, Any] = field(default_factory=dict)
     """Sections of a run's configuration, the same for all variants."""
     variants: dict[str, Any] = field(default_factory=dict)
-    """By name, what differs from ``run``."""
+    """By name, what differs from ``run``, or from the variant named by the key ``base``."""
 
     def corpus(self, name: str) -> CorpusPlan:
         """A corpus by name (``load_plan`` has checked it)."""
@@ -101,6 +101,7 @@ def _problems(plan: ExperimentPlan) -> list[Problem]:
     found = []
     if not plan.corpora:
         found.append("corpora is empty")
+    found += _base_problems(plan.variants)
     if plan.baseline not in plan.variants:
         found.append(f"baseline={plan.baseline} is none of variants: {', '.join(plan.variants)}")
     if unknown := set(plan.budgets) - set(BUDGETS):
@@ -116,6 +117,17 @@ def _problems(plan: ExperimentPlan) -> list[Problem]:
     return [Problem((), message) for message in found]
 
 
+def _base_problems(variants: dict[str, Any]) -> list[str]:
+    """A variant is based on one above it, so no chain of bases is a ring."""
+    found, above = [], list[str]()
+    for name, changes in variants.items():
+        base = (changes or {}).get("base")
+        if base is not None and base not in above:
+            found.append(f"variants.{name}.base={base} is none of the variants above it")
+        above.append(name)
+    return found
+
+
 def _run_problems(name: str, values: dict[str, Any]) -> list[Problem]:
     problems: list[Problem] = []
     config = parse_section(RunConfig, values, "", problems)
@@ -125,7 +137,12 @@ def _run_problems(name: str, values: dict[str, Any]) -> list[Problem]:
 
 def decoder_values(plan: ExperimentPlan, variant: str) -> dict[str, Any]:
     """Sections of a variant's configuration."""
-    values = merged(plan.run, plan.variants[variant])
+    changes = [plan.variants[variant] or {}]
+    while "base" in changes[-1]:
+        changes.append(plan.variants[changes[-1]["base"]])
+    values = plan.run
+    for change in reversed(changes):
+        values = merged(values, {name: of for name, of in change.items() if name != "base"})
     return merged(values, {"model": {"encoder": {"source": plan.encoder.source or "encoder"}}})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,21 +23,36 @@ def test_variants_differ_in_the_model_only_and_share_steps_and_order(path, tmp_p
         assert (run.training, run.optimizer, run.data) == (base.training, base.optimizer, base.data)
         assert run.model.sample_len == base.model.sample_len
     assert base.model.kind == "deepgpt"
-    assert {"deepgpt", "egpt_no_history", "egpt", "egpt_improved"} <= set(runs)
+    assert base.checkpoint.interval == base.training.eval_interval
+    assert runs["egpt_improved"].model.egpt.local_attention
+    if "ablations" in path.name:
+        return
+    assert {"deepgpt", "egpt_no_history", "egpt"} <= set(runs)
     assert runs["egpt_no_history"].model.egpt.history is False
     assert runs["egpt"].model.egpt.features_per_chunk == 1
-    assert runs["egpt_improved"].model.egpt.local_attention
-    assert base.checkpoint.interval == base.training.eval_interval
+
+
+def test_ablations_undo_one_thing_each(tmp_path):
+    plan = load_plan(CONFIGS / "gpu_ablations.yaml")
+    runs = {v: make_run(decoder_values(plan, v), tmp_path) for v in plan.variants}
+    improved = runs["egpt_improved"].model
+    assert runs["one_feature"].model == replace(
+        improved, egpt=replace(improved.egpt, features_per_chunk=1)
+    )
+    assert not runs["no_local_attention"].model.egpt.local_attention
+    assert len({run.model for run in runs.values()}) == len(runs)
 
 
 def test_everything_wrong_is_said_at_once(tmp_path):
     path = tmp_path / "wrong.yaml"
     path.write_text(
-        "corpora: {a: {trian: [x]}}\nbaseline: b\nseeds: 0\nbudgets: [flops]\nvariants: {c: {}}\n"
+        "corpora: {a: {trian: [x]}}\nbaseline: b\nseeds: 0\nbudgets: [flops]\n"
+        "variants: {c: {base: d}, d: {}}\n"
     )
     with pytest.raises(ConfigError) as error:
         load_plan(path)
-    for words in ("corpora.a.trian", "baseline=b is none", "seeds=0", "must hold steps", "encoder"):
+    wrong = ["corpora.a.trian", "baseline=b is none", "seeds=0", "must hold steps", "encoder"]
+    for words in [*wrong, "variants.c.base=d is none of the variants above it"]:
         assert words in str(error.value)
 
 
