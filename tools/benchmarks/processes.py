@@ -56,6 +56,8 @@ class Result:
     name: str
     units: int
     seconds: list[float]
+    cpu_seconds: list[float]
+    """Processor time of all its threads and ranks: what a busy machine disturbs less."""
     peak_bytes: int
     info: dict[str, Any]
 
@@ -70,6 +72,7 @@ class Result:
             "name": self.name,
             "units_per_second": self.rate,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "peak_bytes": self.peak_bytes,
             **self.info,
         }
@@ -98,12 +101,13 @@ def compare(
         results = []
         for group in groups:
             units, info = group.ready()
-            results.append(Result(group.candidate.name, units, [], 0, info))
+            results.append(Result(group.candidate.name, units, [], [], 0, info))
         for repetition in range(-warmup, repetitions):
             for group, result in zip(groups, results, strict=True):
-                seconds = group.repeat()
+                seconds, cpu_seconds = group.repeat()
                 if repetition >= 0:
                     result.seconds.append(seconds)
+                    result.cpu_seconds.append(cpu_seconds)
                 if sys.stderr.isatty():
                     print(f"\r{group.candidate.name}: {seconds:.3f} s ", end="", file=sys.stderr)
         for group, result in zip(groups, results, strict=True):
@@ -157,8 +161,10 @@ class _Group:
         answers = [self._receive(pipe) for pipe in self._pipes]
         return answers[0]
 
-    def repeat(self) -> float:
-        return max(self._ask(_seconds))
+    def repeat(self) -> tuple[float, float]:
+        """Seconds by the clock, and of processor time."""
+        times = self._ask(_seconds)
+        return max(wall for wall, _ in times), sum(cpu for _, cpu in times)
 
     def peak(self) -> int:
         return sum(self._ask(_peak_bytes))
@@ -193,11 +199,11 @@ def _serve(candidate: Candidate, rank: int, port: int, pipe: Connection) -> None
         pipe.send((False, traceback.format_exc()))
 
 
-def _seconds(workload: Workload) -> float:
-    began = time.perf_counter()
+def _seconds(workload: Workload) -> tuple[float, float]:
+    began, cpu_began = time.perf_counter(), time.process_time()
     workload.run()
     _wait_for_device()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu_began
 
 
 def _profile(workload: Workload, folder: Path) -> str:
