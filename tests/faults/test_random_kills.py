@@ -27,7 +27,8 @@ KILLS = int(os.environ.get("MEGAEGPT_KILLS", "6"))
 STEPS = 24
 MOMENTS = ["at any time", "while training", "while saving"]
 VICTIMS = [(0, 1), (0,), (1,)]
-"""Both ranks at once, as a machine does, or one, after which the other must end by itself."""
+"""Both ranks at once, as a machine does, or one, after which the other must end by itself. (Before
+they have found each other only a launcher can know of both.)"""
 ENDING_S = 60
 
 
@@ -76,7 +77,8 @@ class KilledRun:
         ranks = Ranks(2, self.folder, train, self.config)
         killed = kill and self._wait(ranks, self.dice.choice(MOMENTS))
         if killed:
-            victims = self.dice.choice(VICTIMS)
+            joined = "trainable parameters" in ranks.shown(0)
+            victims = self.dice.choice(VICTIMS) if joined else (0, 1)
             ranks.kill(*victims)
             codes = ranks.wait(ENDING_S)
             assert None not in codes, f"rank {codes.index(None)} went on alone"
