@@ -1,4 +1,4 @@
-"""GPT-2 weights in Hugging Face's form: folders read and written, models downloaded.
+"""GPT-2 weights in Hugging Face's form: folders read, models downloaded, conversions kept.
 
 Their library is not needed for it; nothing is unpickled except tensors (``weights_only``).
 """
@@ -9,22 +9,18 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.config.validation import validate_model
-from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.interop.folders import whole_folder
-from megaegpt.interop.gpt2_layout import from_theirs, to_theirs
-from megaegpt.interop.gpt2_vocabulary import write_tokenizer
-from megaegpt.model.build import empty_model
-from megaegpt.model.weights import read_weights_config, save_weights
+from megaegpt.interop.gpt2_layout import from_theirs
+from megaegpt.model.build import empty_model, meta_model
+from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 
 CONFIG = "config.json"
@@ -102,17 +98,17 @@ def import_gpt2(folder: str | Path, output: str | Path) -> None:
         ours = from_theirs(theirs, config)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    grid = ProcessGrid()
-    model = empty_model(config, grid)
-    for name, parameter in model.named_parameters():
-        tensor = ours[name]
-        if tensor.shape != parameter.shape:
+    for name, parameter in meta_model(config).named_parameters():
+        if ours[name].shape != parameter.shape:
             raise CheckpointError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)} in the file, "
+                f"{folder}: {name} has shape {tuple(ours[name].shape)} in the file, "
                 f"{tuple(parameter.shape)} by {CONFIG}"
             )
-        with torch.no_grad():
-            parameter.copy_(tensor)
+    grid = ProcessGrid()
+    model = empty_model(config, grid)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(ours[name])
     save_weights(model, output, grid, {"imported_from": str(folder)})
 
 
@@ -160,8 +156,11 @@ def is_hub_name(source: str) -> bool:
     return source in _HUB_NAMES or source.startswith(_HUB_PREFIX)
 
 
-def download(source: str) -> Path:
+def download(source: str, only_here: bool = False) -> Path:
     """The folder of a model from the hub, or from the hub's own cache.
+
+    Args:
+        only_here: look in the cache alone.
 
     Raises:
         CheckpointError: it is not there, or the hub cannot be reached.
@@ -172,7 +171,11 @@ def download(source: str) -> Path:
     patterns = {_SAFETENSORS: ["model*.safetensors*"], _PICKLED: ["pytorch_model*.bin*"]}
     try:
         for wanted in patterns.values():
-            folder = Path(snapshot_download(name, allow_patterns=[CONFIG, *wanted]))
+            folder = Path(
+                snapshot_download(
+                    name, allow_patterns=[CONFIG, *wanted], local_files_only=only_here
+                )
+            )
             if any(path for pattern in wanted for path in folder.glob(pattern)):
                 break
     except Exception as error:  # whatever a download can raise
@@ -213,77 +216,3 @@ def _state_of(folder: Path) -> str:
     ]
     state = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
-
-
-# -- writing --------------------------------------------------------------------------------------
-
-
-def export_gpt2(weights: str | Path, output: str | Path) -> None:
-    """Write a GPT-2-shaped model of ours as a folder that ``AutoModelForCausalLM.from_pretrained``
-    and ``AutoTokenizer.from_pretrained`` load.
-
-    Raises:
-        CheckpointError: the model is not GPT-2-shaped, the weights are damaged, or ``output``
-            cannot be written.
-    """
-    weights, output = Path(weights), Path(output)
-    config, _ = read_weights_config(weights)
-    if differences := not_gpt2_shaped(config):
-        raise CheckpointError(
-            f"{weights} is not GPT-2-shaped ({', '.join(differences)}): other programs read its "
-            "model.safetensors as it is"
-        )
-    try:
-        ours = load_file(weights / _SAFETENSORS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{weights / _SAFETENSORS} cannot be read: {error}") from None
-    tensors = {
-        _their_full_name(name): t.contiguous() for name, t in to_theirs(ours, config).items()
-    }
-    with whole_folder(output) as folder:
-        save_file(tensors, folder / _SAFETENSORS, metadata={"format": "pt"})
-        text = json.dumps(_their_config(config), indent=2)
-        (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
-        if config.vocab_size > END_OF_TEXT_ID:
-            write_tokenizer(folder, Tokenizer.load(), config.max_seq_len)
-
-
-def not_gpt2_shaped(config: ModelConfig) -> list[str]:
-    """What keeps Hugging Face's GPT-2 from computing this model; nothing: it can."""
-    needed: dict[str, Any] = {
-        "kind": "gpt",
-        "attention": "grouped_query",
-        "positions": "learned",
-        "window": None,
-        "kv_heads": config.num_heads,
-        "head_size": config.hidden_size / config.num_heads,
-    }
-    return [
-        f"{key}={getattr(config, key)}" for key, v in needed.items() if getattr(config, key) != v
-    ]
-
-
-def _their_full_name(name: str) -> str:
-    return name if name == "lm_head.weight" else f"transformer.{name}"
-
-
-def _their_config(config: ModelConfig) -> dict[str, Any]:
-    end = END_OF_TEXT_ID if config.vocab_size > END_OF_TEXT_ID else None
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.max_seq_len,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "n_inner": config.ffn_size,
-        "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[config.activation],
-        "tie_word_embeddings": config.tied_embeddings,
-        "layer_norm_epsilon": config.layer_norm_eps,
-        "initializer_range": config.init_std,
-        **{f"{part}_pdrop": config.dropout for part in ("resid", "embd", "attn")},
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "dtype": "float32",
-    }

@@ -10,9 +10,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megaegpt.config import ModelConfig
 from megaegpt.errors import CheckpointError
-from megaegpt.interop.huggingface import converted, download, is_hub_name, is_huggingface_folder
-from megaegpt.model.weights import find_weights
+from megaegpt.interop.huggingface import (
+    converted,
+    download,
+    is_hub_name,
+    is_huggingface_folder,
+    read_config,
+)
+from megaegpt.model.weights import find_weights, read_weights_config, verify_weights
 from megaegpt.parallel.agreement import raising_together
 from megaegpt.parallel.grid import ProcessGrid
 
@@ -28,15 +35,31 @@ def resolve_weights_source(
         beside: a folder from which a relative path is tried too.
 
     Raises:
-        CheckpointError: there is no such thing, or it cannot be used.
+        CheckpointError: there is no such thing, it is damaged, or cannot be used.
     """
     first_here = os.environ.get("LOCAL_RANK", str(grid.rank)) == "0"
     with raising_together(grid):
         if first_here:
-            _resolve(source, beside)
+            verify_weights(_resolve(source, beside))
     with raising_together(grid):
         folder = _resolve(source, beside)
     return folder
+
+
+def source_config(source: str | Path) -> ModelConfig:
+    """The model that ``source`` stands for, without downloading or converting it.
+
+    Raises:
+        CheckpointError: there is no such thing on this machine, or it cannot be used.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if is_huggingface_folder(folder):
+            return read_config(folder)
+        return read_weights_config(find_weights(folder))[0]
+    if is_hub_name(str(source)):
+        return read_config(download(str(source), only_here=True))
+    raise CheckpointError(f"there is no folder {source}")
 
 
 def _resolve(source: str | Path, beside: str | Path | None) -> Path:

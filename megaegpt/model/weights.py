@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.config.loading import model_config_from_dict
+from megaegpt.config.validation import validate_model
 from megaegpt.errors import CheckpointError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import full_state, shard, spec_of
@@ -28,6 +30,7 @@ from megaegpt.parallel.params import full_state, shard, spec_of
 FORMAT = "megaegpt-weights"
 VERSION = 1
 WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_DESCRIPTION = "model and extra"
 
 
 def save_weights(
@@ -54,8 +57,21 @@ def save_weights(
     }
     with _whole_file(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+        checksums = {WEIGHTS: _file_digest(temporary), _DESCRIPTION: _digest(document)}
+    document["sha256"] = checksums
     with _whole_file(folder / _CONFIG) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """Of what the numbers mean; JSON, because lists and tuples are the same there."""
+    described = [document["model"], document["extra"]]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -97,14 +113,48 @@ def read_weights_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]
     """The model configuration and the extra entries of a weights folder.
 
     Raises:
-        CheckpointError: there is none, or it is not ours.
+        CheckpointError: there is none, it is not ours, or it is damaged.
+        ConfigError: it describes no model that can be built.
     """
+    document = _read_description(folder)
+    path = Path(folder) / _CONFIG
+    try:
+        config, extra = model_config_from_dict(document["model"], str(path)), document["extra"]
+        damaged = _DESCRIPTION in (known := document.get("sha256", {})) and (
+            known[_DESCRIPTION] != _digest(document)
+        )
+    except (LookupError, TypeError):
+        damaged = True
+    if damaged:
+        raise CheckpointError(f"{path} is damaged or was edited: its checksum differs")
+    validate_model(config, str(path))
+    return config, extra
+
+
+def verify_weights(folder: str | Path) -> None:
+    """Read the whole of a folder's tensors and compare their checksum (one file, one process).
+
+    Raises:
+        CheckpointError: the file is missing or is not what was saved.
+    """
+    path = Path(folder) / WEIGHTS
+    try:
+        wanted = _read_description(folder).get("sha256", {}).get(WEIGHTS)
+        if wanted is not None and wanted != _file_digest(path):
+            raise CheckpointError(f"{path} is damaged: its checksum differs")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be verified: {error}") from None
+
+
+def _read_description(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / _CONFIG
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {folder} is not a weights folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a MegaEGPT weights description")
@@ -112,7 +162,7 @@ def read_weights_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]
         raise CheckpointError(
             f"{path} has version {document.get('version')}; this program reads {VERSION}"
         )
-    return model_config_from_dict(document["model"]), document.get("extra", {})
+    return document
 
 
 def load_weights(model: nn.Module, folder: str | Path, grid: ProcessGrid) -> None:

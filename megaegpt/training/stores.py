@@ -11,11 +11,11 @@ from megaegpt.data.feature_writer import compute_features
 from megaegpt.data.features import FeatureSpec, FeatureStore
 from megaegpt.data.stream import TokenStream
 from megaegpt.errors import ConfigError
-from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.interop.sources import resolve_weights_source, source_config
 from megaegpt.model.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.initialization import initialization_problems
-from megaegpt.model.weights import find_weights, read_weights_config
+from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.agreement import raising_together
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.deepspeed_config import Precision
@@ -31,7 +31,8 @@ def find_encoder(config: RunConfig) -> ModelConfig | None:
     """
     if config.model.kind == "gpt":
         return None
-    return _fitting_encoder(config.model, find_weights(_source(config)))
+    source = _source(config)
+    return _fitting_encoder(config.model, source_config(source), source)
 
 
 def load_encoder(
@@ -49,7 +50,7 @@ def load_encoder(
         return None
     folder = resolve_weights_source(_source(config), grid)
     with raising_together(grid):
-        _fitting_encoder(config.model, folder)
+        _fitting_encoder(config.model, read_weights_config(folder)[0], str(folder))
     source = dataclasses.replace(config.model.encoder, source=str(folder))
     return FrozenEncoder.from_source(source, grid, DTYPES[precision])
 
@@ -61,8 +62,7 @@ def _source(config: RunConfig) -> str:
     return source
 
 
-def _fitting_encoder(model: ModelConfig, folder: Path) -> ModelConfig:
-    encoder, _ = read_weights_config(folder)
+def _fitting_encoder(model: ModelConfig, encoder: ModelConfig, source: str) -> ModelConfig:
     problems = []
     if encoder.kind != "gpt":
         problems.append(f"it is a {encoder.kind}, not a gpt")
@@ -80,7 +80,7 @@ def _fitting_encoder(model: ModelConfig, folder: Path) -> ModelConfig:
     if model.encoder.initialize_decoder:
         problems += initialization_problems(model, encoder)
     if problems:
-        raise ConfigError(f"model.encoder.source={folder} does not fit: {'; '.join(problems)}")
+        raise ConfigError(f"model.encoder.source={source} does not fit: {'; '.join(problems)}")
     return dataclasses.replace(encoder, num_layers=layers)
 
 
