@@ -88,6 +88,14 @@ def test_every_variant_is_measured_with_every_seed(report):
     assert corpus["steps"]["egpt_improved"]["gates"][0] > 0
 
 
+def test_a_decoder_that_starts_as_the_encoders_end_is_better_than_the_encoder(report):
+    """The encoder has seen this text; four steps do not bring a new decoder as far."""
+    corpus = report["corpora"]["bible"]
+    encoder = corpus["encoder"]["losses"]["true"]["mean"]
+    assert corpus["steps"]["egpt_improved"]["losses"]["true"]["mean"] < encoder
+    assert corpus["steps"]["egpt"]["losses"]["true"]["mean"] > encoder
+
+
 def test_history_changes_no_loss_in_the_first_chunk(report):
     losses = report["corpora"]["bible"]["steps"]["egpt_improved"]["losses"]
     for kind in ("shuffled", "zero"):
