@@ -24,6 +24,7 @@ class Meter:
     def __init__(self, total: int, show: bool) -> None:
         self.counts = Counts()
         self._start = time.perf_counter()
+        tqdm.monitor_interval = 0  # its thread would keep workers from being forked
         interval = 0.2 if sys.stderr.isatty() else _QUIET_INTERVAL_S
         self._bar = tqdm(
             total=total or None,

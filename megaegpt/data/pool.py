@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,18 +26,29 @@ class EncoderPool:
     """Encodes jobs on ``workers`` processes; with one worker, in this process by ``tokenizer``.
 
     Use as a context manager: leaving it ends the processes.
+
+    Args:
+        options: how documents become tokens.
+        workers: processes.
+        tokenizer: loaded before; None: it is loaded.
+        private: a file descriptor that workers must not keep open, such as that of a lock.
     """
 
     def __init__(
-        self, options: EncodeOptions, workers: int, tokenizer: Tokenizer | None = None
+        self,
+        options: EncodeOptions,
+        workers: int,
+        tokenizer: Tokenizer | None = None,
+        private: int | None = None,
     ) -> None:
         self._workers = workers
-        self._encoder = Encoder(options, tokenizer) if workers == 1 else None
+        forks = _can_fork()
+        self._encoder = Encoder(options, tokenizer) if forks or workers == 1 else None
         self._executor = None
         if workers > 1:
-            # A spawned process shares nothing with this one that could keep it alive or hang it.
-            context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(workers, context, _start_worker, (options,))
+            context = multiprocessing.get_context("fork" if forks else "spawn")
+            arguments = (options, self._encoder, private if forks else None)
+            self._executor = ProcessPoolExecutor(workers, context, _start_worker, arguments)
 
     def map(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Encoded]]:
         """Each job with its documents, in the order of the jobs.
@@ -80,11 +92,22 @@ class EncoderPool:
 _encoder: Encoder | None = None  # of a worker process, which does nothing else
 
 
-def _start_worker(options: EncodeOptions) -> None:
+def _can_fork() -> bool:
+    """Whether workers may be copies of this process, which start several times faster.
+
+    A copy has none of this process' threads, but the locks that they held. So only a process of
+    one thread forks, as ``tools/preprocess.py`` is; others spawn.
+    """
+    return sys.platform == "linux" and threading.active_count() == 1 and "torch" not in sys.modules
+
+
+def _start_worker(options: EncodeOptions, encoder: Encoder | None, private: int | None) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(options)
+    if private is not None:
+        os.close(private)
+    _encoder = encoder or Encoder(options)
 
 
 def _end_with_parent() -> None:

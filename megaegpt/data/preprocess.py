@@ -8,8 +8,6 @@ corpus is complete.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -27,7 +25,7 @@ from megaegpt.data.jobs import InputFile, Job, Kind, LineCounter, LineSpan, find
 from megaegpt.data.manifest import Manifest, describe_tokenizer
 from megaegpt.data.meter import Meter
 from megaegpt.data.pool import EncoderPool
-from megaegpt.data.progress import Counts, Part, Progress
+from megaegpt.data.progress import Counts, Part, Progress, only_run_in
 from megaegpt.data.readers import Option
 from megaegpt.data.shards import ShardSummary, ShardWriter
 from megaegpt.data.stream import shard_name
@@ -122,8 +120,8 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
         groups[VALIDATION] = find_inputs(options.validation, options.kind, options.reader_options)
     with naming_failures(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
-    with _only_run_in(options.output):
-        run = _Run(options, groups, show_progress)
+    with only_run_in(options.output) as lock:
+        run = _Run(options, groups, lock, show_progress)
         try:
             return run.run()
         except BaseException:
@@ -131,25 +129,18 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
             raise
 
 
-@contextlib.contextmanager
-def _only_run_in(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise DataError(f"{folder} is being written by another run") from None
-    finally:
-        os.close(handle)
-
-
 class _Run:
     """The state of one run: what has been counted and seen so far."""
 
     def __init__(
-        self, options: PreprocessOptions, groups: dict[str, list[InputFile]], show_progress: bool
+        self,
+        options: PreprocessOptions,
+        groups: dict[str, list[InputFile]],
+        lock: int,
+        show_progress: bool,
     ) -> None:
         self.options = options
+        self.lock = lock
         self.groups = groups
         self.tokenizer = Tokenizer.load(options.encode.vocabulary)
         self.progress = Progress(
@@ -175,7 +166,7 @@ class _Run:
         done = {part.name for part in finished}
         hashes = options.deduplicate or options.validation_fraction > 0
         encode = replace(options.encode, hashes=hashes)
-        with self.meter, EncoderPool(encode, options.workers, self.tokenizer) as pool:
+        with self.meter, EncoderPool(encode, options.workers, self.tokenizer, self.lock) as pool:
             before = 0
             for group, files in self.groups.items():
                 self._run_group(group, files, before, pool, done)

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import zstandard
 
-from megaegpt.data import preprocess as preprocess_module
 from megaegpt.data.encode import EncodeOptions
 from megaegpt.data.jobs import Damage, Job
 from megaegpt.data.manifest import Manifest
 from megaegpt.data.pool import EncoderPool
 from megaegpt.data.preprocess import PreprocessOptions, Report, preprocess
+from megaegpt.data.progress import only_run_in
 from megaegpt.data.readers.gutenberg import cut_wrapper
 from megaegpt.data.shards import Shard, ShardWriter
 from megaegpt.data.stream import TokenStream, resolve_prefixes
@@ -348,7 +348,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
     (tmp_path / "out").mkdir()
     with (
-        preprocess_module._only_run_in(tmp_path / "out"),
+        only_run_in(tmp_path / "out"),
         pytest.raises(DataError, match="is being written by another run"),
     ):
         run(tmp_path / "out", tmp_path / "a.jsonl")

@@ -90,6 +90,35 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_forked_workers_change_nothing(corpus: Path, tmp_path: Path) -> None:
+    """The program forks its workers; in the tests of the package, which have torch, they spawn."""
+    outputs = []
+    for workers in (1, 2, 3):
+        output = tmp_path / str(workers)
+        result = run(corpus, "--output", output, "--shards", 3, "--workers", workers)
+        assert result.returncode == 0, result.stderr.decode()
+        outputs.append({path.name: path.read_bytes() for path in sorted(output.iterdir())})
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert len(outputs[0]) == 7
+
+
+def test_only_a_process_of_one_thread_without_torch_forks() -> None:
+    code = """
+import sys, threading
+from megaegpt.data.pool import _can_fork
+print(_can_fork())
+stop = threading.Event()
+threading.Thread(target=stop.wait).start()
+print(_can_fork())
+stop.set()
+sys.modules["torch"] = None
+print(_can_fork())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=True)
+    expected = ["True" if sys.platform == "linux" else "False", "False", "False"]
+    assert result.stdout.decode().split() == expected
+
+
 def test_a_killed_run_is_repeated_to_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     options = ["--shards", 8, "--workers", 2, "--deduplicate", "--validation-fraction", 0.1]
     assert run(corpus, "--output", tmp_path / "expected", *options).returncode == 0
