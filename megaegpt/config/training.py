@@ -30,6 +30,8 @@ class TrainingConfig:
     """Of initial weights, data order and dropout."""
     eval_interval: int = 500
     """Steps between evaluations over the whole validation split (one follows the last step)."""
+    patience: int | None = None
+    """Evaluations in a row without a better loss after which the run ends. None: never."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a non-finite loss or gradient norm does: stop the run, or skip the step and count it."""
     initialize_from: str | None = None
@@ -73,6 +75,9 @@ class CheckpointConfig:
     """Steps between checkpoints (one follows the last step); 0: only at the end and on a signal."""
     keep: int = 2
     """Complete checkpoints kept; older ones are removed after a newer one is complete."""
+    keep_best: bool = False
+    """Also save at every best validation loss and keep that checkpoint; the link ``best`` leads to
+    it."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ _POSITIVE = [
     "training.batch_ramp.increment",
     "training.batch_ramp.steps",
     "training.eval_interval",
+    "training.patience",
     "optimizer.lr",
     "optimizer.decay_steps",
     "optimizer.eps",
@@ -126,6 +127,7 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
         problems += _batch(config, world_size)
     problems += [p for p in _schedule(config) if broken.isdisjoint(p.keys)]
     problems += _blend(config)
+    problems += _validation_split(config)
     problems += _deepspeed_keys(config)
     return problems
 
@@ -240,6 +242,22 @@ def _blend(config: RunConfig) -> Iterator[Problem]:
             ("data.weights", "data.train"),
             f"data.weights={list(weights)} must be positive, one for each of the {corpora} "
             "entries of data.train",
+        )
+
+
+def _validation_split(config: RunConfig) -> Iterator[Problem]:
+    """What is decided by the validation loss needs one."""
+    if not config.data.train or config.data.validation:
+        return
+    if config.training.patience is not None:
+        yield Problem(
+            ("training.patience", "data.validation"),
+            f"training.patience={config.training.patience} needs data.validation",
+        )
+    if config.checkpoint.keep_best:
+        yield Problem(
+            ("checkpoint.keep_best", "data.validation"),
+            "checkpoint.keep_best=true needs data.validation",
         )
 
 

@@ -4,6 +4,7 @@
 
     checkpoints/
       latest                  the name of the folder to resume from
+      best                    a link to the folder with the best validation loss, if asked for
       step_00000500/
         manifest.json         step, topology, the loop's state, every file's size and sha256
         deepspeed/            weights and optimizer state, cut by rank
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from megaegpt.errors import CheckpointError
 from megaegpt.parallel.agreement import from_all, from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.checkpoint_folders import CheckpointFolders
+from megaegpt.training.checkpoint_folders import CheckpointFolders, step_folder
 from megaegpt.training.engine import Engine
 from megaegpt.training.manifest import (
     FileEntry,
@@ -61,6 +62,10 @@ class CheckpointManager:
         """The checkpoint that ``latest`` names, else the newest complete one, else None."""
         return self._folders.latest()
 
+    def best(self) -> Path | None:
+        """The checkpoint that was last marked as the best and is still there."""
+        return self._folders.best()
+
     # -- saving -----------------------------------------------------------------------------------
 
     def save(
@@ -76,7 +81,7 @@ class CheckpointManager:
                 there before is untouched.
         """
         grid = engine.grid
-        name = f"step_{step:08d}"
+        name = step_folder(step)
         temporary = self._folders.saving(name)
         together = functools.partial(self._together, grid, step)
         try:
@@ -94,6 +99,22 @@ class CheckpointManager:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         return self.directory / name
+
+    def mark_best(self, step: int, grid: ProcessGrid) -> None:
+        """Keep the checkpoint of ``step`` until another one is the best; collective.
+
+        Raises:
+            CheckpointError: on all ranks, when the mark cannot be written.
+        """
+        with raising_together(grid):
+            if grid.is_main:
+                try:
+                    self._folders.name_best(step_folder(step))
+                    self._folders.remove_old(self.keep)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{self.directory}/best cannot be written: {error.strerror}"
+                    ) from error
 
     def _together(self, grid: ProcessGrid, step: int, action: Callable[[], Any] | None) -> Any:
         """Run this rank's ``action``; if it fails on one rank, fail on all."""

@@ -8,6 +8,7 @@ new one, whole.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,11 +16,16 @@ from pathlib import Path
 from megaegpt.errors import CheckpointError
 from megaegpt.training.manifest import Manifest, sync_folder, write_durably
 
-_LATEST = "latest"
+_LATEST, _BEST = "latest", "best"
 _COMPLETE = re.compile(r"step_\d{8,}")
 _SAVING, _REPLACED, _REMOVING = ".saving-", ".replaced-", ".removing-"
 _RESHAPING = ".reshaping-"
 _TEMPORARY = re.compile(r"^\.(saving|replaced|removing|reshaping)-")
+
+
+def step_folder(step: int) -> str:
+    """Name of the checkpoint after ``step`` optimizer steps."""
+    return f"step_{step:08d}"
 
 
 class CheckpointFolders:
@@ -39,6 +45,14 @@ class CheckpointFolders:
         except (OSError, ValueError):  # no such file, no text, a name that no file can have
             pass
         return max(self.complete(), key=_saved_at, default=None)
+
+    def best(self) -> Path | None:
+        """The complete checkpoint that the link ``best`` leads to, if there is one."""
+        try:
+            named = self.directory / os.readlink(self.directory / _BEST)
+        except OSError:
+            return None
+        return named if named in self.complete() else None
 
     def complete(self) -> list[Path]:
         """Folders under their final name (they were whole when they got it), or moved aside by a
@@ -91,14 +105,22 @@ class CheckpointFolders:
         sync_folder(self.directory)
         write_durably(self.directory / _LATEST, f"{final.name}\n")
 
+    def name_best(self, name: str) -> None:
+        """Let the link ``best`` lead to the complete checkpoint ``name``."""
+        temporary = self.directory / f".{_BEST}.linking"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(name)
+        temporary.replace(self.directory / _BEST)
+        sync_folder(self.directory)
+
     def remove_old(self, keep: int) -> None:
-        """Remove all but the latest and the ``keep - 1`` newest others.
+        """Remove all but the latest, the best, and the ``keep - 1`` newest others.
 
         The latest is never removed, whatever the clocks say that dated the checkpoints. What cannot
         be removed waits for the next save, which says so.
         """
-        latest = self.latest()
-        others = [folder for folder in self.complete() if folder != latest]
+        kept = (self.latest(), self.best())
+        others = [folder for folder in self.complete() if folder not in kept]
         others.sort(key=_saved_at, reverse=True)
         for folder in [*others[keep - 1 :], *self.directory.glob(f"{_REPLACED}*")]:
             doomed = self.directory / f"{_REMOVING}{folder.name.removeprefix(_REPLACED)}"

@@ -32,14 +32,14 @@ class Monitor:
 
     def __init__(self, config: LoggingConfig, grid: ProcessGrid, done: int = 0) -> None:
         self._is_main = grid.is_main
-        self._validated: set[int] = set()
+        self._validated: dict[int, float] = {}
         self._board: SummaryWriter | None = None
         if not self._is_main:
             return
         folder = Path(config.directory)
         folder.mkdir(parents=True, exist_ok=True)
         kept = keep_records(folder / METRICS, done)
-        self._validated |= {r["step"] for r in kept if "validation_loss" in r}
+        self._validated |= {r["step"]: r["validation_loss"] for r in kept if "validation_loss" in r}
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -68,7 +68,7 @@ class Monitor:
             "validation_nats_per_byte": result.nats_per_byte,
         }
         chunks = [loss for loss in result.loss_by_chunk if math.isfinite(loss)]
-        self._validated.add(step)
+        self._validated[step] = result.loss
         self._record(step, {**values, **({"validation_loss_by_chunk": chunks} if chunks else {})})
         self._scalars(
             step,
@@ -81,9 +81,9 @@ class Monitor:
         if self._board is not None and chunks and importlib.util.find_spec("matplotlib"):
             self._board.add_figure("validation/loss_by_chunk", _chunk_figure(chunks), step)
 
-    def has_validation(self, step: int) -> bool:
-        """Whether an evaluation after ``step`` steps is on record (rank 0 knows; others: False)."""
-        return self._is_main and step in self._validated
+    def validation_loss(self, step: int) -> float | None:
+        """The loss on record for an evaluation after ``step`` steps; on other ranks than 0 None."""
+        return self._validated.get(step)
 
     def text(self, name: str, text: str, step: int = 0) -> None:
         """Show a text, such as the configuration or a generated sample, in TensorBoard."""

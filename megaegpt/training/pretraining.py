@@ -14,7 +14,7 @@ from megaegpt.data.blend import Blend
 from megaegpt.data.files import write_whole
 from megaegpt.data.loader import TrainingLoader
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.errors import CheckpointError
+from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.build import Model, build_model
 from megaegpt.model.encoder import FrozenEncoder
@@ -22,6 +22,7 @@ from megaegpt.model.initialization import initialize_from_encoder
 from megaegpt.model.weights import load_weights, read_weights_config, save_weights
 from megaegpt.parallel.agreement import from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.best import BestLoss
 from megaegpt.training.checkpoint import CheckpointManager, TrainerState
 from megaegpt.training.engine import DTYPES, Engine, resolve_precision, slow_precision_notice
 from megaegpt.training.evaluation import Evaluator
@@ -76,6 +77,7 @@ def train(
     with raising_together(grid):
         validate(config, grid.world_size)
         data = read_data(config)
+        _check_held_out(config, data)
         checkpoints = _checkpoints(config, resume)
     run = _Run(config, grid, data)
     state: TrainerState = {}
@@ -99,6 +101,7 @@ def train(
         writers={"weights": run.export_weights},
         identity=run.identity,
         progress=data.samples.progress if isinstance(data.samples, Blend) else None,
+        best=BestLoss(**state.get("best", {})),
         done=state.get("step", 0),
         skipped=state.get("skipped", 0),
     )
@@ -251,6 +254,14 @@ class _Run:
             monitor.say(f"resuming after step {state['step']}")
         elif resume:
             monitor.say(f"no checkpoint in {config.checkpoint.directory}: starting at step 0")
+
+
+def _check_held_out(config: RunConfig, data: RunData) -> None:
+    needed = config.training.patience is not None or config.checkpoint.keep_best
+    if needed and data.validation is None:
+        raise ConfigError(
+            "training.patience and checkpoint.keep_best need a validation split: this run has none"
+        )
 
 
 def _checkpoints(config: RunConfig, resume: bool) -> CheckpointManager:

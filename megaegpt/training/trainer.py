@@ -18,6 +18,7 @@ from megaegpt.data.loader import TrainingLoader
 from megaegpt.errors import TrainingError
 from megaegpt.model.egpt import EGPT
 from megaegpt.parallel.agreement import from_all, from_main, raise_together
+from megaegpt.training.best import BestLoss
 from megaegpt.training.checkpoint import CheckpointManager, Writers
 from megaegpt.training.engine import Engine, MicroBatch, StepResult
 from megaegpt.training.evaluation import Evaluator
@@ -31,7 +32,7 @@ _MOST_SKIPS_IN_A_ROW = 100
 
 @dataclass
 class Trainer:
-    """Trains from step ``done`` to the end, or to a request to stop."""
+    """Trains from step ``done`` to the end, or to a request to stop, or to the end of patience."""
 
     config: RunConfig
     engine: Engine
@@ -50,6 +51,8 @@ class Trainer:
     """What the run depends on besides its configuration; kept in checkpoints."""
     progress: Callable[[int], Mapping[str, float]] | None = None
     """What to record of the data, such as a blend's tokens by corpus, after so many samples."""
+    best: BestLoss = field(default_factory=BestLoss)
+    """Of the evaluations so far."""
     done: int = 0
     """Optimizer steps done."""
     skipped: int = 0
@@ -67,9 +70,9 @@ class Trainer:
         """The loop; True if the run is complete, False if it was stopped (and saved) before."""
         run, logging, total = self.config, self.config.logging, self.config.training.steps
         with self.stops, self.loader, _no_automatic_gc():
-            if self._due(run.training.eval_interval) and not self._evaluated():
-                self.evaluate()
-            while self.done < total:
+            if self._due(run.training.eval_interval):
+                self._make_up_for_evaluation()
+            while self.done < total and not self.best.lost_patience(run.training.patience):
                 self._watch.start()
                 batch, reason = self._next_batch()
                 if reason is not None:
@@ -86,6 +89,8 @@ class Trainer:
                     self.save()
                 if self._due(run.training.eval_interval):
                     self.evaluate()
+            if self.done < total:
+                self._end_early()
         return True
 
     def _due(self, interval: int) -> bool:
@@ -140,7 +145,7 @@ class Trainer:
         gc.collect(1)
 
     def _data_progress(self) -> Mapping[str, float]:
-        samples = self.done * self.config.training.global_batch_size
+        samples = self.config.batches.samples_before(self.done)
         return {} if self.progress is None else self.progress(samples)
 
     def save(self) -> None:
@@ -148,7 +153,8 @@ class Trainer:
         self.report()
         with self._not_training():
             began = time.perf_counter()
-            state = {"step": self.done, "skipped": self.skipped, **self.identity}
+            progress = {"step": self.done, "skipped": self.skipped, "best": self.best.state()}
+            state = {**progress, **self.identity}
             folder = self.checkpoints.save(self.engine, self.done, state, self.writers)
             self.monitor.say(f"saved {folder} in {time.perf_counter() - began:.1f} s")
         self._saved = self.done
@@ -167,6 +173,16 @@ class Trainer:
                 self.monitor.say(f"step {self.done}: sample\n{text}")
                 self.monitor.text("sample", text, self.done)
             self.monitor.flush()
+        if self.evaluator is not None:
+            self._judge(result.loss)
+
+    def _judge(self, loss: float) -> None:
+        """Compare the validation loss of the steps so far with those before."""
+        self.best.count(self.done, loss)
+        if self.config.checkpoint.keep_best and self.best.step == self.done:
+            if self._saved != self.done:
+                self.save()
+            self.checkpoints.mark_best(self.done, self._grid)
 
     def _report_gates(self, openness: list[float]) -> None:
         """How far EGPT's memory gates are open, 0 to 1 for each layer that has them."""
@@ -176,9 +192,22 @@ class Trainer:
             named = {f"memory_gate/{layer:02d}": value for layer, value in enumerate(openness)}
             self.monitor.training(self.done, named)
 
-    def _evaluated(self) -> bool:
-        """Whether the evaluation due at the step resumed from was made before the interruption."""
-        return from_main(self.monitor.has_validation(self.done), self._grid)
+    def _make_up_for_evaluation(self) -> None:
+        """The evaluation due at the step resumed from may have been made before the stop."""
+        loss = from_main(self.monitor.validation_loss(self.done), self._grid)
+        if loss is None:
+            self.evaluate()
+        else:
+            self._judge(loss)
+
+    def _end_early(self) -> None:
+        if self._saved != self.done:
+            self.save()
+        self.monitor.say(
+            f"ended after step {self.done} of {self.config.training.steps}: no validation loss "
+            f"better than {self.best.loss:.4f}, that of step {self.best.step}, in "
+            f"{self.best.without} evaluations (training.patience)"
+        )
 
     def _stop(self, reason: str) -> None:
         if self._saved != self.done:

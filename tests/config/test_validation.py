@@ -66,6 +66,15 @@ REFUSED = [
     ({"model": {"attention": "latent", "window": 8}}, "cannot be combined with"),
     ({"model": {"window_every": 2}}, "model.window_every=2 has no effect without model.window"),
     ({"model": {"window": 0}}, "model.window=0 must be greater than 0"),
+    ({"training": {"patience": 0}}, "training.patience=0 must be greater than 0"),
+    (
+        {"training": {"patience": 2}, "data": {"train": ("x",)}},
+        "training.patience=2 needs data.validation",
+    ),
+    (
+        {"checkpoint": {"keep_best": True}, "data": {"train": ("x",)}},
+        "checkpoint.keep_best=true needs data.validation",
+    ),
     ({"model": {"dropout": 1.0}}, "model.dropout=1.0 must be at least 0 and below 1"),
     ({"model": {"kind": "egpt"}}, "model.encoder.source is required for model.kind=egpt"),
     ({"model": {"kind": "deepgpt"}}, "model.encoder.source is required for model.kind=deepgpt"),

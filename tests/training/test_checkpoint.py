@@ -83,6 +83,33 @@ def test_the_last_checkpoint_is_loaded_and_only_so_many_are_kept(tmp_path: Path)
     assert _load(manager, manager.directory / "step_00000003") == 3
 
 
+def test_the_best_is_kept_beside_the_last_ones_until_another_one_is(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=1)
+    assert manager.best() is None
+    for step in (1, 2, 3):
+        _save(manager, step)
+        if step == 2:
+            manager.mark_best(step, ProcessGrid())
+    assert manager.best() == tmp_path / "step_00000002"
+    assert _load(manager, tmp_path / "best") == 2, "the link serves as a folder"
+    assert _load(manager) == 3
+    manager.mark_best(3, ProcessGrid())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "latest", "step_00000003"]
+    _save(manager, 3)
+    assert manager.best() == manager.latest() == tmp_path / "step_00000003"
+
+
+def test_a_best_that_leads_nowhere_is_no_checkpoint(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=1)
+    _save(manager, 1)
+    for target in ("step_00000009", "../elsewhere", "latest"):
+        (tmp_path / "best").unlink(missing_ok=True)
+        (tmp_path / "best").symlink_to(target)
+        assert manager.best() is None
+    _save(manager, 2)
+    assert _load(manager) == 2
+
+
 def test_saving_again_at_an_earlier_step_keeps_the_new_one(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep=1)
     for step in (5, 9, 6, 6):

@@ -33,8 +33,8 @@ def test_records_after_the_checkpoint_are_dropped_when_a_run_is_resumed(tmp_path
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')  # the process was killed while it wrote
     second = monitor(tmp_path, done=3)
-    assert second.has_validation(3)
-    assert not second.has_validation(5)
+    assert second.validation_loss(3) == EVALUATION.loss
+    assert second.validation_loss(5) is None
     second.training(4, {"loss": 60.0})
     second.close()
     assert [(r["step"], r.get("loss")) for r in records(tmp_path)] == [
