@@ -7,7 +7,9 @@ One process, on the GPU if there is one. What is finished is not done again: aft
 (Ctrl-C and SIGTERM save first) the same command goes on. The report is in the plan's output:
 report.md, report.json, a PNG for each corpus.
 
---report-only writes it from the runs that are finished.
+--report-only writes it from the runs that are finished. --insert-into PAGE.md also puts its tables
+of losses into a page, between the lines <!-- experiment NAME --> (NAME.yaml is the configuration)
+and <!-- end of experiment -->.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from megaegpt.data.files import write_whole
-from megaegpt.errors import exits_cleanly
+from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.experiment.plan import ExperimentPlan, load_plan
 
 _STARTED = time.monotonic()
@@ -35,12 +38,15 @@ def main() -> None:
     parser.add_argument("--output", metavar="DIR", help="instead of the plan's")
     parser.add_argument("--exit-minutes", type=float, metavar="M", help="save and stop after M")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
+    parser.add_argument("--insert-into", type=Path, metavar="PAGE", help="a Markdown page")
     arguments = parser.parse_args()
     plan = load_plan(arguments.config)
     if arguments.output is not None:
         plan = dataclasses.replace(plan, output=arguments.output)
     if arguments.report_only or _run(plan, arguments.exit_minutes):
-        _report(plan)
+        report = _report(plan)
+        if (page := arguments.insert_into) is not None:
+            _insert(report, page, Path(arguments.config).stem)
 
 
 def _run(plan: ExperimentPlan, exit_minutes: float | None) -> bool:
@@ -63,7 +69,7 @@ def _run(plan: ExperimentPlan, exit_minutes: float | None) -> bool:
     return True
 
 
-def _report(plan: ExperimentPlan) -> None:
+def _report(plan: ExperimentPlan) -> dict[str, Any]:
     from megaegpt.experiment.plots import write_plots
     from megaegpt.experiment.report import collect, markdown
 
@@ -73,6 +79,17 @@ def _report(plan: ExperimentPlan) -> None:
     page = markdown(report, write_plots(report, folder))
     write_whole(folder / "report.md", page.encode())
     print("\n".join(["", *report["findings"], "", f"report: {folder / 'report.md'}"]))
+    return report
+
+
+def _insert(report: dict[str, Any], page: Path, name: str) -> None:
+    from megaegpt.experiment.report import insert
+
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{page}: cannot be read ({error.strerror})") from None
+    write_whole(page, insert(text, report, name).encode())
 
 
 if __name__ == "__main__":

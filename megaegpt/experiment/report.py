@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-
+from megaegpt.errors import DataError
 from megaegpt.experiment.plan import ExperimentPlan
 from megaegpt.experiment.runs import RESULT, read_result
-from megaegpt.training.metrics import device_name
 
 KINDS = ("true", "shuffled", "zero")
 _BUDGETS = {"steps": "equal steps", "flops": "equal training FLOPs", "time": "equal training time"}
@@ -23,7 +19,7 @@ def collect(plan: ExperimentPlan) -> dict[str, Any]:
     folder = Path(plan.output)
     corpora = {name: _corpus(plan, folder / "runs" / name) for name in plan.corpora}
     return {
-        "machine": machine(),
+        "machines": _machines(folder),
         "seeds": plan.seeds,
         "baseline": plan.baseline,
         "variants": plan.variants,
@@ -33,27 +29,10 @@ def collect(plan: ExperimentPlan) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """Where it was run."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = device_name(device)
-    if device.type == "cpu":
-        model = _cpu_model()
-    return {
-        "device": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "cpu"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "cpu"
+def _machines(folder: Path) -> list[str]:
+    """Where the runs were."""
+    runs = [read_result(path.parent) for path in sorted((folder / "runs").rglob(RESULT))]
+    return sorted({run["machine"] for run in runs})
 
 
 def _corpus(plan: ExperimentPlan, folder: Path) -> dict[str, Any]:
@@ -146,14 +125,38 @@ def _versus(other: dict[str, Any], loss: dict[str, Any], name: str) -> str:
 # -- the page -------------------------------------------------------------------------------------
 
 
+def insert(page: str, report: dict[str, Any], name: str) -> str:
+    """``page`` with the report's tables of losses between its marks for experiment ``name``.
+
+    Raises:
+        DataError: it has no such marks.
+    """
+    begin, end = f"<!-- experiment {name} -->\n", "<!-- end of experiment -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise DataError(f"the page lacks the lines {begin.strip()} and {end}")
+    parts = [_circumstances(report)]
+    for corpus_name, corpus in report["corpora"].items():
+        for budget, title in _BUDGETS.items():
+            if corpus.get(budget):
+                sizes = f"{corpus_name}, {title}: {_sizes(corpus)}"
+                parts += [sizes, _main_table(corpus, budget)]
+    return before + begin + "\n" + "\n\n".join(parts) + "\n\n" + end + after
+
+
+def _circumstances(report: dict[str, Any]) -> str:
+    return (
+        f"Run on {' and '.join(report['machines'])}; {report['seeds']} seeds; losses on text that "
+        "neither training nor the choice of checkpoints has seen."
+    )
+
+
 def markdown(report: dict[str, Any], plots: list[str]) -> str:
     """The whole report as one page; ``plots`` are file names beside it."""
-    place = report["machine"]
     parts = [
         "# Does EGPT use its context?",
-        f"Run on {place['device']} ({place['cores']} cores, {place['threads']} threads in use), "
-        f"torch {place['torch']}; {report['seeds']} seeds; losses on text that neither training "
-        "nor the choice of checkpoints has seen.",
+        _circumstances(report),
         "## What was found",
         "\n".join(f"- {sentence}." for sentence in report["findings"]),
         "A difference counts as one if it exceeds twice the larger standard deviation over seeds. "

@@ -18,6 +18,7 @@ from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.experiment.measure import Text, summarize, token_nats
+from megaegpt.experiment.place import describe_machine
 from megaegpt.experiment.plan import Budget, ExperimentPlan, decoder_values, make_run
 from megaegpt.experiment.texts import prepare_corpus, prepare_encoder_texts
 from megaegpt.generation.loading import load_for_inference
@@ -217,7 +218,11 @@ class Experiment:
     def _finish(self, folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
         """Publish the result; of the checkpoints only the chosen weights were kept."""
         write_whole(_whole_folder(folder) / "run.yaml", config_to_yaml(config).encode())
-        result = {"finished": time.strftime("%Y-%m-%d %H:%M"), **result}
+        about = {
+            "finished": time.strftime("%Y-%m-%d %H:%M"),
+            "machine": describe_machine(self._grid.device),
+        }
+        result = about | result
         write_whole(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

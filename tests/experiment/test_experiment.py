@@ -18,7 +18,7 @@ import pytest
 from megaegpt.errors import CheckpointError, DataError
 from megaegpt.experiment.plan import ExperimentPlan, load_plan
 from megaegpt.experiment.plots import write_plots
-from megaegpt.experiment.report import collect, markdown
+from megaegpt.experiment.report import collect, insert, markdown
 from megaegpt.experiment.runs import RESULT, Experiment, StoppedError, best_step
 from megaegpt.training.stopping import StopRequests
 from tests.distributed.harness import Distributed, grid_for
@@ -121,3 +121,15 @@ def test_the_page_has_a_verdict_for_every_variant_and_a_figure(report, output):
     for words in ("egpt_improved", "encoder alone", "![bible.png]", "By position", "8-15"):
         assert words in page
     assert len(report["findings"]) == 5  # three variants, two of them with features to exchange
+
+
+def test_the_tables_replace_what_was_between_the_marks_of_a_page(report):
+    page = "a\n<!-- experiment smoke -->\nold\n<!-- end of experiment -->\nb\n"
+    once = insert(page, report, "smoke")
+    assert once.startswith("a\n<!-- experiment smoke -->\n\nRun on ")
+    assert once.endswith("\n\n<!-- end of experiment -->\nb\n")
+    assert "| egpt_improved | " in once
+    assert "old" not in once
+    assert insert(once, report, "smoke") == once
+    with pytest.raises(DataError, match="lacks the lines <!-- experiment other -->"):
+        insert(page, report, "other")
