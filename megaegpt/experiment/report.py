@@ -179,8 +179,7 @@ def _sizes(corpus: dict[str, Any]) -> str:
 
 
 def _main_table(corpus: dict[str, Any], budget: str) -> str:
-    rows = {"encoder alone": corpus["encoder"]} if budget == "steps" else {}
-    rows |= corpus[budget]
+    rows = {"encoder alone": corpus["encoder"], **corpus["steps"], **corpus[budget]}
     header = ["", "nats/token", "sd", "nats/byte", "shuffled", "zero", "steps", "GFLOP",
               "parameters", "tokens/s", "GiB", "gates"]  # fmt: skip
     return _table(header, [[name, *_cells(result)] for name, result in rows.items()])

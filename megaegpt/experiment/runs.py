@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megaegpt.config import RunConfig
-from megaegpt.config.loading import config_to_dict, config_to_yaml
+from megaegpt.config.loading import config_to_dict, config_to_yaml, load_config
 from megaegpt.data.files import write_whole
 from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import Tokenizer
@@ -209,7 +209,7 @@ class Experiment:
     def _is_done(self, folder: Path, config: RunConfig) -> bool:
         """Whether the run is finished; refuses to go on where another one was begun."""
         begun = folder / "run.yaml"
-        if begun.exists() and begun.read_text(encoding="utf-8") != config_to_yaml(config):
+        if begun.exists() and load_config(begun) != config:
             raise CheckpointError(
                 f"{folder} is a run of another configuration: remove it, or choose another output"
             )
