@@ -36,6 +36,9 @@ class TrainingConfig:
     """What a non-finite loss or gradient norm does: stop the run, or skip the step and count it."""
     initialize_from: str | None = None
     """Folder of weights to start from at step 0 (to continue a run use --resume instead)."""
+    freeze: tuple[str, ...] = ()
+    """Parts whose weights stay as they start: embeddings, layers:N, layers:FIRST-LAST, norm, head,
+    and whatever else the model is made of (a wrong name lists them)."""
     compile: bool = False
     """torch.compile each transformer block."""
 

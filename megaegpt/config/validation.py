@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megaegpt.config.batch import BatchRampConfig
+from megaegpt.config.freezing import part_problem
 from megaegpt.config.model import ModelConfig
 from megaegpt.config.model_rules import model_problems
 from megaegpt.config.parsing import Problem, raise_problems
@@ -127,6 +128,7 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
         problems += _batch(config, world_size)
     problems += [p for p in _schedule(config) if broken.isdisjoint(p.keys)]
     problems += _blend(config)
+    problems += _freezing(config)
     problems += _validation_split(config)
     problems += _deepspeed_keys(config)
     return problems
@@ -243,6 +245,12 @@ def _blend(config: RunConfig) -> Iterator[Problem]:
             f"data.weights={list(weights)} must be positive, one for each of the {corpora} "
             "entries of data.train",
         )
+
+
+def _freezing(config: RunConfig) -> Iterator[Problem]:
+    for part in config.training.freeze:
+        if wrong := part_problem(part, config.model.num_layers):
+            yield Problem(("training.freeze", "model.num_layers"), f"training.freeze: {wrong}")
 
 
 def _validation_split(config: RunConfig) -> Iterator[Problem]:

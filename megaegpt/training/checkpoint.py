@@ -207,7 +207,7 @@ def _check_model(manifest: Manifest, engine: Engine, folder: Path) -> None:
         if saved != wanted:
             raise CheckpointError(
                 f"{folder} is of another model: {name} is {saved or 'absent'} there and "
-                f"{wanted or 'absent'} in this run's model section"
+                f"{wanted or 'absent'} in this run (the model section, or training.freeze, differs)"
             )
 
 

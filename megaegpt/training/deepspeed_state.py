@@ -107,9 +107,16 @@ def load(engine: Any, folder: Path) -> None:
         CheckpointError: a file is missing, holds more than tensors, or is of another model.
     """
     with loading(folder), _settings_kept(engine):
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        path, _ = engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, load_module_strict=_all_trainable(engine)
+        )
         if path is None:
             raise CheckpointError(f"{folder} holds no weights for this rank")
+
+
+def _all_trainable(engine: Any) -> bool:
+    """Frozen parameters are not in the files; the manifest lists those that are."""
+    return all(parameter.requires_grad for parameter in engine.module.parameters())
 
 
 @contextlib.contextmanager
@@ -184,7 +191,9 @@ def load_universal(engine: Any, folder: Path, grid: ProcessGrid) -> None:
             return
         engine._config.load_universal_checkpoint = True
         try:
-            engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            engine.load_checkpoint(
+                str(folder.parent), tag=folder.name, load_module_strict=_all_trainable(engine)
+            )
         finally:
             engine._config.load_universal_checkpoint = False
         for parameter, state in engine.optimizer.state.items():

@@ -29,6 +29,7 @@ from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.inputs import ChunkInputs, ModelInputs, SequenceInputs
 from megaegpt.training.metrics import SpeedMeter, device_name, peak_flops
 from megaegpt.training.monitor import Monitor
+from megaegpt.training.parts import freeze
 from megaegpt.training.run_data import PretrainingData, RunData
 from megaegpt.training.stopping import StopRequests
 from megaegpt.training.stores import load_encoder, needs_store, prepare_store
@@ -80,9 +81,8 @@ def train(
         _check_held_out(config, data)
         checkpoints = _checkpoints(config, resume)
     run = _Run(config, grid, data)
-    state: TrainerState = {}
-    if resume and from_main(checkpoints.latest() is not None, grid):
-        state = checkpoints.load(run.engine)
+    latest = from_main(checkpoints.latest(), grid) if resume else None
+    state: TrainerState = {} if latest is None else run.restore(checkpoints, latest)
     with raising_together(grid):
         differences = _differences(state, run.identity)
         monitor = Monitor(config.logging, grid, state.get("step", 0))
@@ -141,6 +141,8 @@ class _Run:
             with raising_together(grid):
                 self._check_encoder(weights)
                 load_weights(self.model, weights, grid)
+        with raising_together(grid):
+            freeze(self.model, training.freeze)
         self.engine = Engine(self.model, grid, config)
         self.size: ModelSize = measure_model(
             config, None if self.encoder is None else self.encoder.config
@@ -152,6 +154,13 @@ class _Run:
             "batch_ramp": training.batch_ramp.start and config_to_dict(training.batch_ramp),
             "seed": training.seed,
         }
+
+    def restore(self, checkpoints: CheckpointManager, folder: Path) -> TrainerState:
+        """Go on from a checkpoint, whatever has become of where frozen parts came from."""
+        if self.config.training.freeze:  # the engine's state has only what is trained
+            with raising_together(self.grid):
+                load_weights(self.model, folder / "weights", self.grid)
+        return checkpoints.load(self.engine, folder)
 
     def _check_encoder(self, weights: Path) -> None:
         """A decoder goes on over the encoder it was trained with."""
@@ -215,6 +224,8 @@ class _Run:
     def meter(self) -> SpeedMeter:
         """Measures speed against all ranks' devices."""
         peak = peak_flops(device_name(self.grid.device), self.precision)
+        if self.config.training.freeze:
+            peak = None  # the operations are counted as if everything were trained
         return SpeedMeter(
             batches=self.config.batches,
             tokens_per_sample=self.data.tokens_per_sample,

@@ -9,6 +9,7 @@ from megaegpt.model.build import meta_model
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.training.memory import MemoryEstimate
 from megaegpt.training.metrics import short_count
+from megaegpt.training.parts import freeze
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,12 @@ class ModelSize:
     parameters: int
     """Trainable."""
     flops_per_token: int
-    """Of training on one token, the encoder's forward pass included where it runs in the loop."""
+    """Of training on one token, the encoder's forward pass included where it runs in the loop, and
+    frozen parts as if they were trained."""
+    frozen: int = 0
+    """Parameters of frozen parts."""
     encoder_parameters: int = 0
-    """Frozen."""
+    """Of the frozen encoder."""
 
 
 def measure_model(config: RunConfig, encoder: ModelConfig | None = None) -> ModelSize:
@@ -30,14 +34,15 @@ def measure_model(config: RunConfig, encoder: ModelConfig | None = None) -> Mode
         encoder: the frozen GPT of egpt and deepgpt.
     """
     model = meta_model(config.model)
+    frozen = freeze(model, config.training.freeze)
     flops = model.flops_per_token()
     if encoder is None:
-        return ModelSize(model.num_parameters(), flops)
+        return ModelSize(model.num_parameters() - frozen, flops, frozen)
     gpt = meta_model(encoder)
     if config.data.token_features == "online":
         flops += matmul_flops(gpt.stack)
         flops += attention_flops(encoder, config.model.egpt.chunk_size)
-    return ModelSize(model.num_parameters(), flops, gpt.num_parameters())
+    return ModelSize(model.num_parameters() - frozen, flops, frozen, gpt.num_parameters())
 
 
 def describe_run(
@@ -76,6 +81,8 @@ def describe_run(
         lines["step"] += f" (after {config.batches.ramp_steps:,} steps of the batch ramp: {sizes})"
     if memory is not None:
         lines["memory"] = str(memory)
+    if size.frozen:
+        lines["model"] += f", {size.frozen:,} frozen ({', '.join(training.freeze)})"
     if size.encoder_parameters:
         lines["model"] += f" over a frozen encoder of {size.encoder_parameters:,}"
     return [f"{name:<11}{text}" for name, text in lines.items()]

@@ -124,7 +124,8 @@ def load_replicated(
             folder / "zero" / name / f"{what}.pt", map_location="cpu", weights_only=True
         )
 
-    for name, parameter in model.named_parameters():
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    for name, parameter in trainable:
         spec = spec_of(parameter)
         with torch.no_grad():
             parameter.copy_(shard(read(name, _FP32)[PARAM].view(spec.full_shape), spec, grid))

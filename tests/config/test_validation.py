@@ -66,6 +66,9 @@ REFUSED = [
     ({"model": {"attention": "latent", "window": 8}}, "cannot be combined with"),
     ({"model": {"window_every": 2}}, "model.window_every=2 has no effect without model.window"),
     ({"model": {"window": 0}}, "model.window=0 must be greater than 0"),
+    ({"training": {"freeze": ("layers:12",)}}, "'layers:12': the model has layers 0 to 11"),
+    ({"training": {"freeze": ("layers:3-1",)}}, "'layers:3-1': the first layer comes after"),
+    ({"training": {"freeze": ("layer.3",)}}, "'layer.3' is none of layers:N and layers:FIRST-LAST"),
     ({"training": {"patience": 0}}, "training.patience=0 must be greater than 0"),
     (
         {"training": {"patience": 2}, "data": {"train": ("x",)}},
