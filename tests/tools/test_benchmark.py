@@ -86,7 +86,8 @@ def test_data(run, tmp_path):
     corpus.write_text("".join(f'{{"text": "{n} is a number"}}\n' for n in range(200)))
     record = run("data", "--input", str(corpus), "--workers", "1", "--tokens", "20000")
     assert len(record["tokenising"]) == 3
-    assert len({tuple(r["output"]) for r in record["tokenising"] if "output" in r}) == 1
+    assert len({r["tokens_sha256"] for r in record["tokenising"][1:]}) == 1
+    assert all(10 < r["memory_mb"] < 500 for r in record["tokenising"][1:])
     assert record["first_batch_seconds"] > 0
 
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
-import resource
+import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from megaegpt.data.samples import PretrainingSamples
 from megaegpt.data.shards import ShardWriter
 from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import LaunchError
 from tools.benchmarks.common import add_repetitions, parse_peers, print_results
-from tools.benchmarks.processes import Candidate, Workload, compare
+from tools.benchmarks.processes import Candidate, Result, Workload, compare
 
 PREPROCESS = Path(__file__).parents[1] / "preprocess.py"
 _RAW_MEGABYTES = 8
@@ -49,19 +53,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = arguments.input or _make_corpus(folder / "corpus.jsonl", arguments.megabytes)
-        tokenising = [Candidate("tiktoken, raw, 1 core", raw_tiktoken, (corpus,))]
-        for backend in ("tiktoken", "gigatoken"):
-            out = folder / backend
-            options = (corpus, out, backend, arguments.workers)
-            tokenising.append(Candidate(f"preprocess.py, {backend}", ours, options))
-        if "megatron" in peers:
-            work = (corpus, folder / "megatron", peers["megatron"], arguments.workers)
-            tokenising.append(Candidate("Megatron-LM preprocess_data.py", megatron, work))
+        with open(corpus, "rb") as file:
+            (folder / "one.jsonl").write_bytes(file.readline())
+        programs = _programs(folder, peers, arguments.workers)
+        raw = Candidate("tiktoken, raw, 1 core", raw_tiktoken, (corpus,))
+        tokenising = [raw, *(Candidate(name, program, (corpus, *a)) for name, *a in programs)]
         results = compare(tokenising, arguments.repetitions, warmup=0)
         print_results(f"tokenising, {arguments.workers} workers", "kB", results)
-        for result in results[1:]:
-            largest = result.info["largest_process_mb"]
-            print(f"{result.name}: largest process at most {largest:.0f} MB")
+        one = folder / "one.jsonl"
+        starting = [Candidate(name, program, (one, *a)) for name, *a in programs]
+        starts = compare(starting, arguments.repetitions, warmup=0)
+        _print_programs(results, starts)
         shard = _make_shard(folder / "loader", arguments.tokens)
         drawing = [
             Candidate("nanoGPT's random crops", nanogpt_crops, (shard,), threads=1),
@@ -73,9 +75,52 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"opening the corpus and drawing the first batch: {1000 * opening:.1f} ms")
     return {
         "tokenising": [result.as_dict() for result in results],
+        "starting": [result.as_dict() for result in starts],
         "drawing": [result.as_dict() for result in drawn],
         "first_batch_seconds": opening,
     }
+
+
+def _programs(
+    folder: Path, peers: dict[str, Path | None], workers: int
+) -> list[tuple[str, Path, list[str]]]:
+    """Name, output folder and command line, all but the input, of each program."""
+    programs = []
+    for backend in ("tiktoken", "gigatoken"):
+        output = folder / backend
+        options = ["--output", str(output), "--workers", str(workers), "--quiet", "--overwrite"]
+        command = [str(PREPROCESS), *options, "--tokenizer-backend", backend]
+        programs.append((f"preprocess.py, {backend}", output, command))
+    megatron = peers.get("megatron")
+    if megatron is not None:
+        # Its tokenizer must be in gpt2 in Hugging Face's form.
+        options = ["--tokenizer-type", "HuggingFaceTokenizer", "--append-eod"]
+        options += ["--tokenizer-model", str(megatron / "gpt2")]
+        for script, own in (
+            ("preprocess_data.py", ["--workers", str(workers)]),
+            ("preprocess_data_fast.py", ["--use-gigatoken"]),
+        ):
+            output = folder / script
+            command = [str(megatron / "tools" / script), *options, *own]
+            command += ["--output-prefix", str(output / "out")]
+            programs.append((f"Megatron-LM {script}", output, command))
+    return programs
+
+
+def _print_programs(results: Sequence[Result], starts: Sequence[Result]) -> None:
+    """Processor time, which other users of the machine disturb less, start-up and memory."""
+    print()
+    for result in results:
+        per_second = result.units / statistics.median(result.cpu_seconds)
+        print(f"{result.name}: {per_second:,.0f} kB for each second of processor time")
+    same = len({result.info["tokens_sha256"] for result in results[1:]}) == 1
+    print("all programs wrote " + ("the same tokens" if same else "DIFFERENT tokens"))
+    for result, start in zip(results[1:], starts, strict=True):
+        seconds = statistics.median(start.seconds)
+        print(
+            f"{result.name}: {seconds:.2f} s for one document, "
+            f"{result.info['memory_mb']:.0f} MB in all processes together"
+        )
 
 
 def _make_corpus(path: Path, megabytes: int) -> Path:
@@ -103,49 +148,50 @@ def _python_sources() -> Iterator[str]:
 
 
 def raw_tiktoken(corpus: Path) -> Workload:
-    """``encode_ordinary`` on documents in memory: no reading, no writing."""
+    """``encode_ordinary`` on documents in memory, from all over the corpus: no files."""
     tokenizer = Tokenizer.load()
-    texts, size = [], 0
+    every = max(1, corpus.stat().st_size // (_RAW_MEGABYTES * 10**6))
     with open(corpus, encoding="utf-8") as file:
-        for line in file:
-            texts.append(json.loads(line)["text"])
-            size += len(line.encode())
-            if size > _RAW_MEGABYTES * 10**6:
-                break
+        lines = [line for number, line in enumerate(file) if number % every == 0]
+    texts = [json.loads(line)["text"] for line in lines]
 
     def repeat() -> None:
         for text in texts:
             tokenizer.encode(text)
 
-    return Workload(repeat, size // _BYTES_PER_UNIT)
+    return Workload(repeat, sum(len(line.encode()) for line in lines) // _BYTES_PER_UNIT)
 
 
-def ours(corpus: Path, output: Path, backend: str, workers: int) -> Workload:
-    """``tools/preprocess.py`` from the command line, start-up included."""
-    options = ["--workers", str(workers), "--tokenizer-backend", backend, "--quiet", "--overwrite"]
-    command = [sys.executable, str(PREPROCESS), str(corpus), "--output", str(output), *options]
-    return _program(command, corpus, output)
-
-
-def megatron(corpus: Path, output: Path, folder: Path, workers: int) -> Workload:
-    """Megatron-LM's script; its tokenizer must be in ``folder``/gpt2 in Hugging Face's form."""
+def program(corpus: Path, output: Path, command: list[str]) -> Workload:
+    """A program from the command line, start-up included."""
     output.mkdir(exist_ok=True)
-    command = [sys.executable, str(folder / "tools" / "preprocess_data.py")]
-    command += ["--input", str(corpus), "--output-prefix", str(output / "out"), "--append-eod"]
-    command += ["--tokenizer-type", "HuggingFaceTokenizer", "--workers", str(workers)]
-    command += ["--tokenizer-model", str(folder / "gpt2")]
-    return _program(command, corpus, output)
+    inputs = [str(corpus)] if command[0] == str(PREPROCESS) else ["--input", str(corpus)]
+    command = [sys.executable, command[0], *inputs, *command[1:]]
 
-
-def _program(command: list[str], corpus: Path, output: Path) -> Workload:
     def repeat() -> None:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    repeat()  # also shows the memory it takes, or this process's where that is more
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    size = corpus.stat().st_size // _BYTES_PER_UNIT
-    info = {"largest_process_mb": largest, "output": sorted(p.name for p in output.iterdir())}
-    return Workload(repeat, size, info)
+    memory = _memory_of(command)  # which runs it once, so files are in the cache for all
+    size = max(1, corpus.stat().st_size // _BYTES_PER_UNIT)
+    (tokens,) = output.glob("*.bin")
+    digest = hashlib.sha256(tokens.read_bytes()).hexdigest()
+    return Workload(repeat, size, {"memory_mb": memory / 1e6, "tokens_sha256": digest})
+
+
+def _memory_of(command: list[str]) -> int:
+    """Most bytes that a program and its children have had in memory, shared ones counted once."""
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    most = 0
+    while process.poll() is None:
+        total = 0
+        for one in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += one.memory_full_info().pss
+        most = max(most, total)
+        time.sleep(0.02)
+    if process.returncode:
+        raise LaunchError(f"{' '.join(command)}: exit code {process.returncode}")
+    return most
 
 
 def _make_shard(prefix: Path, tokens: int) -> Path:
