@@ -3,6 +3,7 @@
     python tools/generate.py --checkpoint runs/egpt --prompt "Well, Prince,"
     python tools/generate.py --checkpoint runs/gpt/checkpoints --prompt-file story.txt --top-p 0.9
     echo "It was" | python tools/generate.py --checkpoint weights --prompt-file - --temperature 0
+    python tools/generate.py --checkpoint runs/finetune_instructions --instruction "Name a colour."
     torchrun --nproc_per_node 2 tools/generate.py --checkpoint runs/egpt --prompt "..."
 
 --checkpoint is a run's folder or its checkpoints (the latest is taken), one checkpoint, a weights
@@ -26,6 +27,7 @@ import torch
 
 from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.loading import validate
+from megaegpt.data.instruction import Instruction
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.generation.generator import TextAssembler, TextGenerator, encode_prompt
@@ -61,7 +63,8 @@ def main() -> None:
     )
     generator = TextGenerator(model, encoder, tokenizer.vocab_size)
     writer = _SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main)
-    writer.begin("" if arguments.only_new else prompt)
+    answers = arguments.instruction is not None
+    writer.begin("" if arguments.only_new or answers else prompt)
     tokens = encode_prompt(prompt, tokenizer)
     for step in generator.stream_batch(
         [tokens] * arguments.num_samples,
@@ -90,6 +93,15 @@ def _parse_arguments() -> argparse.Namespace:
     prompt.add_argument(
         "--prompt-file", metavar="FILE", help="file with the text to continue; - is stdin"
     )
+    prompt.add_argument(
+        "--instruction",
+        metavar="TEXT",
+        help="a task for a model from launchers/finetune.py, put into the format that it was "
+        "trained with; the answer alone is shown",
+    )
+    parser.add_argument(
+        "--input", default="", metavar="TEXT", help="what the --instruction is about, if anything"
+    )
     _add_sampling_options(parser)
     parser.add_argument(
         "--only-new", action="store_true", help="do not repeat the prompt before its continuation"
@@ -107,6 +119,8 @@ def _parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.num_samples < 1:
         parser.error("--num-samples must be at least 1")
+    if arguments.input and arguments.instruction is None:
+        parser.error("--input belongs to an --instruction")
     return arguments
 
 
@@ -150,6 +164,8 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def _read_prompt(arguments: argparse.Namespace, grid: ProcessGrid) -> str:
     """The prompt, read by rank 0 and given to all; a file's last line break is not part of it."""
+    if arguments.instruction is not None:
+        return Instruction(arguments.instruction, arguments.input, "").prompt
     name, text = arguments.prompt_file, arguments.prompt
     with raising_together(grid):
         if name is not None and grid.is_main:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
 @dataclass(frozen=True)
+class InstructionConfig:
+    """Tasks and their answers, for ``launchers/finetune.py``."""
+
+    train: tuple[str, ...] = ()
+    """Files of Alpaca's or Dolly's records: JSON arrays or JSON Lines."""
+    validation: tuple[str, ...] = ()
+    """Files of such records evaluated whole. Empty: ``held_out`` of the training records."""
+    held_out: float = 0.1
+    """Share of the training records that is evaluated instead, drawn by ``training.seed``."""
+    packing: bool = False
+    """Several records in a row of full length, unseen by each other (gpt only); false: one a row,
+    padded to the longest of the micro-batch."""
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    """What a record without an instruction or an answer does: end the run, or be left out."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """Shards to train and validate on."""
+    """What to train and validate on."""
 
     train: tuple[str, ...] = ()
     """Shard prefixes (or globs of them), as ``tools/preprocess.py`` prints them."""
@@ -28,3 +45,5 @@ class DataConfig:
     """Storage type of features; auto: the training precision."""
     prefetch: int = 2
     """Global batches prepared ahead by a background thread."""
+    instructions: InstructionConfig = field(default_factory=InstructionConfig)
+    """What ``launchers/finetune.py`` reads instead of shards."""

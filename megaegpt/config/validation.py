@@ -81,7 +81,7 @@ _NOT_NEGATIVE = [
     "generation.temperature",
     "generation.seed",
 ]
-_BELOW_ONE = ["model.dropout", "optimizer.beta1", "optimizer.beta2"]
+_BELOW_ONE = ["model.dropout", "data.instructions.held_out", "optimizer.beta1", "optimizer.beta2"]
 _BATCH = {
     "parallel.tensor_parallel_size",
     "training.global_batch_size",

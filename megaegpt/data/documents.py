@@ -35,10 +35,17 @@ class Problems:
 
     ``fail`` raises :class:`DataError` at the first problem; ``skip`` counts all of them and keeps
     the first few for the report.
+
+    Args:
+        policy: what a problem does.
+        remedy: how a user chooses ``skip``.
     """
 
-    def __init__(self, policy: BadInputPolicy = "fail") -> None:
+    def __init__(
+        self, policy: BadInputPolicy = "fail", remedy: str = "--on-bad-input skip"
+    ) -> None:
         self.policy = policy
+        self.remedy = remedy
         self.count = 0
         self.examples: list[str] = []
 
@@ -53,7 +60,7 @@ class Problems:
             DataError: the policy is ``fail``.
         """
         if self.policy == "fail":
-            raise DataError(f"{where}: {what} (--on-bad-input skip leaves such input out)")
+            raise DataError(f"{where}: {what} ({self.remedy} leaves such input out)")
         self.count += 1
         if len(self.examples) < _EXAMPLES_KEPT:
             self.examples.append(f"{where}: {what}")

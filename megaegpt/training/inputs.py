@@ -19,6 +19,7 @@ from megaegpt.config import ModelConfig
 from megaegpt.data.features import FeatureStore
 from megaegpt.model.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.parallel.loss import IGNORE
 
 Reduction = Literal["sum", "none"]
 MicroBatch = Mapping[str, Tensor]
@@ -113,6 +114,32 @@ class ChunkInputs(ModelInputs):
         else:
             features = chunk_features(states[:, :-1], self._config.egpt)
         return {"token_states": states, "features": features}
+
+
+class InstructionInputs(ModelInputs):
+    """Rows of instruction data: the answers are learned, and padding that a micro-batch does not
+    need is cut off.
+
+    Args:
+        inputs: of the model that is fed.
+        multiple_of: rows are cut to a multiple of it (a chunk, for egpt and deepgpt).
+    """
+
+    def __init__(self, inputs: ModelInputs, multiple_of: int) -> None:
+        self._inputs = inputs
+        self._multiple_of = multiple_of
+
+    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
+        """Tokens, targets and what is learned (B, T); of packed rows, the segments (B, T)."""
+        learned, *segments = extras
+        used = int(learned.any(0).nonzero()[-1]) + 1 if learned.any() else 1
+        width = min(-(-used // self._multiple_of) * self._multiple_of, tokens.shape[1])
+        targets = targets.where(learned, IGNORE)
+        return self._inputs.prepare(*(x[:, :width] for x in (tokens, targets, *segments)))
+
+    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """See :class:`ModelInputs`."""
+        return self._inputs.arguments(batch)
 
 
 def _ids(extras: tuple[Tensor, ...]) -> Tensor:

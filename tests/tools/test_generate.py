@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megaegpt.data.instruction import Instruction
 from tests.distributed.harness import Distributed
 from tests.generation.test_loading import save_egpt, save_gpt
 from tools import generate
@@ -59,6 +60,13 @@ def test_a_prompt_comes_from_the_command_line_a_file_or_stdin(egpt: Path, tmp_pa
     assert _run("--checkpoint", egpt, "--prompt-file", file)[0] == expected
     stdin = "Пьер\r\n".encode()
     assert _run("--checkpoint", egpt, "--prompt-file", "-", stdin=stdin)[0] == expected
+
+
+def test_an_instruction_is_put_into_its_format_and_only_answered(egpt: Path) -> None:
+    task = ["--instruction", "Spell it.", "--input", "freind"]
+    answer, _ = _run("--checkpoint", egpt, *task)
+    prompt = Instruction("Spell it.", "freind", "").prompt
+    assert answer == _run("--checkpoint", egpt, "--prompt", prompt, "--only-new")[0]
 
 
 def test_samples_are_numbered_by_the_seed_that_makes_them(egpt: Path) -> None:

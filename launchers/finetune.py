@@ -1,0 +1,53 @@
+"""Fine-tune a GPT, an EGPT or a DeepGPT on instructions and their answers.
+
+On one process, on the GPUs of one machine, and on several machines, as launchers/pretrain.py:
+
+    python launchers/finetune.py --config configs/finetune_instructions.yaml
+    deepspeed launchers/finetune.py --config configs/finetune_instructions.yaml
+    torchrun --nproc_per_node 8 launchers/finetune.py --config configs/finetune_instructions.yaml
+
+It starts from training.initialize_from: a run of this project or its weights, or GPT-2 in Hugging
+Face's form, as a folder or by its name. The weights say what the model is. The records are Alpaca's
+(instruction, input, output) or Dolly's (instruction, context, response), in JSON or JSON Lines:
+
+    python launchers/finetune.py --config configs/finetune_instructions.yaml \\
+        training.initialize_from=runs/gpt 'data.instructions.train=[alpaca.json, dolly.jsonl]'
+
+Checkpoints, --resume, --dry-run, --exit-minutes, signals and exit codes are those of
+launchers/pretrain.py.
+What it has learned: tools/generate.py --checkpoint ... --instruction "..."
+"""
+
+from __future__ import annotations
+
+import time
+
+from megaegpt.config.run import RunConfig
+from megaegpt.errors import exits_cleanly
+from megaegpt.training.launching import Train, launch
+
+_STARTED = time.monotonic()
+
+
+@exits_cleanly
+def main() -> None:
+    """Fine-tune as told on the command line."""
+    launch(__doc__, _STARTED, _find_train, _preview)
+
+
+def _find_train() -> Train:
+    from megaegpt.training.finetuning import finetune
+
+    return finetune
+
+
+def _preview(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    from megaegpt.parallel.grid import ProcessGrid
+    from megaegpt.training.finetuning import InstructionData, finetuning_config
+
+    config = finetuning_config(config, ProcessGrid())
+    return config, [f"{'data':<11}{InstructionData(config).describe()}"]
+
+
+if __name__ == "__main__":
+    main()

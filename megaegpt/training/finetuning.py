@@ -1,0 +1,194 @@
+"""Fine-tuning on instructions: pretraining's run on other data, from weights that say the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.data.documents import Problems
+from megaegpt.data.evaluation import Windows
+from megaegpt.data.instruction import Instruction, InstructionDataset, read_instructions
+from megaegpt.data.instruction_samples import InstructionSamples, InstructionWindows
+from megaegpt.data.permutation import Permutation
+from megaegpt.data.samples import Samples
+from megaegpt.data.stream import TokenStream
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.model.weights import read_weights_config
+from megaegpt.parallel.agreement import raising_together
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.command_line import is_main_process
+from megaegpt.training.inputs import InstructionInputs, ModelInputs
+from megaegpt.training.pretraining import SampleText, train
+from megaegpt.training.stopping import StopRequests
+
+_WIDTH_MULTIPLE = 8  # of a gpt's rows: few different shapes, and whole tiles on a GPU
+
+
+def finetune(
+    config: RunConfig,
+    grid: ProcessGrid,
+    *,
+    resume: bool = False,
+    stops: StopRequests | None = None,
+    sample_text: SampleText | None = None,
+) -> bool:
+    """Train a gpt, egpt or deepgpt on ``config.data.instructions``, the answers alone.
+
+    Everything else is as in :func:`~megaegpt.training.pretraining.train`; the sample texts answer
+    ``generation.prompt``. Collective over all ranks.
+    """
+    config = finetuning_config(config, grid)
+    generation = config.generation
+    prompt = Instruction(generation.prompt, "", "").prompt
+    config = dataclasses.replace(config, generation=dataclasses.replace(generation, prompt=prompt))
+    return train(config, grid, InstructionData, resume=resume, stops=stops, sample_text=sample_text)
+
+
+def finetuning_config(config: RunConfig, grid: ProcessGrid) -> RunConfig:
+    """The configuration with the model of ``training.initialize_from``. Collective.
+
+    Raises:
+        ConfigError: there is nothing to start from or to learn, or the configuration describes
+            another model.
+        CheckpointError: the weights cannot be had.
+    """
+    source = config.training.initialize_from
+    with raising_together(grid):
+        if source is None:
+            raise ConfigError(
+                "training.initialize_from is not set: give a run, a folder of weights or gpt2"
+            )
+        if not config.data.instructions.train:
+            raise ConfigError("data.instructions.train is empty: give files of records")
+    weights = resolve_weights_source(str(source), grid)
+    with raising_together(grid):
+        model = model_of_weights(weights, config.model)
+        if config.data.instructions.packing and model.kind != "gpt":
+            raise ConfigError(
+                f"data.instructions.packing=true is for a gpt; {source} is an {model.kind}, whose "
+                "chunks would see other records: set it to false"
+            )
+    # Records have no chunk numbers to store features by.
+    data = dataclasses.replace(config.data, history_features="online", token_features="online")
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def model_of_weights(weights: Path, wanted: ModelConfig) -> ModelConfig:
+    """The model that a weights folder holds, with the dropout and the encoder's place of
+    ``wanted``.
+
+    Raises:
+        ConfigError: ``wanted`` has a value that is neither the default nor the weights'.
+    """
+    found, _ = read_weights_config(weights)
+    free = {"dropout", "encoder"}
+    different = [
+        f"model.{name}={value!r}, the weights have {getattr(found, name)!r}"
+        for name, value in vars(wanted).items()
+        if name not in free and value not in (getattr(ModelConfig(), name), getattr(found, name))
+    ]
+    if different:
+        raise ConfigError(
+            f"{weights} holds another model: {'; '.join(different)}; leave these keys out, the "
+            "weights say what the model is"
+        )
+    encoder = found.encoder
+    if wanted.encoder.source is not None:
+        encoder = dataclasses.replace(encoder, source=wanted.encoder.source)
+    return dataclasses.replace(found, dropout=wanted.dropout, encoder=encoder)
+
+
+class InstructionData:
+    """See :class:`~megaegpt.training.run_data.RunData`.
+
+    Raises:
+        DataError: a file cannot be read, a record is bad, or none fits the model.
+        CheckpointError: the model was not trained on this tokenizer's text.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.tokenizer = Tokenizer.load(config.data.vocabulary)
+        self._model, options = config.model, config.data.instructions
+        seed, self._packing = config.training.seed, options.packing
+        self._datasets: list[InstructionDataset] = []
+        if self._model.vocab_size < self.tokenizer.vocab_size:
+            raise CheckpointError(
+                f"{config.training.initialize_from} has a vocabulary of {self._model.vocab_size} "
+                f"tokens, GPT-2's tokenizer has {self.tokenizer.vocab_size}"
+            )
+        self._problems = Problems(options.on_bad_record, "data.instructions.on_bad_record=skip")
+        train = self._read(options.train)
+        if options.validation:
+            held_out = self._read(options.validation)
+        else:
+            train, held_out = hold_out(train, options.held_out, seed)
+        samples = self._rows(self._encode(train, "training"), seed)
+        self.samples: Samples = samples
+        self.validation: Windows | None = None
+        if held_out:
+            rows = self._rows(self._encode(held_out, "validation"), seed)
+            self.validation = InstructionWindows(rows)
+        self.fingerprint = samples.fingerprint
+        self.tokens_per_sample = samples.tokens_per_row
+        self.streams: Mapping[str, TokenStream] = {}
+        self.num_chunks = 1
+        self._epochs = config.training.steps * config.training.global_batch_size / len(self.samples)
+
+    def _read(self, files: Sequence[str]) -> list[Instruction]:
+        return [r for file in files for r in read_instructions(Path(file), self._problems)]
+
+    def _encode(self, records: Sequence[Instruction], name: str) -> InstructionDataset:
+        shown = tqdm(records, f"{name} records", disable=not is_main_process(), leave=False)
+        return InstructionDataset(shown, self.tokenizer, self._model.sample_len)
+
+    def _rows(self, dataset: InstructionDataset, seed: int) -> InstructionSamples:
+        self._datasets.append(dataset)
+        return InstructionSamples(dataset, self._model.sample_len, seed, self._packing)
+
+    def adapt(self, inputs: ModelInputs) -> ModelInputs:
+        """Answers alone are learned, and padding is cut off."""
+        gpt = self._model.kind == "gpt"
+        return InstructionInputs(inputs, _WIDTH_MULTIPLE if gpt else self._model.egpt.chunk_size)
+
+    def describe(self) -> str:
+        """One line on the records."""
+        train, *held_out = (len(dataset) for dataset in self._datasets)
+        dropped = sum(dataset.dropped for dataset in self._datasets)
+        cut = sum(dataset.cut for dataset in self._datasets)
+        notes = [
+            f"{count:,} {what}"
+            for count, what in (
+                (self._problems.count, "bad"),
+                (dropped, "without room or an answer left out"),
+                (cut, "cut"),
+            )
+            if count
+        ]
+        return (
+            f"{train:,} training records in {len(self.samples):,} rows of "
+            f"{self.tokens_per_sample:.0f} tokens on average (the run is {self._epochs:.2f} "
+            f"epochs), {sum(held_out) or 'no'} validation records"
+            + (f"; {', '.join(notes)}" if notes else "")
+        )
+
+
+def hold_out(
+    records: Sequence[Instruction], share: float, seed: int
+) -> tuple[list[Instruction], list[Instruction]]:
+    """Records to train on and those to evaluate; at least one of each if both are asked for."""
+    count = min(max(round(share * len(records)), 1), len(records) - 1) if share else 0
+    if count < 1:
+        return list(records), []
+    order = Permutation(len(records), (seed, 0, 3))(np.arange(len(records)))
+    chosen = set(order[:count].tolist())
+    return (
+        [record for number, record in enumerate(records) if number not in chosen],
+        [record for number, record in enumerate(records) if number in chosen],
+    )

@@ -1,0 +1,114 @@
+"""What the programs in ``launchers/`` that train have in common: their options, and how they start.
+
+Imports torch only where a run starts: a wrong command line is reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from megaegpt.config.loading import config_to_yaml
+from megaegpt.config.run import RunConfig
+from megaegpt.training.command_line import RunParser, is_main_process, started_processes
+
+if TYPE_CHECKING:
+    from megaegpt.parallel.grid import ProcessGrid
+    from megaegpt.training.pretraining import SampleText
+    from megaegpt.training.stopping import StopRequests
+
+
+class Train(Protocol):
+    """:func:`~megaegpt.training.pretraining.pretrain`, or another of its form."""
+
+    def __call__(
+        self,
+        config: RunConfig,
+        grid: ProcessGrid,
+        *,
+        resume: bool,
+        stops: StopRequests,
+        sample_text: SampleText,
+    ) -> bool: ...
+
+
+Preview = Callable[[RunConfig], tuple[RunConfig, list[str]]]
+"""What a run would make of its configuration, and lines on its data."""
+
+
+def launch(
+    description: str | None,
+    started: float,
+    find_train: Callable[[], Train],
+    preview: Preview = lambda config: (config, []),
+) -> None:
+    """Read the command line and the configuration, then train or say what would be trained.
+
+    Args:
+        description: of the program, for ``--help``.
+        started: ``time.monotonic()`` at its start, from which ``--exit-minutes`` counts.
+        find_train: imports what trains.
+        preview: for ``--dry-run``.
+    """
+    parser = RunParser(description)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the latest checkpoint in checkpoint.directory; without one, start anew",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the resolved configuration, parameters, tokens and operations per step and an "
+        "estimate of memory, for WORLD_SIZE processes (environment; default: as few as possible)",
+    )
+    parser.add_argument(
+        "--exit-minutes",
+        type=float,
+        metavar="M",
+        help="save and stop M minutes after the start, before a job's time limit does",
+    )
+    arguments, config = parser.parse_run()
+    if not arguments.dry_run:
+        _train(config, find_train(), arguments.resume, arguments.exit_minutes, started)
+    elif is_main_process():
+        _dry_run(config, started_processes() or config.parallel.tensor_parallel_size, preview)
+
+
+def _train(
+    config: RunConfig, train: Train, resume: bool, exit_minutes: float | None, started: float
+) -> None:
+    from megaegpt.generation.generator import sample_text
+    from megaegpt.training.processes import joined_processes
+    from megaegpt.training.stopping import StopRequests
+
+    stops = StopRequests(exit_minutes, started)
+    with joined_processes(config.parallel.tensor_parallel_size) as grid:
+        train(config, grid, resume=resume, stops=stops, sample_text=sample_text)
+
+
+def _dry_run(config: RunConfig, world_size: int, preview: Preview) -> None:
+    import torch
+
+    from megaegpt.errors import CheckpointError
+    from megaegpt.training.engine import resolve_precision
+    from megaegpt.training.memory import estimate_memory
+    from megaegpt.training.metrics import device_name
+    from megaegpt.training.stores import find_encoder
+    from megaegpt.training.summary import describe_run, measure_model
+
+    config, lines = preview(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(config.training.precision, device)
+    print(config_to_yaml(config))
+    encoder = None
+    try:
+        encoder = find_encoder(config)
+    except CheckpointError as error:
+        print(f"notice: the encoder is left out of the numbers below: {error}")
+    dp_size = world_size // config.parallel.tensor_parallel_size
+    size = measure_model(config, encoder)
+    memory = estimate_memory(config, dp_size, precision, encoder, device.type)
+    described = describe_run(config, size, dp_size, precision, device_name(device), memory)
+    for line in [*described, *lines]:
+        print(line)

@@ -1,0 +1,206 @@
+"""Fine-tuning on instructions: the answers alone, from any weights, as exactly as pretraining."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaegpt.config import (
+    DataConfig,
+    EGPTConfig,
+    EncoderConfig,
+    GenerationConfig,
+    ModelConfig,
+)
+from megaegpt.config.data import InstructionConfig
+from megaegpt.config.run import RunConfig
+from megaegpt.data.instruction import Instruction, InstructionDataset
+from megaegpt.data.instruction_samples import InstructionSamples
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.generation.generator import sample_text
+from megaegpt.model.build import build_model
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.weights import save_weights
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.finetuning import finetune, finetuning_config, hold_out
+from megaegpt.training.inputs import InstructionInputs, SequenceInputs
+from tests.distributed.harness import Distributed, grid_for
+from tests.training.tiny import StopAfter, losses, run_config, validation_losses
+
+TOKENIZER = Tokenizer.load()
+LENGTH, CHUNK = 96, 32
+GPT = ModelConfig(max_seq_len=LENGTH, hidden_size=16, num_layers=1, num_heads=2)
+EGPT = dataclasses.replace(
+    GPT, kind="egpt", bias=False, egpt=EGPTConfig(num_chunks=3, chunk_size=CHUNK)
+)
+RECORDS = [
+    {"instruction": f"Say {word}{mark}", "input": "", "output": f"{word} " * count}
+    for word in ("yes", "no")
+    for mark in ".!"
+    for count in (1, 2, 3, 9, 11)
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records, and weights of a gpt and of an egpt over it."""
+    folder = tmp_path_factory.mktemp("instructions")
+    (folder / "records.json").write_text(json.dumps(RECORDS))
+    grid = ProcessGrid()
+    gpt = build_model(GPT, grid, seed=1)
+    save_weights(gpt, folder / "gpt", grid)
+    egpt = dataclasses.replace(EGPT, encoder=EncoderConfig(source=str(folder / "gpt")))
+    fingerprint = FrozenEncoder(gpt).fingerprint  # type: ignore[arg-type]
+    extra = {"encoder_fingerprint": fingerprint}
+    save_weights(build_model(egpt, grid, seed=2), folder / "egpt", grid, extra)
+    return folder
+
+
+def _config(kind: str, corpus: Path, folder: Path, packing: bool = False, **changes: Any) -> Any:
+    config = run_config("gpt", corpus, folder, **changes)
+    records = InstructionConfig(
+        train=(str(corpus / "records.json"),), held_out=0.2, packing=packing
+    )
+    return dataclasses.replace(
+        config,
+        model=ModelConfig(),
+        data=DataConfig(instructions=records),
+        training=dataclasses.replace(config.training, initialize_from=str(corpus / kind)),
+    )
+
+
+def _finetune(config: RunConfig, **options: Any) -> str:
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
+        finetune(config, grid_for(config.parallel.tensor_parallel_size), **options)
+    return shown.getvalue()
+
+
+def _straight(kind: str, corpus: Path, folder: Path, packing: bool, tp_size: int) -> str:
+    config = _config(kind, corpus, folder, packing, parallel={"tensor_parallel_size": tp_size})
+    return _finetune(config)
+
+
+def _interrupted(corpus: Path, folder: Path) -> str:
+    config = _config("gpt", corpus, folder, packing=True)
+    generation = GenerationConfig(prompt="Say {yes}.", max_new_tokens=2)
+    config = dataclasses.replace(config, generation=generation)
+    _finetune(config, stops=StopAfter(4))
+    return _finetune(config, resume=True, sample_text=sample_text)
+
+
+@pytest.mark.parametrize(("kind", "grids"), [("gpt", [(2, 1), (4, 2)]), ("egpt", [(4, 2)])])
+def test_batches_and_losses_do_not_depend_on_the_number_of_ranks(
+    kind: str,
+    grids: list[tuple[int, int]],
+    corpus: Path,
+    tmp_path: Path,
+    distributed: Distributed,
+) -> None:
+    found = {}
+    for ranks, tp_size in [(1, 1), *grids]:
+        folder = tmp_path / f"{ranks}"
+        shown, *_ = distributed(ranks, _straight, kind, corpus, folder, kind == "gpt", tp_size)
+        assert "16 training records" in shown
+        assert "4 validation records" in shown
+        found[ranks] = losses(folder), validation_losses(folder)
+    for ranks, _ in grids:
+        assert found[ranks][0] == pytest.approx(found[1][0], rel=1e-5)
+        assert found[ranks][1] == pytest.approx(found[1][1], rel=1e-5)
+    assert found[1][1][6] < found[1][1][3] < 10.9
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    distributed(1, _straight, "gpt", corpus, tmp_path / "straight", True, 1)
+    (shown,) = distributed(1, _interrupted, corpus, tmp_path / "interrupted")
+    assert losses(tmp_path / "interrupted") == losses(tmp_path / "straight")
+    assert validation_losses(tmp_path / "interrupted") == validation_losses(tmp_path / "straight")
+    assert "### Instruction:\nSay {yes}.\n\n### Response:\n" in shown  # the sample's prompt
+
+
+def test_packed_answers_cost_what_they_cost_alone() -> None:
+    """And padding nothing, in a row or cut off it."""
+    model = build_model(dataclasses.replace(GPT, init_std=0.4), ProcessGrid(), seed=3).eval()
+    records = [Instruction(r["instruction"], r["input"], r["output"]) for r in RECORDS]
+    dataset = InstructionDataset(records, TOKENIZER, LENGTH)
+    inputs = InstructionInputs(SequenceInputs(), multiple_of=8)
+    with torch.no_grad():
+        alone = sum(
+            -model.logits(tokens[None])[0, t].log_softmax(-1)[y].item()  # type: ignore[operator]
+            for tokens, targets in (dataset[item] for item in range(len(dataset)))
+            for t, y in enumerate(targets.tolist())
+            if y >= 0
+        )
+        for packing in (False, True):
+            samples = InstructionSamples(dataset, LENGTH, 0, packing)
+            total = 0.0
+            for row in range(len(samples)):
+                tokens, *extras = map(
+                    torch.from_numpy, samples.read(torch.arange(row, row + 1).numpy())
+                )
+                batch = inputs.prepare(tokens[:, :-1], tokens[:, 1:], *extras)
+                assert packing or batch["tokens"].shape[1] < LENGTH
+                total += inputs.nats(model, batch).item()
+            assert total == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_model_is_that_of_the_weights(corpus: Path, tmp_path: Path) -> None:
+    config = _config("egpt", corpus, tmp_path)
+    config = dataclasses.replace(config, model=ModelConfig(dropout=0.25))
+    found = finetuning_config(config, ProcessGrid()).model
+    source = EncoderConfig(source=str(corpus / "gpt"))
+    assert found == dataclasses.replace(EGPT, dropout=0.25, encoder=source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ModelConfig(hidden_size=32)}, "model.hidden_size=32, the weights have 16"),
+        ({"training": {"initialize_from": None}}, "training.initialize_from is not set"),
+        ({"data": DataConfig()}, "data.instructions.train is empty"),
+    ],
+)
+def test_what_cannot_be_fine_tuned_is_refused(
+    corpus: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = _config("gpt", corpus, tmp_path)
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            value = dataclasses.replace(getattr(config, name), **value)
+        config = dataclasses.replace(config, **{name: value})
+    with pytest.raises(ConfigError, match=message):
+        finetune(config, ProcessGrid())
+
+
+def test_packing_is_for_a_gpt(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is for a gpt"):
+        finetune(_config("egpt", corpus, tmp_path, packing=True), ProcessGrid())
+
+
+def test_weights_of_another_vocabulary_are_refused(corpus: Path, tmp_path: Path) -> None:
+    small = dataclasses.replace(GPT, vocab_size=100)
+    save_weights(build_model(small, ProcessGrid()), corpus / "small", ProcessGrid())
+    with pytest.raises(CheckpointError, match="a vocabulary of 100"):
+        finetune(_config("small", corpus, tmp_path), ProcessGrid())
+
+
+def test_held_out_records_are_a_share_and_not_trained_on() -> None:
+    records = [Instruction(str(number), "", "x") for number in range(50)]
+    train, held_out = hold_out(records, 0.1, seed=0)
+    assert (len(train), len(held_out)) == (45, 5)
+    assert set(train).isdisjoint(held_out)
+    assert hold_out(records, 0.1, seed=0) == (train, held_out)
+    assert hold_out(records, 0.1, seed=1)[1] != held_out
+    assert hold_out(records, 0.0, seed=0) == (records, [])
+    assert len(hold_out(records[:2], 0.01, seed=0)[1]) == 1
+    assert hold_out(records[:1], 0.5, seed=0) == (records[:1], [])
