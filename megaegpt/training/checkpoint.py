@@ -42,7 +42,7 @@ TrainerState = dict[str, Any]
 Writers = Mapping[str, Callable[[Path], None]]
 """Further parts of a checkpoint: name of a sub-folder -> what fills it, called on every rank."""
 
-_STATE = "deepspeed"
+STATE = "deepspeed"
 
 
 class CheckpointManager:
@@ -87,7 +87,7 @@ class CheckpointManager:
         try:
             prepare = functools.partial(self._folders.prepare, temporary)
             together(prepare if grid.is_main else None)
-            own = together(functools.partial(engine.save_state, temporary / _STATE))
+            own = together(functools.partial(engine.save_state, temporary / STATE))
             for part, write in (writers or {}).items():
                 together(functools.partial(write, temporary / part))
             entries = together(functools.partial(describe_files, own, temporary))
@@ -181,7 +181,7 @@ class CheckpointManager:
             _check_precision(manifest, engine, chosen)
         saved = Topology(**manifest.topology)
         if saved == engine.topology:
-            engine.load_state(chosen / _STATE)
+            engine.load_state(chosen / STATE)
         else:
             self._reshape(engine, chosen, saved)
         return manifest.trainer
@@ -192,7 +192,7 @@ class CheckpointManager:
             if engine.grid.is_main:
                 print(f"{folder.name}: from {saved} to {engine.topology}", flush=True)
                 shutil.rmtree(scratch, ignore_errors=True)
-            engine.load_reshaped(folder / _STATE, saved, scratch)
+            engine.load_reshaped(folder / STATE, saved, scratch)
         finally:
             if engine.grid.world_size > 1:
                 dist.barrier()

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from megaegpt.errors import CheckpointError
-from megaegpt.training.manifest import Manifest, sync_folder, write_durably
+from megaegpt.training.manifest import MANIFEST, Manifest, sync_folder, write_durably
 
 _LATEST, _BEST = "latest", "best"
 _COMPLETE = re.compile(r"step_\d{8,}")
@@ -134,3 +134,19 @@ def _saved_at(folder: Path) -> int:
         return Manifest.read(folder).saved_at_ns
     except CheckpointError:
         return -1  # damaged: never preferred, first to go
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` stands for: itself, or the latest one of a run's folder or of a
+    directory of checkpoints.
+
+    Raises:
+        CheckpointError: it is none of these.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    for directory in (path, path / "checkpoints"):
+        latest = CheckpointFolders(directory).latest()
+        if latest is not None:
+            return latest
+    raise CheckpointError(f"{path} holds no checkpoint: give one, a run, or its checkpoints")

@@ -1,0 +1,172 @@
+"""tools/convert.py: import, export, list and reshape, as they are typed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megaegpt.config import EncoderConfig, ModelConfig
+from megaegpt.config.run import RunConfig
+from megaegpt.model.build import build_model
+from megaegpt.model.weights import save_weights
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.checkpoint import CheckpointManager
+from tests.distributed.harness import Distributed, grid_for
+from tests.training.runs import Curve, advance, make_engine, run_config
+from tools.convert import main
+
+ROOT = Path(__file__).parents[2]
+GRID = ProcessGrid()
+GPT = ModelConfig(vocab_size=100, max_seq_len=8, hidden_size=16, num_layers=2, num_heads=4)
+SAVED, END, BATCH = 3, 6, 4
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A GPT-2-shaped model with biases that are not 0."""
+    model = build_model(GPT, GRID, seed=3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    save_weights(model, tmp_path / "weights", GRID)
+    return tmp_path / "weights"
+
+
+class _Convert:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *words: str | Path) -> str:
+        """What it prints."""
+        self._monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
+        main()
+        return self._capsys.readouterr().out
+
+    def fails(self, *words: str | Path) -> str:
+        """The one line it prints instead."""
+        with pytest.raises(SystemExit) as caught:
+            self(*words)
+        assert caught.value.code == 2
+        said = self._capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> _Convert:
+    return _Convert(monkeypatch, capsys)
+
+
+def test_export_and_import_are_inverse(convert: _Convert, weights: Path, tmp_path: Path) -> None:
+    said = convert("export", weights, tmp_path / "theirs")
+    assert said == f"{tmp_path / 'theirs'}: in Hugging Face's form, without GPT-2's tokenizer\n"
+    said = convert("import", tmp_path / "theirs", tmp_path / "back")
+    assert f"{tmp_path / 'back'}: weights" in said
+    assert "2 layers of width 16, 4 heads" in said
+    first, back = (load_file(f / "model.safetensors") for f in (weights, tmp_path / "back"))
+    assert first.keys() == back.keys()
+    assert all(torch.equal(first[name], back[name]) for name in first)
+
+
+def test_other_models_are_exported_as_they_are(convert: _Convert, tmp_path: Path) -> None:
+    config = ModelConfig(**{**vars(GPT), "attention": "latent", "document_end": 7})
+    save_weights(build_model(config, GRID), tmp_path / "weights", GRID)
+    said = convert("export", tmp_path / "weights", tmp_path / "out")
+    assert said.endswith("as safetensors; Hugging Face's GPT-2 has no attention=latent\n")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "weights" / name).read_bytes()
+
+
+def test_mistakes_are_one_line(convert: _Convert, weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "no folder of a model in Hugging Face's form" in convert.fails("import", weights, out)
+    assert "absent is no folder" in convert.fails("import", tmp_path / "absent", out)
+    assert "holds no weights" in convert.fails("export", tmp_path / "absent", out)
+    assert "weights exists already" in convert.fails("export", weights, weights)
+    assert "holds no weights" in convert.fails("list", tmp_path / "absent")
+    assert not out.exists()
+
+
+def test_list_finds_damaged_weights(convert: _Convert, weights: Path) -> None:
+    said = convert("list", weights, "--verify")
+    assert "weights, whatever the parallelism, verified" in said
+    assert "stack.blocks.1.mlp.down.weight          16 x 64" in said
+    path = weights / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "16 x 64" in convert("list", weights)
+    assert f"error: {path} is damaged" in convert.fails("list", weights, "--verify")
+
+
+# -- checkpoints ----------------------------------------------------------------------------------
+
+
+def _config(tp: int) -> RunConfig:
+    training = {"global_batch_size": BATCH, "micro_batch_size": 1}
+    encoder = EncoderConfig(source="encoder")
+    model = {"kind": "egpt", "num_kv_heads": 1, "tied_embeddings": False, "encoder": encoder}
+    parallel = {"tensor_parallel_size": tp}
+    return run_config(model=model, parallel=parallel, training=training)
+
+
+def _train_and_save(folder: Path) -> None:
+    """Two checkpoints over two tensor-parallel ranks."""
+    config, grid = _config(tp=2), grid_for(2)
+    engine = make_engine(config, grid)
+    writers = {"weights": lambda part: save_weights(engine.model, part, grid)}
+    manager, state = CheckpointManager(folder, keep=2), {"global_batch_size": BATCH}
+    for step in (SAVED - 1, SAVED):
+        advance(engine, config, range(step - 1, step))
+        manager.save(engine, step, state, writers)
+    engine.close()
+
+
+def _resume(folders: list[Path]) -> list[Curve]:
+    config, curves = _config(tp=1), []
+    for folder in folders:
+        engine = make_engine(config, grid_for(1))
+        CheckpointManager(folder, keep=1).load(engine)
+        curves.append(advance(engine, config, range(SAVED, END)))
+        engine.close()
+    return curves
+
+
+def test_checkpoints_are_listed_and_merged_with_their_optimizer_state(
+    distributed: Distributed, convert: _Convert, tmp_path: Path
+) -> None:
+    saved, merged = tmp_path / "run" / "checkpoints", tmp_path / "merged"
+    distributed(2, _train_and_save, saved)
+
+    listed = convert("list", tmp_path / "run", "--verify")
+    assert "step_00000003 latest" in listed
+    assert listed.count("tensor parallel 2 x data parallel 1, ZeRO stage 2, fp32, verified") == 2
+    checkpoint = saved / "step_00000003"
+    listed = convert("list", checkpoint)
+    assert "global_batch_size=4" in listed
+    assert "stack.blocks.0.attention.query.weight   32 x 32         rows over 2" in listed
+    assert "stack.blocks.0.attention.key.weight     8 x 32          on each of 2" in listed
+    assert "stack.blocks.0.attention.output.weight  32 x 32         columns over 2" in listed
+
+    command = [sys.executable, "tools/convert.py", "reshape", str(tmp_path / "run"), str(merged)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step_00000003 latest" in convert("list", merged)
+    name = Path("weights") / "model.safetensors"
+    assert (merged / checkpoint.name / name).read_bytes() == (checkpoint / name).read_bytes()
+    through_tool, by_itself = distributed(1, _resume, [merged, saved])[0]
+    assert through_tool.losses == by_itself.losses
+    assert through_tool.norms == by_itself.norms
+
+    path = checkpoint / name
+    path.write_bytes(path.read_bytes()[:-1])
+    listed = convert("list", tmp_path / "run", "--verify")
+    assert f"step_00000003 latest  DAMAGED: {path} has " in listed
+    assert f"error: {path} has " in convert.fails("list", checkpoint, "--verify")

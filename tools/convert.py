@@ -1,0 +1,155 @@
+"""Models and checkpoints between forms: Hugging Face's GPT-2, safetensors, other topologies.
+
+    python tools/convert.py import gpt2 weights/gpt2
+    python tools/convert.py import downloads/gpt2-xl weights/gpt2-xl
+    python tools/convert.py export runs/gpt exported/gpt
+    python tools/convert.py list runs/gpt --verify
+    python tools/convert.py reshape runs/gpt merged/checkpoints
+    torchrun --nproc_per_node 4 tools/convert.py reshape runs/gpt split/checkpoints \\
+        --tensor-parallel-size 2
+
+import   GPT-2 weights of Hugging Face's become a folder of ours, for any tensor-parallel size. The
+         source is gpt2, gpt2-medium, gpt2-large, gpt2-xl or hf:OWNER/NAME (which need the network
+         once), or a folder with config.json and model.safetensors or pytorch_model.bin. It is not
+         needed before training: training.initialize_from and model.encoder.source take the same
+         names, and keep what they convert under ~/.cache/megaegpt.
+export   The weights of a run, a checkpoint or a weights folder for other programs. A model that
+         GPT-2 can compute becomes a folder that transformers loads:
+         AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained. Any other becomes
+         model.safetensors, under full names and whatever the parallelism was, with config.json.
+list     What a run, a checkpoint or a weights folder holds.
+reshape  A checkpoint with its optimizer state, merged or split for as many processes as run this:
+         one writes it for one rank, torchrun's for their number, tensor- times data-parallel. A
+         run resumes at another topology without it; this does the work beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megaegpt.errors import CheckpointError, exits_cleanly
+
+
+@exits_cleanly
+def main() -> None:
+    """Run the command line."""
+    arguments = _parse_arguments()
+    arguments.run(arguments)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("import", help="GPT-2 weights from Hugging Face's form")
+    command.add_argument("source", metavar="SOURCE", help="a name on the hub, or a folder")
+    command.add_argument("output", type=Path, metavar="FOLDER", help="a new folder")
+    command.set_defaults(run=_import)
+
+    command = commands.add_parser("export", help="weights for transformers and other programs")
+    command.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a run, a checkpoint, or a weights folder"
+    )
+    command.add_argument("output", type=Path, metavar="FOLDER", help="a new folder")
+    command.set_defaults(run=_export)
+
+    command = commands.add_parser("list", help="what a run, checkpoint or weights folder holds")
+    command.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    command.add_argument(
+        "--verify", action="store_true", help="read every file and compare checksums"
+    )
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("reshape", help="a checkpoint for another topology")
+    command.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a checkpoint, or a run: its latest one"
+    )
+    command.add_argument(
+        "output", type=Path, metavar="DIRECTORY", help="a new checkpoint.directory"
+    )
+    command.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks that share one copy of the model (default: 1); the rest is data-parallel",
+    )
+    command.add_argument(
+        "--zero-stage", type=int, choices=(0, 1, 2), help="of DeepSpeed (default: as it was)"
+    )
+    command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
+    command.set_defaults(run=_reshape)
+    return parser.parse_args()
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from megaegpt.interop.folders import whole_folder
+    from megaegpt.interop.huggingface import (
+        download,
+        import_gpt2,
+        is_hub_name,
+        is_huggingface_folder,
+    )
+    from megaegpt.training.inspection import describe_contents
+
+    folder = Path(arguments.source)
+    if not folder.is_dir() and is_hub_name(arguments.source):
+        folder = download(arguments.source)
+    if not is_huggingface_folder(folder):
+        raise CheckpointError(f"{folder} is no folder of a model in Hugging Face's form")
+    with whole_folder(arguments.output) as temporary:
+        import_gpt2(folder, temporary)
+    print("\n".join(describe_contents(arguments.output, tensors=False)))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from megaegpt.interop.export import export_weights
+    from megaegpt.model.weights import find_weights, read_weights_config
+
+    weights = find_weights(arguments.source)
+    differences = export_weights(weights, arguments.output)
+    if differences:
+        reason = f"Hugging Face's GPT-2 has no {', '.join(differences)}"
+        print(f"{arguments.output}: as safetensors; {reason}")
+        return
+    has_tokenizer = (arguments.output / "vocab.json").exists()
+    print(
+        f"{arguments.output}: in Hugging Face's form, "
+        f"{'with' if has_tokenizer else 'without'} GPT-2's tokenizer"
+    )
+    if read_weights_config(weights)[0].document_end is not None:
+        print("notice: transformers does not begin anew after a document's end: one text a row")
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from megaegpt.training.inspection import describe_contents
+
+    for path in arguments.paths:
+        for line in describe_contents(path, arguments.verify):
+            print(line)
+
+
+def _reshape(arguments: argparse.Namespace) -> None:
+    import torch.distributed as dist
+
+    from megaegpt.parallel.agreement import raising_together
+    from megaegpt.parallel.grid import ProcessGrid
+    from megaegpt.training.checkpoint_folders import find_checkpoint
+    from megaegpt.training.engine import init_distributed
+    from megaegpt.training.reshaping import reshape
+
+    device = init_distributed()
+    grid = ProcessGrid.create(arguments.tensor_parallel_size, device)
+    with raising_together(grid):
+        source = find_checkpoint(arguments.source)
+    saved = reshape(source, arguments.output, grid, arguments.zero_stage)
+    if grid.is_main:
+        print(f"saved {saved}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
