@@ -1,7 +1,7 @@
-"""GPT written a second time, as plainly as possible: attention query by query and head by head,
-over the list of tokens that it sees.
+"""GPT and EGPT written a second time, as plainly as possible: attention query by query and head by
+head, over the list of tokens that it sees.
 
-It shares nothing with the package but the names of the weights. Shapes: T tokens, H heads, D head
+They share nothing with the package but the names of the weights. Shapes: T tokens, H heads, D head
 dim.
 """
 
@@ -37,6 +37,67 @@ def _row(weights: dict[str, Tensor], config, tokens: Tensor, segments: list[int]
         x = x + weights["positions.table.weight"][torch.tensor(positions)]
     elif config.positions == "sinusoidal":
         x = x + torch.stack([_sinusoid(position, x.shape[1]) for position in positions])
+    return naive_stack(weights, config, x, positions, texts)
+
+
+def naive_egpt_hidden(weights: dict[str, Tensor], config, states: Tensor) -> Tensor:
+    """Encoder states of a window (N, S, C) -> (N, S, C), by the original's way: every token is the
+    last of a sequence of its own, [features of earlier chunks..., tokens of the chunk up to it].
+    """
+    egpt, rows = config.egpt, []
+    span = egpt.chunk_size // egpt.features_per_chunk
+    for chunk in range(egpt.num_chunks):
+        memory, places = [], []
+        for earlier in range(chunk if egpt.history else 0):
+            for start in range(0, egpt.chunk_size, span):
+                of_span, last = states[earlier, start : start + span], start + span - 1
+                feature = of_span[-1] if egpt.feature_pooling == "last" else of_span.mean(0)
+                memory.append(_egpt_input(weights, config, feature, earlier, last))
+                places.append(earlier)
+        for offset in range(egpt.chunk_size):
+            own = [
+                _egpt_input(weights, config, states[chunk, t], chunk, t)
+                for t in range(0 if egpt.local_attention else offset, offset + 1)
+            ]
+            texts = [list(range(t + 1)) for t in range(len(memory) + len(own))]
+            x = torch.stack(memory + own)
+            positions = places + [chunk] * len(own)
+            rows.append(naive_stack(weights, config, x, positions, texts, len(memory))[-1])
+    return torch.stack(rows).reshape(states.shape)
+
+
+def _egpt_input(
+    weights: dict[str, Tensor], config, state: Tensor, chunk: int, offset: int
+) -> Tensor:
+    """A state (C,) as the decoder takes it in."""
+    x = state
+    if config.egpt.adapter_norm:
+        x = _norm(weights, "input_norm", x, config.layer_norm_eps)
+    x = _linear(weights, "input_mlp.down", _gelu(_linear(weights, "input_mlp.up", x)))
+    if config.egpt.adapter_residual:
+        x = state + x
+    if config.positions == "learned":
+        x = x + weights["chunk_positions.table.weight"][chunk]
+    elif config.positions == "sinusoidal":
+        x = x + _sinusoid(chunk, len(x))
+    return x + weights["lengths.weight"][offset]
+
+
+def naive_stack(
+    weights: dict[str, Tensor],
+    config,
+    x: Tensor,
+    positions: list[int],
+    texts: list[list[int]],
+    memory: int = 0,
+) -> Tensor:
+    """(T, C) -> (T, C), after the final norm.
+
+    Args:
+        positions: rotary position of each token.
+        texts: the tokens that each one would see without a window, by their place in ``x``.
+        memory: how many tokens are features of earlier chunks, for a gate.
+    """
     for layer in range(config.num_layers):
         prefix = f"stack.blocks.{layer}."
         of_layer = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
@@ -49,20 +110,35 @@ def _row(weights: dict[str, Tensor], config, tokens: Tensor, segments: list[int]
         heads_of = _latent if config.attention == "latent" else _grouped
         normed = _norm(of_layer, "attention_norm", x, config.layer_norm_eps)
         q, k, v = heads_of(of_layer, config, normed, positions)
-        x = x + _linear(of_layer, "attention.output", _attend(q, k, v, seen))
+        gate = of_layer.get("attention.gate")
+        read = _attend(q, k, v, seen) if gate is None else _gated(q, k, v, seen, gate, memory)
+        x = x + _linear(of_layer, "attention.output", read)
         x = x + _mlp(of_layer, config, x)
     return _norm(weights, "stack.norm", x, config.layer_norm_eps)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]]) -> Tensor:
-    """(T, H, D) each, and what each query sees -> (T, H * D)"""
+    """(T, H, D) each, and what each query sees -> (T, H * D); 0 where that is nothing"""
     outputs = []
     for t, visible in enumerate(seen):
         for head in range(q.shape[1]):
+            if not visible:
+                outputs.append(torch.zeros_like(v[0, 0]))
+                continue
             scores = k[visible, head] @ q[t, head] / math.sqrt(q.shape[2])
             shares = torch.exp(scores - scores.max())
             outputs.append((shares / shares.sum()) @ v[visible, head])
     return torch.stack(outputs).reshape(len(seen), -1)
+
+
+def _gated(
+    q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]], gate: Tensor, memory: int
+) -> Tensor:
+    """Tokens behind the memory read it apart from themselves, times tanh of their head's gate."""
+    own = [[s for s in of if s >= memory or t < memory] for t, of in enumerate(seen)]
+    remembered = [[s for s in of if s < memory <= t] for t, of in enumerate(seen)]
+    opened = torch.tanh(gate).repeat_interleave(v.shape[2])  # (H * D,)
+    return _attend(q, k, v, own) + opened * _attend(q, k, v, remembered)
 
 
 def _linear(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
@@ -84,8 +160,11 @@ def _rms_norm(weights: dict[str, Tensor], name: str, x: Tensor, eps: float) -> T
 
 def _mlp(weights: dict[str, Tensor], config, x: Tensor) -> Tensor:
     h = _linear(weights, "mlp.up", _norm(weights, "mlp_norm", x, config.layer_norm_eps))
-    gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-    return _linear(weights, "mlp.down", gelu)
+    return _linear(weights, "mlp.down", _gelu(h))
+
+
+def _gelu(h: Tensor) -> Tensor:
+    return 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
 
 
 def _sinusoid(position: int, width: int) -> Tensor:

@@ -13,6 +13,7 @@ from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model
 from megaegpt.model.egpt import EGPT, chunk_features
 from megaegpt.parallel.grid import ProcessGrid
+from tests.model.naive import naive_egpt_hidden
 
 N, S, C, HEADS, BATCH = 4, 6, 16, 2, 2
 ORIGINAL = ModelConfig(
@@ -64,73 +65,6 @@ def _batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return states, chunk_features(states, config.egpt)[:, :-1], targets
 
 
-def _naive_block(x: torch.Tensor, block, window: int | None) -> torch.Tensor:
-    """A pre-LN block over one sequence (length, C), head by head, row by row."""
-    attention, length = block.attention, x.shape[0]
-    h = F.layer_norm(x, (C,), block.attention_norm.weight, block.attention_norm.bias)
-    q, k, v = (p(h) for p in (attention.query, attention.key, attention.value))
-    size, kv_heads = C // HEADS, k.shape[1] // (C // HEADS)
-    rows = []
-    for i in range(length):
-        first = 0 if window is None else max(0, i - window + 1)
-        heads = []
-        for head in range(HEADS):
-            mine = slice(head * size, (head + 1) * size)
-            kv = head * kv_heads // HEADS
-            theirs = slice(kv * size, (kv + 1) * size)
-            scores = k[first : i + 1, theirs] @ q[i, mine] / size**0.5
-            heads.append(scores.softmax(0) @ v[first : i + 1, theirs])
-        rows.append(torch.cat(heads))
-    x = x + attention.output(torch.stack(rows))
-    h = F.layer_norm(x, (C,), block.mlp_norm.weight, block.mlp_norm.bias)
-    return x + block.mlp.down(F.gelu(block.mlp.up(h), approximate="tanh"))
-
-
-def _naive_embed(model: EGPT, state: torch.Tensor, chunk: int, offset: int) -> torch.Tensor:
-    mlp, egpt, x = model.input_mlp, model.config.egpt, state
-    if egpt.adapter_norm:
-        norm = model.input_norm
-        x = F.layer_norm(x, (C,), norm.weight, norm.bias)
-    x = mlp.down(F.gelu(mlp.up(x), approximate="tanh"))
-    if egpt.adapter_residual:
-        x = state + x
-    if model.config.positions == "learned":
-        x = x + model.chunk_positions.table.weight[chunk]
-    else:
-        x = model.chunk_positions(x, torch.tensor(chunk))
-    return x + model.lengths.weight[offset]
-
-
-def _naive_hidden(model: EGPT, states: torch.Tensor) -> torch.Tensor:
-    """The original's computation: for every token the sequence [features..., token], read at its
-    end.
-
-    With local attention the sequence is [features..., the chunk's tokens up to this one].
-    """
-    config, egpt = model.config, model.config.egpt
-    span = S // egpt.features_per_chunk
-    outputs = []
-    for window in states:
-        of_window = []
-        for n in range(N):
-            history = []
-            for chunk in range(n if egpt.history else 0):
-                for p in range(egpt.features_per_chunk):
-                    seen = window[chunk, p * span : (p + 1) * span]
-                    state = seen[-1] if egpt.feature_pooling == "last" else seen.mean(0)
-                    history.append(_naive_embed(model, state, chunk, (p + 1) * span - 1))
-            for t in range(S):
-                first = 0 if egpt.local_attention else t
-                own = [_naive_embed(model, window[n, i], n, i) for i in range(first, t + 1)]
-                x = torch.stack(history + own)
-                for block in model.stack.blocks:
-                    x = _naive_block(x, block, config.window)
-                of_window.append(x[-1])
-        outputs.append(torch.stack(of_window).view(N, S, C))
-    norm = model.stack.norm
-    return F.layer_norm(torch.stack(outputs), (C,), norm.weight, norm.bias)
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_shared_feature_stream_equals_one_sequence_per_token(name):
     config = VARIANTS[name]
@@ -142,7 +76,7 @@ def test_shared_feature_stream_equals_one_sequence_per_token(name):
     loss = model(states, features, targets)
     grads = torch.autograd.grad(loss, list(parameters.values()))
 
-    naive_hidden = _naive_hidden(model, states)
+    naive_hidden = torch.stack([naive_egpt_hidden(parameters, config, row) for row in states])
     logits = naive_hidden @ model.head.weight[:40].t()
     naive_loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="sum")
     naive_grads = torch.autograd.grad(naive_loss, list(parameters.values()))
