@@ -48,9 +48,12 @@ def reshape(
             raise CheckpointError(f"{output} holds checkpoints already: name another directory")
         if grid.is_main:
             _make(output)
-    engine = Engine(empty_model(config.model, grid), grid, config)
+    manifest = Manifest.read(checkpoint)
+    model = empty_model(config.model, grid)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in manifest.parameters)  # the others were frozen
+    engine = Engine(model, grid, config)
     state = manager.load(engine, checkpoint)
-    step = Manifest.read(checkpoint).step
     parts = [path for path in checkpoint.iterdir() if path.is_dir() and path.name != STATE]
 
     def copy(part: Path, folder: Path) -> None:
@@ -58,7 +61,7 @@ def reshape(
             shutil.copytree(part, folder)
 
     writers = {part.name: lambda folder, part=part: copy(part, folder) for part in parts}
-    saved = manager.save(engine, step, state, writers)
+    saved = manager.save(engine, manifest.step, state, writers)
     engine.close()
     return saved
 

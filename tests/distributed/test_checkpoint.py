@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import resource
 import shutil
 from pathlib import Path
@@ -13,8 +15,13 @@ import torch
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.training.checkpoint import CheckpointManager
+from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
+from tests.training import tiny
 from tests.training.runs import Curve, advance, make_engine, run_config
+from tests.training.tiny import corpus
+
+__all__ = ["corpus"]
 
 _SAVED, _END = 3, 5
 
@@ -133,6 +140,37 @@ def test_a_run_goes_on_at_another_topology_as_if_undisturbed(
             ranks = other[0] * other[1]
             resumed = distributed(ranks, _resume, _at(kind, other), folder, _SAVED, end)[0]
             _assert_same_curve(resumed, undisturbed, f"{kind}: {saved} -> {other}")
+
+
+def _whole_run(config: RunConfig, resume: bool, stop_after: int) -> None:
+    grid = grid_for(config.parallel.tensor_parallel_size)
+    with contextlib.redirect_stdout(io.StringIO()):
+        pretrain(config, grid, resume=resume, stops=tiny.StopAfter(stop_after))
+
+
+def test_a_whole_run_is_resumed_at_another_topology_by_nothing_but_resume(
+    distributed: Distributed, corpus: Path, tmp_path: Path
+) -> None:
+    """Data, features, schedule and evaluation go on too, and the losses are recorded once."""
+
+    def config(folder: str, tp: int) -> RunConfig:
+        return tiny.run_config(
+            "egpt",
+            corpus,
+            tmp_path / folder,
+            model={"dropout": 0.0},
+            parallel={"tensor_parallel_size": tp},
+            training={"steps": 24, "eval_interval": 12, "micro_batch_size": 1},
+            checkpoint={"interval": 0},
+        )
+
+    distributed(4, _whole_run, config("straight", 2), False, 24)
+    distributed(4, _whole_run, config("moved", 2), False, 4)
+    distributed(2, _whole_run, config("moved", 1), True, 24)
+    for curve in (tiny.losses, tiny.validation_losses):
+        straight, moved = curve(tmp_path / "straight"), curve(tmp_path / "moved")
+        assert moved == pytest.approx(straight, rel=1e-4)
+        assert max(moved) == 24
 
 
 def test_checkpoints_of_other_stages_and_precisions_are_reshaped(

@@ -17,8 +17,10 @@ from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.checkpoint import CheckpointManager
+from megaegpt.training.engine import Engine
+from megaegpt.training.parts import freeze
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.runs import Curve, advance, make_engine, run_config
+from tests.training.runs import Curve, advance, run_config
 from tools.convert import main
 
 ROOT = Path(__file__).parents[2]
@@ -116,10 +118,16 @@ def _config(tp: int) -> RunConfig:
     return run_config(model=model, parallel=parallel, training=training)
 
 
+def _engine(config: RunConfig, grid: ProcessGrid) -> Engine:
+    model = build_model(config.model, grid, seed=3)
+    freeze(model, ["norm"])
+    return Engine(model, grid, config)
+
+
 def _train_and_save(folder: Path) -> None:
     """Two checkpoints over two tensor-parallel ranks."""
     config, grid = _config(tp=2), grid_for(2)
-    engine = make_engine(config, grid)
+    engine = _engine(config, grid)
     writers = {"weights": lambda part: save_weights(engine.model, part, grid)}
     manager, state = CheckpointManager(folder, keep=2), {"global_batch_size": BATCH}
     for step in (SAVED - 1, SAVED):
@@ -131,7 +139,7 @@ def _train_and_save(folder: Path) -> None:
 def _resume(folders: list[Path]) -> list[Curve]:
     config, curves = _config(tp=1), []
     for folder in folders:
-        engine = make_engine(config, grid_for(1))
+        engine = _engine(config, grid_for(1))
         CheckpointManager(folder, keep=1).load(engine)
         curves.append(advance(engine, config, range(SAVED, END)))
         engine.close()
