@@ -103,23 +103,24 @@ def findings(plan: ExperimentPlan, name: str, corpus: dict[str, Any]) -> list[st
                 shuffled = result["losses"]["shuffled"]
                 found.append(
                     f"{name}, {_BUDGETS[budget]}: {variant} with its own features "
-                    f"{_versus(shuffled, loss, 'itself with those of another window')}"
+                    f"{_versus(shuffled, loss, 'with those of another window')}"
                 )
     return found
 
 
 def _versus(other: dict[str, Any], loss: dict[str, Any], name: str) -> str:
     """``loss`` against ``other``: better, worse, or no difference beyond twice the spread."""
-    gain = other["mean"] - loss["mean"]
-    shown = f"{loss['mean']:.4f} against {other['mean']:.4f} nats/token"
+    shown = f"{loss['mean']:.4f} nats/token, {name} {other['mean']:.4f}"
     if loss["sd"] is None or other["sd"] is None:
-        return f"scores {shown} against {name}; one seed says nothing about the spread"
-    spread = max(loss["sd"], other["sd"])
-    if abs(gain) <= 2 * spread:
-        verdict = "is not told apart from"
-    else:
-        verdict = "beats" if gain > 0 else "loses to"
-    return f"{verdict} {name}: {shown}, a gain of {gain:+.4f} at a seed deviation of {spread:.4f}"
+        return f"has {shown}; one seed says nothing about the spread"
+    pairs = zip(loss["by_seed"], other["by_seed"], strict=False)  # some may still be missing
+    gains = [b - a for a, b in pairs]
+    gain, spread = mean(gains), max(loss["sd"], other["sd"])
+    verdict = "no difference" if abs(gain) <= 2 * spread else "better" if gain > 0 else "worse"
+    return (
+        f"has {shown}: {verdict}, a gain of {gain:+.4f} where losses vary by {spread:.4f} over "
+        f"seeds (and the gain itself by {stdev(gains):.4f})"
+    )
 
 
 # -- the page -------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,14 +77,28 @@ def test_positions_are_binned_by_powers_of_two() -> None:
     assert binned([1.0, 2.0, 3.0, 5.0, 7.0, 7.0]) == {"0": 1, "1": 2, "2-3": 4, "4-5": 7}
 
 
+def _losses(*by_seed: float) -> dict[str, Any]:
+    sd = stdev(by_seed) if len(by_seed) > 1 else None
+    return {"mean": mean(by_seed), "sd": sd, "by_seed": by_seed}
+
+
 @pytest.mark.parametrize(
-    ("loss", "sd", "words"),
+    ("by_seed", "words"),
     [
-        (3.0, 0.1, "beats B: 3.0000 against 3.5000 nats/token, a gain of +0.5000"),
-        (4.0, 0.1, "loses to B"),
-        (3.4, 0.1, "is not told apart from B"),
-        (3.0, None, "one seed says nothing"),
+        (
+            (2.9, 3.1),
+            "has 3.0000 nats/token, B 3.5000: better, a gain of +0.5000 where losses vary",
+        ),
+        ((3.9, 4.1), "B 3.5000: worse, a gain of -0.5000"),
+        ((3.2, 3.4), "no difference, a gain of +0.2000"),
     ],
 )
-def test_a_verdict_needs_twice_the_larger_spread(loss, sd, words) -> None:
-    assert words in _versus({"mean": 3.5, "sd": 0.05}, {"mean": loss, "sd": sd}, "B")
+def test_a_verdict_needs_twice_the_larger_spread(by_seed, words) -> None:
+    assert words in _versus(_losses(3.45, 3.55), _losses(*by_seed), "B")
+
+
+def test_the_spread_of_a_gain_is_that_of_its_seeds() -> None:
+    said = _versus(_losses(4.0, 5.0), _losses(3.0, 4.0), "B")
+    assert "no difference, a gain of +1.0000 where losses vary by 0.7071" in said
+    assert "(and the gain itself by 0.0000)" in said
+    assert "one seed says nothing" in _versus(_losses(4.0), _losses(3.0), "B")
