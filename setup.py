@@ -11,6 +11,7 @@ EXTRAS = {
     "wikipedia": ["mwparserfromhell"],
     "parquet": ["pyarrow"],
     "plots": ["matplotlib"],
+    "wandb": ["wandb"],  # logging.wandb
     "gigatoken": ["gigatoken==0.10.0"],  # a faster tokenizer for tools/preprocess.py
 }
 
@@ -46,7 +47,8 @@ setup(
             "mypy",
             "types-PyYAML",
             "types-tqdm",
-            *(requirement for group in EXTRAS.values() for requirement in group),
+            # wandb has a stand-in there
+            *(requirement for name in EXTRAS if name != "wandb" for requirement in EXTRAS[name]),
         ],
     },
 )

@@ -88,11 +88,15 @@ class LoggingConfig:
     """What is shown and recorded."""
 
     directory: str = "runs/default"
-    """Holds ``metrics.jsonl``, ``config.yaml`` and ``tensorboard/``."""
+    """Holds ``metrics.jsonl``, ``config.yaml``, ``tensorboard/`` and ``wandb/``."""
     interval: int = 10
     """Steps between log lines."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Report to Weights & Biases; offline keeps it in ``wandb/`` until ``wandb sync``."""
+    wandb_project: str = "megaegpt"
+    """Project there; the run has the name of ``directory``."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import NoReturn
 from megaegpt.config.loading import load_config
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import LaunchError, MegaEGPTError
+from megaegpt.training.boards import check_packages
 
 
 class RunParser(argparse.ArgumentParser):
@@ -36,11 +37,12 @@ class RunParser(argparse.ArgumentParser):
 
         Raises:
             LaunchError: a wrong command line.
-            ConfigError: a wrong configuration.
+            ConfigError: a wrong configuration, or one that asks for a package that is missing.
         """
         try:
             arguments = self.parse_intermixed_args()
             config = load_config(arguments.config, arguments.overrides, started_processes())
+            check_packages(config.logging)
         except MegaEGPTError as error:
             error.on_every_rank = True  # all read the same
             raise

@@ -1,21 +1,19 @@
-"""What a run leaves to look at: ``metrics.jsonl``, TensorBoard and console lines, by rank 0."""
+"""What a run leaves to look at: ``metrics.jsonl``, boards and console lines, by rank 0."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megaegpt.config import LoggingConfig
+from megaegpt.config import LoggingConfig, RunConfig
 from megaegpt.data.files import write_whole
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.report.figures import can_draw, loss_by_chunk, pixels
+from megaegpt.training.boards import Board, open_boards
 from megaegpt.training.evaluation import Evaluation
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
 
@@ -28,12 +26,16 @@ class Monitor:
         grid: whether this is rank 0.
         done: optimizer steps the run starts from. Records of later steps, left by a run that was
             stopped after its last checkpoint, are dropped: their steps will be recorded again.
+
+    Raises:
+        ConfigError: a board cannot be opened.
     """
 
     def __init__(self, config: LoggingConfig, grid: ProcessGrid, done: int = 0) -> None:
         self._is_main = grid.is_main
         self._validated: dict[int, float] = {}
-        self._board: SummaryWriter | None = None
+        self._boards: list[Board] = []
+        self._told_of_images = False
         if not self._is_main:
             return
         folder = Path(config.directory)
@@ -41,15 +43,17 @@ class Monitor:
         kept = keep_records(folder / METRICS, done)
         self._validated |= {r["step"]: r["validation_loss"] for r in kept if "validation_loss" in r}
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self._boards = open_boards(config, done)
 
     def say(self, text: str) -> None:
         """Show a line on the console."""
         if self._is_main:
             print(text, flush=True)
+
+    def configuration(self, config: RunConfig) -> None:
+        """Show what the run is."""
+        for board in self._boards:
+            board.configuration(config)
 
     def training(self, step: int, values: Mapping[str, float | None]) -> None:
         """Record scalars of training step ``step`` (counted from 1), but None, inf and nan."""
@@ -78,41 +82,48 @@ class Monitor:
                 **{f"validation_by_chunk/{n:02d}": loss for n, loss in enumerate(chunks)},
             },
         )
-        if self._board is not None and chunks and importlib.util.find_spec("matplotlib"):
-            self._board.add_figure("validation/loss_by_chunk", _chunk_figure(chunks), step)
+        if self._boards and chunks:
+            self._draw_chunks(step, chunks)
+
+    def _draw_chunks(self, step: int, losses: list[float]) -> None:
+        if can_draw():
+            image = pixels(loss_by_chunk({"validation": losses}))
+            for board in self._boards:
+                board.image(step, "validation/loss_by_chunk", image)
+        elif not self._told_of_images:
+            self._told_of_images = True
+            self.say("notice: no image of the loss by chunk: matplotlib is not installed")
 
     def validation_loss(self, step: int) -> float | None:
         """The loss on record for an evaluation after ``step`` steps; on other ranks than 0 None."""
         return self._validated.get(step)
 
-    def text(self, name: str, text: str, step: int = 0) -> None:
-        """Show a text, such as the configuration or a generated sample, in TensorBoard."""
-        if self._board is not None:
-            fenced = "\n".join("    " + line for line in text.splitlines())
-            self._board.add_text(name, fenced, step)
+    def text(self, name: str, text: str, step: int) -> None:
+        """Show a text, such as a generated sample."""
+        for board in self._boards:
+            board.text(step, name, text)
 
     def flush(self) -> None:
         """Make records so far readable by others."""
         if self._is_main:
             self._metrics.flush()
-            if self._board is not None:
-                self._board.flush()
+            for board in self._boards:
+                board.flush()
 
     def close(self) -> None:
         """Write the rest."""
         if self._is_main:
             self._metrics.close()
-            if self._board is not None:
-                self._board.close()
+            for board in self._boards:
+                board.close()
 
     def _record(self, step: int, values: Mapping[str, Any]) -> None:
         if self._is_main:
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for board in self._boards:
+            board.scalars(step, values)
 
 
 def keep_records(path: Path, step: int) -> list[dict[str, Any]]:
@@ -135,15 +146,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     whole = line.endswith(b"\n") and isinstance(record, dict) and "step" in record
     return record if whole else None
-
-
-def _chunk_figure(losses: list[float]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4))
-    axes = figure.add_subplot(
-        xlabel="chunk of the window (earlier chunks seen)", ylabel="validation loss, nats per token"
-    )
-    axes.plot(range(len(losses)), losses, marker="o")
-    axes.grid(alpha=0.3)
-    return figure

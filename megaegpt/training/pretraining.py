@@ -253,7 +253,7 @@ class _Run:
         with raising_together(grid):
             if grid.is_main:
                 write_whole(Path(config.logging.directory) / "config.yaml", resolved.encode())
-        monitor.text("config", resolved)
+        monitor.configuration(config)
         name = device_name(grid.device)
         for line in describe_run(config, self.size, grid.dp_size, self.precision, name):
             monitor.say(line)

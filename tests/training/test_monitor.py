@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaegpt.config import LoggingConfig
+from megaegpt.config import LoggingConfig, ModelConfig, RunConfig
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation
 from megaegpt.training.monitor import Monitor
@@ -73,7 +73,8 @@ def test_tensorboard_has_scalars_texts_and_the_figure(tmp_path: Path) -> None:
     run = monitor(tmp_path, board=True)
     run.training(1, {"loss": 4.0, "lr": 0.5})
     run.validation(1, EVALUATION)
-    run.text("config", "model:\n  kind: egpt")
+    run.configuration(RunConfig(model=ModelConfig(kind="egpt")))
+    run.text("sample", "once upon\na time", 1)
     run.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.value for e in events.Scalars("training/loss")] == [4.0]
@@ -81,6 +82,9 @@ def test_tensorboard_has_scalars_texts_and_the_figure(tmp_path: Path) -> None:
     assert [e.value for e in events.Scalars("validation_by_chunk/01")] == [2.5]
     (text,) = events.Tensors("config/text_summary")
     assert b"kind: egpt" in text.tensor_proto.string_val[0]
+    (text,) = events.Tensors("sample/text_summary")
+    assert text.step == 1
+    assert b"    once upon\n    a time" in text.tensor_proto.string_val[0]
 
 
 def test_the_loss_by_chunk_is_drawn_where_matplotlib_is_installed(tmp_path: Path) -> None:
@@ -96,7 +100,8 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     other = Monitor(LoggingConfig(directory=str(tmp_path)), ProcessGrid(dp_rank=1, dp_size=2))
     other.training(1, {"loss": 4.0})
     other.validation(1, EVALUATION)
-    other.text("sample", "words")
+    other.configuration(RunConfig())
+    other.text("sample", "words", 1)
     other.flush()
     other.close()
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,53 @@
+"""Figures of runs, drawn by matplotlib (the extra ``plots``), which is imported here only."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Curve = tuple[Sequence[float], Sequence[float]]
+"""Positions and values."""
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def lines(
+    curves: Mapping[str, Curve], x_label: str, y_label: str, *, marker: str = "", log: bool = False
+) -> Figure:
+    """Named curves in one plot."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+    for name, (positions, values) in curves.items():
+        axes.plot(positions, values, marker=marker, label=name, linewidth=1)
+    if log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend(fontsize="small")
+    return figure
+
+
+def loss_by_chunk(losses: Mapping[str, Sequence[float]]) -> Figure:
+    """Validation loss of runs by the number of the chunk in its window."""
+    curves = {name: (range(len(values)), values) for name, values in losses.items()}
+    return lines(curves, "chunk of the window (earlier chunks seen)", "nats per token", marker="o")
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """The figure as an image (height, width, 3) of uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
