@@ -99,38 +99,65 @@ def test_shards_decode_to_the_texts_that_the_reader_yields(tmp_path: Path, sourc
     assert report.manifest.counts["documents"] == len(expected) >= 1
 
 
-def make_dump(folder: Path, bad: bool = False) -> None:
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "gutenberg": (lambda f: (f / "z.txt").write_text("no book"), r"z\.txt: no '\*\*\* START OF"),
+    "cnn": (lambda f: (f / "z.csv").write_bytes(test_cnn.table(["1"])), "z.csv, row 1 .*1 fields"),
+    "enron": (lambda f: test_enron.put(f, "z/9.", b"\x89PNG\r\n"), r"9\.: not a mail message"),
+    "openwebtext": (
+        lambda f: (f / "z.tar").write_bytes((f / "a.tar").read_bytes()[:700]),
+        r"z\.tar.*truncated",
+    ),
+    "wikipedia": (lambda f: (f / "z.xml").write_text("<mediawiki>"), r"z\.xml: truncated or damag"),
+    "parquet": (
+        lambda f: (f / "z.parquet").write_bytes((f / "a.parquet").read_bytes()[:99]),
+        r"z\.parquet: truncated, damaged",
+    ),
+    "transwebedu": (
+        lambda f: (f / "z.jsonl").write_text('{"text": "cut'),
+        r"z\.jsonl, line 1: the file ends within this line",
+    ),
+}
+
+
+@pytest.mark.parametrize("source", MAKERS)
+def test_bad_input_of_every_source_stops_the_run_without_a_shard_or_is_counted(
+    tmp_path: Path, source: str
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    MAKERS[source](folder)
+    expected = texts(read(source, folder))
+    spoil, message = BAD_FILES[source]
+    spoil(folder)
+    with pytest.raises(DataError, match=message) as error:
+        run(tmp_path / "out", source, folder)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").iterdir())
+    report = run(tmp_path / "out", source, folder, on_bad_input="skip")
+    assert documents(tmp_path / "out" / "train")[: len(expected)] == expected
+    assert report.manifest.counts["bad_inputs"] >= 1
+
+
+def make_dump(folder: Path) -> None:
     pytest.importorskip("mwparserfromhell")
     for part in range(4):
         pages = [
             wiki.page(f"P{part}.{n}", f"'''Page''' {n} of {part}. " * 20, n) for n in range(60)
         ]
         wiki.write(folder / f"part{part}.xml", wiki.dump(*pages))
-    if bad:
-        (folder / "part1.xml").write_text("<mediawiki>")
 
 
 def test_the_number_of_workers_does_not_change_a_byte(tmp_path: Path) -> None:
     make_dump(tmp_path / "in")
-    for workers in (1, 2):
+    for workers in (1, 2, 3):
         run(tmp_path / f"{workers}", "wikipedia", tmp_path / "in", workers=workers, shards=3)
-    one, two = (
+    one, two, three = (
         {path.name: path.read_bytes() for path in sorted((tmp_path / name).glob("train*"))}
-        for name in ("1", "2")
+        for name in ("1", "2", "3")
     )
     assert len(one) == 6
-    assert one == two
+    assert one == two == three
     assert all(len(content) > 0 for content in one.values())
-
-
-def test_a_bad_file_among_good_ones_stops_the_run_or_is_counted(tmp_path: Path) -> None:
-    make_dump(tmp_path / "in", bad=True)
-    with pytest.raises(DataError, match=r"part1\.xml: truncated or damaged XML"):
-        run(tmp_path / "out", "wikipedia", tmp_path / "in")
-    assert not list((tmp_path / "out").glob("*.bin"))
-    report = run(tmp_path / "out", "wikipedia", tmp_path / "in", on_bad_input="skip")
-    assert report.manifest.counts["bad_inputs"] == 1
-    assert report.manifest.counts["documents"] == 180
 
 
 def test_changed_reader_options_are_another_corpus(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -20,14 +20,15 @@ class _Watched(io.RawIOBase):
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__()
-        self._file = file
+        # No more than is there: what lies before a damaged place must come out.
+        self._read: Callable[[int], bytes] = getattr(file, "read1", file.read)
         self._last = b""
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
+        data = self._read(size)
         self._last = (self._last + data[-_BLOCK:])[-_BLOCK:]
         return data
 

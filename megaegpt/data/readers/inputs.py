@@ -121,7 +121,9 @@ def bounded(plain: IO[bytes], size: int, close: Callable[[], None]) -> IO[bytes]
 class _BoundedExpansion(io.RawIOBase):
     def __init__(self, plain: IO[bytes], size: int, close: Callable[[], None]) -> None:
         super().__init__()
-        self._plain, self._close = plain, close
+        # What lies before a damaged place must come out: ``read`` would lose it with the error.
+        self._read: Callable[[int], bytes] = getattr(plain, "read1", plain.read)
+        self._close = close
         self._unread = b""
         self._left = max(_EXPANSION_FREE_BYTES, _MAX_EXPANSION * size)
 
@@ -129,7 +131,7 @@ class _BoundedExpansion(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        data = self._unread or self._plain.read(len(buffer))
+        data = self._unread or self._read(len(buffer))
         data, self._unread = data[: len(buffer)], data[len(buffer) :]
         self._left -= len(data)
         if self._left < 0:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import random
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from megaegpt.data.readers import inputs
 from megaegpt.errors import DataError
 from tests.data.readers.reading import read, read_skipping, texts
 
@@ -141,3 +143,34 @@ def test_what_is_no_message_is_named_or_counted(tmp_path: Path, content: bytes) 
         read("enron", path)
     documents, problems = read_skipping("enron", put(tmp_path, "4.", message("good")), path)
     assert (texts(documents), problems.count) == (["good"], 1)
+
+
+def archive_of(path: Path, *bodies: str) -> bytes:
+    with tarfile.open(path, "w:gz") as archive:
+        for number, body in enumerate(bodies):
+            data = message(body).encode()
+            member = tarfile.TarInfo(f"maildir/example-k/inbox/{number}.")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path.read_bytes()
+
+
+def test_a_truncated_archive_is_named_or_counted(tmp_path: Path) -> None:
+    noise = random.Random(1)
+    bodies = ["".join(noise.choices("abcdefgh ", k=3000)).strip() for _ in range(30)]
+    path = tmp_path / "enron_mail.tar.gz"
+    whole = archive_of(path, *bodies)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"enron_mail\.tar\.gz.*truncated or damaged"):
+        read("enron", path)
+    documents, problems = read_skipping("enron", path)
+    assert texts(documents) == bodies[: len(documents)]
+    assert len(documents) > 5
+    assert problems.count >= 1
+
+
+def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "_EXPANSION_FREE_BYTES", 1 << 20)
+    archive_of(tmp_path / "mail.tgz", "x" * (1 << 22))
+    with pytest.raises(DataError, match="expands more than 100-fold"):
+        read("enron", tmp_path / "mail.tgz")

@@ -82,6 +82,14 @@ def test_only_articles_are_read_whatever_the_version(
     assert documents[0].where == f"{path}, page 12"
 
 
+def test_a_dump_of_many_bz2_streams_is_read_whole(tmp_path: Path) -> None:
+    whole = dump(*(page(f"P{n}", f"Text {n}.", n) for n in range(9))).encode()
+    path = tmp_path / "pages-articles-multistream.xml.bz2"
+    pieces = (whole[start : start + 500] for start in range(0, len(whole), 500))
+    path.write_bytes(b"".join(map(bz2.compress, pieces)))
+    assert texts(read("wikipedia", path)) == [f"Text {n}." for n in range(9)]
+
+
 def test_disambiguation_pages_can_be_dropped(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.xml",
