@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.benchmarks
 
 from megaegpt.data.files import write_whole
-from megaegpt.errors import exits_cleanly
+from megaegpt.errors import MegaEGPTError, exits_cleanly
 from tools.benchmarks.common import machine
 
 SUBCOMMANDS = {
@@ -31,6 +31,7 @@ SUBCOMMANDS = {
     "data": "tokenizing to shards, and drawing batches",
     "features": "computing and reading chunk features",
     "checkpoint": "saving and loading a run",
+    "gpu": "one GPU: its tests, and the speed of training, EGPT and decoding",
 }
 
 
@@ -52,6 +53,8 @@ def main() -> None:
     if arguments.json is not None:
         write_whole(arguments.json, (json.dumps(record, indent=2) + "\n").encode())
         print(f"wrote {arguments.json}")
+    if record.get("problems"):
+        raise MegaEGPTError("; ".join(record["problems"]))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 
 from megaegpt.errors import ConfigError, LaunchError
 from tools import benchmark
+from tools.benchmarks import gpu
 from tools.benchmarks.common import parse_peers
 from tools.benchmarks.processes import Candidate, Workload, compare
 
@@ -105,6 +106,37 @@ def test_checkpoint(run):
     saved, *_ = record["results"]
     assert [r["name"] for r in record["results"]] == ["save", "load", "write", "read"]
     assert saved["bytes"] > 4 * 4 * 50304 * 16  # weights twice, and Adam's moments
+
+
+def test_gpu_without_one(run, capsys):
+    record = run("gpu", "--parts", "train", "egpt", "decode")
+    assert record["problems"] == []
+    assert [name for name, *_ in record["summary"]] == [
+        "training small",
+        "EGPT, online features",
+        "EGPT, stored features",
+        "decoding, batch 1",
+        "decoding, batch 8",
+    ]
+    assert "there is no GPU" in capsys.readouterr().out
+
+
+def too_large(batch: int) -> Workload:
+    if batch > 2:
+        raise torch.OutOfMemoryError(f"{batch} sequences")
+    return Workload(lambda: None, batch)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_a_failure_is_noted():
+    part = gpu._Part(repetitions=1, on_gpu=False)
+    assert part.measure("work", too_large, 8, unit="tokens").name == "work, batch 2"
+    assert part.problems == []
+    assert part.measure("other work", fails_at, 8, unit="tokens") is None
+    assert part.problems == ["other work failed"]
+
+
+def fails_at(batch: int) -> Workload:
+    raise ValueError(batch)
 
 
 def fails() -> Workload:

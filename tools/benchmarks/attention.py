@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         decoded = _measure(decode, configs, arguments, min(arguments.tokens, length - 1))
         for name, step, text in zip(configs, trained, decoded, strict=True):
             rows.append(_row(name, length, configs[name], step, text))
-    _print(rows)
+        _print(rows[-len(configs) :])
     growth = _growth(rows)
     if arguments.plot is not None:
         _plot(rows, arguments.plot)
@@ -221,6 +221,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             )
         )
     print_table(table)
+    print(flush=True)
 
 
 def _growth(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "windows": (1, "windows in a step"),
         },
     )
+    parser.add_argument("--compile", action="store_true", help="compile our blocks")
     parser.add_argument("--peer", action="append", default=[], metavar="egpt=DIR")
     add_profile(parser)
     add_repetitions(parser, default=3)
@@ -61,10 +62,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("hidden", "layers", "encoder_layers", "heads", "chunks", "chunk_size", "windows")
     shape = {name: getattr(arguments, name) for name in names}
     threads = arguments.threads
+    options = {"zero": 0, "precision": "auto", "recompute": "none", "compile": arguments.compile}
     candidates = [
-        Candidate("megaegpt, online features", ours, (shape, "online"), threads=threads),
-        Candidate("megaegpt, stored history", ours, (shape, "history"), threads=threads),
-        Candidate("megaegpt, stored states", ours, (shape, "stored"), threads=threads),
+        Candidate("megaegpt, online features", ours, (shape, "online", options), threads=threads),
+        Candidate("megaegpt, stored history", ours, (shape, "history", options), threads=threads),
+        Candidate("megaegpt, stored states", ours, (shape, "stored", options), threads=threads),
     ]
     record: dict[str, Any] = {"shape": shape}
     for folder in parse_peers(arguments.peer, ("egpt",)).values():
@@ -102,14 +104,15 @@ def _window(shape: dict[str, int], device: torch.device) -> tuple[Tensor, Tensor
     return tokens[:, :-1].unflatten(1, chunks), tokens[:, 1:].unflatten(1, chunks)
 
 
-def ours(shape: dict[str, int], features: str) -> Workload:
+def ours(shape: dict[str, int], features: str, options: dict[str, Any]) -> Workload:
     """One step through the engine: encode what is not stored, one pass over the window."""
     from megaegpt.training.engine import DTYPES
-    from tools.benchmarks.engines import PLAIN, build_engine, facts
+    from tools.benchmarks.engines import build_engine, facts
 
     encoder_config, config = _configs(shape)
-    engine = build_engine(config, shape["windows"], PLAIN)
-    encoder = FrozenEncoder(build_model(encoder_config, engine.grid))  # type: ignore[arg-type]
+    engine = build_engine(config, shape["windows"], options)
+    gpt = build_model(encoder_config, engine.grid, compile_blocks=options["compile"])
+    encoder = FrozenEncoder(gpt)  # type: ignore[arg-type]
     encoder.to(DTYPES[engine.precision])
     tokens, targets = _window(shape, engine.grid.device)
     states = encoder(tokens) if features != "online" else None
