@@ -26,9 +26,13 @@ from megaegpt.data.files import naming_failures, publish, temporary_name
 from megaegpt.data.readers import READERS, parse_reader_options, read_documents
 from megaegpt.errors import DataError, exits_cleanly
 
+_OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/"
 DOWNLOADS = {
-    "enron": "https://www.cs.cmu.edu/~enron/enron_mail_20150507.tar.gz",
-    "wikipedia": "https://dumps.wikimedia.org/enwiki/latest/enwiki-latest-pages-articles.xml.bz2",
+    "enron": ("https://www.cs.cmu.edu/~enron/enron_mail_20150507.tar.gz",),
+    "openwebtext": tuple(f"{_OPENWEBTEXT}urlsf_subset{n:02d}.tar" for n in range(21)),
+    "wikipedia": (
+        "https://dumps.wikimedia.org/enwiki/latest/enwiki-latest-pages-articles.xml.bz2",
+    ),
 }
 """Raw corpora that may be downloaded; their compression carries checksums that reading verifies."""
 TOLSTOY = {"train": ("war_and_peace", "anna_karenina"), "validation": ("moby_dick",)}
@@ -116,15 +120,15 @@ def _prepare_any_book(target: Path, arguments: argparse.Namespace) -> Path:
 
 def _prepare_corpus(target: Path, arguments: argparse.Namespace) -> Path:
     """Read a corpus in its native format, downloaded if it is nowhere given."""
-    name, source = arguments.name, arguments.input
+    name, sources = arguments.name, [arguments.input]
     options = parse_reader_options(name, arguments.reader_option)
-    if source is None and name not in DOWNLOADS:
+    if arguments.input is None and name not in DOWNLOADS:
         raise DataError(f"{name} cannot be downloaded freely: give its files by --input PATH")
-    if source is None:
-        url = DOWNLOADS[name]
-        source = _download(url, arguments.output / "downloads" / url.rpartition("/")[2])
+    if arguments.input is None:
+        folder = arguments.output / "downloads"
+        sources = [_download(url, folder / url.rpartition("/")[2]) for url in DOWNLOADS[name]]
     problems = Problems(arguments.on_bad_input)
-    documents = read_documents(name, [source], problems, **options)
+    documents = read_documents(name, sources, problems, **options)
     write_jsonl(target, tqdm(documents, unit=" documents", mininterval=1.0), problems)
     if problems.count:
         print(problems.summary())

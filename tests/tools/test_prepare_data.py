@@ -12,6 +12,7 @@ import pytest
 from megaegpt.data import books
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
+from tests.data.readers import test_openwebtext
 from tests.data.readers.test_gutenberg import BODY, FOOTER, HEADER
 from tools import prepare_data
 
@@ -161,6 +162,20 @@ def test_a_corpus_without_a_free_download_asks_for_its_files(
     with pytest.raises(SystemExit):
         prepare(monkeypatch, "cnn", "--output", tmp_path)
     assert "cnn cannot be downloaded freely: give its files by --input" in capsys.readouterr().err
+
+
+def test_a_corpus_of_many_parts_is_downloaded_and_read_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(url: str, target: Path, progress: object) -> Path:
+        page = f"Page of {url.rpartition('/')[2]}"
+        part = test_openwebtext.outer(test_openwebtext.subset({"0.txt": page}))
+        return test_openwebtext.write(target, part)
+
+    monkeypatch.setattr(prepare_data, "download", serve)
+    prepare(monkeypatch, "openwebtext", "--output", tmp_path)
+    texts = [line["text"] for line in lines(tmp_path / "openwebtext.jsonl")]
+    assert texts == [f"Page of urlsf_subset{n:02d}.tar" for n in range(21)]
 
 
 @pytest.mark.parametrize(
