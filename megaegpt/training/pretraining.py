@@ -18,7 +18,7 @@ from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.build import Model, build_model
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.initialization import initialize_from_encoder
+from megaegpt.model.initialization import check_same_arithmetic, initialize_from_encoder
 from megaegpt.model.weights import load_weights, read_weights_config, save_weights
 from megaegpt.parallel.agreement import from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
@@ -140,6 +140,7 @@ class _Run:
             weights = resolve_weights_source(training.initialize_from, grid)
             with raising_together(grid):
                 self._check_encoder(weights)
+                check_same_arithmetic(config.model, weights)
                 load_weights(self.model, weights, grid)
         with raising_together(grid):
             freeze(self.model, training.freeze)

@@ -123,9 +123,11 @@ def test_a_folder_of_theirs_is_a_gpt_and_an_encoder_at_tp_2(
     with torch.no_grad():
         states = theirs.transformer(tokens()).last_hidden_state
     source = str(tmp_path / "theirs")
-    for logits, ours in distributed(2, logits_and_states, source, tokens()):
+    cache = str(tmp_path / "cache")
+    for logits, ours in distributed(2, logits_and_states, source, tokens(), cache):
         assert (logits[..., :VOCAB] - their_logits(theirs)).abs().max() < CLOSE
         assert (ours - states).abs().max() < CLOSE
+    assert len(list((tmp_path / "cache" / "converted").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
