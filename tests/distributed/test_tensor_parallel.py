@@ -206,3 +206,22 @@ def _recomputation_differences() -> float:
 
 def test_recomputed_blocks_see_the_same_dropout_under_tensor_parallelism(distributed):
     assert distributed(2, _recomputation_differences) == [0.0, 0.0]
+
+
+def _compiled_differences() -> float:
+    """From the same blocks not compiled. Every block must be one graph, or dynamo raises."""
+    largest = 0.0
+    for attention in ("multi_query", "latent"):
+        config = variant(attention, "rotary")
+        kept, compiled = (build_model(config, grid_for(2)) for _ in range(2))
+        for block in compiled.stack.blocks:
+            block.compile(backend="eager", fullgraph=True)
+        for model in (kept, compiled):
+            model(*_batch(config, 0, torch.float32)).backward()
+        pairs = zip(kept.parameters(), compiled.parameters(), strict=True)
+        largest = max(largest, *((a.grad - b.grad).abs().max().item() for a, b in pairs))
+    return largest
+
+
+def test_a_compiled_block_is_one_graph_under_tensor_parallelism(distributed):
+    assert distributed(2, _compiled_differences) == [0.0, 0.0]

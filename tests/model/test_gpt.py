@@ -1,4 +1,4 @@
-"""GPT as a whole: sizes, loss, head, recomputation. Its attention has tests of its own."""
+"""GPT as a whole: sizes, loss, head. test_attention.py and test_kinds.py hold its attention."""
 
 from dataclasses import replace
 
@@ -50,18 +50,6 @@ def test_the_tied_head_and_the_embedding_are_one_parameter():
     tied, untied = (build_model(replace(TINY, tied_embeddings=t), GRID) for t in (True, False))
     assert tied.head.weight is tied.embedding.weight
     assert untied.num_parameters() - tied.num_parameters() == 384 * 16
-
-
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_changes_no_gradient_with_dropout(recompute):
-    gradients = []
-    for mode in ("none", recompute):
-        model = build_model(replace(TINY, dropout=0.3), GRID, activation_checkpointing=mode)
-        torch.manual_seed(0)
-        tokens = torch.randint(300, (2, 8))
-        model(tokens, tokens).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_token_sees_its_past_only():

@@ -110,6 +110,17 @@ def test_decoding_of_any_kind_equals_the_whole_window(name):
         torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-9, atol=1e-9)
 
 
+def _batch(config: ModelConfig, encoder: FrozenEncoder) -> list[Tensor]:
+    """What a model of ``config`` is given in training, the targets last."""
+    tokens, targets = (tokens_of(BASE, 2, 3 * 8, seed=seed) for seed in (0, 1))
+    if config.kind == "gpt":
+        return [tokens, targets]
+    states, targets = encoder(tokens.view(2, 3, 8)), targets.view(2, 3, 8)
+    if config.kind == "deepgpt":
+        return [states, targets]
+    return [states, chunk_features(states, config.egpt)[:, :-1], targets]
+
+
 @pytest.mark.parametrize("kind", ["egpt", "deepgpt"])
 @pytest.mark.parametrize("positions", ["sinusoidal", "rotary"])
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -118,16 +129,10 @@ def test_decoders_of_any_kind_learn_over_an_encoder_of_that_kind(attention, posi
     config = variant(attention, positions)
     encoder = FrozenEncoder(build_model(config, GRID, seed=1))
     model = build_model(of_kind(config, kind, **(EXTENDED if kind == "egpt" else {})), GRID)
-    tokens = tokens_of(BASE, 2, 3 * 8).view(2, 3, 8)
-    targets = tokens_of(BASE, 2, 3 * 8, seed=1).view(2, 3, 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     for _ in range(4):
-        states = encoder(tokens)
-        inputs = [states, targets]
-        if kind == "egpt":
-            inputs.insert(1, chunk_features(states, model.config.egpt)[:, :-1])
-        loss = model(*inputs)
+        loss = model(*_batch(model.config, encoder))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -136,3 +141,22 @@ def test_decoders_of_any_kind_learn_over_an_encoder_of_that_kind(attention, posi
     for weight, parameter in model.named_parameters():  # softmax ignores what a key bias adds
         assert weight.endswith("key.bias") or parameter.grad.abs().max() > 0, weight
     assert all(p.grad is None for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("kind", ["gpt", "egpt", "deepgpt"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_recomputation_changes_no_gradient_with_dropout(attention, kind):
+    config = replace(variant(attention, "rotary"), dropout=0.3)
+    encoder = FrozenEncoder(build_model(config, GRID, seed=1))
+    if kind != "gpt":
+        extensions = EXTENDED | {"random_history": True}
+        config = of_kind(config, kind, **(extensions if kind == "egpt" else {}))
+    batch, gradients = _batch(config, encoder), []
+    for recompute in ("none", "selective", "full"):
+        model = build_model(config, GRID, activation_checkpointing=recompute)
+        torch.manual_seed(0)
+        model(*batch).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for kept, selective, full in zip(*gradients, strict=True):
+        assert torch.equal(kept, selective)
+        assert torch.equal(kept, full)

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.model.attention.context import AttentionContext, layer_window
-from megaegpt.model.attention.heads import memory_gate, merge_heads, split_heads
+from megaegpt.model.attention.heads import attention_rng, memory_gate, merge_heads, split_heads
 from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear
-from megaegpt.parallel.rng import sharded_rng
 
 
 class SharedKVLinear(Linear):
@@ -70,9 +69,6 @@ class GroupedQueryAttention(nn.Module):
             return SharedKVLinear(hidden, heads, self.head_dim, grid, bias=bias, std=std)
         return ColumnParallelLinear(hidden, heads * self.head_dim, grid, bias=bias, std=std)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
-
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         x = copy_to_tp(x, self.grid)
@@ -82,7 +78,7 @@ class GroupedQueryAttention(nn.Module):
         if context.rotary is not None:
             q, k = context.rotary.rotate(q), context.rotary.rotate(k)
         dropout = self.dropout if self.training else 0.0
-        with sharded_rng(self.grid):
+        with attention_rng(self.grid, dropout):
             y = context.attend(
                 q, k, v, layer=self.layer, window=self.window, dropout=dropout, gate=self.gate
             )  # (B, H, T, D)

@@ -5,11 +5,14 @@ Shapes: B batch, T tokens, H this rank's heads, D head dim.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import new_parameter
+from megaegpt.parallel.rng import sharded_rng
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -27,3 +30,10 @@ def memory_gate(config: ModelConfig, grid: ProcessGrid) -> nn.Parameter | None:
     if config.kind != "egpt" or not config.egpt.memory_gate:
         return None
     return new_parameter((config.num_heads,), grid, tp_dim=0)
+
+
+def attention_rng(grid: ProcessGrid, dropout: float) -> AbstractContextManager[None]:
+    """Attention weights are cut over TP by heads: every rank drops its own. Without dropout nothing
+    is drawn, and a compiled block stays one graph.
+    """
+    return sharded_rng(grid) if dropout else nullcontext()

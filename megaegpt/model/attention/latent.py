@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.model.attention.context import AttentionContext, layer_window
-from megaegpt.model.attention.heads import memory_gate, merge_heads, split_heads
+from megaegpt.model.attention.heads import attention_rng, memory_gate, merge_heads, split_heads
 from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear
-from megaegpt.parallel.rng import sharded_rng
 
 
 class Latent(nn.Module):
@@ -79,7 +78,7 @@ class LatentAttention(nn.Module):
         latents = self._latents(x, context)
         dropout = self.dropout if self.training else 0.0
         attend = self._attend_absorbed if context.keeps_keys else self._attend_expanded
-        with sharded_rng(self.grid):
+        with attention_rng(self.grid, dropout):
             y = attend(q, q_rope, latents, context, dropout)  # (B, H, T, D)
         return self.output(merge_heads(y))
 
