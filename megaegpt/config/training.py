@@ -91,12 +91,18 @@ class LoggingConfig:
     """Holds ``metrics.jsonl``, ``config.yaml``, ``tensorboard/`` and ``wandb/``."""
     interval: int = 10
     """Steps between log lines."""
+    gradient_norms: bool = False
+    """With every log line record the gradient norm of each layer, the embeddings and the rest."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Report to Weights & Biases; offline keeps it in ``wandb/`` until ``wandb sync``."""
     wandb_project: str = "megaegpt"
     """Project there; the run has the name of ``directory``."""
+
+    def measures_parts(self, step: int) -> bool:
+        """Whether gradient norms by layer are wanted of step ``step``, counted from 0."""
+        return self.gradient_norms and (step + 1) % self.interval == 0
 
 
 @dataclass(frozen=True)

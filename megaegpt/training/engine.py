@@ -7,6 +7,7 @@ Nothing else in the project imports DeepSpeed, so what it expects is written dow
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -38,6 +39,7 @@ from megaegpt.training.deepspeed_config import (
     deepspeed_config,
     effective_zero_stage,
 )
+from megaegpt.training.gradients import PartNorms
 from megaegpt.training.manifest import Topology
 from megaegpt.training.optimizer import build_adamw, build_clipped_adamw
 from megaegpt.training.replicas import assert_replicas_equal, is_sharded
@@ -128,6 +130,8 @@ class StepResult:
     """False: the gradient was not finite and the weights are unchanged."""
     nonfinite: bool
     """Skipped for a cause that loss scaling does not cure."""
+    part_norms: Tensor | None = None
+    """Gradient norms of ``Engine.part_norms.names``; None unless ``logging.gradient_norms``."""
 
 
 class Engine:
@@ -171,6 +175,7 @@ class Engine:
             # DeepSpeed would end the run with a bare Exception; train_step reports it instead.
             self._loss_scaler.raise_error_at_min_scale = False
         deepspeed_state.install(self._deepspeed)
+        self.part_norms = PartNorms(model, self._deepspeed.optimizer, grid)
 
     @property
     def loss_scale(self) -> float:
@@ -202,18 +207,21 @@ class Engine:
         tokens = self._count_tokens(micro_batches)
         divisor = tokens.clamp(min=1)
         scale = self.grid.dp_size / divisor  # DeepSpeed averages over data-parallel ranks
-        nats = torch.zeros((), device=self.grid.device)
+        nats, norms = torch.zeros((), device=self.grid.device), None
         seed = self._config.training.seed
         for micro_step, micro_batch in enumerate(micro_batches):
             seed_micro_step(seed, step, micro_step, self.grid.dp_rank)
-            self._deepspeed.set_gradient_accumulation_boundary(micro_step + 1 == len(micro_batches))
+            last = micro_step + 1 == len(micro_batches)
+            self._deepspeed.set_gradient_accumulation_boundary(last)
             micro_nats = loss_function(self._deepspeed, self._to_device(micro_batch))
             self._deepspeed.backward(micro_nats * scale, scale_wrt_gas=False)
+            if last and self._config.logging.measures_parts(step):
+                norms = self.part_norms.measure(self.loss_scale)
             self._deepspeed.step()
             nats += micro_nats.detach()
         if self.grid.dp_group is not None:
             dist.all_reduce(nats, group=self.grid.dp_group)
-        return self._result(nats / divisor, tokens, lr)
+        return dataclasses.replace(self._result(nats / divisor, tokens, lr), part_norms=norms)
 
     def _count_tokens(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         counts = [(batch["targets"] != IGNORE).sum() for batch in micro_batches]

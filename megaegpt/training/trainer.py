@@ -132,6 +132,9 @@ class Trainer:
             zip(losses, norms, results, strict=True), first
         ):
             values = {"loss": loss, "grad_norm": norm, "lr": result.lr}
+            if result.part_norms is not None:
+                named = zip(self.engine.part_norms.names, result.part_norms.tolist(), strict=True)
+                values |= {f"grad_norm/{name}": norm for name, norm in named}
             if step == self.done:
                 values |= {**speed.as_dict(), **self._data_progress()}
             self.monitor.training(step, values)

@@ -65,7 +65,7 @@ def _error_of(*args: Any, **kwargs: Any) -> MegaEGPTError:
 
 
 def _plain_run(corpus: Path, folder: Path) -> str:
-    complete, shown = _run("egpt", corpus, folder)
+    complete, shown = _run("egpt", corpus, folder, logging={"gradient_norms": True})
     assert complete
     return shown
 
@@ -85,6 +85,10 @@ def test_a_run_shows_derived_quantities_before_step_0_and_leaves_records(
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
     assert sorted(validation_losses(tmp_path)) == [3, 6]
     assert losses(tmp_path)[6] < losses(tmp_path)[1]
+    by_part = [r for r in records(tmp_path) if "grad_norm/layer_00" in r]
+    assert [r["step"] for r in by_part] == [2, 4, 6]
+    squares = [v**2 for n, v in by_part[0].items() if n.startswith("grad_norm/")]
+    assert sum(squares) == pytest.approx(by_part[0]["grad_norm"] ** 2, rel=1e-4)
     speed = [r["step"] for r in records(tmp_path) if "tokens_per_second" in r]
     assert speed == [2, 3, 4, 6]  # step 3 was reported because it was saved
     assert "kind: egpt" in (tmp_path / "config.yaml").read_text()
