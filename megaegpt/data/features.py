@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaegpt.data.files import write_whole
+from megaegpt.data.files import ResidentPages, write_whole
 from megaegpt.errors import DataError
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
@@ -106,7 +105,8 @@ class FeatureStore:
         self.folder = folder
         self.spec = spec
         self._checksums = checksums
-        self._part = lru_cache(maxsize=None)(self._map_part)
+        self._parts: dict[tuple[str, int], np.ndarray] = {}
+        self._pages = ResidentPages(spec.num_bytes)
 
     @staticmethod
     def exists(folder: str | Path) -> bool:
@@ -160,6 +160,7 @@ class FeatureStore:
         shape = self.spec.arrays()[array]
         flat = chunk_ids.reshape(-1)
         out = np.empty((flat.size, *shape), STORED_AS[self.spec.dtype])
+        self._pages.note(flat.size, out.nbytes, list(self._parts.values()))
         parts, rows = np.divmod(flat, self.spec.chunks_per_part)
         for part in np.unique(parts):
             wanted = parts == part
@@ -167,8 +168,11 @@ class FeatureStore:
         values = torch.from_numpy(out.reshape(*chunk_ids.shape, *shape))
         return values.view(torch.bfloat16) if self.spec.dtype == "bfloat16" else values
 
-    def _map_part(self, array: str, part: int) -> np.ndarray:
-        return np.load(self.folder / part_name(array, part), mmap_mode="r", allow_pickle=False)
+    def _part(self, array: str, part: int) -> np.ndarray:
+        if (array, part) not in self._parts:
+            path = self.folder / part_name(array, part)
+            self._parts[array, part] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return self._parts[array, part]
 
 
 def part_name(array: str, part: int) -> str:

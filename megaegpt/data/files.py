@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import numpy as np
 from megaegpt.errors import DataError
 
 TEMPORARY_SUFFIX = ".tmp"
+
+_RESIDENT_BYTES = 1 << 27
+_AROUND_A_READ = 1 << 17  # what the kernel maps beside the pages asked for, roughly
 
 
 def temporary_name(path: Path) -> Path:
@@ -76,12 +79,33 @@ def map_bytes(path: Path) -> np.ndarray:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
-def drop_pages(content: np.ndarray) -> None:
-    """Take the pages of a file, mapped by :func:`map_bytes`, out of this process' memory.
+class ResidentPages:
+    """Keeps memory-mapped files that are read here and there from becoming resident altogether.
 
-    They stay in the system's cache and are mapped again when they are read. Without this a process
-    that reads here and there ends up with the whole file in its resident size.
+    Whoever reads notes it; after about 128 MiB the pages are let go of. They stay in the system's
+    cache and are mapped again when they are read. Small files stay, which is faster.
+
+    Args:
+        total: bytes of all files together.
     """
+
+    def __init__(self, total: int) -> None:
+        self._most = _RESIDENT_BYTES if total > 2 * _RESIDENT_BYTES else None
+        self._resident = 0
+
+    def note(self, reads: int, size: int, files: Iterable[np.ndarray]) -> None:
+        """``reads`` places of ``size`` bytes in all have been, or will be, read in ``files``."""
+        if self._most is None:
+            return
+        self._resident += reads * _AROUND_A_READ + size
+        if self._resident > self._most:
+            self._resident = 0
+            for content in files:
+                _drop_pages(content)
+
+
+def _drop_pages(content: np.ndarray) -> None:
+    """Take the pages behind an array over a map out of this process' memory."""
     owner: Any = content
     while isinstance(owner, np.ndarray):
         owner = owner.base

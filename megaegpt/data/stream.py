@@ -13,16 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megaegpt.data.files import drop_pages
+from megaegpt.data.files import ResidentPages
 from megaegpt.data.shards import Shard
 from megaegpt.errors import DataError
 
 _PART_OF = re.compile(r"-(\d{5})-of-(\d{5})$")
 _HASHED_BLOCK = 1 << 20
 _HASHED_BLOCKS = 64
-# A process that reads here and there would end up with the whole corpus in its resident size.
-_RESIDENT_BYTES = 1 << 27
-_AROUND_A_READ = 1 << 17  # what the kernel maps beside the pages asked for, roughly
 
 
 class TokenStream:
@@ -48,9 +45,7 @@ class TokenStream:
         self._ends = list(accumulate(len(tokens) for tokens in self._tokens))
         self._begins = [0, *self._ends[:-1]]
         bounds = [0, *accumulate(len(found) for found in sets)]
-        content_bytes = sum(tokens.nbytes for tokens in self._tokens)
-        self._resident = 0
-        self._most_resident = _RESIDENT_BYTES if content_bytes > 2 * _RESIDENT_BYTES else None
+        self._pages = ResidentPages(sum(tokens.nbytes for tokens in self._tokens))
         tokens_before = [0, *self._ends]
         self.spans = [(tokens_before[a], tokens_before[b]) for a, b in pairwise(bounds)]
         if not self.shards or not self._ends[-1]:
@@ -72,7 +67,7 @@ class TokenStream:
         """
         if start < 0 or length < 0 or start + length > len(self):
             raise IndexError(f"tokens {start}..{start + length} of a stream of {len(self)}")
-        self._note_reads(1, length)
+        self._pages.note(1, length * self._tokens[0].itemsize, self._tokens)
         parts = []
         shard = bisect_right(self._ends, start)
         while length > 0:
@@ -92,7 +87,7 @@ class TokenStream:
         process does not grow by what it has read.
         """
         length = out.shape[1]
-        self._note_reads(len(out), out.size)
+        self._pages.note(len(out), out.size * self._tokens[0].itemsize, self._tokens)
         for row, start in enumerate(starts.tolist()):
             shard = bisect_right(self._ends, start)
             if start + length <= self._ends[shard]:
@@ -100,16 +95,6 @@ class TokenStream:
                 out[row] = self._tokens[shard][offset : offset + length]
             else:
                 out[row] = self.read(start, length)
-
-    def _note_reads(self, reads: int, tokens: int) -> None:
-        """Keep a large corpus from becoming resident; a small one stays, which is faster."""
-        if self._most_resident is None:
-            return
-        self._resident += reads * _AROUND_A_READ + tokens * self._tokens[0].itemsize
-        if self._resident > self._most_resident:
-            self._resident = 0
-            for content in self._tokens:
-                drop_pages(content)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,6 +112,7 @@ class TokenStream:
                 continue
             last = len(content) - _HASHED_BLOCK
             for block in range(_HASHED_BLOCKS):
+                self._pages.note(1, _HASHED_BLOCK, self._tokens)
                 start = last * block // (_HASHED_BLOCKS - 1)
                 digest.update(content[start : start + _HASHED_BLOCK].data)
         return digest.hexdigest()

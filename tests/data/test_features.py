@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import mmap
 import os
 import resource
 import signal
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaegpt.data import files
 from megaegpt.data.feature_writer import compute_features
 from megaegpt.data.features import FeatureSpec, FeatureStore
 from megaegpt.errors import DataError
@@ -78,6 +80,24 @@ def test_a_store_gives_back_the_encoder_s_states_in_any_order(tmp_path: Path, dt
     assert store.history(ids[:, :0]).shape == (2, 0, POOLED, WIDTH)
     on_disk = sum(len(np.load(p).tobytes()) for p in tmp_path.glob("*.npy"))
     assert store.spec.num_bytes == on_disk
+
+
+def test_reading_lets_go_of_pages_and_reads_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_RESIDENT_BYTES", 1)
+    dropped, drop = [], files._drop_pages
+
+    def noting(content: np.ndarray) -> None:
+        dropped.append(type(content.base))
+        drop(content)
+
+    monkeypatch.setattr(files, "_drop_pages", noting)
+    store = compute(tmp_path, spec())
+    for _ in range(3):
+        assert store.history(torch.arange(CHUNKS)).equal(pool(all_states()))
+    assert len(dropped) >= 2 * store.spec.num_parts
+    assert set(dropped) == {mmap.mmap}
 
 
 def test_a_complete_store_is_not_computed_again(tmp_path: Path) -> None:
