@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.attention.causal import (
     Segments,
     _grouped_as_rows,
@@ -17,6 +18,7 @@ from megaegpt.model.attention.causal import (
     scaled_dot_product,
 )
 from megaegpt.model.segments import document_segments, padding_segments, same_segment
+from megaegpt.parallel.grid import ProcessGrid
 from tests.model.naive import naive_logits
 from tests.model.variants import ATTENTION, BASE, VARIANTS, WINDOW, build, tokens_of, variant
 
@@ -254,16 +256,18 @@ def test_grouped_queries_are_multi_head_with_repeated_key_heads():
 
 
 class _KeyShapes(TorchDispatchMode):
-    """Heads of the keys that fused attention is given, and whether keys are ever repeated."""
+    """Heads of the keys and queries that fused attention is given; whether keys are repeated."""
 
     def __init__(self) -> None:
         super().__init__()
         self.heads: set[int] = set()
+        self.query_heads: set[int] = set()
         self.repeated = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "scaled_dot_product" in str(func) and "backward" not in str(func):
             self.heads.add(args[1].shape[1])
+            self.query_heads.add(args[0].shape[1])
         self.repeated |= "repeat" in str(func)
         return func(*args, **(kwargs or {}))
 
@@ -278,17 +282,51 @@ def test_keys_of_a_group_are_never_repeated(attention):
     assert not seen.repeated
 
 
-@pytest.mark.parametrize("batched_mask", [False, True])
-def test_groups_as_rows_equal_groups(batched_mask):
-    q, k, v = _qkv(5, 9, 2)
-    mask = band_mask(torch.arange(4, 9), torch.arange(9), 3)
-    if batched_mask:
-        mask = mask.expand(2, 1, -1, -1)
-    expected = scaled_dot_product(q, k, v, mask)
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["grouped_window_every_2", "latent"])
+def test_a_new_token_reads_the_keys_of_a_group_once(attention):
+    """As many query heads as key heads go into fused attention: those of a group are its rows."""
+    config = variant(attention, "rotary")
+    model, tokens = build(config), tokens_of(config, 2, T)
+    cache = KVCache(config, ProcessGrid(), 2, T, dtype=torch.float64)
+    model.hidden_states(tokens[:, :-1], cache)
+    with _KeyShapes() as seen:
+        model.hidden_states(tokens[:, -1:], cache)
+    assert seen.heads == seen.query_heads == {1 if attention == "latent" else config.kv_heads}
+    assert not seen.repeated
+
+
+@pytest.mark.parametrize("masked", ["not", "alike", "by_row"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_groups_as_rows_equal_groups(length, masked):
+    q, k, v = _qkv(length, 9, 2)
+    mask = None if masked == "not" else band_mask(torch.arange(9 - length, 9), torch.arange(9), 3)
+    if mask is not None and masked == "by_row":
+        mask = mask.expand(2, 1, -1, -1).clone()
+        mask[1, :, :, -1] ^= True
+    expected = scaled_dot_product(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), mask)
     torch.testing.assert_close(_grouped_as_rows(q, k, v, mask, 0.0), expected)
+    torch.testing.assert_close(scaled_dot_product(q, k, v, mask), expected)
 
 
 # Latent
+
+
+@torch.no_grad()
+def test_with_a_cache_the_past_is_not_projected_up_again():
+    """The up-projections are absorbed into queries and outputs: their layers never run."""
+    config = variant("latent_with_query_latent", "rotary")
+    model, tokens = build(config), tokens_of(config, 2, T)
+    calls = []
+    for block in model.stack.blocks:
+        for up in (block.attention.key, block.attention.value):
+            up.register_forward_hook(lambda _, args, __: calls.append(args[0].shape[1]))
+    cache = KVCache(config, ProcessGrid(), 2, T, dtype=torch.float64)
+    for piece in tokens.split([7, 4, 1], dim=1):
+        model.hidden_states(piece, cache)
+    assert not calls
+    model.hidden_states(tokens)
+    assert calls == [T] * 2 * config.num_layers
 
 
 def test_operations_of_latent_attention_are_counted_by_hand():

@@ -52,17 +52,23 @@ def scaled_dot_product(
     twice, mask broadcastable to (B, 1, T, S) -> (B, H, T, D).
     """
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and mask is not None and q.is_cuda:
+    if groups > 1 and (q.shape[2] == 1 or (mask is not None and q.is_cuda)):
         return _grouped_as_rows(q, k, v, mask, dropout)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=groups > 1)
 
 
-def _grouped_as_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
-    """Heads that share keys become rows of one head: CUDA's kernels with masks know no groups."""
+def _grouped_as_rows(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """Heads that share keys become rows of one head, which reads the keys once for all of them.
+
+    Decoding is bound by that reading; and CUDA's kernels with masks know no groups.
+    """
     heads, length = q.shape[1:3]
     q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, K, G * T, D)
-    repeats = [1] * (mask.dim() - 2) + [heads // k.shape[1], 1]
-    y = F.scaled_dot_product_attention(q, k, v, mask.repeat(repeats), dropout)
+    if mask is not None:
+        mask = mask.repeat([1] * (mask.dim() - 2) + [heads // k.shape[1], 1])
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return y.unflatten(2, (-1, length)).flatten(1, 2)  # (B, H, T, D)
 
 
