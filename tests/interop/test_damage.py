@@ -15,6 +15,7 @@ from megaegpt.interop.sources import resolve_weights_source, source_config
 from megaegpt.model.build import build_model, empty_model
 from megaegpt.model.weights import load_weights, read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
+from tests.damage import damaged
 
 GRID = ProcessGrid()
 TINY = ModelConfig(vocab_size=50, max_seq_len=4, hidden_size=8, num_layers=1, num_heads=2)
@@ -41,21 +42,6 @@ def _error_of(folder: Path) -> str | None:
     return None
 
 
-def _damage(content: bytes, draw: random.Random) -> bytes:
-    """A byte changed, a piece cut out or repeated, or the end missing."""
-    place, length = draw.randrange(len(content)), draw.randrange(1, 40)
-    kind = draw.randrange(5)
-    if kind == 0:
-        return content[:place]
-    if kind == 1:
-        return content[:place] + content[place + length :]
-    if kind == 2:
-        return content[: place + length] + content[place:]
-    changed = bytearray(content)
-    changed[place] = draw.randrange(256) if kind == 3 else draw.choice(b'0123456789{}[],:"-')
-    return bytes(changed)
-
-
 def _fuzz(whole: Path, scratch: Path, rounds: int) -> dict[str, int]:
     """How often damage to each file was refused."""
     draw = random.Random(5)
@@ -64,7 +50,7 @@ def _fuzz(whole: Path, scratch: Path, rounds: int) -> dict[str, int]:
         folder = scratch / str(number)
         shutil.copytree(whole, folder)
         path = folder / draw.choice(list(refused))
-        path.write_bytes(_damage(path.read_bytes(), draw))
+        path.write_bytes(damaged(path.read_bytes(), draw))
         said = _error_of(folder)
         if said is not None:
             assert str(folder) in said
@@ -75,12 +61,12 @@ def _fuzz(whole: Path, scratch: Path, rounds: int) -> dict[str, int]:
 
 def test_our_weights(tmp_path: Path) -> None:
     save_weights(build_model(TINY, GRID), tmp_path / "weights", GRID, {"step": 3})
-    refused = _fuzz(tmp_path / "weights", tmp_path / "scratch", 300)
-    assert all(count > 100 for count in refused.values()), refused
+    refused = _fuzz(tmp_path / "weights", tmp_path / "scratch", 150)
+    assert all(count > 50 for count in refused.values()), refused
 
 
 def test_huggingface_folders(tmp_path: Path) -> None:
     save_weights(build_model(TINY, GRID), tmp_path / "weights", GRID)
     export_gpt2(tmp_path / "weights", tmp_path / "theirs")
-    refused = _fuzz(tmp_path / "theirs", tmp_path / "scratch", 200)
-    assert all(count > 20 for count in refused.values()), refused
+    refused = _fuzz(tmp_path / "theirs", tmp_path / "scratch", 120)
+    assert all(count > 10 for count in refused.values()), refused
