@@ -1,12 +1,25 @@
-"""Loss of a trained GPT, EGPT or DeepGPT on token shards, every token once.
+"""Measure a trained GPT, EGPT or DeepGPT: on text, on tasks, and on what its history is worth.
 
     python tools/evaluate.py --checkpoint runs/egpt --data data/wap/validation
+    python tools/evaluate.py --checkpoint gpt2 --text book.txt --stride 512
+    python tools/evaluate.py --checkpoint runs/egpt --data data/wap/validation --histories
+    python tools/evaluate.py --checkpoint runs/gpt --lambada lambada_test.jsonl
+    python tools/evaluate.py --checkpoint runs/gpt --hellaswag hellaswag_val.jsonl
+    python tools/evaluate.py --checkpoint runs/gpt --harness arc_easy,piqa
     torchrun --nproc_per_node 8 tools/evaluate.py --checkpoint runs/egpt --data data/wap/validation
 
---checkpoint is a run's folder or its checkpoints (the latest is taken), one checkpoint, or a
-weights folder. The text is cut into windows of the length the model was trained with. Processes
-share the windows; the result does not depend on their number. Losses compare between models on the
-same text; nats per byte compare between tokenizers too.
+--checkpoint is what tools/generate.py takes: a run's folder or its checkpoints (the latest is
+taken), one checkpoint, a weights folder, or GPT-2 in Hugging Face's form.
+
+Text is cut into windows of the length the model was trained with; with --stride they overlap, and
+every token has at least the rest of a window before it. A file of --text begins behind an
+end-of-text token, so every byte of it counts. Losses compare between models on the same text; bits
+per byte compare between tokenizers too.
+
+--histories shows an EGPT's loss by chunk of the window with the features of the chunks before it,
+with those of another window half the text away, and with zeros.
+
+Processes share the work; the result does not depend on their number.
 """
 
 from __future__ import annotations
@@ -15,22 +28,35 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megaegpt.data.evaluation import EvaluationWindows
+from megaegpt.data.evaluation import TokenSource
 from megaegpt.data.files import write_whole
 from megaegpt.data.stream import TokenStream
-from megaegpt.errors import exits_cleanly
+from megaegpt.errors import ConfigError, exits_cleanly
+from megaegpt.evaluation.history import compare_histories, history_table
+from megaegpt.evaluation.scorer import Scorer
+from megaegpt.evaluation.tasks import (
+    read_hellaswag,
+    read_lambada,
+    score_hellaswag,
+    score_lambada,
+)
+from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
 from megaegpt.generation.loading import LoadedModel, inference_grid, load_for_inference
 from megaegpt.parallel.agreement import raising_together
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.evaluation import Evaluation, Evaluator
-from megaegpt.training.inputs import ChunkInputs, ModelInputs, SequenceInputs
+from megaegpt.training.evaluation import Evaluation
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Result = tuple[str, dict[str, Any]]
+"""Lines for people, and the numbers for ``--json``."""
 
 
 @exits_cleanly
@@ -43,14 +69,12 @@ def main() -> None:
     loaded = load_for_inference(
         arguments.checkpoint, grid, _DTYPES[name], encoder_source=arguments.encoder
     )
-    with raising_together(grid):
-        stream = TokenStream(arguments.data)
-    result = _evaluate(loaded, stream, grid, _DTYPES[name], arguments.batch_size)
+    shown, numbers = _measure(arguments, loaded, grid, _DTYPES[name])
     with raising_together(grid):
         if grid.is_main:
-            _show(result)
+            print(shown)
             if arguments.json is not None:
-                _write(result, arguments.json)
+                write_whole(arguments.json, (json.dumps(numbers, indent=1) + "\n").encode())
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -60,54 +84,134 @@ def _parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="what to evaluate")
-    parser.add_argument(
-        "--data", required=True, nargs="+", metavar="PREFIX", help="shards, without .bin and .idx"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", nargs="+", metavar="PREFIX", help="shards, without .bin and .idx")
+    what.add_argument("--text", nargs="+", metavar="FILE", help="text files, or folders of them")
+    what.add_argument(
+        "--lambada", type=Path, metavar="FILE", help='last words: {"text": ...} a line'
     )
+    what.add_argument(
+        "--hellaswag",
+        type=Path,
+        metavar="FILE",
+        help="endings: activity_label, ctx_a, ctx_b, endings and label a line",
+    )
+    what.add_argument(
+        "--harness",
+        metavar="TASKS",
+        help="tasks of lm-evaluation-harness, separated by commas (pip install lm_eval)",
+    )
+    text = parser.add_argument_group("for --data and --text")
+    text.add_argument(
+        "--stride", type=int, metavar="N", help="tokens from window to window (default: a window)"
+    )
+    text.add_argument(
+        "--histories", action="store_true", help="of an EGPT: true, shuffled and zero features"
+    )
+    harness = parser.add_argument_group("for --harness")
+    harness.add_argument("--tasks-folder", type=Path, metavar="DIR", help="of further tasks' YAML")
+    harness.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question")
+    harness.add_argument("--limit", type=int, metavar="N", help="first questions of a task only")
     parser.add_argument("--encoder", metavar="DIR", help="of an EGPT or DeepGPT, if it was moved")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows at once (default: 4)")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows at once (default: 4)")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
         "--tensor-parallel-size", type=int, default=1, help="processes a model is cut over"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    if arguments.histories and arguments.stride is not None:
+        parser.error("--histories compares windows that do not overlap: leave --stride out")
+    if not (arguments.data or arguments.text) and (arguments.histories or arguments.stride):
+        parser.error("--stride and --histories belong to --data or --text")
+    return arguments
 
 
-def _evaluate(
-    loaded: LoadedModel,
-    stream: TokenStream,
-    grid: ProcessGrid,
-    dtype: torch.dtype,
-    batch_size: int,
-) -> Evaluation:
-    config = loaded.model.config
-    inputs: ModelInputs = SequenceInputs()
-    if loaded.encoder is not None:
-        inputs = ChunkInputs(config, loaded.encoder, dtype)
-    num_chunks = 1 if config.kind == "gpt" else config.egpt.num_chunks
-    evaluator = Evaluator(
-        EvaluationWindows(stream, config.sample_len, num_chunks),
-        num_chunks=num_chunks,
-        inputs=inputs,
-        grid=grid,
-        batch_size=batch_size,
-        token_byte_lengths=loaded.tokenizer.token_byte_lengths,
+def _measure(
+    arguments: argparse.Namespace, loaded: LoadedModel, grid: ProcessGrid, dtype: torch.dtype
+) -> Result:
+    if arguments.data or arguments.text:
+        return _measure_text(arguments, loaded, grid, dtype)
+    if arguments.harness is not None:
+        return _measure_harness(arguments, loaded, grid, dtype)
+    scorer = Scorer(loaded, grid, arguments.batch_size, dtype)
+    if arguments.lambada is not None:
+        return _measure_task(read_lambada, score_lambada, arguments.lambada, scorer, grid)
+    return _measure_task(read_hellaswag, score_hellaswag, arguments.hellaswag, scorer, grid)
+
+
+def _measure_text(
+    arguments: argparse.Namespace, loaded: LoadedModel, grid: ProcessGrid, dtype: torch.dtype
+) -> Result:
+    source: TokenSource
+    with raising_together(grid):
+        if arguments.text:
+            source = TextTokens(arguments.text, loaded.tokenizer)
+        else:
+            source = TokenStream(arguments.data)
+    if arguments.histories:
+        results = compare_histories(loaded, source, grid, arguments.batch_size, dtype)
+        numbers = {name: _numbers(result) for name, result in results.items()}
+        return history_table(results), numbers
+    result = evaluate_text(
+        loaded,
+        source,
+        inputs_of(loaded, dtype),
+        grid,
+        arguments.batch_size,
+        arguments.stride,
     )
-    return evaluator.evaluate(loaded.model)
+    lines = [f"{result}, {result.bits_per_byte:.4f} bits/byte"]
+    lines += [
+        f"  after {chunk:2d} earlier chunks: {loss:.4f} nats/token"
+        for chunk, loss in enumerate(result.loss_by_chunk)
+        if math.isfinite(loss)
+    ]
+    return "\n".join(lines), _numbers(result)
 
 
-def _show(result: Evaluation) -> None:
-    print(result)
-    for chunk, loss in enumerate(result.loss_by_chunk):
-        if math.isfinite(loss):
-            print(f"  after {chunk:2d} earlier chunks: {loss:.4f} nats/token")
-
-
-def _write(result: Evaluation, path: Path) -> None:
+def _numbers(result: Evaluation) -> dict[str, Any]:
     values = dataclasses.asdict(result)
     values["loss_by_chunk"] = [x if math.isfinite(x) else None for x in result.loss_by_chunk]
-    write_whole(path, (json.dumps(values, indent=1) + "\n").encode())
+    return values | {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
+
+
+def _measure_task(
+    read: Callable[[Path], Any],
+    score: Callable[[Scorer, Any], Any],
+    path: Path,
+    scorer: Scorer,
+    grid: ProcessGrid,
+) -> Result:
+    with raising_together(grid):
+        examples = read(path)
+    result = score(scorer, examples)
+    return str(result), dataclasses.asdict(result)
+
+
+def _measure_harness(
+    arguments: argparse.Namespace, loaded: LoadedModel, grid: ProcessGrid, dtype: torch.dtype
+) -> Result:
+    try:
+        from megaegpt.evaluation import harness
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--harness needs `pip install lm_eval`: {error}") from None
+    found = harness.run_harness(
+        harness.HarnessModel(loaded, grid, arguments.batch_size, dtype),
+        arguments.harness.split(","),
+        arguments.tasks_folder,
+        arguments.num_fewshot,
+        arguments.limit,
+    )
+    numbers = {task: harness.measures(result) for task, result in found.items()}
+    lines = [
+        f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        for task, values in numbers.items()
+    ]
+    return "\n".join(lines), numbers
 
 
 if __name__ == "__main__":

@@ -31,10 +31,20 @@ class Evaluation:
     loss_by_chunk: tuple[float, ...] = ()
     """Nats per token by the chunk's number in its window; empty for gpt, nan without targets."""
 
+    @property
+    def perplexity(self) -> float:
+        """Of a token."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """What compressing the text by the model would leave of 8 bits; compares tokenizers."""
+        return self.nats_per_byte / math.log(2)
+
     def __str__(self) -> str:
         return (
             f"validation loss {self.loss:.4f} nats/token ({self.nats_per_byte:.4f} nats/byte, "
-            f"perplexity {math.exp(min(self.loss, 700.0)):.2f}) over {self.tokens:,} tokens"
+            f"perplexity {self.perplexity:.2f}) over {self.tokens:,} tokens"
         )
 
 

@@ -1,0 +1,1 @@
+"""What trained models are worth: texts, multiple choice, continuations, EGPT's history."""

@@ -1,0 +1,122 @@
+"""Whether an EGPT reads its history: its loss with true, foreign and empty features, by chunk.
+
+A model that uses what earlier chunks say gets worse with those of another text, the more chunks
+there are; one that has learned only that there are earlier chunks does not.
+
+Shapes: B windows, N chunks, S chunk size, P features a chunk, C hidden.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaegpt.data.evaluation import TokenSource
+from megaegpt.errors import ConfigError, DataError
+from megaegpt.evaluation.text import evaluate_text
+from megaegpt.generation.loading import LoadedModel
+from megaegpt.model.egpt import chunk_features
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.evaluation import Evaluation
+from megaegpt.training.inputs import ChunkInputs, MicroBatch
+
+HISTORIES = ("true", "shuffled", "zero")
+
+
+class ZeroHistory(ChunkInputs):
+    """Every feature is a zero vector."""
+
+    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """See :class:`~megaegpt.training.inputs.ModelInputs`."""
+        arguments = super().arguments(batch)
+        return arguments | {"features": torch.zeros_like(arguments["features"])}
+
+
+class ShuffledHistory(ChunkInputs):
+    """A window sees the features of the window half the text away, which in a text of several
+    documents is another document's.
+
+    Raises:
+        DataError: the text has no second whole window.
+    """
+
+    def __init__(self, loaded: LoadedModel, dtype: torch.dtype, source: TokenSource) -> None:
+        config = loaded.model.config
+        super().__init__(config, _encoder(loaded), dtype)
+        self._egpt, self._source = config.egpt, source
+        self._frozen = _encoder(loaded)
+        self._whole = len(source) // config.sample_len
+        if self._whole < 2:
+            raise DataError(
+                f"a text of {len(source):,} tokens has no second window of {config.sample_len:,} "
+                "tokens whose features could be exchanged"
+            )
+
+    def donor(self, window: int) -> int:
+        """Whose features ``window`` is shown."""
+        return (window + self._whole // 2) % self._whole
+
+    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
+        """Adds the other windows' tokens, (B, N - 1, S)."""
+        batch = super().prepare(tokens, targets, *extras)
+        chunks, size = self._egpt.num_chunks, self._egpt.chunk_size
+        firsts = [self.donor(first // chunks) * chunks for first in extras[0][:, 0].tolist()]
+        rows = [self._source.read(first * size, (chunks - 1) * size) for first in firsts]
+        donors = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return batch | {"donors": donors.unflatten(1, (chunks - 1, size))}
+
+    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """See :class:`~megaegpt.training.inputs.ModelInputs`."""
+        features = chunk_features(self._frozen(batch["donors"]), self._egpt)
+        return super().arguments({**batch, "features": features})
+
+
+def compare_histories(
+    loaded: LoadedModel,
+    source: TokenSource,
+    grid: ProcessGrid,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> dict[str, Evaluation]:
+    """The same text under each of :data:`HISTORIES`. Collective over all ranks.
+
+    Raises:
+        ConfigError: the model is no EGPT, or one without a history.
+        DataError: the text is too short.
+    """
+    config = loaded.model.config
+    if config.kind != "egpt" or not config.egpt.history or config.egpt.num_chunks < 2:
+        raise ConfigError(f"histories are compared for an egpt that has one, not a {config.kind}")
+    inputs = {
+        "true": ChunkInputs(config, _encoder(loaded), dtype),
+        "shuffled": ShuffledHistory(loaded, dtype, source),
+        "zero": ZeroHistory(config, _encoder(loaded), dtype),
+    }
+    return {
+        name: evaluate_text(loaded, source, inputs[name], grid, batch_size, title=f"{name} history")
+        for name in HISTORIES
+    }
+
+
+def history_table(results: dict[str, Evaluation]) -> str:
+    """Loss by chunk number under each history, and what the others cost beyond the true one."""
+    others = [name for name in results if name != "true"]
+    header = ["chunk", *results, *(f"{name}-true" for name in others)]
+    by_chunk = zip(*(result.loss_by_chunk for result in results.values()), strict=True)
+    rows = [(str(number), losses) for number, losses in enumerate(by_chunk)]
+    rows.append(("all", tuple(result.loss for result in results.values())))
+    lines = ["  ".join(f"{title:>13}" for title in header)]
+    for title, values in rows:
+        losses = dict(zip(results, values, strict=True))
+        cells = [f"{losses[name]:.4f}" for name in results]
+        cells += [f"{losses[name] - losses['true']:+.4f}" for name in others]
+        lines.append("  ".join(f"{cell:>13}" for cell in (title, *cells)))
+    return "\n".join(lines)
+
+
+def _encoder(loaded: LoadedModel) -> FrozenEncoder:
+    if loaded.encoder is None:
+        raise ValueError("an egpt is loaded with its encoder")
+    return loaded.encoder

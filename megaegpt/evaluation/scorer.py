@@ -1,0 +1,138 @@
+"""What a continuation costs a model behind a context, for many pairs at once.
+
+Shapes: B rows, T tokens, C hidden, V vocabulary, m predicted tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import DataError
+from megaegpt.evaluation.text import inputs_of
+from megaegpt.generation.loading import LoadedModel
+from megaegpt.parallel.grid import ProcessGrid
+
+_ROWS_OF_LOGITS = 256
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Tokens of a context, at least one, and of what continues it, at least one."""
+
+
+class Score(NamedTuple):
+    """Of a continuation."""
+
+    log_likelihood: float
+    """In nats, over all its tokens."""
+    greedy: bool
+    """Each of its tokens is the likeliest."""
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+    """Tokens of two texts as they are in the one text that they make.
+
+    Spaces at the context's end belong to the continuation, as they do for GPT-2's tokens. Without a
+    context it is an end of text.
+    """
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    if not context:
+        return [tokenizer.eot_token], tokenizer.encode(continuation)
+    whole, first = tokenizer.encode(context + continuation), tokenizer.encode(context)
+    return first, whole[len(first) :]
+
+
+class Scorer:
+    """Scores pairs by a GPT, EGPT or DeepGPT, shared out over data-parallel ranks.
+
+    A context is cut on the left to what the model has room for.
+
+    Args:
+        loaded: the model.
+        grid: its place.
+        batch_size: pairs at once.
+        dtype: what the model computes in.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, grid: ProcessGrid, batch_size: int, dtype: torch.dtype
+    ) -> None:
+        self._model, self._grid, self._batch_size = loaded.model, grid, batch_size
+        self.tokenizer = loaded.tokenizer
+        self._inputs = inputs_of(loaded, dtype)
+        config = loaded.model.config
+        self.max_len = config.sample_len
+        self._multiple_of = 1 if config.kind == "gpt" else config.egpt.chunk_size
+
+    @torch.inference_mode()
+    def score(self, pairs: Sequence[Pair], title: str | None = None) -> list[Score]:
+        """One score a pair. Collective over all ranks, which give the same pairs.
+
+        Args:
+            title: of a progress bar.
+
+        Raises:
+            DataError: a continuation is empty or longer than the model's context.
+        """
+        for number, (context, continuation) in enumerate(pairs):
+            if not context or not 1 <= len(continuation) <= self.max_len:
+                raise DataError(
+                    f"pair {number}: {len(context)} and {len(continuation)} tokens cannot be "
+                    f"scored; each needs one, and the model sees {self.max_len}"
+                )
+        grid, size = self._grid, self._batch_size
+        found = torch.zeros(2, len(pairs), dtype=torch.float64, device=grid.device)
+        by_length = sorted(range(len(pairs)), key=lambda n: sum(map(len, pairs[n])), reverse=True)
+        firsts = range(grid.dp_rank * size, len(pairs), grid.dp_size * size)
+        for first in tqdm(firsts, title, unit="batch", disable=not (title and grid.is_main)):
+            numbers = by_length[first : first + size]
+            found[:, numbers] = self._score_batch([pairs[number] for number in numbers])
+        if grid.dp_group is not None:
+            dist.all_reduce(found, group=grid.dp_group)  # one rank has a value, the others 0
+        likelihoods, greedy = found.tolist()
+        return [Score(nats, bool(flag)) for nats, flag in zip(likelihoods, greedy, strict=True)]
+
+    def _score_batch(self, pairs: list[Pair]) -> Tensor:
+        """Log-likelihoods and whether they are greedy, (2, B)."""
+        device = self._grid.device
+        rows = [[*context, *continuation][-self.max_len - 1 :] for context, continuation in pairs]
+        longest = max(map(len, rows)) - 1
+        width = -(-longest // self._multiple_of) * self._multiple_of
+        tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+        targets = torch.full((len(rows), width), -100)
+        for number, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
+            ids = torch.tensor(row)
+            tokens[number, : len(row) - 1] = ids[:-1]
+            start = len(row) - 1 - len(continuation)
+            targets[number, start : len(row) - 1] = ids[start + 1 :]
+        batch = {n: x.to(device) for n, x in self._inputs.prepare(tokens, targets).items()}
+        hidden_states: Callable[..., Tensor] = self._model.hidden_states
+        hidden = hidden_states(**self._inputs.arguments(batch))
+        predicted = targets >= 0
+        places = predicted.nonzero()[:, 0].to(device)  # (m,) the row of each
+        nats, greedy = self._predict(
+            hidden.reshape(len(rows), width, -1)[predicted.to(device)],
+            targets[predicted].to(device),
+        )
+        sums = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
+        sums[0].index_add_(0, places, nats.double())
+        sums[1].index_add_(0, places, (~greedy).double())
+        sums[1] = sums[1] == 0
+        return sums
+
+    def _predict(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(m, C) and (m,) -> log-likelihood of each target, and whether it is the likeliest."""
+        nats, greedy = [], []
+        for x, y in zip(hidden.split(_ROWS_OF_LOGITS), targets.split(_ROWS_OF_LOGITS), strict=True):
+            logits = self._model.head.full_logits(x).float()  # (., V)
+            nats.append(-F.cross_entropy(logits, y, reduction="none"))
+            greedy.append(logits.argmax(-1) == y)
+        return torch.cat(nats), torch.cat(greedy)

@@ -1,0 +1,88 @@
+"""Any text as a row of tokens, and what it costs a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megaegpt.data.documents import Problems
+from megaegpt.data.evaluation import EvaluationWindows, TokenSource
+from megaegpt.data.readers import plain
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import ConfigError
+from megaegpt.generation.loading import LoadedModel
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.evaluation import Evaluation, Evaluator
+from megaegpt.training.inputs import ChunkInputs, ModelInputs, SequenceInputs
+
+
+class TextTokens:
+    """Text files, each behind an end-of-text token: every byte of them is predicted.
+
+    Args:
+        paths: UTF-8 text files, compressed or not, or folders of them. Line ends become LF.
+        tokenizer: the model's.
+
+    Raises:
+        DataError: a file cannot be read, is no text, or is empty.
+    """
+
+    def __init__(self, paths: Sequence[str], tokenizer: Tokenizer) -> None:
+        end = np.array([tokenizer.eot_token], np.int64)
+        documents = plain.read(map(Path, paths), Problems("fail", "leaving it out of the list"))
+        parts = [part for d in documents for part in (end, tokenizer.encode_numpy(d.text))]
+        self._tokens = np.concatenate(parts).astype(np.int64)
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return len(self._tokens)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens from ``start`` on."""
+        return self._tokens[start : start + length]
+
+
+def inputs_of(loaded: LoadedModel, dtype: torch.dtype) -> ModelInputs:
+    """How a loaded model is fed, everything encoded in the loop."""
+    if loaded.encoder is None:
+        return SequenceInputs()
+    return ChunkInputs(loaded.model.config, loaded.encoder, dtype)
+
+
+def evaluate_text(
+    loaded: LoadedModel,
+    source: TokenSource,
+    inputs: ModelInputs,
+    grid: ProcessGrid,
+    batch_size: int,
+    stride: int | None = None,
+    title: str = "windows",
+) -> Evaluation:
+    """Loss on a text in windows of the model's length. Collective over all ranks.
+
+    Args:
+        stride: tokens from window to window; smaller than the window, tokens have more context and
+            windows overlap. None: they do not.
+
+    Raises:
+        ConfigError: the stride does not fit the model.
+    """
+    config = loaded.model.config
+    num_chunks = 1 if config.kind == "gpt" else config.egpt.num_chunks
+    try:
+        windows = EvaluationWindows(source, config.sample_len, num_chunks, stride)
+    except ValueError as error:
+        raise ConfigError(f"--stride {stride} does not fit the model: {error}") from None
+    evaluator = Evaluator(
+        windows,
+        num_chunks=num_chunks,
+        inputs=inputs,
+        grid=grid,
+        batch_size=batch_size,
+        token_byte_lengths=loaded.tokenizer.token_byte_lengths,
+        progress=title,
+    )
+    return evaluator.evaluate(loaded.model)

@@ -1,0 +1,47 @@
+"""Tiny models for the real tokenizer, and the naive way to ask them for probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.generation.decoders import new_decoder
+from megaegpt.generation.loading import LoadedModel
+from megaegpt.parallel.grid import ProcessGrid
+from tests.generation.tiny_models import DEEPGPT, EGPT, GPT, build
+
+TOKENIZER = Tokenizer.load()
+CONFIGS = {"gpt": GPT, "egpt": EGPT, "deepgpt": DEEPGPT}
+
+
+def load(kind: str, grid: ProcessGrid | None = None) -> LoadedModel:
+    """A model of the tests of generation; its vocabulary is 90 tokens."""
+    model, encoder = build(CONFIGS[kind], grid, torch.float32)
+    return LoadedModel(model, encoder, TOKENIZER)
+
+
+def load_speaking(kind: str) -> LoadedModel:
+    """With the tokenizer's vocabulary, and room for a sentence."""
+    config = replace(CONFIGS[kind], vocab_size=50257, hidden_size=16, num_heads=2, max_seq_len=64)
+    model, _ = build(config, None, torch.float32)
+    return LoadedModel(model, None, TOKENIZER)
+
+
+@torch.inference_mode()
+def naive_score(
+    loaded: LoadedModel, context: Sequence[int], continuation: Sequence[int]
+) -> tuple[float, bool]:
+    """Token by token, each from the whole text before it."""
+    total, greedy = 0.0, True
+    text = list(context)
+    for token in continuation:
+        decoder = new_decoder(loaded.model, loaded.encoder, 1, len(text), use_cache=False)
+        hidden = decoder.advance(torch.tensor([text]))
+        logits = loaded.model.head.full_logits(hidden)[0]
+        total += logits.double().log_softmax(-1)[token].item()
+        greedy = greedy and int(logits.argmax()) == token
+        text.append(token)
+    return total, greedy

@@ -1,0 +1,98 @@
+"""The report on EGPT's history: true, another window's, and zero features, by chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megaegpt.errors import ConfigError, DataError
+from megaegpt.evaluation.history import HISTORIES, compare_histories, history_table
+from megaegpt.model.egpt import chunk_features
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.evaluation import Evaluation
+from tests.distributed.harness import Distributed, grid_for
+from tests.evaluation.models import load
+from tests.generation.tiny_models import CHUNK, CHUNKS, VOCAB
+
+WINDOW = CHUNK * CHUNKS
+LENGTH = 4 * WINDOW + 11  # the last window ends inside its second chunk
+
+
+class Text:
+    """Random tokens."""
+
+    def __init__(self, length: int = LENGTH) -> None:
+        self._tokens = np.random.default_rng(0).integers(0, VOCAB, length).astype(np.uint16)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        return self._tokens[start : start + length]
+
+
+@torch.inference_mode()
+def naive() -> dict[str, list[float]]:
+    """Nats per token by chunk; window by window, from the model's own forward pass."""
+    loaded = load("egpt")
+    model, encoder = loaded.model, loaded.encoder
+    assert encoder is not None
+    tokens = torch.from_numpy(Text().read(0, LENGTH).astype(np.int64))
+    sums = {name: torch.zeros(CHUNKS, dtype=torch.float64) for name in HISTORIES}
+    counts = torch.zeros(CHUNKS)
+    for window in range(5):
+        span = tokens[window * WINDOW : window * WINDOW + WINDOW + 1]
+        inputs, targets = torch.zeros(2, WINDOW, dtype=torch.int64)
+        targets.fill_(-100)
+        inputs[: len(span) - 1], targets[: len(span) - 1] = span[:-1], span[1:]
+        shape = (1, CHUNKS, CHUNK)
+        states = encoder(inputs.view(shape))
+        features = chunk_features(states[:, :-1], model.config.egpt)
+        donor = (window + 2) % 4
+        others = tokens[donor * WINDOW : (donor + 1) * WINDOW].view(shape)
+        histories = {
+            "true": features,
+            "shuffled": chunk_features(encoder(others)[:, :-1], model.config.egpt),
+            "zero": torch.zeros_like(features),
+        }
+        for name, history in histories.items():
+            nats = model(states, history, targets.view(shape), reduction="none")
+            sums[name] += nats.double().sum((0, 2))
+        counts += (targets.view(shape) >= 0).sum((0, 2))
+    return {name: (sums[name] / counts).tolist() for name in HISTORIES}
+
+
+def _compare(tp_size: int) -> dict[str, Evaluation]:
+    grid = grid_for(tp_size)
+    return compare_histories(load("egpt", grid), Text(), grid, 2, torch.float32)
+
+
+def test_the_report_is_that_of_a_loop_over_windows_on_any_ranks(distributed: Distributed) -> None:
+    expected = naive()
+    for results in (_compare(1), *distributed(4, _compare, 2)):
+        for name in HISTORIES:
+            assert results[name].loss_by_chunk == pytest.approx(expected[name], rel=1e-5)
+            assert results[name].tokens == LENGTH - 1
+        first = {results[name].loss_by_chunk[0] for name in HISTORIES}
+        assert max(first) == pytest.approx(min(first), rel=1e-6)  # no history to exchange
+        assert len({round(results[name].loss_by_chunk[2], 3) for name in HISTORIES}) == 3
+
+
+def test_the_table_has_a_line_a_chunk_and_the_differences() -> None:
+    by_name: dict[str, Any] = {"true": 3.0, "shuffled": 3.25, "zero": 3.5}
+    results = {n: Evaluation(x, 1.0, 10, (2.0, x)) for n, x in by_name.items()}
+    lines = [line.split() for line in history_table(results).splitlines()]
+    assert lines[0] == ["chunk", "true", "shuffled", "zero", "shuffled-true", "zero-true"]
+    assert lines[1] == ["0", "2.0000", "2.0000", "2.0000", "+0.0000", "+0.0000"]
+    assert lines[2][1:] == lines[3][1:] == ["3.0000", "3.2500", "3.5000", "+0.2500", "+0.5000"]
+
+
+def test_other_models_and_short_texts_are_refused() -> None:
+    grid = ProcessGrid()
+    with pytest.raises(ConfigError, match="not a gpt"):
+        compare_histories(load("gpt"), Text(), grid, 2, torch.float32)
+    with pytest.raises(DataError, match="no second window"):
+        compare_histories(load("egpt"), Text(WINDOW + 5), grid, 2, torch.float32)

@@ -1,0 +1,110 @@
+"""LAMBADA and HellaSwag: read as published, and measured as a plain loop would."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaegpt.errors import DataError
+from megaegpt.evaluation.scorer import Scorer
+from megaegpt.evaluation.tasks import (
+    read_hellaswag,
+    read_lambada,
+    score_hellaswag,
+    score_lambada,
+)
+from megaegpt.parallel.grid import ProcessGrid
+from tests.evaluation.models import TOKENIZER, load_speaking, naive_score
+
+PASSAGES = ["He went home and slept", "She took the long way to the river", "No it is not a dog"]
+HELLASWAG: list[dict[str, Any]] = [
+    {
+        "activity_label": "Cooking",
+        "ctx_a": "A man [header] cuts bread.",
+        "ctx_b": "the bread",
+        "endings": ["falls.", "is eaten [title] by him  all.", "flies away over the hills.", "x"],
+        "label": 1,
+    },
+    {
+        "activity_label": "Running",
+        "ctx_a": "A dog runs.",
+        "ctx_b": "",
+        "endings": ["It stops and looks back.", "Cars.", "And runs.", "Now it sleeps."],
+        "label": "2",
+    },
+]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def loglikelihood(context: str, continuation: str) -> tuple[float, bool]:
+    whole = TOKENIZER.encode(context + continuation)
+    first = TOKENIZER.encode(context)
+    assert whole[: len(first)] == first
+    return naive_score(LOADED, first, whole[len(first) :])
+
+
+LOADED = load_speaking("gpt")
+SCORER = Scorer(LOADED, ProcessGrid(), 3, torch.float32)
+
+
+def test_lambada_is_the_greedy_last_word(tmp_path: Path) -> None:
+    examples = read_lambada(write(tmp_path / "l.jsonl", [{"text": t} for t in PASSAGES]))
+    assert (examples[0].context, examples[0].word) == ("He went home and", " slept")
+    result = score_lambada(SCORER, examples)
+    naive = [loglikelihood(e.context, e.word) for e in examples]
+    assert result.examples == 3
+    assert result.accuracy == sum(greedy for _, greedy in naive) / 3
+    assert result.perplexity == pytest.approx(math.exp(-sum(n for n, _ in naive) / 3), rel=1e-5)
+
+
+def test_hellaswag_is_the_likeliest_ending_in_all_and_by_length(tmp_path: Path) -> None:
+    examples = read_hellaswag(write(tmp_path / "h.jsonl", HELLASWAG))
+    assert examples[0].context == "Cooking: A man cuts bread. The bread"
+    assert examples[0].endings[1] == "is eaten. by him all."
+    assert examples[1].label == 2
+    result = score_hellaswag(SCORER, examples)
+    right = right_by_length = 0
+    for example in examples:
+        sums = [loglikelihood(example.context, f" {e}")[0] for e in example.endings]
+        by_length = [s / len(e) for s, e in zip(sums, example.endings, strict=True)]
+        right += max(range(4), key=sums.__getitem__) == example.label
+        right_by_length += max(range(4), key=by_length.__getitem__) == example.label
+    assert (result.accuracy, result.accuracy_norm) == (right / 2, right_by_length / 2)
+
+
+@pytest.mark.parametrize("label", range(4))
+def test_the_label_decides_what_is_right(tmp_path: Path, label: int) -> None:
+    row = HELLASWAG[1] | {"label": label}
+    (example,) = read_hellaswag(write(tmp_path / "h.jsonl", [row]))
+    sums = [loglikelihood(example.context, f" {e}")[0] for e in example.endings]
+    result = score_hellaswag(SCORER, [example])
+    assert result.accuracy == (sums.index(max(sums)) == label)
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "message"),
+    [
+        (read_lambada, {"txt": "a b"}, "line 1: needs text"),
+        (read_lambada, {"text": "word"}, "needs two words"),
+        (read_hellaswag, HELLASWAG[0] | {"label": 4}, "label 4 of 4 endings"),
+        (read_hellaswag, {"ctx": "a"}, "line 1: needs activity_label"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, read: Any, row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path / "bad.jsonl", [row]))
+
+
+def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="is empty"):
+        read_lambada(tmp_path / "empty.jsonl")

@@ -1,0 +1,63 @@
+"""Any text: every byte counts, with the context that the stride gives."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megaegpt.errors import ConfigError, DataError
+from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
+from megaegpt.parallel.grid import ProcessGrid
+from tests.evaluation.models import TOKENIZER, load, load_speaking, naive_score
+
+TEXT = "Пьер went home. " * 12
+
+
+def test_a_texts_bytes_and_bits_are_those_of_a_loop(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.replace(". ", ".\r\n").encode())
+    text = TEXT.replace(". ", ".\n")
+    loaded, grid = load_speaking("gpt"), ProcessGrid()
+    source = TextTokens([str(path)], TOKENIZER)
+    tokens = [50256, *TOKENIZER.encode(text)]
+    assert source.read(0, len(source)).tolist() == tokens
+    result = evaluate_text(loaded, source, inputs_of(loaded, torch.float32), grid, 2, stride=20)
+    total, window = 0.0, loaded.model.config.max_seq_len
+    assert len(tokens) > window + 40
+    for t in range(1, len(tokens)):
+        start = -(-max(t - window, 0) // 20) * 20
+        total -= naive_score(loaded, tokens[start:t], [tokens[t]])[0]
+    assert result.tokens == len(tokens) - 1
+    assert result.loss == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(total / (len(tokens) - 1)), rel=1e-5)
+
+
+def test_texts_are_documents_and_bad_ones_are_named(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    source = TextTokens([str(tmp_path)], TOKENIZER)
+    (a,), (b,) = TOKENIZER.encode("a"), TOKENIZER.encode("b")
+    assert source.read(0, 4).tolist() == [50256, a, 50256, b]
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"c\.txt: not UTF-8"):
+        TextTokens([str(tmp_path)], TOKENIZER)
+
+
+def test_a_stride_that_does_not_fit_is_refused() -> None:
+    class Counting:
+        def __len__(self) -> int:
+            return 100
+
+        def read(self, start: int, length: int) -> np.ndarray:
+            return np.arange(start, start + length) % 90
+
+    for kind, stride in (("gpt", 17), ("egpt", 4)):
+        loaded = load(kind)
+        inputs = inputs_of(loaded, torch.float32)
+        with pytest.raises(ConfigError, match=f"--stride {stride} does not fit the model"):
+            evaluate_text(loaded, Counting(), inputs, ProcessGrid(), 2, stride)
