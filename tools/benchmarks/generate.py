@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--egpt", action="store_true", help="EGPT's cost per token at 1k, 4k and 16k of context"
     )
-    parser.add_argument("--peer", action="append", default=[], metavar="hf")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="nanogpt=DIR|hf|litgpt=DIR", help="repeat"
+    )
     add_profile(parser)
     add_repetitions(parser, default=3)
 
@@ -56,8 +59,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.egpt:
         return {"shape": shape, "egpt": _egpt_by_context(shape, arguments.repetitions)}
     candidates = [Candidate("megaegpt", ours, (shape,), threads=arguments.threads)]
-    for name in parse_peers(arguments.peer, ("hf",)):
-        candidates.append(Candidate(name, hugging_face, (shape,), threads=arguments.threads))
+    for name, folder in parse_peers(arguments.peer, ("nanogpt", "hf", "litgpt")).items():
+        candidates.append(Candidate(name, peer, (name, folder, shape), threads=arguments.threads))
     results = compare(candidates, arguments.repetitions, profile=arguments.profile)
     print_results(f"decoding, {shape}", "tokens", results)
     roofline = _weights_per_second(shape)
@@ -91,23 +94,17 @@ def ours(shape: dict[str, Any]) -> Workload:
     return Workload(one, shape["batch"] * shape["tokens"])
 
 
-def hugging_face(shape: dict[str, Any]) -> Workload:
-    """transformers' ``generate`` with its own cache."""
+def peer(name: str, folder: Path | None, shape: dict[str, Any]) -> Workload:
+    """The peer's model, continued greedily by its own program; nanoGPT has no cache."""
     sizes = {"vocab": 50304, "context": 1024} | {k: shape[k] for k in ("hidden", "layers", "heads")}
     device = single_grid().device
-    model: Any = peers.hugging_face(sizes).to(device, getattr(torch, shape["dtype"])).eval()
-    prompts = torch.arange(PROMPT, device=device).repeat(shape["batch"], 1)
+    model = peers.build(name, folder, sizes).to(device, getattr(torch, shape["dtype"])).eval()
+    rows = torch.arange(PROMPT) + 100 * torch.arange(shape["batch"])[:, None]
+    proceed = peers.CONTINUATIONS[name](model, rows.to(device), shape["tokens"])
 
     def one() -> None:
         with torch.inference_mode():
-            model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                max_new_tokens=shape["tokens"],
-                min_new_tokens=shape["tokens"],
-                do_sample=False,
-                pad_token_id=50256,
-            )
+            proceed()
 
     return Workload(one, shape["batch"] * shape["tokens"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -92,6 +93,17 @@ def litgpt(folder: Path, shape: dict[str, int]) -> nn.Module:
     )
 
 
+def build(name: str, folder: Path | None, shape: dict[str, int]) -> nn.Module:
+    """A peer's model by its name.
+
+    Raises:
+        ConfigError: the folder is missing, or cannot be imported.
+    """
+    if name == "hf":
+        return hugging_face(shape)
+    return (nanogpt if name == "nanogpt" else litgpt)(folder or Path(), shape)
+
+
 def mean_loss(name: str, model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
     """Each peer's own way to a loss."""
     if name == "nanogpt":
@@ -102,3 +114,37 @@ def mean_loss(name: str, model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
         )
     logits = model(tokens)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+# -- greedy continuation: (model, prompts (B, T), new tokens) -> what does it once ---------------
+
+
+def _nanogpt_continuation(model: Any, prompts: Tensor, tokens: int) -> Callable[[], Any]:
+    return lambda: model.generate(prompts, tokens, top_k=1)
+
+
+def _hugging_face_continuation(model: Any, prompts: Tensor, tokens: int) -> Callable[[], Any]:
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 50256}
+    seen = torch.ones_like(prompts)
+    return lambda: model.generate(prompts, attention_mask=seen, do_sample=False, **options)
+
+
+def _litgpt_continuation(model: Any, prompts: Tensor, tokens: int) -> Callable[[], Any]:
+    """The two functions behind its ``LLM.generate``; the cache is as long as the text."""
+    from litgpt.generate.base import batched_generate_fn, generate_fn
+
+    model.max_seq_length = length = prompts.shape[1] + tokens
+    dtype = next(model.parameters()).dtype
+    model.set_kv_cache(len(prompts), device=prompts.device, dtype=dtype)
+    options = {"include_prompt": False, "include_eos": False}
+    if len(prompts) == 1:
+        return lambda: list(generate_fn(model, prompts[0], length, temperature=0.0, **options))
+    greedy = {"temperature": 0.0}
+    return lambda: list(batched_generate_fn(model, prompts, length, sample_args=greedy, **options))
+
+
+CONTINUATIONS: dict[str, Callable[[Any, Tensor, int], Callable[[], Any]]] = {
+    "nanogpt": _nanogpt_continuation,
+    "hf": _hugging_face_continuation,
+    "litgpt": _litgpt_continuation,
+}

@@ -111,13 +111,8 @@ def _model_config(shape: dict[str, int]) -> ModelConfig:
 
 def peer(name: str, folder: Path | None, shape: dict[str, int], compiled: bool) -> Workload:
     """The peer's model with torch's fused AdamW and clipping, as its own training script has it."""
-    builders = {
-        "nanogpt": lambda: peers.nanogpt(folder or Path(), shape),
-        "hf": lambda: peers.hugging_face(shape),
-        "litgpt": lambda: peers.litgpt(folder or Path(), shape),
-    }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = builders[name]().to(device)
+    model = peers.build(name, folder, shape).to(device)
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(50257, (shape["batch"], shape["context"] + 1), device=device)
