@@ -43,6 +43,7 @@ setup(
         "test": [
             "pytest",
             "hypothesis",
+            "megatron-core==0.16.1",  # reads and writes the shards that ours are held against
             "ruff",
             "mypy",
             "types-PyYAML",
