@@ -85,6 +85,8 @@ class ModelConfig:
     """Latent attention: width of the cached key/value latent. None means ``hidden_size / 8``."""
     query_latent_dim: int | None = None
     """Latent attention: width of the query latent. None: queries are projected directly."""
+    latent_norm: bool = True
+    """Latent attention: RMSNorm on the latents, as DeepSeek-V2 has it; false: its simple form."""
     rope_head_dim: int | None = None
     """Latent attention with rotary positions: width of the decoupled rotary part of a head."""
     document_end: int | None = None

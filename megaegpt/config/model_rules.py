@@ -73,6 +73,11 @@ def _latent(model: ModelConfig) -> Iterator[Problem]:
                 ("model.attention", f"model.{name}"),
                 f"model.{name}={value} has no effect without model.attention=latent",
             )
+    if model.attention != "latent" and not model.latent_norm:
+        yield Problem(
+            ("model.attention", "model.latent_norm"),
+            "model.latent_norm=false has no effect without model.attention=latent",
+        )
 
 
 def _window(model: ModelConfig) -> Iterator[Problem]:

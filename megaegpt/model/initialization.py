@@ -28,6 +28,7 @@ _SAME = (
     "ffn_size",
     "latent_size",
     "query_latent_dim",
+    "latent_norm",
     "activation",
     "bias",
 )

@@ -62,6 +62,7 @@ REFUSED = [
     ({"model": {"attention": "latent", "positions": "rotary"}}, "needs an even model.rope_head"),
     ({"model": {"rope_head_dim": 8}}, "model.rope_head_dim=8 has no effect"),
     ({"model": {"latent_dim": 8}}, "model.latent_dim=8 has no effect without"),
+    ({"model": {"latent_norm": False}}, "latent_norm=false has no effect without"),
     ({"model": {"attention": "latent", "num_kv_heads": 2}}, "num_kv_heads=2 has no effect"),
     ({"model": {"attention": "latent", "window": 8}}, "cannot be combined with"),
     ({"model": {"window_every": 2}}, "model.window_every=2 has no effect without model.window"),

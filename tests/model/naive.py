@@ -199,15 +199,18 @@ def _grouped(weights, config, x: Tensor, positions: list[int]) -> tuple[Tensor, 
     return q, k[:, kv_head], v[:, kv_head]
 
 
+def _down(weights, config, name: str, x: Tensor) -> Tensor:
+    latent = _linear(weights, f"{name}.down", x)
+    if not config.latent_norm:
+        return latent
+    return _rms_norm(weights, f"{name}.norm", latent, config.layer_norm_eps)
+
+
 def _latent(weights, config, x: Tensor, positions: list[int]) -> tuple[Tensor, ...]:
     """(T, C) -> queries and keys (T, H, D + R), values (T, H, D)"""
     length, size, heads = len(x), config.head_size, config.num_heads
-    latent = _linear(weights, "attention.latent.down", x)
-    latent = _rms_norm(weights, "attention.latent.norm", latent, config.layer_norm_eps)
-    source = x
-    if config.query_latent_dim:
-        source = _linear(weights, "attention.query_latent.down", x)
-        source = _rms_norm(weights, "attention.query_latent.norm", source, config.layer_norm_eps)
+    latent = _down(weights, config, "attention.latent", x)
+    source = _down(weights, config, "attention.query_latent", x) if config.query_latent_dim else x
     q = _linear(weights, "attention.query", source).reshape(length, heads, -1)
     k = _linear(weights, "attention.key", latent).reshape(length, heads, size)
     v = _linear(weights, "attention.value", latent).reshape(length, heads, size)

@@ -18,7 +18,7 @@ ATTENTION: dict[str, dict] = {
     "multi_query": {"num_kv_heads": 1},
     "window": {"window": WINDOW},
     "grouped_window_every_2": {"num_kv_heads": 2, "window": WINDOW, "window_every": 2},
-    "latent": {"attention": "latent", "latent_dim": 12},
+    "latent": {"attention": "latent", "latent_dim": 12, "latent_norm": False},
     "latent_with_query_latent": {
         "attention": "latent",
         "latent_dim": 6,

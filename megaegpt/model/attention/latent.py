@@ -25,12 +25,14 @@ from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RMSNorm, RowP
 
 
 class Latent(nn.Module):
-    """A down-projection and its norm, replicated: (B, T, C) -> (B, T, L)."""
+    """A down-projection and, if the model has it, a norm; replicated: (B, T, C) -> (B, T, L)."""
 
     def __init__(self, config: ModelConfig, width: int, grid: ProcessGrid) -> None:
         super().__init__()
         self.down = Linear(config.hidden_size, width, grid, bias=config.bias, std=config.init_std)
-        self.norm = RMSNorm(width, grid, eps=config.layer_norm_eps)
+        self.norm = (
+            RMSNorm(width, grid, eps=config.layer_norm_eps) if config.latent_norm else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, L)"""
