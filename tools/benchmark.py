@@ -35,9 +35,8 @@ SUBCOMMANDS = {
 }
 
 
-@exits_cleanly
-def main() -> None:
-    """Dispatch to ``tools/benchmarks/<subcommand>.py``."""
+def new_parser() -> argparse.ArgumentParser:
+    """Each subcommand is a module of its name: ``add_arguments(parser)``, ``run(arguments)``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,7 +47,13 @@ def main() -> None:
         module.add_arguments(subparser)
         subparser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
         subparser.set_defaults(run=module.run)
-    arguments = parser.parse_args()
+    return parser
+
+
+@exits_cleanly
+def main() -> None:
+    """Dispatch to ``tools/benchmarks/<subcommand>.py``."""
+    arguments = new_parser().parse_args()
     record = {"machine": machine(), **arguments.run(arguments)}
     if arguments.json is not None:
         write_whole(arguments.json, (json.dumps(record, indent=2) + "\n").encode())

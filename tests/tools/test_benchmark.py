@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -162,3 +164,18 @@ def test_every_benchmark_is_a_subcommand():
     parts = {"common", "processes", "engines", "peers"}
     modules = {path.stem for path in folder.glob("[!_]*.py")} - parts
     assert modules == set(benchmark.SUBCOMMANDS)
+
+
+def test_the_commands_of_the_pages_are_accepted():
+    docs = Path(benchmark.__file__).parents[1] / "docs"
+    pages = [path.read_text(encoding="utf-8") for path in docs.glob("*.md")]
+    commands = [
+        shlex.split(line)
+        for page in pages
+        for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.startswith("python tools/benchmark.py")
+    ]
+    assert len(commands) >= 5
+    for words in commands:
+        benchmark.new_parser().parse_args(words[2:])
