@@ -137,14 +137,14 @@ def _saved_at(folder: Path) -> int:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` stands for: itself, or the latest one of a run's folder or of a
-    directory of checkpoints.
+    """The checkpoint that ``path`` stands for: itself, the one that the link ``best`` leads to, or
+    the latest one of a run's folder or of a directory of checkpoints.
 
     Raises:
         CheckpointError: it is none of these.
     """
     if (path / MANIFEST).is_file():
-        return path
+        return path.parent / os.readlink(path) if path.is_symlink() else path
     for directory in (path, path / "checkpoints"):
         latest = CheckpointFolders(directory).latest()
         if latest is not None:

@@ -47,21 +47,21 @@ def describe_contents(path: Path, verify: bool = False, tensors: bool = True) ->
 
 def _describe_directory(directory: Path, verify: bool) -> Iterator[str]:
     folders = CheckpointFolders(directory)
-    complete, latest = folders.complete(), folders.latest()
+    complete, names = folders.complete(), {"latest": folders.latest(), "best": folders.best()}
     yield f"{directory}: {len(complete)} checkpoints"
     for folder in complete:
-        mark = "latest" if folder == latest else ""
+        marks = ", ".join(name for name, named in names.items() if named == folder)
         try:
             manifest = Manifest.read(folder)
             if verify:
                 verify_files(manifest.files, folder)
         except CheckpointError as error:
-            yield f"  {folder.name} {mark:<6}  DAMAGED: {error}"
+            yield f"  {folder.name} {marks:<12}  DAMAGED: {error}"
             continue
         verified = ", verified" if verify else ""
         size = _megabytes(sum(entry.size for entry in manifest.files.values()))
         yield (
-            f"  {folder.name} {mark:<6}  {_date(manifest)}  {size}  "
+            f"  {folder.name} {marks:<12}  {_date(manifest)}  {size}  "
             f"{Topology(**manifest.topology)}{verified}"
         )
 

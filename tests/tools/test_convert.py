@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tools.convert
 from megaegpt.config import EncoderConfig, ModelConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.model.build import build_model
@@ -21,7 +24,6 @@ from megaegpt.training.engine import Engine
 from megaegpt.training.parts import freeze
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.runs import Curve, advance, run_config
-from tools.convert import main
 
 ROOT = Path(__file__).parents[2]
 GRID = ProcessGrid()
@@ -47,7 +49,7 @@ class _Convert:
     def __call__(self, *words: str | Path) -> str:
         """What it prints."""
         self._monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
-        main()
+        tools.convert.main()
         return self._capsys.readouterr().out
 
     def fails(self, *words: str | Path) -> str:
@@ -63,6 +65,18 @@ class _Convert:
 @pytest.fixture
 def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> _Convert:
     return _Convert(monkeypatch, capsys)
+
+
+def test_what_the_help_and_the_documentation_say_to_type_is_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    text = f"{tools.convert.__doc__}\n{page}".replace("\\\n", " ")
+    commands = re.findall(r"^.*tools/convert\.py (.+)$", text, re.MULTILINE)
+    assert len(commands) > 10
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["convert.py", *shlex.split(command, comments=True)])
+        tools.convert._parse_arguments()
 
 
 def test_export_and_import_are_inverse(convert: _Convert, weights: Path, tmp_path: Path) -> None:
@@ -133,6 +147,7 @@ def _train_and_save(folder: Path) -> None:
     for step in (SAVED - 1, SAVED):
         advance(engine, config, range(step - 1, step))
         manager.save(engine, step, state, writers)
+    manager.mark_best(SAVED, grid)
     engine.close()
 
 
@@ -153,7 +168,7 @@ def test_checkpoints_are_listed_and_merged_with_their_optimizer_state(
     distributed(2, _train_and_save, saved)
 
     listed = convert("list", tmp_path / "run", "--verify")
-    assert "step_00000003 latest" in listed
+    assert "step_00000003 latest, best" in listed
     assert listed.count("tensor parallel 2 x data parallel 1, ZeRO stage 2, fp32, verified") == 2
     checkpoint = saved / "step_00000003"
     listed = convert("list", checkpoint)
@@ -162,7 +177,7 @@ def test_checkpoints_are_listed_and_merged_with_their_optimizer_state(
     assert "stack.blocks.0.attention.key.weight     8 x 32          on each of 2" in listed
     assert "stack.blocks.0.attention.output.weight  32 x 32         columns over 2" in listed
 
-    command = [sys.executable, "tools/convert.py", "reshape", str(tmp_path / "run"), str(merged)]
+    command = [sys.executable, "tools/convert.py", "reshape", str(saved / "best"), str(merged)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -176,5 +191,5 @@ def test_checkpoints_are_listed_and_merged_with_their_optimizer_state(
     path = checkpoint / name
     path.write_bytes(path.read_bytes()[:-1])
     listed = convert("list", tmp_path / "run", "--verify")
-    assert f"step_00000003 latest  DAMAGED: {path} has " in listed
+    assert f"step_00000003 latest, best  DAMAGED: {path} has " in listed
     assert f"error: {path} has " in convert.fails("list", checkpoint, "--verify")
