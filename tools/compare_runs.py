@@ -9,28 +9,12 @@ validation text; nats per byte compare between tokenizers too.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megaegpt.config import RunConfig
-from megaegpt.config.loading import load_config
 from megaegpt.errors import DataError, exits_cleanly
-
-
-@dataclass(frozen=True)
-class Result:
-    """The latest evaluation of a run."""
-
-    name: str
-    config: RunConfig
-    step: int
-    loss: float
-    """Nats per token."""
-    nats_per_byte: float
-    by_chunk: tuple[float, ...]
-    """Nats per token by chunk of the window; empty for a gpt."""
+from megaegpt.report.runs import Run, read_runs
 
 
 @exits_cleanly
@@ -40,63 +24,52 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    print(compare([read_result(run) for run in parser.parse_args().runs]))
+    print(compare(read_runs(parser.parse_args().runs)))
 
 
-def read_result(run: Path) -> Result:
-    """The last validation in a run's ``metrics.jsonl``.
+def compare(runs: list[Run]) -> str:
+    """The tables as text.
 
     Raises:
-        DataError: the folder holds no run, or one that was not evaluated yet.
-        ConfigError: its ``config.yaml`` cannot be read.
+        DataError: a run was not evaluated yet.
     """
-    config = load_config(run / "config.yaml")
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{run}: no metrics.jsonl of a run ({error.strerror})") from None
-    try:
-        records = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise DataError(f"{run}/metrics.jsonl is damaged: {error}") from None
-    record = next((r for r in reversed(records) if "validation_loss" in r), None)
-    if record is None:
-        raise DataError(
-            f"{run} was not evaluated yet: is data.validation set, and the run complete?"
-        )
-    return Result(
-        name=run.name,
-        config=config,
-        step=record["step"],
-        loss=record["validation_loss"],
-        nats_per_byte=record["validation_nats_per_byte"],
-        by_chunk=tuple(record.get("validation_loss_by_chunk", ())),
-    )
-
-
-def compare(results: list[Result]) -> str:
-    """The tables as text."""
+    evaluations = {run.name: _evaluation(run) for run in runs}
     rows = [["run", "model", "steps", "tokens seen", "nats/token", "nats/byte", "perplexity"]]
-    for result in results:
+    for run in runs:
+        record = evaluations[run.name]
+        step, loss = record["step"], record["validation_loss"]
         rows.append(
             [
-                result.name,
-                result.config.model.kind,
-                f"{result.step:,}",
-                f"{result.config.tokens_before(result.step):,}",
-                f"{result.loss:.4f}",
-                f"{result.nats_per_byte:.4f}",
-                f"{math.exp(min(result.loss, 700.0)):.1f}",
+                run.name,
+                run.config.model.kind,
+                f"{step:,}",
+                f"{run.config.tokens_before(step):,}",
+                f"{loss:.4f}",
+                f"{record['validation_nats_per_byte']:.4f}",
+                f"{math.exp(min(loss, 700.0)):.1f}",
             ]
         )
     tables = [aligned(rows)]
-    chunked = [result for result in results if result.by_chunk]
-    if chunked:
-        numbers = [str(number) for number in range(max(len(r.by_chunk) for r in chunked))]
-        lines = [[r.name, *(f"{loss:.3f}" for loss in r.by_chunk)] for r in chunked]
+    by_chunk = {
+        name: record["validation_loss_by_chunk"]
+        for name, record in evaluations.items()
+        if "validation_loss_by_chunk" in record
+    }
+    if by_chunk:
+        numbers = [str(number) for number in range(max(map(len, by_chunk.values())))]
+        lines = [[name, *(f"{loss:.3f}" for loss in losses)] for name, losses in by_chunk.items()]
         tables.append("nats/token by chunk of the window (= earlier chunks there are)")
         tables.append(aligned([["chunk", *numbers], *lines]))
     return "\n".join(tables)
+
+
+def _evaluation(run: Run) -> dict[str, Any]:
+    record = run.last_validation()
+    if record is None:
+        raise DataError(
+            f"{run.name} was not evaluated yet: is data.validation set, and the run complete?"
+        )
+    return record
 
 
 def aligned(rows: list[list[str]]) -> str:

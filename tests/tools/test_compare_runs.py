@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megaegpt.errors import DataError
-from tools.compare_runs import compare, read_result
+from megaegpt.report.runs import read_runs
+from tools.compare_runs import compare
 
 
 def make_run(folder: Path, kind: str, losses: list[float], chunks: list[float]) -> Path:
@@ -34,7 +35,7 @@ def test_the_last_validation_of_each_run_is_shown_and_chunks_where_there_are_som
         make_run(tmp_path / "encoder", "gpt", [6.0, 5.0], []),
         make_run(tmp_path / "small", "egpt", [4.0], [4.25, 3.75]),
     ]
-    lines = compare([read_result(run) for run in runs]).splitlines()
+    lines = compare(read_runs(runs)).splitlines()
     assert lines[0].split("  ")[-1].strip() == "perplexity"
     assert lines[2].split() == ["encoder", "gpt", "20", "320", "5.0000", "1.2500", "148.4"]
     assert lines[3].split() == ["small", "egpt", "10", "160", "4.0000", "1.0000", "54.6"]
@@ -49,11 +50,11 @@ def test_the_last_validation_of_each_run_is_shown_and_chunks_where_there_are_som
 def test_a_run_without_an_evaluation_is_named(tmp_path):
     run = make_run(tmp_path / "new", "gpt", [], [])
     with pytest.raises(DataError, match="new was not evaluated yet"):
-        read_result(run)
+        compare(read_runs([run]))
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     run = make_run(tmp_path / "other", "gpt", [1.0], [])
     (run / "metrics.jsonl").unlink()
     with pytest.raises(DataError, match=r"other: no metrics\.jsonl"):
-        read_result(run)
+        read_runs([run])

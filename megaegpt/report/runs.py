@@ -1,0 +1,128 @@
+"""What a run has left in its folder: its configuration and the records of ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megaegpt.config import RunConfig
+from megaegpt.config.loading import config_to_dict, load_config
+from megaegpt.errors import DataError
+
+_OWN_TO_EACH_RUN = ("logging.directory", "checkpoint.directory")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, finished or not."""
+
+    name: str
+    config: RunConfig
+    records: list[dict[str, Any]] = field(repr=False)
+    """In the order of their steps; training and validation have records of their own."""
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the records that have ``key``."""
+        points = [(r["step"], r[key]) for r in self.records if key in r]
+        return [step for step, _ in points], [value for _, value in points]
+
+    @property
+    def steps(self) -> int:
+        """Steps on record."""
+        return max((record["step"] for record in self.records), default=0)
+
+    def last_validation(self) -> dict[str, Any] | None:
+        """The record of the latest evaluation, if there was one."""
+        return next((r for r in reversed(self.records) if "validation_loss" in r), None)
+
+    def best_validation(self) -> dict[str, Any] | None:
+        """The record of the evaluation with the lowest loss, if there was one."""
+        evaluated = [r for r in self.records if "validation_loss" in r]
+        return min(evaluated, key=lambda r: r["validation_loss"], default=None)
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a folder, the one that its ``logging.directory`` named.
+
+    A last line that is still being written is left out.
+
+    Raises:
+        DataError: the folder holds no records of a run, or damaged ones.
+        ConfigError: its ``config.yaml`` cannot be read.
+    """
+    config = load_config(folder / "config.yaml")
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise DataError(f"{folder}: no metrics.jsonl of a run ({error.strerror})") from None
+    records = [_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    return Run(folder.resolve().name, config, records)
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is damaged: {error}") from None
+    step = record.get("step") if isinstance(record, dict) else None
+    if type(step) is not int or not all(_is_value(v) for v in record.values()):
+        raise DataError(f"{where} is not a record of a run")
+    return record
+
+
+def _is_value(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(type(v) in (int, float) and math.isfinite(v) for v in values)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Several runs; where folders have the same name, by their paths below what all have in common.
+
+    Raises:
+        DataError: as for :func:`read_run`, or a folder is given twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for folder in resolved:
+        if resolved.count(folder) > 1:
+            raise DataError(f"{folder} is given twice")
+    runs = [read_run(folder) for folder in folders]
+    if len({run.name for run in runs}) == len(runs):
+        return runs
+    common = os.path.commonpath(resolved)
+    return [
+        dataclasses.replace(run, name=folder.relative_to(common).as_posix())
+        for run, folder in zip(runs, resolved, strict=True)
+    ]
+
+
+def config_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Dotted keys whose values are not the same in all runs, with every run's value."""
+    flat = [_flatten(config_to_dict(run.config)) for run in runs]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    shown = {key: [_show(values.get(key)) for values in flat] for key in keys}
+    return {
+        key: values
+        for key, values in shown.items()
+        if len(set(values)) > 1 and key not in _OWN_TO_EACH_RUN
+    }
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,45 @@
+"""Turn the records of one or several runs into one HTML file: tables, curves, loss by chunk, and
+how their configurations differ.
+
+    python tools/report.py runs/deepgpt runs/egpt --output report.html
+
+A run is the folder named by its logging.directory, finished or not. The file needs no other file
+and no network. Figures are drawn by matplotlib (the extra `plots`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megaegpt.data.files import write_whole
+from megaegpt.errors import LaunchError, exits_cleanly
+from megaegpt.report.figures import can_draw
+from megaegpt.report.page import render
+from megaegpt.report.runs import read_runs
+
+
+@exits_cleanly
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="default: report.html",
+    )
+    arguments = parser.parse_args()
+    if not can_draw():
+        raise LaunchError("figures need the package matplotlib: pip install matplotlib")
+    page = render(read_runs(arguments.runs))
+    write_whole(arguments.output, page.encode())
+    print(f"{arguments.output}: {len(arguments.runs)} run(s), {len(page) / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
