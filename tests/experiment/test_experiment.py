@@ -19,7 +19,7 @@ from megaegpt.errors import CheckpointError, DataError
 from megaegpt.experiment.plan import ExperimentPlan, load_plan
 from megaegpt.experiment.plots import write_plots
 from megaegpt.experiment.report import collect, insert, markdown
-from megaegpt.experiment.runs import RESULT, Experiment, StoppedError, best_step
+from megaegpt.experiment.runs import RESULT, Experiment, StoppedError, best_step, read_metrics
 from megaegpt.training.stopping import StopRequests
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.tiny import StopAfter
@@ -101,6 +101,13 @@ def test_history_changes_no_loss_in_the_first_chunk(report):
     for kind in ("shuffled", "zero"):
         assert losses[kind]["by_chunk"][0] == pytest.approx(losses["true"]["by_chunk"][0], rel=1e-7)
         assert losses[kind]["by_chunk"][1] != losses["true"]["by_chunk"][1]
+
+
+def test_gates_are_recorded_at_every_evaluation(report, output):
+    records = read_metrics(output / "runs/bible/steps/egpt_improved/seed1")
+    gates = {r["step"]: r["memory_gate/01"] for r in records if "memory_gate/01" in r}
+    assert sorted(gates) == [2, 4]
+    assert min(gates.values()) > 0
 
 
 def test_the_chosen_checkpoint_is_the_best_on_the_selection_part(report, output):
