@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from megaegpt.errors import DataError
 _PART_OF = re.compile(r"-(\d{5})-of-(\d{5})$")
 _HASHED_BLOCK = 1 << 20
 _HASHED_BLOCKS = 64
+_OPEN_FILES = 256
 
 
 class TokenStream:
@@ -46,6 +48,9 @@ class TokenStream:
         self._begins = [0, *self._ends[:-1]]
         bounds = [0, *accumulate(len(found) for found in sets)]
         self._pages = ResidentPages(sum(tokens.nbytes for tokens in self._tokens))
+        types = {tokens.dtype for tokens in self._tokens}
+        self._dtype = types.pop() if len(types) == 1 else None
+        self._file = lru_cache(_OPEN_FILES)(lambda shard: _OpenFile(self.shards[shard].bin_path))
         tokens_before = [0, *self._ends]
         self.spans = [(tokens_before[a], tokens_before[b]) for a, b in pairwise(bounds)]
         if not self.shards or not self._ends[-1]:
@@ -83,18 +88,29 @@ class TokenStream:
     def read_rows(self, starts: np.ndarray, out: np.ndarray) -> None:
         """Fill ``out`` (n, length), of any integer type, with the spans that begin at ``starts``.
 
-        One copy a row, straight from the map: several times faster than gathering by index. The
-        process does not grow by what it has read.
+        Rows come by system calls, not through the map: that is faster, since the kernel maps far
+        more than a row for each page that is not there, and the process does not grow by it.
+
+        Raises:
+            DataError: a file cannot be read, or has become shorter.
         """
         length = out.shape[1]
-        self._pages.note(len(out), out.size * self._tokens[0].itemsize, self._tokens)
-        for row, start in enumerate(starts.tolist()):
+        row = np.empty(length, self._dtype)
+        buffers = (row.data.cast("B"),)
+        for number, start in enumerate(starts.tolist()):
             shard = bisect_right(self._ends, start)
-            if start + length <= self._ends[shard]:
-                offset = start - self._begins[shard]
-                out[row] = self._tokens[shard][offset : offset + length]
-            else:
-                out[row] = self.read(start, length)
+            if self._dtype is None or start + length > self._ends[shard]:
+                out[number] = self.read(start, length)
+                continue
+            file = self._file(shard)
+            position = (start - self._begins[shard]) * row.itemsize
+            try:
+                count = os.preadv(file.descriptor, buffers, position)
+            except OSError as error:
+                raise DataError(f"cannot read {file.path}: {error.strerror}") from None
+            if count < row.nbytes:
+                raise DataError(f"{file.path} has become shorter since it was opened")
+            out[number] = row
 
     @cached_property
     def fingerprint(self) -> str:
@@ -116,6 +132,21 @@ class TokenStream:
                 start = last * block // (_HASHED_BLOCKS - 1)
                 digest.update(content[start : start + _HASHED_BLOCK].data)
         return digest.hexdigest()
+
+
+class _OpenFile:
+    """Closes itself when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 def shard_name(split: str, number: int, count: int) -> str:

@@ -108,6 +108,36 @@ def test_spans_are_those_of_the_given_prefixes(tmp_path: Path) -> None:
     assert [Path(stream.name_at(n)).name[:6] for n in (4, 5)] == ["single", "set-00"]
 
 
+def test_rows_come_out_of_many_files_of_several_types(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "_OPEN_FILES", 2)
+    same = counting_stream(tmp_path, 100, shard_tokens=7)
+    mixed = TokenStream([*same.prefixes, write_shard(tmp_path / "u", [np.arange(100, 120)])])
+    starts = np.array([93, 0, 50, 14, 0, 77])
+    for stream in (same, mixed):
+        for length in (1, 5, 7):
+            rows = np.empty((len(starts), length), np.int64)
+            stream.read_rows(starts, rows)
+            assert np.array_equal(rows, starts[:, None] + np.arange(length))
+
+
+def test_a_file_that_shrinks_or_goes_after_it_was_opened_is_named(tmp_path: Path) -> None:
+    rows = np.empty((1, 5), np.int64)
+    stream = TokenStream([write_shard(tmp_path / "s", [np.arange(50)])])
+    stream.read_rows(np.array([45]), rows)
+    with open(tmp_path / "s.bin", "r+b") as file:
+        file.truncate(40)
+    with pytest.raises(DataError, match=r"s\.bin has become shorter since it was opened"):
+        stream.read_rows(np.array([45]), rows)
+    (tmp_path / "s.bin").unlink()
+    stream.read_rows(np.array([3]), rows)  # still open
+    other = TokenStream([write_shard(tmp_path / "t", [np.arange(50)])])
+    (tmp_path / "t.bin").unlink()
+    with pytest.raises(DataError, match=r"cannot read .*t\.bin: No such file"):
+        other.read_rows(np.array([3]), rows)
+
+
 def write_zeros(prefix: Path, documents: int, length: int) -> None:
     """A shard of zeros that takes up no room on disk."""
     with open(f"{prefix}.bin", "wb") as tokens:
@@ -145,7 +175,7 @@ print(json.dumps([seconds, first, memory("RssAnon") - own, memory("VmHWM")]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process reads its size in /proc")
 def test_a_billion_tokens_open_at_once_and_memory_stays_flat(tmp_path: Path) -> None:
-    """9,600 samples map half a gigabyte where nothing lets go of it."""
+    """Read through a map, 9,600 samples would make half a gigabyte of it resident."""
     write_zeros(tmp_path / "s", documents=500_000, length=2000)
     command = [sys.executable, "-c", _DRAW, f"{tmp_path}/s"]
     result = subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[2])
@@ -153,4 +183,4 @@ def test_a_billion_tokens_open_at_once_and_memory_stays_flat(tmp_path: Path) -> 
     assert seconds < 1
     assert first < 100  # MiB, the interpreter and numpy included
     assert growth < 4
-    assert most < 300
+    assert most < 100
