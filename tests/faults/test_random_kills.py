@@ -56,6 +56,10 @@ class KilledRun:
     corpus: Path
     folder: Path
     dice: random.Random
+    starting: float = 2.0
+    """Seconds to the first step."""
+    period: float = 0.1
+    """Seconds from one checkpoint to the next."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -91,19 +95,29 @@ class KilledRun:
     def _wait(self, ranks: Ranks, moment: str) -> bool:
         """Until a random moment of this kind; False if the run was complete before."""
         if moment == "at any time":
-            time.sleep(self.dice.uniform(0, 2))
-        elif moment == "while training":
-            self._until(ranks, lambda: "| loss" in ranks.shown(0))
-            time.sleep(self.dice.uniform(0, 0.2))
+            time.sleep(self.dice.uniform(0, 1.5 * self.starting))
         else:
+            self._until(ranks, lambda: "| loss" in ranks.shown(0))
+            time.sleep(self.dice.uniform(0, 4 * self.period))
+        if moment == "while saving":
             directory = self.checkpoints.directory
             self._until(ranks, lambda: any(directory.glob(".*-step_*")))
-            time.sleep(self.dice.uniform(0, 0.05))
+            time.sleep(self.dice.uniform(0, self.period / 2))
         return any(process.is_alive() for process in ranks.processes)
 
     def _until(self, ranks: Ranks, condition: Callable[[], bool]) -> None:
         while ranks.processes[0].is_alive() and not condition():
             time.sleep(0.002)
+
+    def measure(self) -> None:
+        """Live undisturbed, and take the times that kills are drawn from."""
+        began = time.monotonic()
+        ranks = Ranks(2, self.folder, train, self.config)
+        self._until(ranks, lambda: "| loss" in ranks.shown(0))
+        first = time.monotonic()
+        assert ranks.wait(600) == [0, 0], ranks.shown(0) + ranks.shown(1)
+        self.starting = first - began
+        self.period = (time.monotonic() - first) * self.config.checkpoint.interval / STEPS
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
@@ -111,17 +125,21 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
 ) -> None:
     dice = random.Random(os.environ.get("MEGAEGPT_KILLS_SEED", "0"))
     straight = KilledRun(corpus, tmp_path / "straight", dice)
-    straight.live(kill=False)
+    straight.measure()
     assert sorted(losses(straight.folder)) == list(range(1, STEPS + 1))
-    kills = runs = 0
+    kills, runs, lives = 0, 0, []
     while kills < KILLS:
-        run = KilledRun(corpus, tmp_path / f"killed_{runs}", dice)
+        folder = tmp_path / f"killed_{runs}"
+        run = KilledRun(corpus, folder, dice, straight.starting, straight.period)
         while run.saved() < STEPS:
-            kills += run.live(kill=kills < KILLS)
+            before = run.saved()
+            killed = run.live(kill=kills < KILLS)
+            kills += killed
+            lives += [run.saved() - before] if killed else []
         run.live(kill=False)  # what was killed after its last checkpoint has its last evaluation
         _assert_same(straight, run)
         runs += 1
-    print(f"{kills} kills over {runs} runs of {STEPS} steps")
+    print(f"{kills} kills over {runs} runs of {STEPS} steps; steps saved by each life: {lives}")
 
 
 def _assert_same(straight: KilledRun, killed: KilledRun) -> None:

@@ -169,5 +169,5 @@ def test_the_frozen_encoder_counts_weights_and_a_pass_without_gradients() -> Non
     config = run_config(1, 2, "bf16", kind="egpt")
     encoder = ModelConfig(vocab_size=4000, hidden_size=128, num_layers=2, num_heads=4)
     without, with_encoder = (estimate_memory(config, 1, "bf16", e) for e in (None, encoder))
-    assert with_encoder.encoder == 2 * meta_model(encoder).num_parameters()
+    assert with_encoder.frozen == 2 * meta_model(encoder).num_parameters()
     assert without.activations <= with_encoder.activations < 1.5 * without.activations

@@ -1,0 +1,67 @@
+"""``tools/plan.py`` as a user calls it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tools import plan
+
+SMALL = ["model.num_layers=1", "model.hidden_size=64", "model.num_heads=2", "model.vocab_size=500"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Call the program; its exit code."""
+    words = ["plan.py", "--config", "configs/gpt2_124m.yaml", *SMALL, *arguments]
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        plan.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_a_plan_names_all_that_a_run_takes(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--gpu", "h100", "--gpus", "16") == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "trainable parameters",
+        "16 x NVIDIA H100 80GB HBM3 in 2 machines",
+        "FLOP a step",
+        "GiB a rank",
+        "gradients",
+        "s a step at 50% of the peak",
+        "tokens/s",
+    ):
+        assert words in shown
+    assert "warning" not in shown
+
+
+def test_what_does_not_fit_is_said_with_the_knobs_and_what_would(monkeypatch, capsys) -> None:
+    batch = ["training.micro_batch_size=128", "training.global_batch_size=128"]
+    wide = ["model.hidden_size=4096", "model.num_layers=3"]
+    assert run(monkeypatch, "--gpu", "rtx3090", "--gpus", "1", *wide, *batch) == 0
+    shown = capsys.readouterr().out
+    assert "warning: " in shown
+    for knob in ("training.micro_batch_size", "training.activation_checkpointing", "--gpus"):
+        assert knob in shown.split("warning: ")[1]
+    assert "the fastest first:" in shown
+
+
+def test_a_speed_that_is_not_known_is_asked_for(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--gpu", "cpu", "--gpus", "2") == 0
+    assert "unknown: give the GPU's peak in fp32 by --tflops" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "h42", "--gpus", "1"], "error: --gpu h42 is not in the table: choose one of"),
+        (["--gpu", "h100", "--gpus", "3"], "training.global_batch_size"),
+        (["--gpu", "h100", "--gpus", "0"], "--gpus"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(monkeypatch, capsys, arguments: list[str], words: str) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert words in capsys.readouterr().err

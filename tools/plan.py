@@ -1,0 +1,164 @@
+"""Say what a run will take on given machines: memory, operations, communication, time.
+
+    python tools/plan.py --config configs/gpt2_124m.yaml --gpu h100 --gpus 8
+    python tools/plan.py --config X.yaml --gpu a100 --gpus 64 --alternatives model.num_layers=48
+
+Parameters and operations are counted, and memory and communication follow from a micro-step played
+through with tensors that have no memory. Time is an estimate: the computation at a share of the
+GPU's peak, and the communication at the data sheet's speed, one after the other. What follows the
+options as section.key=value replaces values of the configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Iterator
+
+from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.config.loading import load_config
+from megaegpt.errors import CheckpointError, ConfigError, exits_cleanly
+from megaegpt.training.hardware import accelerator_names, find_accelerator
+from megaegpt.training.metrics import short_count, short_time
+from megaegpt.training.plan import USABLE_MEMORY, Machines, Plan, alternatives, make_plan
+from megaegpt.training.summary import describe_run
+
+_GPUS_OF_A_MACHINE = 8
+
+
+@exits_cleanly
+def main() -> None:
+    """Print the plan."""
+    arguments = _parse_arguments()
+    config = load_config(arguments.config, arguments.overrides, arguments.gpus)
+    encoder, notices = _find_encoder(config)
+    per_node = arguments.per_node or min(arguments.gpus, _GPUS_OF_A_MACHINE)
+    machines = Machines(find_accelerator(arguments.gpu, per_node), arguments.gpus, per_node)
+    replan = functools.partial(
+        make_plan,
+        machines=machines,
+        encoder=encoder,
+        flops=None if arguments.tflops is None else 1e12 * arguments.tflops,
+        efficiency=arguments.efficiency,
+    )
+    plan = replan(config)
+    for line in [*notices, *describe(plan, arguments.efficiency)]:
+        print(line)
+    if arguments.alternatives or not plan.fits:
+        for line in compare(alternatives(plan, replan)):
+            print(line)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run")
+    parser.add_argument("--gpu", required=True, help=f"one of {', '.join(accelerator_names())}")
+    parser.add_argument("--gpus", required=True, type=_positive, help="of all machines together")
+    parser.add_argument("--per-node", type=_positive, help="GPUs of a machine (default: at most 8)")
+    parser.add_argument(
+        "--tflops", type=_share_of(1e6), help="peak of a GPU, where the table does not have it"
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=_share_of(1),
+        default=0.5,
+        help="share of the peak that the computation reaches (default: 0.5)",
+    )
+    parser.add_argument(
+        "--alternatives", action="store_true", help="other ways to run it, though this one fits"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that differ from the file"
+    )
+    return parser.parse_intermixed_args()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _share_of(most: float) -> functools.partial[float]:
+    return functools.partial(_between_0_and, most)
+
+
+def _between_0_and(most: float, text: str) -> float:
+    number = float(text)
+    if not 0 < number <= most:
+        raise ValueError
+    return number
+
+
+def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:
+    if config.model.kind == "gpt":
+        return None, []
+    from megaegpt.training.stores import find_encoder
+
+    try:
+        return find_encoder(config), []
+    except (CheckpointError, ConfigError) as error:
+        return None, [f"notice: the encoder is left out of the numbers below: {error}"]
+
+
+def describe(plan: Plan, efficiency: float) -> Iterator[str]:
+    """The plan, a line each, and a warning if it does not fit."""
+    config, machines = plan.config, plan.machines
+    yield from describe_run(
+        config, plan.size, plan.dp_size, plan.precision, str(machines), plan.memory
+    )
+    sent = plan.communication
+    yield (
+        f"{'traffic':<11}a rank's collectives a step: gradients {_gb(sent.gradients)}, weights "
+        f"{_gb(sent.weights)}, tensor-parallel {_gb(sent.tensor_parallel)}"
+    )
+    if plan.time is None or plan.tokens_per_second is None:
+        yield f"{'time':<11}unknown: give the GPU's peak in {plan.precision} by --tflops"
+    else:
+        time = plan.time
+        whole = short_time(config.training.steps * time.total)
+        yield (
+            f"{'time':<11}about {time.total:.3g} s a step at {efficiency:.0%} of the peak: compute "
+            f"{time.compute:.3g}, gradients {time.gradients:.3g}, weights {time.weights:.3g}, "
+            f"tensor-parallel {time.tensor_parallel:.3g}"
+        )
+        yield f"{'':<11}{short_count(plan.tokens_per_second)} tokens/s, {whole} for the run"
+    if not plan.fits:
+        yield (
+            f"warning: {_gib(plan.memory.total)} do not fit in {USABLE_MEMORY:.0%} of "
+            f"{_gib(machines.accelerator.memory)}: lower training.micro_batch_size, recompute by "
+            "training.activation_checkpointing, or raise parallel.tensor_parallel_size or --gpus"
+        )
+
+
+def compare(plans: list[Plan]) -> Iterator[str]:
+    """A table of plans that fit, the fastest first."""
+    if not plans:
+        yield "nothing fits: more GPUs, GPUs with more memory, or a smaller model"
+        return
+    yield "with the largest micro-batch that fits, the fastest first:"
+    yield (
+        "tensor_parallel_size  activation_checkpointing  micro_batch_size  memory a rank  s a step"
+    )
+    for plan in plans:
+        training, tp = plan.config.training, plan.config.parallel.tensor_parallel_size
+        seconds = "n/a" if plan.time is None else f"{plan.time.total:.3g}"
+        yield (
+            f"{tp:>20}  {training.activation_checkpointing:>24}  {training.micro_batch_size:>16}  "
+            f"{_gib(plan.memory.total):>13}  {seconds:>8}"
+        )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+if __name__ == "__main__":
+    main()
