@@ -139,7 +139,7 @@ def run_harness(
         DataError: a task is not known, or its data cannot be had.
     """
     try:
-        manager = TaskManager(include_path=None if folder is None else str(folder))
+        manager = _task_manager(tasks, folder)
         unknown = sorted(set(tasks) - set(manager.all_tasks))
         if unknown:
             raise DataError(f"the harness has no task {', '.join(unknown)}")
@@ -156,6 +156,15 @@ def run_harness(
         raise DataError(f"the harness cannot read a task's data: {error}") from None
     results: dict[str, dict[str, Any]] = found["results"]
     return results
+
+
+def _task_manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
+    """Knows the tasks; the harness' own thousands are indexed only if need be."""
+    if folder is None:
+        return TaskManager()
+    own = TaskManager(include_path=str(folder), include_defaults=False)
+    known = set(tasks) <= set(own.all_tasks)
+    return own if known else TaskManager(include_path=str(folder))
 
 
 def measures(result: dict[str, Any]) -> dict[str, float]:

@@ -39,7 +39,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """Tokens of two texts as they are in the one text that they make.
 
     Spaces at the context's end belong to the continuation, as they do for GPT-2's tokens. Without a
-    context it is an end of text.
+    context it is an end of text. A continuation that would be swallowed by the context's last token
+    is encoded by itself.
     """
     spaces = len(context) - len(context.rstrip())
     if spaces:
@@ -47,7 +48,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     if not context:
         return [tokenizer.eot_token], tokenizer.encode(continuation)
     whole, first = tokenizer.encode(context + continuation), tokenizer.encode(context)
-    return first, whole[len(first) :]
+    return first, whole[len(first) :] or tokenizer.encode(continuation)
 
 
 class Scorer:

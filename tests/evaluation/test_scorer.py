@@ -71,4 +71,5 @@ def test_a_pair_has_the_tokens_of_its_text() -> None:
     first, rest = encode_pair(TOKENIZER, "Well, Prince ", "Andrew went")
     assert TOKENIZER.decode(first) == "Well, Prince"
     assert [*first, *rest] == TOKENIZER.encode("Well, Prince Andrew went")
+    assert encode_pair(TOKENIZER, "a", "b") == (TOKENIZER.encode("a"), TOKENIZER.encode("b"))
     assert encode_pair(TOKENIZER, "", "Andrew") == ([50256], TOKENIZER.encode("Andrew"))
