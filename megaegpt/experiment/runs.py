@@ -191,7 +191,7 @@ class Experiment:
         records = read_metrics(Path(config.logging.directory))
         size = measure_model(config, find_encoder(config))
         speeds = [r["tokens_per_second"] for r in records if "tokens_per_second" in r]
-        tokens = config.training.steps * config.training.global_batch_size * config.model.sample_len
+        tokens = config.tokens_before(config.training.steps)
         return {
             "parameters": size.parameters,
             "training": {

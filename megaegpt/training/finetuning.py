@@ -139,7 +139,7 @@ class InstructionData:
         self.tokens_per_sample = samples.tokens_per_row
         self.streams: Mapping[str, TokenStream] = {}
         self.num_chunks = 1
-        self._epochs = config.training.steps * config.training.global_batch_size / len(self.samples)
+        self._epochs = config.batches.samples_before(config.training.steps) / len(self.samples)
 
     def _read(self, files: Sequence[str]) -> list[Instruction]:
         return [r for file in files for r in read_instructions(Path(file), self._problems)]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,14 @@ __all__ = ["corpus"]
 STEPS, STOPPED = 30, 15
 
 
-def _config(kind: str, corpus: Path, folder: Path, tp_size: int, **training: object) -> RunConfig:
+def _config(
+    kind: str,
+    corpus: Path,
+    folder: Path,
+    tp_size: int,
+    schedule: str = "cosine",
+    **training: object,
+) -> RunConfig:
     return run_config(
         kind,
         corpus,
@@ -38,6 +46,7 @@ def _config(kind: str, corpus: Path, folder: Path, tp_size: int, **training: obj
             "micro_batch_size": 1,
             **training,
         },
+        optimizer={"schedule": schedule},
         checkpoint={"interval": 6},
         logging={"interval": 7},
     )
@@ -54,10 +63,10 @@ def _straight_and_interrupted(
     corpus: Path,
     folder: Path,
     tp_size: int = 2,
-    training: dict[str, object] | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> None:
-    assert _run(_config(kind, corpus, folder / "straight", tp_size, **training or {}))
-    interrupted = _config(kind, corpus, folder / "interrupted", tp_size, **training or {})
+    assert _run(_config(kind, corpus, folder / "straight", tp_size, **changes or {}))
+    interrupted = _config(kind, corpus, folder / "interrupted", tp_size, **changes or {})
     assert not _run(interrupted, stop_after=STOPPED)
     assert _run(interrupted, resume=True)
 
@@ -91,8 +100,8 @@ def test_a_run_interrupted_while_its_batch_grows_goes_on_exactly_at_dp_2(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:
     ramp = BatchRampConfig(start=2, increment=2, steps=9)  # 2, 4 from step 9 on, 6 from step 18 on
-    training = {"global_batch_size": 6, "batch_ramp": ramp}
-    distributed(2, _straight_and_interrupted, "gpt", corpus, tmp_path, 1, training)
+    changes = {"global_batch_size": 6, "batch_ramp": ramp, "schedule": "wsd"}
+    distributed(2, _straight_and_interrupted, "gpt", corpus, tmp_path, 1, changes)
     _assert_same_run(tmp_path / "straight", tmp_path / "interrupted")
 
 
