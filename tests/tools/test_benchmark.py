@@ -14,7 +14,7 @@ import torch
 
 from megaegpt.errors import ConfigError, LaunchError
 from tools import benchmark
-from tools.benchmarks import gpu
+from tools.benchmarks import attention, gpu
 from tools.benchmarks.common import parse_peers
 from tools.benchmarks.processes import Candidate, Workload, compare
 
@@ -82,6 +82,16 @@ def test_attention(run, tmp_path):
     }
     assert all(row["train"]["memory_bytes"] > 0 for row in record["rows"])
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_growth_is_of_the_time_per_token_from_4096_on():
+    def row(length: int, seconds: float) -> dict[str, Any]:
+        times = {"seconds": [seconds, seconds, 9.0], "cpu_seconds": [seconds, seconds, 9.0]}
+        return {"variant": "kind", "length": length, "train": times}
+
+    rows = [row(1024, 7.0), row(4096, 1.0), row(8192, 2.0), row(16384, 5.0)]
+    assert attention._growth(rows) == {"kind": pytest.approx(1.25)}
+    assert attention._growth(rows[:2]) == {}
 
 
 def test_data(run, tmp_path):

@@ -8,6 +8,7 @@ parameters, and the vocabulary is small, so that what differs is attention.
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -225,14 +226,22 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def _growth(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Time per token at the greatest length over that at 4,096 (or the smallest above it)."""
+    """Time per token at the greatest length over that at 4,096 (or the smallest above it).
+
+    Processor time where the CPU computes: other programs on the machine disturb it less, and
+    lengths are not measured in turns.
+    """
     lengths = sorted({row["length"] for row in rows if row["length"] >= _LONG})
     if len(lengths) < 2:
         return {}
+    key = "seconds" if torch.cuda.is_available() else "cpu_seconds"
+    seconds = {
+        (row["variant"], row["length"]): statistics.median(row["train"][key]) / row["length"]
+        for row in rows
+    }
     growth: dict[str, float] = {}
     for name in dict.fromkeys(row["variant"] for row in rows):
-        rate = {r["length"]: r["train"]["units_per_second"] for r in rows if r["variant"] == name}
-        growth[name] = rate[lengths[0]] / rate[lengths[-1]]
+        growth[name] = seconds[name, lengths[-1]] / seconds[name, lengths[0]]
         print(f"{name}: time per token x {growth[name]:.2f}, {lengths[0]:,} to {lengths[-1]:,}")
     return growth
 
