@@ -113,3 +113,10 @@ def _drop_pages(content: np.ndarray) -> None:
         owner = owner.obj
     if isinstance(owner, mmap.mmap):  # an empty file has no map
         owner.madvise(mmap.MADV_DONTNEED)
+
+
+def umask() -> int:
+    """The bits that the user wants new files not to have."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from megaegpt.data.files import umask
 from megaegpt.errors import CheckpointError
 
 
@@ -30,9 +31,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield temporary
         for file in temporary.iterdir():
+            file.chmod(0o666 & ~umask())  # safetensors and mkdtemp make them for their owner alone
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~umask())
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -40,10 +42,3 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    """``mkdtemp`` makes folders for their owner alone; this is what the user's own would be."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

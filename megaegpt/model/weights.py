@@ -23,6 +23,7 @@ from torch import nn
 from megaegpt.config import ModelConfig
 from megaegpt.config.loading import model_config_from_dict
 from megaegpt.config.validation import validate_model
+from megaegpt.data.files import umask
 from megaegpt.errors import CheckpointError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import full_state, shard, spec_of
@@ -80,6 +81,7 @@ def _whole_file(path: Path) -> Any:
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~umask())  # safetensors makes files for their owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megaegpt.config import ModelConfig
 from megaegpt.config.presets import create_model_config
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import CheckpointError
+from megaegpt.interop import huggingface
 from megaegpt.interop.export import export_gpt2, export_weights
 from megaegpt.interop.gpt2_layout import from_theirs
 from megaegpt.interop.huggingface import import_gpt2, read_config
@@ -224,6 +226,28 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "taken"]
 
 
+def test_a_full_disk_leaves_nothing_half_done(tmp_path: Path) -> None:
+    save_weights(build_model(OURS, GRID), tmp_path / "ours", GRID)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"theirs cannot be written: .*too large"):
+            export_weights(tmp_path / "ours", tmp_path / "theirs")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
+
+
+def test_others_may_read_what_the_user_lets_them_read(tmp_path: Path) -> None:
+    """safetensors makes files that nobody else on a cluster could load."""
+    save_weights(build_model(OURS, GRID), tmp_path / "ours", GRID)
+    export_weights(tmp_path / "ours", tmp_path / "theirs")
+    (tmp_path / "ordinary").touch()
+    wanted = (tmp_path / "ordinary").stat().st_mode
+    for folder in ("ours", "theirs"):
+        assert {p.stat().st_mode for p in (tmp_path / folder).iterdir()} == {wanted}
+
+
 # -- sources --------------------------------------------------------------------------------------
 
 
@@ -239,6 +263,22 @@ def test_a_conversion_is_kept_until_the_folder_changes(tmp_path: Path, own_cache
     second = resolve_weights_source(folder, GRID)
     assert second != first
     assert read_weights_config(second)[0].num_layers == 1
+
+
+def test_two_conversions_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of two machines that share a home: the slower one takes what the quicker one made."""
+    random_gpt2().save_pretrained(tmp_path / "theirs")
+    slower = huggingface.import_gpt2
+
+    def meanwhile(folder: Path, output: Path) -> None:
+        monkeypatch.setattr(huggingface, "import_gpt2", slower)
+        resolve_weights_source(tmp_path / "theirs", GRID)
+        slower(folder, output)
+
+    monkeypatch.setattr(huggingface, "import_gpt2", meanwhile)
+    found = resolve_weights_source(tmp_path / "theirs", GRID)
+    assert (our_logits(found) - their_logits(random_gpt2())).abs().max() < CLOSE
+    assert [p.name for p in found.parent.iterdir()] == [found.name]
 
 
 def test_a_damaged_conversion_is_found_and_named(tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 import tools.convert
 from megaegpt.config import EncoderConfig, ModelConfig
 from megaegpt.config.run import RunConfig
+from megaegpt.errors import CheckpointError
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.checkpoint import CheckpointManager
 from megaegpt.training.engine import Engine
 from megaegpt.training.parts import freeze
+from megaegpt.training.reshaping import reshape
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.runs import Curve, advance, run_config
 
@@ -151,17 +153,31 @@ def _train_and_save(folder: Path) -> None:
     engine.close()
 
 
-def _resume(folders: list[Path]) -> list[Curve]:
-    config, curves = _config(tp=1), []
+def _resume(tp: int, folders: list[Path]) -> list[Curve]:
+    config, curves = _config(tp), []
     for folder in folders:
-        engine = _engine(config, grid_for(1))
+        engine = _engine(config, grid_for(tp))
         CheckpointManager(folder, keep=1).load(engine)
         curves.append(advance(engine, config, range(SAVED, END)))
         engine.close()
     return curves
 
 
-def test_checkpoints_are_listed_and_merged_with_their_optimizer_state(
+def _assert_equal(ours: Curve, theirs: Curve) -> None:
+    assert ours.losses == theirs.losses
+    assert ours.norms == theirs.norms
+    assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in theirs.weights)
+
+
+def _split(merged: Path, folder: Path) -> None:
+    """Over two tensor-parallel ranks again; what cannot be done is refused."""
+    grid = grid_for(2)
+    reshape(merged / "step_00000003", folder, grid)
+    with pytest.raises(CheckpointError, match="holds checkpoints already"):
+        reshape(merged / "step_00000003", folder, grid)
+
+
+def test_checkpoints_are_listed_merged_and_split_with_their_optimizer_state(
     distributed: Distributed, convert: _Convert, tmp_path: Path
 ) -> None:
     saved, merged = tmp_path / "run" / "checkpoints", tmp_path / "merged"
@@ -184,9 +200,11 @@ def test_checkpoints_are_listed_and_merged_with_their_optimizer_state(
     assert "step_00000003 latest" in convert("list", merged)
     name = Path("weights") / "model.safetensors"
     assert (merged / checkpoint.name / name).read_bytes() == (checkpoint / name).read_bytes()
-    through_tool, by_itself = distributed(1, _resume, [merged, saved])[0]
-    assert through_tool.losses == by_itself.losses
-    assert through_tool.norms == by_itself.norms
+    _assert_equal(*distributed(1, _resume, 1, [merged, saved])[0])
+
+    split = tmp_path / "split"
+    distributed(2, _split, merged, split)
+    _assert_equal(*distributed(2, _resume, 2, [split, saved])[0])
 
     path = checkpoint / name
     path.write_bytes(path.read_bytes()[:-1])
