@@ -40,6 +40,9 @@ setup(
     ],
     extras_require={
         **EXTRAS,
+        # tools/evaluate.py --harness; [hf] is what its tests compare with, not a test dependency:
+        # it brings some forty packages
+        "lm_eval": ["lm_eval[hf]>=0.4.9"],
         "test": [
             "pytest",
             "hypothesis",

@@ -23,9 +23,9 @@ GRID = ProcessGrid()
 BIG_VOCABULARY = {"vocab_size": 50257, "hidden_size": 16, "num_heads": 2}
 
 
-def save_gpt(folder: Path, seed: int = 1) -> Path:
+def save_gpt(folder: Path, seed: int = 1, **changes: object) -> Path:
     """A tiny GPT for the real tokenizer."""
-    model = build_model(replace(GPT, **BIG_VOCABULARY), GRID, seed=seed)
+    model = build_model(replace(GPT, **(BIG_VOCABULARY | changes)), GRID, seed=seed)
     save_weights(model, folder, GRID)
     return folder
 

@@ -1,0 +1,43 @@
+"""``launchers/finetune.py`` as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.generation.test_loading import save_gpt
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    config = ROOT / "configs" / "finetune_instructions.yaml"
+    program = str(ROOT / "launchers" / "finetune.py")
+    monkeypatch.setattr(sys, "argv", [program, "--config", str(config), *arguments])
+    runpy.run_path(program, run_name="__main__")
+
+
+def test_a_dry_run_shows_the_weights_model_and_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_gpt(tmp_path / "gpt")
+    word = {"instruction": "x", "output": "y"}
+    (tmp_path / "records.jsonl").write_text("\n".join([json.dumps(word)] * 10))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["training.initialize_from=gpt", "data.instructions.train=[records.jsonl]"]
+    with pytest.raises(SystemExit) as exit_:
+        _run(monkeypatch, "--dry-run", *arguments)
+    assert exit_.value.code == 2
+    assert "no record has a prompt and an answer within 16 tokens" in capsys.readouterr().err
+    save_gpt(tmp_path / "gpt", max_seq_len=64)
+    _run(monkeypatch, "--dry-run", *arguments)
+    shown = capsys.readouterr().out
+    assert "max_seq_len: 64" in shown
+    assert "9 training records in 9 rows of 33 tokens on average" in shown
+    assert "1 validation records" in shown
+    assert "GiB a rank" in shown
+    assert not (tmp_path / "runs").exists()
