@@ -1,26 +1,7 @@
 """A GPT in a notebook: one process, no launcher, plain tensors and ``torch.utils.data``.
 
 The names are the ones small GPT kits use; behind them are the package's own model, loss and
-generator. Import them from ``megaegpt``:
-
-    >>> import torch
-    >>> from megaegpt import GPTModel, compute_batch_loss, create_model_config
-    >>> from megaegpt import create_pretraining_dataloader, generate_text_autoregressive
-    >>> from megaegpt import text_to_token_ids, token_ids_to_text
-
-    >>> config = create_model_config("gpt2-small (124M)", num_layers=1, hidden_size=24)
-    >>> model = GPTModel(config)
-    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    >>> text = "The quick brown fox jumps over the lazy dog. " * 40
-    >>> losses = []
-    >>> for inputs, targets in create_pretraining_dataloader(text, max_length=16):
-    ...     loss = compute_batch_loss(inputs, targets, model)
-    ...     loss.backward()
-    ...     optimizer.step()
-    ...     optimizer.zero_grad()
-    ...     losses.append(loss.item())
-    >>> losses[-1] < losses[0] - 1
-    True
+generator. They are imported from ``megaegpt``, and ``docs/notebooks.md`` goes through them.
 
 Runs that are to be kept, resumed or spread over processes belong to ``launchers/pretrain.py``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,14 +32,21 @@ def model():
     return api.GPTModel(CONFIG)
 
 
-@pytest.mark.parametrize("name", ["", *megaegpt.__all__], ids=lambda name: name or "module")
+@pytest.mark.parametrize("name", megaegpt.__all__)
 def test_every_name_has_an_example_that_runs(name):
-    documented = getattr(api, name) if name else api
-    module = sys.modules[documented.__module__] if name else api
+    documented = getattr(api, name)
     finder = doctest.DocTestFinder(recurse=False)
-    (example,) = finder.find(documented, name or "megaegpt.api", module=module)
+    (example,) = finder.find(documented, name, module=sys.modules[documented.__module__])
     results = doctest.DocTestRunner(optionflags=doctest.REPORT_NDIFF).run(example)
     assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_the_page_on_notebooks_is_true(tmp_path, monkeypatch):
+    page = Path(megaegpt.__file__).parents[1] / "docs" / "notebooks.md"
+    monkeypatch.chdir(tmp_path)
+    results = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert results.attempted > 10
     assert results.failed == 0
 
 
