@@ -1,113 +1,104 @@
 """Nats of every token of a text, by a GPT that reads each chunk by itself, a DeepGPT, or an EGPT
 with its own, another window's, or no features.
 
-Shapes: W windows, N chunks, S chunk size, P features a chunk, C hidden.
+Shapes: W windows, N chunks, S chunk size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megaegpt.data.stream import TokenStream
+from megaegpt.data.evaluation import EvaluationWindows, TokenSource
 from megaegpt.errors import DataError
+from megaegpt.evaluation.history import ShuffledHistory, ZeroHistory
 from megaegpt.generation.loading import LoadedModel
-from megaegpt.model.egpt import EGPT, chunk_features
-from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.gpt import GPT
 from megaegpt.parallel.loss import IGNORE
+from megaegpt.training.inputs import ChunkInputs, ModelInputs, SequenceInputs
 
-Features = Literal["true", "shuffled", "zero"]
 
-
-@dataclass(frozen=True)
 class Text:
-    """A split in non-overlapping windows of chunks; every token but the first is predicted once."""
+    """A split in non-overlapping windows of chunks; every token but the first is predicted once.
 
-    tokens: Tensor
-    """(W, N, S) int64, 0 behind the end."""
-    targets: Tensor
-    """(W, N, S), -100 behind the end."""
+    Raises:
+        DataError: it has less than two whole windows, so that features cannot be exchanged.
+    """
 
-    @staticmethod
-    def read(stream: TokenStream, num_chunks: int, chunk_size: int) -> Text:
-        """Cut ``stream``.
-
-        Raises:
-            DataError: it has less than two whole windows, so that features cannot be exchanged.
-        """
-        size, total = num_chunks * chunk_size, len(stream) - 1
-        if total < 2 * size:
+    def __init__(self, source: TokenSource, num_chunks: int, chunk_size: int) -> None:
+        size = num_chunks * chunk_size
+        if len(source) <= 2 * size:
             raise DataError(
-                f"{stream.prefixes[0]} has {total + 1:,} tokens; what is reported needs two "
-                f"windows, {2 * size + 1:,}"
+                f"{len(source):,} tokens are left to report, but exchanging features needs two "
+                f"windows of {size:,} and a token: give more text, or select on less"
             )
-        padding = -total % size
-        read = torch.from_numpy(stream.read(0, total + 1).astype(np.int64))
-        tokens = torch.nn.functional.pad(read[:-1], (0, padding))
-        targets = torch.nn.functional.pad(read[1:], (0, padding), value=IGNORE)
-        shape = (-1, num_chunks, chunk_size)
-        return Text(tokens.view(shape), targets.view(shape))
+        self.source = source
+        self.num_chunks, self.chunk_size = num_chunks, chunk_size
+        self.windows = EvaluationWindows(source, size, num_chunks)
 
-    def batches(self, size: int) -> Iterator[slice]:
-        """Windows, ``size`` at once."""
-        return (slice(first, first + size) for first in range(0, len(self.tokens), size))
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """(W, N, S) int64, -100 behind the end."""
+        targets = self.windows.batch(np.arange(len(self.windows))).targets
+        return targets.reshape(-1, self.num_chunks, self.chunk_size)
 
 
-@torch.no_grad()
+class ChunksApart(SequenceInputs):
+    """GPT: every chunk of a window is a sequence of its own."""
+
+    def __init__(self, chunk_size: int) -> None:
+        self._chunk_size = chunk_size
+
+    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
+        """(B, N * S) each -> (B * N, S)."""
+        size = self._chunk_size
+        return super().prepare(tokens.reshape(-1, size), targets.reshape(-1, size))
+
+
 def token_nats(
-    loaded: LoadedModel, text: Text, batch_size: int, features: Features = "true"
+    loaded: LoadedModel, text: Text, batch_size: int, dtype: torch.dtype, features: str = "true"
 ) -> np.ndarray:
-    """Nats of each target, (W, N, S) float64; 0 where there is none."""
-    model, device = loaded.model, loaded.model.grid.device
-    others = None
-    if isinstance(model, EGPT) and features == "shuffled":
-        others = _others_features(model, loaded.encoder, text, batch_size)
+    """Nats of each target, (W, N, S) float64; 0 where there is none.
+
+    Args:
+        loaded: a model in eval mode.
+        text: what it reads.
+        batch_size: windows at once.
+        dtype: the model computes in it.
+        features: of an EGPT: one of ``megaegpt.evaluation.history.HISTORIES``.
+    """
+    inputs, device = _inputs(loaded, text, dtype, features), loaded.model.grid.device
     rows = []
-    for windows in text.batches(batch_size):
-        tokens, targets = (x[windows].to(device) for x in (text.tokens, text.targets))
-        if isinstance(model, GPT):
-            nats = model(tokens.flatten(0, 1), targets.flatten(0, 1), reduction="none")
-        else:
-            arguments = [_states(loaded.encoder, tokens)]
-            if isinstance(model, EGPT):
-                own = chunk_features(arguments[0][:, :-1], model.config.egpt)
-                if features == "zero":
-                    own = torch.zeros_like(own)
-                arguments.append(own if others is None else others[windows].to(device))
-            nats = model(*arguments, targets, reduction="none")
-        rows.append(nats.view(targets.shape).double().cpu())
+    for first in range(0, len(text.windows), batch_size):
+        numbers = np.arange(first, min(first + batch_size, len(text.windows)))
+        windows = text.windows.batch(numbers)
+        arrays = (windows.tokens, windows.targets, *windows.extras)
+        batch = inputs.prepare(*map(torch.from_numpy, arrays))
+        with torch.no_grad():
+            on_device = {name: x.to(device) for name, x in batch.items()}
+            nats = inputs.nats(loaded.model, on_device, "none")
+        rows.append(nats.double().cpu().reshape(-1, text.num_chunks, text.chunk_size))
     return torch.cat(rows).numpy()
 
 
-def _states(encoder: FrozenEncoder | None, tokens: Tensor) -> Tensor:
-    assert encoder is not None  # loaded with every model but a GPT
-    return encoder(tokens)
-
-
-def _others_features(
-    model: EGPT, encoder: FrozenEncoder | None, text: Text, batch_size: int
-) -> Tensor:
-    """Features of another window for each window, (W, N - 1, P, C): of the next whole one."""
-    whole = int((text.targets != IGNORE).flatten(1).all(1).sum())
-    found = [
-        chunk_features(_states(encoder, x.to(model.grid.device))[:, :-1], model.config.egpt).cpu()
-        for x in text.tokens[:whole].split(batch_size)
-    ]
-    return torch.cat(found)[(torch.arange(len(text.tokens)) + 1) % whole]
+def _inputs(loaded: LoadedModel, text: Text, dtype: torch.dtype, features: str) -> ModelInputs:
+    if loaded.encoder is None:
+        return ChunksApart(text.chunk_size)
+    if features == "shuffled":
+        return ShuffledHistory(loaded, dtype, text.source)
+    kind = ZeroHistory if features == "zero" else ChunkInputs
+    return kind(loaded.model.config, loaded.encoder, dtype)
 
 
 def summarize(nats: np.ndarray, text: Text, byte_lengths: np.ndarray) -> dict[str, Any]:
     """Losses of :func:`token_nats` as plain numbers: in all, by chunk of the window, and by
     position inside the chunk.
     """
-    valid = (text.targets != IGNORE).numpy()
-    num_bytes = int(byte_lengths[text.targets.clamp(min=0).numpy()][valid].sum())
+    valid = text.targets != IGNORE
+    num_bytes = int(byte_lengths[text.targets[valid]].sum())
     return {
         "loss": nats.sum() / valid.sum(),
         "nats_per_byte": nats.sum() / num_bytes,

@@ -6,7 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from megaegpt.experiment.report import KINDS, binned
+from megaegpt.evaluation.history import HISTORIES
+from megaegpt.experiment.report import binned
 
 _LINES = {"true": "-", "shuffled": "--", "zero": ":"}
 
@@ -29,7 +30,7 @@ def _plot(name: str, corpus: dict[str, Any], folder: Path) -> str:
     positions.set(xlabel="position in the chunk", title="by position inside the chunk")
     results = {"encoder alone": corpus["encoder"], **corpus["steps"]}
     for number, (variant, result) in enumerate(results.items()):
-        for kind in KINDS:
+        for kind in HISTORIES:
             if (losses := result["losses"].get(kind)) is None:
                 continue
             style: dict[str, Any] = {"color": f"C{number}", "linestyle": _LINES[kind]}

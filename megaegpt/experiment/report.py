@@ -10,7 +10,6 @@ from megaegpt.errors import DataError
 from megaegpt.experiment.plan import ExperimentPlan
 from megaegpt.experiment.runs import RESULT, read_result
 
-KINDS = ("true", "shuffled", "zero")
 _BUDGETS = {"steps": "equal steps", "flops": "equal training FLOPs", "time": "equal training time"}
 
 
@@ -20,7 +19,6 @@ def collect(plan: ExperimentPlan) -> dict[str, Any]:
     corpora = {name: _corpus(plan, folder / "runs" / name) for name in plan.corpora}
     return {
         "machines": _machines(folder),
-        "seeds": plan.seeds,
         "baseline": plan.baseline,
         "variants": plan.variants,
         "run": plan.run,
@@ -148,8 +146,8 @@ def insert(page: str, report: dict[str, Any], name: str) -> str:
 
 def _circumstances(report: dict[str, Any]) -> str:
     return (
-        f"Run on {' and '.join(report['machines'])}; {report['seeds']} seeds; losses on text that "
-        "neither training nor the choice of checkpoints has seen."
+        f"Run on {' and '.join(report['machines'])}; losses on text that neither training nor the "
+        "choice of checkpoints has seen; sd: standard deviation over seeds."
     )
 
 
@@ -181,7 +179,7 @@ def _sizes(corpus: dict[str, Any]) -> str:
 
 def _main_table(corpus: dict[str, Any], budget: str) -> str:
     rows = {"encoder alone": corpus["encoder"], **corpus["steps"], **corpus[budget]}
-    header = ["", "nats/token", "sd", "nats/byte", "shuffled", "zero", "steps", "GFLOP",
+    header = ["", "seeds", "nats/token", "sd", "nats/byte", "shuffled", "zero", "steps", "GFLOP",
               "parameters", "tokens/s", "GiB", "gates"]  # fmt: skip
     return _table(header, [[name, *_cells(result)] for name, result in rows.items()])
 
@@ -201,7 +199,8 @@ def _cells(result: dict[str, Any]) -> list[str]:
         ]
     gates = ", ".join(f"{gate:.3f}" for gate in result["gates"])
     spread = "" if loss["sd"] is None else f"{loss['sd']:.4f}"
-    return [f"{loss['mean']:.4f}", spread, f"{loss['nats_per_byte']:.4f}", *others, *cost, gates]
+    mean_loss, per_byte = f"{loss['mean']:.4f}", f"{loss['nats_per_byte']:.4f}"
+    return [str(len(loss["by_seed"])), mean_loss, spread, per_byte, *others, *cost, gates]
 
 
 def _by_chunk(corpus: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from megaegpt.data.files import write_whole
 from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import CheckpointError
+from megaegpt.evaluation.history import HISTORIES
 from megaegpt.experiment.measure import Text, summarize, token_nats
 from megaegpt.experiment.place import describe_machine
 from megaegpt.experiment.plan import Budget, ExperimentPlan, decoder_values, make_run
@@ -98,7 +99,7 @@ class Experiment:
         config = self._config(corpus, self.plan.baseline, folder, 1, None)
         if self._is_done(folder, config):
             return
-        result = self._measure(config, self._encoder, ["true"])
+        result = self._measure(config, self._encoder, ("true",))
         gpt = read_weights_config(self._encoder)[0]
         values = {"model": {**config_to_dict(gpt), "kind": "gpt"}}
         parameters = measure_model(make_run(values, folder)).parameters
@@ -155,7 +156,7 @@ class Experiment:
         weights = folder / "checkpoints" / f"step_{chosen:08d}" / "weights"
         egpt = config.model.egpt
         reads_history = config.model.kind == "egpt" and egpt.history
-        kinds = ["true", "shuffled", "zero"] if reads_history else ["true"]
+        kinds = HISTORIES if reads_history else ("true",)
         result = self._measure(config, str(weights), kinds)
         shutil.copytree(weights, folder / "weights", dirs_exist_ok=True)
         figures = self._training_figures(config)
@@ -170,17 +171,17 @@ class Experiment:
         if not pretrain(config, self._grid, resume=True, stops=self._stops):
             raise StoppedError
 
-    def _measure(self, config: RunConfig, weights: str, kinds: list[Any]) -> dict[str, Any]:
+    def _measure(self, config: RunConfig, weights: str, kinds: tuple[str, ...]) -> dict[str, Any]:
         """Losses on the reported part."""
         dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
         loaded = load_for_inference(weights, self._grid, dtype)
         egpt = config.model.egpt
         prefix = Path(config.data.validation[0]).with_name("report")
-        text = Text.read(TokenStream([str(prefix)]), egpt.num_chunks, egpt.chunk_size)
+        text = Text(TokenStream([str(prefix)]), egpt.num_chunks, egpt.chunk_size)
         byte_lengths = self._tokenizer.token_byte_lengths
         batch_size = config.training.micro_batch_size
         measured = {
-            kind: summarize(token_nats(loaded, text, batch_size, kind), text, byte_lengths)
+            kind: summarize(token_nats(loaded, text, batch_size, dtype, kind), text, byte_lengths)
             for kind in kinds
         }
         gates = loaded.model.gate_openness() if isinstance(loaded.model, EGPT) else []

@@ -14,11 +14,11 @@ import torch
 from megaegpt.data.shards import ShardWriter
 from megaegpt.data.stream import TokenStream
 from megaegpt.errors import DataError
+from megaegpt.evaluation.history import HISTORIES
 from megaegpt.experiment.measure import Text, summarize, token_nats
 from megaegpt.experiment.report import _versus, binned
 from megaegpt.generation.loading import LoadedModel
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from tests.training.tiny import CHUNK, CHUNKS, VOCAB, encoder_config, run_config
@@ -32,9 +32,9 @@ def text(tmp_path: Path) -> Text:
         writer.add_document(np.random.default_rng(1).integers(0, VOCAB, LENGTH).astype(np.uint16))
         writer.finish()
     stream = TokenStream([str(tmp_path / "report")])
-    with pytest.raises(DataError, match="needs two windows"):
-        Text.read(stream, CHUNKS * 2, CHUNK)
-    return Text.read(stream, CHUNKS, CHUNK)
+    with pytest.raises(DataError, match="needs two windows of 48"):
+        Text(stream, CHUNKS * 2, CHUNK)
+    return Text(stream, CHUNKS, CHUNK)
 
 
 def _loaded(kind: str) -> LoadedModel:
@@ -49,28 +49,31 @@ def _loaded(kind: str) -> LoadedModel:
 @pytest.mark.parametrize("kind", ["gpt", "deepgpt", "egpt"])
 def test_every_target_is_counted_once_whatever_the_batch(text: Text, kind: str) -> None:
     loaded = _loaded(kind)
-    nats = token_nats(loaded, text, 3)
+    nats = token_nats(loaded, text, 3, torch.float32)
     assert nats.shape == (4, CHUNKS, CHUNK)
     assert (nats != 0).sum() == LENGTH - 1
-    np.testing.assert_allclose(token_nats(loaded, text, 1), nats, rtol=1e-5)
+    np.testing.assert_allclose(token_nats(loaded, text, 1, torch.float32), nats, rtol=1e-5)
     result = summarize(nats, text, np.full(VOCAB, 2))
     assert result["tokens"] == LENGTH - 1
     assert result["nats_per_byte"] == pytest.approx(result["loss"] / 2)
-    counts = (text.targets != -100).numpy().sum((0, 2))
+    counts = (text.targets != -100).sum((0, 2))
     assert np.dot(result["by_chunk"], counts) / counts.sum() == pytest.approx(result["loss"])
 
 
-def test_shuffled_features_are_those_of_the_next_whole_window(text: Text) -> None:
+def test_a_gpt_reads_each_chunk_by_itself(text: Text) -> None:
+    loaded = _loaded("gpt")
+    nats = token_nats(loaded, text, 3, torch.float32)
+    tokens = torch.from_numpy(text.source.read(2 * CHUNK, CHUNK + 1).astype(np.int64))[None]
+    expected = loaded.model(tokens[:, :-1], tokens[:, 1:], reduction="none").double().numpy()
+    np.testing.assert_allclose(nats[0, 2], expected[0], rtol=1e-5)
+
+
+def test_features_are_true_those_of_another_window_or_zero(text: Text) -> None:
     loaded = _loaded("egpt")
-    nats = token_nats(loaded, text, 2, "shuffled")
-    assert loaded.encoder is not None
-    states = loaded.encoder(text.tokens)
-    features = chunk_features(states[:, :-1], loaded.model.config.egpt)
-    expected = loaded.model(states, features[[1, 2, 0, 1]], text.targets, reduction="none")
-    np.testing.assert_allclose(nats, expected.double().numpy(), rtol=1e-5)
-    assert not np.allclose(nats, token_nats(loaded, text, 2)[:])
-    zero = loaded.model(states, torch.zeros_like(features), text.targets, reduction="none")
-    np.testing.assert_allclose(token_nats(loaded, text, 2, "zero"), zero.double(), rtol=1e-5)
+    losses = [token_nats(loaded, text, 2, torch.float32, kind) for kind in HISTORIES]
+    assert len({nats[:, 1:].sum() for nats in losses}) == 3
+    for nats in losses[1:]:
+        np.testing.assert_allclose(nats[:, 0], losses[0][:, 0], rtol=1e-5)
 
 
 def test_positions_are_binned_by_powers_of_two() -> None:
