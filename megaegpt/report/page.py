@@ -138,7 +138,7 @@ def _curves(runs: Sequence[Run]) -> Iterable[str]:
         ("lr", "Learning rate", "learning rate", False),
         ("tokens_per_second", "Throughput", "tokens per second", False),
         ("mfu", "Model FLOPs utilisation", "share of the peak", False),
-        ("memory_gib", "Peak memory of rank 0", "GiB", False),
+        ("memory_gib", "Peak memory of a rank", "GiB", False),
     ):
         curves = {run.name: thinned(run.curve(key)) for run in runs if run.curve(key)[0]}
         if curves:

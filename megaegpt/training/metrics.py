@@ -100,7 +100,7 @@ class Speed:
     seconds_left: float
     """To the run's last step, evaluations and checkpoints not counted."""
     memory: int
-    """Peak bytes on this rank."""
+    """Peak bytes, of this rank or of the rank that has most."""
 
     def as_dict(self) -> dict[str, float | None]:
         """Names and values to record."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import math
 import time
@@ -17,7 +18,7 @@ from megaegpt.config import RunConfig
 from megaegpt.data.loader import TrainingLoader
 from megaegpt.errors import TrainingError
 from megaegpt.model.egpt import EGPT
-from megaegpt.parallel.agreement import from_all, from_main, raise_together
+from megaegpt.parallel.agreement import from_all, from_main, largest_over_ranks, raise_together
 from megaegpt.training.best import BestLoss
 from megaegpt.training.checkpoint import CheckpointManager, Writers
 from megaegpt.training.engine import Engine, MicroBatch, StepResult
@@ -127,6 +128,8 @@ class Trainer:
         losses = torch.stack([result.loss for result in results]).tolist()
         norms = torch.stack([result.grad_norm for result in results]).tolist()
         speed = self.meter.measure(len(results), self._watch.restart(), self.done)
+        (highest,) = largest_over_ranks([speed.memory], self._grid)
+        speed = dataclasses.replace(speed, memory=highest)
         first = self.done - len(results) + 1
         for step, (loss, norm, result) in enumerate(
             zip(losses, norms, results, strict=True), first

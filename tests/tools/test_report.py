@@ -55,7 +55,7 @@ def test_two_runs_are_compared_in_one_file(
         "Gradient norm before clipping",
         "Learning rate",
         "Throughput",
-        "Peak memory of rank 0",
+        "Peak memory of a rank",
         "Gradient norm by layer: plain",
         "Gradient norm by layer: a&lt;b",
     }
