@@ -135,6 +135,8 @@ def _parse_yaml(text: str) -> tuple[Any, list[str]]:
     loader = _StrictLoader(text)
     try:
         return loader.get_single_data(), loader.duplicates
+    except (ValueError, RecursionError) as error:  # of a date 2001-99-99, say, or endless nesting
+        raise yaml.YAMLError(str(error)) from None
     finally:
         loader.dispose()
 
