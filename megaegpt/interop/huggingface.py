@@ -25,7 +25,7 @@ from megaegpt.parallel.grid import ProcessGrid
 
 CONFIG = "config.json"
 _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
-_HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 _HUB_PREFIX = "hf:"
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _BUILT_IN = {
@@ -153,7 +153,7 @@ def _files_of_index(folder: Path, single: str) -> list[Path]:
 
 def is_hub_name(source: str) -> bool:
     """``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or ``hf:owner/name``."""
-    return source in _HUB_NAMES or source.startswith(_HUB_PREFIX)
+    return source in HUB_NAMES or source.startswith(_HUB_PREFIX)
 
 
 def download(source: str, only_here: bool = False) -> Path:

@@ -11,8 +11,10 @@ import os
 from pathlib import Path
 
 from megaegpt.config import ModelConfig
+from megaegpt.config.presets import create_model_config
 from megaegpt.errors import CheckpointError
 from megaegpt.interop.huggingface import (
+    HUB_NAMES,
     converted,
     download,
     is_hub_name,
@@ -50,13 +52,16 @@ def source_config(source: str | Path) -> ModelConfig:
     """The model that ``source`` stands for, without downloading or converting it.
 
     Raises:
-        CheckpointError: there is no such thing on this machine, or it cannot be used.
+        CheckpointError: there is no such thing on this machine (the four sizes of GPT-2 are known
+            without), or it cannot be used.
     """
     folder = Path(source)
     if folder.is_dir():
         if is_huggingface_folder(folder):
             return read_config(folder)
         return read_weights_config(find_weights(folder))[0]
+    if source in HUB_NAMES:
+        return create_model_config(str(source))
     if is_hub_name(str(source)):
         return read_config(download(str(source), only_here=True))
     raise CheckpointError(f"there is no folder {source}")

@@ -23,7 +23,7 @@ from megaegpt.training.engine import DTYPES
 
 
 def find_encoder(config: RunConfig) -> ModelConfig | None:
-    """The architecture of the encoder, if its weights are on this machine; None for a gpt.
+    """The architecture of the encoder, if it is known on this machine; None for a gpt.
 
     Raises:
         ConfigError: the encoder does not fit the decoder.

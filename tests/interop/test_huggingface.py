@@ -309,7 +309,7 @@ def test_a_name_of_the_hub_is_downloaded_as_safetensors_where_there_are_any(
     assert {name for name, _, _ in asked} == {"gpt2-medium", "somebody/gpt2-variant"}
     assert {tuple(p) for _, p, _ in asked} == {("config.json", "model*.safetensors*")}
     assert not any(only_here for _, _, only_here in asked)
-    assert source_config("gpt2-medium").hidden_size == 32
+    assert source_config("hf:somebody/gpt2-variant").hidden_size == 32
     assert asked[-1][2], "describing a model must not download it"
 
 
@@ -318,6 +318,7 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", os.devnull)
     with pytest.raises(CheckpointError, match=r"gpt2-xl cannot be had .* and give its folder"):
         resolve_weights_source("gpt2-xl", GRID)
+    assert source_config("gpt2-xl") == create_model_config("gpt2-xl (1558M)")
 
 
 @pytest.mark.parametrize(
