@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,7 +17,7 @@ from megaegpt.data.stream import TokenStream
 from megaegpt.errors import DataError
 from megaegpt.evaluation.history import HISTORIES
 from megaegpt.experiment.measure import Text, summarize, token_nats
-from megaegpt.experiment.report import _versus, binned
+from megaegpt.experiment.report import _versus, binned, insert
 from megaegpt.generation.loading import LoadedModel
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
@@ -74,6 +75,14 @@ def test_features_are_true_those_of_another_window_or_zero(text: Text) -> None:
     assert len({nats[:, 1:].sum() for nats in losses}) == 3
     for nats in losses[1:]:
         np.testing.assert_allclose(nats[:, 0], losses[0][:, 0], rtol=1e-5)
+
+
+def test_the_tables_in_the_documentation_are_those_of_the_report_beside_it() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "egpt.md").read_text(encoding="utf-8")
+    for path in (docs / "experiments").glob("*/report.json"):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        assert insert(page, report, path.parent.name) == page
 
 
 def test_positions_are_binned_by_powers_of_two() -> None:
