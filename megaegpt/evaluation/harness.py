@@ -168,11 +168,11 @@ def _task_manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
 
 
 def measures(result: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a task without their filters' names and errors, by measure."""
+    """The numbers of a task, given as ``measure,filter``, by measure and without their errors."""
     return {
         name.split(",")[0]: value
         for name, value in result.items()
-        if isinstance(value, int | float) and "_stderr" not in name
+        if "," in name and "_stderr" not in name and isinstance(value, int | float)
     }
 
 
