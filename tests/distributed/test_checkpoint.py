@@ -111,7 +111,7 @@ _KINDS: dict[str, dict[str, Any]] = {
 # Tensor parallel, data parallel, ZeRO stage: where a run is saved, and where it goes on.
 _ROUTES = {
     "gpt": [((2, 2, 2), [(1, 4, 2), (1, 1, 0)]), ((1, 2, 2), [(2, 1, 1)])],
-    "egpt": [((2, 2, 2), [(1, 2, 1)]), ((1, 2, 2), [(2, 2, 2)])],
+    "egpt": [((1, 2, 1), [(2, 2, 2)])],  # the whole run below goes the other way
     "one_key_value_head_for_all_ranks": [
         ((2, 2, 2), [(1, 1, 2)]),
         ((1, 2, 2), [(2, 1, 2)]),
