@@ -25,7 +25,7 @@ def load(kind: str, grid: ProcessGrid | None = None) -> LoadedModel:
 
 def load_speaking(kind: str) -> LoadedModel:
     """With the tokenizer's vocabulary, and room for a sentence."""
-    config = replace(CONFIGS[kind], vocab_size=50257, hidden_size=16, num_heads=2, max_seq_len=64)
+    config = replace(CONFIGS[kind], vocab_size=50257, hidden_size=16, num_heads=2, max_seq_len=40)
     model, _ = build(config, None, torch.float32)
     return LoadedModel(model, None, TOKENIZER)
 

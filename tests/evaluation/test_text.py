@@ -14,7 +14,7 @@ from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
 from megaegpt.parallel.grid import ProcessGrid
 from tests.evaluation.models import TOKENIZER, load, load_speaking, naive_score
 
-TEXT = "Пьер went home. " * 12
+TEXT = "Пьер went home. " * 10
 
 
 def test_a_texts_bytes_and_bits_are_those_of_a_loop(tmp_path: Path) -> None:
