@@ -23,8 +23,8 @@ from tests.training.tiny import corpus, losses, records, run_config
 
 __all__ = ["corpus"]
 
-KILLS = int(os.environ.get("MEGAEGPT_KILLS", "6"))
-STEPS = 24
+KILLS = int(os.environ.get("MEGAEGPT_KILLS", "4"))
+STEPS = 16
 MOMENTS = ["at any time", "while training", "while saving"]
 VICTIMS = [(0, 1), (0,), (1,)]
 """Both ranks at once, as a machine does, or one, after which the other must end by itself. (Before
