@@ -184,7 +184,7 @@ class Progress:
             if hashes.exists():
                 fields["hashes"] = np.load(hashes, allow_pickle=False)
             return Part(**fields)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # NumPy fails on a damaged header in any way
             raise DataError(f"{record} is damaged ({error}): remove {self.folder}") from None
 
     def _is_there(self, shard: ShardSummary) -> bool:
