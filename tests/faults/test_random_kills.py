@@ -1,6 +1,6 @@
 """kill -9 at random moments of training and saving: nothing is lost, and the curve is the same.
 
-A few kills by default; ``MEGAEGPT_KILLS=100`` makes it a hundred (minutes).
+Two kills by default; ``MEGAEGPT_KILLS=100`` makes it a hundred (minutes).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.training.tiny import corpus, losses, records, run_config
 
 __all__ = ["corpus"]
 
-KILLS = int(os.environ.get("MEGAEGPT_KILLS", "4"))
+KILLS = int(os.environ.get("MEGAEGPT_KILLS", "2"))
 STEPS = 16
 MOMENTS = ["at any time", "while training", "while saving"]
 VICTIMS = [(0, 1), (0,), (1,)]
