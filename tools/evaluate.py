@@ -37,6 +37,7 @@ import torch.distributed as dist
 
 from megaegpt.data.evaluation import TokenSource
 from megaegpt.data.files import write_whole
+from megaegpt.data.manifest import verify_shards
 from megaegpt.data.stream import TokenStream
 from megaegpt.errors import ConfigError, exits_cleanly
 from megaegpt.evaluation.history import compare_histories, history_table
@@ -152,6 +153,7 @@ def _measure_text(
             source = TextTokens(arguments.text, loaded.tokenizer)
         else:
             source = TokenStream(arguments.data)
+            verify_shards(source.prefixes, rank=grid.rank, world_size=grid.world_size)
     if arguments.histories:
         results = compare_histories(loaded, source, grid, arguments.batch_size, dtype)
         numbers = {name: _numbers(result) for name, result in results.items()}

@@ -43,6 +43,7 @@ def _compute(config: RunConfig, verify: bool) -> None:
 
 
 def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> None:
+    from megaegpt.data.manifest import verify_shards
     from megaegpt.data.stream import TokenStream
     from megaegpt.parallel.agreement import raising_together
     from megaegpt.training.engine import resolve_precision
@@ -52,6 +53,8 @@ def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> Non
         precision = resolve_precision(config.training.precision, grid.device)
         splits = {"train": config.data.train, "validation": config.data.validation}
         streams = {name: TokenStream(shards) for name, shards in splits.items() if shards}
+        prefixes = [p for stream in streams.values() for p in stream.prefixes]
+        verify_shards(prefixes, config.data.verify_checksums, grid.rank, grid.world_size)
     encoder = load_encoder(config, grid, precision)
     with raising_together(grid):
         if encoder is None:

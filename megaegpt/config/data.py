@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+VerifyPolicy = Literal["auto", "always", "never"]
+
 
 @dataclass(frozen=True)
 class InstructionConfig:
@@ -33,6 +35,8 @@ class DataConfig:
     """Share of each entry of ``train`` in the samples, in any unit. Empty: all are one corpus."""
     validation: tuple[str, ...] = ()
     """Shard prefixes evaluated whole. Empty: no evaluation."""
+    verify_checksums: VerifyPolicy = "auto"
+    """Hold shards against their ``manifest.json`` when a run starts; auto: up to 4 GiB of them."""
     vocabulary: str | None = None
     """Folder with GPT-2's ``encoder.json`` and ``vocab.bpe``; None: the installed ones."""
     features: str | None = None

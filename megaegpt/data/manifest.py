@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from megaegpt.config.data import VerifyPolicy
 from megaegpt.data.files import write_whole
 from megaegpt.data.shards import ShardSummary, bin_path, idx_path
 from megaegpt.data.tokenizer import Tokenizer
@@ -15,6 +19,7 @@ from megaegpt.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
+_AUTOMATIC_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,68 @@ class Manifest:
         Raises:
             DataError: names the first file that is missing or has changed.
         """
+        for path, checksum in self.checksums(folder).items():
+            _verify_file(path, checksum)
+
+    def checksums(self, folder: Path) -> dict[Path, str]:
+        """sha256 of every file of the shards, in order."""
+        checksums = {}
         for shard in (shard for shards in self.splits.values() for shard in shards):
             prefix = folder / shard.name
-            expected = {bin_path(prefix): shard.bin_sha256, idx_path(prefix): shard.idx_sha256}
-            for path, checksum in expected.items():
-                if not path.is_file():
-                    raise DataError(f"{path} is missing; {folder / MANIFEST_NAME} lists it")
-                with open(path, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
-                        raise DataError(f"{path} has changed: its sha256 is not the manifest's")
+            checksums[bin_path(prefix)] = shard.bin_sha256
+            checksums[idx_path(prefix)] = shard.idx_sha256
+        return checksums
+
+
+def verify_shards(
+    prefixes: Sequence[str],
+    policy: VerifyPolicy = "auto",
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Hold shards against the manifests beside them; ranks share the files.
+
+    Shards without a manifest, from other programs, have nothing to be held against.
+
+    Args:
+        prefixes: of single shards that are there, as
+            :func:`megaegpt.data.stream.resolve_prefixes` gives them.
+        policy: ``auto`` leaves more than 4 GiB alone, which take longer than a start should.
+
+    Raises:
+        DataError: names the first file that has changed, or a manifest that cannot be read.
+    """
+    if policy == "never":
+        return
+    wanted = {path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))}
+    folders = dict.fromkeys(path.parent for path in map(bin_path, prefixes))
+    manifests = {f: Manifest.load(f) for f in folders if (f / MANIFEST_NAME).exists()}
+    listed = [entry for f, m in manifests.items() for entry in m.checksums(f).items()]
+    files = [(path, checksum) for path, checksum in listed if path in wanted]
+    sizes = [path.stat().st_size for path, _ in files]
+    if policy == "auto" and sum(sizes) > _AUTOMATIC_BYTES:
+        return
+    largest_first = sorted(range(len(files)), key=lambda number: -sizes[number])
+    long = sum(sizes) > _AUTOMATIC_BYTES
+    for number in tqdm(
+        largest_first[rank::world_size], "checksums", unit="file", disable=rank > 0 or not long
+    ):
+        _verify_file(*files[number])
+
+
+def _verify_file(path: Path, checksum: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; {path.parent / MANIFEST_NAME} lists it") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if found != checksum:
+        raise DataError(
+            f"{path} has changed: its sha256 is not the one in {path.parent / MANIFEST_NAME}; "
+            "make the shards again, or copy them again"
+        )
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

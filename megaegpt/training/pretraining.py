@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def pretrain(
     sample_text: SampleText | None = None,
 ) -> bool:
     """Train a gpt, egpt or deepgpt on token shards; see :func:`train`."""
-    return train(config, grid, PretrainingData, resume=resume, stops=stops, sample_text=sample_text)
+    read_data = partial(PretrainingData, rank=grid.rank, world_size=grid.world_size)
+    return train(config, grid, read_data, resume=resume, stops=stops, sample_text=sample_text)
 
 
 def train(

@@ -8,6 +8,7 @@ from typing import Protocol
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.data.blend import Blend
 from megaegpt.data.evaluation import EvaluationWindows, Windows
+from megaegpt.data.manifest import verify_shards
 from megaegpt.data.samples import ChunkWindows, PretrainingSamples, Samples, StreamSamples
 from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import Tokenizer
@@ -38,9 +39,12 @@ class RunData(Protocol):
 
 
 class PretrainingData:
-    """Token shards: sequences for a gpt, windows of chunks for egpt and deepgpt."""
+    """Token shards: sequences for a gpt, windows of chunks for egpt and deepgpt.
 
-    def __init__(self, config: RunConfig) -> None:
+    Ranks share the work of verifying the shards' checksums.
+    """
+
+    def __init__(self, config: RunConfig, rank: int = 0, world_size: int = 1) -> None:
         if not config.data.train:
             raise ConfigError("data.train is empty: give the prefixes of the training shards")
         self.tokenizer = Tokenizer.load(config.data.vocabulary)
@@ -59,6 +63,8 @@ class PretrainingData:
             held_out = TokenStream(config.data.validation)
             self.streams = {"train": train, "validation": held_out}
             self.validation = EvaluationWindows(held_out, model.sample_len, self.num_chunks)
+        prefixes = [p for stream in self.streams.values() for p in stream.prefixes]
+        verify_shards(prefixes, config.data.verify_checksums, rank, world_size)
         self._samples_drawn = config.batches.samples_before(config.training.steps)
 
     def adapt(self, inputs: ModelInputs) -> ModelInputs:
