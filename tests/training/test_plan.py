@@ -158,7 +158,7 @@ def test_time_follows_from_the_peak_and_the_traffic() -> None:
 
 
 def test_what_does_not_fit_has_alternatives_that_do() -> None:
-    sizes = {"vocab_size": 1000, "max_seq_len": 128, "hidden_size": 128, "num_layers": 3}
+    sizes = {"vocab_size": 1000, "max_seq_len": 128, "hidden_size": 128, "num_layers": 1}
     model = ModelConfig(**sizes, num_heads=4)  # type: ignore[arg-type]
     config = RunConfig(
         model=model, training=_gpt2(global_batch_size=64, micro_batch_size=32).training

@@ -47,7 +47,7 @@ def _config(
             **training,
         },
         optimizer={"schedule": schedule},
-        checkpoint={"interval": 6},
+        checkpoint={"interval": 10},
         logging={"interval": 7},
     )
 
