@@ -75,11 +75,13 @@ def measure(configs: list[RunConfig]) -> list[int]:
     return [measured_peak(c, grid_for(c.parallel.tensor_parallel_size)) for c in configs]
 
 
-def assert_estimates(configs: list[RunConfig], dp: int, measured: list[int]) -> None:
-    for config, peak in zip(configs, measured, strict=True):
+def assert_estimates(configs: list[RunConfig], dp: int, *measured: list[int]) -> None:
+    """``measured``: by rank, then by configuration."""
+    for config, *peaks in zip(configs, *measured, strict=True):
         precision = config.training.precision
         estimate = estimate_memory(config, dp, precision, device_type="cpu")  # type: ignore[arg-type]
-        assert LOW < estimate.total / peak < HIGH, (config, estimate, peak)
+        for peak in peaks:
+            assert LOW < estimate.total / peak < HIGH, (config, estimate, peak)
 
 
 def test_estimate_is_what_one_rank_takes(distributed: Distributed) -> None:
@@ -102,14 +104,12 @@ def test_estimate_is_what_data_parallel_ranks_take(distributed: Distributed) -> 
         run_config(2, 2, "fp32", accumulation=2),
         run_config(2, 2, "bf16", micro_batch=16),
     ]
-    for measured in distributed(2, measure, configs):
-        assert_estimates(configs, 2, measured)
+    assert_estimates(configs, 2, *distributed(2, measure, configs))
 
 
 def test_estimate_is_what_tensor_parallel_ranks_take(distributed: Distributed) -> None:
     configs = [run_config(1, 2, "fp32", tp=2, accumulation=2), run_config(1, 0, "fp32", tp=2)]
-    for measured in distributed(2, measure, configs):
-        assert_estimates(configs, 1, measured)
+    assert_estimates(configs, 1, *distributed(2, measure, configs))
 
 
 _RESIDENT = """
