@@ -111,10 +111,10 @@ def verify_shards(
     listed = [entry for f, m in manifests.items() for entry in m.checksums(f).items()]
     files = [(path, checksum) for path, checksum in listed if path in wanted]
     sizes = [path.stat().st_size for path, _ in files]
-    if policy == "auto" and sum(sizes) > _AUTOMATIC_BYTES:
+    long = sum(sizes) > _AUTOMATIC_BYTES
+    if policy == "auto" and long:
         return
     largest_first = sorted(range(len(files)), key=lambda number: -sizes[number])
-    long = sum(sizes) > _AUTOMATIC_BYTES
     for number in tqdm(
         largest_first[rank::world_size], "checksums", unit="file", disable=rank > 0 or not long
     ):
