@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megaegpt.data.evaluation import TokenSource
 from megaegpt.data.files import write_whole
@@ -49,7 +48,7 @@ from megaegpt.evaluation.tasks import (
     score_lambada,
 )
 from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
-from megaegpt.generation.loading import LoadedModel, inference_grid, load_for_inference
+from megaegpt.generation.loading import LoadedModel, inference_processes, load_for_inference
 from megaegpt.parallel.agreement import raising_together
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation
@@ -64,20 +63,17 @@ Result = tuple[str, dict[str, Any]]
 def main() -> None:
     """Evaluate as told on the command line."""
     arguments = _parse_arguments()
-    device = inference_grid().device  # joins the processes that a launcher started
-    grid = ProcessGrid.create(arguments.tensor_parallel_size, device)
-    name = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
-    loaded = load_for_inference(
-        arguments.checkpoint, grid, _DTYPES[name], encoder_source=arguments.encoder
-    )
-    shown, numbers = _measure(arguments, loaded, grid, _DTYPES[name])
-    with raising_together(grid):
-        if grid.is_main:
-            print(shown)
-            if arguments.json is not None:
-                write_whole(arguments.json, (json.dumps(numbers, indent=1) + "\n").encode())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with inference_processes(arguments.tensor_parallel_size) as grid:
+        name = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
+        loaded = load_for_inference(
+            arguments.checkpoint, grid, _DTYPES[name], encoder_source=arguments.encoder
+        )
+        shown, numbers = _measure(arguments, loaded, grid, _DTYPES[name])
+        with raising_together(grid):
+            if grid.is_main:
+                print(shown)
+                if arguments.json is not None:
+                    write_whole(arguments.json, (json.dumps(numbers, indent=1) + "\n").encode())
 
 
 def _parse_arguments() -> argparse.Namespace:

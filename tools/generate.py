@@ -31,7 +31,7 @@ from megaegpt.data.instruction import Instruction
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.generation.generator import TextAssembler, TextGenerator, encode_prompt
-from megaegpt.generation.loading import inference_grid, load_for_inference
+from megaegpt.generation.loading import inference_processes, load_for_inference
 from megaegpt.parallel.agreement import from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
 
@@ -51,7 +51,11 @@ def main() -> None:
         seed=arguments.seed,
     )
     validate(RunConfig(generation=config))
-    grid = inference_grid()
+    with inference_processes() as grid:
+        _generate(arguments, config, grid)
+
+
+def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: ProcessGrid) -> None:
     prompt = _read_prompt(arguments, grid)
     dtype = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
     model, encoder, tokenizer = load_for_inference(

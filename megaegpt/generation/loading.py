@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from megaegpt.model.build import Model, empty_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import load_weights, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.watch import RankWatch
 
 
 class LoadedModel(NamedTuple):
@@ -30,12 +33,18 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def inference_grid() -> ProcessGrid:
-    """The grid of a program that only runs a model: all processes ``torchrun`` started are one
-    tensor-parallel group; without it this process is alone. On the GPU if there is one.
+@contextmanager
+def inference_processes(tensor_parallel_size: int | None = None) -> Iterator[ProcessGrid]:
+    """This process's place among those of a program that only runs a model, on the GPU if there is
+    one; inside, one rank's failure ends every rank.
+
+    Args:
+        tensor_parallel_size: ranks a model is cut over; None: all that ``torchrun`` started. A
+            process without a launcher is alone.
 
     Raises:
-        LaunchError: more processes than GPUs.
+        LaunchError: more processes than GPUs, or as :meth:`ProcessGrid.create` and
+            :class:`RankWatch`.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -47,7 +56,11 @@ def inference_grid() -> ProcessGrid:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return ProcessGrid.create(world_size, device)
+    grid = ProcessGrid.create(tensor_parallel_size or world_size, device)
+    with RankWatch(grid):
+        yield grid
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def load_for_inference(

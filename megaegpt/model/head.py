@@ -15,6 +15,7 @@ from megaegpt.parallel.collectives import gather_from_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import linear_cross_entropy
 from megaegpt.parallel.params import new_parameter
+from megaegpt.parallel.products import linear
 
 
 class OutputHead(nn.Module):
@@ -40,7 +41,7 @@ class OutputHead(nn.Module):
         """(..., C) -> (..., V/tp), this rank's columns; padding columns are -inf. No gradient of
         TP.
         """
-        logits = hidden @ self.weight.t()
+        logits = linear(hidden, self.weight)
         first = self.grid.tp_rank * logits.shape[-1]
         padding = torch.arange(first, first + logits.shape[-1], device=logits.device)
         return logits.masked_fill(padding >= self.vocab_size, -torch.inf)

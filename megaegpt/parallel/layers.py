@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megaegpt.parallel.collectives import reduce_from_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import new_parameter, spec_of
+from megaegpt.parallel.products import linear
 
 
 class Linear(nn.Module):
@@ -33,7 +34,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class ColumnParallelLinear(Linear):
@@ -52,8 +53,8 @@ class RowParallelLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in / tp) -> (..., out), replicated"""
         if self.grid.tp_group is None:
-            return F.linear(x, self.weight, self.bias)
-        y = reduce_from_tp(F.linear(x, self.weight), self.grid)
+            return linear(x, self.weight, self.bias)
+        y = reduce_from_tp(linear(x, self.weight), self.grid)
         return y if self.bias is None else y + self.bias
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.products import linear
 
 IGNORE = -100
 """Target of a position that is not predicted."""
@@ -77,7 +78,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             x, y = hidden[start : start + rows], targets[start : start + rows]
             nats, grad, sums, column = _chunk_nats(
-                (x @ weight.t()).to(precise), y, grid, vocab_size
+                linear(x, weight).to(precise), y, grid, vocab_size
             )
             total += nats.sum()
             if not (need_hidden or need_weight):
@@ -87,7 +88,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             grad.mul_((y != IGNORE).unsqueeze(1))
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+                grad_hidden[start : start + rows] = linear(grad, weight.t())
             if grad_weight is not None:
                 if grad.dtype == precise:
                     grad_weight.addmm_(grad.t(), x)
@@ -136,7 +137,7 @@ def linear_cross_entropy(
     with torch.no_grad():
         precise = torch.promote_types(hidden.dtype, torch.float32)
         nats = [
-            _chunk_nats((x @ weight.t()).to(precise), y, grid, vocab_size)[0]
+            _chunk_nats(linear(x, weight).to(precise), y, grid, vocab_size)[0]
             for x, y in zip(flat.split(rows), flat_targets.split(rows), strict=True)
         ]
     return torch.cat(nats).view(targets.shape)

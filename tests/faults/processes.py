@@ -16,7 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megaegpt.config.run import RunConfig
 from megaegpt.errors import exits_cleanly
+from megaegpt.training.pretraining import pretrain
+from megaegpt.training.processes import joined_processes
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.faults.preloaded"])
@@ -37,6 +40,12 @@ def _rank(
         MASTER_PORT=str(port),
     )
     exits_cleanly(functools.partial(function, *args))()
+
+
+def train(config: RunConfig) -> None:
+    """A rank of ``launchers/pretrain.py --resume``."""
+    with joined_processes(config.parallel.tensor_parallel_size) as grid:
+        pretrain(config, grid, resume=True)
 
 
 class Ranks:

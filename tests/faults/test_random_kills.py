@@ -16,9 +16,7 @@ from pathlib import Path
 from megaegpt.config.run import RunConfig
 from megaegpt.training.checkpoint import CheckpointManager
 from megaegpt.training.manifest import Manifest, verify_files
-from megaegpt.training.pretraining import pretrain
-from megaegpt.training.processes import joined_processes
-from tests.faults.processes import Ranks
+from tests.faults.processes import Ranks, train
 from tests.training.tiny import corpus, losses, records, run_config
 
 __all__ = ["corpus"]
@@ -30,12 +28,6 @@ VICTIMS = [(0, 1), (0,), (1,)]
 """Both ranks at once, as a machine does, or one, after which the other must end by itself. (Before
 they have found each other only a launcher can know of both.)"""
 ENDING_S = 60
-
-
-def train(config: RunConfig) -> None:
-    """A rank's program."""
-    with joined_processes(config.parallel.tensor_parallel_size) as grid:
-        pretrain(config, grid, resume=True)
 
 
 def _config(corpus: Path, folder: Path) -> RunConfig:

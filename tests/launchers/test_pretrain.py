@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megaegpt.config.loading import config_to_yaml
+from tests.faults.processes import Ranks, train
 from tests.training.tiny import corpus, losses, records, run_config
 
 __all__ = ["corpus"]
@@ -35,6 +37,7 @@ def _command(launcher: str, program: str, *arguments: str) -> list[str]:
     start = {
         "python": [sys.executable],
         "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", _port()],
+        "elastic": ["torchrun", "--nproc_per_node", "2", "--standalone", "--max-restarts", "1"],
         "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", _port()],
     }[launcher]
     return [*start, program, *arguments]
@@ -50,6 +53,25 @@ def _run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         timeout=240,
         check=False,
     )
+
+
+def _start(launcher: str, *arguments: str) -> subprocess.Popen[str]:
+    """``launchers/pretrain.py``, not waited for."""
+    return subprocess.Popen(
+        _command(launcher, "launchers/pretrain.py", *arguments),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    """Until something is written there."""
+    while not file.exists() or not file.stat().st_size:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
 
 def _write_config(folder: Path, kind: str, corpus: Path, **changes: Any) -> Path:
@@ -124,19 +146,8 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: P
         checkpoint={"interval": 0},
         logging={"interval": 1},
     )
-    command = _command("torchrun", "launchers/pretrain.py", "--config", str(config), "--resume")
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not metrics.exists() or not metrics.stat().st_size:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    process = _start("torchrun", "--config", str(config), "--resume")
+    _wait_for(tmp_path / "run" / "metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
     shown, _ = process.communicate(timeout=120)
     assert "stopped by SIGTERM after step" in shown
@@ -144,6 +155,30 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: P
     done = int(latest.removeprefix("step_"))
     assert f"stopped by SIGTERM after step {done} of" in shown
     assert max(losses(tmp_path / "run")) == done
+
+
+def test_torchrun_starts_all_ranks_again_when_one_was_killed(corpus: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "training": {"steps": 40, "eval_interval": 20},
+        "checkpoint": {"interval": 10},
+    }
+    config = _write_config(tmp_path, "gpt", corpus, **changes)
+    process = _start("elastic", "--config", str(config), "--resume")
+    _wait_for(tmp_path / "run" / "checkpoints" / "latest", process)
+    victim, *_ = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if child.environ().get("RANK") == "1"
+    ]
+    victim.kill()
+    shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert errors.count("error: rank 1 of 2 ended without a message") == 1, errors
+    assert "resuming after step" in shown
+    straight = run_config("gpt", corpus, tmp_path / "straight", **changes)
+    ranks = Ranks(2, tmp_path, train, straight)
+    assert ranks.wait(120) == [0, 0], ranks.shown(0)
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
 
 
 def test_features_computed_before_are_what_training_reads(corpus: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from megaegpt.data.instruction_samples import InstructionSamples
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.generation.generator import sample_text
+from megaegpt.interop.export import export_gpt2
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
@@ -89,6 +90,12 @@ def _straight(kind: str, corpus: Path, folder: Path, packing: bool, tp_size: int
     return _finetune(config)
 
 
+def _from_theirs(corpus: Path, folder: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGAEGPT_CACHE", str(folder / "cache"))
+        return _straight("theirs", corpus, folder, True, 1)
+
+
 def _interrupted(corpus: Path, folder: Path) -> str:
     config = _config("gpt", corpus, folder, packing=True)
     generation = GenerationConfig(prompt="Say {yes}.", max_new_tokens=2)
@@ -116,6 +123,15 @@ def test_batches_and_losses_do_not_depend_on_the_number_of_ranks(
         assert found[ranks][0] == pytest.approx(found[1][0], rel=1e-5)
         assert found[ranks][1] == pytest.approx(found[1][1], rel=1e-5)
     assert found[1][1][6] < found[1][1][3] < 10.9
+
+
+def test_weights_of_hugging_face_are_tuned_as_ours(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    export_gpt2(corpus / "gpt", corpus / "theirs")
+    distributed(1, _straight, "gpt", corpus, tmp_path / "ours", True, 1)
+    distributed(1, _from_theirs, corpus, tmp_path / "theirs")
+    assert losses(tmp_path / "theirs") == losses(tmp_path / "ours")
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(

@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, C hidden, H heads, K kv heads, D head dim; H and K ar
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
@@ -14,6 +13,7 @@ from megaegpt.model.attention.heads import attention_rng, memory_gate, merge_hea
 from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear
+from megaegpt.parallel.products import linear
 
 
 class SharedKVLinear(Linear):
@@ -42,7 +42,7 @@ class SharedKVLinear(Linear):
         rows = slice(self.head * self.head_dim, (self.head + 1) * self.head_dim)
         weight = copy_to_tp(self.weight, self.grid)[rows]
         bias = None if self.bias is None else copy_to_tp(self.bias, self.grid)[rows]
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
 
 class GroupedQueryAttention(nn.Module):

@@ -1,0 +1,58 @@
+"""Products with weights, in fp32 on a CPU by oneDNN.
+
+torch's own fp32 products on a CPU are MKL's, and oneDNN's only in bf16. MKL takes narrower vector
+instructions on AMD's processors than they have, and with few rows, as in decoding, it reads a
+weight at half the memory's speed (docs/benchmarks.md has the figures). What reaches the weight's
+own gradient stays MKL's: oneDNN would transpose both factors first.
+
+Shapes: (..., I) rows, (O, I) weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, (..., I) -> (..., O), as ``F.linear``, also in its gradients."""
+    if not _is_for_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _OneDNNLinear.apply(x, weight, bias)
+    return _onednn(x, weight, bias)
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        _AVAILABLE
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()  # which chooses kernels itself
+    )
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = grads[0].reshape(-1, weight.shape[0])
+        of_x = _onednn(grads[0], weight.t()) if needs_x else None
+        of_weight = rows.t() @ x.reshape(-1, weight.shape[1]) if needs_weight else None
+        return of_x, of_weight, rows.sum(0) if needs_bias else None
