@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizer import Tokenizer
@@ -18,8 +19,11 @@ from megaegpt.errors import CheckpointError, LaunchError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.build import Model, empty_model
 from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.head import OutputHead
 from megaegpt.model.weights import load_weights, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.layers import Linear
+from megaegpt.parallel.products import pack
 from megaegpt.parallel.watch import RankWatch
 
 
@@ -98,7 +102,20 @@ def load_for_inference(
     model = empty_model(config, grid).to(device=grid.device, dtype=dtype)
     load_weights(model, weights, grid)
     model.requires_grad_(False).eval()
+    for part in (model, encoder):
+        if part is not None:
+            pack_weights(part)
     return LoadedModel(model, encoder, tokenizer)
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Let products read ``model``'s weights in the order that suits them, where that is another
+    than the plain one (bf16 on a CPU, which takes the memory of the weights once more). The model
+    is for inference from here on, and its weights must not change.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear | OutputHead):
+            module.packed = pack(module.weight)
 
 
 def _load_encoder(

@@ -21,6 +21,9 @@ from megaegpt.parallel.products import linear
 class OutputHead(nn.Module):
     """The vocabulary-parallel head. With ``tied_to`` it shares that (V/tp, C) weight."""
 
+    packed: Tensor | None = None
+    """The weight as ``products.pack`` gives it, once more, for inference."""
+
     def __init__(
         self, config: ModelConfig, grid: ProcessGrid, tied_to: nn.Parameter | None = None
     ) -> None:
@@ -41,10 +44,10 @@ class OutputHead(nn.Module):
         """(..., C) -> (..., V/tp), this rank's columns; padding columns are -inf. No gradient of
         TP.
         """
-        logits = linear(hidden, self.weight)
+        logits = linear(hidden, self.weight if self.packed is None else self.packed)
         first = self.grid.tp_rank * logits.shape[-1]
-        padding = torch.arange(first, first + logits.shape[-1], device=logits.device)
-        return logits.masked_fill(padding >= self.vocab_size, -torch.inf)
+        logits[..., max(self.vocab_size - first, 0) :] = -torch.inf
+        return logits
 
     def full_logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., vocab_size) on every TP rank, for sampling."""

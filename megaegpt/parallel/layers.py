@@ -22,6 +22,8 @@ class Linear(nn.Module):
     """``y = x @ weight.T + bias``, the same on every rank."""
 
     tp_dim: int | None = None
+    packed: Tensor | None = None
+    """The weight as ``products.pack`` gives it, once more, for inference."""
 
     def __init__(
         self, in_size: int, out_size: int, grid: ProcessGrid, *, bias: bool, std: float
@@ -34,7 +36,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
 
 
 class ColumnParallelLinear(Linear):
@@ -53,8 +55,9 @@ class RowParallelLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in / tp) -> (..., out), replicated"""
         if self.grid.tp_group is None:
-            return linear(x, self.weight, self.bias)
-        y = reduce_from_tp(linear(x, self.weight), self.grid)
+            return super().forward(x)
+        weight = self.weight if self.packed is None else self.packed
+        y = reduce_from_tp(linear(x, weight), self.grid)
         return y if self.bias is None else y + self.bias
 
 

@@ -1,0 +1,72 @@
+"""oneDNN's products are the plain ones, in values and gradients, as exactly as fp32 allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaegpt.parallel.products import linear, pack
+
+ROWS = [(1,), (5,), (2, 3), (300,)]
+
+
+def _draw(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _computed(
+    product: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Output and gradients in ``dtype``, for a fixed gradient of the output."""
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+    y = product(*leaves)
+    y.backward(_draw(*y.shape, seed=9).to(dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_as_near_to_fp64_as_those_of_torch(
+    rows: tuple[int, ...], bias: bool
+) -> None:
+    inputs = [_draw(*rows, 96, seed=1), _draw(64, 96, seed=2)] + bias * [_draw(64, seed=3)]
+    exact = _computed(F.linear, inputs, torch.float64)
+    theirs = _computed(F.linear, inputs, torch.float32)
+    ours = _computed(linear, inputs, torch.float32)
+    for wanted, found, usual in zip(exact, ours, theirs, strict=True):
+        assert found.shape == wanted.shape
+        scale = wanted.abs().max()
+        error = (found - wanted).abs().max() / scale
+        assert error < 2e-6
+        assert error < 4 * (usual - wanted).abs().max() / scale + 1e-7
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight = _draw(4, 8, seed=1).float(), _draw(6, 8, seed=2).float()
+    x.requires_grad_()
+    linear(x, weight).sum().backward()
+    assert weight.grad is None
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(4, 8))
+
+
+def test_rows_and_weights_may_be_views() -> None:
+    x, weight = _draw(8, 5, seed=1).float().t(), _draw(8, 6, seed=2).float().t()
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+    assert linear(x[:0], weight).shape == (0, 6)
+
+
+def test_a_packed_weight_gives_the_same_in_bf16() -> None:
+    x, weight, bias = (_draw(*s, seed=1).bfloat16() for s in ((3, 64), (32, 64), (32,)))
+    packed = pack(weight)
+    assert packed is not None
+    torch.testing.assert_close(linear(x, packed, bias), F.linear(x, weight, bias))
+
+
+def test_in_fp32_nothing_is_packed() -> None:
+    assert pack(torch.ones(4, 4)) is None
