@@ -73,7 +73,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         precise = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if need_weight else None
+        grad_weight = None
         total = hidden.new_zeros((), dtype=precise)
         for start in range(0, hidden.shape[0], rows):
             x, y = hidden[start : start + rows], targets[start : start + rows]
@@ -89,11 +89,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = linear(grad, weight.t())
-            if grad_weight is not None:
-                if grad.dtype == precise:
-                    grad_weight.addmm_(grad.t(), x)
-                else:
-                    grad_weight += grad.t() @ x
+            if need_weight:
+                grad_weight = _added(grad_weight, grad.t(), x, precise)
         if grad_hidden is not None and grid.tp_group is not None:
             dist.all_reduce(grad_hidden, group=grid.tp_group)
         ctx.save_for_backward(
@@ -103,9 +100,16 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grads[0]
-        scaled = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        scale = grads[0]  # in place: a second backward pass is refused, as after any such change
+        scaled = (None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors)
         return (*scaled, None, None, None, None)
+
+
+def _added(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + a @ b`` in ``dtype``, in place."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
 
 
 def linear_cross_entropy(
