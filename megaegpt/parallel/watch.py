@@ -31,6 +31,7 @@ GRACE_S = 10.0
 
 _HEARING_S = 5.0  # for a report to rank 0 and its answer
 _CONNECTING_S = 60.0
+_LINGERING_S = 0.5
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a lost machine: 25 s
 _LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|gloo|nccl|timed out", re.I)
 
@@ -55,6 +56,7 @@ class RankWatch:
         self._speaker: int | None = None
         """The rank whose message is shown, once there is one; -1: it was shown for a dead rank."""
         self._peers: dict[socket.socket, int] = {}
+        self._listener = threading.Thread(target=self._listen, name="rank watch", daemon=True)
 
     def __enter__(self) -> RankWatch:
         if self._grid.world_size == 1:
@@ -63,7 +65,7 @@ class RankWatch:
             self._accept_all()
         else:
             self._connect()
-        threading.Thread(target=self._listen, name="rank watch", daemon=True).start()
+        self._listener.start()
         return self
 
     def __exit__(
@@ -77,9 +79,15 @@ class RankWatch:
         if error is None:
             self._leaving = True
             self._tell_all({"left": self._grid.rank})
-        elif not self._may_speak(error):
+            return
+        may_speak = self._may_speak(error)
+        if self._grid.is_main:
+            # What another rank says now must be read: a connection closed before that takes back
+            # what was sent over it, and the rank would miss who speaks.
+            self._listener.join(_LINGERING_S)
+        if not may_speak:
             sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
-        elif not isinstance(error, MegaEGPTError | SystemExit | KeyboardInterrupt):
+        if not isinstance(error, MegaEGPTError | SystemExit | KeyboardInterrupt):
             error.add_note(f"on rank {self._grid.rank} of {self._grid.world_size}, {_host()}")
 
     # -- connections ------------------------------------------------------------------------------

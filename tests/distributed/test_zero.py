@@ -47,17 +47,18 @@ def test_every_zero_stage_takes_the_steps_of_plain_adamw(
             assert largest_difference(curve, plain) <= _ROUNDING, config.parallel
 
 
-def _small(kind: str, tp: int, stage: int = 2) -> RunConfig:
+def _small(kind: str, tp: int, ranks: int, stage: int = 2) -> RunConfig:
+    """A step is one pass of every rank; steps of several are in the other tests."""
     return run_config(
         model={"kind": kind, "tied_embeddings": kind == "gpt"},
         parallel={"tensor_parallel_size": tp, "zero_stage": stage},
-        training={"global_batch_size": 4, "micro_batch_size": 1},
+        training={"global_batch_size": 4, "micro_batch_size": 4 * tp // ranks},
     )
 
 
 @pytest.fixture(scope="module")
 def plain_by_kind() -> dict[str, Curve]:
-    return {kind: train_plainly(_small(kind, 1)) for kind in ("gpt", "egpt", "deepgpt")}
+    return {kind: train_plainly(_small(kind, 1, 1)) for kind in ("gpt", "egpt", "deepgpt")}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -65,11 +66,11 @@ def test_tensor_and_data_parallel_runs_are_the_single_process_run(
     distributed: Distributed, plain_by_kind: dict[str, Curve], ranks: int
 ) -> None:
     if ranks == 2:
-        configs = [_small(kind, 1) for kind in plain_by_kind]
-        configs += [_small("gpt", 2, stage) for stage in (0, 1, 2)]
+        configs = [_small(kind, 1, ranks) for kind in plain_by_kind]
+        configs += [_small("gpt", 2, ranks, stage) for stage in (0, 1, 2)]
     else:
-        configs = [_small(kind, tp) for kind in plain_by_kind for tp in (1, 2, 4)]
-        configs += [_small("gpt", 2, stage=0)]
+        configs = [_small(kind, tp, ranks) for kind in plain_by_kind for tp in (1, 2, 4)]
+        configs += [_small("gpt", 2, ranks, stage=0)]
     for curves in distributed(ranks, _train_all, configs):
         for config, curve in zip(configs, curves, strict=True):
             reference = plain_by_kind[config.model.kind]

@@ -43,7 +43,7 @@ def _config(
             "steps": STEPS,
             "eval_interval": 15,
             "global_batch_size": 4,
-            "micro_batch_size": 1,
+            "micro_batch_size": 2,
             **training,
         },
         optimizer={"schedule": schedule},
@@ -100,7 +100,7 @@ def test_a_run_interrupted_while_its_batch_grows_goes_on_exactly_at_dp_2(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:
     ramp = BatchRampConfig(start=2, increment=2, steps=9)  # 2, 4 from step 9 on, 6 from step 18 on
-    changes = {"global_batch_size": 6, "batch_ramp": ramp, "schedule": "wsd"}
+    changes = {"global_batch_size": 6, "micro_batch_size": 1, "batch_ramp": ramp, "schedule": "wsd"}
     distributed(2, _straight_and_interrupted, "gpt", corpus, tmp_path, 1, changes)
     _assert_same_run(tmp_path / "straight", tmp_path / "interrupted")
 
