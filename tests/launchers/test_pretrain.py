@@ -159,8 +159,8 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: P
 
 def test_torchrun_starts_all_ranks_again_when_one_was_killed(corpus: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
-        "training": {"steps": 40, "eval_interval": 20},
-        "checkpoint": {"interval": 10},
+        "training": {"steps": 20, "eval_interval": 20},
+        "checkpoint": {"interval": 5},
     }
     config = _write_config(tmp_path, "gpt", corpus, **changes)
     process = _start("elastic", "--config", str(config), "--resume")

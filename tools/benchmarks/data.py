@@ -28,7 +28,6 @@ from tools.benchmarks.common import add_repetitions, parse_peers, print_results
 from tools.benchmarks.processes import Candidate, Result, Workload, compare
 
 PREPROCESS = Path(__file__).parents[1] / "preprocess.py"
-_RAW_MEGABYTES = 8
 _SEQ_LEN = 1024
 _BATCH = 8
 _BATCHES = 2000
@@ -148,18 +147,16 @@ def _python_sources() -> Iterator[str]:
 
 
 def raw_tiktoken(corpus: Path) -> Workload:
-    """``encode_ordinary`` on documents in memory, from all over the corpus: no files."""
+    """``encode_ordinary`` on the corpus' documents, in memory: no files."""
     tokenizer = Tokenizer.load()
-    every = max(1, corpus.stat().st_size // (_RAW_MEGABYTES * 10**6))
     with open(corpus, encoding="utf-8") as file:
-        lines = [line for number, line in enumerate(file) if number % every == 0]
-    texts = [json.loads(line)["text"] for line in lines]
+        texts = [json.loads(line)["text"] for line in file]
 
     def repeat() -> None:
         for text in texts:
             tokenizer.encode(text)
 
-    return Workload(repeat, sum(len(line.encode()) for line in lines) // _BYTES_PER_UNIT)
+    return Workload(repeat, max(1, corpus.stat().st_size // _BYTES_PER_UNIT))
 
 
 def program(corpus: Path, output: Path, command: list[str]) -> Workload:
