@@ -19,7 +19,7 @@ from megaegpt.parallel.products import linear
 IGNORE = -100
 """Target of a position that is not predicted."""
 
-ROWS_AT_ONCE = {"cpu": 256, "cuda": 4096}
+ROWS_AT_ONCE = {"cpu": 128, "cuda": 4096}
 """Rows of logits that exist at once, by device type."""
 
 

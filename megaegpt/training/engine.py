@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 if not torch.cuda.is_available():  # say so before DeepSpeed looks for devices and warns
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# torch's option for large tensors on a CPU: new gradients are mapped 512 times faster.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import deepspeed
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("fp32", "bf16", "auto"), default="auto", help="%(default)s"
     )
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
-    parser.add_argument("--compile", action="store_true", help="compile our blocks, peers whole")
+    parser.add_argument("--compile", action="store_true", help="compiled ones too: our blocks, peers whole")
     parser.add_argument(
         "--processes", type=int, default=1, help="also run ours with this many, a thread each"
     )
@@ -62,10 +62,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "zero": arguments.zero,
         "precision": arguments.precision,
         "recompute": arguments.recompute,
-        "compile": arguments.compile,
+        "compile": False,
     }
     threads = arguments.threads
     candidates = [Candidate("megaegpt", ours, (shape, options), threads=threads)]
+    if arguments.compile:
+        compiled_too = (shape, options | {"compile": True})
+        candidates.append(Candidate("megaegpt, compiled", ours, compiled_too, threads=threads))
     if arguments.processes > 1:
         name = f"megaegpt, {arguments.processes} processes, ZeRO-2"
         together = (shape, options | {"zero": 2})
