@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("fp32", "bf16", "auto"), default="auto", help="%(default)s"
     )
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
-    parser.add_argument("--compile", action="store_true", help="compiled ones too: our blocks, peers whole")
+    parser.add_argument(
+        "--compile", action="store_true", help="compiled ones too: our blocks, peers whole"
+    )
     parser.add_argument(
         "--processes", type=int, default=1, help="also run ours with this many, a thread each"
     )
