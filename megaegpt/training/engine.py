@@ -87,8 +87,21 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(device)
     # Both back-ends: what ranks agree on outside of a step is talked about without the GPU.
     # DeepSpeed adopts the groups that it finds.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        backend, store=_of_this_attempt(store), rank=rank, world_size=world_size
+    )
     return device
+
+
+def _of_this_attempt(store: dist.Store) -> dist.Store:
+    """torchrun keeps its store when it starts all ranks again, and in it the addresses of ranks
+    that are no more. On one machine attempts have numbers that all ranks know.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
