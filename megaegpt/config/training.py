@@ -40,7 +40,7 @@ class TrainingConfig:
     """Parts whose weights stay as they start: embeddings, layers:N, layers:FIRST-LAST, norm, head,
     and whatever else the model is made of (a wrong name lists them)."""
     compile: bool = False
-    """torch.compile each transformer block."""
+    """torch.compile each transformer block, the encoder's too."""
 
 
 @dataclass(frozen=True)

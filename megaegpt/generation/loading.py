@@ -58,12 +58,13 @@ def inference_processes(tensor_parallel_size: int | None = None) -> Iterator[Pro
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and not dist.is_initialized():
+    joins = world_size > 1 and not dist.is_initialized()
+    if joins:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     grid = ProcessGrid.create(tensor_parallel_size or world_size, device)
     with RankWatch(grid):
         yield grid
-    if dist.is_initialized():
+    if joins:
         dist.destroy_process_group()
 
 

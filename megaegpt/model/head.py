@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
@@ -46,8 +47,8 @@ class OutputHead(nn.Module):
         """
         logits = linear(hidden, self.weight if self.packed is None else self.packed)
         first = self.grid.tp_rank * logits.shape[-1]
-        logits[..., max(self.vocab_size - first, 0) :] = -torch.inf
-        return logits
+        real = min(max(self.vocab_size - first, 0), logits.shape[-1])
+        return F.pad(logits[..., :real], (0, logits.shape[-1] - real), value=-torch.inf)
 
     def full_logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., vocab_size) on every TP rank, for sampling."""

@@ -25,6 +25,7 @@ from megaegpt.parallel.agreement import from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.best import BestLoss
 from megaegpt.training.checkpoint import CheckpointManager, TrainerState
+from megaegpt.training.compiling import compile_problem
 from megaegpt.training.engine import DTYPES, Engine, resolve_precision, slow_precision_notice
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.inputs import ChunkInputs, ModelInputs, SequenceInputs
@@ -126,13 +127,17 @@ class _Run:
         config, grid, training = self.config, self.grid, self.config.training
         with raising_together(grid):
             self.precision = resolve_precision(training.precision, grid.device)
+        compiles = training.compile and compile_problem(grid.device.type) is None
         self.encoder = load_encoder(config, grid, self.precision)
+        if self.encoder is not None and compiles:
+            for block in self.encoder.gpt.stack.blocks:
+                block.compile()
         self.model = build_model(
             config.model,
             grid,
             seed=training.seed,
             activation_checkpointing=training.activation_checkpointing,
-            compile_blocks=training.compile,
+            compile_blocks=compiles,
         )
         if self.encoder is not None and config.model.encoder.initialize_decoder:
             source = resolve_weights_source(str(config.model.encoder.source), grid)
@@ -261,7 +266,10 @@ class _Run:
         for line in describe_run(config, self.size, grid.dp_size, self.precision, name):
             monitor.say(line)
         monitor.say(f"{'data':<11}{self.data.describe()}")
-        for notice in (slow_precision_notice(self.precision, grid.device), *differences):
+        notices = [slow_precision_notice(self.precision, grid.device), *differences]
+        if config.training.compile and (problem := compile_problem(grid.device.type)):
+            notices.append(f"training.compile is off, it does not work here: {problem}")
+        for notice in notices:
             if notice is not None:
                 monitor.say(f"notice: {notice}")
         if state:

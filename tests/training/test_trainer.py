@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from megaegpt.errors import CheckpointError, ConfigError, DataError, MegaEGPTError, TrainingError
-from megaegpt.training import pretraining
+from megaegpt.training import compiling, pretraining
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.stopping import StopRequests
@@ -370,6 +371,31 @@ def test_what_does_not_fit_is_one_error_on_all_ranks(
         assert "nothing" in shards[0]
         assert "training.global_batch_size=9" in batch[0]
         assert all(everywhere for _, everywhere in (encoder, shards, batch))
+
+
+# -- compilation
+
+
+def _run_without_a_compiler(corpus: Path, folder: Path) -> str:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    compiling.compile_problem.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", fails)
+        _, shown = _run("egpt", corpus, folder, training={"compile": True})
+    compiling.compile_problem.cache_clear()
+    return shown
+
+
+def test_where_nothing_can_be_compiled_a_run_says_so_once_and_goes_on(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    (shown,) = distributed(1, _run_without_a_compiler, corpus, tmp_path / "compiled")
+    notice = "notice: training.compile is off, it does not work here: RuntimeError: no C++ compiler"
+    assert shown.count(f"{notice}\n") == 1
+    distributed(1, _run, "egpt", corpus, tmp_path / "plain")
+    assert losses(tmp_path / "compiled") == losses(tmp_path / "plain")
 
 
 # -- samples
