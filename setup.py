@@ -45,6 +45,7 @@ setup(
         "lm_eval": ["lm_eval[hf]>=0.4.9"],
         "test": [
             "pytest",
+            "pytest-xdist",  # tests/run.sh: two processes
             "hypothesis",
             "megatron-core==0.16.1",  # reads and writes the shards that ours are held against
             "ruff",

@@ -15,5 +15,8 @@ failed=0
 ruff check . || failed=1
 ruff format --check . || failed=1
 mypy || failed=1
-python -m pytest || failed=1 # last, so that its closing line closes the output
+# Two processes of one thread: the tests' ranks are processes too, and threads would only wait for each
+# other. A file's tests stay together, for the groups of ranks that they share. It comes last, so that
+# its closing line closes the output.
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile || failed=1
 exit $failed
