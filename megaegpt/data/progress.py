@@ -103,6 +103,7 @@ class Progress:
         shards = [shard for split in manifest.splits.values() for shard in split]
         if all(self._is_there(shard) for shard in shards):
             self.complete = manifest
+            shutil.rmtree(self.folder, ignore_errors=True)  # a kill can fall between the two
         else:
             (self.output / MANIFEST_NAME).unlink()
 

@@ -322,6 +322,11 @@ def test_a_complete_corpus_is_left_alone_and_another_is_not_overwritten(tmp_path
     before = {file: file.stat().st_ino for file in output.iterdir()}
     assert run(output, path, shards=4).meter.counts.documents == 0
     assert {file: file.stat().st_ino for file in output.iterdir()} == before
+    progress = output / ".progress"  # as left by a kill right after the manifest was published
+    progress.mkdir()
+    (progress / "plan.json").write_text("{}")
+    assert run(output, path, shards=4).meter.counts.documents == 0
+    assert not progress.exists()
     with pytest.raises(DataError, match="shards of other inputs or options"):
         run(output, path)
     run(output, path, overwrite=True)
