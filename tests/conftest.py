@@ -11,7 +11,7 @@ import torch
 
 from tests.distributed.harness import Distributed
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # more would wait for the other test process and for the ranks
 
 
 @pytest.fixture(scope="session")
