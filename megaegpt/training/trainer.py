@@ -283,9 +283,15 @@ def _as_tuple(batch: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def _no_automatic_gc() -> Iterator[None]:
-    """Python's cycle collector pauses ranks at different times, and all wait for the slowest."""
+    """Python's cycle collector pauses ranks at different times, and all wait for the slowest.
+
+    What lives already is not searched again whenever training itself collects.
+    """
+    gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        gc.unfreeze()
