@@ -1,7 +1,7 @@
 """Persistent groups of gloo processes: started once a session, fed functions by queue.
 
 Starting a process costs seconds (importing torch and DeepSpeed), so one group of each size serves
-all tests.
+all tests, and ranks are forked from one process that has imported everything.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ import torch
 import torch.distributed as dist
 
 from megaegpt.parallel.grid import ProcessGrid
+
+CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+"""Where ranks come from; CUDA does not survive a fork."""
+CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 @functools.cache
@@ -52,14 +56,13 @@ class WorkerGroup:
     """``world_size`` processes that run the same function together, as ranks of one group."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self._tasks = [context.Queue() for _ in range(world_size)]
-        self._results = context.Queue()
+        self._tasks = [CONTEXT.Queue() for _ in range(world_size)]
+        self._results = CONTEXT.Queue()
         self._processes = [
-            context.Process(
+            CONTEXT.Process(
                 target=_worker,
                 args=(rank, world_size, port, self._tasks[rank], self._results),
                 daemon=True,
@@ -78,11 +81,11 @@ class WorkerGroup:
             try:
                 rank, ok, value = self._results.get(timeout=timeout)
             except queue.Empty:
-                self.close(kill=True)
+                self.kill()
                 waiting = sorted(set(range(len(self._processes))) - set(results))
                 raise TimeoutError(f"no answer from ranks {waiting} after {timeout} s") from None
             if not ok:
-                self.close(kill=True)
+                self.kill()
                 raise AssertionError(f"rank {rank} failed:\n{value}")
             results[rank] = value
         return [results[rank] for rank in range(len(self._processes))]
@@ -92,17 +95,18 @@ class WorkerGroup:
         """All processes are there."""
         return all(process.is_alive() for process in self._processes)
 
-    def close(self, kill: bool = False) -> None:
-        """Let the processes end, or end them."""
-        for tasks, process in zip(self._tasks, self._processes, strict=True):
-            if kill:
-                process.kill()
-            else:
-                tasks.put(None)
+    def close(self) -> None:
+        """Let the processes end."""
+        for tasks in self._tasks:
+            tasks.put(None)
         for process in self._processes:
             process.join(timeout=20)
-            if process.is_alive():
-                process.kill()
+        self.kill()
+
+    def kill(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
 
 
 class Distributed:

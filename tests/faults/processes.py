@@ -7,7 +7,6 @@ one. That makes a hundred kills affordable.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import socket
 import sys
@@ -20,9 +19,7 @@ from megaegpt.config.run import RunConfig
 from megaegpt.errors import exits_cleanly
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.processes import joined_processes
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.faults.preloaded"])
+from tests.distributed.harness import CONTEXT
 
 
 def _rank(
@@ -65,7 +62,7 @@ class Ranks:
         self._folder = folder
         os.environ["OMP_NUM_THREADS"] = "1"
         self.processes = [
-            _CONTEXT.Process(
+            CONTEXT.Process(
                 target=_rank,
                 args=(rank, world_size, port, folder / f"{rank}.txt", function, args),
                 daemon=True,

@@ -16,8 +16,10 @@ import psutil
 import pytest
 
 from megaegpt.config.loading import config_to_yaml
+from megaegpt.config.run import RunConfig
 from tests.faults.processes import Ranks, train
 from tests.training.tiny import corpus, losses, records, run_config
+from tools import precompute_features
 
 __all__ = ["corpus"]
 
@@ -81,13 +83,22 @@ def _write_config(folder: Path, kind: str, corpus: Path, **changes: Any) -> Path
     return path
 
 
+def _train_alone(config: RunConfig) -> dict[int, float]:
+    """In one process, without a launcher; its losses by step."""
+    folder = Path(config.logging.directory)
+    folder.mkdir()
+    ranks = Ranks(1, folder, train, config)
+    assert ranks.wait(120) == [0], ranks.shown(0)
+    return losses(folder)
+
+
 def test_a_run_is_the_same_under_every_launcher(corpus: Path, tmp_path: Path) -> None:
-    found = {}
-    for launcher in ("python", "torchrun", "deepspeed"):
+    changes = {"model": {"dropout": 0.0}}  # its masks depend on the number of ranks, no other thing
+    found = {"python": _train_alone(run_config("egpt", corpus, tmp_path / "alone", **changes))}
+    for launcher in ("torchrun", "deepspeed"):
         folder = tmp_path / launcher
         folder.mkdir()
-        # Dropout's masks depend on the number of ranks, the rest of a run does not.
-        config = _write_config(folder, "egpt", corpus, model={"dropout": 0.0})
+        config = _write_config(folder, "egpt", corpus, **changes)
         done = _run(*_command(launcher, "launchers/pretrain.py", "--config", str(config)))
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("step 00006/00006") == 1
@@ -181,27 +192,32 @@ def test_torchrun_starts_all_ranks_again_when_one_was_killed(corpus: Path, tmp_p
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
 
 
-def test_features_computed_before_are_what_training_reads(corpus: Path, tmp_path: Path) -> None:
+def test_features_are_computed_by_all_ranks_then_checked_and_others_refused(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     config = _write_config(tmp_path, "egpt", corpus)
     program = "tools/precompute_features.py"
-    done = _run(*_command("deepspeed", program, "--config", str(config)))
+    done = _run(*_command("torchrun", program, "--config", str(config)))
     assert done.returncode == 0, done.stderr
     store = tmp_path / "run" / "features" / "train"
     manifest = (store / "manifest.json").stat().st_mtime_ns
-    again = _run(sys.executable, program, "--config", str(config), "--verify")
-    assert f"{store}: 125 chunks, verified" in again.stdout
+    monkeypatch.setattr(sys, "argv", [program, "--config", str(config), "--verify"])
+    precompute_features.main()
+    assert f"{store}: 125 chunks, verified" in capsys.readouterr().out
     assert (store / "manifest.json").stat().st_mtime_ns == manifest
-    foreign = _run(sys.executable, program, "--config", str(config), "model.egpt.chunk_size=4")
-    assert foreign.returncode == 2
-    assert "chunk_size is 8 there and 4 here" in foreign.stderr
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "model.egpt.chunk_size=4"])
+    with pytest.raises(SystemExit, match="2"):
+        precompute_features.main()
+    assert "chunk_size is 8 there and 4 here" in capsys.readouterr().err
 
 
 def test_evaluate_gives_the_loss_that_training_recorded(corpus: Path, tmp_path: Path) -> None:
     vocabulary = {"vocab_size": 50257, "dropout": 0.0}
-    write = _write_config(
-        tmp_path, "gpt", corpus, model=vocabulary, training={"steps": 3, "eval_interval": 3}
-    )
-    assert _run(sys.executable, "launchers/pretrain.py", "--config", str(write)).returncode == 0
+    training = {"steps": 3, "eval_interval": 3}
+    _train_alone(run_config("gpt", corpus, tmp_path / "run", model=vocabulary, training=training))
     arguments = ["--checkpoint", str(tmp_path / "run"), "--data", str(corpus / "validation")]
     result = tmp_path / "result.json"
     done = _run(*_command("torchrun", "tools/evaluate.py", *arguments, "--json", str(result)))
