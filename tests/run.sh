@@ -18,5 +18,5 @@ mypy || failed=1
 # Two processes of one thread: the tests' ranks are processes too, and threads would only wait for each
 # other. A file's tests stay together, for the groups of ranks that they share. It comes last, so that
 # its closing line closes the output.
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile || failed=1
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder || failed=1
 exit $failed

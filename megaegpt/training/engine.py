@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,11 +69,8 @@ def init_distributed() -> torch.device:
         LaunchError: more processes on this machine than it has GPUs.
     """
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # 0: any that is free
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank = int(os.environ["LOCAL_RANK"])

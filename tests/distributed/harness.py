@@ -6,10 +6,12 @@ all tests, and ranks are forked from one process that has imported everything.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
 import queue
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -23,6 +25,17 @@ from megaegpt.parallel.grid import ProcessGrid
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 """Where ranks come from; CUDA does not survive a fork."""
 CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
+
+
+def free_port() -> int:
+    """One that no connection is given between this call and its use, as it is not of their range
+    (32768 and more on Linux).
+    """
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @functools.cache
@@ -56,9 +69,7 @@ class WorkerGroup:
     """``world_size`` processes that run the same function together, as ranks of one group."""
 
     def __init__(self, world_size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self._tasks = [CONTEXT.Queue() for _ in range(world_size)]
         self._results = CONTEXT.Queue()
         self._processes = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from megaegpt.config.run import RunConfig
 from megaegpt.errors import exits_cleanly
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.processes import joined_processes
-from tests.distributed.harness import CONTEXT
+from tests.distributed.harness import CONTEXT, free_port
 
 
 def _rank(
@@ -56,9 +55,7 @@ class Ranks:
     def __init__(
         self, world_size: int, folder: Path, function: Callable[..., Any], *args: Any
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self._folder = folder
         os.environ["OMP_NUM_THREADS"] = "1"
         self.processes = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.run import RunConfig
+from tests.distributed.harness import free_port
 from tests.faults.processes import Ranks, train
 from tests.training.tiny import corpus, losses, records, run_config
 from tools import precompute_features
@@ -29,18 +29,12 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 ENVIRONMENT["PATH"] = f"{SCRIPTS}{os.pathsep}{ENVIRONMENT['PATH']}"
 
 
-def _port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def _command(launcher: str, program: str, *arguments: str) -> list[str]:
     start = {
         "python": [sys.executable],
-        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", _port()],
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())],
         "elastic": ["torchrun", "--nproc_per_node", "2", "--standalone", "--max-restarts", "1"],
-        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", _port()],
+        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
     }[launcher]
     return [*start, program, *arguments]
 
