@@ -42,6 +42,9 @@ class EGPTConfig:
     """In training, each window shows a random number of its earlier chunks."""
     history: bool = True
     """Earlier chunks are seen. false: the same model over the same windows without its memory."""
+    token_counts: bool = False
+    """Token frequencies of earlier chunks are mixed into the prediction, by a gate: a unigram cache
+    whose chunks are chosen by their features."""
     adapter_norm: bool = False
     """A LayerNorm before the MLP that encoder states go through first."""
     adapter_residual: bool = False

@@ -147,7 +147,7 @@ def _chunks_and_encoder(model: ModelConfig) -> Iterator[Problem]:
             f"model.egpt.chunk_size={chunks.chunk_size} is not divisible by "
             f"model.egpt.features_per_chunk={chunks.features_per_chunk}",
         )
-    for name in ("memory_gate", "random_history"):
+    for name in ("memory_gate", "random_history", "token_counts"):
         if not chunks.history and getattr(chunks, name):
             yield Problem(
                 (f"model.egpt.{name}", "model.egpt.history"),

@@ -26,17 +26,20 @@ HISTORIES = ("true", "shuffled", "zero")
 
 
 class ZeroHistory(ChunkInputs):
-    """Every feature is a zero vector."""
+    """Every feature is a zero vector, and of no chunk the tokens are known."""
 
     def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
         """See :class:`~megaegpt.training.inputs.ModelInputs`."""
         arguments = super().arguments(batch)
-        return arguments | {"features": torch.zeros_like(arguments["features"])}
+        arguments["features"] = torch.zeros_like(arguments["features"])
+        if "earlier_tokens" in arguments:
+            arguments["earlier_tokens"] = torch.full_like(arguments["earlier_tokens"], -1)
+        return arguments
 
 
 class ShuffledHistory(ChunkInputs):
-    """A window sees the features of the window half the text away, which in a text of several
-    documents is another document's.
+    """A window sees the features, and token counts, of the window half the text away, which in a
+    text of several documents is another document's.
 
     Raises:
         DataError: the text has no second whole window.
@@ -70,7 +73,10 @@ class ShuffledHistory(ChunkInputs):
     def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
         """See :class:`~megaegpt.training.inputs.ModelInputs`."""
         features = chunk_features(self._frozen(batch["donors"]), self._egpt)
-        return super().arguments({**batch, "features": features})
+        arguments = super().arguments({**batch, "features": features})
+        if "earlier_tokens" in arguments:
+            arguments["earlier_tokens"] = batch["donors"]
+        return arguments
 
 
 def compare_histories(

@@ -18,6 +18,8 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
 from megaegpt.evaluation.text import inputs_of
 from megaegpt.generation.loading import LoadedModel
+from megaegpt.model.egpt import EGPT
+from megaegpt.model.token_counts import Mixture
 from megaegpt.parallel.grid import ProcessGrid
 
 _ROWS_OF_LOGITS = 256
@@ -115,25 +117,41 @@ class Scorer:
             start = len(row) - 1 - len(continuation)
             targets[number, start : len(row) - 1] = ids[start + 1 :]
         batch = {n: x.to(device) for n, x in self._inputs.prepare(tokens, targets).items()}
+        arguments = self._inputs.arguments(batch)
+        earlier_tokens = arguments.pop("earlier_tokens", None)
         hidden_states: Callable[..., Tensor] = self._model.hidden_states
-        hidden = hidden_states(**self._inputs.arguments(batch))
+        hidden = hidden_states(**arguments)
         predicted = targets >= 0
         places = predicted.nonzero()[:, 0].to(device)  # (m,) the row of each
-        nats, greedy = self._predict(
-            hidden.reshape(len(rows), width, -1)[predicted.to(device)],
-            targets[predicted].to(device),
-        )
+        flat, labels = hidden.reshape(len(rows), width, -1), targets.to(device)
+        chosen = predicted.to(device)
+        if earlier_tokens is None:
+            nats, greedy = self._predict(flat[chosen], labels[chosen])
+        else:  # each row has frequencies of its own
+            assert isinstance(self._model, EGPT)
+            mixture = self._model.mixture(hidden, arguments["features"], earlier_tokens)
+            of_rows = [
+                self._predict(flat[n, mask], labels[n, mask], mixture.of_row(n, mask))
+                for n, mask in enumerate(chosen)
+            ]
+            nats, greedy = (torch.cat(parts) for parts in zip(*of_rows, strict=True))
         sums = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
         sums[0].index_add_(0, places, nats.double())
         sums[1].index_add_(0, places, (~greedy).double())
         sums[1] = sums[1] == 0
         return sums
 
-    def _predict(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(
+        self, hidden: Tensor, targets: Tensor, mixture: Mixture | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(m, C) and (m,) -> log-likelihood of each target, and whether it is the likeliest."""
         nats, greedy = [], []
-        for x, y in zip(hidden.split(_ROWS_OF_LOGITS), targets.split(_ROWS_OF_LOGITS), strict=True):
-            logits = self._model.head.full_logits(x).float()  # (., V)
+        for first in range(0, len(targets), _ROWS_OF_LOGITS):
+            part = slice(first, first + _ROWS_OF_LOGITS)
+            y = targets[part]
+            logits = self._model.head.full_logits(hidden[part]).float()  # (., V)
+            if mixture is not None:
+                logits = mixture.at(part).log_probabilities(logits.unsqueeze(0)).squeeze(0)
             nats.append(-F.cross_entropy(logits, y, reduction="none"))
             greedy.append(logits.argmax(-1) == y)
         return torch.cat(nats), torch.cat(greedy)

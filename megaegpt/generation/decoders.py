@@ -1,7 +1,7 @@
 """What a model remembers of a text while it goes on writing it.
 
-A decoder is fed tokens, the whole prompt first and then one by one, and gives the hidden state
-that predicts the next. There is one for each model, with caches, and one for all that recomputes
+A decoder is fed tokens, the whole prompt first and then one by one, and gives the logits of the
+next. There is one for each model, with caches, and one for all that recomputes
 everything each time: the same function written naively, which the tests hold the others against.
 
 Which tokens a model sees is a function of how many there are, never of how they were fed:
@@ -12,7 +12,7 @@ Which tokens a model sees is a function of how many there are, never of how they
   and the features of the ``num_chunks - 1`` chunks before it, numbered from the oldest one.
 - DeepGPT: the tokens of its own chunk; a new chunk starts from nothing, as in training.
 
-Shapes: B rows, T new tokens, S chunk size, N chunks, P features a chunk, C hidden.
+Shapes: B rows, T new tokens, S chunk size, N chunks, P features a chunk, C hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from megaegpt.model.deepgpt import DeepGPT
 from megaegpt.model.egpt import EGPT, Recorded, chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.gpt import GPT
+from megaegpt.model.token_counts import count_tokens
 
 
 class Decoder(Protocol):
     """One text of each row, all rows equally long."""
 
     def advance(self, tokens: Tensor) -> Tensor:
-        """(B, T) ids that follow those so far, T >= 1 -> (B, C) hidden state of the last one."""
+        """(B, T) ids that follow those so far, T >= 1 -> (B, V) logits of the next."""
         ...
 
 
@@ -86,7 +87,8 @@ class GPTDecoder:
             self._cache.reset()
             self._start = start
         not_cached = self._tokens[:, start + self._cache.length : end]
-        return self._model.hidden_states(not_cached, self._cache)[:, -1]
+        hidden = self._model.hidden_states(not_cached, self._cache)[:, -1]
+        return self._model.head.full_logits(hidden)
 
 
 class EGPTDecoder:
@@ -113,6 +115,12 @@ class EGPTDecoder:
             batch_size, 0, egpt.features_per_chunk, config.hidden_size
         )
         self._memory: Recorded | None = None
+        self._tokens = torch.empty(
+            batch_size, egpt.chunk_size, dtype=torch.long, device=weight.device
+        )
+        self._counts = torch.empty(  # (B, n, V) of the chunks before, where they are mixed in
+            batch_size, 0, config.padded_vocab_size, device=weight.device
+        )
         self._offset = 0  # tokens of the current chunk
 
     @torch.inference_mode()
@@ -130,13 +138,19 @@ class EGPTDecoder:
             if self._offset == size:
                 self._finish_chunk()
             states = self._encode(piece)
-        return self._decode(states)
+        hidden = self._decode(states)
+        logits = self._model.head.full_logits(hidden)
+        if self._model.counts is None:
+            return logits
+        mixture = self._model.next_mixture(hidden, self._features, self._counts)
+        return mixture.log_probabilities(logits.unsqueeze(1)).squeeze(1)
 
     def _encode(self, tokens: Tensor) -> Tensor:
         """The encoder's states of the current chunk's next tokens: (B, T) -> (B, T, C)."""
         end = self._offset + tokens.shape[1]
         states = self._encoder.gpt.hidden_states(tokens, self._encoder_cache)
         self._states[:, self._offset : end] = states
+        self._tokens[:, self._offset : end] = tokens
         states = self._states[:, self._offset : end]
         self._offset = end
         return states
@@ -145,7 +159,12 @@ class EGPTDecoder:
         """The current chunk becomes features; the oldest chunk leaves a full window."""
         features = chunk_features(self._states, self._model.config.egpt).unsqueeze(1)
         held = torch.cat([self._features, features], dim=1)  # (B, n, P, C)
-        self._features = held[:, max(held.shape[1] - self._held, 0) :]
+        left = max(held.shape[1] - self._held, 0)
+        self._features = held[:, left:]
+        if self._model.counts is not None:
+            vocab_size = self._model.config.padded_vocab_size
+            counts = count_tokens(self._tokens.unsqueeze(1), vocab_size)
+            self._counts = torch.cat([self._counts, counts], dim=1)[:, left:]
         self._memory = None
         self._encoder_cache.reset()
         if self._local_cache is not None:
@@ -188,7 +207,8 @@ class DeepGPTDecoder:
         self._offset = end
         encoder_cache, decoder_cache = self._caches
         states = self._encoder.gpt.hidden_states(tokens, encoder_cache)
-        return self._model.decode(states.to(self._model.head.weight.dtype), decoder_cache)[:, -1]
+        states = states.to(self._model.head.weight.dtype)
+        return self._model.head.full_logits(self._model.decode(states, decoder_cache)[:, -1])
 
 
 class RecomputingDecoder:
@@ -207,23 +227,29 @@ class RecomputingDecoder:
         model = self._model
         if isinstance(model, GPT):
             start = context_start(tokens.shape[1], model.config.max_seq_len)
-            return model.hidden_states(tokens[:, start:])[:, -1]
-        states = self._window_states(tokens)
+            return model.head.full_logits(model.hidden_states(tokens[:, start:])[:, -1])
+        window = self._window(tokens)
+        states = _needed(self._encoder)(window).to(model.head.weight.dtype)
         last = (tokens.shape[1] - 1) % model.config.egpt.chunk_size
         if isinstance(model, DeepGPT):
-            return model.hidden_states(states)[:, -1, last]
+            return model.head.full_logits(model.hidden_states(states)[:, -1, last])
         features = chunk_features(states[:, :-1], model.config.egpt)
-        return model.hidden_states(states, features)[:, -1, last]
+        hidden = model.hidden_states(states, features)
+        logits = model.head.full_logits(hidden[:, -1, last])
+        if model.counts is None:
+            return logits
+        mixture = model.mixture(hidden, features, window[:, :-1])
+        place = slice((window.shape[1] - 1) * window.shape[2] + last, None)
+        return mixture.at(place).at(slice(1)).log_probabilities(logits.unsqueeze(1)).squeeze(1)
 
-    def _window_states(self, tokens: Tensor) -> Tensor:
-        """(B, n) ids -> (B, up to N, S, C) of the last chunks; the last one is filled up with
-        tokens that causality hides.
+    def _window(self, tokens: Tensor) -> Tensor:
+        """(B, n) ids -> (B, up to N, S) of the last chunks; the last one is filled up with tokens
+        that causality hides.
         """
         egpt = self._model.config.egpt
         chunks = -(-tokens.shape[1] // egpt.chunk_size)
         padded = torch.nn.functional.pad(tokens, (0, chunks * egpt.chunk_size - tokens.shape[1]))
-        window = padded.unflatten(1, (chunks, egpt.chunk_size))[:, -egpt.num_chunks :]
-        return _needed(self._encoder)(window).to(self._model.head.weight.dtype)
+        return padded.unflatten(1, (chunks, egpt.chunk_size))[:, -egpt.num_chunks :]
 
 
 def _new_cache(model: Model, batch_size: int, capacity: int) -> KVCache:

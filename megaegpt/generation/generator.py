@@ -137,7 +137,7 @@ class TextGenerator:
     @torch.inference_mode()
     def _next_tokens(self, decoder: Decoder, sampler: Sampler, tokens: Tensor) -> Tensor:
         """Feed (B, T) tokens, draw the next: (B,)."""
-        logits = self._model.head.full_logits(decoder.advance(tokens))  # (B, V)
+        logits = decoder.advance(tokens)  # (B, V)
         return sampler.draw(logits[:, : self._vocab_size])
 
 

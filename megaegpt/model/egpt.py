@@ -20,6 +20,7 @@ from megaegpt.model.chunk_memory import ChunkWindowContext, ReadingContext, Reco
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
 from megaegpt.model.positions import AddedPositions, rotary_table
+from megaegpt.model.token_counts import Mixture, TokenCounts, count_tokens
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Embedding, LayerNorm
 from megaegpt.parallel.params import count_parameters, spec_of, unshard
@@ -55,6 +56,7 @@ class EGPT(nn.Module):
         self.lengths = Embedding(chunks.chunk_size, width, grid, added.init_std)
         self.stack = BlockStack(config, grid)
         self.head = OutputHead(config, grid)
+        self.counts = TokenCounts(config, grid) if chunks.token_counts else None
 
     def _embed(self, states: Tensor, chunk: Tensor, offset: Tensor) -> Tensor:
         """Encoder states (B, T, C) with chunk numbers and offsets (T,) -> decoder inputs (B, T,
@@ -76,16 +78,19 @@ class EGPT(nn.Module):
         number = torch.arange(chunks, device=device).repeat_interleave(egpt.features_per_chunk)
         return number, ends.repeat(chunks)
 
-    def hidden_states(self, token_states: Tensor, features: Tensor) -> Tensor:
+    def hidden_states(
+        self, token_states: Tensor, features: Tensor, cut: Tensor | None = None
+    ) -> Tensor:
         """A whole window: states (B, N, S, C), features (B, N - 1, P, C) -> (B, N, S, C) after the
         final norm.
 
-        Positions computed: N * S tokens and (N - 1) * P features, each once.
+        Positions computed: N * S tokens and (N - 1) * P features, each once. Nothing before the
+        chunk ``cut`` (B,) of a window is seen from that chunk on.
         """
         egpt = self.config.egpt
         if not egpt.history:
             features = features[:, :0]
-        batch, chunks, size, _ = token_states.shape
+        chunks, size = token_states.shape[1:3]
         device = token_states.device
         token_chunk = torch.arange(chunks, device=device).repeat_interleave(size)
         token_offset = torch.arange(size, device=device).repeat(chunks)
@@ -99,17 +104,18 @@ class EGPT(nn.Module):
             egpt.features_per_chunk if egpt.history else 0,
             local=egpt.local_attention,
             rotary=rotary_table(self.config, chunk),
-            cut=self._history_cut(batch, chunks, device),
+            cut=cut,
             device=device,
         )
         x = self.stack(self._embed(states, chunk, offset), context)
         return x[:, feature_chunk.numel() :].unflatten(1, (chunks, size))
 
-    def _history_cut(self, batch: int, chunks: int, device: torch.device) -> Tensor | None:
+    def _history_cut(self, token_states: Tensor) -> Tensor | None:
         """A random chunk of each window before which nothing is seen from it on (training only)."""
         if not (self.training and self.config.egpt.random_history):
             return None
-        return torch.randint(chunks, (batch,), device=device)
+        batch, chunks = token_states.shape[:2]
+        return torch.randint(chunks, (batch,), device=token_states.device)
 
     def forward(
         self,
@@ -117,9 +123,60 @@ class EGPT(nn.Module):
         features: Tensor,
         targets: Tensor,
         reduction: Literal["sum", "none"] = "sum",
+        earlier_tokens: Tensor | None = None,
     ) -> Tensor:
-        """States (B, N, S, C), features (B, N - 1, P, C), targets (B, N, S) -> nats."""
-        return self.head.loss(self.hidden_states(token_states, features), targets, reduction)
+        """States (B, N, S, C), features (B, N - 1, P, C), targets (B, N, S) -> nats.
+
+        ``earlier_tokens`` (B, N - 1, S), the ids of the chunks that features are of (-1: none),
+        are needed with ``token_counts``.
+        """
+        cut = self._history_cut(token_states)
+        hidden = self.hidden_states(token_states, features, cut)
+        if self.counts is None:
+            return self.head.loss(hidden, targets, reduction)
+        if earlier_tokens is None:
+            raise ValueError("model.egpt.token_counts needs the tokens of the earlier chunks")
+        mixture = self.mixture(hidden, features, earlier_tokens, cut)
+        added = mixture.of(targets.flatten(1)).view(targets.shape)
+        log_keep = mixture.log_keep.view(targets.shape)
+        return self.head.loss(hidden, targets, reduction, (log_keep, added))
+
+    def mixture(
+        self, hidden: Tensor, features: Tensor, earlier_tokens: Tensor, cut: Tensor | None = None
+    ) -> Mixture:
+        """What token counts add to the head's prediction: hidden states (B, N, S, C) of a window
+        and what its earlier chunks hold (see :meth:`forward`) -> T = N * S.
+        """
+        _, chunks, size, _ = hidden.shape
+        earlier, chunk = (
+            torch.arange(n, device=hidden.device) for n in (features.shape[1], chunks)
+        )
+        distance = chunk.unsqueeze(1) - earlier  # (N, M)
+        visible = (distance > 0).unsqueeze(0)
+        if cut is not None:
+            after = [(x >= cut.unsqueeze(1)) for x in (chunk, earlier)]  # (B, N), (B, M)
+            visible = visible & (after[0].unsqueeze(2) == after[1].unsqueeze(1))
+        return self._counts()(
+            hidden.flatten(1, 2),
+            features,
+            count_tokens(earlier_tokens, self.config.padded_vocab_size),
+            distance.repeat_interleave(size, dim=0),
+            visible.repeat_interleave(size, dim=1),
+        )
+
+    def next_mixture(self, hidden: Tensor, features: Tensor, counts: Tensor) -> Mixture:
+        """The same for one token (B, C) behind n chunks with features (B, n, P, C) and token
+        counts (B, n, V) -> T = 1.
+        """
+        held = features.shape[1]
+        distance = torch.arange(held, 0, -1, device=hidden.device).unsqueeze(0)  # (1, n)
+        visible = torch.ones_like(distance, dtype=torch.bool).unsqueeze(0)
+        return self._counts()(hidden.unsqueeze(1), features, counts, distance, visible)
+
+    def _counts(self) -> TokenCounts:
+        if self.counts is None:
+            raise ValueError("model.egpt.token_counts is off: there is nothing to mix")
+        return self.counts
 
     def record_memory(self, features: Tensor) -> Recorded:
         """Features of the chunks before the current one, (B, n, P, C) with n < N -> each layer's
@@ -176,4 +233,6 @@ class EGPT(nn.Module):
         per_position = matmul_flops(self.stack) + matmul_flops(self.input_mlp)
         visible = features + (egpt.chunk_size if egpt.local_attention else 1)
         forward = positions * per_position + attention_flops(config, visible)
+        if self.counts is not None:
+            forward += matmul_flops(self.counts)
         return int(3 * (forward + 2 * config.vocab_size * config.hidden_size))

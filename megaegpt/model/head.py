@@ -34,11 +34,21 @@ class OutputHead(nn.Module):
         self.weight = tied_to if tied_to is not None else _untied_weight(config, grid)
 
     def loss(
-        self, hidden: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum"
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        reduction: Literal["sum", "none"] = "sum",
+        mixed_with: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """hidden (..., C), targets (...) -> nats; see ``linear_cross_entropy``."""
         return linear_cross_entropy(
-            hidden, self.weight, targets, self.grid, self.vocab_size, reduction
+            hidden,
+            self.weight,
+            targets,
+            self.grid,
+            self.vocab_size,
+            reduction,
+            mixed_with=mixed_with,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -57,6 +57,19 @@ def _chunk_nats(
     return nats.masked_fill(targets == IGNORE, 0.0), exponentials, sums, column
 
 
+def _mix(nats: Tensor, targets: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Nats (n,) of ``keep * exp(-nats) + added``, where mixture (n, 2) is log(keep) and added, and
+    their gradients by nats (n,) and by mixture (n, 2).
+    """
+    log_keep, added = mixture.unbind(1)
+    kept, real = log_keep - nats, targets != IGNORE
+    mixed = torch.logaddexp(kept, added.log())
+    share = (kept - mixed).exp() * real
+    # Where nothing is added nothing can be, and the factor may overflow.
+    by_added = (-mixed).exp().masked_fill(added == 0, 0.0) * real
+    return -mixed.masked_fill(~real, 0.0), share, torch.stack([-share, -by_added], dim=1)
+
+
 class _LinearCrossEntropySum(torch.autograd.Function):
     """Sum of nats; the gradients are ready after forward and only scaled in backward."""
 
@@ -69,23 +82,29 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grid: ProcessGrid,
         vocab_size: int,
         rows: int,
+        mixture: Tensor | None,
     ) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = None
+        grad_mixture = None if mixture is None else torch.empty_like(mixture)
         total = hidden.new_zeros((), dtype=precise)
         for start in range(0, hidden.shape[0], rows):
             x, y = hidden[start : start + rows], targets[start : start + rows]
             nats, grad, sums, column = _chunk_nats(
                 linear(x, weight).to(precise), y, grid, vocab_size
             )
+            by_nats = (y != IGNORE).to(precise)
+            if mixture is not None and grad_mixture is not None:
+                part = slice(start, start + rows)
+                nats, by_nats, grad_mixture[part] = _mix(nats, y, mixture[part])
             total += nats.sum()
             if not (need_hidden or need_weight):
                 continue
             grad.div_(sums)
             grad.scatter_add_(1, column.clamp(min=0), -(column >= 0).to(grad.dtype))
-            grad.mul_((y != IGNORE).unsqueeze(1))
+            grad.mul_(by_nats.unsqueeze(1))
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = linear(grad, weight.t())
@@ -94,15 +113,17 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if grad_hidden is not None and grid.tp_group is not None:
             dist.all_reduce(grad_hidden, group=grid.tp_group)
         ctx.save_for_backward(
-            grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            grad_mixture,
         )
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale = grads[0]  # in place: a second backward pass is refused, as after any such change
-        scaled = (None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None, None)
+        scaled = [None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors]
+        return (*scaled[:2], None, None, None, None, scaled[2])
 
 
 def _added(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,6 +141,7 @@ def linear_cross_entropy(
     vocab_size: int,
     reduction: Literal["sum", "none"] = "sum",
     rows: int | None = None,
+    mixed_with: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of ``hidden @ weight.T`` against ``targets``.
 
@@ -130,18 +152,30 @@ def linear_cross_entropy(
         vocab_size: real tokens, without padding.
         reduction: ``sum``: a scalar to differentiate; ``none``: nats of each position, no gradient.
         rows: positions computed at once (default: by device).
+        mixed_with: (...) each, in at least fp32, both differentiable: the log of the share that the
+            head's distribution has in the prediction, and what something else adds to the
+            probability of each target.
 
     Returns:
         fp32 (fp64 for fp64 inputs), identical on all TP ranks.
     """
     rows = rows or ROWS_AT_ONCE.get(hidden.device.type, 1024)
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    mixture = None
+    if mixed_with is not None:
+        mixture = torch.stack([x.reshape(-1) for x in mixed_with], dim=1)  # (n, 2)
     if reduction == "sum":
-        return _LinearCrossEntropySum.apply(flat, weight, flat_targets, grid, vocab_size, rows)
+        return _LinearCrossEntropySum.apply(
+            flat, weight, flat_targets, grid, vocab_size, rows, mixture
+        )
     with torch.no_grad():
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        nats = [
-            _chunk_nats(linear(x, weight).to(precise), y, grid, vocab_size)[0]
-            for x, y in zip(flat.split(rows), flat_targets.split(rows), strict=True)
-        ]
-    return torch.cat(nats).view(targets.shape)
+        nats = torch.cat(
+            [
+                _chunk_nats(linear(x, weight).to(precise), y, grid, vocab_size)[0]
+                for x, y in zip(flat.split(rows), flat_targets.split(rows), strict=True)
+            ]
+        )
+        if mixture is not None:
+            nats, _, _ = _mix(nats, flat_targets, mixture)
+    return nats.view(targets.shape)

@@ -113,7 +113,10 @@ class ChunkInputs(ModelInputs):
             features = batch["features"].to(self._dtype)  # (B, N - 1, P, C)
         else:
             features = chunk_features(states[:, :-1], self._config.egpt)
-        return {"token_states": states, "features": features}
+        arguments = {"token_states": states, "features": features}
+        if self._config.egpt.token_counts:
+            arguments["earlier_tokens"] = batch["tokens"][:, :-1]
+        return arguments
 
 
 class InstructionInputs(ModelInputs):

@@ -118,6 +118,8 @@ class WorkerGroup:
         """End the processes."""
         for process in self._processes:
             process.kill()
+        for process in self._processes:
+            process.join()
 
 
 class Distributed:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ IMPROVED = replace(
         local_attention=True,
         features_per_chunk=2,
         memory_gate=True,
+        token_counts=True,
         adapter_norm=True,
         adapter_residual=True,
     ),
@@ -42,7 +44,7 @@ MODELS = {
 STEPS, VARIANT_STEPS = 20, 10
 
 
-def _batch(config: ModelConfig, step: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def _batch(config: ModelConfig, step: int, dtype: torch.dtype) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(step)
     if config.kind == "gpt":
         tokens = torch.randint(config.vocab_size, (2, 13), generator=generator)
@@ -55,7 +57,11 @@ def _batch(config: ModelConfig, step: int, dtype: torch.dtype) -> tuple[torch.Te
     if config.kind == "deepgpt":
         return states, targets
     features = torch.randn(2, 2, egpt.features_per_chunk, 32, generator=generator)
-    return states, features.to(dtype), targets
+    if not egpt.token_counts:
+        return states, features.to(dtype), targets
+    earlier = torch.randint(config.vocab_size, (2, 2, egpt.chunk_size), generator=generator)
+    earlier[:, 0] = targets[:, 2].clamp(min=0)  # some come again
+    return states, features.to(dtype), targets, "sum", earlier
 
 
 def _global_norm(model: torch.nn.Module, grid: ProcessGrid) -> float:
@@ -75,7 +81,8 @@ def _run(config: ModelConfig, grid: ProcessGrid, dtype: torch.dtype, steps: int)
     loss = model(*batch)
     loss.backward()
     with torch.no_grad():
-        logits = model.head.full_logits(model.hidden_states(*batch[:-1]))
+        inputs = batch[: 1 if config.kind != "egpt" else 2]  # what comes before the targets
+        logits = model.head.full_logits(model.hidden_states(*inputs))
     result = {
         "loss": loss.item(),
         "logits": logits,

@@ -11,10 +11,15 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.generation.decoders import new_decoder
 from megaegpt.generation.loading import LoadedModel
 from megaegpt.parallel.grid import ProcessGrid
-from tests.generation.tiny_models import DEEPGPT, EGPT, GPT, build
+from tests.generation.tiny_models import DEEPGPT, EGPT, GPT, build, egpt
 
 TOKENIZER = Tokenizer.load()
-CONFIGS = {"gpt": GPT, "egpt": EGPT, "deepgpt": DEEPGPT}
+CONFIGS = {
+    "gpt": GPT,
+    "egpt": EGPT,
+    "egpt_counts": egpt(token_counts=True),
+    "deepgpt": DEEPGPT,
+}
 
 
 def load(kind: str, grid: ProcessGrid | None = None) -> LoadedModel:
@@ -39,8 +44,7 @@ def naive_score(
     text = list(context)
     for token in continuation:
         decoder = new_decoder(loaded.model, loaded.encoder, 1, len(text), use_cache=False)
-        hidden = decoder.advance(torch.tensor([text]))
-        logits = loaded.model.head.full_logits(hidden)[0]
+        logits = decoder.advance(torch.tensor([text]))[0]
         total += logits.double().log_softmax(-1)[token].item()
         greedy = greedy and int(logits.argmax()) == token
         text.append(token)

@@ -35,9 +35,9 @@ class Text:
 
 
 @torch.inference_mode()
-def naive() -> dict[str, list[float]]:
+def naive(kind: str) -> dict[str, list[float]]:
     """Nats per token by chunk; window by window, from the model's own forward pass."""
-    loaded = load("egpt")
+    loaded = load(kind)
     model, encoder = loaded.model, loaded.encoder
     assert encoder is not None
     tokens = torch.from_numpy(Text().read(0, LENGTH).astype(np.int64))
@@ -53,26 +53,32 @@ def naive() -> dict[str, list[float]]:
         features = chunk_features(states[:, :-1], model.config.egpt)
         donor = (window + 2) % 4
         others = tokens[donor * WINDOW : (donor + 1) * WINDOW].view(shape)
+        foreign = chunk_features(encoder(others)[:, :-1], model.config.egpt)
+        own = inputs.view(shape)
         histories = {
-            "true": features,
-            "shuffled": chunk_features(encoder(others)[:, :-1], model.config.egpt),
-            "zero": torch.zeros_like(features),
+            "true": (features, own),
+            "shuffled": (foreign, others),
+            "zero": (torch.zeros_like(features), torch.full_like(own, -1)),
         }
-        for name, history in histories.items():
-            nats = model(states, history, targets.view(shape), reduction="none")
+        for name, (history, earlier) in histories.items():
+            counts_of = [earlier[:, :-1]] if model.config.egpt.token_counts else []
+            nats = model(states, history, targets.view(shape), "none", *counts_of)
             sums[name] += nats.double().sum((0, 2))
         counts += (targets.view(shape) >= 0).sum((0, 2))
     return {name: (sums[name] / counts).tolist() for name in HISTORIES}
 
 
-def _compare(tp_size: int) -> dict[str, Evaluation]:
+def _compare(kind: str, tp_size: int) -> dict[str, Evaluation]:
     grid = grid_for(tp_size)
-    return compare_histories(load("egpt", grid), Text(), grid, 2, torch.float32)
+    return compare_histories(load(kind, grid), Text(), grid, 2, torch.float32)
 
 
-def test_the_report_is_that_of_a_loop_over_windows_on_any_ranks(distributed: Distributed) -> None:
-    expected = naive()
-    for results in (_compare(1), *distributed(4, _compare, 2)):
+@pytest.mark.parametrize("kind", ["egpt", "egpt_counts"])
+def test_the_report_is_that_of_a_loop_over_windows_on_any_ranks(
+    distributed: Distributed, kind: str
+) -> None:
+    expected = naive(kind)
+    for results in (_compare(kind, 1), *distributed(4, _compare, kind, 2)):
         for name in HISTORIES:
             assert results[name].loss_by_chunk == pytest.approx(expected[name], rel=1e-5)
             assert results[name].tokens == LENGTH - 1

@@ -149,15 +149,15 @@ def test_a_cut_history_is_that_of_two_shorter_windows(monkeypatch):
     """Chunks before the cut and chunks after it do not see each other, in either stream."""
     config = _variant(random_history=True)
     model = _model(config)
-    states, features, _ = _batch(config)
+    states, features, targets = _batch(config)
     monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([2, 0]))
-    before = model.hidden_states(states, features)
+    before = model(states, features, targets, "none")
     changed = features.clone()
     changed[:, 0] += 1.0
-    moved = model.hidden_states(states, changed) != before
-    moved = moved.any(-1).any(-1)  # (B, N): who sees chunk 0's feature
+    moved = (model(states, changed, targets, "none") != before).any(-1)
+    # (B, N): who sees chunk 0's feature
     assert moved.tolist() == [[False, True, False, False], [False, True, True, True]]
-    whole = model.eval().hidden_states(states, features)
+    whole = model.eval()(states, features, targets, "none")
     torch.testing.assert_close(before[0, :2], whole[0, :2])
     torch.testing.assert_close(before[1], whole[1])
 

@@ -70,3 +70,46 @@ def test_bf16_inputs_are_summed_in_fp32():
     expected = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def _mixture():
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.rand(ROWS, generator=generator, dtype=torch.float64)
+    added = (1 - keep) * torch.rand(ROWS, generator=generator, dtype=torch.float64)
+    added[1::4] = 0.0
+    return keep.log().requires_grad_(), added.requires_grad_()
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_a_mixture_is_that_of_the_probabilities(rows):
+    hidden, weight, targets = _problem()
+    log_keep, added = _mixture()
+    inputs = (hidden, weight, log_keep, added)
+    arguments = (hidden, weight, targets, ProcessGrid(), VOCAB)
+    loss = linear_cross_entropy(*arguments, rows=rows, mixed_with=(log_keep, added))
+    grads = torch.autograd.grad(3.0 * loss, inputs)
+    probabilities = (hidden @ weight[:VOCAB].t()).softmax(-1)
+    real = targets != IGNORE
+    at_target = probabilities[real, targets[real]]
+    nats = -(log_keep.exp()[real] * at_target + added[real]).log()
+    expected_grads = torch.autograd.grad(3.0 * nats.sum(), inputs)
+    torch.testing.assert_close(loss, nats.sum(), rtol=1e-12, atol=0)
+    for grad, expected_grad in zip(grads[:3], expected_grads[:3], strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12)
+    added_to = (added > 0) & real  # elsewhere the factor is left out, as it may overflow
+    torch.testing.assert_close(grads[3][added_to], expected_grads[3][added_to])
+    assert (grads[3][~added_to] == 0).all()
+    each = linear_cross_entropy(*arguments, "none", rows=8, mixed_with=(log_keep, added))
+    torch.testing.assert_close(each[real], nats.detach())
+    assert (each[~real] == 0).all()
+
+
+def test_a_target_that_the_head_rules_out_is_finite_where_something_is_added():
+    hidden, weight, targets = _problem()
+    log_keep, added = _mixture()
+    with torch.no_grad():
+        hidden *= 1e4
+    mixed = (log_keep, added)
+    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, mixed_with=mixed)
+    grads = torch.autograd.grad(loss, (hidden, weight, log_keep, added))
+    assert all(torch.isfinite(x).all() for x in (loss, *grads))
