@@ -30,10 +30,15 @@ from megaegpt.config.loading import validate
 from megaegpt.data.instruction import Instruction
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError, exits_cleanly
+from megaegpt.generation.compiled import uncompilable
+from megaegpt.generation.decoders import gpt_of
 from megaegpt.generation.generator import TextAssembler, TextGenerator, encode_prompt
 from megaegpt.generation.loading import inference_processes, load_for_inference
+from megaegpt.model.build import Model
+from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.agreement import from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.compiling import compile_problem
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DEFAULTS = GenerationConfig(max_new_tokens=256)
@@ -65,7 +70,8 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
         encoder_source=arguments.encoder,
         vocabulary=arguments.vocabulary,
     )
-    generator = TextGenerator(model, encoder, tokenizer.vocab_size)
+    compiled = arguments.compile and _can_compile(model, encoder, grid)
+    generator = TextGenerator(model, encoder, tokenizer.vocab_size, compiled=compiled)
     writer = _SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main)
     answers = arguments.instruction is not None
     writer.begin("" if arguments.only_new or answers else prompt)
@@ -109,6 +115,12 @@ def _parse_arguments() -> argparse.Namespace:
     _add_sampling_options(parser)
     parser.add_argument(
         "--only-new", action="store_true", help="do not repeat the prompt before its continuation"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the step from token to token, on a GPU into one CUDA graph: tens of seconds "
+        "first, for long texts or many samples",
     )
     parser.add_argument(
         "--no-cache",
@@ -164,6 +176,14 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-samples", type=int, default=1, metavar="N", help="continuations (default: 1)"
     )
+
+
+def _can_compile(model: Model, encoder: FrozenEncoder | None, grid: ProcessGrid) -> bool:
+    """Say so if not."""
+    problem = uncompilable(gpt_of(model, encoder)) or compile_problem(grid.device.type)
+    if problem and grid.is_main:
+        print(f"not compiled: {problem}", file=sys.stderr)
+    return problem is None
 
 
 def _read_prompt(arguments: argparse.Namespace, grid: ProcessGrid) -> str:

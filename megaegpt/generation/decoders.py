@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megaegpt.generation.compiled import CompiledSteps
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import Model
 from megaegpt.model.deepgpt import DeepGPT
@@ -46,16 +47,24 @@ def new_decoder(
     max_tokens: int,
     *,
     use_cache: bool = True,
+    steps: CompiledSteps | None = None,
 ) -> Decoder:
     """A decoder of ``model``, for at most ``max_tokens`` tokens a row; EGPT and DeepGPT need their
     encoder.
+
+    ``steps`` are compiled ones, of a GPT with its head, of another model's encoder without it.
     """
     if not use_cache:
         return RecomputingDecoder(model, encoder)
     if isinstance(model, GPT):
-        return GPTDecoder(model, batch_size, max_tokens)
+        return GPTDecoder(model, batch_size, max_tokens, steps)
     kind = EGPTDecoder if isinstance(model, EGPT) else DeepGPTDecoder
-    return kind(model, _needed(encoder), batch_size, max_tokens)  # type: ignore[arg-type]
+    return kind(model, _needed(encoder), batch_size, max_tokens, steps)  # type: ignore[arg-type]
+
+
+def gpt_of(model: Model, encoder: FrozenEncoder | None) -> GPT:
+    """What reads the tokens: a GPT itself, or another model's encoder."""
+    return model if isinstance(model, GPT) else _needed(encoder).gpt
 
 
 def context_start(length: int, max_seq_len: int) -> int:
@@ -67,13 +76,19 @@ def context_start(length: int, max_seq_len: int) -> int:
 class GPTDecoder:
     """Keys and values of the tokens the model sees, and their ids to start again from."""
 
-    def __init__(self, model: GPT, batch_size: int, max_tokens: int) -> None:
+    def __init__(
+        self, model: GPT, batch_size: int, max_tokens: int, steps: CompiledSteps | None = None
+    ) -> None:
         self._model = model
         self._max_seq_len = model.config.max_seq_len
         self._tokens = torch.empty(
             batch_size, max_tokens, dtype=torch.long, device=model.grid.device
         )
-        self._cache = _new_cache(model, batch_size, min(self._max_seq_len, max_tokens))
+        capacity = min(self._max_seq_len, max_tokens)
+        self._step = None if steps is None else steps.lend(self, batch_size, capacity)
+        self._cache = (
+            _new_cache(model, batch_size, capacity) if self._step is None else self._step.cache
+        )
         self._start = self._length = 0
 
     @torch.inference_mode()
@@ -87,8 +102,33 @@ class GPTDecoder:
             self._cache.reset()
             self._start = start
         not_cached = self._tokens[:, start + self._cache.length : end]
+        if self._step is not None and not_cached.shape[1] == 1:
+            return self._step(not_cached)
         hidden = self._model.hidden_states(not_cached, self._cache)[:, -1]
         return self._model.head.full_logits(hidden)
+
+
+class _Encoder:
+    """The frozen encoder over the current chunk, with its cache."""
+
+    def __init__(
+        self, encoder: FrozenEncoder, batch_size: int, capacity: int, steps: CompiledSteps | None
+    ) -> None:
+        self._gpt = encoder.gpt
+        self._step = None if steps is None else steps.lend(self, batch_size, capacity)
+        self._cache = (
+            _new_cache(self._gpt, batch_size, capacity) if self._step is None else self._step.cache
+        )
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """The chunk's next tokens (B, T) -> their states (B, T, C)."""
+        if self._step is not None and tokens.shape[1] == 1:
+            return self._step(tokens)
+        return self._gpt.hidden_states(tokens, self._cache)
+
+    def reset(self) -> None:
+        """A new chunk begins."""
+        self._cache.reset()
 
 
 class EGPTDecoder:
@@ -99,14 +139,19 @@ class EGPTDecoder:
     """
 
     def __init__(
-        self, model: EGPT, encoder: FrozenEncoder, batch_size: int, max_tokens: int
+        self,
+        model: EGPT,
+        encoder: FrozenEncoder,
+        batch_size: int,
+        max_tokens: int,
+        steps: CompiledSteps | None = None,
     ) -> None:
         egpt, config = model.config.egpt, model.config
-        self._model, self._encoder = model, encoder
+        self._model = model
         self._held = egpt.num_chunks - 1
         weight = model.head.weight
         capacity = min(egpt.chunk_size, max_tokens)
-        self._encoder_cache = _new_cache(encoder.gpt, batch_size, capacity)
+        self._encoder = _Encoder(encoder, batch_size, capacity, steps)
         self._local_cache = (
             _new_cache(model, batch_size, capacity) if egpt.local_attention else None
         )
@@ -148,7 +193,7 @@ class EGPTDecoder:
     def _encode(self, tokens: Tensor) -> Tensor:
         """The encoder's states of the current chunk's next tokens: (B, T) -> (B, T, C)."""
         end = self._offset + tokens.shape[1]
-        states = self._encoder.gpt.hidden_states(tokens, self._encoder_cache)
+        states = self._encoder.advance(tokens)
         self._states[:, self._offset : end] = states
         self._tokens[:, self._offset : end] = tokens
         states = self._states[:, self._offset : end]
@@ -166,7 +211,7 @@ class EGPTDecoder:
             counts = count_tokens(self._tokens.unsqueeze(1), vocab_size)
             self._counts = torch.cat([self._counts, counts], dim=1)[:, left:]
         self._memory = None
-        self._encoder_cache.reset()
+        self._encoder.reset()
         if self._local_cache is not None:
             self._local_cache.reset()
         self._offset = 0
@@ -187,11 +232,17 @@ class DeepGPTDecoder:
     """The encoder's and the decoder's caches of the current chunk."""
 
     def __init__(
-        self, model: DeepGPT, encoder: FrozenEncoder, batch_size: int, max_tokens: int
+        self,
+        model: DeepGPT,
+        encoder: FrozenEncoder,
+        batch_size: int,
+        max_tokens: int,
+        steps: CompiledSteps | None = None,
     ) -> None:
-        self._model, self._encoder = model, encoder
+        self._model = model
         capacity = min(model.config.egpt.chunk_size, max_tokens)
-        self._caches = [_new_cache(m, batch_size, capacity) for m in (encoder.gpt, model)]
+        self._encoder = _Encoder(encoder, batch_size, capacity, steps)
+        self._cache = _new_cache(model, batch_size, capacity)
         self._offset = 0  # tokens of the current chunk
 
     @torch.inference_mode()
@@ -202,13 +253,11 @@ class DeepGPTDecoder:
         if last_chunk:
             end -= last_chunk * self._model.config.egpt.chunk_size
             tokens = tokens[:, -end:]
-            for cache in self._caches:
-                cache.reset()
+            self._encoder.reset()
+            self._cache.reset()
         self._offset = end
-        encoder_cache, decoder_cache = self._caches
-        states = self._encoder.gpt.hidden_states(tokens, encoder_cache)
-        states = states.to(self._model.head.weight.dtype)
-        return self._model.head.full_logits(self._model.decode(states, decoder_cache)[:, -1])
+        states = self._encoder.advance(tokens).to(self._model.head.weight.dtype)
+        return self._model.head.full_logits(self._model.decode(states, self._cache)[:, -1])
 
 
 class RecomputingDecoder:

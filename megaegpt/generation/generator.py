@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megaegpt.config import GenerationConfig
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.generation.decoders import Decoder, new_decoder
+from megaegpt.generation.compiled import CompiledSteps
+from megaegpt.generation.decoders import Decoder, gpt_of, new_decoder
 from megaegpt.generation.sampling import Sampler
 from megaegpt.model.build import Model
 from megaegpt.model.encoder import FrozenEncoder
@@ -33,12 +34,24 @@ class TextGenerator:
         model: in eval mode, on its grid's device.
         encoder: of an EGPT or DeepGPT.
         vocab_size: ids from here on are never drawn (a model may have more than its tokenizer).
+        compiled: one token's way through the GPT (of an EGPT or DeepGPT, the encoder) is compiled,
+            which takes its time with the first text of a batch size and of a length, and on CUDA
+            recorded as a graph; :func:`~megaegpt.generation.compiled.uncompilable` says what cannot
+            be.
     """
 
     def __init__(
-        self, model: Model, encoder: FrozenEncoder | None = None, vocab_size: int | None = None
+        self,
+        model: Model,
+        encoder: FrozenEncoder | None = None,
+        vocab_size: int | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self._model, self._encoder = model, encoder
+        self._steps = None
+        if compiled:
+            self._steps = CompiledSteps(gpt_of(model, encoder), with_head=encoder is None)
         self._vocab_size = vocab_size or model.config.vocab_size
 
     def stream(
@@ -120,7 +133,12 @@ class TextGenerator:
         device = self._model.grid.device
         max_tokens = len(prompts[0]) + config.max_new_tokens
         decoder = new_decoder(
-            self._model, self._encoder, len(prompts), max_tokens, use_cache=use_cache
+            self._model,
+            self._encoder,
+            len(prompts),
+            max_tokens,
+            use_cache=use_cache,
+            steps=self._steps,
         )
         sampler = Sampler(config, [config.seed + row for row in rows], device)
         tokens = torch.tensor(prompts, device=device)  # (B, T)

@@ -1,8 +1,8 @@
 """What must hold on a GPU: fused kernels, bf16, compiled blocks, ZeRO-2, decoding.
 
 All of it runs on the CPU as well, at the same size, so that it is known to work before a GPU is at
-hand; only compiled blocks need one, as the CPU's compiler takes too long. ``pytest -m gpu`` runs
-the part for GPUs.
+hand; only compiled blocks need one, as the CPU's compiler takes too long for all of their variants.
+``pytest -m gpu`` runs the part for GPUs.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from megaegpt.generation.generator import TextGenerator
 from megaegpt.model.attention.causal import causal_attention
 from megaegpt.model.build import build_model
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.compiling import compile_problem
 
 GPU = pytest.param(
     "cuda",
@@ -154,6 +155,18 @@ def test_cached_decoding_is_uncached_decoding(device, name):
     cached = generator.generate(prompts, greedy)
     assert cached == generator.generate(prompts, greedy, use_cache=False)
     assert len({tuple(row) for row in cached}) == len(prompts)
+
+
+@both
+def test_the_compiled_step_writes_the_text_of_the_uncompiled_one(device):
+    """On a GPU by a CUDA graph."""
+    if problem := compile_problem(device):
+        pytest.skip(problem)
+    model = model_on(device, "window").eval()
+    prompts = tokens_on(device)[:, :30].tolist()
+    greedy = GenerationConfig(max_new_tokens=12, temperature=0.0)
+    generator = TextGenerator(model, compiled=True)
+    assert generator.generate(prompts, greedy) == TextGenerator(model).generate(prompts, greedy)
 
 
 def zero_2_losses(device: str) -> tuple[list[float], list[float]]:

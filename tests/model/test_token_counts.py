@@ -129,3 +129,20 @@ def test_their_tokens_are_asked_for():
     del batch["earlier_tokens"]
     with pytest.raises(ValueError, match="needs the tokens of the earlier chunks"):
         _model()(**batch)
+
+
+def test_bf16_follows_fp64():
+    model, batch = _model(), _batch()
+    expected = model(**batch)
+    expected.backward()
+    half = build_model(CONFIG, ProcessGrid())
+    half.load_state_dict(model.state_dict())
+    half.bfloat16()
+    halves = {n: x.bfloat16() if x.is_floating_point() else x for n, x in batch.items()}
+    loss = half(**halves)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() / expected.item() - 1) < 0.01
+    for parameter, precise in zip(half.counts.parameters(), model.counts.parameters(), strict=True):
+        difference = (parameter.grad.double() - precise.grad).norm()
+        assert difference < 0.05 * precise.grad.norm()

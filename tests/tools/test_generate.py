@@ -53,6 +53,16 @@ def test_the_cache_does_not_change_the_text(egpt: Path) -> None:
     assert with_cache == without
 
 
+def test_where_nothing_can_be_compiled_the_text_is_written_all_the_same(
+    egpt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = _run("--checkpoint", egpt, "--prompt", "It")
+    monkeypatch.setattr(generate, "compile_problem", lambda device: "no compiler")
+    text, shown = _run("--checkpoint", egpt, "--prompt", "It", "--compile")
+    assert text == expected
+    assert "not compiled: no compiler\n" in shown
+
+
 def test_a_prompt_comes_from_the_command_line_a_file_or_stdin(egpt: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_bytes("Пьер\n".encode())

@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--egpt", action="store_true", help="EGPT's cost per token at 1k, 4k and 16k of context"
     )
     parser.add_argument(
+        "--compile", action="store_true", help="measure ours with a compiled step as well"
+    )
+    parser.add_argument(
         "--peer", action="append", default=[], metavar="nanogpt=DIR|hf|litgpt=DIR", help="repeat"
     )
     add_profile(parser)
@@ -61,6 +64,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.egpt:
         return {"shape": shape, "egpt": _egpt_by_context(shape, arguments.repetitions)}
     candidates = [Candidate("megaegpt", ours, (shape,), threads=arguments.threads)]
+    if arguments.compile:
+        name = "megaegpt, compiled"
+        candidates.append(Candidate(name, ours, (shape, True), threads=arguments.threads))
     for name, folder in parse_peers(arguments.peer, ("nanogpt", "hf", "litgpt")).items():
         candidates.append(Candidate(name, peer, (name, folder, shape), threads=arguments.threads))
     results = compare(candidates, arguments.repetitions, profile=arguments.profile)
@@ -80,13 +86,13 @@ def _model_config(shape: dict[str, Any]) -> ModelConfig:
     )
 
 
-def ours(shape: dict[str, Any]) -> Workload:
+def ours(shape: dict[str, Any], compiled: bool = False) -> Workload:
     """Prefill and decoding with the preallocated cache."""
     model = (
         build_model(_model_config(shape), single_grid()).to(getattr(torch, shape["dtype"])).eval()
     )
     pack_weights(model)
-    generator = TextGenerator(model)
+    generator = TextGenerator(model, compiled=compiled)
     greedy = GenerationConfig(max_new_tokens=shape["tokens"], temperature=0.0)
     prompts = [list(range(100 * row, 100 * row + PROMPT)) for row in range(shape["batch"])]
 

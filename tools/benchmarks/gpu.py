@@ -183,4 +183,5 @@ def _egpt_step(
 
 def _decoding(batch: int, on_gpu: bool) -> Workload:
     dtype = "bfloat16" if on_gpu else "float32"
-    return generate.ours((_DECODE if on_gpu else _TINY) | {"batch": batch, "dtype": dtype})
+    shape = (_DECODE if on_gpu else _TINY) | {"batch": batch, "dtype": dtype}
+    return generate.ours(shape, compiled=on_gpu)

@@ -45,6 +45,13 @@ class LayerStore(Protocol):
         """Memory taken."""
         ...
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as they lie, (B, K, S, D): column c is at place c mod S. One tensor twice
+        where the values are in the keys.
+        """
+        ...
+
 
 class FullStore:
     """Every column, at its own place. Without ``values`` the keys are the values too: latents with
@@ -67,6 +74,11 @@ class FullStore:
     def columns(self, start: int, length: int) -> Tensor:
         """See :class:`LayerStore`."""
         return torch.arange(start + length, device=self._keys.device)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """See :class:`LayerStore`."""
+        return self._keys, self._values
 
 
 class RingStore:
@@ -101,6 +113,11 @@ class RingStore:
             return torch.cat([self._old_columns(start), new])
         places = torch.arange(min(start + 1, self._size), device=self._keys.device)
         return start - (start - places) % self._size
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """See :class:`LayerStore`."""
+        return self._keys, self._values
 
     def _old_columns(self, start: int) -> Tensor:
         return torch.arange(max(start - self._size, 0), start, device=self._keys.device)
@@ -147,6 +164,10 @@ class KVCache:
     def bytes(self) -> int:
         """Memory of this rank's keys and values; see the formulas of this module."""
         return sum(layer.nbytes for layer in self._layers)
+
+    def stores(self) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's keys and values, see :attr:`LayerStore.tensors`."""
+        return [layer.tensors for layer in self._layers]
 
     @torch.no_grad()
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,142 @@
+"""One new token through a GPT, compiled; on CUDA the compiled step is recorded as a graph.
+
+What a step computes has the same shapes whatever the length of the text: the token's column is a
+tensor, keys and values are written in place, and attention reads the whole preallocated cache under
+a mask. Launching a step's hundreds of small kernels one by one takes longer than running them; a
+graph launches them as one.
+
+Shapes: B rows, S places of a layer's store, K kv heads, D head dim, C hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megaegpt.model.attention.cache import KVCache
+from megaegpt.model.attention.causal import scaled_dot_product
+from megaegpt.model.gpt import GPT
+from megaegpt.model.positions import RotaryTable, rotary_table
+
+_CAPACITIES = 128
+"""Caches are made for a multiple of so many tokens: texts of like lengths share a compiled step."""
+
+
+def uncompilable(gpt: GPT) -> str | None:
+    """Why a model's step cannot be compiled, apart from the machine; None if it can."""
+    if gpt.grid.tp_size > 1:
+        return "the model is cut over tensor-parallel ranks"
+    if gpt.config.document_end is not None:
+        return "attention depends on the tokens (model.document_end)"
+    return None
+
+
+class SingleTokenContext:
+    """A token at a column that is a tensor, over stores as they lie in memory.
+
+    Args:
+        stores: each layer's keys and values, (B, K, S, D): column c is at place c mod S.
+        column: (1,) of the new token.
+        rotary: its rotation.
+    """
+
+    keeps_keys = True
+
+    def __init__(
+        self,
+        stores: list[tuple[Tensor, Tensor]],
+        column: Tensor,
+        rotary: RotaryTable | None,
+    ) -> None:
+        self.rotary = rotary
+        self._stores, self._column = stores, column
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int,
+        window: int | None,
+        dropout: float,
+        gate: Tensor | None,
+    ) -> Tensor:
+        """See :class:`~megaegpt.model.attention.context.AttentionContext`; a store is no larger
+        than its layer's window.
+        """
+        keys, values = self._stores[layer]
+        size = keys.shape[2]
+        keys.index_copy_(2, self._column % size, k.to(keys.dtype))
+        if values is not keys:
+            values.index_copy_(2, self._column % size, v.to(values.dtype))
+        places = torch.arange(size, device=keys.device)
+        held = self._column - (self._column - places) % size  # (S,) the column at each place
+        return scaled_dot_product(q, keys, values, (held >= 0).unsqueeze(0))
+
+
+class CompiledStep:
+    """The step for one batch size and one capacity, and the cache that it was compiled for."""
+
+    def __init__(self, gpt: GPT, batch_size: int, capacity: int, with_head: bool) -> None:
+        self._gpt, self._with_head = gpt, with_head
+        self.borrower: Callable[[], object | None] = lambda: None
+        dtype, device = gpt.head.weight.dtype, gpt.grid.device
+        self.cache = KVCache(gpt.config, gpt.grid, batch_size, capacity, dtype=dtype)
+        self._stores = self.cache.stores()
+        for store in self._stores:
+            for tensor in store:
+                tensor.zero_()  # what is masked is multiplied by 0, and must be finite
+                # Or a graph would copy the whole cache in and out.
+                torch._dynamo.mark_static_address(tensor)
+        self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self._column = torch.zeros(1, dtype=torch.int64, device=device)
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        self._run = torch.compile(self._compute, mode=mode, dynamic=False)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(B, 1) ids behind those in the cache -> (B, V) logits of the next, or without the head
+        (B, 1, C) states. The next call may overwrite the result.
+        """
+        self._tokens.copy_(tokens)  # always the same strides: others would be compiled anew
+        self._column.fill_(self.cache.length)
+        result = self._run(self._tokens, self._column)
+        self.cache.length += 1
+        return result
+
+    def _compute(self, tokens: Tensor, column: Tensor) -> Tensor:
+        gpt = self._gpt
+        context = SingleTokenContext(self._stores, column, rotary_table(gpt.config, column))
+        x = gpt.stack(gpt.positions(gpt.embedding(tokens), column), context)
+        return gpt.head.full_logits(x[:, -1]) if self._with_head else x
+
+
+class CompiledSteps:
+    """Steps of one GPT, kept for the texts to come.
+
+    Args:
+        gpt: in eval mode.
+        with_head: steps give logits and not states.
+    """
+
+    def __init__(self, gpt: GPT, with_head: bool) -> None:
+        self._gpt, self._with_head = gpt, with_head
+        self._steps = defaultdict[tuple[int, int], list[CompiledStep]](list)
+
+    def lend(self, borrower: object, batch_size: int, capacity: int) -> CompiledStep:
+        """A step that is ``borrower``'s as long as that lives, whose empty cache has room for
+        ``capacity`` tokens a row, or for as many as the model sees.
+        """
+        rounded = -(-capacity // _CAPACITIES) * _CAPACITIES
+        key = (batch_size, min(rounded, self._gpt.config.max_seq_len))
+        free = [step for step in self._steps[key] if step.borrower() is None]
+        if not free:
+            free = [CompiledStep(self._gpt, *key, self._with_head)]
+            self._steps[key] += free
+        free[0].borrower = weakref.ref(borrower)
+        free[0].cache.reset()
+        return free[0]
