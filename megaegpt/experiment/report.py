@@ -85,6 +85,9 @@ def findings(plan: ExperimentPlan, name: str, corpus: dict[str, Any]) -> list[st
     """What the numbers of a corpus say, for or against EGPT."""
     found = []
     for budget in plan.budgets:
+        if not corpus[budget]:
+            found.append(f"{name}, {_same_runs(budget)}")
+            continue
         variants = dict(corpus["steps"]) | corpus[budget]
         if plan.baseline not in variants:
             continue
@@ -104,6 +107,14 @@ def findings(plan: ExperimentPlan, name: str, corpus: dict[str, Any]) -> list[st
                     f"{_versus(shuffled, loss, 'with those of another window')}"
                 )
     return found
+
+
+def _same_runs(budget: str) -> str:
+    """Of a budget without runs of its own."""
+    return (
+        f"{_BUDGETS[budget]}: scaled to it, every variant has as many steps as before: these are "
+        "the runs of equal steps"
+    )
 
 
 def _versus(other: dict[str, Any], loss: dict[str, Any], name: str) -> str:
@@ -141,6 +152,8 @@ def insert(page: str, report: dict[str, Any], name: str) -> str:
             if corpus.get(budget):
                 sizes = f"{corpus_name}, {title}: {_sizes(corpus)}"
                 parts += [sizes, _main_table(corpus, budget)]
+            elif budget in corpus:
+                parts += [f"{corpus_name}, {_same_runs(budget)}."]
     return before + begin + "\n" + "\n\n".join(parts) + "\n\n" + end + after
 
 

@@ -127,7 +127,15 @@ def test_the_page_has_a_verdict_for_every_variant_and_a_figure(report, output):
     page = markdown(report, plots)
     for words in ("egpt_improved", "encoder alone", "![bible.png]", "By position", "8-15"):
         assert words in page
-    assert len(report["findings"]) == 5  # three variants, two of them with features to exchange
+    assert len(report["findings"]) == 6  # three variants, two with features; and equal FLOPs
+
+
+def test_a_budget_that_changes_no_number_of_steps_has_no_runs_of_its_own(report):
+    assert report["corpora"]["bible"]["flops"] == {}
+    same = "bible, equal training FLOPs: scaled to it, every variant has as many steps as before"
+    assert [same in sentence for sentence in report["findings"]] == [False] * 5 + [True]
+    page = "<!-- experiment smoke -->\n<!-- end of experiment -->\n"
+    assert same in insert(page, report, "smoke")
 
 
 def test_the_tables_replace_what_was_between_the_marks_of_a_page(report):

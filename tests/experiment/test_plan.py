@@ -32,8 +32,9 @@ def test_variants_differ_in_the_model_only_and_share_steps_and_order(path, tmp_p
     assert runs["egpt"].model.egpt.features_per_chunk == 1
 
 
-def test_ablations_undo_one_thing_each(tmp_path):
-    plan = load_plan(CONFIGS / "gpu_ablations.yaml")
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_ablations_undo_one_thing_each(size, tmp_path):
+    plan = load_plan(CONFIGS / f"{size}_ablations.yaml")
     runs = {v: make_run(decoder_values(plan, v), tmp_path) for v in plan.variants}
     improved = runs["egpt_improved"].model
     assert runs["one_feature"].model == replace(
