@@ -127,7 +127,7 @@ class Scorer:
         chosen = predicted.to(device)
         if earlier_tokens is None:
             nats, greedy = self._predict(flat[chosen], labels[chosen])
-        else:  # each row has frequencies of its own
+        else:  # each row has token counts of its own
             assert isinstance(self._model, EGPT)
             mixture = self._model.mixture(hidden, arguments["features"], earlier_tokens)
             of_rows = [

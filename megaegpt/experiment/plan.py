@@ -63,6 +63,8 @@ class ExperimentPlan:
     """Runs of each variant; they differ in initial weights and data order."""
     baseline: str = "deepgpt"
     """The variant that the others are compared with; its steps set the other budgets."""
+    controls: dict[str, str] = field(default_factory=dict)
+    """Variants, by the name of the one that each is compared with besides the baseline."""
     budgets: tuple[str, ...] = ("steps",)
     """What is equal: ``steps`` always is one; ``flops``, ``time``: further runs of the variants."""
     encoder: EncoderPlan = field(default_factory=EncoderPlan)
@@ -104,6 +106,8 @@ def _problems(plan: ExperimentPlan) -> list[Problem]:
     found += _base_problems(plan.variants)
     if plan.baseline not in plan.variants:
         found.append(f"baseline={plan.baseline} is none of variants: {', '.join(plan.variants)}")
+    for name in {*plan.controls, *plan.controls.values()} - set(plan.variants):
+        found.append(f"controls: {name} is none of variants: {', '.join(plan.variants)}")
     if unknown := set(plan.budgets) - set(BUDGETS):
         found.append(f"budgets: {', '.join(unknown)}: there are {', '.join(BUDGETS)}")
     if "steps" not in plan.budgets:

@@ -100,6 +100,12 @@ def findings(plan: ExperimentPlan, name: str, corpus: dict[str, Any]) -> list[st
                 f"{name}, {_BUDGETS[budget]}: {variant} "
                 f"{_versus(base, loss, f'the baseline {plan.baseline}')}"
             )
+            if control := plan.controls.get(variant):
+                other = variants[control]["losses"]["true"]
+                found.append(
+                    f"{name}, {_BUDGETS[budget]}: {variant} "
+                    f"{_versus(other, loss, f'its control {control}')}"
+                )
             if budget == "steps" and "shuffled" in result["losses"]:
                 shuffled = result["losses"]["shuffled"]
                 found.append(

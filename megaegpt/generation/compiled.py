@@ -104,6 +104,7 @@ class CompiledStep:
         """
         self._tokens.copy_(tokens)  # always the same strides: others would be compiled anew
         self._column.fill_(self.cache.length)
+        torch.compiler.cudagraph_mark_step_begin()  # the result before is not needed any more
         result = self._run(self._tokens, self._column)
         self.cache.length += 1
         return result

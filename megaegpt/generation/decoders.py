@@ -1,8 +1,8 @@
 """What a model remembers of a text while it goes on writing it.
 
 A decoder is fed tokens, the whole prompt first and then one by one, and gives the logits of the
-next. There is one for each model, with caches, and one for all that recomputes
-everything each time: the same function written naively, which the tests hold the others against.
+next. There is one for each model, with caches, and one for all that recomputes everything each
+time: the same function written naively, which the tests hold the others against.
 
 Which tokens a model sees is a function of how many there are, never of how they were fed:
 
@@ -288,8 +288,9 @@ class RecomputingDecoder:
         if model.counts is None:
             return logits
         mixture = model.mixture(hidden, features, window[:, :-1])
-        place = slice((window.shape[1] - 1) * window.shape[2] + last, None)
-        return mixture.at(place).at(slice(1)).log_probabilities(logits.unsqueeze(1)).squeeze(1)
+        place = (window.shape[1] - 1) * window.shape[2] + last
+        newest = mixture.at(slice(place, place + 1))
+        return newest.log_probabilities(logits.unsqueeze(1)).squeeze(1)
 
     def _window(self, tokens: Tensor) -> Tensor:
         """(B, n) ids -> (B, up to N, S) of the last chunks; the last one is filled up with tokens

@@ -127,13 +127,14 @@ def test_the_page_has_a_verdict_for_every_variant_and_a_figure(report, output):
     page = markdown(report, plots)
     for words in ("egpt_improved", "encoder alone", "![bible.png]", "By position", "8-15"):
         assert words in page
-    assert len(report["findings"]) == 6  # three variants, two with features; and equal FLOPs
+    assert len(report["findings"]) == 7  # 3 variants, 2 with features, a control, equal FLOPs
+    assert sum("its control egpt_no_history" in sentence for sentence in report["findings"]) == 1
 
 
 def test_a_budget_that_changes_no_number_of_steps_has_no_runs_of_its_own(report):
     assert report["corpora"]["bible"]["flops"] == {}
     same = "bible, equal training FLOPs: scaled to it, every variant has as many steps as before"
-    assert [same in sentence for sentence in report["findings"]] == [False] * 5 + [True]
+    assert [same in sentence for sentence in report["findings"]] == [False] * 6 + [True]
     page = "<!-- experiment smoke -->\n<!-- end of experiment -->\n"
     assert same in insert(page, report, "smoke")
 

@@ -47,12 +47,13 @@ def test_ablations_undo_one_thing_each(size, tmp_path):
 def test_everything_wrong_is_said_at_once(tmp_path):
     path = tmp_path / "wrong.yaml"
     path.write_text(
-        "corpora: {a: {trian: [x]}}\nbaseline: b\nseeds: 0\nbudgets: [flops]\n"
+        "corpora: {a: {trian: [x]}}\nbaseline: b\nseeds: 0\nbudgets: [flops]\ncontrols: {c: e}\n"
         "variants: {c: {base: d}, d: {}}\n"
     )
     with pytest.raises(ConfigError) as error:
         load_plan(path)
     wrong = ["corpora.a.trian", "baseline=b is none", "seeds=0", "must hold steps", "encoder"]
+    wrong.append("controls: e is none of variants")
     for words in [*wrong, "variants.c.base=d is none of the variants above it"]:
         assert words in str(error.value)
 
