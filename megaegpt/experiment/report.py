@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -142,25 +143,31 @@ def _versus(other: dict[str, Any], loss: dict[str, Any], name: str) -> str:
 
 
 def insert(page: str, report: dict[str, Any], name: str) -> str:
-    """``page`` with the report's tables of losses between its marks for experiment ``name``.
+    """``page`` with the report's tables of losses between its marks for experiment ``name``:
+    ``<!-- experiment NAME -->``, or ``<!-- experiment NAME, equal steps -->`` for those alone, and
+    ``<!-- end of experiment -->``.
 
     Raises:
         DataError: it has no such marks.
     """
-    begin, end = f"<!-- experiment {name} -->\n", "<!-- end of experiment -->"
-    before, found, rest = page.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise DataError(f"the page lacks the lines {begin.strip()} and {end}")
+    end = "<!-- end of experiment -->"
+    begin = re.search(rf"<!-- experiment {re.escape(name)}(?:, (equal [\w ]+))? -->\n", page)
+    before = page[: begin.end()] if begin else ""
+    _, closed, after = page[len(before) :].partition(end)
+    if not begin or not closed:
+        raise DataError(f"the page lacks the lines <!-- experiment {name} --> and {end}")
+    wanted = [b for b, title in _BUDGETS.items() if begin[1] in (None, title)]
     parts = [_circumstances(report)]
     for corpus_name, corpus in report["corpora"].items():
-        for budget, title in _BUDGETS.items():
-            if corpus.get(budget):
-                sizes = f"{corpus_name}, {title}: {_sizes(corpus)}"
-                parts += [sizes, _main_table(corpus, budget)]
-            elif budget in corpus:
-                parts += [f"{corpus_name}, {_same_runs(budget)}."]
-    return before + begin + "\n" + "\n\n".join(parts) + "\n\n" + end + after
+        parts += [part for budget in wanted for part in _tables(corpus_name, corpus, budget)]
+    return before + "\n" + "\n\n".join(parts) + "\n\n" + end + after
+
+
+def _tables(name: str, corpus: dict[str, Any], budget: str) -> list[str]:
+    """A corpus' losses within a budget, as paragraphs."""
+    if corpus.get(budget):
+        return [f"{name}, {_BUDGETS[budget]}: {_sizes(corpus)}", _main_table(corpus, budget)]
+    return [f"{name}, {_same_runs(budget)}."] if budget in corpus else []
 
 
 def _circumstances(report: dict[str, Any]) -> str:

@@ -137,6 +137,9 @@ def test_a_budget_that_changes_no_number_of_steps_has_no_runs_of_its_own(report)
     assert [same in sentence for sentence in report["findings"]] == [False] * 6 + [True]
     page = "<!-- experiment smoke -->\n<!-- end of experiment -->\n"
     assert same in insert(page, report, "smoke")
+    only_steps = insert(page.replace("smoke", "smoke, equal steps"), report, "smoke")
+    assert same not in only_steps
+    assert "bible, equal steps" in only_steps
 
 
 def test_the_tables_replace_what_was_between_the_marks_of_a_page(report):
