@@ -1,8 +1,8 @@
 """What must hold on a GPU: fused kernels, bf16, compiled blocks, ZeRO-2, decoding.
 
 All of it runs on the CPU as well, at the same size, so that it is known to work before a GPU is at
-hand; only compiled blocks need one, as the CPU's compiler takes too long for all of their variants.
-``pytest -m gpu`` runs the part for GPUs.
+hand; only what is compiled needs one, as the CPU's compiler takes too long. ``pytest -m gpu`` runs
+the part for GPUs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from megaegpt.generation.generator import TextGenerator
 from megaegpt.model.attention.causal import causal_attention
 from megaegpt.model.build import build_model
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.compiling import compile_problem
 
 GPU = pytest.param(
     "cuda",
@@ -157,11 +156,9 @@ def test_cached_decoding_is_uncached_decoding(device, name):
     assert len({tuple(row) for row in cached}) == len(prompts)
 
 
-@both
+@pytest.mark.parametrize("device", [GPU])
 def test_the_compiled_step_writes_the_text_of_the_uncompiled_one(device):
-    """On a GPU by a CUDA graph."""
-    if problem := compile_problem(device):
-        pytest.skip(problem)
+    """By a CUDA graph; ``tests/generation/test_compiled.py`` has the step itself on the CPU."""
     model = model_on(device, "window").eval()
     prompts = tokens_on(device)[:, :30].tolist()
     greedy = GenerationConfig(max_new_tokens=12, temperature=0.0)
