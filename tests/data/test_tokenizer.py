@@ -14,8 +14,9 @@ import tiktoken
 import tiktoken.load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
-from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizer import PUBLISHED_PATTERN, Tokenizer
 from megaegpt.errors import DataError
 
 SENTENCE = "Hello world, this is GPT-2."
@@ -64,6 +65,49 @@ def test_every_text_comes_back_and_both_encoders_agree(text: str) -> None:
     assert tokenizer.encode_numpy(text).tolist() == ids
     lengths = tokenizer.token_byte_lengths
     assert int(lengths[ids].sum()) == len(text.encode())
+
+
+_TROUBLE = st.text(
+    st.sampled_from(
+        " \t\n\r\x0b\x1c\x1f\x85\xa0\u180e\u2003\u2028\u3000\ufeff"
+        "aZäßǅ\u06612²Ⅷ'\u2019sdmtlvreLL!.,-_😀e\u0301\u0903"
+    )
+)
+
+
+@functools.cache
+def _published() -> tiktoken.Encoding:
+    ranks = {token: rank for rank, token in enumerate(_shared().token_bytes)}
+    return tiktoken.Encoding(
+        "published", pat_str=PUBLISHED_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.one_of(st.text(), _TROUBLE))
+def test_the_faster_pattern_cuts_the_words_of_the_published_one(text: str) -> None:
+    assert _shared().encode(text) == _published().encode_ordinary(text)
+
+
+def test_the_published_pattern_is_tiktokens() -> None:
+    assert openai_public.r50k_pat_str == PUBLISHED_PATTERN
+
+
+def test_every_character_is_of_the_same_kind_in_both_patterns() -> None:
+    codes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 97)]
+    characters = [chr(code) for code in codes]
+    text = "".join("a{}b {}{}\n".replace("{}", character) for character in characters)
+    assert _shared().encode(text) == _published().encode_ordinary(text)
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", " \t\u3000"])
+def test_millions_of_blanks_in_a_row_are_encoded(tokenizer: Tokenizer, blank: str) -> None:
+    """tiktoken's published pattern panics on a million; shorter runs show the ids are right."""
+    run = blank * (250_000 // len(blank))
+    expected = _published().encode_ordinary("a" + run + "b" + run + "\nc" + run)
+    assert tokenizer.encode("a" + run + "b" + run + "\nc" + run) == expected
+    longer = "a" + 5 * run + "b" + 5 * run
+    assert tokenizer.decode(tokenizer.encode(longer)) == longer
 
 
 def test_a_batch_is_its_texts_back_to_back(tokenizer: Tokenizer) -> None:

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import psutil
+import tiktoken
 
 from megaegpt.data.samples import PretrainingSamples
 from megaegpt.data.shards import ShardWriter
 from megaegpt.data.stream import TokenStream
-from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizer import PUBLISHED_PATTERN, Tokenizer
 from megaegpt.errors import LaunchError
 from tools.benchmarks.common import add_repetitions, parse_peers, print_results
 from tools.benchmarks.processes import Candidate, Result, Workload, compare
@@ -147,14 +148,18 @@ def _python_sources() -> Iterator[str]:
 
 
 def raw_tiktoken(corpus: Path) -> Workload:
-    """``encode_ordinary`` on the corpus' documents, in memory: no files."""
-    tokenizer = Tokenizer.load()
+    """tiktoken's own GPT-2: ``encode_ordinary`` on the corpus' documents, in memory, no files."""
+    ours = Tokenizer.load()
+    ranks = {token: rank for rank, token in enumerate(ours.token_bytes)}
+    published = tiktoken.Encoding(
+        "gpt2", pat_str=PUBLISHED_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
     with open(corpus, encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
 
     def repeat() -> None:
         for text in texts:
-            tokenizer.encode(text)
+            published.encode_ordinary(text)
 
     return Workload(repeat, max(1, corpus.stat().st_size // _BYTES_PER_UNIT))
 
