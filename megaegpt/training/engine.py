@@ -39,6 +39,7 @@ from megaegpt.training.deepspeed_config import (
     effective_zero_stage,
 )
 from megaegpt.training.gradients import PartNorms
+from megaegpt.training.host_memory import keep_freed_memory
 from megaegpt.training.manifest import Topology
 from megaegpt.training.optimizer import build_adamw, build_clipped_adamw
 from megaegpt.training.replicas import assert_replicas_equal, is_sharded
@@ -81,6 +82,8 @@ def init_distributed() -> torch.device:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     # Both back-ends: what ranks agree on outside of a step is talked about without the GPU.
     # DeepSpeed adopts the groups that it finds.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
