@@ -70,7 +70,7 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
         encoder_source=arguments.encoder,
         vocabulary=arguments.vocabulary,
     )
-    compiled = arguments.compile and _can_compile(model, encoder, grid)
+    compiled = arguments.compile and _can_compile(model, encoder, grid, arguments.num_samples)
     generator = TextGenerator(model, encoder, tokenizer.vocab_size, compiled=compiled)
     writer = _SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main)
     answers = arguments.instruction is not None
@@ -120,7 +120,7 @@ def _parse_arguments() -> argparse.Namespace:
         "--compile",
         action="store_true",
         help="compile the step from token to token, on a GPU into one CUDA graph: tens of seconds "
-        "first, for long texts or many samples",
+        "first, for long texts or on a GPU many samples",
     )
     parser.add_argument(
         "--no-cache",
@@ -178,9 +178,13 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _can_compile(model: Model, encoder: FrozenEncoder | None, grid: ProcessGrid) -> bool:
+def _can_compile(
+    model: Model, encoder: FrozenEncoder | None, grid: ProcessGrid, num_samples: int
+) -> bool:
     """Say so if not."""
     problem = uncompilable(gpt_of(model, encoder)) or compile_problem(grid.device.type)
+    if grid.device.type == "cpu" and num_samples > 1:
+        problem = "on a CPU several texts at once are faster as they are"
     if problem and grid.is_main:
         print(f"not compiled: {problem}", file=sys.stderr)
     return problem is None

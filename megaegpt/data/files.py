@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 from collections.abc import Iterable, Iterator
@@ -120,3 +121,22 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[int]:
+    """Lock an output folder against other runs; gives the lock's file descriptor.
+
+    The lock lasts until every process that has the descriptor has closed it.
+
+    Raises:
+        DataError: another run has locked it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield handle
+    except BlockingIOError:
+        raise DataError(f"{folder} is being written by another run") from None
+    finally:
+        os.close(handle)

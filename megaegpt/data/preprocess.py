@@ -20,12 +20,12 @@ from megaegpt.data.cut import cut_shard
 from megaegpt.data.documents import BadInputPolicy, Problems
 from megaegpt.data.duplicates import SeenHashes
 from megaegpt.data.encode import Encoded, EncodeOptions, Problem
-from megaegpt.data.files import naming_failures
+from megaegpt.data.files import naming_failures, only_run_in
 from megaegpt.data.jobs import InputFile, Job, Kind, LineCounter, LineSpan, find_inputs, make_jobs
 from megaegpt.data.manifest import Manifest, describe_tokenizer
 from megaegpt.data.meter import Meter
 from megaegpt.data.pool import EncoderPool
-from megaegpt.data.progress import Counts, Part, Progress, only_run_in
+from megaegpt.data.progress import Counts, Part, Progress
 from megaegpt.data.readers import Option
 from megaegpt.data.shards import ShardSummary, ShardWriter
 from megaegpt.data.stream import shard_name

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,22 +188,3 @@ class Progress:
     def _is_there(self, shard: ShardSummary) -> bool:
         prefix = self.output / shard.name
         return idx_path(prefix).is_file() and bin_path(prefix).is_file()
-
-
-@contextlib.contextmanager
-def only_run_in(folder: Path) -> Iterator[int]:
-    """Lock an output folder against other runs; gives the lock's file descriptor.
-
-    The lock lasts until every process that has the descriptor has closed it.
-
-    Raises:
-        DataError: another run has locked it.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield handle
-    except BlockingIOError:
-        raise DataError(f"{folder} is being written by another run") from None
-    finally:
-        os.close(handle)

@@ -13,7 +13,7 @@ import torch
 
 from megaegpt.config import RunConfig
 from megaegpt.config.loading import config_to_dict, config_to_yaml, load_config
-from megaegpt.data.files import write_whole
+from megaegpt.data.files import only_run_in, write_whole
 from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import CheckpointError
@@ -59,7 +59,13 @@ class Experiment:
 
         Raises:
             StoppedError: on a request to stop; the same call goes on from there.
+            DataError: another process is at work on the same folder.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with only_run_in(self.folder):
+            self._run()
+
+    def _run(self) -> None:
         for name in self.plan.corpora:
             prepare_corpus(self.plan, name, self.folder / "data" / name, self._tokenizer)
         self._encoder = self._prepare_encoder()

@@ -103,6 +103,12 @@ def _read(
     return own + gate.tanh().view(-1, 1, 1) * read_memory(q, memory, dropout)
 
 
+def on_one_side(chunks: Tensor, others: Tensor, cut: Tensor) -> Tensor:
+    """Which of chunks (Q,) and others (M,) are on the same side of a row's cut (B,): (B, Q, M)."""
+    after, others_after = (x >= cut.unsqueeze(1) for x in (chunks, others))
+    return after.unsqueeze(2) == others_after.unsqueeze(1)
+
+
 class ChunkWindowContext:
     """A training window: ``memory_size`` features, then ``num_chunks`` chunks of tokens.
 
@@ -172,8 +178,7 @@ class ChunkWindowContext:
             return v.new_zeros((*q.shape[:3], v.shape[-1]))
         mask = band_mask(self._slot, self._slot, window).unsqueeze(0)
         if self._cut is not None:
-            after = self._slot_chunk >= self._cut.unsqueeze(1)  # (B, M)
-            mask = mask & (after.unsqueeze(2) == after.unsqueeze(1))
+            mask = mask & on_one_side(self._slot_chunk, self._slot_chunk, self._cut)
         return scaled_dot_product(q, k, v, mask.unsqueeze(1), dropout=dropout)
 
     def _visible(self, window: int | None, rows: int) -> Tensor:
@@ -189,10 +194,8 @@ class ChunkWindowContext:
             place = self._token_chunk.unsqueeze(1) * self._features_per_chunk + offsets
             visible = visible & (place.unsqueeze(-1) - self._slot < window)
         if self._cut is not None:
-            token_after = self._token_chunk >= self._cut.unsqueeze(1)  # (B, N)
-            slot_after = self._slot_chunk >= self._cut.unsqueeze(1)  # (B, M)
-            same = token_after.unsqueeze(2) == slot_after.unsqueeze(1)  # (B, N, M)
-            visible = visible & same.unsqueeze(2)
+            together = on_one_side(self._token_chunk, self._slot_chunk, self._cut)  # (B, N, M)
+            visible = visible & together.unsqueeze(2)
         return visible
 
     def _tokens_with_local(

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.block import MLP, BlockStack, residual_std
-from megaegpt.model.chunk_memory import ChunkWindowContext, ReadingContext, RecordingContext
+from megaegpt.model.chunk_memory import (
+    ChunkWindowContext,
+    ReadingContext,
+    RecordingContext,
+    on_one_side,
+)
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
 from megaegpt.model.positions import AddedPositions, rotary_table
@@ -154,8 +159,7 @@ class EGPT(nn.Module):
         distance = chunk.unsqueeze(1) - earlier  # (N, M)
         visible = (distance > 0).unsqueeze(0)
         if cut is not None:
-            after = [(x >= cut.unsqueeze(1)) for x in (chunk, earlier)]  # (B, N), (B, M)
-            visible = visible & (after[0].unsqueeze(2) == after[1].unsqueeze(1))
+            visible = visible & on_one_side(chunk, earlier, cut)
         return self._counts()(
             hidden.flatten(1, 2),
             features,

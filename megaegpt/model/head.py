@@ -55,7 +55,7 @@ class OutputHead(nn.Module):
         """(..., C) -> (..., V/tp), this rank's columns; padding columns are -inf. No gradient of
         TP.
         """
-        logits = linear(hidden, self.weight if self.packed is None else self.packed)
+        logits = linear(hidden, self.weight, packed=self.packed)
         first = self.grid.tp_rank * logits.shape[-1]
         real = min(max(self.vocab_size - first, 0), logits.shape[-1])
         return F.pad(logits[..., :real], (0, logits.shape[-1] - real), value=-torch.inf)

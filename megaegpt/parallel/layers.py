@@ -36,7 +36,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
+        return linear(x, self.weight, self.bias, self.packed)
 
 
 class ColumnParallelLinear(Linear):
@@ -56,8 +56,7 @@ class RowParallelLinear(Linear):
         """(..., in / tp) -> (..., out), replicated"""
         if self.grid.tp_group is None:
             return super().forward(x)
-        weight = self.weight if self.packed is None else self.packed
-        y = reduce_from_tp(linear(x, weight), self.grid)
+        y = reduce_from_tp(linear(x, self.weight, packed=self.packed), self.grid)
         return y if self.bias is None else y + self.bias
 
 

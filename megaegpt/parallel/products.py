@@ -22,12 +22,20 @@ _SMALLEST = 1 << 18
 """Numbers of a weight from which on oneDNN's 12 microseconds a call are worth it."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``, (..., I) -> (..., O), as ``F.linear``, also in its gradients. A
-    weight from :func:`pack` has none.
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
+) -> Tensor:
+    """``x @ weight.T + bias``, (..., I) -> (..., O), as ``F.linear``, also in its gradients.
+
+    Args:
+        packed: the weight from :func:`pack`; a product with it has no gradients.
     """
-    if weight.is_mkldnn:
-        return _onednn(x, weight, bias)
+    if torch.compiler.is_compiling():  # the compiler chooses kernels, but for a single row
+        if x.device.type == "cpu" and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+            return _by_dot_products(x, weight, bias)
+        return F.linear(x, weight, bias)
+    if packed is not None:
+        return _onednn(x, packed, bias)
     if not _is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
@@ -44,6 +52,14 @@ def pack(weight: Tensor) -> Tensor | None:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
 
 
+def _by_dot_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with one row as code to be generated, which reads the weight from one end to the
+    other, and nearly at the memory's speed.
+    """
+    y = (weight * x.reshape(-1)).sum(-1)  # (O,)
+    return (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
+
+
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         _AVAILABLE
@@ -51,7 +67,6 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
         and weight.numel() >= _SMALLEST
-        and not torch.compiler.is_compiling()  # which chooses kernels itself
     )
 
 

@@ -14,11 +14,11 @@ import pytest
 import zstandard
 
 from megaegpt.data.encode import EncodeOptions
+from megaegpt.data.files import only_run_in
 from megaegpt.data.jobs import Damage, Job
 from megaegpt.data.manifest import Manifest
 from megaegpt.data.pool import EncoderPool
 from megaegpt.data.preprocess import PreprocessOptions, Report, preprocess
-from megaegpt.data.progress import only_run_in
 from megaegpt.data.readers.gutenberg import cut_wrapper
 from megaegpt.data.shards import Shard, ShardWriter
 from megaegpt.data.stream import TokenStream, resolve_prefixes

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from megaegpt.data.files import only_run_in
 from megaegpt.errors import CheckpointError, DataError
 from megaegpt.experiment.plan import ExperimentPlan, load_plan
 from megaegpt.experiment.plots import write_plots
@@ -57,6 +58,8 @@ def _stop_and_go_on(output: Path) -> dict[str, Any]:
             assert repeated[name] == losses[name], (variant, kind)
     with pytest.raises(CheckpointError, match="another configuration"):
         _run(dataclasses.replace(plan, run={**plan.run, "optimizer": {"warmup_steps": 0}}))
+    with only_run_in(output), pytest.raises(DataError, match="written by another run"):
+        _run(plan)
     with pytest.raises(DataError, match="texts of another experiment"):
         _run(dataclasses.replace(plan, selection_share=0.5))
     return report

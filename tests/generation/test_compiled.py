@@ -15,6 +15,7 @@ import torch
 from megaegpt.generation import compiled
 from megaegpt.generation.compiled import CompiledSteps, uncompilable
 from megaegpt.generation.generator import TextGenerator
+from megaegpt.generation.loading import pack_weights
 from megaegpt.parallel.grid import ProcessGrid
 from tests.generation.test_generator import VARIANTS
 from tests.generation.tiny_models import GPT, SAMPLING, build, prompt
@@ -44,6 +45,14 @@ def test_the_text_is_that_of_the_uncompiled_step(name: str) -> None:
     generator = TextGenerator(model, encoder, compiled=True)
     assert generator.generate(PROMPTS, LONG) == expected
     assert generator.generate(PROMPTS, LONG) == expected  # with caches that were used before
+
+
+def test_weights_packed_for_uncompiled_steps_are_no_hindrance() -> None:
+    model, _ = build(GPT)
+    pack_weights(model.bfloat16())
+    assert any(getattr(module, "packed", None) is not None for module in model.modules())
+    (text,) = TextGenerator(model, compiled=True).generate(PROMPTS[:1], LONG)
+    assert len(text) == LONG.max_new_tokens
 
 
 def test_texts_that_are_written_in_turns_have_caches_of_their_own() -> None:

@@ -65,7 +65,23 @@ def test_a_packed_weight_gives_the_same_in_bf16() -> None:
     x, weight, bias = (_draw(*s, seed=1).bfloat16() for s in ((3, 64), (32, 64), (32,)))
     packed = pack(weight)
     assert packed is not None
-    torch.testing.assert_close(linear(x, packed, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(linear(x, weight, bias, packed), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(512,), (1, 1, 512), (3, 512)])
+def test_compiled_code_gets_the_same_product(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """A single row's is written out for the compiler, which leaves a packed weight alone."""
+    x, weight, bias = (_draw(*s, seed=1) for s in (shape, (768, 512), (768,)))
+    low = [tensor.to(dtype) for tensor in (x, weight, bias)]
+    packed = pack(low[1])
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: linear(x, *low[1:], packed), backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        y = compiled(low[0])
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    exact = F.linear(x, weight, bias)
+    torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance * 20)
 
 
 def test_in_fp32_nothing_is_packed() -> None:

@@ -58,9 +58,9 @@ def test_egpt(run, capsys):
 
 def test_generate(run):
     record = run("generate", "--hidden", "16", "--layers", "1", "--heads", "2", "--tokens", "3")
-    (result,) = record["results"]
+    result, reading = record["results"]
     assert result["units_per_second"] == pytest.approx(3 / result["seconds"][0])
-    assert record["roofline_tokens_per_second"] > 0
+    assert reading["name"] == "only reading the weights"
 
 
 def test_attention(run, tmp_path):

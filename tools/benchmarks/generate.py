@@ -13,9 +13,8 @@ import torch
 from megaegpt.config import EGPTConfig, GenerationConfig, ModelConfig
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.loading import pack_weights
-from megaegpt.model.build import build_model
+from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.parallel.products import linear, pack
 from tools.benchmarks import peers
 from tools.benchmarks.common import (
     add_profile,
@@ -69,15 +68,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         candidates.append(Candidate(name, ours, (shape, True), threads=arguments.threads))
     for name, folder in parse_peers(arguments.peer, ("nanogpt", "hf", "litgpt")).items():
         candidates.append(Candidate(name, peer, (name, folder, shape), threads=arguments.threads))
+    name = "only reading the weights"
+    candidates.append(Candidate(name, reading, (shape,), threads=arguments.threads))
     results = compare(candidates, arguments.repetitions, profile=arguments.profile)
     print_results(f"decoding, {shape}", "tokens", results)
-    roofline = _weights_per_second(shape)
-    print(f"reading the weights once a token allows {roofline:.1f} tokens/s a sequence")
-    return {
-        "shape": shape,
-        "roofline_tokens_per_second": roofline,
-        "results": [result.as_dict() for result in results],
-    }
+    return {"shape": shape, "results": [result.as_dict() for result in results]}
 
 
 def _model_config(shape: dict[str, Any]) -> ModelConfig:
@@ -118,25 +113,18 @@ def peer(name: str, folder: Path | None, shape: dict[str, Any]) -> Workload:
     return Workload(one, shape["batch"] * shape["tokens"])
 
 
-def _weights_per_second(shape: dict[str, Any]) -> float:
-    """How often a second this machine reads the model's weights, in its fastest product with a
-    row."""
-    grid = single_grid()
-    dtype = getattr(torch, shape["dtype"])
-    model = build_model(_model_config(shape), grid)
-    matrix = torch.randn(50304, shape["hidden"], dtype=dtype, device=grid.device)
-    row = torch.randn(1, shape["hidden"], dtype=dtype, device=grid.device)
-    packed = pack(matrix)
-    ways = [lambda: row @ matrix.t(), lambda: linear(row, matrix if packed is None else packed)]
-    best = float("inf")
-    for read in 20 * ways:
-        began = time.perf_counter()
-        read()
-        if grid.device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    read = sum(p.numel() for p in model.parameters()) * matrix.element_size()
-    return matrix.nbytes / best / read
+def reading(shape: dict[str, Any]) -> Workload:
+    """As much memory as the weights take, read once a token: no decoding can be faster."""
+    count = meta_model(_model_config(shape)).num_parameters()
+    size = count * getattr(torch, shape["dtype"]).itemsize
+    weights = torch.ones(size // 4, device=single_grid().device)
+
+    def one() -> None:
+        for _ in range(shape["tokens"] - 1):
+            weights.sum()
+        weights.sum().item()  # waits for a GPU
+
+    return Workload(one, shape["batch"] * shape["tokens"])
 
 
 def _egpt_by_context(shape: dict[str, Any], repetitions: int) -> list[dict[str, float]]:
