@@ -38,6 +38,7 @@ from megaegpt.model.build import Model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.agreement import from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.products import MOST_GENERATED_ROWS
 from megaegpt.training.compiling import compile_problem
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -183,8 +184,8 @@ def _can_compile(
 ) -> bool:
     """Say so if not."""
     problem = uncompilable(gpt_of(model, encoder)) or compile_problem(grid.device.type)
-    if grid.device.type == "cpu" and num_samples > 1:
-        problem = "on a CPU several texts at once are faster as they are"
+    if grid.device.type == "cpu" and num_samples > MOST_GENERATED_ROWS:
+        problem = f"on a CPU more than {MOST_GENERATED_ROWS} texts at once are faster as they are"
     if problem and grid.is_main:
         print(f"not compiled: {problem}", file=sys.stderr)
     return problem is None

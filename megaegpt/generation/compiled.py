@@ -10,9 +10,12 @@ Shapes: B rows, S places of a layer's store, K kv heads, D head dim, C hidden, V
 
 from __future__ import annotations
 
+import inspect
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,9 +77,37 @@ class SingleTokenContext:
         keys.index_copy_(2, self._column % size, k.to(keys.dtype))
         if values is not keys:
             values.index_copy_(2, self._column % size, v.to(values.dtype))
-        places = torch.arange(size, device=keys.device)
-        held = self._column - (self._column - places) % size  # (S,) the column at each place
-        return scaled_dot_product(q, keys, values, (held >= 0).unsqueeze(0))
+        filled = torch.arange(size, device=keys.device) <= self._column  # (S,)
+        if keys.device.type == "cpu":
+            return _attention_over_places(q, keys, values, filled)
+        return scaled_dot_product(q, keys, values, filled.unsqueeze(0))
+
+
+def _attention_over_places(q: Tensor, keys: Tensor, values: Tensor, filled: Tensor) -> Tensor:
+    """Attention of one query, (B, H, 1, D), to the ``filled`` places, (S,), as generated code.
+
+    A kernel of torch's would cut the step in two at every layer; without it, it is a single one.
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    q = q.unflatten(1, (keys.shape[1], -1))  # (B, K, G, 1, D)
+    scores = (q * keys.unsqueeze(2)).sum(-1, dtype=precise) * q.shape[-1] ** -0.5
+    shares = scores.masked_fill(~filled, -math.inf).softmax(-1)  # (B, K, G, S)
+    y = (shares.unsqueeze(-1) * values.unsqueeze(2)).sum(-2)
+    return y.to(q.dtype).flatten(1, 2).unsqueeze(2)  # (B, H, 1, D)
+
+
+def _compiled(step: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
+    """The step as code of its own, which looks for no change in its model before it runs: nothing
+    in a model at rest changes, and the looking takes as long as a tenth of a small model's step.
+
+    Where torch keeps one list of codes for all steps, each has to see whose it is.
+    """
+    apart: dict[str, Any] = {}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        apart = {"isolate_recompiles": True}
+        unchanging = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        options = options | {"guard_filter_fn": unchanging}
+    return torch.compile(step, dynamic=False, options=options, **apart)
 
 
 class CompiledStep:
@@ -95,8 +126,8 @@ class CompiledStep:
                 torch._dynamo.mark_static_address(tensor)
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
-        mode = "reduce-overhead" if device.type == "cuda" else None
-        self._run = torch.compile(self._compute, mode=mode, dynamic=False)
+        options = {"triton.cudagraphs": True} if device.type == "cuda" else {}
+        self._run = _compiled(self._compute, options)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B, 1) ids behind those in the cache -> (B, V) logits of the next, or without the head

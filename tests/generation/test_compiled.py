@@ -14,6 +14,7 @@ import torch
 
 from megaegpt.generation import compiled
 from megaegpt.generation.compiled import CompiledSteps, uncompilable
+from megaegpt.generation.decoders import gpt_of
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.loading import pack_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -28,10 +29,10 @@ LONG = replace(SAMPLING, max_new_tokens=40)  # GPT's context fills, chunks end
 
 @pytest.fixture(autouse=True)
 def _no_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``fullgraph``: what would run uncompiled, after too many compilations too, is an error."""
     compile_eagerly = functools.partial(torch.compile, backend="eager", fullgraph=True)
-    monkeypatch.setattr(
-        compiled.torch, "compile", lambda f, mode, dynamic: compile_eagerly(f, dynamic=dynamic)
-    )
+    functools.update_wrapper(compile_eagerly, torch.compile)  # its signature is looked at
+    monkeypatch.setattr(compiled.torch, "compile", compile_eagerly)
     torch.compiler.reset()
 
 
@@ -45,6 +46,17 @@ def test_the_text_is_that_of_the_uncompiled_step(name: str) -> None:
     generator = TextGenerator(model, encoder, compiled=True)
     assert generator.generate(PROMPTS, LONG) == expected
     assert generator.generate(PROMPTS, LONG) == expected  # with caches that were used before
+
+
+@pytest.mark.parametrize("name", ["gpt_rotary_window", "gpt_latent", "gpt_grouped_query"])
+def test_logits_are_those_of_the_whole_text(name: str) -> None:
+    model = gpt_of(*build(VARIANTS[name]))
+    tokens = torch.tensor([prompt(12), prompt(12, 1)])
+    step = CompiledSteps(model, with_head=True).lend(tokens, 2, 12)
+    with torch.inference_mode():
+        expected = model.head.full_logits(model.hidden_states(tokens))
+        logits = [step(column).clone() for column in tokens.split(1, dim=1)]
+    torch.testing.assert_close(torch.stack(logits, 1), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_weights_packed_for_uncompiled_steps_are_no_hindrance() -> None:
@@ -79,6 +91,19 @@ def test_steps_are_compiled_once_for_texts_of_like_sizes() -> None:
     assert steps.lend(third, 2, 128) is step
     assert steps.lend(Borrower(), 2, 129).cache.capacity == 256
     assert steps.lend(Borrower(), 2, 290).cache.capacity == 300
+
+
+def test_models_that_differ_in_a_constant_and_many_batch_sizes_have_steps_of_their_own() -> None:
+    """A step does not look whether its model is the one that it was compiled for."""
+    rotary = VARIANTS["gpt_rotary_window"]
+    config = replace(SAMPLING, max_new_tokens=4)
+    for base, sizes in ((10_000.0, range(1, 10)), (3.0, [1])):  # torch's own limit is 8 codes
+        model, _ = build(replace(rotary, rope_base=base))
+        generator = TextGenerator(model, compiled=True)
+        for size in sizes:
+            prompts = [prompt(5, row) for row in range(size)]
+            expected = TextGenerator(model).generate(prompts, config)
+            assert generator.generate(prompts, config) == expected
 
 
 def test_what_cannot_be_compiled_is_named() -> None:

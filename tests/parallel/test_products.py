@@ -69,10 +69,13 @@ def test_a_packed_weight_gives_the_same_in_bf16() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(512,), (1, 1, 512), (3, 512)])
-def test_compiled_code_gets_the_same_product(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """A single row's is written out for the compiler, which leaves a packed weight alone."""
-    x, weight, bias = (_draw(*s, seed=1) for s in (shape, (768, 512), (768,)))
+@pytest.mark.parametrize("shape", [(512,), (1, 1, 512), (3, 512), (2, 2, 512), (5, 512), (0, 512)])
+@pytest.mark.parametrize("outputs", [768, 769, 770])
+def test_compiled_code_gets_the_same_product(
+    dtype: torch.dtype, shape: tuple[int, ...], outputs: int
+) -> None:
+    """Few rows' is written out for the compiler, which leaves a packed weight alone."""
+    x, weight, bias = (_draw(*s, seed=1) for s in (shape, (outputs, 512), (outputs,)))
     low = [tensor.to(dtype) for tensor in (x, weight, bias)]
     packed = pack(low[1])
     torch.compiler.reset()
