@@ -97,8 +97,9 @@ def _attention_over_places(q: Tensor, keys: Tensor, values: Tensor, filled: Tens
 
 
 def _compiled(step: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
-    """The step as code of its own, which looks for no change in its model before it runs: nothing
-    in a model at rest changes, and the looking takes as long as a tenth of a small model's step.
+    """The step as code of its own, which does not look for changes in its model before it runs.
+
+    Looking takes half a millisecond, and a model that writes changes but its parameters' values.
 
     Where torch keeps one list of codes for all steps, each has to see whose it is.
     """
@@ -157,18 +158,19 @@ class CompiledSteps:
 
     def __init__(self, gpt: GPT, with_head: bool) -> None:
         self._gpt, self._with_head = gpt, with_head
-        self._steps = defaultdict[tuple[int, int], list[CompiledStep]](list)
+        self._steps = defaultdict[tuple[int, int, torch.dtype], list[CompiledStep]](list)
 
     def lend(self, borrower: object, batch_size: int, capacity: int) -> CompiledStep:
         """A step that is ``borrower``'s as long as that lives, whose empty cache has room for
         ``capacity`` tokens a row, or for as many as the model sees.
         """
         rounded = -(-capacity // _CAPACITIES) * _CAPACITIES
-        key = (batch_size, min(rounded, self._gpt.config.max_seq_len))
-        free = [step for step in self._steps[key] if step.borrower() is None]
+        rounded = min(rounded, self._gpt.config.max_seq_len)
+        steps = self._steps[batch_size, rounded, self._gpt.head.weight.dtype]
+        free = [step for step in steps if step.borrower() is None]
         if not free:
-            free = [CompiledStep(self._gpt, *key, self._with_head)]
-            self._steps[key] += free
+            free = [CompiledStep(self._gpt, batch_size, rounded, self._with_head)]
+            steps += free
         free[0].borrower = weakref.ref(borrower)
         free[0].cache.reset()
         return free[0]

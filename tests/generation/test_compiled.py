@@ -67,6 +67,16 @@ def test_weights_packed_for_uncompiled_steps_are_no_hindrance() -> None:
     assert len(text) == LONG.max_new_tokens
 
 
+def test_a_model_may_change_its_values_and_its_precision_between_texts() -> None:
+    model, _ = build(GPT)
+    generator = TextGenerator(model, compiled=True)
+    for change in (torch.zero_, lambda p: p.normal_(), torch.Tensor.float):
+        for parameter in model.parameters():
+            parameter.data = change(parameter.data)
+        expected = TextGenerator(model).generate(PROMPTS[:1], LONG)
+        assert generator.generate(PROMPTS[:1], LONG) == expected
+
+
 def test_texts_that_are_written_in_turns_have_caches_of_their_own() -> None:
     model, _ = build(GPT)
     alone = [list(TextGenerator(model).stream(p, LONG)) for p in (prompt(5), prompt(5, 1))]
