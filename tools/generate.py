@@ -19,6 +19,7 @@ same seed, prompt and machine give the same text; sample k of --num-samples has 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -73,7 +74,7 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
     )
     compiled = arguments.compile and _can_compile(model, encoder, grid, arguments.num_samples)
     generator = TextGenerator(model, encoder, tokenizer.vocab_size, compiled=compiled)
-    writer = _SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main)
+    writer = _SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main, compiled)
     answers = arguments.instruction is not None
     writer.begin("" if arguments.only_new or answers else prompt)
     tokens = encode_prompt(prompt, tokenizer)
@@ -209,15 +210,21 @@ def _read_prompt(arguments: argparse.Namespace, grid: ProcessGrid) -> str:
 
 
 class _SampleWriter:
-    """The first sample on the terminal as it comes, the others after it; the speed at the end."""
+    """The first sample on the terminal as it comes, the others after it; the speed at the end.
 
-    def __init__(self, tokenizer: Tokenizer, samples: int, seed: int, speaks: bool) -> None:
+    Where the step from token to token is compiled, the second token waits for that.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, samples: int, seed: int, speaks: bool, compiled: bool
+    ) -> None:
         self._assemblers = [TextAssembler(tokenizer) for _ in range(samples)]
         self._later = [""] * samples
         self._seed, self._speaks = seed, speaks
         self._prompt = ""
         self._tokens = 0
-        self._times = [time.perf_counter()]
+        self._timed = 2 if compiled else 1  # steps at the beginning that are timed by themselves
+        self._marks = [(time.perf_counter(), 0)]  # when each of them ended, and the tokens then
 
     def begin(self, prompt: str) -> None:
         """Show the prompt."""
@@ -226,8 +233,6 @@ class _SampleWriter:
 
     def add(self, step: list[int | None]) -> None:
         """One token of each sample, None where it has ended."""
-        if len(self._times) == 1:
-            self._times.append(time.perf_counter())
         for sample, token in enumerate(step):
             if token is None:
                 continue
@@ -237,22 +242,28 @@ class _SampleWriter:
                 self._write(text)
             else:
                 self._later[sample] += text
+        if len(self._marks) <= self._timed:
+            self._marks.append((time.perf_counter(), self._tokens))
 
     def end(self, prompt_tokens: int) -> None:
         """Show the other samples, and on stderr how fast it went."""
-        self._times.append(time.perf_counter())
+        self._marks.append((time.perf_counter(), self._tokens))
         self._write(self._assemblers[0].end() + "\n")
         for sample, text in list(enumerate(self._later))[1:]:
             rest = self._assemblers[sample].end()
             self._write(f"{self._title(sample)}{self._prompt}{text}{rest}\n")
-        if not self._speaks:
-            return
-        start, first, *_, end = self._times if self._tokens else [*self._times, self._times[-1]]
-        report = f"prompt: {prompt_tokens} tokens in {first - start:.2f} s"
-        after_first = self._tokens - len(self._assemblers)
-        if after_first > 0:
-            report += f"; then {after_first / (end - first):.1f} tokens/s"
-        print(f"{report}; {self._tokens} new tokens", file=sys.stderr)
+        if self._speaks:
+            print(self._report(prompt_tokens), file=sys.stderr)
+
+    def _report(self, prompt_tokens: int) -> str:
+        times, tokens = zip(*self._marks, strict=True)
+        seconds = [end - start for start, end in itertools.pairwise(times)]
+        report = f"prompt: {prompt_tokens} tokens in {seconds[0]:.2f} s"
+        if len(seconds) == 3:
+            report += f"; compiled in {seconds[1]:.1f} s"
+        if tokens[-1] > tokens[-2] > 0:
+            report += f"; then {(tokens[-1] - tokens[-2]) / seconds[-1]:.1f} tokens/s"
+        return f"{report}; {self._tokens} new tokens"
 
     def _title(self, sample: int) -> str:
         if len(self._assemblers) == 1:

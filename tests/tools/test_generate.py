@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megaegpt.data.instruction import Instruction
 from tests.distributed.harness import Distributed
@@ -63,6 +64,17 @@ def test_where_nothing_can_be_compiled_the_text_is_written_all_the_same(
     assert "not compiled: no compiler\n" in shown
     _, shown = _run("--checkpoint", egpt, "--prompt", "It", "--compile", "--num-samples", 5)
     assert "not compiled: on a CPU more than 4 texts at once" in shown
+
+
+def test_compiled_steps_write_the_same_and_the_wait_for_them_is_shown(
+    egpt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = _run("--checkpoint", egpt, "--prompt", "It")
+    monkeypatch.setattr(generate, "compile_problem", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    text, shown = _run("--checkpoint", egpt, "--prompt", "It", "--compile")
+    assert text == expected
+    assert re.search(r" in [\d.]+ s; compiled in [\d.]+ s; then [\d.]+ tokens/s; 12 new", shown)
 
 
 def test_a_prompt_comes_from_the_command_line_a_file_or_stdin(egpt: Path, tmp_path: Path) -> None:
