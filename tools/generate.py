@@ -72,7 +72,7 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
         encoder_source=arguments.encoder,
         vocabulary=arguments.vocabulary,
     )
-    compiled = arguments.compile and _can_compile(model, encoder, grid, arguments.num_samples)
+    compiled = arguments.compile and _can_compile(model, encoder, grid, arguments)
     generator = TextGenerator(model, encoder, tokenizer.vocab_size, compiled=compiled)
     writer = _SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main, compiled)
     answers = arguments.instruction is not None
@@ -122,7 +122,7 @@ def _parse_arguments() -> argparse.Namespace:
         "--compile",
         action="store_true",
         help="compile the step from token to token, on a GPU into one CUDA graph: tens of seconds "
-        "first, for long texts or on a GPU many samples",
+        f"first, for long texts or several samples (on a CPU up to {MOST_GENERATED_ROWS})",
     )
     parser.add_argument(
         "--no-cache",
@@ -181,12 +181,14 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _can_compile(
-    model: Model, encoder: FrozenEncoder | None, grid: ProcessGrid, num_samples: int
+    model: Model, encoder: FrozenEncoder | None, grid: ProcessGrid, arguments: argparse.Namespace
 ) -> bool:
     """Say so if not."""
     problem = uncompilable(gpt_of(model, encoder)) or compile_problem(grid.device.type)
-    if grid.device.type == "cpu" and num_samples > MOST_GENERATED_ROWS:
+    if grid.device.type == "cpu" and arguments.num_samples > MOST_GENERATED_ROWS:
         problem = f"on a CPU more than {MOST_GENERATED_ROWS} texts at once are faster as they are"
+    if arguments.no_cache:
+        problem = "without the cache (--no-cache) there is no step from token to token"
     if problem and grid.is_main:
         print(f"not compiled: {problem}", file=sys.stderr)
     return problem is None
@@ -212,7 +214,7 @@ def _read_prompt(arguments: argparse.Namespace, grid: ProcessGrid) -> str:
 class _SampleWriter:
     """The first sample on the terminal as it comes, the others after it; the speed at the end.
 
-    Where the step from token to token is compiled, the second token waits for that.
+    Where the step from token to token is compiled, the first or the second token waits for that.
     """
 
     def __init__(
@@ -223,8 +225,9 @@ class _SampleWriter:
         self._seed, self._speaks = seed, speaks
         self._prompt = ""
         self._tokens = 0
-        self._timed = 2 if compiled else 1  # steps at the beginning that are timed by themselves
-        self._marks = [(time.perf_counter(), 0)]  # when each of them ended, and the tokens then
+        self._compiled = compiled
+        self._first_steps = 2 if compiled else 1  # still to come of those timed by themselves
+        self._marks = [(time.perf_counter(), 0)]  # begin, end of the first steps, end; tokens then
 
     def begin(self, prompt: str) -> None:
         """Show the prompt."""
@@ -242,7 +245,8 @@ class _SampleWriter:
                 self._write(text)
             else:
                 self._later[sample] += text
-        if len(self._marks) <= self._timed:
+        self._first_steps -= 1
+        if self._first_steps == 0:
             self._marks.append((time.perf_counter(), self._tokens))
 
     def end(self, prompt_tokens: int) -> None:
@@ -258,9 +262,8 @@ class _SampleWriter:
     def _report(self, prompt_tokens: int) -> str:
         times, tokens = zip(*self._marks, strict=True)
         seconds = [end - start for start, end in itertools.pairwise(times)]
-        report = f"prompt: {prompt_tokens} tokens in {seconds[0]:.2f} s"
-        if len(seconds) == 3:
-            report += f"; compiled in {seconds[1]:.1f} s"
+        also = " and compiling" if self._compiled else ""
+        report = f"prompt: {prompt_tokens} tokens{also} in {seconds[0]:.2f} s"
         if tokens[-1] > tokens[-2] > 0:
             report += f"; then {(tokens[-1] - tokens[-2]) / seconds[-1]:.1f} tokens/s"
         return f"{report}; {self._tokens} new tokens"

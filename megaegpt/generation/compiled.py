@@ -86,7 +86,7 @@ class SingleTokenContext:
 def _attention_over_places(q: Tensor, keys: Tensor, values: Tensor, filled: Tensor) -> Tensor:
     """Attention of one query, (B, H, 1, D), to the ``filled`` places, (S,), as generated code.
 
-    A kernel of torch's would cut the step in two at every layer; without it, it is a single one.
+    A kernel of torch's would cut the step in two at every layer, and cost a call in each.
     """
     precise = torch.promote_types(q.dtype, torch.float32)
     q = q.unflatten(1, (keys.shape[1], -1))  # (B, K, G, 1, D)
@@ -99,8 +99,7 @@ def _attention_over_places(q: Tensor, keys: Tensor, values: Tensor, filled: Tens
 def _compiled(step: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
     """The step as code of its own, which does not look for changes in its model before it runs.
 
-    Looking takes half a millisecond, and a model that writes changes but its parameters' values.
-
+    Looking takes half a millisecond, and of a model nothing changes between steps but values.
     Where torch keeps one list of codes for all steps, each has to see whose it is.
     """
     apart: dict[str, Any] = {}

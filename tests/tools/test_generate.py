@@ -74,7 +74,10 @@ def test_compiled_steps_write_the_same_and_the_wait_for_them_is_shown(
     monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     text, shown = _run("--checkpoint", egpt, "--prompt", "It", "--compile")
     assert text == expected
-    assert re.search(r" in [\d.]+ s; compiled in [\d.]+ s; then [\d.]+ tokens/s; 12 new", shown)
+    assert re.search(r"\d tokens and compiling in [\d.]+ s; then [\d.]+ tokens/s; 12 new", shown)
+    text, shown = _run("--checkpoint", egpt, "--prompt", "It", "--compile", "--no-cache")
+    assert text == expected
+    assert "not compiled: without the cache" in shown
 
 
 def test_a_prompt_comes_from_the_command_line_a_file_or_stdin(egpt: Path, tmp_path: Path) -> None:
