@@ -26,7 +26,7 @@ setup(
     packages=find_packages(include=["megaegpt", "megaegpt.*"]),
     install_requires=[
         "torch>=2.11",
-        # Minor releases remove keys and move defaults; see megaegpt/training/engine.py.
+        # Minor releases remove keys and move defaults; see megaegpt/training/engine/engine.py.
         "deepspeed>=0.19.8,<0.20",
         "numpy",
         "pyyaml",

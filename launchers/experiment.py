@@ -17,13 +17,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from megaegpt.data.files import write_whole
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.experiment
+
 from megaegpt.errors import DataError, exits_cleanly
-from megaegpt.experiment.plan import ExperimentPlan, load_plan
+from megaegpt.files import write_whole
+from tools.experiment.plan import ExperimentPlan, load_plan
 
 _STARTED = time.monotonic()
 
@@ -51,27 +54,22 @@ def main() -> None:
 
 def _run(plan: ExperimentPlan, exit_minutes: float | None) -> bool:
     """Whether everything is finished."""
-    import torch.distributed as dist
-
-    from megaegpt.experiment.runs import Experiment, StoppedError
-    from megaegpt.parallel.grid import ProcessGrid
-    from megaegpt.training.engine import init_distributed
+    from megaegpt.parallel.launch import joined_processes
     from megaegpt.training.stopping import StopRequests
+    from tools.experiment.runs import Experiment, StoppedError
 
-    grid = ProcessGrid.create(1, init_distributed())
-    try:
-        Experiment(plan, grid, StopRequests(exit_minutes, _STARTED)).run()
-    except StoppedError:
-        print("stopped: the same command goes on from here")
-        return False
-    finally:
-        dist.destroy_process_group()
+    with joined_processes(1) as grid:
+        try:
+            Experiment(plan, grid, StopRequests(exit_minutes, _STARTED)).run()
+        except StoppedError:
+            print("stopped: the same command goes on from here")
+            return False
     return True
 
 
 def _report(plan: ExperimentPlan) -> dict[str, Any]:
-    from megaegpt.experiment.plots import write_plots
-    from megaegpt.experiment.report import collect, markdown
+    from tools.experiment.plots import write_plots
+    from tools.experiment.report import collect, markdown
 
     folder = Path(plan.output)
     report = collect(plan)
@@ -83,7 +81,7 @@ def _report(plan: ExperimentPlan) -> dict[str, Any]:
 
 
 def _insert(report: dict[str, Any], page: Path, name: str) -> None:
-    from megaegpt.experiment.report import insert
+    from tools.experiment.report import insert
 
     try:
         text = page.read_text(encoding="utf-8")

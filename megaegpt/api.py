@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from megaegpt.config import GenerationConfig, ModelConfig
 from megaegpt.config.presets import create_model_config
-from megaegpt.data.instruction import InstructionDataset, create_instruction_collate_fn
+from megaegpt.data.instruction.records import InstructionDataset, create_instruction_collate_fn
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.generation.generator import TextGenerator
@@ -154,7 +154,7 @@ def create_pretraining_dataloader(
     """Batches of ``(inputs, targets)``, both (B, ``max_length``) int64; targets are one token on.
 
     For a text that fits in memory. Corpora on disk: ``tools/preprocess.py`` and
-    :mod:`megaegpt.data.samples`.
+    :mod:`megaegpt.data.tokens.samples`.
 
     Args:
         text: tokenised at once.

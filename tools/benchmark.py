@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.benchmarks
 
-from megaegpt.data.files import write_whole
 from megaegpt.errors import MegaEGPTError, exits_cleanly
+from megaegpt.files import write_whole
 from tools.benchmarks.common import machine
 
 SUBCOMMANDS = {

@@ -86,14 +86,14 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from megaegpt.interop.folders import whole_folder
+    from megaegpt.files import whole_folder
     from megaegpt.interop.huggingface import (
         download,
         import_gpt2,
         is_hub_name,
         is_huggingface_folder,
     )
-    from megaegpt.training.inspection import describe_contents
+    from megaegpt.training.checkpoint.inspection import describe_contents
 
     folder = Path(arguments.source)
     if not folder.is_dir() and is_hub_name(arguments.source):
@@ -125,7 +125,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from megaegpt.training.inspection import describe_contents
+    from megaegpt.training.checkpoint.inspection import describe_contents
 
     for path in arguments.paths:
         for line in describe_contents(path, arguments.verify):
@@ -133,22 +133,17 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _reshape(arguments: argparse.Namespace) -> None:
-    import torch.distributed as dist
+    from megaegpt.parallel.launch import joined_processes
+    from megaegpt.parallel.together import raising_together
+    from megaegpt.training.checkpoint.folders import find_checkpoint
+    from megaegpt.training.checkpoint.reshaping import reshape
 
-    from megaegpt.parallel.agreement import raising_together
-    from megaegpt.parallel.grid import ProcessGrid
-    from megaegpt.training.checkpoint_folders import find_checkpoint
-    from megaegpt.training.engine import init_distributed
-    from megaegpt.training.reshaping import reshape
-
-    device = init_distributed()
-    grid = ProcessGrid.create(arguments.tensor_parallel_size, device)
-    with raising_together(grid):
-        source = find_checkpoint(arguments.source)
-    saved = reshape(source, arguments.output, grid, arguments.zero_stage)
-    if grid.is_main:
-        print(f"saved {saved}")
-    dist.destroy_process_group()
+    with joined_processes(arguments.tensor_parallel_size) as grid:
+        with raising_together(grid):
+            source = find_checkpoint(arguments.source)
+        saved = reshape(source, arguments.output, grid, arguments.zero_stage)
+        if grid.is_main:
+            print(f"saved {saved}")
 
 
 if __name__ == "__main__":

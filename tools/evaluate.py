@@ -34,10 +34,9 @@ from typing import Any
 
 import torch
 
-from megaegpt.data.evaluation import TokenSource
-from megaegpt.data.files import write_whole
-from megaegpt.data.manifest import verify_shards
-from megaegpt.data.stream import TokenStream
+from megaegpt.data.tokens.corpus_manifest import verify_shards
+from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.data.tokens.windows import TokenSource
 from megaegpt.errors import ConfigError, exits_cleanly
 from megaegpt.evaluation.history import compare_histories, history_table
 from megaegpt.evaluation.scorer import Scorer
@@ -48,12 +47,13 @@ from megaegpt.evaluation.tasks import (
     score_lambada,
 )
 from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
-from megaegpt.generation.loading import LoadedModel, inference_processes, load_for_inference
-from megaegpt.parallel.agreement import raising_together
+from megaegpt.files import write_whole
+from megaegpt.generation.trained import LoadedModel, load_for_inference
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.launch import joined_processes
+from megaegpt.parallel.together import raising_together
+from megaegpt.precision import DTYPES
 from megaegpt.training.evaluation import Evaluation
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Result = tuple[str, dict[str, Any]]
 """Lines for people, and the numbers for ``--json``."""
@@ -63,12 +63,12 @@ Result = tuple[str, dict[str, Any]]
 def main() -> None:
     """Evaluate as told on the command line."""
     arguments = _parse_arguments()
-    with inference_processes(arguments.tensor_parallel_size) as grid:
+    with joined_processes(arguments.tensor_parallel_size) as grid:
         name = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
         loaded = load_for_inference(
-            arguments.checkpoint, grid, _DTYPES[name], encoder_source=arguments.encoder
+            arguments.checkpoint, grid, DTYPES[name], encoder_source=arguments.encoder
         )
-        shown, numbers = _measure(arguments, loaded, grid, _DTYPES[name])
+        shown, numbers = _measure(arguments, loaded, grid, DTYPES[name])
         with raising_together(grid):
             if grid.is_main:
                 print(shown)
@@ -111,7 +111,7 @@ def _parse_arguments() -> argparse.Namespace:
     harness.add_argument("--limit", type=int, metavar="N", help="first questions of a task only")
     parser.add_argument("--encoder", metavar="DIR", help="of an EGPT or DeepGPT, if it was moved")
     parser.add_argument("--batch-size", type=int, default=4, help="rows at once (default: 4)")
-    parser.add_argument("--dtype", choices=_DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
         "--tensor-parallel-size", type=int, default=1, help="processes a model is cut over"
     )

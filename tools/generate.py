@@ -24,25 +24,24 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.loading import validate
-from megaegpt.data.instruction import Instruction
+from megaegpt.data.instruction.records import Instruction
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.generation.compiled import uncompilable
 from megaegpt.generation.decoders import gpt_of
 from megaegpt.generation.generator import TextAssembler, TextGenerator, encode_prompt
-from megaegpt.generation.loading import inference_processes, load_for_inference
+from megaegpt.generation.trained import load_for_inference
 from megaegpt.model.build import Model
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.parallel.agreement import from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.products import MOST_GENERATED_ROWS
-from megaegpt.training.compiling import compile_problem
+from megaegpt.parallel.launch import joined_processes
+from megaegpt.parallel.matmul import MOST_GENERATED_ROWS
+from megaegpt.parallel.together import broadcast_object
+from megaegpt.precision import DTYPES
+from megaegpt.training.engine.compiling import compile_problem
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DEFAULTS = GenerationConfig(max_new_tokens=256)
 
 
@@ -58,7 +57,7 @@ def main() -> None:
         seed=arguments.seed,
     )
     validate(RunConfig(generation=config))
-    with inference_processes() as grid:
+    with joined_processes(None) as grid:
         _generate(arguments, config, grid)
 
 
@@ -68,7 +67,7 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
     model, encoder, tokenizer = load_for_inference(
         arguments.checkpoint,
         grid,
-        _DTYPES[dtype],
+        DTYPES[dtype],
         encoder_source=arguments.encoder,
         vocabulary=arguments.vocabulary,
     )
@@ -130,7 +129,7 @@ def _parse_arguments() -> argparse.Namespace:
         help="compute every token from the beginning: slow, the same text; to check the caches",
     )
     parser.add_argument(
-        "--dtype", choices=_DTYPES, help="precision (default: bf16 on a GPU, fp32 on a CPU)"
+        "--dtype", choices=DTYPES, help="precision (default: bf16 on a GPU, fp32 on a CPU)"
     )
     parser.add_argument("--encoder", metavar="PATH", help="the frozen encoder, where it was moved")
     parser.add_argument("--vocabulary", metavar="DIR", help="folder with GPT-2's encoder.json")
@@ -198,17 +197,18 @@ def _read_prompt(arguments: argparse.Namespace, grid: ProcessGrid) -> str:
     """The prompt, read by rank 0 and given to all; a file's last line break is not part of it."""
     if arguments.instruction is not None:
         return Instruction(arguments.instruction, arguments.input, "").prompt
-    name, text = arguments.prompt_file, arguments.prompt
-    with raising_together(grid):
-        if name is not None and grid.is_main:
-            try:
-                content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-                text = content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
-            except OSError as error:
-                raise DataError(f"cannot read {name}: {error.strerror}") from None
-            except UnicodeDecodeError as error:
-                raise DataError(f"{name} is not UTF-8: {error.reason} at {error.start}") from None
-    return from_main(text, grid)
+    name = arguments.prompt_file
+    return arguments.prompt if name is None else broadcast_object(lambda: _read_text(name), grid)
+
+
+def _read_text(name: str) -> str:
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except OSError as error:
+        raise DataError(f"cannot read {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8: {error.reason} at {error.start}") from None
 
 
 class _SampleWriter:

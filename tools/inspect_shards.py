@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megaegpt.data.inspection import LengthHistogram, first_difference
-from megaegpt.data.manifest import MANIFEST_NAME, Manifest
-from megaegpt.data.shards import Shard
-from megaegpt.data.stream import resolve_prefixes
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
+from megaegpt.data.tokens.shard_contents import LengthHistogram, first_difference
+from megaegpt.data.tokens.shards import Shard
+from megaegpt.data.tokens.stream import resolve_prefixes
 from megaegpt.errors import exits_cleanly
 
 

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.loading import load_config
 from megaegpt.errors import CheckpointError, ConfigError, exits_cleanly
-from megaegpt.training.hardware import accelerator_names, find_accelerator
-from megaegpt.training.metrics import short_count, short_time
-from megaegpt.training.plan import USABLE_MEMORY, Machines, Plan, alternatives, make_plan
-from megaegpt.training.summary import describe_run
+from megaegpt.planning.hardware import accelerator_names, find_accelerator
+from megaegpt.planning.plan import USABLE_MEMORY, Machines, Plan, alternatives, make_plan
+from megaegpt.planning.summary import describe_run
+from megaegpt.training.logging.metrics import short_count, short_time
 
 _GPUS_OF_A_MACHINE = 8
 
@@ -96,7 +96,7 @@ def _between_0_and(most: float, text: str) -> float:
 def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:
     if config.model.kind == "gpt":
         return None, []
-    from megaegpt.training.stores import find_encoder
+    from megaegpt.training.feature_stores import find_encoder
 
     try:
         return find_encoder(config), []

@@ -36,18 +36,18 @@ def main() -> None:
 
 
 def _compute(config: RunConfig, verify: bool) -> None:
-    from megaegpt.training.processes import joined_processes
+    from megaegpt.parallel.launch import joined_processes
 
     with joined_processes(config.parallel.tensor_parallel_size) as grid:
         _compute_together(config, verify, grid)
 
 
 def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> None:
-    from megaegpt.data.manifest import verify_shards
-    from megaegpt.data.stream import TokenStream
-    from megaegpt.parallel.agreement import raising_together
-    from megaegpt.training.engine import resolve_precision
-    from megaegpt.training.stores import load_encoder, prepare_store
+    from megaegpt.data.tokens.corpus_manifest import verify_shards
+    from megaegpt.data.tokens.stream import TokenStream
+    from megaegpt.parallel.together import raising_together
+    from megaegpt.precision import resolve_precision
+    from megaegpt.training.feature_stores import load_encoder, prepare_store
 
     with raising_together(grid):
         precision = resolve_precision(config.training.precision, grid.device)

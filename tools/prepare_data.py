@@ -19,12 +19,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megaegpt.data.books import BOOKS, Cleaning, king_james_bible, load_book
-from megaegpt.data.documents import Document, Problems
-from megaegpt.data.download import download
-from megaegpt.data.files import naming_failures, publish, temporary_name
 from megaegpt.data.readers import READERS, parse_reader_options, read_documents
+from megaegpt.data.readers.books import BOOKS, Cleaning, king_james_bible, load_book
+from megaegpt.data.readers.documents import Document, Problems
+from megaegpt.data.readers.download import download
 from megaegpt.errors import DataError, exits_cleanly
+from megaegpt.files import naming_failures, publish, temporary_name
 
 _OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/"
 DOWNLOADS = {

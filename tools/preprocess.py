@@ -19,9 +19,9 @@ import argparse
 import os
 from pathlib import Path
 
-from megaegpt.data.encode import EncodeOptions
-from megaegpt.data.nanogpt import import_files
-from megaegpt.data.preprocess import PreprocessOptions, Report, preprocess
+from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preprocess
+from megaegpt.data.preprocess.encode import EncodeOptions
+from megaegpt.data.preprocess.nanogpt import import_files
 from megaegpt.data.readers import READERS, Option, parse_reader_options
 from megaegpt.errors import ConfigError, exits_cleanly
 

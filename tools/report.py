@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megaegpt.data.files import write_whole
 from megaegpt.errors import LaunchError, exits_cleanly
+from megaegpt.files import write_whole
 from megaegpt.report.figures import can_draw
 from megaegpt.report.page import render
 from megaegpt.report.runs import read_runs

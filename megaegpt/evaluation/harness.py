@@ -20,9 +20,9 @@ from megaegpt.config import GenerationConfig
 from megaegpt.errors import DataError
 from megaegpt.evaluation.scorer import Pair, Scorer, encode_pair
 from megaegpt.generation.generator import TextGenerator, encode_prompt
-from megaegpt.generation.loading import LoadedModel
-from megaegpt.parallel.agreement import from_all
+from megaegpt.generation.trained import LoadedModel
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.together import all_gather_object
 
 _MAX_NEW_TOKENS = 256  # the harness' own default
 
@@ -75,7 +75,11 @@ class HarnessModel(LM):
             number: self._write(*requests[number].args)
             for number in tqdm(own, "texts", disable=not grid.is_main)
         }
-        every = {number: text for part in from_all(written, grid) for number, text in part.items()}
+        every = {
+            number: text
+            for part in all_gather_object(written, grid)
+            for number, text in part.items()
+        }
         return [every[number] for number in range(len(requests))]
 
     def _write(self, context: str, options: dict[str, Any]) -> str:

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaegpt.data.evaluation import TokenSource
+from megaegpt.data.tokens.windows import TokenSource
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.text import evaluate_text
-from megaegpt.generation.loading import LoadedModel
-from megaegpt.model.egpt import chunk_features
+from megaegpt.generation.trained import LoadedModel
+from megaegpt.model.calling import ChunkInputs, MicroBatch
+from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation
-from megaegpt.training.inputs import ChunkInputs, MicroBatch
 
 HISTORIES = ("true", "shuffled", "zero")
 
@@ -29,7 +29,7 @@ class ZeroHistory(ChunkInputs):
     """Every feature is a zero vector, and of no chunk the tokens are known."""
 
     def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """See :class:`~megaegpt.training.inputs.ModelInputs`."""
+        """See :class:`~megaegpt.model.calling.ModelInputs`."""
         arguments = super().arguments(batch)
         arguments["features"] = torch.zeros_like(arguments["features"])
         if "earlier_tokens" in arguments:
@@ -71,7 +71,7 @@ class ShuffledHistory(ChunkInputs):
         return batch | {"donors": donors.unflatten(1, (chunks - 1, size))}
 
     def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """See :class:`~megaegpt.training.inputs.ModelInputs`."""
+        """See :class:`~megaegpt.model.calling.ModelInputs`."""
         features = chunk_features(self._frozen(batch["donors"]), self._egpt)
         arguments = super().arguments({**batch, "features": features})
         if "earlier_tokens" in arguments:

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
 from megaegpt.evaluation.text import inputs_of
-from megaegpt.generation.loading import LoadedModel
-from megaegpt.model.egpt import EGPT
-from megaegpt.model.token_counts import Mixture
+from megaegpt.generation.trained import LoadedModel
+from megaegpt.model.egpt.egpt import EGPT
+from megaegpt.model.egpt.token_counts import Mixture
 from megaegpt.parallel.grid import ProcessGrid
 
 _ROWS_OF_LOGITS = 256

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megaegpt.data.documents import Problems
+from megaegpt.data.readers.documents import Problems
 from megaegpt.data.readers.inputs import read_lines
 from megaegpt.data.readers.json_lines import parse_object
 from megaegpt.errors import DataError

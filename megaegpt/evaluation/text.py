@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megaegpt.data.documents import Problems
-from megaegpt.data.evaluation import EvaluationWindows, TokenSource
 from megaegpt.data.readers import plain
+from megaegpt.data.readers.documents import Problems
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.windows import EvaluationWindows, TokenSource
 from megaegpt.errors import ConfigError
-from megaegpt.generation.loading import LoadedModel
+from megaegpt.generation.trained import LoadedModel
+from megaegpt.model.calling import ChunkInputs, ModelInputs, SequenceInputs
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation, Evaluator
-from megaegpt.training.inputs import ChunkInputs, ModelInputs, SequenceInputs
 
 
 class TextTokens:

@@ -26,10 +26,10 @@ from megaegpt.generation.compiled import CompiledSteps
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import Model
 from megaegpt.model.deepgpt import DeepGPT
-from megaegpt.model.egpt import EGPT, Recorded, chunk_features
+from megaegpt.model.egpt.egpt import EGPT, Recorded, chunk_features
+from megaegpt.model.egpt.token_counts import count_tokens
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.gpt import GPT
-from megaegpt.model.token_counts import count_tokens
 
 
 class Decoder(Protocol):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
 from megaegpt.errors import CheckpointError
-from megaegpt.interop.folders import whole_folder
+from megaegpt.files import whole_folder
 from megaegpt.interop.gpt2_layout import to_theirs
 from megaegpt.interop.gpt2_vocabulary import write_tokenizer
 from megaegpt.model.build import empty_model

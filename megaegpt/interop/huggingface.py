@@ -17,7 +17,7 @@ from torch import Tensor
 from megaegpt.config import ModelConfig
 from megaegpt.config.validation import validate_model
 from megaegpt.errors import CheckpointError, ConfigError
-from megaegpt.interop.folders import whole_folder
+from megaegpt.files import whole_folder
 from megaegpt.interop.gpt2_layout import from_theirs
 from megaegpt.model.build import empty_model, meta_model
 from megaegpt.model.weights import save_weights

@@ -22,8 +22,8 @@ from megaegpt.interop.huggingface import (
     read_config,
 )
 from megaegpt.model.weights import find_weights, read_weights_config, verify_weights
-from megaegpt.parallel.agreement import raising_together
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.together import raising_together
 
 
 def resolve_weights_source(

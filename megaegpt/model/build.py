@@ -8,7 +8,7 @@ import torch
 
 from megaegpt.config import ModelConfig
 from megaegpt.model.deepgpt import DeepGPT
-from megaegpt.model.egpt import EGPT
+from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.gpt import GPT
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import initialize

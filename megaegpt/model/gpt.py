@@ -17,8 +17,8 @@ from megaegpt.model.attention.context import AttentionContext, CausalContext
 from megaegpt.model.block import BlockStack
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
-from megaegpt.model.placement import place_tokens
 from megaegpt.model.positions import AddedPositions, rotary_table
+from megaegpt.model.token_positions import place_tokens
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import VocabParallelEmbedding
 from megaegpt.parallel.params import count_parameters

@@ -15,8 +15,8 @@ from megaegpt.config import ModelConfig
 from megaegpt.parallel.collectives import gather_from_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import linear_cross_entropy
+from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter
-from megaegpt.parallel.products import linear
 
 
 class OutputHead(nn.Module):

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from torch import nn
 from megaegpt.config import ModelConfig
 from megaegpt.config.loading import model_config_from_dict
 from megaegpt.config.validation import validate_model
-from megaegpt.data.files import umask
 from megaegpt.errors import CheckpointError
+from megaegpt.files import sha256_of_file, whole_file
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import full_state, shard, spec_of
 
@@ -56,37 +55,18 @@ def save_weights(
         "model": dataclasses.asdict(config),
         "extra": extra or {},
     }
-    with _whole_file(folder / WEIGHTS) as temporary:
+    with whole_file(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-        checksums = {WEIGHTS: _file_digest(temporary), _DESCRIPTION: _digest(document)}
+        checksums = {WEIGHTS: sha256_of_file(temporary), _DESCRIPTION: _digest(document)}
     document["sha256"] = checksums
-    with _whole_file(folder / _CONFIG) as temporary:
+    with whole_file(folder / _CONFIG) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(document: dict[str, Any]) -> str:
     """Of what the numbers mean; JSON, because lists and tuples are the same there."""
     described = [document["model"], document["extra"]]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Any:
-    """Yield a temporary path that takes ``path``'s place, synced, when the block ends well."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~umask())  # safetensors makes files for their owner alone
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def find_weights(folder: str | Path) -> Path:
@@ -142,7 +122,7 @@ def verify_weights(folder: str | Path) -> None:
     path = Path(folder) / WEIGHTS
     try:
         wanted = _read_description(folder).get("sha256", {}).get(WEIGHTS)
-        if wanted is not None and wanted != _file_digest(path):
+        if wanted is not None and wanted != sha256_of_file(path):
             raise CheckpointError(f"{path} is damaged: its checksum differs")
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None

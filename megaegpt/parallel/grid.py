@@ -7,12 +7,15 @@ the frequent, latency-bound TP traffic stays inside a node.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from megaegpt.errors import LaunchError
+
+_CONTROL_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class ProcessGrid:
     tp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control_group: dist.ProcessGroup | None = None
+    """All ranks, on the CPU: what they agree on outside of a step. A rank may wait long there for
+    one that downloads, converts or writes."""
 
     @property
     def rank(self) -> int:
@@ -75,6 +81,9 @@ class ProcessGrid:
             tp_group=mesh.get_group("tp") if tp_size > 1 else None,
             dp_group=mesh.get_group("dp") if world > tp_size else None,
             device=device,
+            control_group=dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+            if world > 1
+            else None,
         )
 
 

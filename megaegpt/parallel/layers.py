@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from megaegpt.parallel.collectives import reduce_from_tp
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter, spec_of
-from megaegpt.parallel.products import linear
 
 
 class Linear(nn.Module):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.products import linear
+from megaegpt.parallel.matmul import linear
 
 IGNORE = -100
 """Target of a position that is not predicted."""

@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import Any
 
 from megaegpt.errors import LaunchError, MegaEGPTError
-from megaegpt.parallel.agreement import OtherRankError, from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.together import OtherRankError, broadcast_object, raising_together
 
 GRACE_S = 10.0
 """What a rank gets to leave by itself after it has heard of another's end."""
@@ -101,7 +101,7 @@ class RankWatch:
             dualstack_ipv6=family == socket.AF_INET6,
             backlog=self._grid.world_size,
         )
-        from_main((_own_address(), server.getsockname()[1], token), self._grid)
+        broadcast_object(lambda: (_own_address(), server.getsockname()[1], token), self._grid)
         server.settimeout(_CONNECTING_S)
         with server, raising_together(self._grid):
             while len(self._peers) < self._grid.world_size - 1:
@@ -118,7 +118,7 @@ class RankWatch:
                     peer.close()
 
     def _connect(self) -> None:
-        address, port, token = from_main(("", 0, ""), self._grid)
+        address, port, token = broadcast_object(lambda: ("", 0, ""), self._grid)
         with raising_together(self._grid):
             peer = _first_connection((os.environ["MASTER_ADDR"], address), port)
             self._peers[_probed(peer)] = 0

@@ -9,7 +9,7 @@ from typing import NoReturn
 from megaegpt.config.loading import load_config
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import LaunchError, MegaEGPTError
-from megaegpt.training.boards import check_packages
+from megaegpt.training.logging.loggers import check_packages
 
 
 class RunParser(argparse.ArgumentParser):

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from megaegpt.data.evaluation import Windows
+from megaegpt.data.tokens.windows import Windows
+from megaegpt.model.calling import ModelInputs
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import IGNORE
-from megaegpt.training.inputs import ModelInputs
 
 
 @dataclass(frozen=True)

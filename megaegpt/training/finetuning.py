@@ -10,21 +10,21 @@ import numpy as np
 from tqdm import tqdm
 
 from megaegpt.config import ModelConfig, RunConfig
-from megaegpt.data.documents import Problems
-from megaegpt.data.evaluation import Windows
-from megaegpt.data.instruction import Instruction, InstructionDataset, read_instructions
-from megaegpt.data.instruction_samples import InstructionSamples, InstructionWindows
-from megaegpt.data.permutation import Permutation
-from megaegpt.data.samples import Samples
-from megaegpt.data.stream import TokenStream
+from megaegpt.data.instruction.records import Instruction, InstructionDataset, read_instructions
+from megaegpt.data.instruction.rows import InstructionSamples, InstructionWindows
+from megaegpt.data.readers.documents import Problems
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.permutation import Permutation
+from megaegpt.data.tokens.samples import Samples
+from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.data.tokens.windows import Windows
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.model.calling import InstructionInputs, ModelInputs
 from megaegpt.model.weights import read_weights_config
-from megaegpt.parallel.agreement import raising_together
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.together import raising_together
 from megaegpt.training.command_line import is_main_process
-from megaegpt.training.inputs import InstructionInputs, ModelInputs
 from megaegpt.training.pretraining import SampleText, train
 from megaegpt.training.stopping import StopRequests
 

@@ -79,7 +79,7 @@ def _train(
     config: RunConfig, train: Train, resume: bool, exit_minutes: float | None, started: float
 ) -> None:
     from megaegpt.generation.generator import sample_text
-    from megaegpt.training.processes import joined_processes
+    from megaegpt.parallel.launch import joined_processes
     from megaegpt.training.stopping import StopRequests
 
     stops = StopRequests(exit_minutes, started)
@@ -91,11 +91,11 @@ def _dry_run(config: RunConfig, world_size: int, preview: Preview) -> None:
     import torch
 
     from megaegpt.errors import CheckpointError
-    from megaegpt.training.engine import resolve_precision
-    from megaegpt.training.memory import estimate_memory
-    from megaegpt.training.metrics import device_name
-    from megaegpt.training.stores import find_encoder
-    from megaegpt.training.summary import describe_run, measure_model
+    from megaegpt.planning.memory import estimate_memory
+    from megaegpt.planning.summary import describe_run, measure_model
+    from megaegpt.precision import resolve_precision
+    from megaegpt.training.feature_stores import find_encoder
+    from megaegpt.training.logging.metrics import device_name
 
     config, lines = preview(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,31 +11,32 @@ from typing import Any
 from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.loading import config_to_dict, config_to_yaml
 from megaegpt.config.validation import validate
-from megaegpt.data.blend import Blend
-from megaegpt.data.files import write_whole
-from megaegpt.data.loader import TrainingLoader
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.blend import Blend
+from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.files import write_whole
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.build import Model, build_model
+from megaegpt.model.calling import ChunkInputs, ModelInputs, SequenceInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.initialization import check_same_arithmetic, initialize_from_encoder
+from megaegpt.model.parts import freeze
 from megaegpt.model.weights import load_weights, read_weights_config, save_weights
-from megaegpt.parallel.agreement import from_main, raising_together
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.best import BestLoss
-from megaegpt.training.checkpoint import CheckpointManager, TrainerState
-from megaegpt.training.compiling import compile_problem
-from megaegpt.training.engine import DTYPES, Engine, resolve_precision, slow_precision_notice
+from megaegpt.parallel.together import broadcast_object, raising_together
+from megaegpt.planning.summary import ModelSize, describe_run, measure_model
+from megaegpt.precision import DTYPES, resolve_precision, slow_precision_notice
+from megaegpt.training.checkpoint.manager import CheckpointManager, TrainerState
+from megaegpt.training.engine.compiling import compile_problem
+from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
-from megaegpt.training.inputs import ChunkInputs, ModelInputs, SequenceInputs
-from megaegpt.training.metrics import SpeedMeter, device_name, peak_flops
-from megaegpt.training.monitor import Monitor
-from megaegpt.training.parts import freeze
+from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
+from megaegpt.training.logging.best import BestLoss
+from megaegpt.training.logging.metrics import SpeedMeter, device_name, peak_flops
+from megaegpt.training.logging.monitor import Monitor
 from megaegpt.training.run_data import PretrainingData, RunData
 from megaegpt.training.stopping import StopRequests
-from megaegpt.training.stores import load_encoder, needs_store, prepare_store
-from megaegpt.training.summary import ModelSize, describe_run, measure_model
 from megaegpt.training.trainer import Trainer
 
 SampleText = Callable[[Model, FrozenEncoder | None, Tokenizer, GenerationConfig], str]
@@ -84,7 +85,7 @@ def train(
         _check_held_out(config, data)
         checkpoints = _checkpoints(config, resume)
     run = _Run(config, grid, data)
-    latest = from_main(checkpoints.latest(), grid) if resume else None
+    latest = broadcast_object(checkpoints.latest, grid) if resume else None
     state: TrainerState = {} if latest is None else run.restore(checkpoints, latest)
     with raising_together(grid):
         differences = _differences(state, run.identity)

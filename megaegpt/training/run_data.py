@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from megaegpt.config import ModelConfig, RunConfig
-from megaegpt.data.blend import Blend
-from megaegpt.data.evaluation import EvaluationWindows, Windows
-from megaegpt.data.manifest import verify_shards
-from megaegpt.data.samples import ChunkWindows, PretrainingSamples, Samples, StreamSamples
-from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.blend import Blend
+from megaegpt.data.tokens.corpus_manifest import verify_shards
+from megaegpt.data.tokens.samples import ChunkWindows, PretrainingSamples, Samples, StreamSamples
+from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.data.tokens.windows import EvaluationWindows, Windows
 from megaegpt.errors import ConfigError
-from megaegpt.training.inputs import ModelInputs
+from megaegpt.model.calling import ModelInputs
 
 
 class RunData(Protocol):

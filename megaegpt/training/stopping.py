@@ -7,8 +7,8 @@ import time
 from types import FrameType
 from typing import Any
 
-from megaegpt.parallel.agreement import largest_over_ranks
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.together import all_reduce_max
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -43,7 +43,7 @@ class StopRequests:
         """Ask all ranks: has one of them failed, and why should the run stop (None: go on)?"""
         minutes = (time.monotonic() - self._started) / 60
         late = self._limit is not None and minutes >= self._limit
-        some_failed, number, some_late = largest_over_ranks([failed, self._signal, late], grid)
+        some_failed, number, some_late = all_reduce_max([failed, self._signal, late], grid)
         if number:
             return bool(some_failed), signal.Signals(number).name
         return bool(some_failed), f"--exit-minutes {self._limit:g}" if some_late else None

@@ -15,17 +15,22 @@ import torch
 from torch import Tensor
 
 from megaegpt.config import RunConfig
-from megaegpt.data.loader import TrainingLoader
+from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.errors import TrainingError
-from megaegpt.model.egpt import EGPT
-from megaegpt.parallel.agreement import from_all, from_main, largest_over_ranks, raise_together
-from megaegpt.training.best import BestLoss
-from megaegpt.training.checkpoint import CheckpointManager, Writers
-from megaegpt.training.engine import Engine, MicroBatch, StepResult
+from megaegpt.model.calling import ModelInputs
+from megaegpt.model.egpt.egpt import EGPT
+from megaegpt.parallel.together import (
+    all_gather_object,
+    all_reduce_max,
+    broadcast_object,
+    raise_together,
+)
+from megaegpt.training.checkpoint.manager import CheckpointManager, Writers
+from megaegpt.training.engine.engine import Engine, MicroBatch, StepResult
 from megaegpt.training.evaluation import Evaluator
-from megaegpt.training.inputs import ModelInputs
-from megaegpt.training.metrics import SpeedMeter, Stopwatch, log_line
-from megaegpt.training.monitor import Monitor
+from megaegpt.training.logging.best import BestLoss
+from megaegpt.training.logging.metrics import SpeedMeter, Stopwatch, log_line
+from megaegpt.training.logging.monitor import Monitor
 from megaegpt.training.stopping import StopRequests
 
 _MOST_SKIPS_IN_A_ROW = 100
@@ -128,7 +133,7 @@ class Trainer:
         losses = torch.stack([result.loss for result in results]).tolist()
         norms = torch.stack([result.grad_norm for result in results]).tolist()
         speed = self.meter.measure(len(results), self._watch.restart(), self.done)
-        (highest,) = largest_over_ranks([speed.memory], self._grid)
+        (highest,) = all_reduce_max([speed.memory], self._grid)
         speed = dataclasses.replace(speed, memory=highest)
         first = self.done - len(results) + 1
         for step, (loss, norm, result) in enumerate(
@@ -200,7 +205,7 @@ class Trainer:
 
     def _make_up_for_evaluation(self) -> None:
         """The evaluation due at the step resumed from may have been made before the stop."""
-        loss = from_main(self.monitor.validation_loss(self.done), self._grid)
+        loss = broadcast_object(lambda: self.monitor.validation_loss(self.done), self._grid)
         if loss is None:
             self.evaluate()
         else:
@@ -267,7 +272,7 @@ class Trainer:
         ]
         found = [
             f"rank {rank} (samples {', '.join(map(str, samples))})"
-            for rank, samples in enumerate(from_all(own, grid))
+            for rank, samples in enumerate(all_gather_object(own, grid))
             if samples
         ]
         where = f"step {self.done + 1}"

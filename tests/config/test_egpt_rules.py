@@ -11,7 +11,7 @@ from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.config.validation import validate
 from megaegpt.errors import ConfigError
-from megaegpt.training.stores import find_encoder, needs_store
+from megaegpt.training.feature_stores import find_encoder, needs_store
 from tests.training.tiny import run_config, write_encoder
 
 MODEL = ModelConfig(kind="egpt", encoder=EncoderConfig(source="somewhere"))

@@ -11,7 +11,7 @@ from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
 from megaegpt.config.loading import validate
 from megaegpt.config.validation import GENERATED_DEEPSPEED_KEYS
 from megaegpt.errors import ConfigError
-from megaegpt.training.deepspeed_config import deepspeed_config
+from megaegpt.training.engine.deepspeed_config import deepspeed_config
 
 
 def run_config(**sections: dict[str, Any]) -> RunConfig:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megaegpt.data.shards import ShardWriter
-from megaegpt.data.stream import TokenStream
+from megaegpt.data.tokens.shards import ShardWriter
+from megaegpt.data.tokens.stream import TokenStream
 
 
 def write_shard(prefix: Path, documents: list[np.ndarray], dtype: type = np.uint16) -> str:

@@ -1,7 +1,7 @@
 """What forked ranks have imported already."""
 
 import megaegpt.generation.generator
+import megaegpt.parallel.launch
 import megaegpt.training.pretraining
-import megaegpt.training.processes
 
 __all__ = ["megaegpt"]

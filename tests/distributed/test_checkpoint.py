@@ -14,7 +14,7 @@ import torch
 
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import CheckpointError
-from megaegpt.training.checkpoint import CheckpointManager
+from megaegpt.training.checkpoint.manager import CheckpointManager
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
 from tests.training import tiny

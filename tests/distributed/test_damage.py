@@ -10,10 +10,10 @@ from pathlib import Path
 
 from megaegpt.errors import MegaEGPTError
 from megaegpt.model.weights import save_weights
-from megaegpt.training.checkpoint import CheckpointManager
-from megaegpt.training.engine import Engine
-from megaegpt.training.inspection import describe_contents
-from megaegpt.training.manifest import MANIFEST, Manifest, describe_files
+from megaegpt.training.checkpoint.inspection import describe_contents
+from megaegpt.training.checkpoint.manager import CheckpointManager
+from megaegpt.training.checkpoint.manifest import MANIFEST, Manifest, describe_files
+from megaegpt.training.engine.engine import Engine
 from tests.damage import damaged
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.runs import advance, make_engine, run_config

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaegpt.data.feature_writer import compute_features
-from megaegpt.data.features import FeatureStore
+from megaegpt.data.features.store import FeatureStore
+from megaegpt.data.features.writer import compute_features
 from megaegpt.errors import DataError
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
-from tests.data.test_features import CHUNKS, SIZE, Stream, encode, pool, spec
+from tests.data.features.test_store import CHUNKS, SIZE, Stream, encode, pool, spec
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.tiny import HIDDEN, encoder_config
 

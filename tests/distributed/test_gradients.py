@@ -6,7 +6,6 @@ import math
 from typing import Any
 from unittest import mock
 
-import deepspeed
 import pytest
 import torch
 
@@ -14,8 +13,8 @@ from megaegpt.config import LoggingConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.model.build import build_model
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.engine import StepResult
-from megaegpt.training.gradients import PartNorms
+from megaegpt.training.engine.engine import StepResult
+from megaegpt.training.engine.gradients import PartNorms
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.runs import make_engine, micro_batches, nats, run_config
 
@@ -53,9 +52,7 @@ def _norms_of_two_steps() -> list[tuple[list[str], list[float], float, bool]]:
 
 
 def _fp16_on_a_cpu() -> Any:
-    return mock.patch.object(
-        type(deepspeed.get_accelerator()), "is_fp16_supported", return_value=True
-    )
+    return mock.patch.object(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", return_value=True)
 
 
 def _numbers(

@@ -14,9 +14,9 @@ import torch
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import Model, build_model
-from megaegpt.parallel.agreement import from_all
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import spec_of, unshard
+from megaegpt.parallel.together import all_gather_object
 from tests.distributed.harness import Distributed, grid_for
 from tests.model.variants import ATTENTION, POSITIONS, variant
 
@@ -148,7 +148,7 @@ def _compare_all(
             yield name, _run(configs[name], grid, dtype, steps)
 
     alone: dict[str, dict] = {}
-    for runs in from_all(dict(own_runs(1)), grid_for(1)):
+    for runs in all_gather_object(dict(own_runs(1)), grid_for(1)):
         alone |= runs
     return {
         (name, tp): _differences(run, alone[name]) for tp in (2, 4) for name, run in own_runs(tp)

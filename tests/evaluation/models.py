@@ -9,7 +9,7 @@ import torch
 
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.generation.decoders import new_decoder
-from megaegpt.generation.loading import LoadedModel
+from megaegpt.generation.trained import LoadedModel
 from megaegpt.parallel.grid import ProcessGrid
 from tests.generation.tiny_models import DEEPGPT, EGPT, GPT, build, egpt
 

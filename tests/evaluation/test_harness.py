@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 
 from megaegpt.errors import DataError
 from megaegpt.evaluation.harness import HarnessModel, measures, rolling_pairs, run_harness
-from megaegpt.generation.loading import load_for_inference
+from megaegpt.generation.trained import load_for_inference
 from megaegpt.interop.export import export_gpt2
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights

@@ -10,7 +10,7 @@ import torch
 
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.history import HISTORIES, compare_histories, history_table
-from megaegpt.model.egpt import chunk_features
+from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation
 from tests.distributed.harness import Distributed, grid_for

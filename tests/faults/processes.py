@@ -16,8 +16,8 @@ from typing import Any
 
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import exits_cleanly
+from megaegpt.parallel.launch import joined_processes
 from megaegpt.training.pretraining import pretrain
-from megaegpt.training.processes import joined_processes
 from tests.distributed.harness import CONTEXT, free_port
 
 

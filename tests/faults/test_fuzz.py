@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megaegpt.config.loading import load_config, validate
-from megaegpt.data.feature_writer import compute_features
-from megaegpt.data.features import FeatureSpec, FeatureStore
-from megaegpt.data.samples import PretrainingSamples
-from megaegpt.data.shards import Shard, ShardWriter
-from megaegpt.data.stream import TokenStream
+from megaegpt.data.features.store import FeatureSpec, FeatureStore
+from megaegpt.data.features.writer import compute_features
+from megaegpt.data.tokens.samples import PretrainingSamples
+from megaegpt.data.tokens.shards import Shard, ShardWriter
+from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.parallel.grid import ProcessGrid
 

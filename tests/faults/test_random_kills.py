@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaegpt.config.run import RunConfig
-from megaegpt.training.checkpoint import CheckpointManager
-from megaegpt.training.manifest import Manifest, verify_files
+from megaegpt.training.checkpoint.manager import CheckpointManager
+from megaegpt.training.checkpoint.manifest import Manifest, verify_files
 from tests.faults.processes import Ranks, train
 from tests.training.tiny import corpus, losses, records, run_config
 

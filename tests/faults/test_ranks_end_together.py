@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.parallel import watch
-from megaegpt.training.processes import joined_processes
+from megaegpt.parallel.launch import joined_processes
 from tests.faults.processes import Ranks
 
 WORLD = 3

@@ -170,9 +170,10 @@ def zero_2_losses(device: str) -> tuple[list[float], list[float]]:
     """Losses of 6 bf16 steps under ZeRO-2, and of plain fp32 torch. In a process of its own."""
     import torch.distributed as dist
 
-    from megaegpt.training.engine import Engine, init_distributed
-    from megaegpt.training.optimizer import build_adamw
-    from megaegpt.training.schedule import learning_rate
+    from megaegpt.parallel.launch import init_distributed
+    from megaegpt.training.engine.engine import Engine
+    from megaegpt.training.engine.optimizer import build_adamw
+    from megaegpt.training.engine.schedule import learning_rate
 
     alone = not dist.is_initialized()
     if alone:

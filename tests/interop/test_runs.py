@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from megaegpt.config import EncoderConfig, RunConfig
-from megaegpt.data.samples import PretrainingSamples
-from megaegpt.data.stream import TokenStream
+from megaegpt.data.tokens.samples import PretrainingSamples
+from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import ConfigError
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.feature_stores import find_encoder
 from megaegpt.training.pretraining import pretrain
-from megaegpt.training.stores import find_encoder
 from tests.distributed.harness import Distributed
 from tests.interop.gpt2_models import random_gpt2
 from tests.interop.over_ranks import run_over_ranks

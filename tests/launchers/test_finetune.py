@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.generation.test_loading import save_gpt
+from tests.generation.test_trained import save_gpt
 
 ROOT = Path(__file__).parents[2]
 

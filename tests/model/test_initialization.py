@@ -12,7 +12,7 @@ from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
 from megaegpt.errors import ConfigError
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt import chunk_features
+from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder, weights_fingerprint
 from megaegpt.model.initialization import initialization_problems, initialize_from_encoder
 from megaegpt.model.weights import save_weights

@@ -12,7 +12,7 @@ from torch import Tensor
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt import chunk_features
+from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from tests.model.naive import naive_egpt_hidden, naive_stack

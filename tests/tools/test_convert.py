@@ -18,12 +18,12 @@ from megaegpt.config import EncoderConfig, ModelConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.model.build import build_model
+from megaegpt.model.parts import freeze
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.checkpoint import CheckpointManager
-from megaegpt.training.engine import Engine
-from megaegpt.training.parts import freeze
-from megaegpt.training.reshaping import reshape
+from megaegpt.training.checkpoint.manager import CheckpointManager
+from megaegpt.training.checkpoint.reshaping import reshape
+from megaegpt.training.engine.engine import Engine
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.runs import Curve, advance, run_config
 

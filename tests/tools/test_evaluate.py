@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megaegpt.data.tokenizer import Tokenizer
-from tests.generation.test_loading import save_egpt, save_gpt
+from tests.generation.test_trained import save_egpt, save_gpt
 from tools import evaluate
 
 

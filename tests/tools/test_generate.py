@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaegpt.data.instruction import Instruction
+from megaegpt.data.instruction.records import Instruction
 from tests.distributed.harness import Distributed
-from tests.generation.test_loading import save_egpt, save_gpt
+from tests.generation.test_trained import save_egpt, save_gpt
 from tools import generate
 
 COMMON = ["--max-new-tokens", "12", "--top-k", "0"]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megaegpt.data.inspection import LengthHistogram, first_difference
-from megaegpt.data.shards import Shard
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.shard_contents import LengthHistogram, first_difference
+from megaegpt.data.tokens.shards import Shard
 from tests.data.corpora import write_shard
 from tools import inspect_shards
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megaegpt.data import books
+from megaegpt.data.readers import books
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
 from tests.data.readers import test_openwebtext

@@ -16,8 +16,8 @@ import numpy as np
 import psutil
 import pytest
 
-from megaegpt.data.shards import Shard
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.shards import Shard
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,7 +106,7 @@ def test_forked_workers_change_nothing(corpus: Path, tmp_path: Path) -> None:
 def test_only_a_process_of_one_thread_without_torch_forks() -> None:
     code = """
 import sys, threading
-from megaegpt.data.pool import _can_fork
+from megaegpt.data.preprocess.pool import _can_fork
 print(_can_fork())
 stop = threading.Event()
 threading.Thread(target=stop.wait).start()

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from megaegpt.config import EGPTConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt import chunk_features
+from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import full_state
-from megaegpt.training.engine import Engine, MicroBatch, StepResult
-from megaegpt.training.schedule import learning_rate
+from megaegpt.training.engine.engine import Engine, MicroBatch, StepResult
+from megaegpt.training.engine.schedule import learning_rate
 
 STEPS = 20
 _VOCAB, _HIDDEN, _CHUNKS, _CHUNK = 100, 32, 3, 8

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from megaegpt.config.run import RunConfig
-from megaegpt.data.samples import PretrainingSamples
-from megaegpt.data.shards import ShardWriter
-from megaegpt.data.stream import TokenStream
+from megaegpt.data.tokens.samples import PretrainingSamples
+from megaegpt.data.tokens.shards import ShardWriter
+from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.model.build import build_model
+from megaegpt.model.calling import SequenceInputs
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.inputs import SequenceInputs
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed
 from tests.training.tiny import StopAfter, corpus, encoder_config, losses, records, run_config

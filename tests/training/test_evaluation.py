@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megaegpt.data.evaluation import EvaluationWindows
-from megaegpt.data.shards import ShardWriter
-from megaegpt.data.stream import TokenStream
+from megaegpt.data.tokens.shards import ShardWriter
+from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.data.tokens.windows import EvaluationWindows
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt import chunk_features
+from megaegpt.model.calling import ChunkInputs, ModelInputs, SequenceInputs
+from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation, Evaluator
-from megaegpt.training.inputs import ChunkInputs, ModelInputs, SequenceInputs
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.tiny import CHUNK, CHUNKS, HIDDEN, VOCAB, encoder_config, run_config
 

@@ -21,18 +21,18 @@ from megaegpt.config import (
 )
 from megaegpt.config.data import InstructionConfig
 from megaegpt.config.run import RunConfig
-from megaegpt.data.instruction import Instruction, InstructionDataset
-from megaegpt.data.instruction_samples import InstructionSamples
+from megaegpt.data.instruction.records import Instruction, InstructionDataset
+from megaegpt.data.instruction.rows import InstructionSamples
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.generation.generator import sample_text
 from megaegpt.interop.export import export_gpt2
 from megaegpt.model.build import build_model
+from megaegpt.model.calling import InstructionInputs, SequenceInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.finetuning import finetune, finetuning_config, hold_out
-from megaegpt.training.inputs import InstructionInputs, SequenceInputs
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.tiny import StopAfter, losses, run_config, validation_losses
 

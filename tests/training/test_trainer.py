@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 
 from megaegpt.errors import CheckpointError, ConfigError, DataError, MegaEGPTError, TrainingError
-from megaegpt.training import compiling, pretraining
+from megaegpt.training import pretraining
+from megaegpt.training.engine import compiling
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.stopping import StopRequests
@@ -277,7 +278,7 @@ def test_an_old_run_is_not_overwritten_and_resume_without_one_starts_clean(
 
 
 def _fail_to_read_on_rank_1(corpus: Path, folder: Path) -> tuple[str, bool]:
-    from megaegpt.data.samples import PretrainingSamples
+    from megaegpt.data.tokens.samples import PretrainingSamples
 
     original = PretrainingSamples.batch
 
@@ -306,7 +307,7 @@ def test_a_rank_that_cannot_read_ends_all_ranks(
 
 def _meet_a_bad_loss(corpus: Path, folder: Path, policy: str) -> tuple[str, str]:
     """Rank 1's second micro-batch of step 3 has an infinite loss."""
-    from megaegpt.training.inputs import SequenceInputs
+    from megaegpt.model.calling import SequenceInputs
 
     original = SequenceInputs.nats
     calls = 0

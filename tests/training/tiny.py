@@ -23,7 +23,7 @@ from megaegpt.config import (
     TrainingConfig,
 )
 from megaegpt.config.run import RunConfig
-from megaegpt.data.shards import ShardWriter
+from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid

@@ -21,7 +21,7 @@ from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.gpt import GPT
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.allocations import TensorMeter
+from megaegpt.planning.allocations import TensorMeter
 from tools.benchmarks.common import (
     add_profile,
     add_repetitions,

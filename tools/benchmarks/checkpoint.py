@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _checkpoints(shape: dict[str, int], folder: Path) -> tuple[Any, Any, Any]:
     """An engine after one step (Adam has its moments), its checkpoints, and the weights' writer."""
     from megaegpt.model.weights import save_weights
-    from megaegpt.training.checkpoint import CheckpointManager
+    from megaegpt.training.checkpoint.manager import CheckpointManager
     from tools.benchmarks.engines import PLAIN, build_engine
 
     config = ModelConfig(

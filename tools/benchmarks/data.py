@@ -20,10 +20,10 @@ import numpy as np
 import psutil
 import tiktoken
 
-from megaegpt.data.samples import PretrainingSamples
-from megaegpt.data.shards import ShardWriter
-from megaegpt.data.stream import TokenStream
 from megaegpt.data.tokenizer import PUBLISHED_PATTERN, Tokenizer
+from megaegpt.data.tokens.samples import PretrainingSamples
+from megaegpt.data.tokens.shards import ShardWriter
+from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import LaunchError
 from tools.benchmarks.common import add_repetitions, parse_peers, print_results
 from tools.benchmarks.processes import Candidate, Result, Workload, compare

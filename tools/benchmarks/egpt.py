@@ -19,7 +19,7 @@ from torch import Tensor
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.errors import MegaEGPTError
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt import EGPT, chunk_features
+from megaegpt.model.egpt.egpt import EGPT, chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.gpt import GPT
 from tools.benchmarks.common import (
@@ -106,7 +106,7 @@ def _window(shape: dict[str, int], device: torch.device) -> tuple[Tensor, Tensor
 
 def ours(shape: dict[str, int], features: str, options: dict[str, Any]) -> Workload:
     """One step through the engine: encode what is not stored, one pass over the window."""
-    from megaegpt.training.engine import DTYPES
+    from megaegpt.precision import DTYPES
     from tools.benchmarks.engines import build_engine, facts
 
     encoder_config, config = _configs(shape)

@@ -7,8 +7,9 @@ from typing import Any
 from megaegpt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.engine import Engine, init_distributed
-from megaegpt.training.metrics import device_name, peak_flops
+from megaegpt.parallel.launch import init_distributed
+from megaegpt.training.engine.engine import Engine
+from megaegpt.training.logging.metrics import device_name, peak_flops
 
 PLAIN = {"zero": 0, "precision": "auto", "recompute": "none", "compile": False}
 """The least that a step can be."""

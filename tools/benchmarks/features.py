@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from megaegpt.config import EGPTConfig, ModelConfig
-from megaegpt.data.feature_writer import compute_features
-from megaegpt.data.features import FeatureSpec
-from megaegpt.data.shards import ShardWriter
-from megaegpt.data.stream import TokenStream
+from megaegpt.data.features.store import FeatureSpec
+from megaegpt.data.features.writer import compute_features
+from megaegpt.data.tokens.shards import ShardWriter
+from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt import chunk_features
+from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from tools.benchmarks.common import (
     add_profile,

@@ -12,7 +12,7 @@ import torch
 
 from megaegpt.config import EGPTConfig, GenerationConfig, ModelConfig
 from megaegpt.generation.generator import TextGenerator
-from megaegpt.generation.loading import pack_weights
+from megaegpt.generation.trained import pack_weights
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.encoder import FrozenEncoder
 from tools.benchmarks import peers

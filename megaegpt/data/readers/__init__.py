@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megaegpt.data.documents import Document, Problems
+from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.errors import ConfigError
 
 _MODULES = {

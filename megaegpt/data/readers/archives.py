@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from megaegpt.data.documents import Problems
+from megaegpt.data.readers.documents import Problems
 from megaegpt.data.readers.inputs import DECOMPRESSION_ERRORS, MAX_DOCUMENT_BYTES
 
 _BLOCK = 512

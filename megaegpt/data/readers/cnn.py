@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from megaegpt.data.documents import Document, Problems
+from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import bounded, expand, open_bytes, reporting_damage
 from megaegpt.data.readers.tables import read_rows
 

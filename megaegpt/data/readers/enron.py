@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from megaegpt.data.documents import Document, Problems
 from megaegpt.data.readers.archives import is_tar_name, read_members, read_small
+from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import (
     expand,
     normalize_newlines,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megaegpt.data.documents import Document, Problems
+from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import expand, read_text
 from megaegpt.errors import DataError
 

@@ -17,7 +17,7 @@ from typing import IO, cast
 
 import zstandard
 
-from megaegpt.data.documents import Problems
+from megaegpt.data.readers.documents import Problems
 from megaegpt.errors import DataError
 
 DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)

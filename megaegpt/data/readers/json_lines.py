@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megaegpt.data.documents import Document, Problems
+from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import expand, read_lines
 
 SUFFIXES = tuple(

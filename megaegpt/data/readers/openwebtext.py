@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from megaegpt.data.documents import Document, Problems
 from megaegpt.data.readers import parquet
 from megaegpt.data.readers.archives import is_tar_name, read_members, read_small
+from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import decompressed, expand, open_bytes
 
 SUFFIXES = (".tar", ".xz", ".parquet")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megaegpt.data.documents import Document, Problems
+from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import expand
 from megaegpt.data.readers.json_lines import IDENTITY_COLUMNS, metadata_of, text_of
 from megaegpt.errors import DataError

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import IO
 
-from megaegpt.data.documents import Problems
+from megaegpt.data.readers.documents import Problems
 from megaegpt.errors import DataError
 
 # Python's default, 131,072 characters, is less than a long article or mail. Far beyond this one,

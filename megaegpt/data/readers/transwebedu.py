@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megaegpt.data.documents import Document, Problems
 from megaegpt.data.readers import json_lines, parquet
+from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import expand
 
 SUFFIXES = (*json_lines.SUFFIXES, *parquet.SUFFIXES)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from megaegpt.data.documents import Document, Problems
+from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import DECOMPRESSION_ERRORS, open_bytes, read_lines
 from megaegpt.data.readers.json_lines import parse_object
 

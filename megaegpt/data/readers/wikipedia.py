@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 from xml.parsers import expat
 
-from megaegpt.data.documents import Document, Problems
 from megaegpt.data.readers import wikiextractor
+from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import (
     MAX_DOCUMENT_BYTES,
     expand,

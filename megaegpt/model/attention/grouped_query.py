@@ -13,7 +13,7 @@ from megaegpt.model.attention.heads import attention_rng, memory_gate, merge_hea
 from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear
-from megaegpt.parallel.products import linear
+from megaegpt.parallel.matmul import linear
 
 
 class SharedKVLinear(Linear):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megaegpt.data.documents import Document, Problems
 from megaegpt.data.readers import Option, read_documents
+from megaegpt.data.readers.documents import Document, Problems
 
 
 def read(source: str, *paths: Path, **options: Option) -> list[Document]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megaegpt.data.documents import Document, Problems
 from megaegpt.data.readers import gutenberg
+from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.errors import DataError
 
 HEADER = """The Project Gutenberg eBook of The Clock, by Ada Example

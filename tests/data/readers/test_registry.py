@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megaegpt.data.documents import Problems
 from megaegpt.data.readers import READERS, parse_reader_options, read_documents, reader_options
+from megaegpt.data.readers.documents import Problems
 from megaegpt.errors import ConfigError, DataError
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megaegpt.data.documents import Problems
 from megaegpt.data.readers import read_documents
+from megaegpt.data.readers.documents import Problems
 from megaegpt.errors import DataError
 from tests.data.readers.reading import read, read_skipping, texts
 

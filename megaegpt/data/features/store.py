@@ -1,0 +1,230 @@
+"""The store of chunk features that EGPT remembers a long document by.
+
+A frozen encoder's states never change, so they are computed once, over all data-parallel ranks, and
+memory-mapped afterwards. A store is a folder:
+
+    plan.json                what the store is of (encoder, shards, chunk size, pooling, type)
+    features-00000.npy       (chunks, P, C): the memory vectors of a part's chunks
+    token_states-00000.npy   (chunks, S, C): every token's state, if asked for
+    manifest.json            the plan and every part's sha256; published last: a store without it is
+                             incomplete
+
+Parts hold the same chunks however many ranks write them, so the bytes do not depend on the number
+of ranks. bfloat16 is stored as uint16 bit patterns (NumPy has no such type).
+
+Shapes: S tokens of a chunk, P memory vectors of a chunk, C hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaegpt.data.tokens.memory_map import ResidentPages
+from megaegpt.errors import DataError
+from megaegpt.files import sha256_of_file, write_whole
+
+MANIFEST, PLAN = "manifest.json", "plan.json"
+STORED_AS: dict[str, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16}
+
+_FORMAT_VERSION = 1
+_MOST_PARTS, _SMALLEST_PART = 256, 16  # parts are the unit of sharing work and of continuing it
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What a store is of. Two stores of equal specs hold the same numbers."""
+
+    encoder: str
+    """Fingerprint of the frozen encoder's weights."""
+    shards: str
+    """Fingerprint of the token stream."""
+    num_chunks: int
+    """Whole chunks in the stream; a last, partial chunk is not stored."""
+    chunk_size: int
+    """Tokens in a chunk (S)."""
+    features_per_chunk: int
+    """Memory vectors of a chunk (P)."""
+    pooling: str
+    """How a span's states become one vector."""
+    hidden_size: int
+    """Width of a vector (C)."""
+    dtype: Literal["float32", "bfloat16"]
+    """Storage type."""
+    token_states: bool = False
+    """Whether every token's state is stored too."""
+
+    @property
+    def chunks_per_part(self) -> int:
+        """Chunks in every part but the last: never a function of the number of ranks."""
+        return max(_SMALLEST_PART, -(-self.num_chunks // _MOST_PARTS))
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of the whole store."""
+        return -(-self.num_chunks // self.chunks_per_part)
+
+    @property
+    def num_bytes(self) -> int:
+        """Disk space of the arrays."""
+        vectors = self.features_per_chunk + (self.chunk_size if self.token_states else 0)
+        itemsize = np.dtype(STORED_AS[self.dtype]).itemsize
+        return self.num_chunks * vectors * self.hidden_size * itemsize
+
+    def arrays(self) -> dict[str, tuple[int, int]]:
+        """Name of each stored array and the shape of a chunk in it."""
+        arrays = {"features": (self.features_per_chunk, self.hidden_size)}
+        if self.token_states:
+            arrays["token_states"] = (self.chunk_size, self.hidden_size)
+        return arrays
+
+    def part_chunks(self, part: int) -> range:
+        """Chunk numbers of a part."""
+        start = part * self.chunks_per_part
+        return range(start, min(start + self.chunks_per_part, self.num_chunks))
+
+    def part_names(self) -> list[str]:
+        """File names of all parts of all arrays."""
+        return [part_name(array, part) for part in range(self.num_parts) for array in self.arrays()]
+
+    def as_json(self) -> dict[str, Any]:
+        """What plan and manifest say."""
+        return {"version": _FORMAT_VERSION, **asdict(self)}
+
+
+class FeatureStore:
+    """A complete store, read through memory maps; threads may share it."""
+
+    def __init__(self, folder: Path, spec: FeatureSpec, checksums: dict[str, str]) -> None:
+        self.folder = folder
+        self.spec = spec
+        self._checksums = checksums
+        self._parts: dict[tuple[str, int], np.ndarray] = {}
+        self._pages = ResidentPages(spec.num_bytes)
+
+    @staticmethod
+    def exists(folder: str | Path) -> bool:
+        """Whether a complete store (of anything) is there."""
+        return (Path(folder) / MANIFEST).is_file()
+
+    @staticmethod
+    def open(folder: str | Path, expected: FeatureSpec) -> FeatureStore:
+        """Open a complete store of what is ``expected``.
+
+        Raises:
+            DataError: it is missing, incomplete, truncated, or of something else (named).
+        """
+        folder = Path(folder)
+        if not FeatureStore.exists(folder):
+            raise DataError(
+                f"{folder}: no complete feature store; run tools/precompute_features.py"
+            )
+        manifest = read_json(folder / MANIFEST)
+        check_same(folder, manifest, expected)
+        checksums = manifest.get("parts")
+        if not isinstance(checksums, dict) or not set(checksums) >= set(expected.part_names()):
+            raise DataError(f"{folder / MANIFEST}: its list of parts is damaged; delete {folder}")
+        for part in range(expected.num_parts):
+            for array in expected.arrays():
+                if not is_whole(folder, expected, array, part):
+                    path = folder / part_name(array, part)
+                    raise DataError(f"{path}: missing or truncated; delete {folder}")
+        return FeatureStore(folder, expected, checksums)
+
+    def history(self, chunk_ids: Tensor | np.ndarray) -> Tensor:
+        """Memory vectors of chunks: ids (...) -> (..., P, C), on the CPU in the stored type."""
+        return self._read("features", np.asarray(chunk_ids))
+
+    def token_states(self, chunk_ids: Tensor | np.ndarray) -> Tensor:
+        """Encoder states of chunks: ids (...) -> (..., S, C), on the CPU in the stored type."""
+        return self._read("token_states", np.asarray(chunk_ids))
+
+    def verify(self) -> None:
+        """Read every part and compare its sha256 with the manifest's.
+
+        Raises:
+            DataError: names a damaged part.
+        """
+        for name, checksum in self._checksums.items():
+            path = self.folder / name
+            if sha256_of_file(path) != checksum:
+                raise DataError(f"{path}: damaged (sha256 differs); delete {self.folder}")
+
+    def _read(self, array: str, chunk_ids: np.ndarray) -> Tensor:
+        shape = self.spec.arrays()[array]
+        flat = chunk_ids.reshape(-1)
+        out = np.empty((flat.size, *shape), STORED_AS[self.spec.dtype])
+        self._pages.note(flat.size, out.nbytes, list(self._parts.values()))
+        parts, rows = np.divmod(flat, self.spec.chunks_per_part)
+        for part in np.unique(parts):
+            wanted = parts == part
+            out[wanted] = self._part(array, int(part))[rows[wanted]]
+        values = torch.from_numpy(out.reshape(*chunk_ids.shape, *shape))
+        return values.view(torch.bfloat16) if self.spec.dtype == "bfloat16" else values
+
+    def _part(self, array: str, part: int) -> np.ndarray:
+        if (array, part) not in self._parts:
+            path = self.folder / part_name(array, part)
+            self._parts[array, part] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return self._parts[array, part]
+
+
+def part_name(array: str, part: int) -> str:
+    """File name of one part of one array."""
+    return f"{array}-{part:05d}.npy"
+
+
+def is_whole(folder: Path, spec: FeatureSpec, array: str, part: int) -> bool:
+    """Whether the part's file is there with the right type, shape and size."""
+    shape = (len(spec.part_chunks(part)), *spec.arrays()[array])
+    try:
+        stored = np.load(folder / part_name(array, part), mmap_mode="r", allow_pickle=False)
+    except Exception:  # NumPy reads the header as Python, and a damaged one fails in any way
+        return False
+    return stored.shape == shape and stored.dtype == STORED_AS[spec.dtype]
+
+
+def check_same(folder: Path, found: dict[str, Any], expected: FeatureSpec) -> None:
+    """Compare a plan or manifest with what a run needs; token states may be there unneeded.
+
+    Raises:
+        DataError: names everything that differs.
+    """
+    wanted = expected.as_json()
+    differences = [
+        f"{name} is {_short(found.get(name))} there and {_short(value)} here"
+        for name, value in wanted.items()
+        if found.get(name) != value and not (name == "token_states" and not value)
+    ]
+    if differences:
+        raise DataError(
+            f"{folder}: the feature store is of something else: {'; '.join(differences)}. "
+            "Delete the folder, or set data.features to another one"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; DataError if it is unreadable."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: unreadable ({error}); delete {path.parent}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a JSON object; delete {path.parent}")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Publish a JSON object whole or not at all; DataError if it cannot be written."""
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:12]}..."

@@ -1,0 +1,235 @@
+"""Computing a feature store over all ranks; an interrupted computation continues."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megaegpt.data.features.store import (
+    MANIFEST,
+    PLAN,
+    STORED_AS,
+    FeatureSpec,
+    FeatureStore,
+    check_same,
+    is_whole,
+    part_name,
+    read_json,
+    write_json,
+)
+from megaegpt.files import naming_failures, publish, sha256_of_file, temporary_name
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.together import all_gather_object, broadcast_object, raising_together
+
+
+class Stream(Protocol):
+    """The part of a token stream that is needed here."""
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens ``start .. start + length - 1``."""
+
+
+def compute_features(
+    folder: str | Path,
+    spec: FeatureSpec,
+    stream: Stream,
+    encode: Callable[[Tensor], Tensor],
+    pool: Callable[[Tensor], Tensor],
+    grid: ProcessGrid,
+    batch_size: int,
+    title: str = "chunk features",
+) -> FeatureStore:
+    """Compute what is missing of a store, publish it, and open it. Collective over all ranks.
+
+    Each data-parallel rank encodes its share of the missing parts; tensor-parallel ranks work on a
+    part together and the first of them writes.
+
+    Args:
+        encode: the frozen encoder, tokens (n, S) int64 -> states (n, S, C).
+        pool: states (n, S, C) -> memory vectors (n, P, C).
+        batch_size: chunks encoded at once.
+        title: what the progress bar calls it.
+
+    Raises:
+        DataError: the folder holds a store of something else, or cannot be written.
+    """
+    folder = Path(folder)
+    writer = _Writer(folder, spec, stream, encode, pool, grid, batch_size)
+    if not writer.prepare():
+        writer.write_missing_parts(title)
+        writer.publish()
+    with raising_together(grid):
+        store = FeatureStore.open(folder, spec)
+    return store
+
+
+@dataclass
+class _Writer:
+    folder: Path
+    spec: FeatureSpec
+    stream: Stream
+    encode: Callable[[Tensor], Tensor]
+    pool: Callable[[Tensor], Tensor]
+    grid: ProcessGrid
+    batch_size: int
+
+    def prepare(self) -> bool:
+        """Claim the folder (rank 0); whether a complete store is there already."""
+        return broadcast_object(self._claim_folder, self.grid)
+
+    def _claim_folder(self) -> bool:
+        with naming_failures(self.folder):
+            return self._claimed_complete()
+
+    def _claimed_complete(self) -> bool:
+        if FeatureStore.exists(self.folder):
+            return True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / PLAN).exists():
+            check_same(self.folder, read_json(self.folder / PLAN), self.spec)
+        else:
+            write_json(self.folder / PLAN, self.spec.as_json())
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()
+        return False
+
+    def _missing_parts(self) -> list[int]:
+        return [part for part in range(self.spec.num_parts) if not self._is_there(part)]
+
+    def write_missing_parts(self, title: str) -> None:
+        """Every rank does its share; after each round all know whether one of them failed."""
+        spec, grid = self.spec, self.grid
+        missing = broadcast_object(self._missing_parts, grid)
+        done = spec.num_chunks - sum(len(spec.part_chunks(part)) for part in missing)
+        bar = tqdm(
+            total=spec.num_chunks,
+            initial=done,
+            desc=title,
+            unit="chunk",
+            mininterval=1.0,
+            disable=not grid.is_main,
+        )
+        with bar:
+            for first in range(0, len(missing), grid.dp_size):
+                round_parts = missing[first : first + grid.dp_size]
+                own = round_parts[grid.dp_rank] if grid.dp_rank < len(round_parts) else None
+                with contextlib.ExitStack() as files:
+                    with raising_together(grid), naming_failures(self.folder):
+                        opened = self._open_part(own, files)
+                    with raising_together(grid), naming_failures(self.folder):
+                        if own is not None:
+                            self._write_part(own, opened)
+                bar.update(sum(len(spec.part_chunks(part)) for part in round_parts))
+
+    def _is_there(self, part: int) -> bool:
+        return all(is_whole(self.folder, self.spec, array, part) for array in self.spec.arrays())
+
+    def _open_part(self, part: int | None, stack: contextlib.ExitStack) -> dict[str, _PartFile]:
+        """The files of a part, on the one rank of a TP group that writes them."""
+        if part is None or self.grid.tp_rank != 0:
+            return {}
+        return {
+            array: stack.enter_context(_PartFile(self.folder, self.spec, array, part))
+            for array in self.spec.arrays()
+        }
+
+    def _write_part(self, part: int, files: dict[str, _PartFile]) -> None:
+        """Encode and write one part. The ranks of a TP group encode to the end even if one of them
+        cannot read or write: encoding is collective, so the others would wait for it for ever.
+        """
+        chunks = self.spec.part_chunks(part)
+        failure: Exception | None = None
+        for start in range(0, len(chunks), self.batch_size):
+            batch = chunks[start : start + self.batch_size]
+            tokens = np.zeros((len(batch), self.spec.chunk_size), np.int64)  # (n, S)
+            try:
+                if failure is None:
+                    tokens[:] = self._read(batch)
+            except Exception as error:
+                failure = error
+            states = self._encode(tokens)
+            try:
+                if failure is None:
+                    self._append(files, states)
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        for file in files.values():
+            file.publish()
+
+    def _read(self, chunks: range) -> np.ndarray:
+        size = self.spec.chunk_size
+        return self.stream.read(chunks[0] * size, len(chunks) * size).reshape(-1, size)
+
+    @torch.no_grad()
+    def _encode(self, tokens: np.ndarray) -> Tensor:
+        return self.encode(torch.from_numpy(tokens).to(self.grid.device))
+
+    def _append(self, files: dict[str, _PartFile], states: Tensor) -> None:
+        if "features" in files:
+            files["features"].append(self.pool(states))
+        if "token_states" in files:
+            files["token_states"].append(states)
+
+    def publish(self) -> None:
+        """Write the manifest (rank 0), with checksums each rank took of its share of the files."""
+        names = self.spec.part_names()
+        own: dict[str, str] = {}
+        with raising_together(self.grid), naming_failures(self.folder):
+            for name in names[self.grid.rank :: self.grid.world_size]:
+                own[name] = sha256_of_file(self.folder / name)
+        shares = all_gather_object(own, self.grid)
+        with raising_together(self.grid), naming_failures(self.folder):
+            if self.grid.is_main:
+                checksums = {name: share[name] for share in shares for name in share}
+                parts = {name: checksums[name] for name in names}
+                write_json(self.folder / MANIFEST, {**self.spec.as_json(), "parts": parts})
+
+
+class _PartFile:
+    """One part of one array, written row by row under a temporary name; a context manager.
+
+    Ordinary writes, not a writable memory map: on a full disk a map ends the process by a signal.
+    """
+
+    def __init__(self, folder: Path, spec: FeatureSpec, array: str, part: int) -> None:
+        self._path = folder / part_name(array, part)
+        self._temporary = temporary_name(self._path)
+        self._bfloat16 = spec.dtype == "bfloat16"
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by __exit__)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(STORED_AS[spec.dtype])),
+            "fortran_order": False,
+            "shape": (len(spec.part_chunks(part)), *spec.arrays()[array]),
+        }
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, values: Tensor) -> None:
+        """Add rows (n, ...)."""
+        values = values.detach().cpu().contiguous()
+        rows = values.bfloat16().view(torch.uint16) if self._bfloat16 else values.float()
+        self._file.write(rows.numpy().data)
+
+    def publish(self) -> None:
+        """Flush to disk and take the final name."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        publish(self._temporary, self._path)
+
+    def __enter__(self) -> _PartFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # the disk that was full still is
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)

@@ -1,0 +1,150 @@
+"""Instruction data as rows for the training loop: one record a row, or several packed.
+
+Shapes: n rows, T tokens predicted in a row.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from functools import cached_property
+
+import numpy as np
+
+from megaegpt.data.instruction.records import InstructionDataset
+from megaegpt.data.tokenizer import END_OF_TEXT_ID
+from megaegpt.data.tokens.permutation import EpochOrder, Permutation
+from megaegpt.data.tokens.windows import IGNORED, EvaluationBatch
+from megaegpt.errors import DataError
+
+_PADDING = -1  # a negative segment: seen by nothing
+
+
+class InstructionSamples:
+    """Rows of T + 1 tokens; which tokens are learned; and where rows are packed, the record that
+    each token belongs to.
+
+    Packed rows are made once, from the records in an order drawn by ``seed``: each goes into the
+    fullest row that has room for it (best fit). An epoch visits every row once, in an order of its
+    own, so a row is a function of (seed, sample number).
+
+    Args:
+        dataset: records of at most T + 1 tokens, their ends included.
+        sample_len: T.
+        seed: of packing and of the order.
+        packing: several records in a row.
+
+    Raises:
+        DataError: the dataset is empty.
+    """
+
+    def __init__(
+        self, dataset: InstructionDataset, sample_len: int, seed: int, packing: bool = False
+    ) -> None:
+        if not len(dataset):
+            raise DataError(f"no record has a prompt and an answer within {sample_len} tokens")
+        self._items = [
+            tuple(tensor.numpy() for tensor in dataset[item]) for item in range(len(dataset))
+        ]
+        self._sample_len = sample_len
+        self._packing = packing
+        self._lengths = [len(tokens) + 1 for tokens, _ in self._items]  # with the end
+        self.rows = [[item] for item in range(len(dataset))]
+        if packing:
+            order = Permutation(len(dataset), (seed, 0, 2))(np.arange(len(dataset)))
+            self.rows = pack(order.tolist(), self._lengths, sample_len + 1)
+        self._order = EpochOrder(len(self.rows), seed)
+
+    def __len__(self) -> int:
+        """Rows an epoch."""
+        return len(self.rows)
+
+    @property
+    def row_len(self) -> int:
+        """Length of a row of tokens."""
+        return self._sample_len + 1
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean number of tokens that a row has, padding not counted."""
+        return sum(self._lengths) / len(self.rows)
+
+    def batch(self, numbers: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        """Rows by global sample number; see :meth:`read`."""
+        return self.read(self._order(numbers), out)
+
+    def read(self, rows: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        """Rows by their own number.
+
+        Returns:
+            tokens (n, T + 1) int64, in ``out`` if given, filled up with end-of-text; bool (n, T),
+            whether ``tokens[:, t + 1]`` is learned; and, if rows are packed, int64 (n, T), the
+            number of each token's record in its row, -1 at padding.
+        """
+        shape = (len(rows), self._sample_len)
+        tokens = np.empty((len(rows), self.row_len), np.int64) if out is None else out
+        tokens.fill(END_OF_TEXT_ID)
+        learned = np.zeros(shape, bool)
+        segments = np.full(shape, _PADDING, np.int64)
+        for row, number in enumerate(rows.tolist()):
+            start = 0
+            for segment, item in enumerate(self.rows[number]):
+                inputs, targets = self._items[item]
+                end = start + len(inputs)
+                tokens[row, start:end] = inputs
+                tokens[row, end] = targets[-1]
+                learned[row, start:end] = targets != IGNORED
+                segments[row, start : end + 1] = segment
+                start = end + 1
+        return (tokens, learned, segments) if self._packing else (tokens, learned)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the records' tokens, and of how they are laid out."""
+        digest = hashlib.sha256(f"{self._sample_len} {self._packing}".encode())
+        for arrays in self._items:
+            for array in arrays:
+                digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+class InstructionWindows:
+    """All rows in order, each once, for an evaluation."""
+
+    def __init__(self, samples: InstructionSamples) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self._samples)
+
+    def batch(self, numbers: np.ndarray) -> EvaluationBatch:
+        """Rows by number, with what :class:`InstructionSamples` has beside the tokens."""
+        tokens, *extras = self._samples.read(numbers)
+        return EvaluationBatch(tokens[:, :-1], tokens[:, 1:], tuple(extras))
+
+
+def pack(items: list[int], lengths: list[int], room: int) -> list[list[int]]:
+    """Put items one after the other, each into the fullest row that it fits in, else a new one.
+
+    Args:
+        items: numbers, in the order in which they are placed.
+        lengths: of each item by its number, at most ``room``.
+        room: of a row.
+
+    Example:
+        >>> pack([0, 1, 2, 3], lengths=[6, 5, 4, 5], room=10)
+        [[0, 2], [1, 3]]
+    """
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # room left and number of each row, sorted
+    for item in items:
+        place = bisect.bisect_left(free, (lengths[item], -1))
+        if place == len(free):
+            left, row = room, len(rows)
+            rows.append([])
+        else:
+            left, row = free.pop(place)
+        rows[row].append(item)
+        bisect.insort(free, (left - lengths[item], row))
+    return rows

@@ -1,0 +1,302 @@
+"""Text to shards: plan the input, encode it on worker processes, publish shard after shard.
+
+The output depends on the input and the options alone, never on the number of workers. A run that
+was interrupted goes on after its last finished shard. ``manifest.json`` comes last: with it the
+corpus is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaegpt.data.preprocess.duplicates import SeenHashes
+from megaegpt.data.preprocess.encode import Encoded, EncodeOptions, Problem
+from megaegpt.data.preprocess.jobs import (
+    InputFile,
+    Job,
+    Kind,
+    LineCounter,
+    LineSpan,
+    find_inputs,
+    make_jobs,
+)
+from megaegpt.data.preprocess.pool import EncoderPool
+from megaegpt.data.preprocess.progress import Counts, Part, Progress
+from megaegpt.data.preprocess.progress_bar import Meter
+from megaegpt.data.preprocess.split import cut_shard
+from megaegpt.data.readers import Option
+from megaegpt.data.readers.documents import BadInputPolicy, Problems
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
+from megaegpt.data.tokens.shards import ShardSummary, ShardWriter
+from megaegpt.data.tokens.stream import shard_name
+from megaegpt.errors import DataError
+from megaegpt.files import locked_folder, naming_failures
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """One run of ``tools/preprocess.py``."""
+
+    output: Path
+    """Folder of the shards."""
+    inputs: tuple[str, ...]
+    """Files, folders, globs or ``-``, for the training split."""
+    validation: tuple[str, ...] = ()
+    """The same for the validation split."""
+    kind: Kind | None = None
+    """What the input files are; None: by their names."""
+    reader_options: Mapping[str, Option] = field(default_factory=dict)
+    """Options of the reader, for a kind that is neither JSON Lines nor text."""
+    encode: EncodeOptions = field(default_factory=EncodeOptions)
+    """How documents become tokens."""
+    shards: int = 1
+    """Shards of each split."""
+    validation_fraction: float = 0.0
+    """Share of the documents, chosen by their hashes, that go to the validation split."""
+    split_tokens: float | None = None
+    """Share of the tokens, from the start on, that go to the training split; the rest validate."""
+    deduplicate: bool = False
+    """Leave out documents whose text has occurred before."""
+    on_bad_input: BadInputPolicy = "fail"
+    """``fail`` at the first bad input, or ``skip`` and count it."""
+    workers: int = 1
+    """Processes that tokenise."""
+    overwrite: bool = False
+    """Replace shards that other inputs or options have made."""
+
+    def check(self) -> None:
+        """Raise DataError where options contradict each other."""
+        ways = [bool(self.validation), self.validation_fraction != 0, self.split_tokens is not None]
+        if sum(ways) > 1:
+            raise DataError(
+                "--validation, --validation-fraction and --split-tokens exclude each other"
+            )
+        if not 0 <= self.validation_fraction < 1:
+            raise DataError(f"--validation-fraction {self.validation_fraction} is not in [0, 1)")
+        if self.split_tokens is not None and not 0 < self.split_tokens < 1:
+            raise DataError(f"--split-tokens {self.split_tokens} is not between 0 and 1")
+        if self.split_tokens is not None and self.shards > 1:
+            raise DataError("--split-tokens makes one shard a split: leave out --shards")
+        if self.shards < 1 or self.workers < 1:
+            raise DataError("--shards and --workers must be at least 1")
+
+    def plan(self, groups: dict[str, list[InputFile]], tokenizer: Tokenizer) -> dict[str, Any]:
+        """All that the output depends on, as plain data."""
+        return {
+            "inputs": {name: [asdict(file) for file in files] for name, files in groups.items()},
+            "tokenizer": tokenizer.fingerprint,
+            "text_key": self.encode.text_key,
+            "append_eod": self.encode.append_eod,
+            "min_chars": self.encode.min_chars,
+            "shards": self.shards,
+            "validation_fraction": self.validation_fraction,
+            "split_tokens": self.split_tokens,
+            "deduplicate": self.deduplicate,
+            "on_bad_input": self.on_bad_input,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished corpus, the bad inputs that were skipped, and what this very run has done."""
+
+    manifest: Manifest
+    problems: Problems
+    meter: Meter
+
+
+def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Report:
+    """Make the shards, or what is missing of them.
+
+    Raises:
+        DataError: bad input under the policy ``fail``, a full disk, an output folder that is in use
+            or has shards of other inputs or options.
+    """
+    options.check()
+    groups = {TRAIN: find_inputs(options.inputs, options.kind, options.reader_options)}
+    if options.validation:
+        groups[VALIDATION] = find_inputs(options.validation, options.kind, options.reader_options)
+    with naming_failures(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+    with locked_folder(options.output) as lock:
+        run = _Run(options, groups, lock, show_progress)
+        try:
+            return run.run()
+        except BaseException:
+            run.progress.abandon()
+            raise
+
+
+class _Run:
+    """The state of one run: what has been counted and seen so far."""
+
+    def __init__(
+        self,
+        options: PreprocessOptions,
+        groups: dict[str, list[InputFile]],
+        lock: int,
+        show_progress: bool,
+    ) -> None:
+        self.options = options
+        self.lock = lock
+        self.groups = groups
+        self.tokenizer = Tokenizer.load(options.encode.vocabulary)
+        self.progress = Progress(
+            options.output, options.plan(groups, self.tokenizer), options.overwrite
+        )
+        self.counts = Counts()
+        self.shards: dict[str, list[ShardSummary]] = {}
+        self.problems = Problems(options.on_bad_input)
+        self.seen = SeenHashes() if options.deduplicate else None
+        self.lines = LineCounter()
+        total = sum(file.size for files in groups.values() for file in files)
+        self.meter = Meter(total, show_progress and self.progress.complete is None)
+
+    def run(self) -> Report:
+        """Everything, or what an earlier run has left to do."""
+        if self.progress.complete is not None:
+            return Report(self.progress.complete, self.problems, self.meter)
+        options = self.options
+        names = [f"{group}-{n:05d}" for group in self.groups for n in range(options.shards)]
+        finished = self.progress.finished(names)
+        for part in finished:
+            self._take(part)
+        done = {part.name for part in finished}
+        hashes = options.deduplicate or options.validation_fraction > 0
+        encode = replace(options.encode, hashes=hashes)
+        with self.meter, EncoderPool(encode, options.workers, self.tokenizer, self.lock) as pool:
+            before = 0
+            for group, files in self.groups.items():
+                self._run_group(group, files, before, pool, done)
+                before += sum(file.size for file in files)
+        if not self.counts.tokens:
+            raise DataError(f"no documents in {', '.join(options.inputs)}")
+        tokenizer = describe_tokenizer(self.tokenizer)
+        counts = asdict(self.counts)
+        manifest = Manifest(tokenizer, self.progress.plan, counts, self.shards)
+        self.progress.finish(manifest)
+        return Report(manifest, self.problems, self.meter)
+
+    def _run_group(
+        self, group: str, files: list[InputFile], before: int, pool: EncoderPool, done: set[str]
+    ) -> None:
+        """The parts of one list of files that are not done, in order."""
+        left = [n for n in range(self.options.shards) if f"{group}-{n:05d}" not in done]
+        jobs = (job for job in make_jobs(files, self.options.shards) if job.shard in left)
+        for number, pairs in _by_part(left, pool.map(jobs)):
+            part = Part(f"{group}-{number:05d}")
+            if self.options.split_tokens is not None:
+                part.shards = self._write_and_cut(part, pairs)
+            else:
+                splits = [group, VALIDATION] if self.options.validation_fraction else [group]
+                prefixes = {
+                    split: self.options.output / shard_name(split, number, self.options.shards)
+                    for split in splits
+                }
+                part.shards = self._write(part, pairs, before, prefixes)
+            self.progress.record(part)
+            self._take(part, add_hashes=False)
+
+    def _write(
+        self,
+        part: Part,
+        pairs: Iterable[tuple[Job, Encoded]],
+        before: int,
+        prefixes: dict[str, Path],
+    ) -> dict[str, ShardSummary]:
+        """A shard a split from the documents of a part; counts go to ``part``."""
+        hashes = [np.empty(0, np.uint64)]
+        problems = Problems(self.options.on_bad_input)
+        with contextlib.ExitStack() as stack:
+            writers = [stack.enter_context(ShardWriter(prefix)) for prefix in prefixes.values()]
+            for job, encoded in pairs:
+                self._report(job, encoded.problems, problems)
+                part.counts.too_short += encoded.short
+                if self.seen is not None:
+                    new = self.seen.add(encoded.hashes)
+                    hashes.append(encoded.hashes[new])
+                    part.counts.duplicates += int((~new).sum())
+                    encoded = encoded.select(new)
+                with _naming_input(job):
+                    self._add(encoded, writers)
+                part.counts.add(encoded.counts())
+                self.meter.add(encoded.counts())
+                self.meter.reach(before + job.end)
+            part.counts.bad_inputs = problems.count
+            part.problems = problems.examples
+            if self.seen is not None:
+                part.hashes = np.concatenate(hashes)
+            summaries = [writer.finish() for writer in writers]
+        return dict(zip(prefixes, summaries, strict=True))
+
+    def _add(self, encoded: Encoded, writers: list[ShardWriter]) -> None:
+        """To the only writer, or to those of the training and the validation split."""
+        if len(writers) == 1:
+            writers[0].add(encoded.tokens, encoded.lengths)
+            return
+        validates = encoded.hashes < np.uint64(int(self.options.validation_fraction * 2**64))
+        for writer, mask in zip(writers, (~validates, validates), strict=True):
+            chosen = encoded.select(mask)
+            writer.add(chosen.tokens, chosen.lengths)
+
+    def _write_and_cut(
+        self, part: Part, pairs: Iterable[tuple[Job, Encoded]]
+    ) -> dict[str, ShardSummary]:
+        """All documents to one shard out of sight, then its tokens to the two splits."""
+        whole = self.progress.folder / "all"
+        self._write(part, pairs, 0, {TRAIN: whole})
+        assert self.options.split_tokens is not None
+        prefixes = [self.options.output / split for split in (TRAIN, VALIDATION)]
+        head, tail = cut_shard(whole, self.options.split_tokens, *prefixes)
+        return {TRAIN: head, VALIDATION: tail}
+
+    def _report(self, job: Job, found: list[Problem], problems: Problems) -> None:
+        for problem in found:
+            line = problem.line
+            if line is not None and isinstance(job.content, LineSpan):
+                line += self.lines.before(problem.path, job.content.start)
+            problems.report(
+                problem.path if line is None else f"{problem.path}, line {line}", problem.what
+            )
+
+    def _take(self, part: Part, add_hashes: bool = True) -> None:
+        """Count a finished part."""
+        self.counts.add(part.counts)
+        self.problems.merge(part.counts.bad_inputs, part.problems)
+        for split, shard in part.shards.items():
+            self.shards.setdefault(split, []).append(shard)
+        if add_hashes and self.seen is not None and part.hashes is not None:
+            self.seen.add(part.hashes)
+
+
+@contextlib.contextmanager
+def _naming_input(job: Job) -> Iterator[None]:
+    """Say where in the input a write failed."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{error} (while writing {job.where})") from None
+
+
+def _by_part(
+    numbers: list[int], pairs: Iterator[tuple[Job, Encoded]]
+) -> Iterator[tuple[int, Iterable[tuple[Job, Encoded]]]]:
+    """The documents of each part; parts may have none."""
+    groups = groupby(pairs, key=lambda pair: pair[0].shard)
+    current = next(groups, None)
+    for number in numbers:
+        if current is not None and current[0] == number:
+            yield number, current[1]
+            current = next(groups, None)
+        else:
+            yield number, ()

@@ -1,0 +1,190 @@
+"""What an unfinished preprocessing run has done so far, so that the same command can go on."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
+from megaegpt.data.tokens.shards import ShardSummary, bin_path, idx_path
+from megaegpt.errors import DataError
+from megaegpt.files import naming_failures, write_whole
+
+PROGRESS_FOLDER = ".progress"
+
+
+@dataclass
+class Counts:
+    """What has been read, and what has been left out."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    duplicates: int = 0
+    too_short: int = 0
+    bad_inputs: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Add another part's counts."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Part:
+    """The shards that one span of the input fills: one of each split it has documents for.
+
+    Attributes:
+        name: of its record.
+        shards: finished shards by split.
+        problems: the first bad inputs, as the report shows them.
+        hashes: of its documents, where duplicates are looked for; kept in a file of their own.
+    """
+
+    name: str
+    counts: Counts = field(default_factory=Counts)
+    shards: dict[str, ShardSummary] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    hashes: np.ndarray | None = None
+
+
+class Progress:
+    """The hidden folder ``.progress`` in the output folder: the plan, and a record a finished part.
+
+    Args:
+        output: folder of the shards.
+        plan: inputs and options as plain data; only a run with the same plan may go on.
+        overwrite: remove what another plan has made.
+
+    Raises:
+        DataError: the folder has shards of another plan.
+    """
+
+    def __init__(self, output: Path, plan: dict[str, Any], overwrite: bool) -> None:
+        self.output = output
+        self.folder = output / PROGRESS_FOLDER
+        self.plan = json.loads(json.dumps(plan))  # as it will be read back
+        self.complete: Manifest | None = None
+        if (output / MANIFEST_NAME).exists():
+            self._meet_complete(overwrite)
+            if self.complete is not None:
+                return
+        elif self._records() and self._unfinished_plan() != self.plan:
+            if not overwrite:
+                raise DataError(
+                    f"{output} holds an unfinished run of other inputs or options: repeat that "
+                    "command to finish it, or give --overwrite to start afresh"
+                )
+            self._clear()
+        with naming_failures(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        write_whole(self._plan_path, json.dumps(self.plan, indent=2).encode())
+
+    def _meet_complete(self, overwrite: bool) -> None:
+        if overwrite:
+            self._clear()
+            return
+        manifest = Manifest.load(self.output)
+        if manifest.plan != self.plan:
+            raise DataError(
+                f"{self.output} holds shards of other inputs or options: choose another --output, "
+                "or give --overwrite to replace them"
+            )
+        shards = [shard for split in manifest.splits.values() for shard in split]
+        if all(self._is_there(shard) for shard in shards):
+            self.complete = manifest
+            shutil.rmtree(self.folder, ignore_errors=True)  # a kill can fall between the two
+        else:
+            (self.output / MANIFEST_NAME).unlink()
+
+    @property
+    def _plan_path(self) -> Path:
+        return self.folder / "plan.json"
+
+    def _records(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.json"))
+
+    def _unfinished_plan(self) -> Any:
+        try:
+            return json.loads(self._plan_path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self._plan_path} is damaged ({error}): remove {self.folder}"
+            ) from None
+
+    def _clear(self) -> None:
+        """Remove every shard that a manifest or a record of this folder lists, the lists first."""
+        shards: list[ShardSummary] = []
+        if (self.output / MANIFEST_NAME).exists():
+            manifest = Manifest.load(self.output)
+            shards += [shard for split in manifest.splits.values() for shard in split]
+            (self.output / MANIFEST_NAME).unlink()
+        for record in self._records():
+            shards += self._read(record).shards.values()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for shard in shards:
+            idx_path(self.output / shard.name).unlink(missing_ok=True)
+            bin_path(self.output / shard.name).unlink(missing_ok=True)
+
+    def finished(self, names: Iterable[str]) -> list[Part]:
+        """The leading parts of ``names`` that are recorded and whose shards are there.
+
+        Parts follow each other (a duplicate is known by what came before it), so the first one that
+        is missing ends the list.
+        """
+        parts = []
+        for name in names:
+            record = self._record_path(name)
+            if not record.exists():
+                break
+            part = self._read(record)
+            if not all(self._is_there(shard) for shard in part.shards.values()):
+                break
+            parts.append(part)
+        return parts
+
+    def record(self, part: Part) -> None:
+        """A part's shards have been published."""
+        if part.hashes is not None:
+            content = io.BytesIO()
+            np.save(content, part.hashes)
+            write_whole(self._record_path(part.name).with_suffix(".npy"), content.getvalue())
+        fields = asdict(part)
+        del fields["hashes"]
+        write_whole(self._record_path(part.name), json.dumps(fields).encode())
+
+    def abandon(self) -> None:
+        """The run has failed: leave a trace only where there is something to go on from."""
+        if not self._records():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finish(self, manifest: Manifest) -> None:
+        """All parts are there: publish the manifest and forget the rest."""
+        manifest.save(self.output)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _record_path(self, name: str) -> Path:
+        return self.folder / f"part-{name}.json"
+
+    def _read(self, record: Path) -> Part:
+        try:
+            fields = json.loads(record.read_bytes())
+            fields["counts"] = Counts(**fields["counts"])
+            fields["shards"] = {k: ShardSummary(**v) for k, v in fields["shards"].items()}
+            hashes = record.with_suffix(".npy")
+            if hashes.exists():
+                fields["hashes"] = np.load(hashes, allow_pickle=False)
+            return Part(**fields)
+        except Exception as error:  # NumPy fails on a damaged header in any way
+            raise DataError(f"{record} is damaged ({error}): remove {self.folder}") from None
+
+    def _is_there(self, shard: ShardSummary) -> bool:
+        prefix = self.output / shard.name
+        return idx_path(prefix).is_file() and bin_path(prefix).is_file()

@@ -1,0 +1,114 @@
+"""What a reader yields, in pieces for the workers of preprocessing.
+
+A reader runs in the main process, from the first file to the last; what it yields is tokenised by
+the workers. So the pieces, and the shards they go to, do not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaegpt.data.readers import Option, read_documents, reader_suffixes, wikipedia
+from megaegpt.data.readers.documents import Document, Problems
+from megaegpt.data.readers.inputs import expand
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents that a reader has yielded, and what it could not read after the last of them."""
+
+    texts: tuple[str, ...]
+    places: tuple[str, ...]
+    """File and place of each text, for messages."""
+    problems: tuple[tuple[str, str], ...] = ()
+    """Places, and what is wrong there."""
+    are_wikitext: tuple[bool, ...] = ()
+    """Which texts are still to be cleaned of markup; empty: none."""
+
+    def finish(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """Place and final text of each document, and all problems; the slow part of reading."""
+        problems = CollectedProblems()
+        finished = []
+        marks = self.are_wikitext or (False,) * len(self.texts)
+        for text, place, is_wikitext in zip(self.texts, self.places, marks, strict=True):
+            prose = wikipedia.clean_or_report(text, place, problems) if is_wikitext else text
+            if prose:
+                finished.append((place, prose))
+        return finished, [*problems.found, *self.problems]
+
+
+class CollectedProblems(Problems):
+    """Keeps what a reader reports, to be raised or counted when its turn among the jobs comes."""
+
+    def __init__(self) -> None:
+        super().__init__("skip")
+        self.found: list[tuple[str, str]] = []
+
+    def report(self, where: str, what: str) -> None:
+        self.found.append((where, what))
+
+
+def measure(path: str, source: str) -> tuple[int, int]:
+    """Bytes of a file or of the files below a folder that a reader takes, and the newest mtime_ns.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    size = newest = 0
+    for file in expand([Path(path)], reader_suffixes(source)):
+        state = file.stat()
+        size += state.st_size
+        newest = max(newest, state.st_mtime_ns)
+    return size, newest
+
+
+def read_pieces(
+    path: str, source: str, options: Mapping[str, Option], characters: int
+) -> Iterator[tuple[int, Documents]]:
+    """Pieces of about ``characters``, each with the bytes of the files that are finished by then.
+
+    Raises:
+        DataError: input that no policy lets pass, such as a file of another kind.
+    """
+    finished = 0
+
+    def files() -> Iterator[Path]:
+        nonlocal finished
+        for file in expand([Path(path)], reader_suffixes(source)):
+            yield file
+            finished += (
+                file.stat().st_size
+            )  # the reader asks for the next file, so it has done this
+
+    problems = CollectedProblems()
+    waiting: list[tuple[str, str, bool]] = []
+    size = 0
+    for document, is_wikitext in _documents(source, files(), problems, options):
+        if problems.found or size >= characters:  # problems were met before this document
+            yield finished, _piece(waiting, problems)
+            waiting, size = [], 0
+        waiting.append((document.text, document.where, is_wikitext))
+        size += len(document.text)
+    if waiting or problems.found:
+        yield finished, _piece(waiting, problems)
+
+
+def _documents(
+    source: str, files: Iterator[Path], problems: Problems, options: Mapping[str, Option]
+) -> Iterator[tuple[Document, bool]]:
+    """Documents, and whether their markup is left for the workers to clean."""
+    if source == "wikipedia" and not options.get("keep_wikitext"):
+        drop = bool(options.get("drop_disambiguation"))
+        yield from wikipedia.read_marked(files, problems, drop_disambiguation=drop)
+        return
+    for document in read_documents(source, files, problems, **options):
+        yield document, False
+
+
+def _piece(waiting: list[tuple[str, str, bool]], problems: CollectedProblems) -> Documents:
+    texts, places, marks = zip(*waiting, strict=True) if waiting else ((), (), ())
+    piece = Documents(texts, places, tuple(problems.found), marks if any(marks) else ())
+    problems.found.clear()
+    return piece

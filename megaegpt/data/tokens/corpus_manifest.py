@@ -1,0 +1,144 @@
+"""``manifest.json``: what a folder of shards holds, and the checksums to hold it against."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megaegpt.config.data import VerifyPolicy
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.shards import ShardSummary, bin_path, idx_path
+from megaegpt.errors import DataError
+from megaegpt.files import sha256_of_file, write_whole
+
+MANIFEST_NAME = "manifest.json"
+_FORMAT = 1
+_AUTOMATIC_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished corpus.
+
+    Attributes:
+        tokenizer: fingerprint, vocabulary size and end-of-text id.
+        plan: inputs and options of the run that made it, as plain data.
+        counts: documents, tokens and bytes of text, and what was left out.
+        splits: the shards of each split, in order.
+    """
+
+    tokenizer: dict[str, Any]
+    plan: dict[str, Any]
+    counts: dict[str, int]
+    splits: dict[str, list[ShardSummary]] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Publish ``manifest.json`` in ``folder``."""
+        content = json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, ensure_ascii=False)
+        write_whole(folder / MANIFEST_NAME, content.encode() + b"\n")
+
+    @staticmethod
+    def load(folder: Path) -> Manifest:
+        """Read ``manifest.json`` of ``folder``.
+
+        Raises:
+            DataError: it is missing, damaged, or of another format.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            fields = json.loads(path.read_bytes())
+            found = fields.pop("format")
+            if found != _FORMAT:
+                raise DataError(f"{path} has format {found}; only {_FORMAT} is known")
+            fields["splits"] = {
+                split: [ShardSummary(**shard) for shard in shards]
+                for split, shards in fields["splits"].items()
+            }
+            return Manifest(**fields)
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist: these shards have no manifest") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is damaged: {error}") from None
+
+    def verify(self, folder: Path) -> None:
+        """Compare the checksums of all shards.
+
+        Raises:
+            DataError: names the first file that is missing or has changed.
+        """
+        for path, checksum in self.checksums(folder).items():
+            _verify_file(path, checksum)
+
+    def checksums(self, folder: Path) -> dict[Path, str]:
+        """sha256 of every file of the shards, in order."""
+        checksums = {}
+        for shard in (shard for shards in self.splits.values() for shard in shards):
+            prefix = folder / shard.name
+            checksums[bin_path(prefix)] = shard.bin_sha256
+            checksums[idx_path(prefix)] = shard.idx_sha256
+        return checksums
+
+
+def verify_shards(
+    prefixes: Sequence[str],
+    policy: VerifyPolicy = "auto",
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Hold shards against the manifests beside them; ranks share the files.
+
+    Shards without a manifest, from other programs, have nothing to be held against.
+
+    Args:
+        prefixes: of single shards that are there, as
+            :func:`megaegpt.data.tokens.stream.resolve_prefixes` gives them.
+        policy: ``auto`` leaves more than 4 GiB alone, which take longer than a start should.
+
+    Raises:
+        DataError: names the first file that has changed, or a manifest that cannot be read.
+    """
+    if policy == "never":
+        return
+    wanted = {path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))}
+    folders = dict.fromkeys(path.parent for path in map(bin_path, prefixes))
+    manifests = {f: Manifest.load(f) for f in folders if (f / MANIFEST_NAME).exists()}
+    listed = [entry for f, m in manifests.items() for entry in m.checksums(f).items()]
+    files = [(path, checksum) for path, checksum in listed if path in wanted]
+    sizes = [path.stat().st_size for path, _ in files]
+    long = sum(sizes) > _AUTOMATIC_BYTES
+    if policy == "auto" and long:
+        return
+    largest_first = sorted(range(len(files)), key=lambda number: -sizes[number])
+    for number in tqdm(
+        largest_first[rank::world_size], "checksums", unit="file", disable=rank > 0 or not long
+    ):
+        _verify_file(*files[number])
+
+
+def _verify_file(path: Path, checksum: str) -> None:
+    try:
+        found = sha256_of_file(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; {path.parent / MANIFEST_NAME} lists it") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if found != checksum:
+        raise DataError(
+            f"{path} has changed: its sha256 is not the one in {path.parent / MANIFEST_NAME}; "
+            "make the shards again, or copy them again"
+        )
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a manifest says about the tokenizer."""
+    return {
+        "name": "gpt2",
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eot_token": tokenizer.eot_token,
+    }

@@ -1,0 +1,69 @@
+"""Files as arrays over their memory maps."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaegpt.errors import DataError
+
+_RESIDENT_BYTES = 1 << 27
+_AROUND_A_READ = 1 << 17  # what the kernel maps beside the pages asked for, roughly
+
+
+def map_bytes(path: Path) -> np.ndarray:
+    """The bytes of a file as a read-only uint8 array over its memory map.
+
+    A plain array and not ``numpy.memmap``: slicing the subclass costs several times as much.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return np.empty(0, dtype=np.uint8)
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+class ResidentPages:
+    """Keeps memory-mapped files that are read here and there from becoming resident altogether.
+
+    Whoever reads notes it; after about 128 MiB the pages are let go of. They stay in the system's
+    cache and are mapped again when they are read. Small files stay, which is faster.
+
+    Args:
+        total: bytes of all files together.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._most = _RESIDENT_BYTES if total > 2 * _RESIDENT_BYTES else None
+        self._resident = 0
+
+    def note(self, reads: int, size: int, files: Iterable[np.ndarray]) -> None:
+        """``reads`` places of ``size`` bytes in all have been, or will be, read in ``files``."""
+        if self._most is None:
+            return
+        self._resident += reads * _AROUND_A_READ + size
+        if self._resident > self._most:
+            self._resident = 0
+            for content in files:
+                _drop_pages(content)
+
+
+def _drop_pages(content: np.ndarray) -> None:
+    """Take the pages behind an array over a map out of this process' memory."""
+    owner: Any = content
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if isinstance(owner, mmap.mmap):  # an empty file has no map
+        owner.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,203 @@
+"""One long row of tokens over any number of shards, memory-mapped."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from megaegpt.data.tokens.memory_map import ResidentPages
+from megaegpt.data.tokens.shards import Shard
+from megaegpt.errors import DataError
+
+_PART_OF = re.compile(r"-(\d{5})-of-(\d{5})$")
+_HASHED_BLOCK = 1 << 20
+_HASHED_BLOCKS = 64
+_OPEN_FILES = 256
+
+
+class TokenStream:
+    """The documents of several shards, back to back, as one row of tokens.
+
+    Args:
+        prefixes: shard prefixes, prefixes of a set of shards, or globs (see
+            :func:`resolve_prefixes`).
+
+    Attributes:
+        prefixes: of all shards.
+        spans: first token and end of what each of the given prefixes stands for.
+
+    Raises:
+        DataError: no shard, a damaged shard, or shards without tokens.
+    """
+
+    def __init__(self, prefixes: Sequence[str]) -> None:
+        sets = [resolve_prefixes([prefix]) for prefix in prefixes]
+        self.prefixes = [prefix for found in sets for prefix in found]
+        self.shards = [Shard(prefix) for prefix in self.prefixes]
+        self._tokens = [shard.tokens for shard in self.shards]
+        self._ends = list(accumulate(len(tokens) for tokens in self._tokens))
+        self._begins = [0, *self._ends[:-1]]
+        bounds = [0, *accumulate(len(found) for found in sets)]
+        self._pages = ResidentPages(sum(tokens.nbytes for tokens in self._tokens))
+        types = {tokens.dtype for tokens in self._tokens}
+        self._dtype = types.pop() if len(types) == 1 else None
+        self._file = lru_cache(_OPEN_FILES)(lambda shard: _OpenFile(self.shards[shard].bin_path))
+        tokens_before = [0, *self._ends]
+        self.spans = [(tokens_before[a], tokens_before[b]) for a, b in pairwise(bounds)]
+        if not self.shards or not self._ends[-1]:
+            raise DataError(f"no tokens in {', '.join(prefixes) or 'an empty list of shards'}")
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return self._ends[-1]
+
+    def name_at(self, start: int) -> str:
+        """Prefix of the shard that a token is in, for messages."""
+        return self.prefixes[bisect_right(self._ends, min(start, len(self) - 1))]
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens from ``start`` on, in the shards' own type; a view where one shard has them all.
+
+        Raises:
+            IndexError: the span is not inside the stream.
+        """
+        if start < 0 or length < 0 or start + length > len(self):
+            raise IndexError(f"tokens {start}..{start + length} of a stream of {len(self)}")
+        self._pages.note(1, length * self._tokens[0].itemsize, self._tokens)
+        parts = []
+        shard = bisect_right(self._ends, start)
+        while length > 0:
+            tokens = self._tokens[shard]
+            offset = start - self._begins[shard]
+            part = tokens[offset : offset + length]
+            parts.append(part)
+            start, length, shard = start + len(part), length - len(part), shard + 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else self._tokens[0][:0]
+
+    def read_rows(self, starts: np.ndarray, out: np.ndarray) -> None:
+        """Fill ``out`` (n, length), of any integer type, with the spans that begin at ``starts``.
+
+        Rows come by system calls, not through the map: that is faster, since the kernel maps far
+        more than a row for each page that is not there, and the process does not grow by it.
+
+        Raises:
+            DataError: a file cannot be read, or has become shorter.
+        """
+        length = out.shape[1]
+        row = np.empty(length, self._dtype)
+        buffers = (row.data.cast("B"),)
+        for number, start in enumerate(starts.tolist()):
+            shard = bisect_right(self._ends, start)
+            if self._dtype is None or start + length > self._ends[shard]:
+                out[number] = self.read(start, length)
+                continue
+            file = self._file(shard)
+            position = (start - self._begins[shard]) * row.itemsize
+            try:
+                count = os.preadv(file.descriptor, buffers, position)
+            except OSError as error:
+                raise DataError(f"cannot read {file.path}: {error.strerror}") from None
+            if count < row.nbytes:
+                raise DataError(f"{file.path} has become shorter since it was opened")
+            out[number] = row
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 that tells this row of tokens from any other.
+
+        It covers all bytes of shards up to 64 MiB; of larger ones the size and 64 MiB spread
+        evenly, so that it costs the same for any corpus.
+        """
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            content = shard.tokens.view(np.uint8)
+            digest.update(f"{shard.dtype.str} {len(content)};".encode())
+            if len(content) <= _HASHED_BLOCKS * _HASHED_BLOCK:
+                digest.update(content.data)
+                continue
+            last = len(content) - _HASHED_BLOCK
+            for block in range(_HASHED_BLOCKS):
+                self._pages.note(1, _HASHED_BLOCK, self._tokens)
+                start = last * block // (_HASHED_BLOCKS - 1)
+                digest.update(content[start : start + _HASHED_BLOCK].data)
+        return digest.hexdigest()
+
+
+class _OpenFile:
+    """Closes itself when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def shard_name(split: str, number: int, count: int) -> str:
+    """File name, without suffix, of one shard of a split."""
+    return split if count == 1 else f"{split}-{number:05d}-of-{count:05d}"
+
+
+def resolve_prefixes(patterns: Iterable[str]) -> list[str]:
+    """Shard prefixes that ``patterns`` stand for, in order.
+
+    A pattern is a shard's prefix (``data/wap/train``), the prefix of a set (``data/web/train`` for
+    ``train-00000-of-00004`` and so on, which must be complete), or a glob of prefixes. A
+    ``.bin`` or ``.idx`` at its end is ignored.
+
+    Raises:
+        DataError: a pattern stands for nothing, or a set is not complete.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        prefix = pattern.removesuffix(".idx").removesuffix(".bin")
+        if Path(f"{prefix}.idx").is_file():
+            found.append(prefix)
+            continue
+        several = _complete_set(prefix)
+        if not several:
+            several = sorted(name.removesuffix(".idx") for name in glob.glob(f"{prefix}.idx"))
+        if not several:
+            raise DataError(f"no shards at {pattern}: {prefix}.idx does not exist{_nearby(prefix)}")
+        found += several
+    return found
+
+
+def _complete_set(prefix: str) -> list[str]:
+    names = sorted(
+        name.removesuffix(".idx")
+        for name in glob.glob(f"{glob.escape(prefix)}-*.idx")
+        if _PART_OF.search(name.removesuffix(".idx"))
+    )
+    if not names:
+        return []
+    counts = {name[-5:] for name in names}
+    if len(counts) > 1:
+        raise DataError(f"{prefix} names sets of {' and '.join(sorted(counts))} shards: keep one")
+    count = int(counts.pop())
+    missing = sorted({f"{prefix}-{n:05d}-of-{count:05d}" for n in range(count)} - set(names))
+    if missing:
+        raise DataError(f"{missing[0]}.idx is missing: {len(names)} of {count} shards are there")
+    return names
+
+
+def _nearby(prefix: str) -> str:
+    folder = Path(prefix).parent
+    names = sorted(path.stem for path in folder.glob("*.idx")) if folder.is_dir() else []
+    return f"; {folder} has {', '.join(names[:5])}" if names else ""

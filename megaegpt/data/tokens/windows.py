@@ -1,0 +1,104 @@
+"""A whole text in windows: every target exactly once.
+
+Shapes: n windows, S tokens of a window, N chunks of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+IGNORED = -100
+
+
+class TokenSource(Protocol):
+    """A row of tokens: a :class:`~megaegpt.data.tokens.stream.TokenStream`, or a tokenized text."""
+
+    def __len__(self) -> int:
+        """Tokens."""
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens from ``start`` on."""
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """Windows side by side."""
+
+    tokens: np.ndarray
+    """(n, S) int64 inputs, 0 after the text's end."""
+    targets: np.ndarray
+    """(n, S) int64, the token after each input; -100 where it does not count."""
+    extras: tuple[np.ndarray, ...] = ()
+    """What else the model's inputs are made of; for chunks their numbers in the text, (n, N)."""
+
+
+class Windows(Protocol):
+    """What an evaluation goes through."""
+
+    def __len__(self) -> int:
+        """Windows."""
+
+    def batch(self, numbers: np.ndarray) -> EvaluationBatch:
+        """Windows by number, (n,)."""
+
+
+class EvaluationWindows:
+    """The windows of a text, each ``stride`` tokens after the one before.
+
+    With a stride of S, the default, they do not overlap: window w predicts tokens ``w * S + 1 ..
+    (w + 1) * S``. A smaller stride gives every token (but those of the first window) at least ``S -
+    stride`` tokens of context: a window counts its last ``stride`` targets only. Token 0 is never
+    predicted. The last window is padded.
+
+    Args:
+        source: the text.
+        sample_len: S, tokens of a window.
+        num_chunks: for windows of chunks; divides ``sample_len``.
+        stride: 1 to S; a whole number of chunks.
+    """
+
+    def __init__(
+        self, source: TokenSource, sample_len: int, num_chunks: int = 1, stride: int | None = None
+    ) -> None:
+        self.source = source
+        self.sample_len = sample_len
+        self.num_chunks = num_chunks
+        self.stride = sample_len if stride is None else stride
+        chunk_size, rest = divmod(sample_len, num_chunks)
+        if rest:
+            raise ValueError(f"windows of {sample_len} tokens are not {num_chunks} whole chunks")
+        if not 1 <= self.stride <= sample_len:
+            raise ValueError(f"a stride of {stride} tokens over windows of {sample_len}")
+        if num_chunks > 1 and self.stride % chunk_size:
+            raise ValueError(f"a stride of {stride} tokens is not whole chunks of {chunk_size}")
+
+    def __len__(self) -> int:
+        """Windows."""
+        targets = max(len(self.source) - 1, 0)
+        first = min(targets, self.sample_len)
+        return (first > 0) + -(-(targets - first) // self.stride)
+
+    def batch(self, numbers: np.ndarray) -> EvaluationBatch:
+        """Windows by number (n,); a number of ``len(self)`` or more gives a window of padding."""
+        size = self.sample_len
+        tokens = np.zeros((len(numbers), size), np.int64)
+        targets = np.full((len(numbers), size), IGNORED, np.int64)
+        for row, number in enumerate(numbers.tolist()):
+            start = number * self.stride
+            length = min(size, len(self.source) - 1 - start)
+            if number >= len(self) or length <= 0:
+                continue
+            span = self.source.read(start, length + 1)
+            counted = 0 if number == 0 else size - self.stride
+            tokens[row, :length] = span[:-1]
+            targets[row, counted:length] = span[1 + counted :]
+        return EvaluationBatch(tokens, targets, self._chunk_ids(numbers))
+
+    def _chunk_ids(self, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
+        if self.num_chunks == 1:
+            return ()
+        per_stride = self.stride * self.num_chunks // self.sample_len
+        return (numbers[:, None] * per_stride + np.arange(self.num_chunks),)

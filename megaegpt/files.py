@@ -1,0 +1,269 @@
+"""Files and folders that appear whole or not at all, their checksums, and locks on folders.
+
+Some file systems (FUSE, object stores, old NFS) have no durable folders, locks or links. What they
+lack is said once and done without: a save never fails for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from megaegpt.errors import CheckpointError, DataError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+LOCK = ".lock"
+"""Name of the file in a folder by which it is locked."""
+
+_UNSUPPORTED = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOLCK,
+    errno.ENOTTY,
+    errno.EPERM,
+}
+"""What file systems answer to a call that they do not have."""
+
+
+class MissingFeatureWarning(UserWarning):
+    """A file system lacks something that saves would like to use; Python shows each text once."""
+
+
+def is_unsupported(error: OSError) -> bool:
+    """Whether a file system lacks the call, rather than refuses this one."""
+    return error.errno in _UNSUPPORTED
+
+
+def warn_unsupported(place: Path, lack: str, consequence: str) -> None:
+    """Say once what the file system of ``place`` cannot do, and what that means."""
+    warnings.warn(
+        f"the file system of {place} has no {lack}: {consequence}",
+        MissingFeatureWarning,
+        stacklevel=2,
+    )
+
+
+def sha256_of_file(path: Path) -> str:
+    """Checksum of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def temporary_name(path: Path) -> Path:
+    """Where ``path`` is written before it is complete; a rerun reuses the name."""
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
+@contextlib.contextmanager
+def naming_failures(path: Path) -> Iterator[None]:
+    """Turn a failed write (full disk, no permission) into a :class:`DataError` with the file."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's content to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to disk, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not is_unsupported(error):
+            raise
+        warn_unsupported(folder, "durable folders", "what is saved may be lost with the machine")
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a fully written, fsynced file its final name, durably."""
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place, synced, when the block ends
+    well; otherwise nothing is left behind.
+
+    A device, a pipe or a socket is written through and never replaced: the block's file is copied
+    into it.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    if is_special(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            with temporary.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~umask())  # some libraries make files for their owner alone
+        sync_file(temporary)
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file as :func:`whole_file` does.
+
+    Raises:
+        DataError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    with naming_failures(path), whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``folder``, synced, when the block ends well.
+
+    Raises:
+        CheckpointError: ``folder`` holds something already, or writing failed in the block.
+    """
+    folder = Path(os.path.abspath(folder))  # without resolving: a link may lead to an empty folder
+    temporary = None
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder} exists already: remove it, or name another folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        yield temporary
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~umask())  # safetensors and mkdtemp make them for their owner alone
+            sync_file(file)
+        temporary.chmod(0o777 & ~umask())
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{folder} cannot be written: {reason}") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_special(path: Path) -> bool:
+    """Whether something is there that is neither a regular file nor a folder."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def umask() -> int:
+    """The bits that the user wants new files not to have."""
+    with contextlib.suppress(OSError):  # Linux tells without changing them for a moment
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        if found := re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE):
+            return int(found[1], 8)
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# -- locks -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[int]:
+    """Lock a folder against other runs; gives the lock's file descriptor.
+
+    The lock is one on the file ``.lock`` in it, which NFS shares between machines (on a folder
+    itself it would not), and which says who holds it. It lasts until every process that has the
+    descriptor has closed it, killed ones included.
+
+    Raises:
+        DataError: another process holds it; or the folder cannot be written.
+    """
+    path = folder / LOCK
+    handle = _acquire(path)
+    try:
+        yield handle
+    finally:
+        with contextlib.suppress(OSError):  # while it is held, nobody else can be at this name
+            path.unlink()
+        os.close(handle)
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        with naming_failures(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _describe_holder(handle)
+            os.close(handle)
+            if not isinstance(error, BlockingIOError):
+                if not is_unsupported(error):
+                    raise DataError(f"cannot lock {path}: {error.strerror or error}") from None
+                return _unlocked(path)
+            raise DataError(f"{path.parent} is being written by another run{holder}") from None
+        if _is_at(handle, path):
+            _sign(handle)
+            return handle
+        os.close(handle)  # its holder removed it in between: take the new one
+
+
+def _unlocked(path: Path) -> int:
+    warn_unsupported(path.parent, "locks", "take care that two runs do not write into it")
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is the one that the name stands for."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sign(handle: int) -> None:
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "program": Path(sys.argv[0]).name}
+    with contextlib.suppress(OSError):  # a full disk: it holds without a name
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(holder).encode(), 0)
+        os.fsync(handle)
+
+
+def _describe_holder(handle: int) -> str:
+    try:
+        holder = json.loads(os.pread(handle, 4096, 0))
+        return f" (process {holder['pid']} on {holder['host']}, {holder['program']})"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""

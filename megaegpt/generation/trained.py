@@ -1,0 +1,102 @@
+"""A trained model from disk, with the encoder and the tokenizer it was trained with."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from megaegpt.config import ModelConfig
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import CheckpointError
+from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.model.build import Model, empty_model
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.head import OutputHead
+from megaegpt.model.weights import load_weights, read_weights_config
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.layers import Linear
+from megaegpt.parallel.matmul import pack
+
+
+class LoadedModel(NamedTuple):
+    """What it takes to write text."""
+
+    model: Model
+    """In eval mode, without gradients, on the grid's device."""
+    encoder: FrozenEncoder | None
+    """Of an EGPT or DeepGPT."""
+    tokenizer: Tokenizer
+
+
+def load_for_inference(
+    folder: str | Path,
+    grid: ProcessGrid,
+    dtype: torch.dtype = torch.float32,
+    *,
+    encoder_source: str | None = None,
+    vocabulary: str | None = None,
+) -> LoadedModel:
+    """Load whatever :func:`~megaegpt.interop.sources.resolve_weights_source` finds at ``folder``.
+
+    The encoder of an EGPT or DeepGPT is loaded from the source that its configuration names (from
+    the working directory, else from beside the weights), or from ``encoder_source``, and must be
+    the very one it was trained with. Collective over all ranks.
+
+    Raises:
+        CheckpointError: something is missing or damaged, or the encoder is another one.
+        ConfigError: the weights' description is not valid.
+        DataError: the tokenizer's vocabulary cannot be had.
+    """
+    weights = resolve_weights_source(folder, grid)
+    config, extra = read_weights_config(weights)
+    tokenizer = Tokenizer.load(vocabulary)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{weights} has a vocabulary of {config.vocab_size} tokens, GPT-2's tokenizer has "
+            f"{tokenizer.vocab_size}: it was not trained on this tokenizer's text"
+        )
+    encoder = None
+    if config.kind != "gpt":
+        source = encoder_source or config.encoder.source
+        encoder = _load_encoder(config, source, weights, extra.get("encoder_fingerprint"), grid)
+        encoder.to(dtype)
+    model = empty_model(config, grid).to(device=grid.device, dtype=dtype)
+    load_weights(model, weights, grid)
+    model.requires_grad_(False).eval()
+    for part in (model, encoder):
+        if part is not None:
+            pack_weights(part)
+    return LoadedModel(model, encoder, tokenizer)
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Let products read ``model``'s weights in the order that suits them, where that is another
+    than the plain one (bf16 on a CPU, which takes the memory of the weights once more). The model
+    is for inference from here on, and its weights must not change.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear | OutputHead):
+            module.packed = pack(module.weight)
+
+
+def _load_encoder(
+    config: ModelConfig, source: str | None, weights: Path, wanted: str | None, grid: ProcessGrid
+) -> FrozenEncoder:
+    if source is None or wanted is None:
+        raise CheckpointError(f"{weights} does not say which encoder it was trained with")
+    try:
+        folder = resolve_weights_source(source, grid, beside=weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"the encoder of {weights} cannot be loaded: {error}") from None
+    encoder_config = dataclasses.replace(config.encoder, source=str(folder))
+    encoder = FrozenEncoder.from_source(encoder_config, grid)
+    if encoder.fingerprint != wanted:
+        raise CheckpointError(
+            f"{source} is not the encoder that {weights} was trained with: its fingerprint is "
+            f"{encoder.fingerprint[:16]}, not {wanted[:16]}"
+        )
+    return encoder

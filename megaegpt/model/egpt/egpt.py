@@ -1,0 +1,242 @@
+"""EGPT's trainable part: a shallow decoder that reads encoder states of the current chunk's tokens
+and one or more features of each earlier chunk of the window.
+
+Shapes: B batch, N chunks, S chunk size, P features a chunk, M = (N - 1) * P, C hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaegpt.config import EGPTConfig, ModelConfig
+from megaegpt.model.attention.cache import KVCache
+from megaegpt.model.block import MLP, BlockStack, residual_std
+from megaegpt.model.egpt.chunk_memory import (
+    ChunkWindowContext,
+    ReadingContext,
+    RecordingContext,
+    on_one_side,
+)
+from megaegpt.model.egpt.token_counts import Mixture, TokenCounts, count_tokens
+from megaegpt.model.flops import attention_flops, matmul_flops
+from megaegpt.model.head import OutputHead
+from megaegpt.model.positions import AddedPositions, rotary_table
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.layers import Embedding, LayerNorm
+from megaegpt.parallel.params import count_parameters, spec_of, unshard
+
+Recorded = list[tuple[Tensor, Tensor]]
+
+
+def chunk_features(token_states: Tensor, config: EGPTConfig) -> Tensor:
+    """What later chunks see of a chunk: (..., S, C) encoder states -> (..., P, C).
+
+    The chunk is cut into P equal spans; a span's feature is its last state, or the mean of its
+    states.
+    """
+    spans = token_states.unflatten(-2, (config.features_per_chunk, -1))  # (..., P, S / P, C)
+    return spans[..., -1, :] if config.feature_pooling == "last" else spans.mean(-2)
+
+
+class EGPT(nn.Module):
+    """The decoder over a frozen encoder (``FrozenEncoder``, kept outside of this module)."""
+
+    def __init__(self, config: ModelConfig, grid: ProcessGrid) -> None:
+        super().__init__()
+        self.config, self.grid = config, grid
+        chunks, width = config.egpt, config.hidden_size
+        self.input_norm = (
+            LayerNorm(width, grid, bias=config.bias, eps=config.layer_norm_eps)
+            if chunks.adapter_norm
+            else None
+        )
+        added = replace(config, init_std=0.0) if chunks.adapter_residual else config
+        self.input_mlp = MLP(config, grid, out_std=residual_std(added))
+        self.chunk_positions = AddedPositions(added, chunks.num_chunks, grid)
+        self.lengths = Embedding(chunks.chunk_size, width, grid, added.init_std)
+        self.stack = BlockStack(config, grid)
+        self.head = OutputHead(config, grid)
+        self.counts = TokenCounts(config, grid) if chunks.token_counts else None
+
+    def _embed(self, states: Tensor, chunk: Tensor, offset: Tensor) -> Tensor:
+        """Encoder states (B, T, C) with chunk numbers and offsets (T,) -> decoder inputs (B, T,
+        C).
+        """
+        x = self.input_mlp(states if self.input_norm is None else self.input_norm(states))
+        if self.config.egpt.adapter_residual:
+            x = states + x
+        x = self.chunk_positions(x, chunk) + self.lengths(offset)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _feature_places(self, chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Chunk number and last offset of each of the first ``chunks`` chunks' features, (M,)
+        each.
+        """
+        egpt = self.config.egpt
+        span = egpt.chunk_size // egpt.features_per_chunk
+        ends = torch.arange(1, egpt.features_per_chunk + 1, device=device) * span - 1  # (P,)
+        number = torch.arange(chunks, device=device).repeat_interleave(egpt.features_per_chunk)
+        return number, ends.repeat(chunks)
+
+    def hidden_states(
+        self, token_states: Tensor, features: Tensor, cut: Tensor | None = None
+    ) -> Tensor:
+        """A whole window: states (B, N, S, C), features (B, N - 1, P, C) -> (B, N, S, C) after the
+        final norm.
+
+        Positions computed: N * S tokens and (N - 1) * P features, each once. Nothing before the
+        chunk ``cut`` (B,) of a window is seen from that chunk on.
+        """
+        egpt = self.config.egpt
+        if not egpt.history:
+            features = features[:, :0]
+        chunks, size = token_states.shape[1:3]
+        device = token_states.device
+        token_chunk = torch.arange(chunks, device=device).repeat_interleave(size)
+        token_offset = torch.arange(size, device=device).repeat(chunks)
+        feature_chunk, feature_offset = self._feature_places(features.shape[1], device)
+        chunk = torch.cat([feature_chunk, token_chunk])  # (M + N * S,)
+        offset = torch.cat([feature_offset, token_offset])
+        states = torch.cat([features.flatten(1, 2), token_states.flatten(1, 2)], dim=1)
+        context = ChunkWindowContext(
+            chunks,
+            size,
+            egpt.features_per_chunk if egpt.history else 0,
+            local=egpt.local_attention,
+            rotary=rotary_table(self.config, chunk),
+            cut=cut,
+            device=device,
+        )
+        x = self.stack(self._embed(states, chunk, offset), context)
+        return x[:, feature_chunk.numel() :].unflatten(1, (chunks, size))
+
+    def _history_cut(self, token_states: Tensor) -> Tensor | None:
+        """A random chunk of each window before which nothing is seen from it on (training only)."""
+        if not (self.training and self.config.egpt.random_history):
+            return None
+        batch, chunks = token_states.shape[:2]
+        return torch.randint(chunks, (batch,), device=token_states.device)
+
+    def forward(
+        self,
+        token_states: Tensor,
+        features: Tensor,
+        targets: Tensor,
+        reduction: Literal["sum", "none"] = "sum",
+        earlier_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """States (B, N, S, C), features (B, N - 1, P, C), targets (B, N, S) -> nats.
+
+        ``earlier_tokens`` (B, N - 1, S), the ids of the chunks that features are of (-1: none),
+        are needed with ``token_counts``.
+        """
+        cut = self._history_cut(token_states)
+        hidden = self.hidden_states(token_states, features, cut)
+        if self.counts is None:
+            return self.head.loss(hidden, targets, reduction)
+        if earlier_tokens is None:
+            raise ValueError("model.egpt.token_counts needs the tokens of the earlier chunks")
+        mixture = self.mixture(hidden, features, earlier_tokens, cut)
+        added = mixture.of(targets.flatten(1)).view(targets.shape)
+        log_keep = mixture.log_keep.view(targets.shape)
+        return self.head.loss(hidden, targets, reduction, (log_keep, added))
+
+    def mixture(
+        self, hidden: Tensor, features: Tensor, earlier_tokens: Tensor, cut: Tensor | None = None
+    ) -> Mixture:
+        """What token counts add to the head's prediction: hidden states (B, N, S, C) of a window
+        and what its earlier chunks hold (see :meth:`forward`) -> T = N * S.
+        """
+        _, chunks, size, _ = hidden.shape
+        earlier, chunk = (
+            torch.arange(n, device=hidden.device) for n in (features.shape[1], chunks)
+        )
+        distance = chunk.unsqueeze(1) - earlier  # (N, M)
+        visible = (distance > 0).unsqueeze(0)
+        if cut is not None:
+            visible = visible & on_one_side(chunk, earlier, cut)
+        return self._counts()(
+            hidden.flatten(1, 2),
+            features,
+            count_tokens(earlier_tokens, self.config.padded_vocab_size),
+            distance.repeat_interleave(size, dim=0),
+            visible.repeat_interleave(size, dim=1),
+        )
+
+    def next_mixture(self, hidden: Tensor, features: Tensor, counts: Tensor) -> Mixture:
+        """The same for one token (B, C) behind n chunks with features (B, n, P, C) and token
+        counts (B, n, V) -> T = 1.
+        """
+        held = features.shape[1]
+        distance = torch.arange(held, 0, -1, device=hidden.device).unsqueeze(0)  # (1, n)
+        visible = torch.ones_like(distance, dtype=torch.bool).unsqueeze(0)
+        return self._counts()(hidden.unsqueeze(1), features, counts, distance, visible)
+
+    def _counts(self) -> TokenCounts:
+        if self.counts is None:
+            raise ValueError("model.egpt.token_counts is off: there is nothing to mix")
+        return self.counts
+
+    def record_memory(self, features: Tensor) -> Recorded:
+        """Features of the chunks before the current one, (B, n, P, C) with n < N -> each layer's
+        keys, values.
+        """
+        if not self.config.egpt.history:
+            features = features[:, :0]
+        chunk, offset = self._feature_places(features.shape[1], features.device)
+        context = RecordingContext(rotary_table(self.config, chunk))
+        self.stack(self._embed(features.flatten(1, 2), chunk, offset), context)
+        return context.recorded
+
+    def decode(
+        self,
+        token_states: Tensor,
+        memory: Recorded,
+        chunk: int,
+        offset: int,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """New tokens of chunk number ``chunk`` of the window, from ``offset`` on: (B, T, C) -> (B,
+        T, C).
+
+        ``cache`` holds the chunk's earlier tokens and is needed with local attention only.
+        """
+        length, device = token_states.shape[1], token_states.device
+        chunks = torch.full((length,), chunk, device=device)
+        offsets = torch.arange(offset, offset + length, device=device)
+        context = ReadingContext(memory, cache, rotary_table(self.config, chunks))
+        x = self.stack(self._embed(token_states, chunks, offsets), context)
+        if cache is not None:
+            cache.length += length
+        return x
+
+    def gate_openness(self) -> list[float]:
+        """Mean of ``|tanh(gate)|`` over each layer's heads: how much is used of what is read from
+        the memory. Empty without gates. Collective over the TP group.
+        """
+        gates = [p for n, p in self.named_parameters() if n.endswith("attention.gate")]
+        full = [unshard(gate, spec_of(gate), self.grid) for gate in gates]
+        return [gate.float().tanh().abs().mean().item() for gate in full]
+
+    def num_parameters(self) -> int:
+        """Trainable parameters over all TP ranks (the encoder's are not among them)."""
+        return count_parameters(self)
+
+    def flops_per_token(self) -> int:
+        """Operations of training the decoder on one token of a full window (without the
+        encoder).
+        """
+        config, egpt = self.config, self.config.egpt
+        features = (egpt.num_chunks - 1) * egpt.features_per_chunk * egpt.history
+        positions = 1 + features / (egpt.num_chunks * egpt.chunk_size)  # a token's share of them
+        per_position = matmul_flops(self.stack) + matmul_flops(self.input_mlp)
+        visible = features + (egpt.chunk_size if egpt.local_attention else 1)
+        forward = positions * per_position + attention_flops(config, visible)
+        if self.counts is not None:
+            forward += matmul_flops(self.counts)
+        return int(3 * (forward + 2 * config.vocab_size * config.hidden_size))

@@ -1,0 +1,183 @@
+"""The one place where a program's processes join, from the launcher's variables to their end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megaegpt.errors import LaunchError
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.watch import RankWatch
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits in a step's collective before it takes the others to be stuck. A rank that
+dies is noticed at once, by the rank watch; what one rank does for all while the others wait, such
+as a download, has the longer time of :attr:`ProcessGrid.control_group`."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@contextmanager
+def joined_processes(tensor_parallel_size: int | None) -> Iterator[ProcessGrid]:
+    """This process's place among those that ``deepspeed`` or ``torchrun`` started; inside, one
+    rank's failure ends every rank, and so does the launcher's end.
+
+    Without a launcher this process is a world of its own.
+
+    Args:
+        tensor_parallel_size: ranks a model is cut over; None: all of them.
+
+    Raises:
+        LaunchError: as for :func:`init_distributed`, :meth:`ProcessGrid.create` and
+            :class:`RankWatch`.
+    """
+    joins = not dist.is_initialized()
+    device = init_distributed() if joins else local_device()
+    grid = ProcessGrid.create(tensor_parallel_size or dist.get_world_size(), device)
+    try:
+        with RankWatch(grid):
+            yield grid
+    except BaseException:
+        if joins and grid.world_size > 1:  # others may be in the middle of a collective
+            joins = False
+        raise
+    finally:
+        if joins:
+            dist.destroy_process_group()
+
+
+def init_distributed() -> torch.device:
+    """Join the processes that a launcher started, or be the only one; returns the device to use.
+
+    Call it once, before :meth:`ProcessGrid.create`.
+
+    Raises:
+        LaunchError: the launcher's variables are incomplete or contradict each other, the address
+            cannot be used, or there are more processes on this machine than it has GPUs.
+    """
+    launched = _is_launched()
+    device = local_device()
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
+    )
+    # Both back-ends: what ranks agree on outside of a step is talked about without the GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if not launched:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it even so
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return device
+    _end_with_launcher()
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(
+            backend,
+            store=_of_this_attempt(store),
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise LaunchError(_describe_unreachable(error)) from None
+    return device
+
+
+def local_device() -> torch.device:
+    """The GPU of this process's local rank, made the current one; the CPU where there is none.
+
+    Raises:
+        LaunchError: more processes on this machine than it has GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are "
+            "visible; start as many processes as GPUs"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _is_launched() -> bool:
+    """Whether a launcher describes the processes in the environment, which it must do in full."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        for mpi in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if os.environ.get(mpi, "1") != "1":
+                raise LaunchError(
+                    f"{mpi}={os.environ[mpi]}: mpirun sets none of the variables that torch "
+                    "reads; start by `torchrun` or `deepspeed`"
+                )
+        return False
+    if missing:
+        raise LaunchError(
+            f"{', '.join(n for n in names if n not in missing)} set, but not "
+            f"{', '.join(missing)}: start by `torchrun` or `deepspeed`, which set all of them, or "
+            "unset them all to run one process"
+        )
+    rank, world_size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if not 0 <= rank < world_size:
+        raise LaunchError(f"RANK={rank} is not among the {world_size} ranks of WORLD_SIZE")
+    if port >= 65536:
+        raise LaunchError(f"MASTER_PORT={port} is no port: ports end at 65535")
+    if "LOCAL_RANK" not in os.environ:
+        if world_size > 1:
+            raise LaunchError("LOCAL_RANK is not set: start by `torchrun` or `deepspeed`")
+        os.environ["LOCAL_RANK"] = "0"
+    _number("LOCAL_RANK")
+    return True
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise LaunchError(f"{name}={text} is not a number: launchers set it, leave it to them")
+    return int(text)
+
+
+def _describe_unreachable(error: Exception) -> str:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = str(error)
+    if "EADDRINUSE" in text or "already in use" in text:
+        return (
+            f"{address} is in use by another program or run: choose another port, "
+            "`deepspeed --master_port N` or `torchrun --master_port N`"
+        )
+    reason = text.splitlines()[0] if text else type(error).__name__
+    return f"the processes cannot meet at {address} (MASTER_ADDR, MASTER_PORT): {reason}"
+
+
+def _of_this_attempt(store: dist.Store) -> dist.Store:
+    """torchrun keeps its store when it starts all ranks again, and in it the addresses of ranks
+    that are no more. On one machine attempts have numbers that all ranks know.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _end_with_launcher() -> None:
+    """A launcher that is killed must not leave ranks behind that train on: the kernel sends them
+    SIGTERM, on which a run saves and stops. Linux only; prctl(2).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,158 @@
+"""A rank's memory in training, known before anything is allocated.
+
+Activations are those of a rehearsed micro-batch (``rehearsal``). What ZeRO holds beside them
+follows from DeepSpeed 0.19.8's optimizers, and is held against measured runs by the tests.
+
+Not counted: the CUDA context and libraries' workspaces, fragmentation, attention dropout's masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.planning.memory_trace import MicroStep, rehearse
+from megaegpt.precision import DTYPES, Precision
+from megaegpt.training.engine.deepspeed_config import (
+    deepspeed_config,
+    effective_zero_stage,
+)
+
+_REDUCED_AT_ONCE = 500_000_000
+"""Gradient elements that DeepSpeed reduces at once without a bucket (stage 0, bf16 stage 1)."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a rank at the moment of a step when they are most."""
+
+    weights: int = 0
+    """Parameters in the precision of the computation."""
+    optimizer: int = 0
+    """Adam's moments, and fp32 weights where the computation has others."""
+    gradients: int = 0
+    """What is kept of them between micro-steps and until the update."""
+    buffers: int = 0
+    """Gradients in the course of their reduction over data-parallel ranks."""
+    frozen: int = 0
+    """Weights of the encoder and of frozen parts."""
+    activations: int = 0
+    """What a micro-batch keeps for the backward pass, and passing values at the peak."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+    def __str__(self) -> str:
+        parts = {name: size for name, size in dataclasses.asdict(self).items() if size}
+        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+        return f"about {self.total / 2**30:.2f} GiB a rank ({listed})"
+
+
+def estimate_memory(
+    config: RunConfig,
+    dp_size: int,
+    precision: Precision,
+    encoder: ModelConfig | None = None,
+    device_type: str = "cuda",
+) -> MemoryEstimate:
+    """Peak of a rank's tensors over a training step.
+
+    Args:
+        config: the run; ``model.encoder.source`` is not read.
+        dp_size: data-parallel ranks.
+        precision: what ``auto`` has become.
+        encoder: the frozen GPT under egpt and deepgpt; None: it is left out.
+        device_type: ``cuda`` or ``cpu``, which compute in different portions.
+    """
+    step = rehearse_rank(config, dp_size, precision, encoder, device_type)
+    return peak_of_step(config, dp_size, precision, step)
+
+
+def rehearse_rank(
+    config: RunConfig,
+    dp_size: int,
+    precision: Precision,
+    encoder: ModelConfig | None = None,
+    device_type: str = "cuda",
+) -> MicroStep:
+    """A rank's micro-step with gradients that come and go as ZeRO lets them; arguments as above."""
+    stage = effective_zero_stage(config.parallel.zero_stage, precision)
+    several = config.gradient_accumulation(dp_size) > 1
+    keeps_gradients = stage < 2 and (precision != "fp32" or not several)
+    return rehearse(config, precision, encoder, device_type, keeps_gradients)
+
+
+def peak_of_step(
+    config: RunConfig, dp_size: int, precision: Precision, step: MicroStep
+) -> MemoryEstimate:
+    """:func:`estimate_memory` from a micro-step that has been rehearsed."""
+    stage = effective_zero_stage(config.parallel.zero_stage, precision)
+    several = config.gradient_accumulation(dp_size) > 1
+    zero = _Zero(config, dp_size, precision, stage, several, step)
+    return max(zero.moments(), key=lambda moment: moment.total)
+
+
+@dataclass(frozen=True)
+class _Zero:
+    """What DeepSpeed's optimizers hold; n: this rank's parameters."""
+
+    config: RunConfig
+    dp_size: int
+    precision: Precision
+    stage: int
+    several: bool
+    """More than one micro-step, so that gradients exist while activations do."""
+    passed: MicroStep
+
+    def moments(self) -> list[MemoryEstimate]:
+        """The candidates for the peak: in the backward pass, and when gradients are reduced."""
+        n = self.passed.parameters
+        item = DTYPES[self.precision].itemsize
+        states = 8 * n if self.stage == 0 else 12 * n // self.dp_size
+        base = MemoryEstimate(weights=item * n, optimizer=states, frozen=self.passed.frozen)
+        if self.stage == 2:
+            return self._stage_2(base, n, item)
+        if self.precision == "fp32":
+            return self._unpartitioned_fp32(base, n)
+        gradients, once = 4 * n, min(n, _REDUCED_AT_ONCE)
+        return [
+            dataclasses.replace(base, gradients=gradients, activations=self.passed.peak),
+            # The micro-step's own gradients, a flat fp32 copy, and one in the precision of the wire
+            dataclasses.replace(base, gradients=gradients + item * n, buffers=(4 + item) * once),
+        ]
+
+    def _unpartitioned_fp32(self, base: MemoryEstimate, n: int) -> list[MemoryEstimate]:
+        accumulated = 4 * n if self.several else 0
+        if self.stage == 0:
+            in_backward, reducing = 0, 4 * min(n, _REDUCED_AT_ONCE)
+        else:
+            in_backward = 4 * self._bucket(n)
+            reducing = in_backward + 8 * self.passed.largest_parameter
+        peak = self.passed.peak
+        return [
+            dataclasses.replace(base, gradients=accumulated, buffers=in_backward, activations=peak),
+            dataclasses.replace(base, gradients=4 * n, buffers=reducing),
+        ]
+
+    def _stage_2(self, base: MemoryEstimate, n: int, item: int) -> list[MemoryEstimate]:
+        part, bucket = 4 * n // self.dp_size, self._bucket(n)
+        early = self.several or bucket < n  # reduced gradients exist before the pass has ended
+        buckets = item * bucket * (2 if self.config.parallel.overlap_comm else 1)
+        flat = item * bucket + (4 * self.passed.largest_parameter if item < 4 else 0)
+        left = int(self.passed.kept * (1 - bucket / n))  # when the first full bucket is reduced
+        return [
+            dataclasses.replace(
+                base,
+                gradients=part if early else 0,
+                buffers=buckets,
+                activations=self.passed.peak,
+            ),
+            dataclasses.replace(base, gradients=part, buffers=buckets + flat, activations=left),
+        ]
+
+    def _bucket(self, n: int) -> int:
+        options = deepspeed_config(self.config, self.dp_size, self.precision, n)
+        return min(n, int(options["zero_optimization"]["reduce_bucket_size"]))

@@ -1,0 +1,158 @@
+"""One micro-step of a rank, rehearsed with torch's fake tensors, which have shapes and no memory.
+
+So what it holds and sends is known before anything is allocated or any other process exists, from
+the real modules under any attention, window, recomputation and tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.model.build import Model, empty_model
+from megaegpt.model.deepgpt import DeepGPT
+from megaegpt.model.egpt.egpt import EGPT, chunk_features
+from megaegpt.model.gpt import GPT
+from megaegpt.model.parts import freeze
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.loss import ROWS_AT_ONCE, linear_cross_entropy
+from megaegpt.planning.allocations import TensorMeter
+from megaegpt.precision import DTYPES, Precision
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """Forward and backward of a micro-batch; sizes in bytes beside the weights."""
+
+    parameters: int
+    """This rank's trainable ones, in elements."""
+    largest_parameter: int
+    frozen: int
+    """Weights of the encoder and of frozen parts."""
+    kept: int
+    """Between forward and backward."""
+    peak: int
+    messages: tuple[int, ...]
+    """What is summed over the tensor-parallel ranks, one collective after the other."""
+
+
+class _Counter:
+    """In the place of a tensor-parallel group: notes what would be sent."""
+
+    def __init__(self) -> None:
+        self.messages: list[int] = []
+
+    def allreduce(self, tensors: list[Tensor], options: object) -> None:
+        """What ``torch.distributed.all_reduce`` calls."""
+        self.messages += [tensor.numel() * tensor.element_size() for tensor in tensors]
+
+
+def rehearse(
+    config: RunConfig,
+    precision: Precision,
+    encoder: ModelConfig | None,
+    device_type: str,
+    keeps_gradients: bool,
+) -> MicroStep:
+    """Forward and backward by the CPU's operators; fused attention keeps what a GPU's does.
+
+    Args:
+        config: the run; ``model.encoder.source`` is not read.
+        precision: what ``auto`` has become.
+        encoder: the frozen GPT under egpt and deepgpt; None: it is left out.
+        device_type: ``cuda`` or ``cpu``, which compute in different portions.
+        keeps_gradients: whether gradients stay with the parameters during the backward pass.
+    """
+    tp_size, group = config.parallel.tensor_parallel_size, _Counter()
+    grid = ProcessGrid(tp_size=tp_size, tp_group=cast(Any, group) if tp_size > 1 else None)
+    with _faked(DTYPES[precision]), TensorMeter() as meter:
+        model = _fake(config.model, grid, device_type)
+        freeze(model, config.training.freeze)
+        model.stack.recompute = config.training.activation_checkpointing
+        frozen = None if encoder is None else _fake(encoder, grid, device_type)
+        if frozen is not None:
+            frozen.requires_grad_(False)
+        gc.collect()
+        before = meter.live
+        hidden, targets = _hidden_states(model, frozen, config)
+        rows = ROWS_AT_ONCE.get(device_type)
+        nats = linear_cross_entropy(
+            hidden, model.head.weight, targets, grid, config.model.vocab_size, rows=rows
+        )
+        del hidden
+        kept = meter.live - before
+        if not keeps_gradients:
+            _drop_gradients(model)
+        nats.backward()
+        peak = meter.peak - before
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    frozen_bytes = _frozen_bytes(model) + (0 if frozen is None else _frozen_bytes(frozen))
+    return MicroStep(sum(sizes), max(sizes), frozen_bytes, kept, peak, tuple(group.messages))
+
+
+def _fake(config: ModelConfig, grid: ProcessGrid, device_type: str) -> Model:
+    model = empty_model(config, grid)
+    if device_type != "cpu":  # fused attention on a GPU drops without a mask; a CPU's cannot
+        for block in model.stack.blocks:
+            setattr(block.attention, "dropout", 0.0)  # noqa: B010
+    return model
+
+
+def _hidden_states(model: Model, encoder: Model | None, config: RunConfig) -> tuple[Tensor, Tensor]:
+    """What the head reads of a micro-batch, and its targets; the encoder runs before."""
+    rows, egpt = config.training.micro_batch_size, config.model.egpt
+    if isinstance(model, GPT):
+        tokens = torch.zeros(rows, config.model.max_seq_len, dtype=torch.int64)
+        return model.hidden_states(tokens), tokens
+    shape = (rows, egpt.num_chunks, egpt.chunk_size)
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    if isinstance(encoder, GPT) and config.data.token_features == "online":
+        with torch.no_grad():
+            states = encoder.hidden_states(tokens.flatten(0, 1)).view(*shape, -1)
+    else:
+        states = torch.zeros(*shape, config.model.hidden_size)
+    if isinstance(model, DeepGPT):
+        return model.hidden_states(states), tokens
+    assert isinstance(model, EGPT)
+    return model.hidden_states(states, chunk_features(states[:, :-1], egpt)), tokens
+
+
+def _frozen_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+
+
+def _drop_gradients(model: nn.Module) -> None:
+    """Let go of each gradient when it is complete, as ZeRO does when it has copied it."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.register_post_accumulate_grad_hook(drop)
+
+
+@contextmanager
+def _faked(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors have no memory; floating-point ones without a type of their own are ``dtype``."""
+    previous, randint = torch.get_default_dtype(), torch.randint
+
+    def seeds(*args: Any, **kwargs: Any) -> Any:
+        """``sharded_rng`` asks for the value of a number that it draws; a fake one has none."""
+        return 0 if args[1:] == ((),) else randint(*args, **kwargs)
+
+    torch.set_default_dtype(dtype)
+    torch.randint = seeds  # a function mode is lost in the backward pass
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        torch.randint = randint
+        torch.set_default_dtype(previous)

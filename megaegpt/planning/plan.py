@@ -1,0 +1,224 @@
+"""What a run will take on given machines, without them: memory, operations, communication, time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.config.validation import find_problems, validate
+from megaegpt.planning.hardware import Accelerator
+from megaegpt.planning.memory import MemoryEstimate, peak_of_step, rehearse_rank
+from megaegpt.planning.memory_trace import MicroStep
+from megaegpt.planning.summary import ModelSize, measure_model
+from megaegpt.precision import DTYPES, Precision
+from megaegpt.training.engine.deepspeed_config import effective_zero_stage
+
+USABLE_MEMORY = 0.9
+"""Of a GPU; the rest is left to its context, libraries' workspaces and fragmentation."""
+
+_RECOMPUTED_WORK = {"none": 1.0, "selective": 1.0, "full": 4 / 3}
+"""Operations over those of the model: ``full`` makes every forward pass twice."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Equal GPUs in equal machines."""
+
+    accelerator: Accelerator
+    gpus: int
+    """Of all machines together."""
+    per_node: int
+
+    def bandwidth(self, ranks: int) -> float:
+        """Bytes per second that a rank sends to its neighbour among so many consecutive ranks."""
+        inside = ranks <= self.per_node
+        return self.accelerator.node_bandwidth if inside else self.accelerator.network_bandwidth
+
+    def __str__(self) -> str:
+        nodes = -(-self.gpus // self.per_node)
+        machines = "1 machine" if nodes == 1 else f"{nodes} machines"
+        return f"{self.gpus} x {self.accelerator.name} in {machines}"
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Bytes of the tensors that go through each kind of collective, per rank and step."""
+
+    tensor_parallel: int
+    """Activations and their gradients, summed over the ranks that share a model."""
+    gradients: int
+    """Summed over data-parallel ranks."""
+    weights: int
+    """Gathered from the data-parallel ranks that have updated them."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, its parts one after the other."""
+
+    compute: float
+    tensor_parallel: float
+    gradients: float
+    weights: float
+
+    @property
+    def total(self) -> float:
+        """Of all parts; ``parallel.overlap_comm`` can hide gradients behind the computation."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on machines."""
+
+    config: RunConfig
+    machines: Machines
+    precision: Precision
+    size: ModelSize
+    memory: MemoryEstimate
+    communication: Communication
+    time: StepTime | None
+    """None where the speed of the computation is not known."""
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel ranks."""
+        return self.machines.gpus // self.config.parallel.tensor_parallel_size
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens of a step (of the last ones, if the batch grows)."""
+        return self.config.training.global_batch_size * self.config.model.sample_len
+
+    @property
+    def fits(self) -> bool:
+        """Whether a rank's memory holds it."""
+        return self.memory.total <= USABLE_MEMORY * self.machines.accelerator.memory
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all ranks."""
+        return self.tokens / self.time.total if self.time else None
+
+
+def make_plan(
+    config: RunConfig,
+    machines: Machines,
+    encoder: ModelConfig | None = None,
+    *,
+    flops: float | None = None,
+    efficiency: float = 0.5,
+) -> Plan:
+    """Count and estimate.
+
+    Args:
+        encoder: the frozen GPT under egpt and deepgpt; None: it is left out.
+        flops: peak of a GPU per second, where the table does not know it.
+        efficiency: share of the peak that the computation reaches.
+
+    Raises:
+        ConfigError: the configuration cannot run on so many GPUs.
+    """
+    validate(config, machines.gpus)
+    accelerator = machines.accelerator
+    precision = accelerator.precision(config.training.precision)
+    dp_size = machines.gpus // config.parallel.tensor_parallel_size
+    size = measure_model(config, encoder)
+    step = rehearse_rank(config, dp_size, precision, encoder, accelerator.device_type)
+    communication = count_communication(config, dp_size, precision, step)
+    memory = peak_of_step(config, dp_size, precision, step)
+    peak = flops or accelerator.peak_flops(precision)
+    tokens = config.training.global_batch_size * config.model.sample_len
+    work = size.flops_per_token * tokens / machines.gpus
+    work *= _RECOMPUTED_WORK[config.training.activation_checkpointing]
+    time = _step_time(config, machines, communication, work / (peak * efficiency)) if peak else None
+    return Plan(config, machines, precision, size, memory, communication, time)
+
+
+def count_communication(
+    config: RunConfig, dp_size: int, precision: Precision, step: MicroStep
+) -> Communication:
+    """Tensors that a rank hands to collectives in a step; single numbers are not counted.
+
+    DeepSpeed 0.19.8 sums whole buckets of gradients over all data-parallel ranks, at stage 2 after
+    every micro-step and otherwise once a step, and gathers the updated weights from stage 1 on.
+    """
+    micro_steps = config.gradient_accumulation(dp_size)
+    stage = effective_zero_stage(config.parallel.zero_stage, precision)
+    weights = step.parameters * DTYPES[precision].itemsize
+    return Communication(
+        tensor_parallel=sum(step.messages) * micro_steps,
+        gradients=weights * (micro_steps if stage == 2 else 1) if dp_size > 1 else 0,
+        weights=weights if stage > 0 and dp_size > 1 else 0,
+    )
+
+
+def _step_time(
+    config: RunConfig, machines: Machines, communication: Communication, compute: float
+) -> StepTime:
+    """Rings at the data sheets' speed: a sum sends every byte 2 (p - 1) / p times, a gathering half
+    as often.
+    """
+    tp = config.parallel.tensor_parallel_size
+    dp = machines.gpus // tp
+    inside, across = machines.bandwidth(tp), machines.bandwidth(machines.gpus)
+    return StepTime(
+        compute=compute,
+        tensor_parallel=2 * (tp - 1) / tp * communication.tensor_parallel / inside,
+        gradients=2 * (dp - 1) / dp * communication.gradients / across,
+        weights=(dp - 1) / dp * communication.weights / across,
+    )
+
+
+def alternatives(plan: Plan, replan: Callable[[RunConfig], Plan]) -> list[Plan]:
+    """The largest micro-batch that fits, for tensor-parallel sizes inside a machine and kinds of
+    recomputation, the fastest first. The global batch, and so what is learnt, stays. What costs
+    more is left out where a rank's whole batch fits without it.
+
+    Args:
+        replan: :func:`make_plan` with everything given but the configuration.
+    """
+    found: list[Plan] = []
+    tp = 1
+    while tp <= plan.machines.per_node:
+        for recompute in ("none", "selective", "full"):
+            largest = _largest_batch(plan, tp, recompute, replan)
+            if largest is not None:
+                found.append(largest)
+                if largest.config.gradient_accumulation(largest.dp_size) == 1:
+                    break
+        if found and found[-1].config.training.activation_checkpointing == "none":
+            break
+        tp *= 2
+    return sorted(found, key=lambda p: p.time.total if p.time else 0.0)
+
+
+def _largest_batch(
+    plan: Plan, tp: int, recompute: str, replan: Callable[[RunConfig], Plan]
+) -> Plan | None:
+    """By bisection over powers of two; None if a single sample does not fit."""
+    configs = (_changed(plan.config, tp, recompute, 2**power) for power in itertools.count())
+    runs = itertools.takewhile(lambda c: not find_problems(c, plan.machines.gpus), configs)
+    possible = list(runs)
+    best = None
+    while possible:
+        middle = len(possible) // 2
+        candidate = replan(possible[middle])
+        if candidate.fits:
+            best, possible = candidate, possible[middle + 1 :]
+        else:
+            possible = possible[:middle]
+    return best
+
+
+def _changed(config: RunConfig, tp: int, recompute: Any, micro_batch: int) -> RunConfig:
+    replace = dataclasses.replace
+    parallel = replace(config.parallel, tensor_parallel_size=tp)
+    training = replace(
+        config.training, micro_batch_size=micro_batch, activation_checkpointing=recompute
+    )
+    return replace(config, parallel=parallel, training=training)

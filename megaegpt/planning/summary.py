@@ -1,0 +1,88 @@
+"""What follows from a configuration: sizes, batch, operations, memory. Printed before step 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.model.build import meta_model
+from megaegpt.model.flops import attention_flops, matmul_flops
+from megaegpt.model.parts import freeze
+from megaegpt.planning.memory import MemoryEstimate
+from megaegpt.training.logging.metrics import short_count
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of the whole model over all TP ranks."""
+
+    parameters: int
+    """Trainable."""
+    flops_per_token: int
+    """Of training on one token, the encoder's forward pass included where it runs in the loop, and
+    frozen parts as if they were trained."""
+    frozen: int = 0
+    """Parameters of frozen parts."""
+    encoder_parameters: int = 0
+    """Of the frozen encoder."""
+
+
+def measure_model(config: RunConfig, encoder: ModelConfig | None = None) -> ModelSize:
+    """Count without allocating.
+
+    Args:
+        encoder: the frozen GPT of egpt and deepgpt.
+    """
+    model = meta_model(config.model)
+    frozen = freeze(model, config.training.freeze)
+    flops = model.flops_per_token()
+    if encoder is None:
+        return ModelSize(model.num_parameters() - frozen, flops, frozen)
+    gpt = meta_model(encoder)
+    if config.data.token_features == "online":
+        flops += matmul_flops(gpt.stack)
+        flops += attention_flops(encoder, config.model.egpt.chunk_size)
+    return ModelSize(model.num_parameters() - frozen, flops, frozen, gpt.num_parameters())
+
+
+def describe_run(
+    config: RunConfig,
+    size: ModelSize,
+    dp_size: int,
+    precision: str,
+    device: str,
+    memory: MemoryEstimate | None = None,
+) -> list[str]:
+    """The derived quantities, a line each.
+
+    Args:
+        dp_size: data-parallel ranks.
+        precision: what ``auto`` has become.
+        device: its name.
+        memory: of a rank; a running job measures it instead.
+    """
+    training, tp = config.training, config.parallel.tensor_parallel_size
+    accumulation = config.gradient_accumulation(dp_size)
+    per_step = training.global_batch_size * config.model.sample_len
+    total = config.tokens_before(training.steps)
+    lines = {
+        "model": f"{config.model.kind}, {size.parameters:,} trainable parameters",
+        "ranks": f"{tp * dp_size} = {tp} tensor-parallel x {dp_size} data-parallel, ZeRO stage "
+        f"{config.parallel.zero_stage}, {precision} on {device}",
+        "step": f"{per_step:,} tokens = {training.global_batch_size} samples of "
+        f"{config.model.sample_len:,} = {dp_size} ranks x {accumulation} micro-steps x "
+        f"{training.micro_batch_size}",
+        "run": f"{training.steps:,} steps, {short_count(total)} tokens",
+        "operations": f"{short_count(size.flops_per_token)}FLOP a token, "
+        f"{short_count(size.flops_per_token * per_step)}FLOP a step",
+    }
+    if training.batch_ramp.start is not None:
+        sizes = ", ".join(map(str, config.batches.sizes()))
+        lines["step"] += f" (after {config.batches.ramp_steps:,} steps of the batch ramp: {sizes})"
+    if memory is not None:
+        lines["memory"] = str(memory)
+    if size.frozen:
+        lines["model"] += f", {size.frozen:,} frozen ({', '.join(training.freeze)})"
+    if size.encoder_parameters:
+        lines["model"] += f" over a frozen encoder of {size.encoder_parameters:,}"
+    return [f"{name:<11}{text}" for name, text in lines.items()]

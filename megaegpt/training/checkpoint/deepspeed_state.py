@@ -1,0 +1,210 @@
+"""DeepSpeed's checkpoint files: written durably, read without running code from them.
+
+Used by :mod:`megaegpt.training.engine.engine` only. Files are recorded as they are written, so that
+the checkpoint manager can checksum them; reading allows tensors, plain containers and the few
+DeepSpeed classes below, and refuses every other pickled object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from megaegpt.errors import CheckpointError
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import ParamSpec
+from megaegpt.training.checkpoint.universal import load_replicated, universal_info
+
+_TRUSTED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+_SAFE_LOADING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_SPACE_TO_RESHAPE = 3
+"""Times the checkpoint's size: fragments, joined tensors, and copies of the weights."""
+_LOADING_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    pickle.PickleError,
+)
+
+
+class _CheckpointFiles(TorchCheckpointEngine):
+    """torch.save and torch.load as DeepSpeed calls them, made durable and safe.
+
+    A failed write is kept in ``error`` and not raised: DeepSpeed passes a barrier after writing,
+    where the other ranks would wait for this one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[Path] = []
+        self.error: OSError | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            self.error = self.error or as_os_error(error, path)
+        self.written.append(Path(path))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def install(engine: Any) -> None:
+    """Make a DeepSpeed engine read and write through :class:`_CheckpointFiles`."""
+    engine.checkpoint_engine = _CheckpointFiles()
+    # Its recovery scripts would be copied into each checkpoint; they refuse tensor parallelism.
+    engine._copy_recovery_script = lambda save_path: None
+
+
+def save(engine: Any, folder: Path, specs: dict[str, ParamSpec]) -> list[Path]:
+    """Write ``engine``'s weights and optimizer state under ``folder``; collective.
+
+    Returns:
+        The files that this rank wrote.
+
+    Raises:
+        OSError: this rank could not write one of them.
+    """
+    files: _CheckpointFiles = engine.checkpoint_engine
+    files.written, files.error = [], None
+    engine.save_checkpoint(
+        str(folder.parent),
+        tag=folder.name,
+        client_state={UNIVERSAL_CHECKPOINT_INFO: universal_info(specs)},
+        save_latest=False,
+        exclude_frozen_parameters=True,
+    )
+    if files.error is not None:
+        raise files.error
+    return files.written
+
+
+def load(engine: Any, folder: Path) -> None:
+    """Restore what :func:`save` wrote, under the same topology; collective.
+
+    Raises:
+        CheckpointError: a file is missing, holds more than tensors, or is of another model.
+    """
+    with loading(folder), _settings_kept(engine):
+        path, _ = engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, load_module_strict=_all_trainable(engine)
+        )
+        if path is None:
+            raise CheckpointError(f"{folder} holds no weights for this rank")
+
+
+def _all_trainable(engine: Any) -> bool:
+    """Frozen parameters are not in the files; the manifest lists those that are."""
+    return all(parameter.requires_grad for parameter in engine.module.parameters())
+
+
+@contextlib.contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Read safely and quietly, and turn what DeepSpeed raises into a :class:`CheckpointError`.
+
+    Inside, ``torch.load`` takes tensors, plain containers and the trusted classes even where
+    DeepSpeed asks for any object.
+    """
+    before = os.environ.get(_SAFE_LOADING)
+    os.environ[_SAFE_LOADING] = "1"
+    try:
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),  # progress bars
+            torch.serialization.safe_globals(_TRUSTED_CLASSES),
+        ):
+            yield
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{folder} cannot be loaded into this model: {reason}") from error
+    finally:
+        os.environ.pop(_SAFE_LOADING)
+        if before is not None:
+            os.environ[_SAFE_LOADING] = before
+
+
+@contextlib.contextmanager
+def _settings_kept(engine: Any) -> Iterator[None]:
+    """Let this run's optimizer settings win over those that loading brings back."""
+    optimizer = engine.optimizer
+    settings = [
+        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+    ]
+    clipping = getattr(optimizer, "clip_grad", None)
+    yield
+    for group, ours in zip(optimizer.param_groups, settings, strict=True):
+        group.update(ours)
+    if clipping is not None:
+        optimizer.clip_grad = clipping
+
+
+def make_scratch(scratch: Path, source: Path) -> None:
+    """Make the folder in which a universal checkpoint of ``source`` is built.
+
+    Raises:
+        CheckpointError: there is no room for it.
+    """
+    needed = _SPACE_TO_RESHAPE * sum(file.stat().st_size for file in source.iterdir())
+    free = shutil.disk_usage(scratch.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"resuming {source.parent} at another topology needs {needed / 2**30:.1f} GiB free in "
+            f"{scratch.parent}, which has {free / 2**30:.1f} GiB"
+        )
+    try:
+        scratch.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{scratch} cannot be made: {error.strerror}") from error
+
+
+def load_universal(engine: Any, folder: Path, grid: ProcessGrid) -> None:
+    """Restore from the universal checkpoint ``folder``, whatever topology it came from; collective.
+
+    Raises:
+        CheckpointError: as for :func:`load`.
+    """
+    with loading(folder), _settings_kept(engine):
+        if not engine.zero_optimization():
+            load_replicated(engine.module, engine.optimizer, folder, grid)
+            return
+        engine._config.load_universal_checkpoint = True
+        try:
+            engine.load_checkpoint(
+                str(folder.parent), tag=folder.name, load_module_strict=_all_trainable(engine)
+            )
+        finally:
+            engine._config.load_universal_checkpoint = False
+        for parameter, state in engine.optimizer.state.items():
+            state["step"] = state["step"].to(parameter.device)  # DeepSpeed leaves it on the CPU
+
+
+def as_os_error(error: Exception, path: str | Path) -> OSError:
+    """The operating system's reason behind a failed torch write, naming the file."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return OSError(errno.EIO, str(error), str(path))
+    return OSError(cause.errno or errno.EIO, cause.strerror or str(cause), str(path))

@@ -1,0 +1,222 @@
+"""Checkpoints of a run: complete or absent, checksummed, and the last few of them kept.
+
+::
+
+    checkpoints/
+      latest                  the name of the folder to resume from
+      best                    a link to the folder with the best validation loss, if asked for
+      step_00000500/
+        manifest.json         step, topology, the loop's state, every file's size and sha256
+        deepspeed/            weights and optimizer state, cut by rank
+        weights/              whatever the caller's writers add, such as TP-independent safetensors
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from megaegpt.errors import CheckpointError
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.together import all_gather_object, broadcast_object, raising_together
+from megaegpt.training.checkpoint.folders import CheckpointFolders, step_folder
+from megaegpt.training.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    Topology,
+    describe_files,
+    verify_files,
+)
+from megaegpt.training.engine.engine import Engine
+
+TrainerState = dict[str, Any]
+"""What the loop itself remembers; JSON values only."""
+
+Writers = Mapping[str, Callable[[Path], None]]
+"""Further parts of a checkpoint: name of a sub-folder -> what fills it, called on every rank."""
+
+STATE = "deepspeed"
+
+
+class CheckpointManager:
+    """The checkpoints of one run.
+
+    Args:
+        directory: where they are; shared by all ranks. Created by the first save.
+        keep: complete checkpoints kept, at least 1.
+    """
+
+    def __init__(self, directory: str | Path, keep: int) -> None:
+        self.directory = Path(directory)
+        self.keep = max(1, keep)
+        self._folders = CheckpointFolders(directory)
+
+    def latest(self) -> Path | None:
+        """The checkpoint that ``latest`` names, else the newest complete one, else None."""
+        return self._folders.latest()
+
+    def best(self) -> Path | None:
+        """The checkpoint that was last marked as the best and is still there."""
+        return self._folders.best()
+
+    # -- saving -----------------------------------------------------------------------------------
+
+    def save(
+        self, engine: Engine, step: int, state: TrainerState, writers: Writers | None = None
+    ) -> Path:
+        """Save after ``step`` optimizer steps; collective over all ranks.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: on all ranks, when one cannot write (a full disk, say); what was
+                there before is untouched.
+        """
+        grid = engine.grid
+        name = step_folder(step)
+        temporary = self._folders.saving(name)
+        together = functools.partial(self._together, grid, step)
+        try:
+            prepare = functools.partial(self._folders.prepare, temporary)
+            together(prepare if grid.is_main else None)
+            own = together(functools.partial(engine.save_state, temporary / STATE))
+            for part, write in (writers or {}).items():
+                together(functools.partial(write, temporary / part))
+            entries = together(functools.partial(describe_files, own, temporary))
+            written = {
+                n: entry for part in all_gather_object(entries, grid) for n, entry in part.items()
+            }
+            finish = functools.partial(self._publish, engine, step, state, temporary, written)
+            together(finish if grid.is_main else None)
+        except BaseException:
+            if grid.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return self.directory / name
+
+    def mark_best(self, step: int, grid: ProcessGrid) -> None:
+        """Keep the checkpoint of ``step`` until another one is the best; collective.
+
+        Raises:
+            CheckpointError: on all ranks, when the mark cannot be written.
+        """
+        with raising_together(grid):
+            if grid.is_main:
+                try:
+                    self._folders.name_best(step_folder(step))
+                    self._folders.remove_old(self.keep)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{self.directory}/best cannot be written: {error.strerror}"
+                    ) from error
+
+    def _together(self, grid: ProcessGrid, step: int, action: Callable[[], Any] | None) -> Any:
+        """Run this rank's ``action``; if it fails on one rank, fail on all."""
+        with raising_together(grid):
+            try:
+                return action() if action else None
+            except (OSError, SafetensorError) as error:
+                previous = self.latest()
+                rest = f"{previous.name} is untouched" if previous else "there is no earlier one"
+                reason = str(error)  # what safetensors says of a full disk
+                if isinstance(error, OSError):
+                    reason = f"{error.filename}: {error.strerror}"
+                raise CheckpointError(
+                    f"checkpoint of step {step} was not saved: {reason}; {rest}"
+                ) from error
+
+    def _publish(
+        self,
+        engine: Engine,
+        step: int,
+        state: TrainerState,
+        temporary: Path,
+        written: dict[str, FileEntry],
+    ) -> None:
+        others = [
+            path
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file() and path.relative_to(temporary).as_posix() not in written
+        ]
+        manifest = Manifest(
+            step=step,
+            topology=dataclasses.asdict(engine.topology),
+            parameters={n: list(s.full_shape) for n, s in engine.parameter_specs().items()},
+            trainer=state,
+            files={**written, **describe_files(others, temporary)},
+        )
+        manifest.write(temporary)
+        self._folders.publish(temporary)
+        self._folders.remove_old(self.keep)
+
+    # -- loading ----------------------------------------------------------------------------------
+
+    def load(self, engine: Engine, folder: str | Path | None = None) -> TrainerState:
+        """Restore the engine from ``folder`` (default: :meth:`latest`); collective over all ranks.
+
+        Every file is verified first, each by one rank.
+
+        Returns:
+            The state that was given to :meth:`save`.
+
+        Raises:
+            CheckpointError: on all ranks: there is none, a file is missing or damaged, or it
+                was made for another model or topology.
+        """
+        grid = engine.grid
+        chosen = broadcast_object(lambda: Path(folder) if folder else self.latest(), grid)
+        if chosen is None:
+            raise CheckpointError(f"{self.directory} holds no checkpoint to resume from")
+        with raising_together(grid):
+            manifest = Manifest.read(chosen)
+            mine = sorted(manifest.files)[grid.rank :: grid.world_size]
+            verify_files({name: manifest.files[name] for name in mine}, chosen)
+            _check_model(manifest, engine, chosen)
+            _check_precision(manifest, engine, chosen)
+        saved = Topology(**manifest.topology)
+        if saved == engine.topology:
+            engine.load_state(chosen / STATE)
+        else:
+            self._reshape(engine, chosen, saved)
+        return manifest.trainer
+
+    def _reshape(self, engine: Engine, folder: Path, saved: Topology) -> None:
+        scratch = self._folders.reshaping(folder.name)
+        try:
+            if engine.grid.is_main:
+                print(f"{folder.name}: from {saved} to {engine.topology}", flush=True)
+                shutil.rmtree(scratch, ignore_errors=True)
+            engine.load_reshaped(folder / STATE, saved, scratch)
+        finally:
+            if engine.grid.world_size > 1:
+                dist.barrier()
+            if engine.grid.is_main:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_model(manifest: Manifest, engine: Engine, folder: Path) -> None:
+    ours = {name: list(spec.full_shape) for name, spec in engine.parameter_specs().items()}
+    for name in sorted({*ours, *manifest.parameters}):
+        saved, wanted = manifest.parameters.get(name), ours.get(name)
+        if saved != wanted:
+            raise CheckpointError(
+                f"{folder} is of another model: {name} is {saved or 'absent'} there and "
+                f"{wanted or 'absent'} in this run (the model section, or training.freeze, differs)"
+            )
+
+
+def _check_precision(manifest: Manifest, engine: Engine, folder: Path) -> None:
+    saved = Topology(**manifest.topology)
+    if saved.precision != engine.topology.precision:
+        raise CheckpointError(
+            f"{folder} was saved with {saved}, but this run has {engine.topology}: resume with "
+            f"training.precision={saved.precision}, or start a new run from its weights"
+        )

@@ -1,0 +1,129 @@
+"""The list of a checkpoint's files with their checksums: a damaged one is found and named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megaegpt.errors import CheckpointError
+from megaegpt.files import sha256_of_file, sync_file, whole_file
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_REMEDY = "write the name of another checkpoint into the file `latest`"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What one file of a checkpoint must be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal digest of the content."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What a checkpoint's layout depends on; it is resumed as it is only under the same."""
+
+    tensor_parallel: int
+    data_parallel: int
+    zero_stage: int
+    precision: str
+
+    def __str__(self) -> str:
+        return (
+            f"tensor parallel {self.tensor_parallel} x data parallel {self.data_parallel}, "
+            f"ZeRO stage {self.zero_stage}, {self.precision}"
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is and holds."""
+
+    step: int
+    """Optimizer steps done."""
+    topology: dict[str, Any]
+    """Layout of the files (:class:`Topology` as a dictionary)."""
+    parameters: dict[str, list[int]]
+    """Full shape of every trainable parameter."""
+    trainer: dict[str, Any]
+    """State of the training loop."""
+    files: dict[str, FileEntry]
+    """By path relative to the checkpoint."""
+    saved_at_ns: int = field(default_factory=time.time_ns)
+    """Wall-clock time, to tell which of two checkpoints is newer."""
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` durably."""
+        body = {**vars(self), "files": {name: vars(e) for name, e in self.files.items()}}
+        content = json.dumps({"format": _FORMAT, "sha256": _digest(body), **body}, indent=1)
+        with whole_file(folder / MANIFEST) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Read and check ``manifest.json``.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of another format.
+        """
+        path = folder / MANIFEST
+        try:
+            body = json.loads(path.read_bytes())
+            version, digest = body.pop("format"), body.pop("sha256")
+            if version != _FORMAT:
+                raise CheckpointError(f"{path} has format {version}; this version reads {_FORMAT}")
+            if digest != _digest(body):
+                raise ValueError("checksum")
+            body["files"] = {name: FileEntry(**entry) for name, entry in body["files"].items()}
+            return Manifest(**body)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder} is not a complete checkpoint: {MANIFEST} is missing"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            raise CheckpointError(f"{path} is damaged: {_REMEDY}") from None
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def describe_files(paths: Iterable[Path], folder: Path) -> dict[str, FileEntry]:
+    """Flush each file to disk and compute its entry, by its path relative to ``folder``."""
+    entries = {}
+    for path in paths:
+        sync_file(path)
+        entry = FileEntry(path.stat().st_size, sha256_of_file(path))
+        entries[path.relative_to(folder).as_posix()] = entry
+    return entries
+
+
+def verify_files(entries: dict[str, FileEntry], folder: Path) -> None:
+    """Check that each file is what it was when it was saved.
+
+    Raises:
+        CheckpointError: names the first file that is missing, cut short, or changed.
+    """
+    for name, entry in entries.items():
+        path = folder / name
+        try:
+            size, digest = path.stat().st_size, sha256_of_file(path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing: {_REMEDY}") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if size != entry.size:
+            raise CheckpointError(f"{path} has {size} bytes instead of {entry.size}: {_REMEDY}")
+        if digest != entry.sha256:
+            raise CheckpointError(f"{path} is damaged (its checksum differs): {_REMEDY}")

@@ -1,0 +1,94 @@
+"""A checkpoint written again for another topology: merged, split, or cut over other ranks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from megaegpt.config import ParallelConfig, RunConfig, TrainingConfig
+from megaegpt.config.validation import validate
+from megaegpt.errors import CheckpointError
+from megaegpt.model.build import empty_model
+from megaegpt.model.weights import read_weights_config
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.together import raising_together
+from megaegpt.training.checkpoint.manager import STATE, CheckpointManager
+from megaegpt.training.checkpoint.manifest import Manifest
+from megaegpt.training.engine.engine import Engine
+
+ZeroStage = Literal[0, 1, 2]
+
+
+def reshape(
+    checkpoint: Path, output: Path, grid: ProcessGrid, zero_stage: ZeroStage | None = None
+) -> Path:
+    """Write ``checkpoint`` into the directory ``output`` as the ranks of ``grid`` would have saved
+    it: weights, optimizer state and the loop's state. Collective over all ranks.
+
+    A run needs no such step, it resumes at any topology by itself; but here it takes place once,
+    before many starts or on a machine that has the room.
+
+    Args:
+        checkpoint: one checkpoint's folder.
+        output: a directory without checkpoints; a run's ``checkpoint.directory`` from then on.
+        zero_stage: of the new one; None: as it is.
+
+    Returns:
+        The new checkpoint's folder.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or ``output`` is in use or cannot be written.
+        ConfigError: the model or the global batch cannot be divided over these ranks.
+    """
+    with raising_together(grid):
+        config = _config(checkpoint, grid, zero_stage)
+        manager = CheckpointManager(output, keep=1)
+        if manager.latest() is not None:
+            raise CheckpointError(f"{output} holds checkpoints already: name another directory")
+        if grid.is_main:
+            _make(output)
+    manifest = Manifest.read(checkpoint)
+    model = empty_model(config.model, grid)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in manifest.parameters)  # the others were frozen
+    engine = Engine(model, grid, config)
+    state = manager.load(engine, checkpoint)
+    parts = [path for path in checkpoint.iterdir() if path.is_dir() and path.name != STATE]
+
+    def copy(part: Path, folder: Path) -> None:
+        if grid.is_main:
+            shutil.copytree(part, folder)
+
+    writers = {part.name: lambda folder, part=part: copy(part, folder) for part in parts}
+    saved = manager.save(engine, manifest.step, state, writers)
+    engine.close()
+    return saved
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from None
+
+
+def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -> RunConfig:
+    """The part of the run's configuration that its state depends on."""
+    manifest = Manifest.read(checkpoint)
+    model, _ = read_weights_config(checkpoint / "weights")
+    saved = manifest.topology
+    config = RunConfig(
+        model=model,
+        parallel=ParallelConfig(
+            tensor_parallel_size=grid.tp_size,
+            zero_stage=saved["zero_stage"] if zero_stage is None else zero_stage,
+        ),
+        training=TrainingConfig(
+            global_batch_size=manifest.trainer.get("global_batch_size", grid.dp_size),
+            micro_batch_size=1,
+            precision=saved["precision"],
+        ),
+    )
+    validate(config, grid.world_size)
+    return config

@@ -1,0 +1,138 @@
+"""Optimizer state between topologies, through DeepSpeed's universal checkpoint.
+
+Used by :mod:`megaegpt.training.engine.engine` only. A universal checkpoint holds, for every
+parameter, its full fp32 value and moments in files of their own; any number of ranks cuts its
+slices from them. DeepSpeed's converter makes one from a ZeRO checkpoint and its engine reads one
+into ZeRO. Stage 0, which both of them lack, is done here in the same format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.checkpoint.constants import (
+    CAT_DIM,
+    DS_VERSION,
+    PARAM,
+    PARAM_GROUPS,
+    PARAMETER_WITH_ROW_PARALLELISM_PATTERNS,
+    TP_REPLICATED_PARAMETER_PATTERNS,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+)
+from torch import Tensor, nn
+
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import ParamSpec, shard, spec_of
+
+_VERSION = 0.2
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FP32 = "fp32"
+
+Specs = dict[str, ParamSpec]
+
+
+def universal_info(specs: Specs) -> dict[str, Any]:
+    """How the converter puts the slices of each parameter together; kept in every checkpoint.
+
+    Padded vocabulary rows are the same at every tensor-parallel size, so vocabulary matrices are
+    cut and joined like any other; no parameter needs DeepSpeed's re-padding.
+    """
+    replicated = [name for name, spec in specs.items() if spec.tp_dim is None]
+    by_row = [name for name, spec in specs.items() if spec.tp_dim == 1]
+    return {
+        UNIVERSAL_CHECKPOINT_VERSION_KEY: _VERSION,
+        TP_REPLICATED_PARAMETER_PATTERNS: [_exactly(name) for name in replicated],
+        PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: [_exactly(name) for name in by_row],
+    }
+
+
+def _exactly(name: str) -> str:
+    return re.escape(name) + "$"
+
+
+def convert(source: Path, target: Path, specs: Specs, zero_stage: int) -> None:
+    """Write the universal form of a DeepSpeed checkpoint folder; by one process.
+
+    Args:
+        source: folder with ``mp_rank_*`` files, saved at ``zero_stage``.
+        target: folder to make.
+    """
+    if zero_stage == 0:
+        _convert_replicated(source, target, specs)
+        return
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=str(source),
+            output_folder=str(target),
+            num_extract_workers=1,  # in this process: its children would inherit CUDA and gloo
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=False,
+        )
+    )
+
+
+def _convert_replicated(source: Path, target: Path, specs: Specs) -> None:
+    files = sorted(source.glob("mp_rank_*_model_states.pt"))
+    ranks = [torch.load(f, map_location="cpu", weights_only=True, mmap=True) for f in files]
+    states = [rank["optimizer"]["state"] for rank in ranks]
+    for number, name in enumerate(optimizer_order(specs)):
+        spec, folder = specs[name], target / "zero" / name
+        folder.mkdir(parents=True)
+        _save_joined([rank["module"][name] for rank in ranks], spec, folder / f"{_FP32}.pt")
+        for moment in _MOMENTS:
+            slices = [state[number][moment] for state in states]
+            _save_joined(slices, spec, folder / f"{moment}.pt")
+        torch.save(states[0][number]["step"], folder / "step.pt")
+    common = {
+        PARAM_GROUPS: ranks[0]["optimizer"]["param_groups"],
+        DS_VERSION: deepspeed.__version__,
+    }
+    torch.save(common, target / "zero" / "optimizer_state.pt")
+    for file in files:
+        shutil.copy2(file, target)
+
+
+def _save_joined(slices: list[Tensor], spec: ParamSpec, path: Path) -> None:
+    if spec.tp_dim is None:
+        torch.save({PARAM: slices[0].clone()}, path)
+    else:
+        torch.save({PARAM: torch.cat(slices, dim=spec.tp_dim), CAT_DIM: spec.tp_dim}, path)
+
+
+def optimizer_order(specs: Specs) -> Iterable[str]:
+    """Names in the order of the optimizer's groups: matrices, then vectors."""
+    return sorted(specs, key=lambda name: len(specs[name].full_shape) < 2)  # stable
+
+
+def load_replicated(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, grid: ProcessGrid
+) -> None:
+    """Fill a stage 0 model and its AdamW with this rank's slices of a universal checkpoint."""
+
+    def read(name: str, what: str) -> Any:
+        return torch.load(
+            folder / "zero" / name / f"{what}.pt", map_location="cpu", weights_only=True
+        )
+
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    for name, parameter in trainable:
+        spec = spec_of(parameter)
+        with torch.no_grad():
+            parameter.copy_(shard(read(name, _FP32)[PARAM].view(spec.full_shape), spec, grid))
+        state = {
+            moment: shard(read(name, moment)[PARAM].view(spec.full_shape), spec, grid)
+            .to(parameter.device)
+            .clone(memory_format=torch.contiguous_format)
+            for moment in _MOMENTS
+        }
+        optimizer.state[parameter] = {"step": read(name, "step").to(parameter.device), **state}

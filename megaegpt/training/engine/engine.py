@@ -1,0 +1,242 @@
+"""DeepSpeed behind one class: the optimizer step, and saved state.
+
+Nothing else in the project imports DeepSpeed, so what it expects is written down here. Tested with
+0.19.8; ``setup.py`` pins the line, because defaults move between releases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():  # say so before DeepSpeed looks for devices and warns
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+from deepspeed.ops import __compatible_ops__ as deepspeed_ops
+
+from megaegpt.config.run import RunConfig
+from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
+from megaegpt.parallel.loss import IGNORE
+from megaegpt.parallel.params import ParamSpec, spec_of
+from megaegpt.parallel.rng import seed_micro_step
+from megaegpt.parallel.together import raising_together
+from megaegpt.precision import resolve_precision
+from megaegpt.training.checkpoint import deepspeed_state
+from megaegpt.training.checkpoint.manifest import Topology
+from megaegpt.training.checkpoint.universal import convert
+from megaegpt.training.engine.deepspeed_config import (
+    deepspeed_config,
+    effective_zero_stage,
+)
+from megaegpt.training.engine.gradients import PartNorms
+from megaegpt.training.engine.host_memory import keep_freed_memory
+from megaegpt.training.engine.optimizer import build_adamw, build_clipped_adamw
+from megaegpt.training.engine.replicas import assert_replicas_equal, is_sharded
+from megaegpt.training.engine.schedule import learning_rate
+
+MicroBatch = Mapping[str, Tensor]
+"""Tensors by name, on any device; ``targets`` (-100 where nothing is predicted) is among them."""
+
+LossFunction = Callable[[Callable[..., Tensor], MicroBatch], Tensor]
+"""(model, micro-batch on this rank's device) -> sum of nats, through one call of the model."""
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed would compile this CPU operator (45 s, needs a compiler); only its inference uses it.
+deepspeed_ops["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. Tensors are scalars on the device, equal on all ranks."""
+
+    loss: Tensor
+    """Mean nats per token over the global batch, before the update."""
+    tokens: Tensor
+    """Predicted tokens of the global batch."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping; inf where the step was skipped."""
+    lr: float
+    """Learning rate of this step."""
+    applied: bool
+    """False: the gradient was not finite and the weights are unchanged."""
+    nonfinite: bool
+    """Skipped for a cause that loss scaling does not cure."""
+    part_norms: Tensor | None = None
+    """Gradient norms of ``Engine.part_norms.names``; None unless ``logging.gradient_norms``."""
+
+
+class Engine:
+    """A model under DeepSpeed: ZeRO, mixed precision, clipping, AdamW.
+
+    Args:
+        model: the trainable model with its initial weights and :class:`ParamSpec` marks; it is
+            moved to the grid's device and cast in place. Anything frozen stays outside.
+        grid: this process's place; the process groups must exist (``parallel.launch``).
+        config: the run.
+
+    Raises:
+        ConfigError: a precision that the device lacks, or contradicting raw DeepSpeed keys.
+    """
+
+    def __init__(self, model: nn.Module, grid: ProcessGrid, config: RunConfig) -> None:
+        self.model = model
+        self.grid = grid
+        self.precision = resolve_precision(config.training.precision, grid.device)
+        if grid.device.type == "cpu":
+            keep_freed_memory()
+        stage = effective_zero_stage(config.parallel.zero_stage, self.precision)
+        self.topology = Topology(grid.tp_size, grid.dp_size, stage, self.precision)
+        self._config = config
+        self._loss_scale_was_minimal = False
+        for parameter in model.parameters():
+            # DeepSpeed counts the gradients of unmarked parameters on TP rank 0 only.
+            setattr(parameter, "tensor_model_parallel", is_sharded(parameter, grid))  # noqa: B010
+        model.to(grid.device)
+        optimizer: torch.optim.Optimizer
+        if stage == 0:
+            clipping = config.training.gradient_clipping
+            optimizer = build_clipped_adamw(model, config.optimizer, clipping, grid)
+        else:
+            optimizer = build_adamw(model, config.optimizer)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        options = deepspeed_config(config, grid.dp_size, self.precision, trainable)
+        with contextlib.redirect_stdout(None):  # its optimizers print memory figures
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, mpu=DeepSpeedMpu(grid), config=options
+            )
+        if self.precision == "fp16" and self._loss_scaler is not None:
+            # DeepSpeed would end the run with a bare Exception; train_step reports it instead.
+            self._loss_scaler.raise_error_at_min_scale = False
+        if stage == 0 and grid.dp_size == 1:
+            # Nothing is to be averaged: it would copy all gradients to one buffer and back.
+            self._deepspeed.enable_backward_allreduce = False
+        deepspeed_state.install(self._deepspeed)
+        self.part_norms = PartNorms(model, self._deepspeed.optimizer, grid)
+
+    @property
+    def loss_scale(self) -> float:
+        """The current loss scale; 1 unless the precision is fp16."""
+        return 1.0 if self._loss_scaler is None else float(self._loss_scaler.cur_scale)
+
+    @property
+    def _loss_scaler(self) -> Any:
+        return getattr(self._deepspeed.optimizer, "loss_scaler", None)
+
+    def parameter_specs(self) -> dict[str, ParamSpec]:
+        """The spec of every trainable parameter by name."""
+        return {n: spec_of(p) for n, p in self.model.named_parameters() if p.requires_grad}
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def train_step(
+        self, step: int, micro_batches: Sequence[MicroBatch], loss_function: LossFunction
+    ) -> StepResult:
+        """Optimizer step ``step`` (counted from 0) over this rank's micro-batches. Collective.
+
+        The gradient is that of (nats of the global batch) / (predicted tokens of the global batch),
+        however unevenly the tokens lie over ranks and micro-batches; without any, loss and gradient
+        are 0.
+        """
+        lr = learning_rate(step, self._config.optimizer, self._config.training.steps)
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        tokens = self._count_tokens(micro_batches)
+        divisor = tokens.clamp(min=1)
+        scale = self.grid.dp_size / divisor  # DeepSpeed averages over data-parallel ranks
+        nats, norms = torch.zeros((), device=self.grid.device), None
+        seed = self._config.training.seed
+        for micro_step, micro_batch in enumerate(micro_batches):
+            seed_micro_step(seed, step, micro_step, self.grid.dp_rank)
+            last = micro_step + 1 == len(micro_batches)
+            self._deepspeed.set_gradient_accumulation_boundary(last)
+            micro_nats = loss_function(self._deepspeed, self._to_device(micro_batch))
+            self._deepspeed.backward(micro_nats * scale, scale_wrt_gas=False)
+            if last and self._config.logging.measures_parts(step):
+                norms = self.part_norms.measure(self.loss_scale)
+            self._deepspeed.step()
+            nats += micro_nats.detach()
+        if self.grid.dp_group is not None:
+            dist.all_reduce(nats, group=self.grid.dp_group)
+        return dataclasses.replace(self._result(nats / divisor, tokens, lr), part_norms=norms)
+
+    def _count_tokens(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        counts = [(batch["targets"] != IGNORE).sum() for batch in micro_batches]
+        tokens = torch.stack(counts).sum().to(self.grid.device, non_blocking=True)
+        if self.grid.dp_group is not None:
+            dist.all_reduce(tokens, group=self.grid.dp_group)
+        return tokens
+
+    def _to_device(self, micro_batch: MicroBatch) -> MicroBatch:
+        device = self.grid.device
+        return {name: x.to(device, non_blocking=True) for name, x in micro_batch.items()}
+
+    def _result(self, loss: Tensor, tokens: Tensor, lr: float) -> StepResult:
+        applied = self._deepspeed.was_step_applied()
+        norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32)
+        nonfinite = False
+        if not applied:
+            norm = torch.full_like(norm, torch.inf)
+            scaler = self._loss_scaler if self.precision == "fp16" else None
+            at_minimum = scaler is None or scaler.cur_scale <= scaler.min_scale
+            nonfinite = at_minimum or not bool(torch.isfinite(loss))
+        return StepResult(loss, tokens, norm.to(loss.device), lr, applied, nonfinite)
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def save_state(self, folder: Path) -> list[Path]:
+        """Write weights and optimizer state under ``folder``; collective.
+
+        Returns:
+            The files that this rank wrote.
+
+        Raises:
+            OSError: writing failed on this rank; every rank has left the collective part by then.
+        """
+        return deepspeed_state.save(self._deepspeed, folder, self.parameter_specs())
+
+    def load_state(self, folder: Path) -> None:
+        """Restore what :meth:`save_state` wrote under the same topology. Collective.
+
+        Raises:
+            CheckpointError: the files do not fit this model.
+        """
+        deepspeed_state.load(self._deepspeed, folder)
+
+    def load_reshaped(self, folder: Path, saved: Topology, scratch: Path) -> None:
+        """Restore what :meth:`save_state` wrote under the topology ``saved``. Collective.
+
+        Goes through DeepSpeed's universal checkpoint, made in ``scratch``: a folder that the main
+        rank makes and every rank sees, and that the caller removes.
+
+        Raises:
+            CheckpointError: the files do not fit this model, or there is no room for ``scratch``.
+        """
+        universal = scratch / "universal"
+        with raising_together(self.grid):
+            if self.grid.is_main:
+                deepspeed_state.make_scratch(scratch, folder)
+                with deepspeed_state.loading(folder):
+                    convert(folder, universal, self.parameter_specs(), saved.zero_stage)
+        deepspeed_state.load_universal(self._deepspeed, universal, self.grid)
+
+    def assert_replicas_equal(self) -> None:
+        """Check bit for bit that ranks which hold the same parameter agree. Collective; for tests.
+
+        Raises:
+            AssertionError: on every rank; names the first parameter that differs anywhere.
+        """
+        assert_replicas_equal(self.model, self.grid)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the model."""
+        self._deepspeed.destroy()

@@ -1,0 +1,74 @@
+"""The gradient norm of each part of a model, wherever DeepSpeed keeps the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaegpt.model.parts import part_of
+from megaegpt.parallel.grid import ProcessGrid
+
+
+class PartNorms:
+    """Measures between the backward pass of the last micro-step and the update.
+
+    Parameters carry ``tensor_model_parallel`` as for the global norm (``optimizer``).
+
+    Args:
+        model: parts without trainable parameters are left out.
+        optimizer: DeepSpeed's, or the plain one of ZeRO stage 0.
+        grid: sums go over its groups.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, grid: ProcessGrid) -> None:
+        trainable = [(part_of(n), p) for n, p in model.named_parameters() if p.requires_grad]
+        parts = list(dict.fromkeys(part for part, _ in trainable))
+        self.names = [_label(part) for part in parts]
+        """As in ``embeddings``, ``layer_00``, ``norm``."""
+        self._parameters = [parameter for _, parameter in trainable]
+        self._number = {id(parameter): parts.index(part) for part, parameter in trainable}
+        self._optimizer = optimizer
+        self._grid = grid
+
+    @torch.no_grad()
+    def measure(self, loss_scale: float) -> Tensor:
+        """2-norms before clipping (parts,), on every rank. Collective."""
+        grid, own = self._grid, self._grid.tp_rank == 0
+        squares = torch.zeros(len(self.names), dtype=torch.float64, device=grid.device)
+        for parameter, piece in self._pieces():
+            if own or getattr(parameter, "tensor_model_parallel", False):
+                norm = torch.linalg.vector_norm(piece, dtype=torch.float32)
+                squares[self._number[id(parameter)]] += norm.double().square()
+        partitioned = hasattr(self._optimizer, "averaged_gradients")
+        for group in (grid.tp_group, grid.dp_group if partitioned else None):
+            if group is not None:
+                dist.all_reduce(squares, group=group)
+        return squares.sqrt().float() / loss_scale
+
+    def _pieces(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """What this rank has of each gradient: with ZeRO its partition's share, else all of it."""
+        optimizer = self._optimizer
+        if hasattr(optimizer, "averaged_gradients"):
+            for number, parameters in enumerate(optimizer.params_in_partition):
+                pieces = optimizer.averaged_gradients[number]
+                filled = (g for g in pieces if not getattr(g, "_zero_padding", False))
+                yield from zip(parameters, filled, strict=False)  # padding of an empty share
+        elif hasattr(optimizer, "fp32_groups_gradients"):  # bf16 at stage 1
+            for parameters, gradients in zip(
+                optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True
+            ):
+                yield from zip(parameters, gradients, strict=True)
+        else:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    yield parameter, parameter.grad
+
+
+def _label(part: str) -> str:
+    """A name that sorts and that TensorBoard accepts: ``layers:3`` -> ``layer_03``."""
+    name, _, number = part.partition(":")
+    return f"layer_{int(number):02d}" if number else name

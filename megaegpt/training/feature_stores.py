@@ -1,0 +1,142 @@
+"""A run's frozen encoder and its feature stores: which ones it needs, where, and of what."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.data.features.store import FeatureSpec, FeatureStore
+from megaegpt.data.features.writer import compute_features
+from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.errors import ConfigError
+from megaegpt.interop.sources import resolve_weights_source, source_config
+from megaegpt.model.egpt.egpt import chunk_features
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.initialization import initialization_problems
+from megaegpt.model.weights import read_weights_config
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.together import raising_together
+from megaegpt.precision import DTYPES, Precision
+
+
+def find_encoder(config: RunConfig) -> ModelConfig | None:
+    """The architecture of the encoder, if it is known on this machine; None for a gpt.
+
+    Raises:
+        ConfigError: the encoder does not fit the decoder.
+        CheckpointError: there are no weights at ``model.encoder.source``.
+    """
+    if config.model.kind == "gpt":
+        return None
+    source = _source(config)
+    return _fitting_encoder(config.model, source_config(source), source)
+
+
+def load_encoder(
+    config: RunConfig, grid: ProcessGrid, precision: Precision
+) -> FrozenEncoder | None:
+    """The frozen encoder on this rank's device, in the training precision; None for a gpt.
+
+    Collective over all ranks.
+
+    Raises:
+        ConfigError: the encoder does not fit the decoder.
+        CheckpointError: there are no weights at ``model.encoder.source``, nor a model of its name.
+    """
+    if config.model.kind == "gpt":
+        return None
+    folder = resolve_weights_source(_source(config), grid)
+    with raising_together(grid):
+        _fitting_encoder(config.model, read_weights_config(folder)[0], str(folder))
+    source = dataclasses.replace(config.model.encoder, source=str(folder))
+    return FrozenEncoder.from_source(source, grid, DTYPES[precision])
+
+
+def _source(config: RunConfig) -> str:
+    source = config.model.encoder.source
+    if source is None:
+        raise ConfigError("model.encoder.source is not set: give the folder of a GPT's weights")
+    return source
+
+
+def _fitting_encoder(model: ModelConfig, encoder: ModelConfig, source: str) -> ModelConfig:
+    problems = []
+    if encoder.kind != "gpt":
+        problems.append(f"it is a {encoder.kind}, not a gpt")
+    if encoder.hidden_size != model.hidden_size:
+        problems.append(f"its hidden_size is {encoder.hidden_size}, model's {model.hidden_size}")
+    if encoder.vocab_size != model.vocab_size:
+        problems.append(f"its vocab_size is {encoder.vocab_size}, model's {model.vocab_size}")
+    if encoder.max_seq_len < model.egpt.chunk_size:
+        problems.append(
+            f"it sees {encoder.max_seq_len} tokens, a chunk has {model.egpt.chunk_size}"
+        )
+    layers = model.encoder.layers or encoder.num_layers
+    if layers > encoder.num_layers:
+        problems.append(f"it has {encoder.num_layers} blocks, model.encoder.layers is {layers}")
+    if model.encoder.initialize_decoder:
+        problems += initialization_problems(model, encoder)
+    if problems:
+        raise ConfigError(f"model.encoder.source={source} does not fit: {'; '.join(problems)}")
+    return dataclasses.replace(encoder, num_layers=layers)
+
+
+def needs_store(config: RunConfig) -> bool:
+    """Whether the run reads features from disk."""
+    data, kind = config.data, config.model.kind
+    history = kind == "egpt" and config.model.egpt.history and data.history_features == "stored"
+    return history or (kind != "gpt" and data.token_features == "stored")
+
+
+def store_folder(config: RunConfig, split: str) -> Path:
+    """Where the store of ``train`` or ``validation`` is."""
+    beside_checkpoints = Path(config.checkpoint.directory).parent / "features"
+    return Path(config.data.features or beside_checkpoints) / split
+
+
+def store_spec(
+    config: RunConfig, encoder: FrozenEncoder, stream: TokenStream, precision: Precision
+) -> FeatureSpec:
+    """What the run needs of a store over ``stream``."""
+    egpt, dtype = config.model.egpt, config.data.feature_dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if precision == "bf16" else "float32"
+    return FeatureSpec(
+        encoder=encoder.fingerprint,
+        shards=stream.fingerprint,
+        num_chunks=len(stream) // egpt.chunk_size,
+        chunk_size=egpt.chunk_size,
+        features_per_chunk=egpt.features_per_chunk,
+        pooling=egpt.feature_pooling,
+        hidden_size=encoder.config.hidden_size,
+        dtype=dtype,
+        token_states=config.data.token_features == "stored",
+    )
+
+
+def prepare_store(
+    config: RunConfig,
+    grid: ProcessGrid,
+    encoder: FrozenEncoder,
+    stream: TokenStream,
+    split: str,
+    precision: Precision,
+) -> FeatureStore:
+    """Open the store of a split, computing what is missing of it. Collective over all ranks."""
+    folder = store_folder(config, split)
+    spec = store_spec(config, encoder, stream, precision)
+    if grid.is_main and not FeatureStore.exists(folder):
+        size = f"{spec.num_bytes / 2**20:,.1f} MiB"
+        print(f"features of {spec.num_chunks:,} chunks -> {folder} ({size})", flush=True)
+    return compute_features(
+        folder,
+        spec,
+        stream,
+        encode=encoder,
+        pool=functools.partial(chunk_features, config=config.model.egpt),
+        grid=grid,
+        batch_size=config.model.encoder.batch_size,
+        title=f"{split} features",
+    )

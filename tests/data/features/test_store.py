@@ -1,0 +1,221 @@
+"""The feature store: what is read is what was encoded, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import mmap
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megaegpt.data.tokens import memory_map
+from megaegpt.data.features.store import FeatureSpec, FeatureStore
+from megaegpt.data.features.writer import compute_features
+from megaegpt.errors import DataError
+from megaegpt.parallel.grid import ProcessGrid
+
+CHUNKS, SIZE, WIDTH, POOLED = 45, 4, 6, 2
+_TABLE = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+class Stream:
+    """45 chunks of random tokens, and half of one more."""
+
+    tokens = np.random.default_rng(0).integers(0, 100, CHUNKS * SIZE + 2).astype(np.uint16)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        return self.tokens[start : start + length]
+
+
+def encode(tokens: Tensor) -> Tensor:
+    """States that depend on the tokens of the chunk so far."""
+    return _TABLE[tokens].cumsum(-2)
+
+
+def pool(states: Tensor) -> Tensor:
+    return states.unflatten(-2, (POOLED, -1))[..., -1, :]
+
+
+def spec(**changes: Any) -> FeatureSpec:
+    values: dict[str, Any] = {
+        "encoder": "e" * 64,
+        "shards": "s" * 64,
+        "num_chunks": CHUNKS,
+        "chunk_size": SIZE,
+        "features_per_chunk": POOLED,
+        "pooling": "last",
+        "hidden_size": WIDTH,
+        "dtype": "float32",
+    }
+    return FeatureSpec(**values | changes)
+
+
+def compute(folder: Path, wanted: FeatureSpec, encoder: Any = encode) -> FeatureStore:
+    return compute_features(folder, wanted, Stream(), encoder, pool, ProcessGrid(), batch_size=5)
+
+
+def all_states() -> Tensor:
+    tokens = torch.from_numpy(Stream.tokens[: CHUNKS * SIZE].astype(np.int64))
+    return encode(tokens.view(CHUNKS, SIZE))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_store_gives_back_the_encoder_s_states_in_any_order(tmp_path: Path, dtype: str) -> None:
+    store = compute(tmp_path, spec(dtype=dtype, token_states=True))
+    states = all_states().to(getattr(torch, dtype))
+    ids = torch.tensor([[44, 0, 17], [17, 3, 31]])
+    assert store.token_states(ids).equal(states[ids])
+    assert store.history(ids).equal(pool(states[ids]))
+    assert store.history(ids[:, :0]).shape == (2, 0, POOLED, WIDTH)
+    on_disk = sum(len(np.load(p).tobytes()) for p in tmp_path.glob("*.npy"))
+    assert store.spec.num_bytes == on_disk
+
+
+def test_reading_lets_go_of_pages_and_reads_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_map, "_RESIDENT_BYTES", 1)
+    dropped, drop = [], memory_map._drop_pages
+
+    def noting(content: np.ndarray) -> None:
+        dropped.append(type(content.base))
+        drop(content)
+
+    monkeypatch.setattr(memory_map, "_drop_pages", noting)
+    store = compute(tmp_path, spec())
+    for _ in range(3):
+        assert store.history(torch.arange(CHUNKS)).equal(pool(all_states()))
+    assert len(dropped) >= 2 * store.spec.num_parts
+    assert set(dropped) == {mmap.mmap}
+
+
+def test_a_complete_store_is_not_computed_again(tmp_path: Path) -> None:
+    compute(tmp_path, spec())
+
+    def refuses(tokens: Tensor) -> Tensor:
+        raise AssertionError("encoded again")
+
+    compute(tmp_path, spec(), refuses)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encoder": "f" * 64}, ["encoder", "eeee", "ffff"]),
+        ({"shards": "t" * 64}, ["shards"]),
+        ({"chunk_size": 2, "num_chunks": 90}, ["chunk_size is 4 there and 2 here", "num_chunks"]),
+        ({"pooling": "mean"}, ["pooling is last there and mean here"]),
+        ({"dtype": "bfloat16"}, ["dtype"]),
+        ({"token_states": True}, ["token_states is False there and True here"]),
+    ],
+)
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_store_of_something_else_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], words: list[str], complete: bool
+) -> None:
+    compute(tmp_path, spec())
+    if not complete:
+        (tmp_path / "manifest.json").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with pytest.raises(DataError) as caught:
+        compute(tmp_path, spec(**changes))
+    assert all(word in str(caught.value) for word in [str(tmp_path), *words])
+    assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_token_states_that_are_not_needed_do_no_harm(tmp_path: Path) -> None:
+    compute(tmp_path, spec(token_states=True))
+    store = compute(tmp_path, spec())
+    assert store.history(torch.arange(CHUNKS)).equal(pool(all_states()))
+
+
+def test_a_damaged_store_is_refused_by_the_file_s_name(tmp_path: Path) -> None:
+    compute(tmp_path, spec())
+    part = tmp_path / "features-00001.npy"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=r"features-00001\.npy"):
+        FeatureStore.open(tmp_path, spec())
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    store = FeatureStore.open(tmp_path, spec())
+    with pytest.raises(DataError, match=r"features-00001\.npy.*damaged"):
+        store.verify()
+    part.write_bytes(whole)
+    store.verify()
+
+
+def test_without_a_manifest_a_store_does_not_open(tmp_path: Path) -> None:
+    compute(tmp_path, spec())
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(DataError, match="no complete feature store"):
+        FeatureStore.open(tmp_path, spec())
+
+
+def test_a_full_disk_is_reported_and_leaves_no_part_behind(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    try:
+        with pytest.raises(DataError, match="cannot write"):
+            compute(tmp_path, spec(token_states=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    compute(tmp_path, spec(token_states=True)).verify()
+
+
+_SLOW = """
+import sys, time
+from pathlib import Path
+from tests.data.features import test_store as t
+def encode(tokens):
+    time.sleep(0.15)
+    return t.encode(tokens)
+t.compute(Path(sys.argv[1]), t.spec(), encode)
+"""
+
+
+def test_a_killed_computation_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    process = subprocess.Popen([sys.executable, "-c", _SLOW, str(tmp_path)], cwd=root)
+    first = tmp_path / "features-00000.npy"
+    while not first.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)  # inside the second part
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "manifest.json").exists()
+    written = first.stat().st_mtime_ns
+    seen: list[int] = []
+
+    def counting(tokens: Tensor) -> Tensor:
+        seen.append(len(tokens))
+        return encode(tokens)
+
+    store = compute(tmp_path, spec(), counting)
+    assert first.stat().st_mtime_ns == written
+    assert sum(seen) == CHUNKS - 16
+    assert store.history(torch.arange(CHUNKS)).equal(pool(all_states()))
+    assert not list(tmp_path.glob("*.tmp"))
+    assert os.listdir(tmp_path).count("manifest.json") == 1
+
+
+def test_parts_do_not_depend_on_the_batch_size_and_are_bounded_in_number() -> None:
+    for chunks in (1, 16, 17, 4096, 4097, 10**7):
+        wanted = dataclasses.replace(spec(), num_chunks=chunks)
+        covered = [wanted.part_chunks(part) for part in range(wanted.num_parts)]
+        assert covered[0].start == 0
+        assert covered[-1].stop == chunks
+        assert all(a.stop == b.start for a, b in itertools.pairwise(covered))
+        assert len(covered) <= 256

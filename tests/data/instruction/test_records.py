@@ -1,0 +1,129 @@
+"""Instruction data: the answer and its end are learned, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaegpt.data.instruction.records import (
+    Instruction,
+    InstructionDataset,
+    create_instruction_collate_fn,
+    read_instructions,
+)
+from megaegpt.data.readers.documents import Problems
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import DataError
+
+TOKENIZER = Tokenizer.load()
+SHORT = Instruction("Say yes.", "", "Yes.")
+LONG = Instruction("Repeat {this}.", "a, b", "a, b, a, b")
+
+
+def test_alpaca_and_dolly_in_arrays_and_lines_are_one_kind_of_record(tmp_path: Path) -> None:
+    alpaca = [
+        {"instruction": "Say yes.", "input": "", "output": "Yes."},
+        {"instruction": "Repeat {this}.", "input": "a, b", "output": "a, b, a, b"},
+        {"instruction": "Say yes.", "output": "Yes."},
+    ]
+    dolly = [
+        {"instruction": "Say yes.", "context": "", "response": "Yes.", "category": "x"},
+        {"instruction": "Repeat {this}.", "context": "a, b", "response": "a, b, a, b"},
+    ]
+    (tmp_path / "alpaca.json").write_text(json.dumps(alpaca, indent=4))
+    (tmp_path / "dolly.jsonl").write_text("\n".join(map(json.dumps, dolly)) + "\n\n")
+    fail = Problems("fail")
+    assert read_instructions(tmp_path / "alpaca.json", fail) == [SHORT, LONG, SHORT]
+    assert read_instructions(tmp_path / "dolly.jsonl", fail) == [SHORT, LONG]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '[{"instruction": "x"}]', "record 1: needs the texts"),
+        ("a.json", '[{"instruction": "x", "output": 5}]', "record 1: needs the texts"),
+        ("a.json", '[["x"]]', "record 1: a JSON list"),
+        ("a.jsonl", '{"instruction": "x", "output": "y"}\n{"a": 1}', "line 2: needs the texts"),
+        ("a.jsonl", '{"instruction": ', "line 1: .*not JSON"),
+    ],
+)
+def test_bad_records_are_named_or_skipped(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_instructions(tmp_path / name, Problems("fail"))
+    problems = Problems("skip")
+    assert len(read_instructions(tmp_path / name, problems)) == content.count('"y"')
+    assert problems.count == 1
+
+
+def test_a_broken_array_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"instruction": "x"},')
+    with pytest.raises(DataError, match=r"a\.json is not JSON"):
+        read_instructions(tmp_path / "a.json", Problems("skip"))
+
+
+def test_prompts_have_alpacas_form_and_keep_braces() -> None:
+    assert SHORT.prompt.endswith("### Instruction:\nSay yes.\n\n### Response:\n")
+    assert "### Input:" not in SHORT.prompt
+    assert "Repeat {this}.\n\n### Input:\na, b\n\n### Response:\n" in LONG.prompt
+
+
+@pytest.mark.parametrize("record", [SHORT, LONG])
+def test_exactly_the_answer_and_its_end_are_learned(record: Instruction) -> None:
+    ((tokens, targets),) = list(_items(InstructionDataset([record], TOKENIZER, 200)))
+    assert tokens.shape == targets.shape
+    learned = targets[targets != -100].tolist()
+    assert learned == [*TOKENIZER.encode(record.response), 50256]
+    assert TOKENIZER.decode(tokens) == record.prompt + record.response
+    valid = targets[:-1] != -100
+    assert torch.equal(targets[:-1][valid], tokens[1:][valid])
+
+
+def test_the_prompt_is_learned_on_request() -> None:
+    ((tokens, targets),) = list(
+        _items(InstructionDataset([SHORT], TOKENIZER, 200, mask_prompt=False))
+    )
+    assert torch.equal(targets[:-1], tokens[1:])
+
+
+def test_records_with_nothing_to_learn_are_dropped_and_long_ones_cut() -> None:
+    prompt = len(TOKENIZER.encode(SHORT.prompt))
+    empty = Instruction("Say nothing.", "", "")
+    fits = InstructionDataset([SHORT, empty], TOKENIZER, max_seq_len=prompt)
+    assert (len(fits), fits.dropped, fits.cut) == (1, 1, 1)
+    tokens, targets = fits[0]
+    assert len(tokens) == prompt
+    assert targets[targets != -100].tolist() == TOKENIZER.encode("Yes.")[:1]
+    none = InstructionDataset([SHORT], TOKENIZER, max_seq_len=prompt - 1)
+    assert (len(none), none.dropped) == (0, 1)
+
+
+def test_batches_are_padded_without_learning_the_padding() -> None:
+    dataset = InstructionDataset([SHORT, LONG], TOKENIZER, 200)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=2, collate_fn=create_instruction_collate_fn(50256, multiple_of=8)
+    )
+    ((tokens, targets),) = list(loader)
+    longest = max(len(item) for item, _ in _items(dataset))
+    assert tokens.shape == targets.shape == (2, -(-longest // 8) * 8)
+    for row, (item_tokens, item_targets) in enumerate(_items(dataset)):
+        assert torch.equal(tokens[row, : len(item_tokens)], item_tokens)
+        assert (tokens[row, len(item_tokens) :] == 50256).all()
+        assert torch.equal(targets[row, : len(item_targets)], item_targets)
+        assert (targets[row, len(item_targets) :] == -100).all()
+    assert (targets == 50256).sum() == 2  # each answer's end, and no padding
+
+
+def test_real_instructions_are_all_usable(data_dir: Path) -> None:
+    records = read_instructions(data_dir / "instructions.json", Problems("fail"))
+    dataset = InstructionDataset(records, TOKENIZER, 1024)
+    assert (len(records), len(dataset), dataset.dropped, dataset.cut) == (1100, 1100, 0, 0)
+
+
+def _items(dataset: InstructionDataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [dataset[index] for index in range(len(dataset))]

@@ -1,0 +1,430 @@
+"""Text to shards: nothing lost, nothing half done, the same bytes for any number of workers."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+
+from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preprocess
+from megaegpt.data.preprocess.encode import EncodeOptions
+from megaegpt.data.preprocess.jobs import Damage, Job
+from megaegpt.data.preprocess.pool import EncoderPool
+from megaegpt.data.readers.gutenberg import cut_wrapper
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.corpus_manifest import Manifest
+from megaegpt.data.tokens.shards import Shard, ShardWriter
+from megaegpt.data.tokens.stream import TokenStream, resolve_prefixes
+from megaegpt.errors import DataError
+from megaegpt.files import locked_folder
+
+TOKENIZER = Tokenizer.load()
+TEXTS = ["Hello world.", "Zwei\nZeilen, größer.", "日本語 <|endoftext|> text", " spaces  \n\n"]
+
+
+@pytest.fixture(autouse=True)
+def _load_the_vocabulary_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "load", lambda vocabulary=None: TOKENIZER)
+
+
+def jsonl(texts: list[str], key: str = "text") -> bytes:
+    return b"".join(json.dumps({key: t, "id": n}).encode() + b"\n" for n, t in enumerate(texts))
+
+
+@functools.cache
+def many_texts(count: int = 3000) -> list[str]:
+    generator = np.random.default_rng(1)
+    words = ["peace", "war", "the", "and", "Prince", "ß", "\n", "1812,"]
+    return [
+        f"Document {n}: " + " ".join(generator.choice(words, size=generator.integers(1, 60)))
+        for n in range(count)
+    ]
+
+
+def run(output: Path, *inputs: Path, **options: Any) -> Report:
+    encode = EncodeOptions(**options.pop("encode", {}))
+    paths = tuple(str(path) for path in inputs)
+    return preprocess(PreprocessOptions(output, paths, encode=encode, **options))
+
+
+def documents(prefix: Path) -> list[str]:
+    """The text of each document of a split, without its end-of-text token."""
+    texts = []
+    for shard in map(Shard, resolve_prefixes([str(prefix)])):
+        shard.verify(TOKENIZER.vocab_size)
+        for number in range(shard.num_documents):
+            tokens = shard.document(number).tolist()
+            assert tokens.pop() == 50256
+            texts.append(TOKENIZER.decode(tokens))
+    return texts
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_every_kind_of_input_gives_its_text_back(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    (source / "deeper").mkdir(parents=True)
+    (source / "a.jsonl").write_bytes(jsonl(TEXTS))
+    (source / "b2.jsonl.gz").write_bytes(gzip.compress(jsonl(["gzip"])))
+    (source / "b10.jsonl.zst").write_bytes(zstandard.compress(jsonl(["zstandard"])))
+    (source / "deeper" / "c.txt").write_bytes(b"\xef\xbb\xbfCR LF\r\nand LF\n")
+    (source / "d.txt.gz").write_bytes(gzip.compress(b"plain"))
+    (source / "ignored.pdf").write_bytes(b"%PDF")
+    expected = [*TEXTS, "gzip", "zstandard", "plain", "CR LF\nand LF\n"]
+    report = run(tmp_path / "folder", source)
+    assert sorted(documents(tmp_path / "folder" / "train")) == sorted(expected)
+    assert report.manifest.counts["documents"] == len(expected)
+    assert report.manifest.counts["text_bytes"] == sum(len(text.encode()) for text in expected)
+    run(tmp_path / "glob", source / "b*.jsonl.*")
+    assert documents(tmp_path / "glob" / "train") == ["gzip", "zstandard"]  # 2 before 10
+    run(tmp_path / "order", source / "d.txt.gz", source / "a.jsonl")
+    assert documents(tmp_path / "order" / "train") == ["plain", *TEXTS]
+
+
+def test_a_byte_order_mark_blank_lines_and_a_missing_last_newline_are_no_problem(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "one"}\r\n\r\n  \n{"text": "two"}')
+    run(tmp_path / "out", path)
+    assert documents(tmp_path / "out" / "train") == ["one", "two"]
+
+
+@pytest.mark.parametrize(("shards", "most_workers"), [(1, 2), (3, 3)])
+def test_the_number_of_workers_changes_nothing(
+    tmp_path: Path, shards: int, most_workers: int
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(many_texts()))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(many_texts(500))))
+    outputs = []
+    for workers in range(1, most_workers + 1):
+        output = tmp_path / f"out{workers}"
+        inputs = tmp_path / "a.jsonl", tmp_path / "b.jsonl.zst"
+        options: dict[str, Any] = {"validation_fraction": 0.1, "deduplicate": True}
+        run(output, *inputs, workers=workers, shards=shards, **options)
+        outputs.append(files_of(output))
+    assert all(output == outputs[0] for output in outputs)
+    assert len(outputs[0]) == 1 + 4 * shards
+    if shards > 1:
+        tokens = [len(s.tokens) for s in TokenStream([f"{tmp_path}/out1/train"]).shards]
+        assert min(tokens) > 0.5 * max(tokens)
+
+
+def test_shards_hold_the_documents_in_the_order_of_the_input(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(many_texts()))
+    for shards in (1, 4):
+        run(tmp_path / f"out{shards}", tmp_path / "a.jsonl", shards=shards)
+        assert documents(tmp_path / f"out{shards}" / "train") == many_texts()
+
+
+BAD_LINES = {
+    "malformed": (b'{"text": "cut', "not JSON"),
+    "not an object": (b'["text"]', "a JSON list, not an object"),
+    "no text": (b'{"body": "x"}', r"no text column 'text'; the columns are 'body'"),
+    "null": (b'{"text": null}', "is empty"),
+    "number": (b'{"text": 5}', "is of type int"),
+    "empty": (b'{"text": ""}', "is empty"),
+    "blank": (b'{"text": " \\n"}', "is empty"),
+    "not UTF-8": (b'{"text": "\xff\xfe caf\xe9"}', "not UTF-8"),
+    "surrogate": (b'{"text": "a\\ud800b"}', "half of a surrogate pair"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_bad_line_stops_the_run_or_is_counted(tmp_path: Path, case: str, suffix: str) -> None:
+    line, message = BAD_LINES[case]
+    good = jsonl(many_texts())
+    content = good + line + b"\n" + jsonl(TEXTS)
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    with pytest.raises(DataError, match=message) as error:
+        run(tmp_path / "fail", path)
+    assert str(error.value).startswith(f"{path}, line 3001: ")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "fail").iterdir())
+    report = run(tmp_path / "skip", path, on_bad_input="skip")
+    assert documents(tmp_path / "skip" / "train") == many_texts() + TEXTS
+    assert report.manifest.counts["bad_inputs"] == 1
+    assert report.problems.summary().splitlines()[1].startswith(f"  {path}, line 3001: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where", "message"),
+    [
+        ("a.txt", b"fine\nfine\n caf\xe9\n", ", line 3", "not UTF-8 at byte 14 of the file"),
+        ("a.txt", b"", "", "the file is empty"),
+        ("a.txt", b" \n", "", "the file is empty"),
+        ("a.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:-20], "", "truncated or damaged"),
+        ("a.txt.gz", b"no gzip", "", "truncated or damaged"),
+    ],
+)
+def test_a_bad_text_file_stops_the_run_or_is_counted(
+    tmp_path: Path, name: str, content: bytes, where: str, message: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    (tmp_path / "in" / "good.txt").write_text("good")
+    with pytest.raises(DataError, match=message) as error:
+        run(tmp_path / "fail", tmp_path / "in")
+    assert str(error.value).startswith(f"{tmp_path}/in/{name}{where}: ")
+    report = run(tmp_path / "skip", tmp_path / "in", on_bad_input="skip")
+    assert documents(tmp_path / "skip" / "train") == ["good"]
+    assert report.manifest.counts["bad_inputs"] == 1
+
+
+@pytest.mark.parametrize(("suffix", "workers"), [(".gz", 1), (".zst", 1), (".gz", 2)])
+def test_a_truncated_archive_is_a_problem_with_a_place(
+    tmp_path: Path, suffix: str, workers: int
+) -> None:
+    texts = many_texts()
+    compress = gzip.compress if suffix == ".gz" else zstandard.compress
+    whole = compress(jsonl(texts))
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(DataError, match=r", line \d+: truncated or damaged"):
+        run(tmp_path / "fail", path, workers=workers)
+    report = run(tmp_path / "skip", path, on_bad_input="skip", workers=workers)
+    found = documents(tmp_path / "skip" / "train")
+    assert found == texts[: len(found)]
+    assert report.manifest.counts["bad_inputs"] == 1
+
+
+def test_missing_and_unknown_inputs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing\.txt: no such file"):
+        run(tmp_path / "out", tmp_path / "nothing.txt")
+    with pytest.raises(DataError, match=r"\*\.jsonl: no file matches"):
+        run(tmp_path / "out", tmp_path / "*.jsonl")
+    (tmp_path / "a.dat").write_text("text")
+    with pytest.raises(DataError, match=r"a\.dat: its name does not say .* --format"):
+        run(tmp_path / "out", tmp_path / "a.dat")
+    run(tmp_path / "out", tmp_path / "a.dat", kind="text")
+    assert documents(tmp_path / "out" / "train") == ["text"]
+
+
+def test_input_without_documents_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n\n")
+    with pytest.raises(DataError, match=r"no documents in .*a\.jsonl"):
+        run(tmp_path / "out", tmp_path / "a.jsonl")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_options_choose_key_length_and_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a", "bb", "ccc"], key="content"))
+    encode = {"text_key": "content", "min_chars": 2, "append_eod": False}
+    report = run(tmp_path / "out", tmp_path / "a.jsonl", encode=encode)
+    stream = TokenStream([f"{tmp_path}/out/train"])
+    assert TOKENIZER.decode(stream.read(0, len(stream))) == "bbccc"
+    assert report.manifest.counts["too_short"] == 1
+
+
+def test_the_document_split_keeps_copies_together_and_ignores_order(tmp_path: Path) -> None:
+    texts = many_texts()
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts + texts[:100]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl(texts[::-1]))
+    run(tmp_path / "a", tmp_path / "a.jsonl", validation_fraction=0.2)
+    run(tmp_path / "b", tmp_path / "b.jsonl", validation_fraction=0.2)
+    train, validation = (documents(tmp_path / "a" / split) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(texts + texts[:100])
+    assert not set(train) & set(validation)
+    assert set(validation) == set(documents(tmp_path / "b" / "validation"))
+    # A binomial share of 3000 documents: 5 standard deviations.
+    assert abs(len(set(validation)) / 3000 - 0.2) < 5 * np.sqrt(0.16 / 3000)
+
+
+def test_the_token_split_cuts_the_stream_where_it_says(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(many_texts(50)))
+    run(tmp_path / "whole", tmp_path / "a.jsonl")
+    run(tmp_path / "cut", tmp_path / "a.jsonl", split_tokens=0.8)
+    whole, head, tail = (
+        Shard(tmp_path / name).tokens.tolist()
+        for name in ("whole/train", "cut/train", "cut/validation")
+    )
+    assert head + tail == whole
+    assert len(head) == int(0.8 * len(whole))
+    assert Shard(tmp_path / "cut/train").num_documents == 41 or head[-1] != 50256
+
+
+def test_a_validation_input_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(jsonl(many_texts(200)))
+    (tmp_path / "held_out.txt").write_text("held out")
+    run(
+        tmp_path / "out",
+        tmp_path / "train.jsonl",
+        validation=(str(tmp_path / "held_out.txt"),),
+    )
+    assert documents(tmp_path / "out" / "train") == many_texts(200)
+    assert documents(tmp_path / "out" / "validation") == ["held out"]
+
+
+def test_repeated_documents_are_dropped_after_the_first(tmp_path: Path) -> None:
+    texts = many_texts(1000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*texts, "x", "x", *texts[:700], "y"]))
+    for shards in (1, 3):
+        output = tmp_path / f"out{shards}"
+        report = run(output, tmp_path / "a.jsonl", deduplicate=True, shards=shards)
+        assert documents(output / "train") == [*texts, "x", "y"]
+        assert report.manifest.counts["duplicates"] == 701
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_an_interrupted_run_keeps_finished_shards_and_redoes_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deduplicate: bool
+) -> None:
+    texts = many_texts(2000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts + texts[:500]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl(["bad"] * 3) + b"bad\n")
+    options: dict[str, Any] = {
+        "shards": 4,
+        "deduplicate": deduplicate,
+        "on_bad_input": "skip",
+        "validation_fraction": 0.1,
+    }
+    inputs = tmp_path / "b.jsonl", tmp_path / "a.jsonl"
+    run(tmp_path / "expected", *inputs, **options)
+    finish, calls = ShardWriter.finish, iter(range(100))
+
+    def finish_some(writer: ShardWriter) -> Any:
+        if next(calls) == 5:  # the validation shard of the third part
+            raise KeyboardInterrupt
+        return finish(writer)
+
+    monkeypatch.setattr(ShardWriter, "finish", finish_some)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", *inputs, **options)
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(DataError, match="shards are there"):
+        resolve_prefixes([f"{tmp_path}/out/train"])
+    kept = tmp_path / "out" / "train-00001-of-00004.bin"
+    before = kept.stat().st_ino
+    report = run(tmp_path / "out", *inputs, **options)
+    assert kept.stat().st_ino == before
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    assert report.problems.count == report.manifest.counts["bad_inputs"] == 1
+    assert "line 4: not JSON" in report.problems.summary()
+
+
+def test_a_complete_corpus_is_left_alone_and_another_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(many_texts(500)))
+    output = tmp_path / "out"
+    run(output, path, shards=4)
+    before = {file: file.stat().st_ino for file in output.iterdir()}
+    assert run(output, path, shards=4).meter.counts.documents == 0
+    assert {file: file.stat().st_ino for file in output.iterdir()} == before
+    progress = output / ".progress"  # as left by a kill right after the manifest was published
+    progress.mkdir()
+    (progress / "plan.json").write_text("{}")
+    assert run(output, path, shards=4).meter.counts.documents == 0
+    assert not progress.exists()
+    with pytest.raises(DataError, match="shards of other inputs or options"):
+        run(output, path)
+    run(output, path, overwrite=True)
+    assert sorted(files_of(output)) == ["manifest.json", "train.bin", "train.idx"]
+    (output / "train.bin").unlink()
+    run(output, path)  # a lost shard is made again
+    assert documents(output / "train") == many_texts(500)
+
+
+def test_an_unfinished_run_of_other_options_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(many_texts()) + b"bad\n")
+    with pytest.raises(DataError, match="line 3001: not JSON"):
+        run(tmp_path / "out", path, shards=3)
+    assert (tmp_path / "out" / "train-00000-of-00003.idx").exists()
+    with pytest.raises(DataError, match="unfinished run of other inputs or options"):
+        run(tmp_path / "out", path, on_bad_input="skip")
+    run(tmp_path / "out", path, on_bad_input="skip", overwrite=True)
+    assert sorted(files_of(tmp_path / "out")) == ["manifest.json", "train.bin", "train.idx"]
+    assert documents(tmp_path / "out" / "train") == many_texts()
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    (tmp_path / "out").mkdir()
+    with (
+        locked_folder(tmp_path / "out"),
+        pytest.raises(DataError, match="is being written by another run"),
+    ):
+        run(tmp_path / "out", tmp_path / "a.jsonl")
+
+
+def test_a_full_disk_names_shard_and_input_and_publishes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(many_texts()))
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "train.bin.tmp").symlink_to("/dev/full")
+    message = rf"cannot write {output}/train\.bin: No space left on device .*{path}, bytes"
+    with pytest.raises(DataError, match=message):
+        run(output, path)
+    assert not list(output.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation_fraction": 0.1, "split_tokens": 0.8}, "exclude each other"),
+        ({"validation_fraction": 1.5}, r"is not in \[0, 1\)"),
+        ({"split_tokens": 1.0}, "not between 0 and 1"),
+        ({"split_tokens": 0.8, "shards": 2}, "one shard a split"),
+        ({"shards": 0}, "at least 1"),
+    ],
+)
+def test_contradicting_options_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        run(tmp_path / "out", tmp_path / "a.jsonl", **options)
+
+
+def test_the_manifest_tells_changed_shards(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    report = run(tmp_path / "out", tmp_path / "a.jsonl")
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest == report.manifest
+    assert manifest.tokenizer["fingerprint"] == TOKENIZER.fingerprint
+    manifest.verify(tmp_path / "out")
+    tokens = tmp_path / "out" / "train.bin"
+    content = bytearray(tokens.read_bytes())
+    content[3] ^= 1
+    tokens.write_bytes(content)
+    with pytest.raises(DataError, match=r"train\.bin has changed"):
+        manifest.verify(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_bytes(b"{}")
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        Manifest.load(tmp_path / "out")
+
+
+class _Fatal:
+    """Ends the process that receives it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (1,)
+
+
+def test_a_dead_worker_ends_the_run_with_a_message() -> None:
+    jobs = [Job(0, 0, Damage("a", "b")), Job(0, 0, _Fatal())]  # type: ignore[arg-type]
+    with (
+        EncoderPool(EncodeOptions(), workers=2) as pool,
+        pytest.raises(DataError, match="a worker process died"),
+    ):
+        list(pool.map(jobs))
+
+
+def test_war_and_peace_has_the_known_number_of_tokens(data_dir: Path, tmp_path: Path) -> None:
+    book = (data_dir / "books" / "war_and_peace.txt").read_text(encoding="utf-8-sig")
+    (tmp_path / "wap.txt").write_text(cut_wrapper(book, "wap"), encoding="utf-8")
+    run(tmp_path / "out", tmp_path / "wap.txt", split_tokens=0.8)
+    assert len(TokenStream([f"{tmp_path}/out/train"])) == 679_590
+    assert len(TokenStream([f"{tmp_path}/out/validation"])) == 169_898

@@ -1,0 +1,123 @@
+"""Trained models from wherever they lie, with the encoder they were trained with and no other."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaegpt.config import EncoderConfig, ModelConfig
+from megaegpt.errors import CheckpointError
+from megaegpt.generation.generator import TextGenerator
+from megaegpt.generation.trained import load_for_inference
+from megaegpt.model.build import build_model
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.weights import save_weights
+from megaegpt.parallel.grid import ProcessGrid
+from tests.generation.tiny_models import EGPT, GPT, SAMPLING_24
+
+GRID = ProcessGrid()
+BIG_VOCABULARY = {"vocab_size": 50257, "hidden_size": 16, "num_heads": 2}
+
+
+def save_gpt(folder: Path, seed: int = 1, **changes: object) -> Path:
+    """A tiny GPT for the real tokenizer."""
+    model = build_model(replace(GPT, **(BIG_VOCABULARY | changes)), GRID, seed=seed)
+    save_weights(model, folder, GRID)
+    return folder
+
+
+def save_egpt(folder: Path, encoder: Path, source: str | None = None) -> Path:
+    """A tiny EGPT over the encoder in a folder, which it calls ``source``."""
+    config: ModelConfig = replace(
+        EGPT, **BIG_VOCABULARY, encoder=EncoderConfig(source=source or str(encoder))
+    )
+    frozen = FrozenEncoder.from_source(EncoderConfig(source=str(encoder)), GRID)
+    extra = {"encoder_fingerprint": frozen.fingerprint}
+    save_weights(build_model(config, GRID, seed=2), folder, GRID, extra)
+    return folder
+
+
+def test_a_loaded_model_writes_what_the_saved_one_wrote(tmp_path: Path) -> None:
+    model = build_model(replace(GPT, **BIG_VOCABULARY), GRID, seed=1).eval()
+    save_weights(model, tmp_path, GRID)
+    loaded = load_for_inference(tmp_path, GRID)
+    assert not loaded.model.training
+    assert loaded.encoder is None
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    texts = [TextGenerator(m).generate([[1, 2]], SAMPLING_24) for m in (model, loaded.model)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("given", ["step_00000007/weights", "step_00000007", ".", ".."])
+def test_a_run_its_checkpoints_one_of_them_and_its_weights_are_found(
+    tmp_path: Path, given: str
+) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    save_gpt(checkpoints / "step_00000003" / "weights", seed=3)
+    save_gpt(checkpoints / "step_00000007" / "weights", seed=7)
+    (checkpoints / "latest").write_text("step_00000007\n")
+    wanted = build_model(replace(GPT, **BIG_VOCABULARY), GRID, seed=7)
+    model = load_for_inference(checkpoints / given, GRID).model
+    assert torch.equal(model.embedding.weight, wanted.embedding.weight)
+
+
+def test_the_precision_is_chosen_on_loading(tmp_path: Path) -> None:
+    save_gpt(tmp_path / "encoder")
+    model, encoder, _ = load_for_inference(
+        save_egpt(tmp_path / "egpt", tmp_path / "encoder"), GRID, torch.bfloat16
+    )
+    assert encoder is not None
+    assert {p.dtype for m in (model, encoder) for p in m.parameters()} == {torch.bfloat16}
+    assert len(TextGenerator(model, encoder).generate([[1, 2]], SAMPLING_24)[0]) == 24
+
+
+def test_the_encoder_is_found_where_it_was_or_beside_the_weights_or_where_it_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_gpt(tmp_path / "encoder")
+    egpt = save_egpt(tmp_path / "egpt", tmp_path / "encoder", source="../encoder")
+    monkeypatch.chdir(tmp_path / "egpt")
+    assert load_for_inference(egpt, GRID).encoder is not None
+    monkeypatch.chdir(tmp_path)
+    assert load_for_inference(egpt, GRID).encoder is not None
+    moved = tmp_path / "elsewhere" / "gpt"
+    moved.parent.mkdir()
+    shutil.move(tmp_path / "encoder", moved)
+    with pytest.raises(
+        CheckpointError, match=r"encoder of .*egpt cannot be loaded: .*\.\./encoder"
+    ):
+        load_for_inference(egpt, GRID)
+    assert load_for_inference(egpt, GRID, encoder_source=str(moved)).encoder is not None
+
+
+def test_another_encoder_is_refused_by_name(tmp_path: Path) -> None:
+    save_gpt(tmp_path / "encoder")
+    egpt = save_egpt(tmp_path / "egpt", tmp_path / "encoder")
+    shutil.rmtree(tmp_path / "encoder")
+    save_gpt(tmp_path / "encoder", seed=2)
+    with pytest.raises(CheckpointError, match=r"/encoder is not the encoder that .*/egpt was"):
+        load_for_inference(egpt, GRID)
+
+
+def test_weights_that_do_not_name_their_encoder_are_refused(tmp_path: Path) -> None:
+    config = replace(EGPT, **BIG_VOCABULARY, encoder=EncoderConfig(source="somewhere"))
+    save_weights(build_model(config, GRID), tmp_path, GRID)
+    with pytest.raises(CheckpointError, match="does not say which encoder"):
+        load_for_inference(tmp_path, GRID)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path: Path) -> None:
+    save_weights(build_model(GPT, GRID), tmp_path, GRID)
+    with pytest.raises(CheckpointError, match="vocabulary of 90 tokens"):
+        load_for_inference(tmp_path, GRID)
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        load_for_inference(tmp_path, GRID)
+    with pytest.raises(CheckpointError, match=r"there is no folder .*/absent"):
+        load_for_inference(tmp_path / "absent", GRID)

@@ -1,0 +1,202 @@
+"""EGPT against the original's way of computing it: one short sequence for every token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megaegpt.config import EGPTConfig, ModelConfig
+from megaegpt.model.attention.cache import KVCache
+from megaegpt.model.build import build_model
+from megaegpt.model.egpt.egpt import EGPT, chunk_features
+from megaegpt.parallel.grid import ProcessGrid
+from tests.model.naive import naive_egpt_hidden
+
+N, S, C, HEADS, BATCH = 4, 6, 16, 2, 2
+ORIGINAL = ModelConfig(
+    kind="egpt",
+    vocab_size=40,
+    hidden_size=C,
+    num_layers=3,
+    num_heads=HEADS,
+    bias=False,
+    egpt=EGPTConfig(num_chunks=N, chunk_size=S),
+)
+
+
+def _variant(**changes) -> ModelConfig:
+    return replace(ORIGINAL, egpt=replace(ORIGINAL.egpt, **changes))
+
+
+VARIANTS = {
+    "original": ORIGINAL,
+    "biases": replace(ORIGINAL, bias=True),
+    "features_3": _variant(features_per_chunk=3),
+    "mean_features_2": _variant(features_per_chunk=2, feature_pooling="mean"),
+    "local": _variant(local_attention=True),
+    "local_features_2": _variant(local_attention=True, features_per_chunk=2),
+    "sinusoidal": replace(ORIGINAL, positions="sinusoidal"),
+    "window_2": replace(ORIGINAL, window=2),
+    "window_3_local": replace(_variant(local_attention=True), window=3),
+    "grouped_query": replace(ORIGINAL, num_kv_heads=1),
+    "adapter": _variant(adapter_norm=True, adapter_residual=True),
+    "no_history": _variant(history=False, local_attention=True),
+}
+
+
+def _model(config: ModelConfig) -> EGPT:
+    model = build_model(config, ProcessGrid(), seed=3).double()
+    with torch.no_grad():  # larger than initial weights, so that softmax is far from uniform
+        for parameter in model.parameters():
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2
+            )
+    return model
+
+
+def _batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(BATCH, N, S, C, generator=generator, dtype=torch.float64)
+    targets = torch.randint(40, (BATCH, N, S), generator=generator)
+    targets[0, 1, 2] = -100
+    return states, chunk_features(states, config.egpt)[:, :-1], targets
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_shared_feature_stream_equals_one_sequence_per_token(name):
+    config = VARIANTS[name]
+    model = _model(config)
+    states, features, targets = _batch(config)
+    parameters = dict(model.named_parameters())
+
+    hidden = model.hidden_states(states, features)
+    loss = model(states, features, targets)
+    grads = torch.autograd.grad(loss, list(parameters.values()))
+
+    naive_hidden = torch.stack([naive_egpt_hidden(parameters, config, row) for row in states])
+    logits = naive_hidden @ model.head.weight[:40].t()
+    naive_loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="sum")
+    naive_grads = torch.autograd.grad(naive_loss, list(parameters.values()))
+
+    torch.testing.assert_close(hidden, naive_hidden, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(loss, naive_loss, rtol=1e-9, atol=0)
+    largest = max(grad.abs().max() for grad in naive_grads)
+    for key, grad, naive_grad in zip(parameters, grads, naive_grads, strict=True):
+        difference = ((grad - naive_grad).abs().max() / largest).item()
+        assert difference <= 1e-9, (key, difference)
+
+
+def test_a_window_computes_each_token_and_each_feature_once():
+    model = _model(ORIGINAL)
+    states, features, _ = _batch(ORIGINAL)
+    lengths = []
+    for block in model.stack.blocks:
+        block.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    model.hidden_states(states, features)
+    assert lengths == [N * S + (N - 1)] * 3
+
+
+@pytest.mark.parametrize("name", ["original", "local_features_2"])
+def test_a_token_sees_earlier_chunks_and_its_own_past_and_nothing_else(name):
+    """Perturb one encoder state at a time; its feature changes too where it is a span's last."""
+    config = VARIANTS[name]
+    model = _model(config)
+    states, _, _ = _batch(config)
+    states = states[:1]
+    before = model.hidden_states(states, chunk_features(states, config.egpt)[:, :-1])
+    span = S // config.egpt.features_per_chunk
+    for n in range(N):
+        for t in range(S):
+            changed = states.clone()
+            changed[0, n, t] += 1.0
+            after = model.hidden_states(changed, chunk_features(changed, config.egpt)[:, :-1])
+            moved = (after != before).any(-1)[0]  # (N, S)
+            expected = torch.zeros(N, S, dtype=torch.bool)
+            expected[n, t] = True
+            if config.egpt.local_attention:
+                expected[n, t:] = True
+            if t % span == span - 1:  # this state is a feature of chunk n
+                expected[n + 1 :] = True
+            assert torch.equal(moved, expected), (n, t)
+
+
+def test_a_closed_gate_hides_the_history_and_an_open_one_shows_it():
+    config = _variant(memory_gate=True, local_attention=True)
+    model = build_model(config, ProcessGrid(), seed=3).double()
+    states, features, _ = _batch(config)
+    closed = model.hidden_states(states, features)
+    assert torch.equal(closed, model.hidden_states(states, features + 1.0))
+    with torch.no_grad():
+        for block in model.stack.blocks:
+            block.attention.gate.fill_(0.5)
+    opened = model.hidden_states(states, features)
+    moved = (opened != closed).any(-1)  # (B, N, S)
+    assert not moved[:, 0].any()
+    assert moved[:, 1:].all()
+
+
+def test_gates_receive_gradient_from_the_first_step():
+    config = _variant(memory_gate=True)
+    model = build_model(config, ProcessGrid(), seed=3).double()
+    model(*_batch(config)).backward()
+    assert all(block.attention.gate.grad.abs().min() > 0 for block in model.stack.blocks)
+
+
+def test_a_cut_history_is_that_of_two_shorter_windows(monkeypatch):
+    """Chunks before the cut and chunks after it do not see each other, in either stream."""
+    config = _variant(random_history=True)
+    model = _model(config)
+    states, features, targets = _batch(config)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([2, 0]))
+    before = model(states, features, targets, "none")
+    changed = features.clone()
+    changed[:, 0] += 1.0
+    moved = (model(states, changed, targets, "none") != before).any(-1)
+    # (B, N): who sees chunk 0's feature
+    assert moved.tolist() == [[False, True, False, False], [False, True, True, True]]
+    whole = model.eval()(states, features, targets, "none")
+    torch.testing.assert_close(before[0, :2], whole[0, :2])
+    torch.testing.assert_close(before[1], whole[1])
+
+
+@pytest.mark.parametrize(
+    "name", ["original", "features_3", "local", "window_3_local", "adapter", "no_history"]
+)
+def test_decoding_from_a_recorded_memory_equals_the_whole_window(name):
+    config = VARIANTS[name]
+    model = _model(config).eval()
+    states, features, _ = _batch(config)
+    whole = model.hidden_states(states, features)
+    for n in range(N):
+        memory = model.record_memory(features[:, :n])
+        cache = None
+        if config.egpt.local_attention:
+            cache = KVCache(config, ProcessGrid(), BATCH, S, dtype=torch.float64)
+        parts = [
+            model.decode(states[:, n, start:stop], memory, n, start, cache)
+            for start, stop in ((0, 3), (3, 4), (4, S))
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, n], rtol=1e-9, atol=1e-9)
+
+
+def test_a_residual_adapter_starts_as_the_identity_whatever_the_chunk_and_offset():
+    config = _variant(adapter_norm=True, adapter_residual=True)
+    model = build_model(config, ProcessGrid(), seed=3).double()
+    states, features, _ = _batch(config)
+    inputs = []
+    model.stack.blocks[0].register_forward_hook(lambda _, args, __: inputs.append(args[0]))
+    model.hidden_states(states, features)
+    expected = torch.cat([features.flatten(1, 2), states.flatten(1, 2)], dim=1)
+    assert torch.equal(inputs[0], expected)
+
+
+def test_operations_per_token_are_counted_position_by_position():
+    """3 x (2 x weights x positions a token + attention + head), worked out by hand."""
+    weights = 3 * (4 * C * C + 8 * C * C) + 8 * C * C  # three blocks, and the input MLP
+    positions = (N * S + N - 1) / (N * S)
+    attention = 3 * 4 * C * (N - 1 + 1)
+    expected = 3 * (positions * 2 * weights + attention + 2 * 40 * C)
+    assert build_model(ORIGINAL, ProcessGrid()).flops_per_token() == int(expected)

@@ -1,0 +1,91 @@
+"""oneDNN's products are the plain ones, in values and gradients, as exactly as fp32 allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaegpt.parallel.matmul import linear, pack
+
+ROWS = [(1,), (5,), (2, 3), (300,)]
+
+
+def _draw(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _computed(
+    product: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Output and gradients in ``dtype``, for a fixed gradient of the output."""
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+    y = product(*leaves)
+    y.backward(_draw(*y.shape, seed=9).to(dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_as_near_to_fp64_as_those_of_torch(
+    rows: tuple[int, ...], bias: bool
+) -> None:
+    inputs = [_draw(*rows, 512, seed=1), _draw(768, 512, seed=2)] + bias * [_draw(768, seed=3)]
+    exact = _computed(F.linear, inputs, torch.float64)
+    theirs = _computed(F.linear, inputs, torch.float32)
+    ours = _computed(linear, inputs, torch.float32)
+    for wanted, found, usual in zip(exact, ours, theirs, strict=True):
+        assert found.shape == wanted.shape
+        scale = wanted.abs().max()
+        error = (found - wanted).abs().max() / scale
+        assert error < 2e-6
+        assert error < 4 * (usual - wanted).abs().max() / scale + 1e-7
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight = _draw(4, 512, seed=1).float(), _draw(512, 512, seed=2).float()
+    x.requires_grad_()
+    linear(x, weight).sum().backward()
+    assert weight.grad is None
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(4, 512), rtol=1e-5, atol=1e-4)
+
+
+def test_rows_and_weights_may_be_views() -> None:
+    x, weight = _draw(512, 5, seed=1).float().t(), _draw(512, 513, seed=2).float().t()
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-4)
+    assert linear(x[:0], weight).shape == (0, 513)
+
+
+def test_a_packed_weight_gives_the_same_in_bf16() -> None:
+    x, weight, bias = (_draw(*s, seed=1).bfloat16() for s in ((3, 64), (32, 64), (32,)))
+    packed = pack(weight)
+    assert packed is not None
+    torch.testing.assert_close(linear(x, weight, bias, packed), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(512,), (1, 1, 512), (3, 512), (2, 2, 512), (5, 512), (0, 512)])
+@pytest.mark.parametrize("outputs", [768, 769, 770])
+def test_compiled_code_gets_the_same_product(
+    dtype: torch.dtype, shape: tuple[int, ...], outputs: int
+) -> None:
+    """Few rows' is written out for the compiler, which leaves a packed weight alone."""
+    x, weight, bias = (_draw(*s, seed=1) for s in (shape, (outputs, 512), (outputs,)))
+    low = [tensor.to(dtype) for tensor in (x, weight, bias)]
+    packed = pack(low[1])
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: linear(x, *low[1:], packed), backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        y = compiled(low[0])
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    exact = F.linear(x, weight, bias)
+    torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance * 20)
+
+
+def test_in_fp32_nothing_is_packed() -> None:
+    assert pack(torch.ones(4, 4)) is None

@@ -1,0 +1,173 @@
+"""The estimate of memory against what training really takes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from megaegpt.config import ModelConfig, ParallelConfig, TrainingConfig
+from megaegpt.config.run import RunConfig
+from megaegpt.model.build import build_model, meta_model
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.planning.allocations import TensorMeter
+from megaegpt.planning.memory import estimate_memory
+from megaegpt.training.engine.engine import Engine
+from tests.distributed.harness import Distributed, grid_for
+
+LOW, HIGH = 0.95, 1.15
+"""Estimate over measurement: it may err to the safe side, by the gradients of ZeRO 2 whose buckets
+fill while activations are freed. With one data-parallel rank and full gradients it is exact."""
+
+
+def run_config(
+    dp: int,
+    stage: int,
+    precision: str,
+    *,
+    accumulation: int = 1,
+    recompute: str = "none",
+    micro_batch: int = 4,
+    tp: int = 1,
+    **model: Any,
+) -> RunConfig:
+    sizes = {"vocab_size": 4000, "max_seq_len": 64, "hidden_size": 128, "num_layers": 3}
+    return RunConfig(
+        model=ModelConfig(**{**sizes, "num_heads": 4, **model}),
+        parallel=ParallelConfig(zero_stage=stage, tensor_parallel_size=tp),  # type: ignore[arg-type]
+        training=TrainingConfig(
+            steps=10,
+            global_batch_size=micro_batch * accumulation * dp,
+            micro_batch_size=micro_batch,
+            precision=precision,  # type: ignore[arg-type]
+            activation_checkpointing=recompute,  # type: ignore[arg-type]
+        ),
+    )
+
+
+def measured_peak(config: RunConfig, grid: ProcessGrid) -> int:
+    """Most bytes of tensors in a step, after the optimizer's first, which has no moments yet."""
+    model_config, training = config.model, config.training
+    recompute = training.activation_checkpointing
+    batch = torch.zeros(training.micro_batch_size, model_config.max_seq_len, dtype=torch.int64)
+    micro_batches = [{"tokens": batch, "targets": batch}] * config.gradient_accumulation(
+        grid.dp_size
+    )
+    gc.collect()
+    with TensorMeter() as meter:
+        model = build_model(model_config, grid, activation_checkpointing=recompute)
+        engine = Engine(model, grid, config)
+        for step in range(2):
+            gc.collect()
+            meter.reset_peak()
+            engine.train_step(step, micro_batches, lambda m, b: m(b["tokens"], b["targets"]))
+    engine.close()
+    return meter.peak
+
+
+def measure(configs: list[RunConfig]) -> list[int]:
+    """On a worker: the peak of each."""
+    return [measured_peak(c, grid_for(c.parallel.tensor_parallel_size)) for c in configs]
+
+
+def assert_estimates(configs: list[RunConfig], dp: int, *measured: list[int]) -> None:
+    """``measured``: by rank, then by configuration."""
+    for config, *peaks in zip(configs, *measured, strict=True):
+        precision = config.training.precision
+        estimate = estimate_memory(config, dp, precision, device_type="cpu")  # type: ignore[arg-type]
+        for peak in peaks:
+            assert LOW < estimate.total / peak < HIGH, (config, estimate, peak)
+
+
+def test_estimate_is_what_one_rank_takes(distributed: Distributed) -> None:
+    configs = [
+        run_config(1, 0, "fp32", accumulation=2),
+        run_config(1, 1, "bf16"),
+        run_config(1, 2, "fp32", accumulation=2),
+        run_config(1, 2, "bf16", micro_batch=16),
+        run_config(1, 2, "fp32", recompute="selective"),
+        run_config(1, 2, "bf16", micro_batch=16, recompute="full"),
+        run_config(1, 2, "fp32", micro_batch=8, num_kv_heads=1, positions="rotary", window=16),
+    ]
+    assert_estimates(configs, 1, distributed(1, measure, configs)[0])
+
+
+def test_estimate_is_what_data_parallel_ranks_take(distributed: Distributed) -> None:
+    configs = [
+        run_config(2, 1, "fp32", accumulation=2),
+        run_config(2, 1, "bf16"),
+        run_config(2, 2, "fp32", accumulation=2),
+        run_config(2, 2, "bf16", micro_batch=16),
+    ]
+    assert_estimates(configs, 2, *distributed(2, measure, configs))
+
+
+def test_estimate_is_what_tensor_parallel_ranks_take(distributed: Distributed) -> None:
+    configs = [run_config(1, 2, "fp32", tp=2, accumulation=2), run_config(1, 0, "fp32", tp=2)]
+    assert_estimates(configs, 1, *distributed(2, measure, configs))
+
+
+_RESIDENT = """
+import re
+from pathlib import Path
+from tests.planning.test_memory import measured_peak, run_config
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.launch import init_distributed
+from megaegpt.planning.memory import estimate_memory
+init_distributed()
+# Not getrusage's ru_maxrss: a child inherits it from the process that started it.
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+measured_peak(run_config(1, 0, "fp32", num_layers=1), ProcessGrid())  # libraries and thread pools
+config = run_config(1, 0, "fp32", micro_batch=16, vocab_size=20000, hidden_size=512, num_layers=6)
+estimate = estimate_memory(config, 1, "fp32", device_type="cpu").total
+before = peak()
+measured_peak(config, ProcessGrid())
+print(peak() - before, estimate)
+"""
+
+
+def test_estimate_is_what_the_process_takes() -> None:
+    """The same against the operating system's figure: the growth of peak resident memory."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(
+        [sys.executable, "-c", _RESIDENT],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=environment,
+    )
+    grown, estimate = map(int, result.stdout.split()[-2:])
+    assert 0.85 < estimate / grown < 1.15
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_saves_activations_only(recompute: str) -> None:
+    config = run_config(1, 2, "bf16", micro_batch=64)
+    keeping = estimate_memory(config, 1, "bf16")
+    saving = estimate_memory(
+        run_config(1, 2, "bf16", micro_batch=64, recompute=recompute), 1, "bf16"
+    )
+    assert saving.activations < keeping.activations
+    assert (saving.weights, saving.optimizer) == (keeping.weights, keeping.optimizer)
+
+
+def test_weights_are_those_of_the_model() -> None:
+    config = run_config(1, 2, "bf16")
+    parameters = meta_model(config.model).num_parameters()
+    assert estimate_memory(config, 1, "bf16").weights == 2 * parameters
+    assert estimate_memory(config, 4, "bf16").optimizer == 12 * parameters // 4
+
+
+def test_the_frozen_encoder_counts_weights_and_a_pass_without_gradients() -> None:
+    config = run_config(1, 2, "bf16", kind="egpt")
+    encoder = ModelConfig(vocab_size=4000, hidden_size=128, num_layers=2, num_heads=4)
+    without, with_encoder = (estimate_memory(config, 1, "bf16", e) for e in (None, encoder))
+    assert with_encoder.frozen == 2 * meta_model(encoder).num_parameters()
+    assert without.activations <= with_encoder.activations < 1.5 * without.activations

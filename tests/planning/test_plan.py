@@ -1,0 +1,197 @@
+"""Plans against the model's own counts and what training really sends."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megaegpt.config import ModelConfig, TrainingConfig
+from megaegpt.config.run import RunConfig
+from megaegpt.errors import ConfigError
+from megaegpt.model.build import build_model
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.planning.hardware import accelerator_names, find_accelerator
+from megaegpt.planning.memory import estimate_memory, rehearse_rank
+from megaegpt.planning.plan import (
+    USABLE_MEMORY,
+    Machines,
+    Plan,
+    alternatives,
+    count_communication,
+    make_plan,
+)
+from tests.distributed.harness import Distributed, grid_for
+from tests.training.runs import make_engine, micro_batches, nats, run_config
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of floating-point tensors that go through collectives, by their operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.summed: list[int] = []
+        self.gathered = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith("c10d") and _ranks(args) > 1:  # DeepSpeed speaks to itself as well
+            tensors = [x for x in tree_leaves(args[0]) if x.is_floating_point()]
+            if "allreduce" in name:
+                self.summed += [_size(x) for x in tensors]
+            elif "gather" in name:
+                self.gathered += sum(_size(x) for x in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def _ranks(args: Any) -> int:
+    """Size of the process group among an operator's arguments."""
+    boxed = next(x for x in args if isinstance(x, torch.ScriptObject))
+    return dist.ProcessGroup.unbox(boxed).size()
+
+
+def _size(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+_SCALARS = 16
+"""Bytes: what is smaller are norms, losses and flags, which plans leave out."""
+
+
+def measure(configs: list[RunConfig]) -> list[tuple[int, int]]:
+    """On a worker: bytes summed and gathered in a training step of each."""
+    found = []
+    for config in configs:
+        engine = make_engine(config, grid_for(config.parallel.tensor_parallel_size))
+        for step in range(2):
+            with Traffic() as traffic:
+                engine.train_step(step, micro_batches(step, config, engine.grid), nats)
+        engine.close()
+        found.append((sum(x for x in traffic.summed if x > _SCALARS), traffic.gathered))
+    return found
+
+
+def predict(config: RunConfig, ranks: int) -> tuple[int, int]:
+    """The same from the plan."""
+    dp, precision = ranks // config.parallel.tensor_parallel_size, config.training.precision
+    step = rehearse_rank(config, dp, precision, device_type="cpu")  # type: ignore[arg-type]
+    sent = count_communication(config, dp, precision, step)  # type: ignore[arg-type]
+    return sent.tensor_parallel + sent.gradients, sent.weights
+
+
+def _run(tp: int, precision: str = "fp32", stage: int = 2, recompute: str = "none", **model: Any):
+    return run_config(
+        model=model,
+        parallel={"tensor_parallel_size": tp, "zero_stage": stage},
+        training={"precision": precision, "activation_checkpointing": recompute},
+    )
+
+
+def test_data_parallel_traffic_is_what_training_sends(distributed: Distributed) -> None:
+    configs = [_run(1, precision, stage) for precision in ("fp32", "bf16") for stage in (0, 1, 2)]
+    predicted = [predict(config, 2) for config in configs]
+    assert distributed(2, measure, configs) == [predicted] * 2
+
+
+def test_tensor_parallel_traffic_is_what_training_sends(distributed: Distributed) -> None:
+    configs = [
+        _run(2),
+        _run(2, recompute="full"),
+        _run(2, recompute="selective", dropout=0.1),
+        _run(2, num_kv_heads=1, positions="rotary", window=4),
+        _run(2, attention="latent", latent_dim=16, positions="rotary", rope_head_dim=4),
+        _run(2, kind="egpt", tied_embeddings=False),
+        _run(2, kind="deepgpt", tied_embeddings=False),
+    ]
+    predicted = [predict(config, 2)[0] for config in configs]
+    for measured in distributed(2, measure, configs):
+        assert [summed for summed, _ in measured] == predicted
+
+
+def test_both_together_are_what_training_sends(distributed: Distributed) -> None:
+    config = _run(2, "bf16")
+    assert distributed(4, measure, [config]) == [[predict(config, 4)]] * 4
+
+
+# -- counts and choices
+
+
+def _gpt2(**training: Any) -> RunConfig:
+    return RunConfig(model=ModelConfig(num_layers=2), training=TrainingConfig(**training))
+
+
+_GPT2 = _gpt2()
+
+
+def _plan(config: RunConfig = _GPT2, gpu: str = "h100", gpus: int = 8, **given: Any) -> Plan:
+    return make_plan(config, Machines(find_accelerator(gpu, 8), gpus, min(8, gpus)), **given)
+
+
+def test_parameters_and_operations_are_the_models() -> None:
+    model = build_model(_GPT2.model, ProcessGrid())
+    plan = _plan()
+    assert plan.size.parameters == sum(p.numel() for p in model.parameters())
+    assert plan.size.flops_per_token == model.flops_per_token()
+    assert plan.memory == estimate_memory(_GPT2, 8, "bf16")
+
+
+def test_time_follows_from_the_peak_and_the_traffic() -> None:
+    plan = _plan(efficiency=0.25)
+    assert plan.time is not None
+    assert plan.tokens_per_second is not None
+    work = plan.size.flops_per_token * 8 * 1024 / 8  # 8 samples on 8 GPUs
+    assert plan.time.compute == pytest.approx(work / (989e12 / 4))
+    weights = 2 * plan.size.parameters
+    assert plan.time.gradients == pytest.approx(2 * 7 / 8 * weights / 450e9)
+    assert plan.time.weights == pytest.approx(7 / 8 * weights / 450e9)
+    assert plan.tokens_per_second == pytest.approx(8 * 1024 / plan.time.total)
+    across = _plan(_gpt2(global_batch_size=16), gpus=16).time
+    assert across is not None
+    assert across.gradients == pytest.approx(2 * 15 / 16 * weights / 50e9)
+    assert _plan(gpu="cpu").time is None
+    assert _plan(gpu="cpu", flops=1e12).time is not None
+
+
+def test_what_does_not_fit_has_alternatives_that_do() -> None:
+    sizes = {"vocab_size": 1000, "max_seq_len": 128, "hidden_size": 128, "num_layers": 1}
+    model = ModelConfig(**sizes, num_heads=4)  # type: ignore[arg-type]
+    config = RunConfig(
+        model=model, training=_gpt2(global_batch_size=64, micro_batch_size=32).training
+    )
+    gpu = find_accelerator("a100", 2)
+    needed = make_plan(config, Machines(gpu, 2, 2)).memory.total
+    small = dataclasses.replace(gpu, memory=int(0.6 * needed))
+    replan = functools.partial(make_plan, machines=Machines(small, 2, 2))
+    plan = replan(config)
+    assert not plan.fits
+    found = alternatives(plan, replan)
+    assert found
+    for other in found:
+        assert other.memory.total <= USABLE_MEMORY * small.memory
+        assert other.config.training.global_batch_size == 64
+    times = [other.time.total for other in found if other.time]
+    assert times == sorted(times)
+    tried = {other.config.training.activation_checkpointing for other in found}
+    assert len(tried) > 1
+
+
+def test_every_gpu_of_the_table_has_a_peak_and_others_are_refused() -> None:
+    for name in accelerator_names():
+        gpu = find_accelerator(name, 1)
+        precision = "fp16" if name == "v100" else "bf16"
+        assert gpu.memory > 2**30
+        assert gpu.node_bandwidth > 0 < gpu.network_bandwidth
+        assert (gpu.peak_flops(precision) is None) == (name == "cpu")
+    with pytest.raises(ConfigError, match="--gpu h42 is not in the table"):
+        find_accelerator("h42", 1)
+
+
+def test_a_plan_for_a_number_of_gpus_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training\.global_batch_size"):
+        _plan(gpus=3)

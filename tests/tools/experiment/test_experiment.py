@@ -1,0 +1,157 @@
+"""The smallest experiment from text to report: what it leaves, that it goes on where it stopped,
+and that it stops by a signal's request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaegpt.errors import CheckpointError, DataError
+from megaegpt.files import locked_folder
+from megaegpt.training.stopping import StopRequests
+from tests.distributed.harness import Distributed, grid_for
+from tests.training.tiny import StopAfter
+from tools.experiment.plan import ExperimentPlan, load_plan
+from tools.experiment.plots import write_plots
+from tools.experiment.report import collect, insert, markdown
+from tools.experiment.runs import RESULT, Experiment, StoppedError, best_step, read_metrics
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "experiments"
+
+
+def smoke(output: Path) -> ExperimentPlan:
+    return dataclasses.replace(load_plan(CONFIGS / "smoke.yaml"), output=str(output))
+
+
+def _run(plan: ExperimentPlan, stops: StopRequests | None = None) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        Experiment(plan, grid_for(1), stops or StopRequests()).run()
+    return shown.getvalue()
+
+
+def _stop_and_go_on(output: Path) -> dict[str, Any]:
+    """Stopped in its third training, gone on with, run again, and one result made again."""
+    plan = smoke(output)
+    with pytest.raises(StoppedError):
+        _run(plan, StopAfter(6 + 4 + 1))
+    _run(plan)
+    report = collect(plan)
+    before = {p: p.stat().st_mtime_ns for p in output.rglob(RESULT)}
+    assert "step" not in _run(plan)
+    assert {p: p.stat().st_mtime_ns for p in output.rglob(RESULT)} == before
+    shutil.rmtree(output / "runs/bible/steps/egpt/seed2")
+    _run(plan)
+    again = collect(plan)
+    name = "by_seed"
+    for variant, result in report["corpora"]["bible"]["steps"].items():
+        for kind, losses in result["losses"].items():
+            repeated = again["corpora"]["bible"]["steps"][variant]["losses"][kind]
+            assert repeated[name] == losses[name], (variant, kind)
+    with pytest.raises(CheckpointError, match="another configuration"):
+        _run(dataclasses.replace(plan, run={**plan.run, "optimizer": {"warmup_steps": 0}}))
+    with locked_folder(output), pytest.raises(DataError, match="written by another run"):
+        _run(plan)
+    with pytest.raises(DataError, match="texts of another experiment"):
+        _run(dataclasses.replace(plan, selection_share=0.5))
+    return report
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("experiment")
+
+
+@pytest.fixture(scope="module")
+def report(output: Path, distributed: Distributed) -> dict[str, Any]:
+    return distributed(1, _stop_and_go_on, output)[0]
+
+
+def test_every_variant_is_measured_with_every_seed(report):
+    corpus = report["corpora"]["bible"]
+    assert list(corpus["steps"]) == ["deepgpt", "egpt_no_history", "egpt", "egpt_improved"]
+    for name, result in corpus["steps"].items():
+        kinds = ["true", "shuffled", "zero"] if name in ("egpt", "egpt_improved") else ["true"]
+        assert list(result["losses"]) == kinds
+        losses = result["losses"]["true"]
+        assert len(set(losses["by_seed"])) == 2
+        assert len(losses["by_chunk"]) == 4
+        assert len(losses["by_position"]) == 16
+        assert losses["mean"] < math.log(50257)
+        assert result["tokens"] == corpus["encoder"]["tokens"]
+    assert corpus["steps"]["deepgpt"]["parameters"] < corpus["steps"]["egpt"]["parameters"]
+    assert corpus["steps"]["egpt_improved"]["gates"][0] > 0
+
+
+def test_a_decoder_that_starts_as_the_encoders_end_is_better_than_the_encoder(report):
+    """The encoder has seen this text; four steps do not bring a new decoder as far."""
+    corpus = report["corpora"]["bible"]
+    encoder = corpus["encoder"]["losses"]["true"]["mean"]
+    assert corpus["steps"]["egpt_improved"]["losses"]["true"]["mean"] < encoder
+    assert corpus["steps"]["egpt"]["losses"]["true"]["mean"] > encoder
+
+
+def test_history_changes_no_loss_in_the_first_chunk(report):
+    losses = report["corpora"]["bible"]["steps"]["egpt_improved"]["losses"]
+    for kind in ("shuffled", "zero"):
+        assert losses[kind]["by_chunk"][0] == pytest.approx(losses["true"]["by_chunk"][0], rel=1e-7)
+        assert losses[kind]["by_chunk"][1] != losses["true"]["by_chunk"][1]
+
+
+def test_gates_are_recorded_at_every_evaluation(report, output):
+    records = read_metrics(output / "runs/bible/steps/egpt_improved/seed1")
+    gates = {r["step"]: r["memory_gate/01"] for r in records if "memory_gate/01" in r}
+    assert sorted(gates) == [2, 4]
+    assert min(gates.values()) > 0
+
+
+def test_the_chosen_checkpoint_is_the_best_on_the_selection_part(report, output):
+    folder = output / "runs/bible/steps/deepgpt/seed1"
+    result = json.loads((folder / RESULT).read_text())
+    selection = {int(step): loss for step, loss in result["training"]["selection"].items()}
+    assert sorted(selection) == [2, 4]
+    assert result["chosen_step"] == min(selection, key=selection.__getitem__) == best_step(folder)
+    assert (folder / "weights" / "model.safetensors").exists()
+    assert not (folder / "checkpoints").exists()
+
+
+def test_the_page_has_a_verdict_for_every_variant_and_a_figure(report, output):
+    plots = write_plots(report, output)
+    assert plots == ["bible.png"]
+    assert (output / "bible.png").read_bytes().startswith(b"\x89PNG")
+    page = markdown(report, plots)
+    for words in ("egpt_improved", "encoder alone", "![bible.png]", "By position", "8-15"):
+        assert words in page
+    assert len(report["findings"]) == 7  # 3 variants, 2 with features, a control, equal FLOPs
+    assert sum("its control egpt_no_history" in sentence for sentence in report["findings"]) == 1
+
+
+def test_a_budget_that_changes_no_number_of_steps_has_no_runs_of_its_own(report):
+    assert report["corpora"]["bible"]["flops"] == {}
+    same = "bible, equal training FLOPs: scaled to it, every variant has as many steps as before"
+    assert [same in sentence for sentence in report["findings"]] == [False] * 6 + [True]
+    page = "<!-- experiment smoke -->\n<!-- end of experiment -->\n"
+    assert same in insert(page, report, "smoke")
+    only_steps = insert(page.replace("smoke", "smoke, equal steps"), report, "smoke")
+    assert same not in only_steps
+    assert "bible, equal steps" in only_steps
+
+
+def test_the_tables_replace_what_was_between_the_marks_of_a_page(report):
+    page = "a\n<!-- experiment smoke -->\nold\n<!-- end of experiment -->\nb\n"
+    once = insert(page, report, "smoke")
+    assert once.startswith("a\n<!-- experiment smoke -->\n\nRun on ")
+    assert once.endswith("\n\n<!-- end of experiment -->\nb\n")
+    assert "| egpt_improved | " in once
+    assert "old" not in once
+    assert insert(once, report, "smoke") == once
+    with pytest.raises(DataError, match="lacks the lines <!-- experiment other -->"):
+        insert(page, report, "other")

@@ -1,0 +1,74 @@
+"""Shipped experiments are valid and say what they share; wrong ones are refused in one message."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megaegpt.errors import ConfigError
+from tools.experiment.plan import decoder_values, load_plan, make_run, merged
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "experiments"
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_variants_differ_in_the_model_only_and_share_steps_and_order(path, tmp_path):
+    plan = load_plan(path)
+    runs = {v: make_run(decoder_values(plan, v), tmp_path) for v in plan.variants}
+    base = runs[plan.baseline]
+    for run in runs.values():
+        assert (run.training, run.optimizer, run.data) == (base.training, base.optimizer, base.data)
+        assert run.model.sample_len == base.model.sample_len
+    assert base.model.kind == "deepgpt"
+    assert base.checkpoint.interval == base.training.eval_interval
+    assert runs["egpt_improved"].model.egpt.local_attention
+    if "ablations" in path.name:
+        return
+    assert {"deepgpt", "egpt_no_history", "egpt"} <= set(runs)
+    assert runs["egpt_no_history"].model.egpt.history is False
+    assert runs["egpt"].model.egpt.features_per_chunk == 1
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_ablations_undo_one_thing_each(size, tmp_path):
+    plan = load_plan(CONFIGS / f"{size}_ablations.yaml")
+    runs = {v: make_run(decoder_values(plan, v), tmp_path) for v in plan.variants}
+    improved = runs["egpt_improved"].model
+    assert runs["one_feature"].model == replace(
+        improved, egpt=replace(improved.egpt, features_per_chunk=1)
+    )
+    assert not runs["no_local_attention"].model.egpt.local_attention
+    assert len({run.model for run in runs.values()}) == len(runs)
+
+
+def test_everything_wrong_is_said_at_once(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(
+        "corpora: {a: {trian: [x]}}\nbaseline: b\nseeds: 0\nbudgets: [flops]\ncontrols: {c: e}\n"
+        "variants: {c: {base: d}, d: {}}\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        load_plan(path)
+    wrong = ["corpora.a.trian", "baseline=b is none", "seeds=0", "must hold steps", "encoder"]
+    wrong.append("controls: e is none of variants")
+    for words in [*wrong, "variants.c.base=d is none of the variants above it"]:
+        assert words in str(error.value)
+
+
+def test_a_wrong_key_of_a_variant_is_named(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    text = (CONFIGS / "smoke.yaml").read_text().replace("local_attention", "local_atention")
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"variants\.egpt_improved: model\.egpt\.local_atention"):
+        load_plan(path)
+
+
+def test_merging_alters_neither_side():
+    values, changes = {"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": {"e": 4}}
+    assert merged(values, changes) == {"a": {"b": 1, "c": 3}, "d": {"e": 4}}
+    assert values == {"a": {"b": 1, "c": 2}}
+    merged(values, changes)["d"]["e"] = 5
+    assert changes == {"a": {"c": 3}, "d": {"e": 4}}

@@ -1,0 +1,109 @@
+"""Nats of every token of a text, by a GPT that reads each chunk by itself, a DeepGPT, or an EGPT
+with its own, another window's, or no features.
+
+Shapes: W windows, N chunks, S chunk size.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaegpt.data.tokens.windows import EvaluationWindows, TokenSource
+from megaegpt.errors import DataError
+from megaegpt.evaluation.history import ShuffledHistory, ZeroHistory
+from megaegpt.generation.trained import LoadedModel
+from megaegpt.model.calling import ChunkInputs, ModelInputs, SequenceInputs
+from megaegpt.parallel.loss import IGNORE
+
+
+class Text:
+    """A split in non-overlapping windows of chunks; every token but the first is predicted once.
+
+    Raises:
+        DataError: it has less than two whole windows, so that features cannot be exchanged.
+    """
+
+    def __init__(self, source: TokenSource, num_chunks: int, chunk_size: int) -> None:
+        size = num_chunks * chunk_size
+        if len(source) <= 2 * size:
+            raise DataError(
+                f"{len(source):,} tokens are left to report, but exchanging features needs two "
+                f"windows of {size:,} and a token: give more text, or select on less"
+            )
+        self.source = source
+        self.num_chunks, self.chunk_size = num_chunks, chunk_size
+        self.windows = EvaluationWindows(source, size, num_chunks)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """(W, N, S) int64, -100 behind the end."""
+        targets = self.windows.batch(np.arange(len(self.windows))).targets
+        return targets.reshape(-1, self.num_chunks, self.chunk_size)
+
+
+class ChunksApart(SequenceInputs):
+    """GPT: every chunk of a window is a sequence of its own."""
+
+    def __init__(self, chunk_size: int) -> None:
+        self._chunk_size = chunk_size
+
+    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
+        """(B, N * S) each -> (B * N, S)."""
+        size = self._chunk_size
+        return super().prepare(tokens.reshape(-1, size), targets.reshape(-1, size))
+
+
+def token_nats(
+    loaded: LoadedModel, text: Text, batch_size: int, dtype: torch.dtype, features: str = "true"
+) -> np.ndarray:
+    """Nats of each target, (W, N, S) float64; 0 where there is none.
+
+    Args:
+        loaded: a model in eval mode.
+        text: what it reads.
+        batch_size: windows at once.
+        dtype: the model computes in it.
+        features: of an EGPT: one of ``megaegpt.evaluation.history.HISTORIES``.
+    """
+    inputs, device = _inputs(loaded, text, dtype, features), loaded.model.grid.device
+    rows = []
+    for first in range(0, len(text.windows), batch_size):
+        numbers = np.arange(first, min(first + batch_size, len(text.windows)))
+        windows = text.windows.batch(numbers)
+        arrays = (windows.tokens, windows.targets, *windows.extras)
+        batch = inputs.prepare(*map(torch.from_numpy, arrays))
+        with torch.no_grad():
+            on_device = {name: x.to(device) for name, x in batch.items()}
+            nats = inputs.nats(loaded.model, on_device, "none")
+        rows.append(nats.double().cpu().reshape(-1, text.num_chunks, text.chunk_size))
+    return torch.cat(rows).numpy()
+
+
+def _inputs(loaded: LoadedModel, text: Text, dtype: torch.dtype, features: str) -> ModelInputs:
+    if loaded.encoder is None:
+        return ChunksApart(text.chunk_size)
+    if features == "shuffled":
+        return ShuffledHistory(loaded, dtype, text.source)
+    kind = ZeroHistory if features == "zero" else ChunkInputs
+    return kind(loaded.model.config, loaded.encoder, dtype)
+
+
+def summarize(nats: np.ndarray, text: Text, byte_lengths: np.ndarray) -> dict[str, Any]:
+    """Losses of :func:`token_nats` as plain numbers: in all, by chunk of the window, and by
+    position inside the chunk.
+    """
+    valid = text.targets != IGNORE
+    num_bytes = int(byte_lengths[text.targets[valid]].sum())
+    return {
+        "loss": nats.sum() / valid.sum(),
+        "nats_per_byte": nats.sum() / num_bytes,
+        "tokens": int(valid.sum()),
+        "bytes": num_bytes,
+        "by_chunk": (nats.sum((0, 2)) / valid.sum((0, 2))).tolist(),
+        "by_position": (nats.sum((0, 1)) / valid.sum((0, 1))).tolist(),
+    }

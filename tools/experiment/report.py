@@ -1,0 +1,267 @@
+"""What the runs of an experiment have shown: one JSON, and sentences and tables made of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from megaegpt.errors import DataError
+from tools.experiment.plan import ExperimentPlan
+from tools.experiment.runs import RESULT, read_result
+
+_BUDGETS = {"steps": "equal steps", "flops": "equal training FLOPs", "time": "equal training time"}
+
+
+def collect(plan: ExperimentPlan) -> dict[str, Any]:
+    """All finished runs, averaged over seeds, and what follows from them."""
+    folder = Path(plan.output)
+    corpora = {name: _corpus(plan, folder / "runs" / name) for name in plan.corpora}
+    return {
+        "machines": _machines(folder),
+        "baseline": plan.baseline,
+        "variants": plan.variants,
+        "run": plan.run,
+        "corpora": corpora,
+        "findings": [s for n, corpus in corpora.items() for s in findings(plan, n, corpus)],
+    }
+
+
+def _machines(folder: Path) -> list[str]:
+    """Where the runs were."""
+    runs = [read_result(path.parent) for path in sorted((folder / "runs").rglob(RESULT))]
+    return sorted({run["machine"] for run in runs})
+
+
+def _corpus(plan: ExperimentPlan, folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {"encoder": _over_seeds([folder / "encoder"])}
+    for budget in plan.budgets:
+        result[budget] = {}
+        for variant in plan.variants:
+            runs = sorted(path.parent for path in (folder / budget / variant).glob(f"*/{RESULT}"))
+            if runs:
+                result[budget][variant] = _over_seeds(runs)
+    return result
+
+
+def _over_seeds(runs: list[Path]) -> dict[str, Any]:
+    """The runs of one variant."""
+    results = [read_result(run) for run in runs]
+    first, training = results[0], [r["training"] for r in results]
+    return {
+        "losses": {kind: _losses([r["losses"][kind] for r in results]) for kind in first["losses"]},
+        "tokens": first["losses"]["true"]["tokens"],
+        "bytes": first["losses"]["true"]["bytes"],
+        "parameters": first["parameters"],
+        "gates": [mean(layer) for layer in zip(*(r["gates"] for r in results), strict=True)],
+        "chosen_steps": [r["chosen_step"] for r in results if "chosen_step" in r],
+        **{
+            name: mean(t[name] for t in training)
+            for name in ("steps", "tokens_per_second", "memory_gib", "flops")
+            if all(name in t for t in training)
+        },
+    }
+
+
+def _losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    totals = [run["loss"] for run in runs]
+    columns = {
+        name: [mean(values) for values in zip(*(run[name] for run in runs), strict=True)]
+        for name in ("by_chunk", "by_position")
+    }
+    return {
+        "mean": mean(totals),
+        "sd": stdev(totals) if len(totals) > 1 else None,
+        "by_seed": totals,
+        "nats_per_byte": mean(run["nats_per_byte"] for run in runs),
+        **columns,
+    }
+
+
+# -- sentences ------------------------------------------------------------------------------------
+
+
+def findings(plan: ExperimentPlan, name: str, corpus: dict[str, Any]) -> list[str]:
+    """What the numbers of a corpus say, for or against EGPT."""
+    found = []
+    for budget in plan.budgets:
+        if not corpus[budget]:
+            found.append(f"{name}, {_same_runs(budget)}")
+            continue
+        variants = dict(corpus["steps"]) | corpus[budget]
+        if plan.baseline not in variants:
+            continue
+        base = variants[plan.baseline]["losses"]["true"]
+        for variant, result in variants.items():
+            if variant == plan.baseline or (budget != "steps" and variant not in corpus[budget]):
+                continue
+            loss = result["losses"]["true"]
+            found.append(
+                f"{name}, {_BUDGETS[budget]}: {variant} "
+                f"{_versus(base, loss, f'the baseline {plan.baseline}')}"
+            )
+            if control := plan.controls.get(variant):
+                other = variants[control]["losses"]["true"]
+                found.append(
+                    f"{name}, {_BUDGETS[budget]}: {variant} "
+                    f"{_versus(other, loss, f'its control {control}')}"
+                )
+            if budget == "steps" and "shuffled" in result["losses"]:
+                shuffled = result["losses"]["shuffled"]
+                found.append(
+                    f"{name}, {_BUDGETS[budget]}: {variant} with its own features "
+                    f"{_versus(shuffled, loss, 'with those of another window')}"
+                )
+    return found
+
+
+def _same_runs(budget: str) -> str:
+    """Of a budget without runs of its own."""
+    return (
+        f"{_BUDGETS[budget]}: scaled to it, every variant has as many steps as before: these are "
+        "the runs of equal steps"
+    )
+
+
+def _versus(other: dict[str, Any], loss: dict[str, Any], name: str) -> str:
+    """``loss`` against ``other``: better, worse, or no difference beyond twice the spread."""
+    shown = f"{loss['mean']:.4f} nats/token, {name} {other['mean']:.4f}"
+    if loss["sd"] is None or other["sd"] is None:
+        return f"has {shown}; one seed says nothing about the spread"
+    pairs = zip(loss["by_seed"], other["by_seed"], strict=False)  # some may still be missing
+    gains = [b - a for a, b in pairs]
+    gain, spread = mean(gains), max(loss["sd"], other["sd"])
+    verdict = "no difference" if abs(gain) <= 2 * spread else "better" if gain > 0 else "worse"
+    return (
+        f"has {shown}: {verdict}, a gain of {gain:+.4f} where losses vary by {spread:.4f} over "
+        f"seeds (and the gain itself by {stdev(gains):.4f})"
+    )
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def insert(page: str, report: dict[str, Any], name: str) -> str:
+    """``page`` with the report's tables of losses between its marks for experiment ``name``:
+    ``<!-- experiment NAME -->``, or ``<!-- experiment NAME, equal steps -->`` for those alone, and
+    ``<!-- end of experiment -->``.
+
+    Raises:
+        DataError: it has no such marks.
+    """
+    end = "<!-- end of experiment -->"
+    begin = re.search(rf"<!-- experiment {re.escape(name)}(?:, (equal [\w ]+))? -->\n", page)
+    before = page[: begin.end()] if begin else ""
+    _, closed, after = page[len(before) :].partition(end)
+    if not begin or not closed:
+        raise DataError(f"the page lacks the lines <!-- experiment {name} --> and {end}")
+    wanted = [b for b, title in _BUDGETS.items() if begin[1] in (None, title)]
+    parts = [_circumstances(report)]
+    for corpus_name, corpus in report["corpora"].items():
+        parts += [part for budget in wanted for part in _tables(corpus_name, corpus, budget)]
+    return before + "\n" + "\n\n".join(parts) + "\n\n" + end + after
+
+
+def _tables(name: str, corpus: dict[str, Any], budget: str) -> list[str]:
+    """A corpus' losses within a budget, as paragraphs."""
+    if corpus.get(budget):
+        return [f"{name}, {_BUDGETS[budget]}: {_sizes(corpus)}", _main_table(corpus, budget)]
+    return [f"{name}, {_same_runs(budget)}."] if budget in corpus else []
+
+
+def _circumstances(report: dict[str, Any]) -> str:
+    return (
+        f"Run on {' and '.join(report['machines'])}; losses on text that neither training nor the "
+        "choice of checkpoints has seen; sd: standard deviation over seeds."
+    )
+
+
+def markdown(report: dict[str, Any], plots: list[str]) -> str:
+    """The whole report as one page; ``plots`` are file names beside it."""
+    parts = [
+        "# Does EGPT use its context?",
+        _circumstances(report),
+        "## What was found",
+        "\n".join(f"- {sentence}." for sentence in report["findings"]),
+        "A difference counts as one if it exceeds twice the larger standard deviation over seeds. "
+        "The encoder alone was not trained on the corpus; all others were.",
+    ]
+    for name, corpus in report["corpora"].items():
+        parts += [f"## {name}", _sizes(corpus)]
+        for budget, title in _BUDGETS.items():
+            if corpus.get(budget):
+                parts += [f"### {title[0].upper()}{title[1:]}", _main_table(corpus, budget)]
+        parts += ["### By chunk of the window (earlier chunks there are)", _by_chunk(corpus)]
+        parts += ["### By position inside the chunk", _by_position(corpus)]
+    parts += [f"![{plot}]({plot})" for plot in plots]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sizes(corpus: dict[str, Any]) -> str:
+    encoder = corpus["encoder"]
+    return f"{encoder['tokens']:,} tokens ({encoder['bytes']:,} bytes) are reported."
+
+
+def _main_table(corpus: dict[str, Any], budget: str) -> str:
+    rows = {"encoder alone": corpus["encoder"], **corpus["steps"], **corpus[budget]}
+    header = ["", "seeds", "nats/token", "sd", "nats/byte", "shuffled", "zero", "steps", "GFLOP",
+              "parameters", "tokens/s", "GiB", "gates"]  # fmt: skip
+    return _table(header, [[name, *_cells(result)] for name, result in rows.items()])
+
+
+def _cells(result: dict[str, Any]) -> list[str]:
+    losses = result["losses"]
+    loss = losses["true"]
+    others = [f"{losses[k]['mean']:.4f}" if k in losses else "" for k in ("shuffled", "zero")]
+    cost = ["", "", f"{result['parameters']:,}", "", ""]
+    if "flops" in result:
+        cost = [
+            f"{result['steps']:.0f}",
+            f"{result['flops'] / 1e9:,.0f}",
+            f"{result['parameters']:,}",
+            f"{result['tokens_per_second']:,.0f}",
+            f"{result['memory_gib']:.2f}",
+        ]
+    gates = ", ".join(f"{gate:.3f}" for gate in result["gates"])
+    spread = "" if loss["sd"] is None else f"{loss['sd']:.4f}"
+    mean_loss, per_byte = f"{loss['mean']:.4f}", f"{loss['nats_per_byte']:.4f}"
+    return [str(len(loss["by_seed"])), mean_loss, spread, per_byte, *others, *cost, gates]
+
+
+def _by_chunk(corpus: dict[str, Any]) -> str:
+    rows = _lines(corpus, "by_chunk")
+    longest = max(len(values) for values in rows.values())
+    header = ["", *map(str, range(longest))]
+    return _table(header, [[n, *(f"{v:.3f}" for v in values)] for n, values in rows.items()])
+
+
+def _by_position(corpus: dict[str, Any]) -> str:
+    rows = {name: binned(values) for name, values in _lines(corpus, "by_position").items()}
+    header = ["", *next(iter(rows.values()))]
+    return _table(header, [[n, *(f"{v:.3f}" for v in bins.values())] for n, bins in rows.items()])
+
+
+def _lines(corpus: dict[str, Any], what: str) -> dict[str, list[float]]:
+    """A series of numbers for every line of the table of equal steps."""
+    found = {"encoder alone": corpus["encoder"]["losses"]["true"][what]}
+    for name, result in corpus["steps"].items():
+        for kind, losses in result["losses"].items():
+            found[name if kind == "true" else f"{name}, {kind}"] = losses[what]
+    return found
+
+
+def binned(by_position: list[float]) -> dict[str, float]:
+    """Means over positions 0, 1, 2-3, 4-7 and so on: history matters most where a chunk begins."""
+    bins, start = {}, 0
+    while start < len(by_position):
+        end = min(max(2 * start, 1), len(by_position))
+        label = str(start) if end == start + 1 else f"{start}-{end - 1}"
+        bins[label] = mean(by_position[start:end])
+        start = end
+    return bins
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    marks = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, marks, *rows])

@@ -1,0 +1,262 @@
+"""Training and measuring the experiment's runs; what is finished is not done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from megaegpt.config import RunConfig
+from megaegpt.config.loading import config_to_dict, config_to_yaml, load_config
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.errors import CheckpointError
+from megaegpt.evaluation.history import HISTORIES
+from megaegpt.files import locked_folder, write_whole
+from megaegpt.generation.trained import load_for_inference
+from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.model.egpt.egpt import EGPT
+from megaegpt.model.weights import read_weights_config
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.planning.summary import measure_model
+from megaegpt.precision import DTYPES, resolve_precision
+from megaegpt.training.feature_stores import find_encoder
+from megaegpt.training.pretraining import pretrain
+from megaegpt.training.stopping import StopRequests
+from tools.experiment.measure import Text, summarize, token_nats
+from tools.experiment.place import describe_machine
+from tools.experiment.plan import Budget, ExperimentPlan, decoder_values, make_run
+from tools.experiment.texts import prepare_corpus, prepare_encoder_texts
+
+RESULT = "result.json"
+
+
+class StoppedError(Exception):
+    """A run was asked to stop and is saved."""
+
+
+class Experiment:
+    """All runs of a plan on one process.
+
+    Args:
+        plan: what to do.
+        grid: of one process.
+        stops: requests to stop; each run is saved then.
+    """
+
+    def __init__(self, plan: ExperimentPlan, grid: ProcessGrid, stops: StopRequests) -> None:
+        self.plan, self._grid, self._stops = plan, grid, stops
+        self.folder = Path(plan.output)
+        self._tokenizer = Tokenizer.load()
+
+    def run(self) -> None:
+        """Texts, encoder, and every run.
+
+        Raises:
+            StoppedError: on a request to stop; the same call goes on from there.
+            DataError: another process is at work on the same folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked_folder(self.folder):
+            self._run()
+
+    def _run(self) -> None:
+        for name in self.plan.corpora:
+            prepare_corpus(self.plan, name, self.folder / "data" / name, self._tokenizer)
+        self._encoder = self._prepare_encoder()
+        for name in self.plan.corpora:
+            self._measure_encoder(name)
+            for budget in self.plan.budgets:
+                steps = self._steps(name, budget)  # type: ignore[arg-type]
+                for seed in range(1, self.plan.seeds + 1):
+                    for variant in steps:
+                        self._run_variant(name, variant, budget, seed, steps[variant])
+
+    # -- the encoder ------------------------------------------------------------------------------
+
+    def _prepare_encoder(self) -> str:
+        """What ``model.encoder.source`` is; pretrained here if the plan names no weights."""
+        encoder = self.plan.encoder
+        if encoder.source is not None:
+            return str(resolve_weights_source(encoder.source, self._grid))
+        data, folder = self.folder / "data" / "encoder", self.folder / "encoder"
+        prepare_encoder_texts(self.plan, data, self._tokenizer)
+        held_out = self.folder / "data" / next(iter(self.plan.corpora)) / "selection"
+        config = make_run(
+            encoder.run,
+            folder,
+            data={"train": [str(data / "train")], "validation": [str(held_out)]},
+        )
+        weights = folder / "weights"
+        if not self._is_done(folder, config):
+            self._train(config, folder)
+            shutil.copytree(_last_weights(config), weights, dirs_exist_ok=True)
+            self._finish(folder, config, self._training_figures(config))
+        return str(weights)
+
+    def _measure_encoder(self, corpus: str) -> None:
+        """The encoder alone, each chunk by itself, with its own head."""
+        folder = self.folder / "runs" / corpus / "encoder"
+        config = self._config(corpus, self.plan.baseline, folder, 1, None)
+        if self._is_done(folder, config):
+            return
+        result = self._measure(config, self._encoder, ("true",))
+        gpt = read_weights_config(self._encoder)[0]
+        values = {"model": {**config_to_dict(gpt), "kind": "gpt"}}
+        parameters = measure_model(make_run(values, folder)).parameters
+        self._finish(folder, config, {**result, "parameters": parameters, "training": {}})
+
+    # -- the decoders -----------------------------------------------------------------------------
+
+    def _config(
+        self, corpus: str, variant: str, folder: Path, seed: int, steps: int | None
+    ) -> RunConfig:
+        data = self.folder / "data" / corpus
+        training = {"seed": seed} if steps is None else {"seed": seed, "steps": steps}
+        return make_run(
+            decoder_values(self.plan, variant),
+            folder,
+            model={"encoder": {"source": self._encoder}},
+            data={
+                "train": [str(data / "train")],
+                "validation": [str(data / "selection")],
+                "history_features": "online",
+            },
+            training=training,
+        )
+
+    def _steps(self, corpus: str, budget: Budget) -> dict[str, int]:
+        """Steps of each variant; of those budgets that are derived, only where they differ."""
+        baseline, equal = self.plan.baseline, {}
+        for variant in self.plan.variants:
+            config = self._config(corpus, variant, self.folder, 1, None)
+            equal[variant] = config.training.steps
+        if budget == "steps":
+            return equal
+        cost = {name: self._cost(corpus, name, budget) for name in equal}
+        scaled = {n: max(1, round(equal[n] * cost[baseline] / cost[n])) for n in equal}
+        return {name: steps for name, steps in scaled.items() if steps != equal[name]}
+
+    def _cost(self, corpus: str, variant: str, budget: Budget) -> float:
+        """Operations a token, or seconds a token as measured in the runs of equal steps."""
+        if budget == "flops":
+            config = self._config(corpus, variant, self.folder, 1, None)
+            return measure_model(config, find_encoder(config)).flops_per_token
+        folders = (self.folder / "runs" / corpus / "steps" / variant).glob(f"*/{RESULT}")
+        speeds = [read_result(f.parent)["training"]["tokens_per_second"] for f in folders]
+        return 1 / median(speeds)
+
+    def _run_variant(self, corpus: str, variant: str, budget: str, seed: int, steps: int) -> None:
+        folder = self.folder / "runs" / corpus / budget / variant / f"seed{seed}"
+        config = self._config(corpus, variant, folder, seed, steps)
+        if self._is_done(folder, config):
+            return
+        print(f"\n=== {corpus}, equal {budget}: {variant}, seed {seed}", flush=True)
+        self._train(config, folder)
+        chosen = best_step(folder)
+        weights = folder / "checkpoints" / f"step_{chosen:08d}" / "weights"
+        egpt = config.model.egpt
+        reads_history = config.model.kind == "egpt" and egpt.history
+        kinds = HISTORIES if reads_history else ("true",)
+        result = self._measure(config, str(weights), kinds)
+        shutil.copytree(weights, folder / "weights", dirs_exist_ok=True)
+        figures = self._training_figures(config)
+        self._finish(folder, config, {**result, **figures, "chosen_step": chosen})
+
+    # -- one run ----------------------------------------------------------------------------------
+
+    def _train(self, config: RunConfig, folder: Path) -> None:
+        if self._grid.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        write_whole(_whole_folder(folder) / "run.yaml", config_to_yaml(config).encode())
+        if not pretrain(config, self._grid, resume=True, stops=self._stops):
+            raise StoppedError
+
+    def _measure(self, config: RunConfig, weights: str, kinds: tuple[str, ...]) -> dict[str, Any]:
+        """Losses on the reported part."""
+        dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
+        loaded = load_for_inference(weights, self._grid, dtype)
+        egpt = config.model.egpt
+        prefix = Path(config.data.validation[0]).with_name("report")
+        text = Text(TokenStream([str(prefix)]), egpt.num_chunks, egpt.chunk_size)
+        byte_lengths = self._tokenizer.token_byte_lengths
+        batch_size = config.training.micro_batch_size
+        measured = {
+            kind: summarize(token_nats(loaded, text, batch_size, dtype, kind), text, byte_lengths)
+            for kind in kinds
+        }
+        gates = loaded.model.gate_openness() if isinstance(loaded.model, EGPT) else []
+        return {"losses": measured, "gates": gates}
+
+    def _training_figures(self, config: RunConfig) -> dict[str, Any]:
+        """What the run cost."""
+        records = read_metrics(Path(config.logging.directory))
+        size = measure_model(config, find_encoder(config))
+        speeds = [r["tokens_per_second"] for r in records if "tokens_per_second" in r]
+        tokens = config.tokens_before(config.training.steps)
+        return {
+            "parameters": size.parameters,
+            "training": {
+                "steps": config.training.steps,
+                "tokens": tokens,
+                "flops": tokens * size.flops_per_token,
+                "tokens_per_second": median(speeds),
+                "memory_gib": max(r["memory_gib"] for r in records if "memory_gib" in r),
+                "selection": {
+                    r["step"]: r["validation_loss"] for r in records if "validation_loss" in r
+                },
+            },
+        }
+
+    def _is_done(self, folder: Path, config: RunConfig) -> bool:
+        """Whether the run is finished; refuses to go on where another one was begun."""
+        begun = folder / "run.yaml"
+        if begun.exists() and load_config(begun) != config:
+            raise CheckpointError(
+                f"{folder} is a run of another configuration: remove it, or choose another output"
+            )
+        return (folder / RESULT).exists()
+
+    def _finish(self, folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
+        """Publish the result; of the checkpoints only the chosen weights were kept."""
+        write_whole(_whole_folder(folder) / "run.yaml", config_to_yaml(config).encode())
+        about = {
+            "finished": time.strftime("%Y-%m-%d %H:%M"),
+            "machine": describe_machine(self._grid.device),
+        }
+        result = about | result
+        write_whole(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def best_step(folder: Path) -> int:
+    """The evaluated step of a run with the lowest loss on the selection part."""
+    losses = {
+        r["validation_loss"]: r["step"] for r in read_metrics(folder) if "validation_loss" in r
+    }
+    return losses[min(losses)]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """A run's records."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What was published of a run."""
+    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+
+
+def _last_weights(config: RunConfig) -> Path:
+    return Path(config.checkpoint.directory) / f"step_{config.training.steps:08d}" / "weights"
+
+
+def _whole_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,140 @@
+"""The experiment's texts as token shards: wraps joined, quotation marks straight, three parts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaegpt.data.readers import read_documents
+from megaegpt.data.readers.books import BOOKS, Cleaning, king_james_bible, load_book
+from megaegpt.data.readers.documents import Problems
+from megaegpt.data.readers.gutenberg import straighten_quotes
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.shards import ShardWriter
+from megaegpt.errors import DataError
+from megaegpt.files import write_whole
+from tools.experiment.plan import CorpusPlan, ExperimentPlan
+
+PARTS = ("train", "selection", "report")
+_DONE = "texts.json"
+
+
+def prepare_corpus(plan: ExperimentPlan, name: str, folder: Path, tokenizer: Tokenizer) -> None:
+    """Make the shards ``train``, ``selection`` and ``report`` of a corpus in ``folder``.
+
+    Raises:
+        DataError: a text cannot be had, or the folder holds other ones.
+    """
+    corpus = plan.corpus(name)
+    cut = [plan.max_characters, plan.selection_share, plan.selection_tokens, plan.report_tokens]
+    made_of = {"corpus": plan.corpora[name], "cut": cut, "tokenizer": tokenizer.fingerprint}
+    if _is_done(folder, made_of):
+        return
+    parts = _split(plan, corpus, tokenizer, folder)
+    for part, tokens in zip(PARTS, parts, strict=True):
+        _write(folder / part, [tokens])
+        print(f"{folder / part}: {len(tokens):,} tokens", flush=True)
+    _mark_done(folder, made_of)
+
+
+def prepare_encoder_texts(plan: ExperimentPlan, folder: Path, tokenizer: Tokenizer) -> None:
+    """Make the shard ``train`` of what the encoder is pretrained on.
+
+    Raises:
+        DataError: as :func:`prepare_corpus`.
+    """
+    encoder = plan.encoder
+    made_of = {
+        "texts": list(encoder.texts),
+        "documents": encoder.documents,
+        "max_characters": plan.max_characters,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    if _is_done(folder, made_of):
+        return
+    texts = itertools.islice(_texts(encoder.texts, plan, folder), encoder.documents)
+    count = _write(folder / "train", (_encode(text, tokenizer) for text in texts))
+    print(f"{folder / 'train'}: {count:,} tokens", flush=True)
+    _mark_done(folder, made_of)
+
+
+def _split(
+    plan: ExperimentPlan, corpus: CorpusPlan, tokenizer: Tokenizer, folder: Path
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens to train on, to choose checkpoints on, and to report."""
+
+    def tokens_of(names: Iterable[str]) -> np.ndarray:
+        return np.concatenate([_encode(text, tokenizer) for text in _texts(names, plan, folder)])
+
+    train = tokens_of(corpus.train)
+    if corpus.held_out:
+        held_out = tokens_of(corpus.held_out)
+    else:
+        train, held_out = np.split(train, [int(len(train) * corpus.train_share)])
+    selection, report = np.split(held_out, [int(len(held_out) * plan.selection_share)])
+    return train, selection[: plan.selection_tokens], report[: plan.report_tokens]
+
+
+def _texts(names: Iterable[str], plan: ExperimentPlan, folder: Path) -> Iterator[str]:
+    """Cleaned texts by book, file of text, or JSON Lines."""
+    for name in names:
+        for text in _documents(name, folder):
+            yield straighten_quotes(text)[: plan.max_characters]
+
+
+def _documents(name: str, folder: Path) -> Iterator[str]:
+    if name in BOOKS:
+        yield load_book(BOOKS[name], Cleaning(), folder / "downloads").text
+    elif name == "king_james_bible":
+        yield king_james_bible().text
+    else:
+        path = _find(name)
+        source = "jsonl" if ".jsonl" in path.name else "text"
+        for document in read_documents(source, [path], Problems()):
+            yield document.text
+
+
+def _find(name: str) -> Path:
+    """A file, from the working directory or the folder MEGAEGPT_DATA."""
+    places = [Path(name)]
+    if shared := os.environ.get("MEGAEGPT_DATA"):
+        places.append(Path(shared) / name)
+    for path in places:
+        if path.is_file():
+            return path
+    raise DataError(
+        f"{name}: no book of this name ({', '.join(BOOKS)}, king_james_bible), and no file "
+        f"{' or '.join(map(str, places))}; the folder MEGAEGPT_DATA is searched too if it is set"
+    )
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    return np.append(tokenizer.encode_numpy(text), tokenizer.eot_token).astype(np.uint16)
+
+
+def _write(prefix: Path, documents: Iterable[np.ndarray]) -> int:
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with ShardWriter(prefix) as writer:
+        for tokens in documents:
+            writer.add_document(tokens)
+        return writer.finish().tokens
+
+
+def _is_done(folder: Path, made_of: dict[str, Any]) -> bool:
+    try:
+        found = json.loads((folder / _DONE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    if found != json.loads(json.dumps(made_of)):
+        raise DataError(f"{folder} holds the texts of another experiment: choose another output")
+    return True
+
+
+def _mark_done(folder: Path, made_of: dict[str, Any]) -> None:
+    write_whole(folder / _DONE, json.dumps(made_of).encode())
