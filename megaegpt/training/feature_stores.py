@@ -28,7 +28,7 @@ def find_encoder(config: RunConfig) -> ModelConfig | None:
         ConfigError: the encoder does not fit the decoder.
         CheckpointError: there are no weights at ``model.encoder.source``.
     """
-    if config.model.kind == "gpt":
+    if not config.model.needs_encoder:
         return None
     source = _source(config)
     return _fitting_encoder(config.model, source_config(source), source)
@@ -45,7 +45,7 @@ def load_encoder(
         ConfigError: the encoder does not fit the decoder.
         CheckpointError: there are no weights at ``model.encoder.source``, nor a model of its name.
     """
-    if config.model.kind == "gpt":
+    if not config.model.needs_encoder:
         return None
     folder = resolve_weights_source(_source(config), grid)
     with raising_together(grid):
@@ -63,7 +63,7 @@ def _source(config: RunConfig) -> str:
 
 def _fitting_encoder(model: ModelConfig, encoder: ModelConfig, source: str) -> ModelConfig:
     problems = []
-    if encoder.kind != "gpt":
+    if encoder.needs_encoder:
         problems.append(f"it is a {encoder.kind}, not a gpt")
     if encoder.hidden_size != model.hidden_size:
         problems.append(f"its hidden_size is {encoder.hidden_size}, model's {model.hidden_size}")
@@ -85,9 +85,9 @@ def _fitting_encoder(model: ModelConfig, encoder: ModelConfig, source: str) -> M
 
 def needs_store(config: RunConfig) -> bool:
     """Whether the run reads features from disk."""
-    data, kind = config.data, config.model.kind
-    history = kind == "egpt" and config.model.egpt.history and data.history_features == "stored"
-    return history or (kind != "gpt" and data.token_features == "stored")
+    data, model = config.data, config.model
+    history = model.has_history and data.history_features == "stored"
+    return history or (model.needs_encoder and data.token_features == "stored")
 
 
 def store_folder(config: RunConfig, split: str) -> Path:

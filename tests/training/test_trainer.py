@@ -100,26 +100,25 @@ def test_a_run_shows_derived_quantities_before_step_0_and_leaves_records(
 
 
 def _train_and_look_at_the_encoder(corpus: Path, folder: Path) -> None:
-    built: list[Any] = []
+    built: dict[str, Any] = {}
 
-    class Watched(pretraining._Run):
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            built.append(self)
+    def watched(config: Any, grid: Any, encoder: Any, compiles: bool) -> Any:
+        built["encoder"], built["model"] = encoder, original(config, grid, encoder, compiles)
+        return built["model"]
 
-    original, pretraining._Run = pretraining._Run, Watched  # type: ignore[misc]
+    original, pretraining._build_model = pretraining._build_model, watched
     try:
         _run("egpt", corpus, folder)
     finally:
-        pretraining._Run = original  # type: ignore[misc]
-    (run,) = built
+        pretraining._build_model = original
+    encoder, model = built["encoder"], built["model"]
     from megaegpt.model.encoder import weights_fingerprint
 
-    assert weights_fingerprint(run.encoder.gpt) == run.encoder.fingerprint
-    assert not any(module.training for module in run.encoder.gpt.modules())
-    assert not any(p.requires_grad or p.grad is not None for p in run.encoder.parameters())
-    trained = {id(p) for p in run.model.parameters()}
-    assert not any(id(p) in trained for p in run.encoder.parameters())
+    assert weights_fingerprint(encoder.gpt) == encoder.fingerprint
+    assert not any(module.training for module in encoder.gpt.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in encoder.parameters())
+    trained = {id(p) for p in model.parameters()}
+    assert not any(id(p) in trained for p in encoder.parameters())
 
 
 def test_training_leaves_the_encoder_bit_for_bit_and_out_of_the_checkpoint(
@@ -285,7 +284,7 @@ def _fail_to_read_on_rank_1(corpus: Path, folder: Path) -> tuple[str, bool]:
     def failing(self: Any, numbers: np.ndarray, out: Any = None) -> Any:
         if grid_for(1).rank == 1 and numbers[0] >= 16:
             raise DataError("train.bin: the disk is gone")
-        return original(self, numbers, out)
+        return original(self, numbers)
 
     PretrainingSamples.batch = failing  # type: ignore[method-assign]
     try:
@@ -309,7 +308,7 @@ def _meet_a_bad_loss(corpus: Path, folder: Path, policy: str) -> tuple[str, str]
     """Rank 1's second micro-batch of step 3 has an infinite loss."""
     from megaegpt.model.calling import SequenceInputs
 
-    original = SequenceInputs.nats
+    original = SequenceInputs.loss
     calls = 0
 
     def bad(self: Any, model: Any, batch: Any, reduction: str = "sum") -> Any:
@@ -318,7 +317,7 @@ def _meet_a_bad_loss(corpus: Path, folder: Path, policy: str) -> tuple[str, str]
         calls += reduction == "sum"
         return nats * float("inf") if grid_for(1).rank == 1 and calls == 2 * 2 + 2 else nats
 
-    SequenceInputs.nats = bad  # type: ignore[method-assign]
+    SequenceInputs.loss = bad  # type: ignore[method-assign]
     shown, message = "", ""
     try:
         _, shown = _run(
@@ -331,7 +330,7 @@ def _meet_a_bad_loss(corpus: Path, folder: Path, policy: str) -> tuple[str, str]
     except TrainingError as error:
         message = str(error)
     finally:
-        SequenceInputs.nats = original  # type: ignore[method-assign]
+        SequenceInputs.loss = original  # type: ignore[method-assign]
     return message, shown
 
 

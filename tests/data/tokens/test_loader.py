@@ -18,7 +18,7 @@ from tests.data.corpora import counting_stream
 
 @pytest.fixture
 def samples(tmp_path: Path) -> PretrainingSamples:
-    return PretrainingSamples(counting_stream(tmp_path, 1000), seq_len=8, seed=1)
+    return PretrainingSamples(counting_stream(tmp_path, 1000), sample_len=8, seed=1)
 
 
 def take(loader: TrainingLoader, steps: int) -> list:
@@ -40,8 +40,10 @@ def test_the_global_batch_is_the_same_for_every_dp_size(
     ]
     for step in range(20):
         micro_steps = zip(*(steps[step] for steps in ranks), strict=True)
-        rows = torch.cat([batch for micro_step in micro_steps for batch in micro_step])
-        assert np.array_equal(rows.numpy(), samples.batch(np.arange(8) + 8 * step))
+        rows = [batch for micro_step in micro_steps for batch in micro_step]
+        expected = samples.batch(np.arange(8) + 8 * step)
+        for name in ("tokens", "targets"):
+            assert np.array_equal(torch.cat([b[name] for b in rows]).numpy(), expected[name])
 
 
 @pytest.mark.parametrize("dp_size", [1, 2])
@@ -62,15 +64,15 @@ def test_a_growing_batch_goes_through_the_samples_in_order_from_any_step(
     rows: list[torch.Tensor] = []
     for number, steps in enumerate(zip(*ranks, strict=True), start_step):
         assert len(steps[0]) == batches.size(number) // (2 * dp_size)
-        rows += [batch for micro_step in zip(*steps, strict=True) for batch in micro_step]
+        rows += [b["tokens"] for micro_step in zip(*steps, strict=True) for b in micro_step]
     first, last = (batches.samples_before(step) for step in (start_step, start_step + 8))
-    assert np.array_equal(torch.cat(rows).numpy(), samples.batch(np.arange(first, last)))
+    assert np.array_equal(torch.cat(rows).numpy(), samples.batch(np.arange(first, last))["tokens"])
 
 
 def test_an_epoch_over_two_ranks_has_every_sample_once(samples: PretrainingSamples) -> None:
     steps = len(samples) // 4
     seen = [
-        batch[:, 0]
+        batch["tokens"][:, 0]
         for rank in range(2)
         for step in take(TrainingLoader(samples, ProcessGrid(dp_rank=rank, dp_size=2), 4, 1), steps)
         for batch in step
@@ -84,22 +86,24 @@ def test_any_step_can_be_the_first(samples: PretrainingSamples) -> None:
     whole = take(TrainingLoader(samples, ProcessGrid(), 4, 2), 40)
     resumed = take(TrainingLoader(samples, ProcessGrid(), 4, 2, start_step=33), 7)
     for expected, got in zip(whole[33:], resumed, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        for a, b in zip(expected, got, strict=True):
+            assert torch.equal(a["tokens"], b["tokens"])
 
 
 def test_micro_batches_have_their_size_and_windows_their_chunk_numbers(tmp_path: Path) -> None:
     windows = ChunkWindows(counting_stream(tmp_path, 1000), num_chunks=4, chunk_size=5, seed=1)
     (step,) = take(TrainingLoader(windows, ProcessGrid(), 6, 2), 1)
     assert len(step) == 3
-    for tokens, chunk_ids in step:
-        assert tokens.shape == (2, 21)
+    for batch in step:
+        tokens, chunk_ids = batch["tokens"], batch["chunk_ids"]
+        assert tokens.shape == (2, 20)
         assert tokens.dtype == chunk_ids.dtype == torch.int64
         assert torch.equal(tokens[:, 0], chunk_ids[:, 0] * 5)
 
 
 def test_batches_handed_out_are_not_overwritten(samples: PretrainingSamples) -> None:
     with TrainingLoader(samples, ProcessGrid(), 2, 2, prefetch=1) as loader:
-        (first,) = next(loader)
+        first = next(loader)[0]["tokens"]
         copy = first.clone()
         for _ in range(10):
             next(loader)
@@ -120,20 +124,17 @@ def test_closing_ends_the_thread_even_when_it_waits_for_room(samples: Pretrainin
 class FailingSamples:
     """Raises in the background at the third batch."""
 
-    row_len = 3
-
     def __init__(self) -> None:
         self.batches = 0
 
     def __len__(self) -> int:
         return 100
 
-    def batch(self, numbers: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    def batch(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         self.batches += 1
         if self.batches == 3:
             raise OSError("the disk is gone")
-        assert out is not None
-        return out
+        return {"tokens": np.zeros((len(numbers), 2), np.int64)}
 
 
 def test_an_error_in_the_background_reaches_the_loop() -> None:
