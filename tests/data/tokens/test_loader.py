@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 import torch
 
 from megaegpt.config import BatchRampConfig, BatchSchedule
-from megaegpt.data.tokens.loader import TrainingLoader
+from megaegpt.data.tokens.batch import Batch
+from megaegpt.data.tokens.loader import DeviceMover, TrainingLoader
 from megaegpt.data.tokens.samples import ChunkWindows, PretrainingSamples
 from megaegpt.parallel.grid import ProcessGrid
 from tests.data.corpora import counting_stream
@@ -150,3 +153,77 @@ def test_an_error_in_the_background_reaches_the_loop() -> None:
 def test_batches_that_do_not_divide_are_refused(samples: PretrainingSamples) -> None:
     with pytest.raises(ValueError, match="6 samples are not whole steps of 4"):
         TrainingLoader(samples, ProcessGrid(dp_size=2), 6, 2)
+
+
+def test_micro_batches_are_contiguous_and_prepared_in_the_background(tmp_path: Path) -> None:
+    windows = ChunkWindows(counting_stream(tmp_path, 1000), num_chunks=4, chunk_size=5, seed=1)
+    threads: set[str] = set()
+
+    def prepare(batch: Batch) -> Batch:
+        threads.add(threading.current_thread().name)
+        return {**batch, "first_half": batch["tokens"][:, :10], "features": batch["targets"].T}
+
+    loader = TrainingLoader(windows, ProcessGrid(), 6, 2, prepare=prepare)
+    for step in take(loader, 3):
+        for batch in step:
+            assert set(batch) == {"tokens", "targets", "chunk_ids", "first_half", "features"}
+            assert all(tensor.is_contiguous() for tensor in batch.values())
+            assert torch.equal(batch["features"], batch["targets"].T)
+    assert threads == {"training-loader"}
+
+
+class Recorder:
+    """In the place of CUDA's streams: notes what is asked of them, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def record_event(self) -> str:
+        self.calls.append("record")
+        return "copied"
+
+    def wait_event(self, event: str) -> None:
+        self.calls.append(f"wait for {event}")
+
+
+def test_on_a_gpu_copies_start_from_pinned_memory_on_a_stream_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, current = Recorder(), Recorder()
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.is_contiguous()
+        copy = tensor.clone()
+        pinned.append(copy.data_ptr())
+        return copy
+
+    def copy_to(tensor: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        assert tensor.data_ptr() in pinned
+        assert device.type == "cuda"
+        assert non_blocking
+        own.calls.append("copy")
+        return tensor
+
+    @contextlib.contextmanager
+    def on(stream: Recorder) -> Iterator[None]:
+        assert stream is own
+        own.calls.append("enter")
+        yield
+        own.calls.append("leave")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: own)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", copy_to)
+    used = lambda tensor, stream: stream.calls.append("used")  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "record_stream", used)
+    mover = DeviceMover(torch.device("cuda", 0))
+    rows = torch.arange(12).view(3, 4)
+    moving = mover.start({"tokens": rows[:, :-1], "targets": rows[:, 1:]})
+    assert own.calls == ["enter", "copy", "copy", "record", "leave"]
+    assert current.calls == []
+    batch = mover.finish(moving)
+    assert current.calls == ["wait for copied", "used", "used"]
+    assert torch.equal(batch["targets"], rows[:, 1:])
