@@ -19,7 +19,7 @@ from megaegpt.evaluation.text import evaluate_text
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.model.calling import chunk_ids_of
 from megaegpt.model.egpt.egpt import chunk_features
-from megaegpt.model.egpt.inputs import EGPTInputs
+from megaegpt.model.egpt.egpt_inputs import EGPTInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation

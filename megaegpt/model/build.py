@@ -11,7 +11,7 @@ from megaegpt.data.features.store import FeatureStore
 from megaegpt.model.calling import ChunkInputs, Encode, ModelInputs, SequenceInputs
 from megaegpt.model.deepgpt import DeepGPT
 from megaegpt.model.egpt.egpt import EGPT
-from megaegpt.model.egpt.inputs import EGPTInputs
+from megaegpt.model.egpt.egpt_inputs import EGPTInputs
 from megaegpt.model.gpt import GPT
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import initialize

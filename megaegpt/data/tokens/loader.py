@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from megaegpt.config.batch import BatchSchedule
+from megaegpt.config.batch_ramp import BatchSchedule
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.samples import Samples
 
