@@ -113,6 +113,17 @@ def read_weights_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]
     return config, extra
 
 
+def weights_checksum(folder: str | Path) -> str:
+    """One text that changes with a folder's description and, by its recorded checksum, with its
+    tensors, which are not read.
+
+    Raises:
+        CheckpointError: the description is missing or is not ours.
+    """
+    content = json.dumps(_read_description(folder), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def verify_weights(folder: str | Path) -> None:
     """Read the whole of a folder's tensors and compare their checksum (one file, one process).
 

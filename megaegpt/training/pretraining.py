@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megaegpt.config import GenerationConfig, RunConfig
-from megaegpt.config.loading import config_to_dict, config_to_yaml
+from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.validation import validate
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.blend import Blend
@@ -20,7 +19,7 @@ from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.build import Model, build_model
 from megaegpt.model.calling import ChunkInputs, ModelInputs, SequenceInputs
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.initialization import check_same_arithmetic, initialize_from_encoder
+from megaegpt.model.initialization import initialize_from_encoder
 from megaegpt.model.parts import freeze
 from megaegpt.model.weights import load_weights, read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -32,6 +31,15 @@ from megaegpt.training.engine.compiling import compile_problem
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
+from megaegpt.training.identity import (
+    check_initialization,
+    check_ranks_agree,
+    check_resume,
+    configuration_facts,
+    corpus_facts,
+    run_identity,
+    weights_facts,
+)
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, device_name, peak_flops
 from megaegpt.training.logging.monitor import Monitor
@@ -79,18 +87,22 @@ def train(
     Raises:
         MegaEGPTError: whatever is the user's to fix, on every rank.
     """
+    check_ranks_agree(lambda: configuration_facts(config), grid)
     with raising_together(grid):
         validate(config, grid.world_size)
         data = read_data(config)
         _check_held_out(config, data)
         checkpoints = _checkpoints(config, resume)
+    check_ranks_agree(lambda: corpus_facts(data.fingerprint, data.streams), grid)
     run = _Run(config, grid, data)
     latest = broadcast_object(checkpoints.latest, grid) if resume else None
-    state: TrainerState = {} if latest is None else run.restore(checkpoints, latest)
+    state: TrainerState = {}
+    if latest is not None:
+        run.notices += broadcast_object(lambda: check_resume(config, run.identity, latest), grid)
+        state = run.restore(checkpoints, latest)
     with raising_together(grid):
-        differences = _differences(state, run.identity)
         monitor = Monitor(config.logging, grid, state.get("step", 0))
-    run.introduce(monitor, state, resume, differences)
+    run.introduce(monitor, state, resume)
     trainer = Trainer(
         config=config,
         engine=run.engine,
@@ -126,6 +138,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         config, grid, training = self.config, self.grid, self.config.training
+        self.notices: list[str] = []
         with raising_together(grid):
             self.precision = resolve_precision(training.precision, grid.device)
         compiles = training.compile and compile_problem(grid.device.type) is None
@@ -146,9 +159,10 @@ class _Run:
                 initialize_from_encoder(self.model, source, grid)
         if training.initialize_from is not None:
             weights = resolve_weights_source(training.initialize_from, grid)
+            check_ranks_agree(lambda: weights_facts("training.initialize_from", weights), grid)
             with raising_together(grid):
                 self._check_encoder(weights)
-                check_same_arithmetic(config.model, weights)
+                self.notices += check_initialization(config.model, weights)
                 load_weights(self.model, weights, grid)
         with raising_together(grid):
             freeze(self.model, training.freeze)
@@ -156,13 +170,7 @@ class _Run:
         self.size: ModelSize = measure_model(
             config, None if self.encoder is None else self.encoder.config
         )
-        self.identity = {
-            "encoder": self.encoder and self.encoder.fingerprint,
-            "shards": self.data.fingerprint,
-            "global_batch_size": training.global_batch_size,
-            "batch_ramp": training.batch_ramp.start and config_to_dict(training.batch_ramp),
-            "seed": training.seed,
-        }
+        self.identity = run_identity(config, self.encoder, self.data.fingerprint)
 
     def restore(self, checkpoints: CheckpointManager, folder: Path) -> TrainerState:
         """Go on from a checkpoint, whatever has become of where frozen parts came from."""
@@ -253,9 +261,7 @@ class _Run:
             extra["encoder_fingerprint"] = self.encoder.fingerprint
         save_weights(self.model, folder, self.grid, extra)
 
-    def introduce(
-        self, monitor: Monitor, state: TrainerState, resume: bool, differences: list[str]
-    ) -> None:
+    def introduce(self, monitor: Monitor, state: TrainerState, resume: bool) -> None:
         """Show and record what the run is, before its first step."""
         config, grid = self.config, self.grid
         resolved = config_to_yaml(config)
@@ -267,7 +273,7 @@ class _Run:
         for line in describe_run(config, self.size, grid.dp_size, self.precision, name):
             monitor.say(line)
         monitor.say(f"{'data':<11}{self.data.describe()}")
-        notices = [slow_precision_notice(self.precision, grid.device), *differences]
+        notices = [slow_precision_notice(self.precision, grid.device), *self.notices]
         if config.training.compile and (problem := compile_problem(grid.device.type)):
             notices.append(f"training.compile is off, it does not work here: {problem}")
         for notice in notices:
@@ -296,17 +302,3 @@ def _checkpoints(config: RunConfig, resume: bool) -> CheckpointManager:
             "checkpoint.directory and logging.directory to new folders"
         )
     return checkpoints
-
-
-def _differences(state: TrainerState, identity: dict[str, Any]) -> list[str]:
-    """What a resumed run no longer has in common with its checkpoint, if that is tolerable."""
-    if not state:
-        return []
-    if state["encoder"] != identity["encoder"]:
-        raise CheckpointError(
-            "the checkpoint was trained over another encoder (fingerprint "
-            f"{str(state['encoder'])[:12]}, now {str(identity['encoder'])[:12]}): "
-            "set model.encoder.source to the one it was trained with"
-        )
-    changed = [name for name, value in identity.items() if state.get(name) != value]
-    return [f"{name} differs from the checkpoint's: the data order changes" for name in changed]

@@ -222,11 +222,12 @@ class Engine:
             CheckpointError: the files do not fit this model, or there is no room for ``scratch``.
         """
         universal = scratch / "universal"
+        shapes = {name: spec.full_shape for name, spec in self.parameter_specs().items()}
         with raising_together(self.grid):
             if self.grid.is_main:
                 deepspeed_state.make_scratch(scratch, folder)
                 with deepspeed_state.loading(folder):
-                    convert(folder, universal, self.parameter_specs(), saved.zero_stage)
+                    convert(folder, universal, shapes, saved.zero_stage)
         deepspeed_state.load_universal(self._deepspeed, universal, self.grid)
 
     def assert_replicas_equal(self) -> None:

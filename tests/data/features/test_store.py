@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaegpt.data.tokens import memory_map
 from megaegpt.data.features.store import FeatureSpec, FeatureStore
 from megaegpt.data.features.writer import compute_features
+from megaegpt.data.tokens import memory_map
 from megaegpt.errors import DataError
 from megaegpt.parallel.grid import ProcessGrid
 
