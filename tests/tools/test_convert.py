@@ -130,7 +130,7 @@ def _config(tp: int) -> RunConfig:
     training = {"global_batch_size": BATCH, "micro_batch_size": 1}
     encoder = EncoderConfig(source="encoder")
     model = {"kind": "egpt", "num_kv_heads": 1, "tied_embeddings": False, "encoder": encoder}
-    parallel = {"tensor_parallel_size": tp}
+    parallel = {"tensor_parallel_size": tp, "zero_stage": 0}  # cut and joined by this project
     return run_config(model=model, parallel=parallel, training=training)
 
 
@@ -172,7 +172,7 @@ def _assert_equal(ours: Curve, theirs: Curve) -> None:
 def _split(merged: Path, folder: Path) -> None:
     """Over two tensor-parallel ranks again; what cannot be done is refused."""
     grid = grid_for(2)
-    reshape(merged / "step_00000003", folder, grid)
+    reshape(merged / "step_00000003", folder, grid, zero_stage=2)
     with pytest.raises(CheckpointError, match="holds checkpoints already"):
         reshape(merged / "step_00000003", folder, grid)
 
@@ -185,7 +185,7 @@ def test_checkpoints_are_listed_merged_and_split_with_their_optimizer_state(
 
     listed = convert("list", tmp_path / "run", "--verify")
     assert "step_00000003 latest, best" in listed
-    assert listed.count("tensor parallel 2 x data parallel 1, ZeRO stage 2, fp32, verified") == 2
+    assert listed.count("tensor parallel 2 x data parallel 1, ZeRO stage 0, fp32, verified") == 2
     checkpoint = saved / "step_00000003"
     listed = convert("list", checkpoint)
     assert "global_batch_size=4" in listed
