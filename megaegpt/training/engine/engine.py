@@ -34,6 +34,7 @@ from megaegpt.precision import resolve_precision
 from megaegpt.training.checkpoint import deepspeed_state
 from megaegpt.training.checkpoint.manifest import Topology
 from megaegpt.training.checkpoint.universal import convert
+from megaegpt.training.engine.compat import check_compatible
 from megaegpt.training.engine.deepspeed_config import (
     deepspeed_config,
     effective_zero_stage,
@@ -86,6 +87,7 @@ class Engine:
 
     Raises:
         ConfigError: a precision that the device lacks, or contradicting raw DeepSpeed keys.
+        LaunchError: a release of DeepSpeed that lacks what is used of it.
     """
 
     def __init__(self, model: nn.Module, grid: ProcessGrid, config: RunConfig) -> None:
@@ -114,6 +116,7 @@ class Engine:
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, mpu=DeepSpeedMpu(grid), config=options
             )
+        check_compatible(self._deepspeed, stage, self.precision)
         if self.precision == "fp16" and self._loss_scaler is not None:
             # DeepSpeed would end the run with a bare Exception; train_step reports it instead.
             self._loss_scaler.raise_error_at_min_scale = False
