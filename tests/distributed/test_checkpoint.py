@@ -144,7 +144,15 @@ def test_a_run_goes_on_at_another_topology_as_if_undisturbed(
 
 
 def _resume_each(config: RunConfig, folders: list[Path], end: int) -> list[Curve]:
-    return [_resume(config, folder, _SAVED, end) for folder in folders]
+    """One engine for all: what it loads must leave nothing of what was there before."""
+    engine = make_engine(config, grid_for(config.parallel.tensor_parallel_size))
+    curves = []
+    for folder in folders:
+        CheckpointManager(folder, keep=1).load(engine)
+        curves.append(advance(engine, config, range(_SAVED, end)))
+        engine.assert_replicas_equal()
+    engine.close()
+    return curves
 
 
 def _assert_all_pairs_go_on(
@@ -192,8 +200,7 @@ def test_shared_heads_saved_without_zero_go_on_where_they_are_cut_or_merged(
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "kind",
-    ["two_key_value_heads_for_four_ranks", "egpt_with_one_key_value_head", "latent"],
+    "kind", ["two_key_value_heads_for_four_ranks", "egpt_with_one_key_value_head"]
 )
 def test_every_pair_of_topologies_and_zero_stages_goes_on(
     distributed: Distributed, tmp_path: Path, kind: str
