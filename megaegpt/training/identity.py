@@ -224,8 +224,7 @@ def check_initialization(model: ModelConfig, weights: str | Path) -> list[str]:
     """
     found, _ = read_weights_config(weights)
     lengths = ("model.max_seq_len",) if model.kind == "gpt" else ("model.egpt.num_chunks",)
-    there, here = (_with_keys(config, lengths) for config in (found, model))
-    differences = _different(there, here)
+    differences = _differences_of_models(found, model, lengths)
     meant = {k: v for k, v in differences.items() if k in _MAY_CHANGE_AT_THE_START}
     refused = {k: v for k, v in differences.items() if k not in meant}
     if refused:
@@ -236,9 +235,18 @@ def check_initialization(model: ModelConfig, weights: str | Path) -> list[str]:
     return [f"{weights} was trained otherwise: {_from_to(meant)}"] if meant else []
 
 
-def _with_keys(model: ModelConfig, keys: Iterable[str]) -> dict[str, Any]:
-    everything = flatten(RunConfig(model=model))
-    return {**model_arithmetic(model), **{key: everything[key] for key in keys}}
+def _differences_of_models(
+    there: ModelConfig, here: ModelConfig, besides: Iterable[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Keys in which the arithmetic of two models differs; and those ``besides`` it that differ.
+
+    A default that follows from another key is not named for that key's sake.
+    """
+    raw = _different(flatten(RunConfig(model=there)), flatten(RunConfig(model=here)))
+    found = _different(model_arithmetic(there), model_arithmetic(here))
+    followed = {f"model.{name}" for name in _RESOLVED} - set(raw)
+    named = {key: pair for key, pair in found.items() if key not in followed}
+    return {**named, **{key: raw[key] for key in besides if key in raw}}
 
 
 # -- a resumed run and its checkpoint --------------------------------------------------------------
@@ -351,7 +359,7 @@ def _check_same_run(changes: Mapping[str, tuple[Any, Any]], folder: Path) -> Non
 
 
 def _check_same_model(saved: ModelConfig, ours: ModelConfig, folder: Path) -> None:
-    differences = _different(model_arithmetic(saved), model_arithmetic(ours))
+    differences = _differences_of_models(saved, ours)
     if differences:
         raise CheckpointError(
             f"{folder} was trained as another model: {_there_and_here(differences)}. Resume with "
