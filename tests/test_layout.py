@@ -1,4 +1,4 @@
-"""The package's layout: one name a file, dependencies in one direction, libraries where they belong."""
+"""One name a file, dependencies in one direction, libraries where they belong."""
 
 from __future__ import annotations
 

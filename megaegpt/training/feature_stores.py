@@ -19,6 +19,7 @@ from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
 from megaegpt.precision import DTYPES, Precision
+from megaegpt.training.identity import arithmetic_digest, check_ranks_agree, weights_facts
 
 
 def find_encoder(config: RunConfig) -> ModelConfig | None:
@@ -44,10 +45,12 @@ def load_encoder(
     Raises:
         ConfigError: the encoder does not fit the decoder.
         CheckpointError: there are no weights at ``model.encoder.source``, nor a model of its name.
+        LaunchError: ranks find different ones there.
     """
     if not config.model.needs_encoder:
         return None
     folder = resolve_weights_source(_source(config), grid)
+    check_ranks_agree(lambda: weights_facts("model.encoder.source", folder), grid)
     with raising_together(grid):
         _fitting_encoder(config.model, read_weights_config(folder)[0], str(folder))
     source = dataclasses.replace(config.model.encoder, source=str(folder))
@@ -105,6 +108,7 @@ def store_spec(
         dtype = "bfloat16" if precision == "bf16" else "float32"
     return FeatureSpec(
         encoder=encoder.fingerprint,
+        encoder_arithmetic=arithmetic_digest(encoder.config),
         shards=stream.fingerprint,
         num_chunks=len(stream) // egpt.chunk_size,
         chunk_size=egpt.chunk_size,
@@ -139,4 +143,5 @@ def prepare_store(
         grid=grid,
         batch_size=config.model.encoder.batch_size,
         title=f"{split} features",
+        verify=config.data.verify_checksums,
     )

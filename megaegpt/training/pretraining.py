@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megaegpt.config import GenerationConfig, RunConfig
-from megaegpt.config.loading import config_to_dict, config_to_yaml
+from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.validation import validate
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.blend import Blend
@@ -19,7 +18,7 @@ from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.build import Model, build_inputs, build_model
 from megaegpt.model.calling import ModelInputs
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.initialization import check_same_arithmetic, initialize_from_encoder
+from megaegpt.model.initialization import initialize_from_encoder
 from megaegpt.model.parts import freeze
 from megaegpt.model.weights import load_weights, read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -32,6 +31,15 @@ from megaegpt.training.engine.compiling import compile_problem
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
+from megaegpt.training.identity import (
+    check_initialization,
+    check_ranks_agree,
+    check_resume,
+    configuration_facts,
+    corpus_facts,
+    run_identity,
+    weights_facts,
+)
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, device_name, peak_flops
 from megaegpt.training.logging.monitor import Monitor
@@ -79,20 +87,24 @@ def train(
     Raises:
         MegaEGPTError: whatever is the user's to fix, on every rank.
     """
+    check_ranks_agree(lambda: configuration_facts(config), grid)
     with raising_together(grid):
         validate(config, grid.world_size)
         precision = resolve_precision(config.training.precision, grid.device)
         data = read_data(config)
         _check_held_out(config, data)
         checkpoints = _checkpoints(config, resume)
+    check_ranks_agree(lambda: corpus_facts(data.fingerprint, data.streams), grid)
     latest = broadcast_object(checkpoints.latest, grid) if resume else None
     encoder = load_encoder(config, grid, precision)
-    identity = _identity(config, data, encoder)
-    with raising_together(grid):
-        state: TrainerState = {} if latest is None else Manifest.read(latest).trainer
-        differences = _differences(state, identity)
+    identity = run_identity(config, encoder, data.fingerprint)
+    state: TrainerState = {}
+    notices: list[str] = []
+    if latest is not None:
+        notices += broadcast_object(lambda: check_resume(config, identity, latest), grid)
+        state = broadcast_object(lambda: Manifest.read(latest).trainer, grid)
     compiles = config.training.compile and compile_problem(grid.device.type) is None
-    model = _build_model(config, grid, encoder, compiles)
+    model = _build_model(config, grid, encoder, compiles, notices)
     feed = functools.partial(_inputs, config, grid, data, encoder, precision)
     inputs = feed("train")
     engine = Engine(model, grid, config, inputs.loss)
@@ -101,7 +113,7 @@ def train(
     size = measure_model(config, None if encoder is None else encoder.config)
     with raising_together(grid):
         monitor = Monitor(config.logging, grid, state.get("step", 0))
-    _introduce(config, grid, monitor, data, size, precision, state, resume, differences)
+    _introduce(config, grid, monitor, data, size, precision, state, resume, notices)
     trainer = Trainer(
         config=config,
         model=model,
@@ -131,9 +143,15 @@ def train(
 
 
 def _build_model(
-    config: RunConfig, grid: ProcessGrid, encoder: FrozenEncoder | None, compiles: bool
+    config: RunConfig,
+    grid: ProcessGrid,
+    encoder: FrozenEncoder | None,
+    compiles: bool,
+    notices: list[str],
 ) -> Model:
-    """The model as it is at step 0: random, or from weights, or from its encoder's end."""
+    """The model as it is at step 0: random, or from weights, or from its encoder's end. What should
+    be known of these weights is added to ``notices``.
+    """
     if encoder is not None and compiles:
         for block in encoder.gpt.stack.blocks:
             block.compile()
@@ -151,9 +169,10 @@ def _build_model(
             initialize_from_encoder(model, source, grid)
     if training.initialize_from is not None:
         weights = resolve_weights_source(training.initialize_from, grid)
+        check_ranks_agree(lambda: weights_facts("training.initialize_from", weights), grid)
         with raising_together(grid):
             _check_encoder(weights, encoder)
-            check_same_arithmetic(config.model, weights)
+            notices += check_initialization(config.model, weights)
             load_weights(model, weights, grid)
     with raising_together(grid):
         freeze(model, training.freeze)
@@ -280,7 +299,7 @@ def _introduce(
     precision: Precision,
     state: TrainerState,
     resume: bool,
-    differences: list[str],
+    notices: list[str],
 ) -> None:
     """Show and record what the run is, before its first step."""
     resolved = config_to_yaml(config)
@@ -292,12 +311,12 @@ def _introduce(
     for line in describe_run(config, size, grid.dp_size, precision, name):
         monitor.say(line)
     monitor.say(f"{'data':<11}{data.describe()}")
-    notices = [slow_precision_notice(precision, grid.device), *differences]
+    if (slow := slow_precision_notice(precision, grid.device)) is not None:
+        notices = [slow, *notices]
     if config.training.compile and (problem := compile_problem(grid.device.type)):
-        notices.append(f"training.compile is off, it does not work here: {problem}")
+        notices = [*notices, f"training.compile is off, it does not work here: {problem}"]
     for notice in notices:
-        if notice is not None:
-            monitor.say(f"notice: {notice}")
+        monitor.say(f"notice: {notice}")
     if state:
         monitor.say(f"resuming after step {state['step']}")
     elif resume:
@@ -305,18 +324,6 @@ def _introduce(
 
 
 # -- resuming --------------------------------------------------------------------------------------
-
-
-def _identity(config: RunConfig, data: RunData, encoder: FrozenEncoder | None) -> dict[str, Any]:
-    """What the run depends on besides its configuration, and the order of its data."""
-    training = config.training
-    return {
-        "encoder": encoder and encoder.fingerprint,
-        "shards": data.fingerprint,
-        "global_batch_size": training.global_batch_size,
-        "batch_ramp": training.batch_ramp.start and config_to_dict(training.batch_ramp),
-        "seed": training.seed,
-    }
 
 
 def _restore(
@@ -350,17 +357,3 @@ def _checkpoints(config: RunConfig, resume: bool) -> CheckpointManager:
             "checkpoint.directory and logging.directory to new folders"
         )
     return checkpoints
-
-
-def _differences(state: TrainerState, identity: dict[str, Any]) -> list[str]:
-    """What a resumed run no longer has in common with its checkpoint, if that is tolerable."""
-    if not state:
-        return []
-    if state["encoder"] != identity["encoder"]:
-        raise CheckpointError(
-            "the checkpoint was trained over another encoder (fingerprint "
-            f"{str(state['encoder'])[:12]}, now {str(identity['encoder'])[:12]}): "
-            "set model.encoder.source to the one it was trained with"
-        )
-    changed = [name for name, value in identity.items() if state.get(name) != value]
-    return [f"{name} differs from the checkpoint's: the data order changes" for name in changed]

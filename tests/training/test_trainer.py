@@ -103,8 +103,8 @@ def test_a_run_shows_derived_quantities_before_step_0_and_leaves_records(
 def _train_and_look_at_the_encoder(corpus: Path, folder: Path) -> None:
     built: dict[str, Any] = {}
 
-    def watched(config: Any, grid: Any, encoder: Any, compiles: bool) -> Any:
-        built["encoder"], built["model"] = encoder, original(config, grid, encoder, compiles)
+    def watched(config: Any, grid: Any, encoder: Any, *others: Any) -> Any:
+        built["encoder"], built["model"] = encoder, original(config, grid, encoder, *others)
         return built["model"]
 
     original, pretraining._build_model = pretraining._build_model, watched

@@ -34,6 +34,7 @@ from megaegpt.precision import resolve_precision
 from megaegpt.training.checkpoint import deepspeed_state
 from megaegpt.training.checkpoint.manifest import Topology
 from megaegpt.training.checkpoint.universal import convert
+from megaegpt.training.engine.compat import check_compatible
 from megaegpt.training.engine.deepspeed_config import (
     deepspeed_config,
     effective_zero_stage,
@@ -92,6 +93,7 @@ class Engine:
 
     Raises:
         ConfigError: a precision that the device lacks, or contradicting raw DeepSpeed keys.
+        LaunchError: a release of DeepSpeed that lacks what is used of it.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Engine:
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, mpu=DeepSpeedMpu(grid), config=options
             )
+        check_compatible(self._deepspeed, stage, self.precision)
         if self.precision == "fp16" and self._loss_scaler is not None:
             # DeepSpeed would end the run with a bare Exception; train_step reports it instead.
             self._loss_scaler.raise_error_at_min_scale = False
@@ -241,11 +244,12 @@ class Engine:
             CheckpointError: the files do not fit this model, or there is no room for ``scratch``.
         """
         universal = scratch / "universal"
+        shapes = {name: spec.full_shape for name, spec in self.parameter_specs().items()}
         with raising_together(self.grid):
             if self.grid.is_main:
                 deepspeed_state.make_scratch(scratch, folder)
                 with deepspeed_state.loading(folder):
-                    convert(folder, universal, self.parameter_specs(), saved.zero_stage)
+                    convert(folder, universal, shapes, saved.zero_stage)
         deepspeed_state.load_universal(self._deepspeed, universal, self.grid)
 
     def assert_replicas_equal(self) -> None:
