@@ -29,6 +29,7 @@ from megaegpt.model.positions import AddedPositions, rotary_table
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Embedding, LayerNorm
 from megaegpt.parallel.params import count_parameters, spec_of, unshard
+from megaegpt.parallel.vocabulary import check_targets, check_tokens
 
 Recorded = list[tuple[Tensor, Tensor]]
 
@@ -141,6 +142,7 @@ class EGPT(nn.Module):
             return self.head.loss(hidden, targets, reduction)
         if earlier_tokens is None:
             raise ValueError("model.egpt.token_counts needs the tokens of the earlier chunks")
+        check_targets(targets, hidden.shape[:-1], self.config.vocab_size)  # they are looked up
         mixture = self.mixture(hidden, features, earlier_tokens, cut)
         added = mixture.of(targets.flatten(1)).view(targets.shape)
         log_keep = mixture.log_keep.view(targets.shape)
@@ -152,6 +154,7 @@ class EGPT(nn.Module):
         """What token counts add to the head's prediction: hidden states (B, N, S, C) of a window
         and what its earlier chunks hold (see :meth:`forward`) -> T = N * S.
         """
+        check_tokens(earlier_tokens.clamp(min=0), self.config.vocab_size)
         _, chunks, size, _ = hidden.shape
         earlier, chunk = (
             torch.arange(n, device=hidden.device) for n in (features.shape[1], chunks)

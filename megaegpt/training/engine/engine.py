@@ -26,7 +26,7 @@ from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 
 from megaegpt.config.run import RunConfig
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
-from megaegpt.parallel.loss import IGNORE
+from megaegpt.parallel.loss import IGNORE, backward_scale
 from megaegpt.parallel.params import ParamSpec, spec_of
 from megaegpt.parallel.rng import seed_micro_step
 from megaegpt.parallel.together import raising_together
@@ -159,7 +159,8 @@ class Engine:
             seed_micro_step(seed, step, micro_step, self.grid.dp_rank)
             last = micro_step + 1 == len(micro_batches)
             self._deepspeed.set_gradient_accumulation_boundary(last)
-            micro_nats = loss_function(self._deepspeed, self._to_device(micro_batch))
+            with backward_scale(scale * self.loss_scale):
+                micro_nats = loss_function(self._deepspeed, self._to_device(micro_batch))
             self._deepspeed.backward(micro_nats * scale, scale_wrt_gas=False)
             if last and self._config.logging.measures_parts(step):
                 norms = self.part_norms.measure(self.loss_scale)
