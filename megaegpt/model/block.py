@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.attention_norm = norm()
         self.attention = build_attention(config, layer, grid)
         self.mlp_norm = norm()
-        self.mlp = MLP(config, grid, out_std=residual_std(config))
+        self.mlp = MLP(config, grid, out_std=config.residual_std)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
@@ -108,8 +108,3 @@ def _keep(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep the expensive results (matrix products, attention), recompute the cheap ones."""
     saved = op in _SAVED_BY_SELECTIVE
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def residual_std(config: ModelConfig) -> float:
-    """GPT-2's initial scale of what is added to the residual stream, once per half-block."""
-    return config.init_std / (2 * config.num_layers) ** 0.5
