@@ -26,15 +26,25 @@ from megaegpt.parallel.layers import ColumnParallelLinear, LayerNorm, RowParalle
 
 _APPROXIMATION = {"gelu_tanh": "tanh", "gelu": "none"}
 
+_EXPENSIVE = {
+    "aten": (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ),
+    "mkldnn": ("_linear_pointwise",),
+}
+"""Matrix products and attention, by their names in ``torch.ops``."""
+
 _SAVED_BY_SELECTIVE = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.mkldnn._linear_pointwise.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    getattr(namespace, name).default
+    for namespace, names in ((getattr(torch.ops, n), names) for n, names in _EXPENSIVE.items())
+    for name in names
+    if hasattr(namespace, name)  # private ones come and go, and not every build has oneDNN
 }
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from megaegpt.data.tokens.windows import Windows
+from megaegpt.labels import IGNORE
 from megaegpt.model.calling import ModelInputs
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.loss import IGNORE
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from megaegpt.data.tokens.windows import EvaluationWindows, TokenSource
 from megaegpt.errors import DataError
 from megaegpt.evaluation.history import ShuffledHistory, ZeroHistory
 from megaegpt.generation.trained import LoadedModel
+from megaegpt.labels import IGNORE
 from megaegpt.model.calling import ChunkInputs, ModelInputs, SequenceInputs
-from megaegpt.parallel.loss import IGNORE
 
 
 class Text:

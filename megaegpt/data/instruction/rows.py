@@ -14,10 +14,9 @@ import numpy as np
 from megaegpt.data.instruction.records import InstructionDataset
 from megaegpt.data.tokenizer import END_OF_TEXT_ID
 from megaegpt.data.tokens.permutation import EpochOrder, Permutation
-from megaegpt.data.tokens.windows import IGNORED, EvaluationBatch
+from megaegpt.data.tokens.windows import EvaluationBatch
 from megaegpt.errors import DataError
-
-_PADDING = -1  # a negative segment: seen by nothing
+from megaegpt.labels import IGNORE, PADDING
 
 
 class InstructionSamples:
@@ -85,7 +84,7 @@ class InstructionSamples:
         tokens = np.empty((len(rows), self.row_len), np.int64) if out is None else out
         tokens.fill(END_OF_TEXT_ID)
         learned = np.zeros(shape, bool)
-        segments = np.full(shape, _PADDING, np.int64)
+        segments = np.full(shape, PADDING, np.int64)
         for row, number in enumerate(rows.tolist()):
             start = 0
             for segment, item in enumerate(self.rows[number]):
@@ -93,7 +92,7 @@ class InstructionSamples:
                 end = start + len(inputs)
                 tokens[row, start:end] = inputs
                 tokens[row, end] = targets[-1]
-                learned[row, start:end] = targets != IGNORED
+                learned[row, start:end] = targets != IGNORE
                 segments[row, start : end + 1] = segment
                 start = end + 1
         return (tokens, learned, segments) if self._packing else (tokens, learned)

@@ -25,8 +25,9 @@ import deepspeed
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 
 from megaegpt.config.run import RunConfig
+from megaegpt.labels import IGNORE
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
-from megaegpt.parallel.loss import IGNORE, backward_scale
+from megaegpt.parallel.loss import backward_scale
 from megaegpt.parallel.params import ParamSpec, spec_of
 from megaegpt.parallel.rng import seed_micro_step
 from megaegpt.parallel.together import raising_together
