@@ -25,9 +25,9 @@ from megaegpt.data.instruction.records import InstructionDataset, create_instruc
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.generation.generator import TextGenerator
+from megaegpt.labels import IGNORE
 from megaegpt.model.gpt import GPT
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.loss import IGNORE
 from megaegpt.parallel.params import initialize
 
 __all__ = [

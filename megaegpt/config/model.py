@@ -158,6 +158,12 @@ class ModelConfig:
         return self.egpt.chunk_size if self.needs_encoder else 1
 
     @property
+    def residual_std(self) -> float:
+        """Standard deviation of initial weights that write to the residual stream, which is done
+        twice a layer (Radford et al., 2019, section 2.3)."""
+        return self.init_std / (2 * self.num_layers) ** 0.5
+
+    @property
     def sample_len(self) -> int:
         """Tokens predicted in one training sample: a sequence, or a whole window of chunks."""
         if self.kind == "gpt":

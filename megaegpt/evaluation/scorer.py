@@ -18,6 +18,7 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
 from megaegpt.evaluation.text import inputs_of
 from megaegpt.generation.trained import LoadedModel
+from megaegpt.labels import IGNORE
 from megaegpt.parallel.grid import ProcessGrid
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -106,7 +107,7 @@ class Scorer:
         longest = max(map(len, rows)) - 1
         width = -(-longest // self._multiple_of) * self._multiple_of
         tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-        targets = torch.full((len(rows), width), -100)
+        targets = torch.full((len(rows), width), IGNORE)
         for number, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
             ids = torch.tensor(row)
             tokens[number, : len(row) - 1] = ids[:-1]

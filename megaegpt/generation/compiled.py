@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.attention.causal import scaled_dot_product
+from megaegpt.model.attention.layer import AttentionLayer
 from megaegpt.model.gpt import GPT
 from megaegpt.model.positions import RotaryTable, rotary_table
 
@@ -47,7 +48,7 @@ class SingleTokenContext:
         rotary: its rotation.
     """
 
-    keeps_keys = True
+    absorbed = True
 
     def __init__(
         self,
@@ -58,21 +59,9 @@ class SingleTokenContext:
         self.rotary = rotary
         self._stores, self._column = stores, column
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layer: int,
-        window: int | None,
-        dropout: float,
-        gate: Tensor | None,
-    ) -> Tensor:
-        """See :class:`~megaegpt.model.attention.context.AttentionContext`; a store is no larger
-        than its layer's window.
-        """
-        keys, values = self._stores[layer]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        # A store is no larger than its layer's window: all that is filled is seen.
+        keys, values = self._stores[layer.index]
         size = keys.shape[2]
         keys.index_copy_(2, self._column % size, k.to(keys.dtype))
         if values is not keys:
@@ -142,8 +131,10 @@ class CompiledStep:
 
     def _compute(self, tokens: Tensor, column: Tensor) -> Tensor:
         gpt = self._gpt
-        context = SingleTokenContext(self._stores, column, rotary_table(gpt.config, column))
-        x = gpt.stack(gpt.positions(gpt.embedding(tokens), column), context)
+        x = gpt.embedding(tokens)
+        rotary = rotary_table(gpt.config, column, x.dtype)
+        context = SingleTokenContext(self._stores, column, rotary)
+        x = gpt.stack(gpt.positions(x, column), context)
         return gpt.head.full_logits(x[:, -1]) if self._with_head else x
 
 

@@ -26,15 +26,25 @@ from megaegpt.parallel.layers import ColumnParallelLinear, LayerNorm, RowParalle
 
 _APPROXIMATION = {"gelu_tanh": "tanh", "gelu": "none"}
 
+_EXPENSIVE = {
+    "aten": (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ),
+    "mkldnn": ("_linear_pointwise",),
+}
+"""Matrix products and attention, by their names in ``torch.ops``."""
+
 _SAVED_BY_SELECTIVE = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.mkldnn._linear_pointwise.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    getattr(namespace, name).default
+    for namespace, names in ((getattr(torch.ops, n), names) for n, names in _EXPENSIVE.items())
+    for name in names
+    if hasattr(namespace, name)  # private ones come and go, and not every build has oneDNN
 }
 
 
@@ -71,7 +81,7 @@ class Block(nn.Module):
         self.attention_norm = norm()
         self.attention = build_attention(config, layer, grid)
         self.mlp_norm = norm()
-        self.mlp = MLP(config, grid, out_std=residual_std(config))
+        self.mlp = MLP(config, grid, out_std=config.residual_std)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
@@ -108,8 +118,3 @@ def _keep(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep the expensive results (matrix products, attention), recompute the cheap ones."""
     saved = op in _SAVED_BY_SELECTIVE
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def residual_std(config: ModelConfig) -> float:
-    """GPT-2's initial scale of what is added to the residual stream, once per half-block."""
-    return config.init_std / (2 * config.num_layers) ** 0.5

@@ -36,7 +36,7 @@ class DeepGPT(LanguageModel):
         """(B, T, C) states of a chunk's first or (with a cache) next tokens -> (B, T, C)."""
         start, length = (0 if cache is None else cache.length), token_states.shape[1]
         positions = torch.arange(start, start + length, device=token_states.device)
-        rotary = rotary_table(self.config, positions)
+        rotary = rotary_table(self.config, positions, token_states.dtype)
         context: AttentionContext
         if cache is None:
             context = CausalContext(rotary)

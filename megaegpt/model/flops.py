@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from megaegpt.config import ModelConfig
-from megaegpt.model.attention.context import layer_window
+from megaegpt.model.attention.layer import layer_window
 from megaegpt.parallel.layers import count_linear_weights
 
 

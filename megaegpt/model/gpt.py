@@ -33,7 +33,7 @@ class GPT(LanguageModel):
         self.embedding = VocabParallelEmbedding(
             config.padded_vocab_size, config.vocab_size, config.hidden_size, grid, config.init_std
         )
-        self.positions = AddedPositions(config, config.max_seq_len, grid)
+        self.positions = AddedPositions(config, config.max_seq_len, grid, std=config.init_std)
         self.stack = BlockStack(config, grid)
         tied_to = self.embedding.weight if config.tied_embeddings else None
         self.head = OutputHead(config, grid, tied_to)
@@ -57,7 +57,7 @@ class GPT(LanguageModel):
         length, start = tokens.shape[1], 0 if cache is None else cache.length
         positions, segments = place_tokens(tokens, cache, segments, self.config.document_end)
         self._check_length(positions, start + length)
-        rotary = rotary_table(self.config, positions)
+        rotary = rotary_table(self.config, positions, self.embedding.weight.dtype)
         context: AttentionContext
         if cache is None:
             context = CausalContext(rotary, segments)
@@ -72,9 +72,12 @@ class GPT(LanguageModel):
     def _check_length(self, positions: Tensor, columns: int) -> None:
         """Padding may take a row beyond the position table, its tokens not."""
         longest = self.config.max_seq_len
-        if self.config.positions == "learned" and columns > longest <= int(positions.max()):
+        if self.config.positions != "learned" or columns <= longest:
+            return  # without a look at the positions, for which a GPU would have to be waited for
+        length = int(positions.max()) + 1
+        if length > longest:
             raise ConfigError(
-                f"a text of {int(positions.max()) + 1} tokens is longer than the model's learned "
+                f"a text of {length} tokens is longer than the model's learned "
                 f"positions: model.max_seq_len={longest}"
             )
 

@@ -32,12 +32,13 @@ def sinusoids(positions: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor
 class AddedPositions(nn.Module):
     """The vector added to a token's embedding: a learned row, a sinusoid, or nothing."""
 
-    def __init__(self, config: ModelConfig, rows: int, grid: ProcessGrid) -> None:
+    def __init__(self, config: ModelConfig, rows: int, grid: ProcessGrid, *, std: float) -> None:
+        """``rows`` positions are known to a learned table, whose initial values have ``std``."""
         super().__init__()
         self.kind = config.positions
         self.hidden_size = config.hidden_size
         self.table = (
-            Embedding(rows, config.hidden_size, grid, config.init_std)
+            Embedding(rows, config.hidden_size, grid, std)
             if config.positions == "learned"
             else None
         )
@@ -54,29 +55,38 @@ class AddedPositions(nn.Module):
 class RotaryTable:
     """Cosines and sines of rotary positions (Su et al., arXiv 2104.09864) for one set of tokens."""
 
-    def __init__(self, positions: Tensor, dim: int, base: float) -> None:
-        """positions (T,) or (B, T); ``dim``: columns rotated, in pairs (i, i + dim/2)."""
+    def __init__(self, positions: Tensor, dim: int, base: float, dtype: torch.dtype) -> None:
+        """Make the table, which all layers read.
+
+        Args:
+            positions: (T,) or (B, T).
+            dim: columns rotated, in pairs (i, i + dim/2).
+            base: of the frequencies.
+            dtype: of what is rotated; the table, and what is computed, is in at least fp32.
+        """
         rates = base ** (
             -torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
         )
         angles = positions.to(torch.float64).unsqueeze(-1) * rates  # (..., T, D / 2)
-        self._cos, self._sin = angles.cos(), angles.sin()
+        precise = torch.promote_types(dtype, torch.float32)
+        self._cos, self._sin = angles.cos().to(precise), angles.sin().to(precise)
         if positions.dim() == 2:  # a heads' dimension to broadcast over: (B, 1, T, D / 2)
             self._cos, self._sin = self._cos.unsqueeze(1), self._sin.unsqueeze(1)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """(B, H, T, D) -> the same, rotated; computed in at least fp32."""
-        precise = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = self._cos.to(precise), self._sin.to(precise)
-        first, second = x.to(precise).chunk(2, dim=-1)
+        """(B, H, T, D) -> the same, rotated."""
+        cos, sin = self._cos, self._sin
+        first, second = x.to(cos.dtype).chunk(2, dim=-1)
         rotated = [first * cos - second * sin, second * cos + first * sin]
         return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
-def rotary_table(config: ModelConfig, positions: Tensor) -> RotaryTable | None:
-    """The table all layers share for tokens at ``positions``; None unless positions are rotary."""
+def rotary_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> RotaryTable | None:
+    """The table all layers share for tokens at ``positions``, whose states are of ``dtype``; None
+    unless positions are rotary.
+    """
     if config.positions != "rotary":
         return None
     dim = config.rope_head_dim if config.attention == "latent" else config.head_size
     assert dim is not None  # config validation: latent + rotary needs rope_head_dim
-    return RotaryTable(positions, dim, config.rope_base)
+    return RotaryTable(positions, dim, config.rope_base, dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PADDING = -1
+from megaegpt.labels import PADDING
 
 
 def padding_segments(real: Tensor) -> Tensor:

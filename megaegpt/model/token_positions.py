@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaegpt.labels import PADDING
 from megaegpt.model.attention.cache import KVCache
-from megaegpt.model.segments import PADDING, document_segments, segment_positions
+from megaegpt.model.segments import document_segments, segment_positions
 
 
 def place_tokens(

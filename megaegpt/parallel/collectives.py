@@ -25,7 +25,8 @@ class _CopyToTP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous().clone()
+        # A copy, since autograd may hand one gradient to several functions.
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.grid.tp_group)
         return grad, None
 
@@ -35,7 +36,8 @@ class _ReduceFromTP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: ProcessGrid) -> Tensor:
-        total = x.contiguous().clone()
+        # A copy, since selective recomputation keeps the product that ``x`` is.
+        total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=grid.tp_group)
         return total
 
@@ -52,8 +54,17 @@ def copy_to_tp(x: Tensor, grid: ProcessGrid) -> Tensor:
 
 
 def reduce_from_tp(x: Tensor, grid: ProcessGrid) -> Tensor:
-    """Leave a sharded region: the sum of the ranks' partial results, replicated."""
-    return x if grid.tp_group is None else _ReduceFromTP.apply(x, grid)
+    """Leave a sharded region: the sum of the ranks' partial results, replicated.
+
+    Without gradients the sum takes the place of ``x``, which nobody else may use.
+    """
+    if grid.tp_group is None:
+        return x
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _ReduceFromTP.apply(x, grid)
+    x = x.contiguous()
+    dist.all_reduce(x, group=grid.tp_group)
+    return x
 
 
 def gather_from_tp(x: Tensor, grid: ProcessGrid, dim: int = -1) -> Tensor:

@@ -16,6 +16,7 @@ from megaegpt.parallel.collectives import reduce_from_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter, spec_of
+from megaegpt.parallel.vocabulary import check_tokens
 
 
 class Linear(nn.Module):
@@ -72,13 +73,18 @@ class VocabParallelEmbedding(nn.Module):
         std: float,
     ) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.vocab_size = grid, vocab_size
         self.weight = new_parameter(
             (padded_vocab_size, hidden_size), grid, tp_dim=0, std=std, vocab_rows=vocab_size
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(...) ids -> (..., C), replicated"""
+        """(...) ids -> (..., C), replicated
+
+        Raises:
+            DataError: an id is no token (on a GPU a device assertion).
+        """
+        check_tokens(tokens, self.vocab_size)
         if self.grid.tp_group is None:
             return F.embedding(tokens, self.weight)
         rows = self.weight.shape[0]

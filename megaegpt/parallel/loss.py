@@ -7,20 +7,48 @@ largest tensor of a step by far.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaegpt.labels import IGNORE
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.matmul import linear
-
-IGNORE = -100
-"""Target of a position that is not predicted."""
+from megaegpt.parallel.vocabulary import check_targets
 
 ROWS_AT_ONCE = {"cpu": 128, "cuda": 4096}
 """Rows of logits that exist at once, by device type."""
+
+_ELEMENTS_AT_ONCE = 1 << 20
+"""Of a gradient that is scaled in a wider type than its own."""
+
+_backward_scale: ContextVar[Tensor | None] = ContextVar("backward_scale", default=None)
+"""A power of two."""
+
+
+@contextlib.contextmanager
+def backward_scale(scale: Tensor) -> Iterator[None]:
+    """Inside, losses are computed that will be multiplied by ``scale`` for their backward pass.
+
+    The gradients are ready, and rounded to the weights' type, before autograd knows of that
+    multiplication. In fp16 numbers below 6e-8 are lost then, although a loss scale would have saved
+    them. Told the scale, the loss has its power of two in the gradients before they are rounded.
+    Whatever scale comes in the backward pass, the gradients are right.
+
+    Args:
+        scale: a positive fp32 scalar on the loss's device; a loss in fp32 or fp64 ignores it.
+    """
+    power = scale / torch.frexp(scale).mantissa  # exact: multiplied by it, nothing is rounded
+    token = _backward_scale.set(power)
+    try:
+        yield
+    finally:
+        _backward_scale.reset(token)
 
 
 def _chunk_nats(
@@ -71,7 +99,10 @@ def _mix(nats: Tensor, targets: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """Sum of nats; the gradients are ready after forward and only scaled in backward."""
+    """Sum of nats; the gradients are ready after forward and only scaled in backward.
+
+    In a narrow type they are those of the loss times the power of two of ``backward_scale``.
+    """
 
     @staticmethod
     def forward(
@@ -90,6 +121,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_weight = None
         grad_mixture = None if mixture is None else torch.empty_like(mixture)
         total = hidden.new_zeros((), dtype=precise)
+        expected = None if weight.dtype == precise else _backward_scale.get()
         for start in range(0, hidden.shape[0], rows):
             x, y = hidden[start : start + rows], targets[start : start + rows]
             nats, grad, sums, column = _chunk_nats(
@@ -104,7 +136,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 continue
             grad.div_(sums)
             grad.scatter_add_(1, column.clamp(min=0), -(column >= 0).to(grad.dtype))
-            grad.mul_(by_nats.unsqueeze(1))
+            by_loss = by_nats if expected is None else by_nats * expected
+            grad.mul_(by_loss.unsqueeze(1))
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = linear(grad, weight.t())
@@ -116,14 +149,31 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             grad_mixture,
+            expected,
         )
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grads[0]  # in place: a second backward pass is refused, as after any such change
-        scaled = [None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors]
-        return (*scaled[:2], None, None, None, None, scaled[2])
+        # In place: a second backward pass is refused, as after any such change.
+        scale = grads[0]
+        grad_hidden, grad_weight, grad_mixture, expected = ctx.saved_tensors
+        rest = scale if expected is None else scale / expected
+        for grad, factor in ((grad_hidden, rest), (grad_weight, rest), (grad_mixture, scale)):
+            if grad is not None:
+                _scale(grad, factor)
+        return grad_hidden, grad_weight, None, None, None, None, grad_mixture
+
+
+def _scale(grad: Tensor, factor: Tensor) -> None:
+    """Multiply by a scalar in place, in the scalar's type: rounded to a narrow type first, it would
+    make all gradients too large or too small by one and the same factor.
+    """
+    if grad.dtype == factor.dtype:
+        grad.mul_(factor)
+        return
+    for part in grad.split(max(_ELEMENTS_AT_ONCE // grad.shape[1], 1)):
+        part.mul_(factor.reshape(1))  # torch computes in the wider type of two that have dimensions
 
 
 def _added(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,7 +208,12 @@ def linear_cross_entropy(
 
     Returns:
         fp32 (fp64 for fp64 inputs), identical on all TP ranks.
+
+    Raises:
+        DataError: targets of another shape, or one that is no token (on a GPU that is a device
+            assertion, see ``parallel.vocabulary``).
     """
+    check_targets(targets, hidden.shape[:-1], vocab_size)
     rows = rows or ROWS_AT_ONCE.get(hidden.device.type, 1024)
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     mixture = None

@@ -4,7 +4,6 @@ marks, the gradient norm, checkpoint reshaping and weight export.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.rng import derive_seed
 
 _ATTRIBUTE = "tp_spec"
 
@@ -107,8 +107,7 @@ def initialize(model: nn.Module, seed: int, grid: ProcessGrid) -> None:
         spec = spec_of(parameter)
         full = torch.full(spec.full_shape, spec.init_mean, dtype=torch.float32)
         if spec.init_std:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            generator = torch.Generator().manual_seed(derive_seed(seed, name))
             full.normal_(spec.init_mean, spec.init_std, generator=generator)
         if spec.vocab_rows is not None:
             full[spec.vocab_rows :] = 0

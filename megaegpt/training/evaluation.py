@@ -15,9 +15,9 @@ from tqdm import tqdm
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.windows import Windows
 from megaegpt.errors import DataError
+from megaegpt.labels import IGNORE
 from megaegpt.model.calling import ModelInputs
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.loss import IGNORE
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megaegpt.config.run import RunConfig
+from megaegpt.model.build import build_model
 from megaegpt.parallel.params import full_state
 from megaegpt.training.engine.engine import Engine, StepResult
 from tests.distributed.harness import Distributed, grid_for
@@ -151,3 +152,42 @@ def test_fp16_skips_steps_until_its_loss_scale_fits(
     distributed: Distributed, tmp_path: Path
 ) -> None:
     distributed(2, _fp16_finds_its_scale, tmp_path)
+
+
+def _norm_where_all_is_predicted(precision: str) -> float:
+    """The gradient norm of a step whose targets have a probability of 1 - 4e-9."""
+    config = run_config(
+        model={"tied_embeddings": False},
+        parallel={"zero_stage": 1},
+        training={"precision": precision},
+    )
+    raw = {"fp16": {"initial_scale_power": 20}} if precision == "fp16" else {}
+    config, grid = dataclasses.replace(config, deepspeed=raw), grid_for(1)
+    model = build_model(config.model, grid, seed=3)
+    with torch.no_grad():  # every state is the same, and only the head's row of token 5 knows it
+        model.stack.norm.weight.zero_()
+        model.stack.norm.bias.fill_(1.0)
+        model.head.weight.zero_()
+        model.head.weight[5] = 24 / config.model.hidden_size
+    batches = [
+        {**batch, "targets": torch.full_like(batch["targets"], 5)}
+        for batch in micro_batches(0, config, grid)
+    ]
+    with mock.patch.object(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", return_value=True):
+        engine = Engine(model, grid, config)
+    result = engine.train_step(0, batches, nats)
+    engine.close()
+    assert result.applied
+    return result.grad_norm.item()
+
+
+def _both_norms() -> tuple[float, float]:
+    return _norm_where_all_is_predicted("fp16"), _norm_where_all_is_predicted("fp32")
+
+
+def test_gradients_below_fp16s_smallest_number_are_saved_by_the_loss_scale(
+    distributed: Distributed,
+) -> None:
+    for narrow, wide in distributed(2, _both_norms):
+        assert wide > 0
+        assert narrow == pytest.approx(wide, rel=0.05)

@@ -104,7 +104,7 @@ def _inputs(config: ModelConfig) -> Tensor:
 def _compare(config: ModelConfig, ours: nn.Module, theirs: Theirs, pairs) -> None:
     """Outputs, and gradients of the input and of ``pairs`` of (our, their) gradient."""
     x = _inputs(config)
-    context = CausalContext(rotary_table(config, torch.arange(T)))
+    context = CausalContext(rotary_table(config, torch.arange(T), torch.float64))
     y, expected = ours(x, context), theirs(x)
     tolerance = {"rtol": 0, "atol": ROTARY_PRECISION}
     torch.testing.assert_close(y, expected, **tolerance)
@@ -125,7 +125,7 @@ def _cached(config: ModelConfig, ours: nn.Module, x: Tensor) -> Tensor:
     parts, start = [], 0
     for piece in x.split([5, 1, 4, 1, 1, 1], dim=1):
         length = piece.shape[1]
-        rotary = rotary_table(config, torch.arange(start, start + length))
+        rotary = rotary_table(config, torch.arange(start, start + length), torch.float64)
         parts.append(ours(piece, CachedContext(cache, length, rotary)))
         cache.length = start = start + length
     return torch.cat(parts, dim=1)

@@ -29,7 +29,7 @@ def test_sinusoids_are_those_of_the_paper():
 @pytest.mark.parametrize("kind", ["rotary", "none"])
 def test_rotary_and_no_positions_add_nothing(kind):
     x = torch.randn(1, 3, 32)
-    added = AddedPositions(replace(BASE, positions=kind), 10, ProcessGrid())
+    added = AddedPositions(replace(BASE, positions=kind), 10, ProcessGrid(), std=BASE.init_std)
     assert torch.equal(added(x, torch.arange(3)), x)
     assert not list(added.parameters())
 
@@ -40,7 +40,7 @@ def test_rotary_scores_depend_on_the_distance_only(base):
 
     def score(query_position: int, key_position: int) -> float:
         turned = [
-            RotaryTable(torch.tensor([position]), 8, base).rotate(x)
+            RotaryTable(torch.tensor([position]), 8, base, x.dtype).rotate(x)
             for x, position in ((q, query_position), (k, key_position))
         ]
         return (turned[0] * turned[1]).sum().item()
@@ -54,11 +54,13 @@ def test_rotary_scores_depend_on_the_distance_only(base):
 
 def test_rotation_keeps_lengths_and_its_base_sets_the_rates():
     x = torch.randn(1, 2, 5, 8, dtype=torch.float64)
-    tables = [RotaryTable(torch.arange(5), 8, base) for base in (10000.0, 100.0)]
+    tables = [RotaryTable(torch.arange(5), 8, base, torch.float64) for base in (10000.0, 100.0)]
     for table in tables:
         torch.testing.assert_close(table.rotate(x).norm(dim=-1), x.norm(dim=-1))
     assert not torch.allclose(tables[0].rotate(x), tables[1].rotate(x))
-    slowest = RotaryTable(torch.tensor([1]), 8, 16.0).rotate(torch.eye(8)[3].view(1, 1, 1, 8))
+    slowest = RotaryTable(torch.tensor([1]), 8, 16.0, torch.float32).rotate(
+        torch.eye(8)[3].view(1, 1, 1, 8)
+    )
     angle = 16.0 ** (-6 / 8)
     assert slowest[0, 0, 0, 3].item() == pytest.approx(math.cos(angle), abs=1e-6)
     assert slowest[0, 0, 0, 7].item() == pytest.approx(math.sin(angle), abs=1e-6)
@@ -93,9 +95,9 @@ def test_without_positions_the_order_of_the_past_is_invisible_to_one_layer():
 
 def test_rotary_width_is_the_head_or_the_decoupled_part():
     for config, width in ((variant("grouped", "rotary"), 8), (variant("latent", "rotary"), 4)):
-        table = rotary_table(config, torch.arange(3))
+        table = rotary_table(config, torch.arange(3), torch.float64)
         assert table.rotate(torch.randn(1, 1, 3, width)).shape[-1] == width
-    assert rotary_table(variant("grouped", "learned"), torch.arange(3)) is None
+    assert rotary_table(variant("grouped", "learned"), torch.arange(3), torch.float32) is None
 
 
 def test_a_text_longer_than_the_learned_positions_is_refused():

@@ -1,11 +1,15 @@
 """The chunked loss against torch's cross-entropy on the full logits."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from megaegpt.errors import DataError
+from megaegpt.labels import IGNORE
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.loss import IGNORE, linear_cross_entropy
+from megaegpt.parallel.loss import backward_scale, linear_cross_entropy
 
 VOCAB, PADDED, HIDDEN, ROWS = 300, 384, 16, 37
 
@@ -113,3 +117,75 @@ def test_a_target_that_the_head_rules_out_is_finite_where_something_is_added():
     loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, mixed_with=mixed)
     grads = torch.autograd.grad(loss, (hidden, weight, log_keep, added))
     assert all(torch.isfinite(x).all() for x in (loss, *grads))
+
+
+def _narrow(dtype):
+    return (t.detach().to(dtype) if t.is_floating_point() else t for t in _problem())
+
+
+def _gradients(hidden, weight, targets, factor, known=None):
+    """Of the loss times ``factor``, which the forward pass is told as ``known``."""
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    told = contextlib.nullcontext() if known is None else backward_scale(torch.tensor(known))
+    with told:
+        loss = linear_cross_entropy(*leaves, targets, ProcessGrid(), VOCAB)
+    return torch.autograd.grad(loss * factor, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [3, 1000, 261_987])
+def test_narrow_gradients_are_scaled_in_fp32(dtype, tokens):
+    """1/1000 as a bf16 number is too small by 8.8e-4, and so would be all gradients."""
+    problem = list(_narrow(dtype))
+    factor = torch.tensor(1.0 / tokens)
+    for grad, whole in zip(
+        _gradients(*problem, factor), _gradients(*problem, torch.tensor(1.0)), strict=True
+    ):
+        assert grad.dtype == dtype
+        assert torch.equal(grad, (whole.float() * factor).to(dtype))
+
+
+def test_an_expected_scale_rounds_nothing():
+    problem = list(_narrow(torch.bfloat16))
+    for known in (2.0, 0.37, 655.36):
+        for factor in (1.0, 0.37):
+            told, untold = (_gradients(*problem, factor, k) for k in (known, None))
+            assert all(map(torch.equal, told, untold)), (known, factor)
+
+
+def test_small_fp16_gradients_survive_under_an_expected_loss_scale():
+    """All tokens are predicted but for 1e-8: less than the smallest number of fp16."""
+    hidden = torch.eye(HIDDEN, dtype=torch.float16) * 4
+    weight = torch.zeros(PADDED, HIDDEN, dtype=torch.float16)
+    weight[:HIDDEN] = torch.eye(HIDDEN) * 6  # 24 above the others: each has e^-24 = 4e-11
+    targets, factor = torch.arange(HIDDEN), 2.0**16
+    wide = _gradients(hidden.float(), weight.float(), targets, factor)
+    for grad, expected in zip(
+        _gradients(hidden, weight, targets, factor, factor), wide, strict=True
+    ):
+        error = (grad[:HIDDEN].float() - expected[:HIDDEN]).norm() / expected[:HIDDEN].norm()
+        assert error < 0.01
+    assert all((grad == 0).all() for grad in _gradients(hidden, weight, targets, factor))
+
+
+def test_an_expected_scale_changes_no_gradient_in_fp32():
+    hidden, weight, targets = _narrow(torch.float32)
+    told, untold = (_gradients(hidden, weight, targets, 0.37, known) for known in (0.37, None))
+    assert all(map(torch.equal, told, untold))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("wrong", [-1, -101, VOCAB, PADDED - 1, 60_000])
+def test_a_target_that_is_no_token_is_refused(wrong, reduction):
+    hidden, weight, targets = _problem()
+    targets[7] = wrong
+    with pytest.raises(DataError, match=rf"target {wrong} is neither one of the model's {VOCAB}"):
+        linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, reduction)
+
+
+@pytest.mark.parametrize("shape", [(1,), (ROWS, 1), (ROWS - 1,)])
+def test_targets_of_another_shape_are_refused(shape):
+    hidden, weight, _ = _problem()
+    targets = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(DataError, match=rf"targets of shape \({shape[0]}.*of shape \({ROWS},\)"):
+        linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB)

@@ -17,9 +17,9 @@ from megaegpt.data.tokens.windows import EvaluationWindows, TokenSource
 from megaegpt.errors import DataError
 from megaegpt.evaluation.history import ShuffledHistory, ZeroHistory
 from megaegpt.generation.trained import LoadedModel
+from megaegpt.labels import IGNORE
 from megaegpt.model.build import build_inputs
 from megaegpt.model.calling import ModelInputs, SequenceInputs
-from megaegpt.parallel.loss import IGNORE
 
 
 class Text:

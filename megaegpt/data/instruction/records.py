@@ -17,8 +17,8 @@ import torch
 from megaegpt.data.readers.documents import Problems
 from megaegpt.data.readers.json_lines import parse_object
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
-from megaegpt.data.tokens.windows import IGNORED
 from megaegpt.errors import DataError
+from megaegpt.labels import IGNORE
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -144,7 +144,7 @@ class InstructionDataset(torch.utils.data.Dataset):
             row = torch.tensor(ids[: max_seq_len + 1])
             targets = row[1:].clone()
             if mask_prompt:
-                targets[: len(prompt) - 1] = IGNORED
+                targets[: len(prompt) - 1] = IGNORE
             self._items.append((row[:-1], targets))
 
     def __len__(self) -> int:
@@ -187,7 +187,7 @@ def create_instruction_collate_fn(
         longest = max(len(tokens) for tokens, _ in items)
         width = -(-longest // multiple_of) * multiple_of
         tokens = torch.full((len(items), width), pad_token_id, dtype=torch.int64)
-        targets = torch.full((len(items), width), IGNORED, dtype=torch.int64)
+        targets = torch.full((len(items), width), IGNORE, dtype=torch.int64)
         for row, (item_tokens, item_targets) in enumerate(items):
             tokens[row, : len(item_tokens)] = item_tokens
             targets[row, : len(item_targets)] = item_targets

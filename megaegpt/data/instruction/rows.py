@@ -15,10 +15,8 @@ from megaegpt.data.instruction.records import InstructionDataset
 from megaegpt.data.tokenizer import END_OF_TEXT_ID
 from megaegpt.data.tokens.batch import Arrays, Batch
 from megaegpt.data.tokens.permutation import EpochOrder, Permutation
-from megaegpt.data.tokens.windows import IGNORED
 from megaegpt.errors import DataError
-
-_PADDING = -1  # a negative segment: seen by nothing
+from megaegpt.labels import IGNORE, PADDING
 
 
 class InstructionSamples:
@@ -78,8 +76,8 @@ class InstructionSamples:
         """
         shape = (len(rows), self._sample_len)
         tokens = np.full((len(rows), self._sample_len + 1), END_OF_TEXT_ID, np.int64)
-        targets = np.full(shape, IGNORED, np.int64)
-        segments = np.full(shape, _PADDING, np.int64)
+        targets = np.full(shape, IGNORE, np.int64)
+        segments = np.full(shape, PADDING, np.int64)
         for row, number in enumerate(rows.tolist()):
             start = 0
             for segment, item in enumerate(self.rows[number]):
@@ -123,7 +121,7 @@ def trim_padding(batch: Batch, multiple_of: int) -> Batch:
     multiple of ``multiple_of`` (a chunk, for egpt and deepgpt).
     """
     targets = batch["targets"]
-    learned = (targets != IGNORED).any(0)
+    learned = (targets != IGNORE).any(0)
     used = int(learned.nonzero()[-1]) + 1 if learned.any() else 1
     width = min(-(-used // multiple_of) * multiple_of, targets.shape[1])
     return {name: rows[:, :width] for name, rows in batch.items()}

@@ -10,8 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from megaegpt.data.tokens.batch import Arrays
-
-IGNORED = -100
+from megaegpt.labels import IGNORE
 
 
 class TokenSource(Protocol):
@@ -74,7 +73,7 @@ class EvaluationWindows:
         """Windows by number (n,); a number of ``len(self)`` or more gives a window of padding."""
         size = self.sample_len
         tokens = np.zeros((len(numbers), size), np.int64)
-        targets = np.full((len(numbers), size), IGNORED, np.int64)
+        targets = np.full((len(numbers), size), IGNORE, np.int64)
         for row, number in enumerate(numbers.tolist()):
             start = number * self.stride
             length = min(size, len(self.source) - 1 - start)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.errors import ConfigError
-from megaegpt.model.attention.causal import Segments, causal_attention
-from megaegpt.model.attention.context import layer_window
+from megaegpt.model.attention.causal import OncePerPass, Segments, causal_attention
+from megaegpt.model.attention.layer import AttentionLayer, layer_window
 from megaegpt.model.positions import RotaryTable
 from megaegpt.parallel.grid import ProcessGrid
 
@@ -242,31 +242,22 @@ class CachedContext:
         rotary: their rotations.
     """
 
-    keeps_keys = True
+    absorbed = True
 
     def __init__(self, cache: KVCache, new_tokens: int, rotary: RotaryTable | None = None) -> None:
         self.rotary = rotary
         self.cache = cache
         self._new_tokens = new_tokens
+        self._masks = OncePerPass()
 
-    def _segments(self, layer: int) -> Segments | None:
+    def _segments(self, layer: AttentionLayer) -> Segments | None:
         known, start = self.cache.segments, self.cache.length
         if known is None:
             return None
-        columns = self.cache.columns(layer, self._new_tokens)
+        columns = self.cache.columns(layer.index, self._new_tokens)
         return Segments(known[:, start : start + self._new_tokens], known[:, columns])
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layer: int,
-        window: int | None,
-        dropout: float,
-        gate: Tensor | None,
-    ) -> Tensor:
-        """See :class:`~megaegpt.model.attention.context.AttentionContext`."""
-        k, v = self.cache.update(layer, k, v)
-        return causal_attention(q, k, v, window=window, segments=self._segments(layer))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        k, v = self.cache.update(layer.index, k, v)
+        segments = self._masks.get(("segments", layer.window), lambda: self._segments(layer))
+        return causal_attention(q, k, v, window=layer.window, segments=segments, masks=self._masks)

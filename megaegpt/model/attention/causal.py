@@ -9,13 +9,17 @@ block, r tokens of the blocks before that a block reads.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaegpt.model.segments import PADDING, same_segment
+from megaegpt.labels import PADDING
+from megaegpt.model.segments import same_segment
+
+Made = TypeVar("Made")
 
 _SMALLEST_BLOCK = 64  # smaller ones cost more in calls than they save in masked-out products
 
@@ -27,6 +31,26 @@ class Segments(NamedTuple):
     """(B, T)"""
     keys: Tensor
     """(B, S)"""
+
+
+class OncePerPass:
+    """Masks of one forward pass, made by the first layer that asks and kept for the others.
+
+    Layers share what depends on nothing but the tokens' places and the layer's window, which is
+    therefore part of each name. In compiled code it is made anew: the compiler makes it part of
+    what reads it, and a context that changes between layers would be compiled once for each change.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def get(self, name: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` gave the first time for ``name``."""
+        if torch.compiler.is_compiling():
+            return make()
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 def band_mask(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
@@ -103,23 +127,26 @@ def causal_attention(
     window: int | None,
     dropout: float = 0.0,
     segments: Segments | None = None,
+    masks: OncePerPass | None = None,
 ) -> Tensor:
     """q (B, H, T, D) of the last T of the S tokens of k and v (B, K, S, D) -> (B, H, T, D).
 
     Each sees itself and what is before it, in the window and in its segment. The keys of a single
-    query may come in any order if all are in its window.
+    query may come in any order if all are in its window. Layers that differ in nothing but what
+    they compute from the same tokens may share ``masks``.
     """
-    length = q.shape[2]
+    length, masks, name = q.shape[2], masks or OncePerPass(), window
     tokens = _Tokens(q, k, v, segments)
     if window is not None:
         tokens = tokens.newest(window + length - 1)
         if tokens.k.shape[2] <= window:
             window = None
     if window is not None and length > (block := max(_SMALLEST_BLOCK, window // 2)):
-        return banded_attention(*tokens, window=window, block=block, dropout=dropout)
+        return banded_attention(*tokens, window=window, block=block, dropout=dropout, masks=masks)
     if window is None and segments is None and length in (1, k.shape[2]):
         return scaled_dot_product(q, tokens.k, tokens.v, is_causal=length > 1, dropout=dropout)
-    return _masked(tokens, window, dropout)
+    mask = masks.get(("all", name), lambda: _mask(tokens, window))
+    return scaled_dot_product(q, tokens.k, tokens.v, mask, dropout=dropout)
 
 
 def banded_attention(
@@ -131,38 +158,50 @@ def banded_attention(
     window: int,
     block: int,
     dropout: float = 0.0,
+    masks: OncePerPass | None = None,
 ) -> Tensor:
     """:func:`causal_attention` in a window, by blocks of ``block`` queries."""
-    length = q.shape[2]
+    length, masks = q.shape[2], masks or OncePerPass()
     reach = -(-(window - 1) // block) * block
     tokens = _Tokens(q, k, v, segments).newest(reach + length)
     held = tokens.k.shape[2] - length  # keys before the first query
     first = min(reach - held, length)  # queries that lack a full reach of keys before them
     parts = []
     if first:
-        parts.append(_masked(tokens.cut(slice(first), slice(held + first)), window, dropout))
+        begin = tokens.cut(slice(first), slice(held + first))
+        mask = masks.get(("begin", window), lambda: _mask(begin, window))
+        parts.append(scaled_dot_product(begin.q, begin.k, begin.v, mask, dropout=dropout))
     if first < length:
         rest = tokens.cut(slice(first, None), slice(held + first - reach, None))
-        parts.append(_by_blocks(rest, window, block, dropout))
+        parts.append(_by_blocks(rest, window, block, dropout, masks))
     return torch.cat(parts, dim=2)
 
 
-def _by_blocks(tokens: _Tokens, window: int, block: int, dropout: float) -> Tensor:
+def _by_blocks(
+    tokens: _Tokens, window: int, block: int, dropout: float, masks: OncePerPass
+) -> Tensor:
     """q (B, H, T, D), k and v (B, K, r + T, D) -> (B, H, T, D)"""
     q, k, v, segments = tokens
     batch, _, length, _ = q.shape
     reach, padding = k.shape[2] - length, -length % block
     if padding:
         q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
-        if segments is not None:
-            segments = Segments(*(F.pad(s, (0, padding), value=PADDING) for s in segments))
-    if segments is not None:
-        of_keys = _spans(segments.keys.unsqueeze(1), block, reach).squeeze(1)  # (B * n, r + b)
-        segments = Segments(segments.queries.reshape(-1, block), of_keys)
     queries = q.unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)  # (B * n, H, b, D)
-    blocks = _Tokens(queries, _spans(k, block, reach), _spans(v, block, reach), segments)
-    y = _masked(blocks, window, dropout).unflatten(0, (batch, -1))
+    keys, values = (_spans(x, block, reach) for x in (k, v))
+
+    def mask_of_blocks() -> Tensor:
+        of_blocks = None if segments is None else _block_segments(segments, block, reach, padding)
+        return _mask(_Tokens(queries, keys, values, of_blocks), window)
+
+    mask = masks.get(("blocks", window), mask_of_blocks)
+    y = scaled_dot_product(queries, keys, values, mask, dropout=dropout).unflatten(0, (batch, -1))
     return y.transpose(1, 2).flatten(2, 3)[:, :, :length]  # (B, H, T, D)
+
+
+def _block_segments(segments: Segments, block: int, reach: int, padding: int) -> Segments:
+    """(B, T) and (B, r + T) -> those of the blocks, (B * n, b) and (B * n, r + b)"""
+    queries, keys = (F.pad(s, (0, padding), value=PADDING) for s in segments)
+    return Segments(queries.reshape(-1, block), _spans(keys.unsqueeze(1), block, reach).squeeze(1))
 
 
 def _spans(x: Tensor, block: int, reach: int) -> Tensor:
@@ -173,14 +212,14 @@ def _spans(x: Tensor, block: int, reach: int) -> Tensor:
     return torch.cat([blocks[:, i : i + count] for i in range(before + 1)], dim=3).flatten(0, 1)
 
 
-def _masked(tokens: _Tokens, window: int | None, dropout: float) -> Tensor:
-    """Attention under an explicit mask: (T, S), or with segments (B, 1, T, S)."""
-    q, k, v, segments = tokens
+def _mask(tokens: _Tokens, window: int | None) -> Tensor:
+    """Who sees whom: (T, S), or with segments (B, 1, T, S)."""
+    q, k, _, segments = tokens
     columns = torch.arange(k.shape[2], device=q.device)
     rows = columns[-q.shape[2] :]
     mask = band_mask(rows, columns, window)
-    if segments is not None:
-        itself = rows.unsqueeze(1) == columns  # (T, S), for padding: no softmax over nothing
-        padding = (segments.queries < 0).unsqueeze(2) & itself
-        mask = ((mask & same_segment(*segments)) | padding).unsqueeze(1)
-    return scaled_dot_product(q, k, v, mask, dropout=dropout)
+    if segments is None:
+        return mask
+    itself = rows.unsqueeze(1) == columns  # (T, S), for padding: no softmax over nothing
+    padding = (segments.queries < 0).unsqueeze(2) & itself
+    return ((mask & same_segment(*segments)) | padding).unsqueeze(1)

@@ -12,8 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megaegpt.config import ModelConfig
-from megaegpt.model.attention.causal import Segments, causal_attention
+from megaegpt.model.attention.causal import OncePerPass, Segments, causal_attention
+from megaegpt.model.attention.layer import AttentionLayer
 from megaegpt.model.positions import RotaryTable
 
 
@@ -22,32 +22,16 @@ class AttentionContext(Protocol):
 
     rotary: RotaryTable | None
     """Rotations of this pass's tokens; None unless positions are rotary."""
-    keeps_keys: bool
-    """Keys and values outlive the pass: an attention kind gives them in their smallest form."""
+    absorbed: bool
+    """Keys and values outlive the pass: latent attention gives its latents themselves, and absorbs
+    the projections of keys and values into queries and outputs."""
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layer: int,
-        window: int | None,
-        dropout: float,
-        gate: Tensor | None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         """q (B, H, T, D), k and v (B, K, T, D) of the same tokens -> (B, H, T, D).
 
         Scores are scaled by 1 / sqrt(D).
         """
         ...
-
-
-def layer_window(config: ModelConfig, layer: int) -> int | None:
-    """The sliding window of a layer; every ``window_every``-th layer is global."""
-    if config.window_every and (layer + 1) % config.window_every == 0:
-        return None
-    return config.window
 
 
 class CausalContext:
@@ -58,22 +42,20 @@ class CausalContext:
         segments: (B, T) texts and padding within a row, see :mod:`megaegpt.model.segments`.
     """
 
-    keeps_keys = False
+    absorbed = False
 
     def __init__(self, rotary: RotaryTable | None = None, segments: Tensor | None = None) -> None:
         self.rotary = rotary
+        self._masks = OncePerPass()
         self._segments = None if segments is None else Segments(segments, segments)
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layer: int,
-        window: int | None,
-        dropout: float,
-        gate: Tensor | None,
-    ) -> Tensor:
-        """See :class:`AttentionContext`."""
-        return causal_attention(q, k, v, window=window, dropout=dropout, segments=self._segments)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        return causal_attention(
+            q,
+            k,
+            v,
+            window=layer.window,
+            dropout=layer.dropout,
+            segments=self._segments,
+            masks=self._masks,
+        )

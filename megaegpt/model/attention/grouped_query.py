@@ -8,8 +8,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
-from megaegpt.model.attention.context import AttentionContext, layer_window
-from megaegpt.model.attention.heads import attention_rng, memory_gate, merge_heads, split_heads
+from megaegpt.model.attention.context import AttentionContext
+from megaegpt.model.attention.layer import (
+    AttentionLayer,
+    attention_rng,
+    merge_heads,
+    split_heads,
+)
 from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear
@@ -50,17 +55,13 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, grid: ProcessGrid) -> None:
         super().__init__()
-        self.grid, self.layer = grid, layer
-        self.head_dim, self.dropout = config.head_size, config.dropout
-        self.window = layer_window(config, layer)
+        self.grid, self.head_dim = grid, config.head_size
+        self.layer = AttentionLayer.of(config, layer)
         hidden, std, bias = config.hidden_size, config.init_std, config.bias
         width = config.num_heads * config.head_size
         self.query = ColumnParallelLinear(hidden, width, grid, bias=bias, std=std)
         self.key, self.value = (self._kv_projection(config) for _ in range(2))
-        self.output = RowParallelLinear(
-            width, hidden, grid, bias=bias, std=std / (2 * config.num_layers) ** 0.5
-        )
-        self.gate = memory_gate(config, grid)
+        self.output = RowParallelLinear(width, hidden, grid, bias=bias, std=config.residual_std)
 
     def _kv_projection(self, config: ModelConfig) -> Linear:
         hidden, heads, grid = config.hidden_size, config.kv_heads, self.grid
@@ -77,9 +78,7 @@ class GroupedQueryAttention(nn.Module):
         )
         if context.rotary is not None:
             q, k = context.rotary.rotate(q), context.rotary.rotate(k)
-        dropout = self.dropout if self.training else 0.0
-        with attention_rng(self.grid, dropout):
-            y = context.attend(
-                q, k, v, layer=self.layer, window=self.window, dropout=dropout, gate=self.gate
-            )  # (B, H, T, D)
+        layer = self.layer if self.training else self.layer.without_dropout()
+        with attention_rng(self.grid, layer.dropout):
+            y = context.attend(q, k, v, layer)  # (B, H, T, D)
         return self.output(merge_heads(y))

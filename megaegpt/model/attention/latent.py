@@ -17,8 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
-from megaegpt.model.attention.context import AttentionContext, layer_window
-from megaegpt.model.attention.heads import attention_rng, memory_gate, merge_heads, split_heads
+from megaegpt.model.attention.context import AttentionContext
+from megaegpt.model.attention.layer import (
+    AttentionLayer,
+    attention_rng,
+    merge_heads,
+    split_heads,
+)
 from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear
@@ -48,10 +53,9 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, grid: ProcessGrid) -> None:
         super().__init__()
-        self.grid, self.layer = grid, layer
+        self.grid, self.layer = grid, AttentionLayer.of(config, layer)
         self.head_dim, self.rope_dim = config.head_size, config.rope_head_dim or 0
-        self.latent_dim, self.dropout = config.latent_size, config.dropout
-        self.window = layer_window(config, layer)
+        self.latent_dim = config.latent_size
         hidden, std, width = config.hidden_size, config.init_std, config.num_heads * self.head_dim
         query_width = width + config.num_heads * self.rope_dim
         query_latent = config.query_latent_dim
@@ -70,18 +74,17 @@ class LatentAttention(nn.Module):
             for _ in range(2)
         )
         self.output = RowParallelLinear(
-            width, hidden, grid, bias=config.bias, std=std / (2 * config.num_layers) ** 0.5
+            width, hidden, grid, bias=config.bias, std=config.residual_std
         )
-        self.gate = memory_gate(config, grid)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         q, q_rope = self._queries(x, context)
         latents = self._latents(x, context)
-        dropout = self.dropout if self.training else 0.0
-        attend = self._attend_absorbed if context.keeps_keys else self._attend_expanded
-        with attention_rng(self.grid, dropout):
-            y = attend(q, q_rope, latents, context, dropout)  # (B, H, T, D)
+        layer = self.layer if self.training else self.layer.without_dropout()
+        attend = self._attend_absorbed if context.absorbed else self._attend_expanded
+        with attention_rng(self.grid, layer.dropout):
+            y = attend(q, q_rope, latents, context, layer)  # (B, H, T, D)
         return self.output(merge_heads(y))
 
     def _queries(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
@@ -101,7 +104,12 @@ class LatentAttention(nn.Module):
         return copy_to_tp(latents, self.grid)
 
     def _attend_expanded(
-        self, q: Tensor, q_rope: Tensor, latents: Tensor, context: AttentionContext, dropout: float
+        self,
+        q: Tensor,
+        q_rope: Tensor,
+        latents: Tensor,
+        context: AttentionContext,
+        layer: AttentionLayer,
     ) -> Tensor:
         """Keys and values of every head. Values are filled up with zeros to the keys' width,
         which fused kernels ask for.
@@ -114,11 +122,16 @@ class LatentAttention(nn.Module):
             q = torch.cat([q, q_rope], dim=-1)  # (B, H, T, D + R)
             k = torch.cat([k, rope_key.expand(-1, k.shape[1], -1, -1)], dim=-1)
             v = F.pad(v, (0, self.rope_dim))
-        y = self._attend(q, k, v, context, dropout)
+        y = context.attend(q, k, v, layer)
         return y[..., : self.head_dim]
 
     def _attend_absorbed(
-        self, q: Tensor, q_rope: Tensor, latents: Tensor, context: AttentionContext, dropout: float
+        self,
+        q: Tensor,
+        q_rope: Tensor,
+        latents: Tensor,
+        context: AttentionContext,
+        layer: AttentionLayer,
     ) -> Tensor:
         """Scores of q W_k against the latents; their weighted sum is projected up at the end.
 
@@ -131,12 +144,5 @@ class LatentAttention(nn.Module):
         width = self.latent_dim + self.rope_dim
         q = torch.cat([q @ key_up, q_rope], dim=-1)  # (B, H, T, L + R)
         q = q * (width / (self.head_dim + self.rope_dim)) ** 0.5
-        y = self._attend(q, latents, latents, context, dropout)
+        y = context.attend(q, latents, latents, layer)
         return y[..., : self.latent_dim] @ value_up.transpose(1, 2)
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, dropout: float
-    ) -> Tensor:
-        return context.attend(
-            q, k, v, layer=self.layer, window=self.window, dropout=dropout, gate=self.gate
-        )

@@ -11,6 +11,7 @@ keys, H heads, K kv heads, G = H / K, D head dim, Dv value dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaegpt.model.attention.cache import KVCache
-from megaegpt.model.attention.causal import band_mask, scaled_dot_product
+from megaegpt.model.attention.causal import OncePerPass, band_mask, scaled_dot_product
 from megaegpt.model.attention.context import CausalContext
+from megaegpt.model.attention.layer import AttentionLayer
 from megaegpt.model.positions import RotaryTable
+
+Gates = Sequence[Tensor]
+"""Each layer's memory gate, (H,) for this rank's heads; none at all in a model without gates."""
+
+
+def _gate_of(gates: Gates, layer: AttentionLayer) -> Tensor | None:
+    return gates[layer.index] if gates else None
 
 
 class Memory(NamedTuple):
@@ -116,10 +125,12 @@ class ChunkWindowContext:
         num_chunks: chunks of tokens; the memory holds the features of all but the last.
         features_per_chunk: memory vectors of a chunk; 0 without a memory.
         local: tokens of a chunk also attend to each other.
+        rotary: rotations of features and tokens.
+        gates: open the tokens' way to the memory.
         cut: (B,) or None; the history of chunks from this one on starts at it.
     """
 
-    keeps_keys = False
+    absorbed = False
 
     def __init__(
         self,
@@ -129,6 +140,7 @@ class ChunkWindowContext:
         *,
         local: bool,
         rotary: RotaryTable | None,
+        gates: Gates,
         cut: Tensor | None,
         device: torch.device,
     ) -> None:
@@ -140,46 +152,46 @@ class ChunkWindowContext:
         self._slot = torch.arange(self.memory_size, device=device)  # (M,)
         self._slot_chunk = self._slot // max(features_per_chunk, 1)
         self._features_per_chunk = features_per_chunk
-        self._cut = cut
+        self._gates, self._cut = gates, cut
+        self._masks = OncePerPass()
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layer: int,
-        window: int | None,
-        dropout: float,
-        gate: Tensor | None,
-    ) -> Tensor:
-        """See :class:`~megaegpt.model.attention.context.AttentionContext`; T = M + N * S."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        """q (B, H, T, D), k and v (B, K, T, D) with T = M + N * S -> (B, H, T, Dv)."""
         sizes = [self.memory_size, self.num_chunks * self.chunk_size]
         memory_q, token_q = q.split(sizes, dim=2)
         memory_k, token_k = k.split(sizes, dim=2)
         memory_v, token_v = v.split(sizes, dim=2)
-        of_memory = self._memory_stream(memory_q, memory_k, memory_v, window, dropout)
-        if self.local:
-            of_tokens = self._tokens_with_local(
-                token_q, token_k, token_v, memory_k, memory_v, window, dropout, gate
-            )
-        else:
-            visible = self._visible(window, 1)  # (B or 1, N, 1, M)
-            visible = visible.expand(-1, -1, self.chunk_size, -1).flatten(1, 2)
-            memory = Memory(memory_k, memory_v, visible)
-            of_tokens = _read(token_q, token_k, token_v, memory, None, dropout, gate)
+        of_memory = self._memory_stream(memory_q, memory_k, memory_v, layer)
+        read = self._tokens_with_local if self.local else self._tokens_alone
+        of_tokens = read(token_q, token_k, token_v, (memory_k, memory_v), layer)
         return torch.cat([of_memory, of_tokens], dim=2)
 
-    def _memory_stream(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, dropout: float
-    ) -> Tensor:
+    def _memory_stream(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         """The features among themselves: causal, in the window, not across a cut."""
         if self.memory_size == 0:
             return v.new_zeros((*q.shape[:3], v.shape[-1]))
-        mask = band_mask(self._slot, self._slot, window).unsqueeze(0)
-        if self._cut is not None:
-            mask = mask & on_one_side(self._slot_chunk, self._slot_chunk, self._cut)
-        return scaled_dot_product(q, k, v, mask.unsqueeze(1), dropout=dropout)
+
+        def make() -> Tensor:  # (B or 1, 1, M, M)
+            mask = band_mask(self._slot, self._slot, layer.window).unsqueeze(0)
+            if self._cut is not None:
+                mask = mask & on_one_side(self._slot_chunk, self._slot_chunk, self._cut)
+            return mask.unsqueeze(1)
+
+        mask = self._masks.get(("memory", layer.window), make)
+        return scaled_dot_product(q, k, v, mask, dropout=layer.dropout)
+
+    def _tokens_alone(
+        self, q: Tensor, k: Tensor, v: Tensor, memory: tuple[Tensor, Tensor], layer: AttentionLayer
+    ) -> Tensor:
+        """Every token reads the memory and itself: (B, H, N * S, D) -> (B, H, N * S, Dv)."""
+
+        def make() -> Tensor:  # (B or 1, N * S, M)
+            visible = self._visible(layer.window, 1)  # (B or 1, N, 1, M)
+            return visible.expand(-1, -1, self.chunk_size, -1).flatten(1, 2)
+
+        visible = self._masks.get(("tokens", layer.window), make)
+        gate = _gate_of(self._gates, layer)
+        return _read(q, k, v, Memory(*memory, visible), None, layer.dropout, gate)
 
     def _visible(self, window: int | None, rows: int) -> Tensor:
         """(B or 1, N, rows, M): memory seen by the first ``rows`` tokens of each chunk.
@@ -199,15 +211,7 @@ class ChunkWindowContext:
         return visible
 
     def _tokens_with_local(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        memory_k: Tensor,
-        memory_v: Tensor,
-        window: int | None,
-        dropout: float,
-        gate: Tensor | None,
+        self, q: Tensor, k: Tensor, v: Tensor, memory: tuple[Tensor, Tensor], layer: AttentionLayer
     ) -> Tensor:
         """Every chunk as a row of its own batch: (B, H, N * S, D) -> (B, H, N * S, Dv)."""
         batch, chunks, size = q.shape[0], self.num_chunks, self.chunk_size
@@ -215,41 +219,37 @@ class ChunkWindowContext:
         def by_chunk(x: Tensor) -> Tensor:  # (B, h, N * S, d) -> (B * N, h, S, d)
             return x.unflatten(2, (chunks, size)).transpose(1, 2).flatten(0, 1)
 
-        visible = self._visible(window, size).expand(batch, -1, -1, -1).flatten(0, 1)
-        memory = Memory(
-            memory_k.repeat_interleave(chunks, dim=0),
-            memory_v.repeat_interleave(chunks, dim=0),
-            visible,  # (B * N, S, M)
+        def make() -> tuple[Tensor, Tensor]:  # (B * N, S, M) and (S, S)
+            visible = self._visible(layer.window, size).expand(batch, -1, -1, -1).flatten(0, 1)
+            offsets = torch.arange(size, device=q.device)
+            return visible, band_mask(offsets, offsets, layer.window)
+
+        visible, local = self._masks.get(("local", layer.window), make)
+        keys, values = (x.repeat_interleave(chunks, dim=0) for x in memory)
+        y = _read(
+            by_chunk(q),
+            by_chunk(k),
+            by_chunk(v),
+            Memory(keys, values, visible),
+            local,
+            layer.dropout,
+            _gate_of(self._gates, layer),
         )
-        offsets = torch.arange(size, device=q.device)
-        local = band_mask(offsets, offsets, window)
-        y = _read(by_chunk(q), by_chunk(k), by_chunk(v), memory, local, dropout, gate)
         return y.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)
 
 
 class RecordingContext(CausalContext):
     """The memory stream by itself, keeping each layer's keys and values for later reading."""
 
-    keeps_keys = True
+    absorbed = True
 
     def __init__(self, rotary: RotaryTable | None = None) -> None:
         super().__init__(rotary)
         self.recorded: list[tuple[Tensor, Tensor]] = []
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layer: int,
-        window: int | None,
-        dropout: float,
-        gate: Tensor | None,
-    ) -> Tensor:
-        """See :class:`~megaegpt.model.attention.context.AttentionContext`."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         self.recorded.append((k, v))
-        return super().attend(q, k, v, layer=layer, window=window, dropout=dropout, gate=gate)
+        return super().attend(q, k, v, layer)
 
 
 class ReadingContext:
@@ -258,43 +258,40 @@ class ReadingContext:
     Args:
         recorded: each layer's keys and values of the memory.
         cache: the chunk's tokens so far (local attention only; the caller advances it).
+        rotary: rotations of the new tokens.
+        gates: open their way to the memory.
     """
 
-    keeps_keys = True
+    absorbed = True
 
     def __init__(
         self,
         recorded: list[tuple[Tensor, Tensor]],
         cache: KVCache | None,
-        rotary: RotaryTable | None = None,
+        rotary: RotaryTable | None,
+        gates: Gates,
     ) -> None:
         self.rotary = rotary
-        self._recorded = recorded
-        self._cache = cache
+        self._recorded, self._cache, self._gates = recorded, cache, gates
+        self._masks = OncePerPass()
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layer: int,
-        window: int | None,
-        dropout: float,
-        gate: Tensor | None,
-    ) -> Tensor:
-        """See :class:`~megaegpt.model.attention.context.AttentionContext`."""
-        memory_k, memory_v = self._recorded[layer]
-        size, length = memory_k.shape[2], q.shape[2]
-        start = 0 if self._cache is None else self._cache.length
-        slots = torch.arange(size, device=q.device)
-        if self._cache is None:  # every token stands directly behind the memory
-            rows = torch.full((length,), size, device=q.device)
-            local = None
-        else:
-            k, v = self._cache.update(layer, k, v)
-            offsets = torch.arange(start, start + length, device=q.device)
-            rows = size + offsets
-            local = band_mask(offsets, self._cache.columns(layer, length), window)
-        memory = Memory(memory_k, memory_v, band_mask(rows, slots, window).unsqueeze(0))
-        return _read(q, k, v, memory, local, dropout, gate)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
+        memory_k, memory_v = self._recorded[layer.index]
+        size, length, device = memory_k.shape[2], q.shape[2], q.device
+        cache = self._cache
+        if cache is not None:
+            k, v = cache.update(layer.index, k, v)
+
+        def make() -> tuple[Tensor, Tensor | None]:  # (1, T, M) and (T, L)
+            slots, local = torch.arange(size, device=device), None
+            if cache is None:  # every token stands directly behind the memory
+                rows = torch.full((length,), size, device=device)
+            else:
+                offsets = torch.arange(cache.length, cache.length + length, device=device)
+                rows = size + offsets
+                local = band_mask(offsets, cache.columns(layer.index, length), layer.window)
+            return band_mask(rows, slots, layer.window).unsqueeze(0), local
+
+        visible, local = self._masks.get(layer.window, make)
+        memory = Memory(memory_k, memory_v, visible)
+        return _read(q, k, v, memory, local, layer.dropout, _gate_of(self._gates, layer))

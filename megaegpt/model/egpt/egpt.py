@@ -6,7 +6,6 @@ Shapes: B batch, N chunks, S chunk size, P features a chunk, M = (N - 1) * P, C 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.base import LanguageModel, Predictions
-from megaegpt.model.block import MLP, BlockStack, residual_std
+from megaegpt.model.block import MLP, BlockStack
 from megaegpt.model.egpt.chunk_memory import (
     ChunkWindowContext,
+    Gates,
     ReadingContext,
     RecordingContext,
     on_one_side,
@@ -29,7 +29,8 @@ from megaegpt.model.head import OutputHead
 from megaegpt.model.positions import AddedPositions, rotary_table
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Embedding, LayerNorm
-from megaegpt.parallel.params import spec_of, unshard
+from megaegpt.parallel.params import new_parameter, spec_of, unshard
+from megaegpt.parallel.vocabulary import check_targets, check_tokens
 
 Recorded = list[tuple[Tensor, Tensor]]
 
@@ -56,11 +57,16 @@ class EGPT(LanguageModel):
             if chunks.adapter_norm
             else None
         )
-        added = replace(config, init_std=0.0) if chunks.adapter_residual else config
-        self.input_mlp = MLP(config, grid, out_std=residual_std(added))
-        self.chunk_positions = AddedPositions(added, chunks.num_chunks, grid)
-        self.lengths = Embedding(chunks.chunk_size, width, grid, added.init_std)
+        residual = chunks.adapter_residual  # then nothing is added to the states at first
+        std, out_std = (0.0, 0.0) if residual else (config.init_std, config.residual_std)
+        self.input_mlp = MLP(config, grid, out_std=out_std)
+        self.chunk_positions = AddedPositions(config, chunks.num_chunks, grid, std=std)
+        self.lengths = Embedding(chunks.chunk_size, width, grid, std)  # by offset in the chunk
         self.stack = BlockStack(config, grid)
+        if chunks.memory_gate:
+            for block in self.stack.blocks:
+                gate = new_parameter((config.num_heads,), grid, tp_dim=0)
+                block.get_submodule("attention").register_parameter("gate", gate)
         self.head = OutputHead(config, grid)
         self.counts = TokenCounts(config, grid) if chunks.token_counts else None
 
@@ -73,6 +79,12 @@ class EGPT(LanguageModel):
             x = states + x
         x = self.chunk_positions(x, chunk) + self.lengths(offset)
         return F.dropout(x, self.config.dropout, self.training)
+
+    def _gates(self) -> Gates:
+        """Of each layer; how far its heads are open to what is read from earlier chunks."""
+        if not self.config.egpt.memory_gate:
+            return ()
+        return [block.get_parameter("attention.gate") for block in self.stack.blocks]
 
     def _feature_places(self, chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Chunk number and last offset of each of the first ``chunks`` chunks' features, (M,)
@@ -109,7 +121,8 @@ class EGPT(LanguageModel):
             size,
             egpt.features_per_chunk if egpt.history else 0,
             local=egpt.local_attention,
-            rotary=rotary_table(self.config, chunk),
+            rotary=rotary_table(self.config, chunk, states.dtype),
+            gates=self._gates(),
             cut=cut,
             device=device,
         )
@@ -139,6 +152,7 @@ class EGPT(LanguageModel):
         _, hidden, mixture = self.predictions(token_states, features, earlier_tokens)
         if mixture is None:
             return self.head.loss(hidden, targets, reduction)
+        check_targets(targets, hidden.shape[:-1], self.config.vocab_size)  # they are looked up
         added = mixture.of(targets.flatten(1)).view(targets.shape)
         log_keep = mixture.log_keep.view(targets.shape)
         return self.head.loss(hidden, targets, reduction, (log_keep, added))
@@ -161,6 +175,7 @@ class EGPT(LanguageModel):
         """What token counts add to the head's prediction: hidden states (B, N, S, C) of a window
         and what its earlier chunks hold (see :meth:`forward`) -> T = N * S.
         """
+        check_tokens(earlier_tokens.clamp(min=0), self.config.vocab_size)
         _, chunks, size, _ = hidden.shape
         earlier, chunk = (
             torch.arange(n, device=hidden.device) for n in (features.shape[1], chunks)
@@ -198,7 +213,7 @@ class EGPT(LanguageModel):
         if not self.config.egpt.history:
             features = features[:, :0]
         chunk, offset = self._feature_places(features.shape[1], features.device)
-        context = RecordingContext(rotary_table(self.config, chunk))
+        context = RecordingContext(rotary_table(self.config, chunk, features.dtype))
         self.stack(self._embed(features.flatten(1, 2), chunk, offset), context)
         return context.recorded
 
@@ -218,7 +233,8 @@ class EGPT(LanguageModel):
         length, device = token_states.shape[1], token_states.device
         chunks = torch.full((length,), chunk, device=device)
         offsets = torch.arange(offset, offset + length, device=device)
-        context = ReadingContext(memory, cache, rotary_table(self.config, chunks))
+        rotary = rotary_table(self.config, chunks, token_states.dtype)
+        context = ReadingContext(memory, cache, rotary, self._gates())
         x = self.stack(self._embed(token_states, chunks, offsets), context)
         if cache is not None:
             cache.length += length
@@ -228,14 +244,13 @@ class EGPT(LanguageModel):
         """How far each layer's memory gate is open: the mean of ``|tanh(gate)|`` over its heads, 0
         to 1.
         """
-        gates = [p for n, p in self.named_parameters() if n.endswith("attention.gate")]
-        full = [unshard(gate, spec_of(gate), self.grid) for gate in gates]
+        full = [unshard(gate, spec_of(gate), self.grid) for gate in self._gates()]
         openness = [gate.float().tanh().abs().mean().item() for gate in full]
         return {f"memory_gate/{layer:02d}": value for layer, value in enumerate(openness)}
 
     def flops_per_token(self) -> int:
         config, egpt = self.config, self.config.egpt
-        features = (egpt.num_chunks - 1) * egpt.features_per_chunk * egpt.history
+        features = (egpt.num_chunks - 1) * egpt.features_per_chunk if egpt.history else 0
         positions = 1 + features / (egpt.num_chunks * egpt.chunk_size)  # a token's share of them
         per_position = matmul_flops(self.stack) + matmul_flops(self.input_mlp)
         visible = features + (egpt.chunk_size if egpt.local_attention else 1)

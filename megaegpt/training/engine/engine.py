@@ -25,8 +25,9 @@ from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 
 from megaegpt.config.run import RunConfig
 from megaegpt.data.tokens.batch import Batch
+from megaegpt.labels import IGNORE
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
-from megaegpt.parallel.loss import IGNORE
+from megaegpt.parallel.loss import backward_scale
 from megaegpt.parallel.params import ParamSpec, spec_of
 from megaegpt.parallel.rng import seed_micro_step
 from megaegpt.parallel.together import raising_together
@@ -174,7 +175,8 @@ class Engine:
             seed_micro_step(seed, step, micro_step, self.grid.dp_rank)
             last = micro_step + 1 == len(micro_batches)
             self._deepspeed.set_gradient_accumulation_boundary(last)
-            loss = self._loss_function(self._deepspeed, micro_batch)
+            with backward_scale(scale * self.loss_scale):
+                loss = self._loss_function(self._deepspeed, micro_batch)
             self._deepspeed.backward(loss * scale, scale_wrt_gas=False)
             if last and self._config.logging.measures_parts(step):
                 norms = self.module_norms.measure(self.loss_scale)

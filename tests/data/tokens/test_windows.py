@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaegpt.data.tokens.windows import IGNORED, EvaluationWindows
+from megaegpt.data.tokens.windows import EvaluationWindows
+from megaegpt.labels import IGNORE
 from tests.data.corpora import counting_stream
 
 
@@ -17,7 +18,7 @@ def test_every_target_exactly_once(tmp_path: Path, length: int, stride: int | No
     windows = EvaluationWindows(counting_stream(tmp_path, length), 10, stride=stride)
     batch = windows.batch(np.arange(len(windows) + 2))
     tokens, targets = batch["tokens"], batch["targets"]
-    valid = targets != IGNORED
+    valid = targets != IGNORE
     assert (targets[valid] == tokens[valid] + 1).all()
     assert sorted(targets[valid].tolist()) == list(range(1, length))
     assert valid[: len(windows)].any(axis=1).all()  # no window for nothing
@@ -28,7 +29,7 @@ def test_a_stride_gives_each_target_its_context(tmp_path: Path) -> None:
     windows = EvaluationWindows(counting_stream(tmp_path, 103), 10, stride=3)
     batch = windows.batch(np.arange(len(windows)))
     for tokens, targets in zip(batch["tokens"][1:], batch["targets"][1:], strict=True):
-        context = [np.count_nonzero(tokens < y) for y in targets[targets != IGNORED]]
+        context = [np.count_nonzero(tokens < y) for y in targets[targets != IGNORE]]
         assert min(context) >= 10 - 3
         assert tokens[7] == tokens[0] + 7
 
