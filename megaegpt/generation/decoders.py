@@ -158,9 +158,7 @@ class EGPTDecoder:
         weight = model.head.weight
         capacity = min(egpt.chunk_size, max_tokens)
         self._encoder = _Encoder(encoder, batch_size, capacity, steps)
-        self._local_cache = (
-            new_cache(model, batch_size, capacity) if egpt.local_attention else None
-        )
+        self._local_cache = new_cache(model, batch_size, capacity) if egpt.local_attention else None
         self._states = weight.new_empty(batch_size, egpt.chunk_size, config.hidden_size)
         self._features = weight.new_empty(
             batch_size, 0, egpt.features_per_chunk, config.hidden_size

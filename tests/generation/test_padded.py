@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import megaegpt.model.gpt as gpt_module
 from megaegpt.config import ModelConfig
 from megaegpt.generation.decoders import GPTDecoder
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.padded import PaddedGPTDecoder
-from megaegpt.model.gpt import GPT as GPTModule
 from tests.distributed.harness import Distributed, grid_for
 from tests.generation.test_generator import VARIANTS
 from tests.generation.tiny_models import GPT, MAX_LEN, SAMPLING, build, prompt
@@ -23,9 +23,9 @@ GPTS["gpt_one_token_seen"] = replace(GPT, max_seq_len=1)
 LENGTHS = (3, MAX_LEN, 1, 9, 3, MAX_LEN + 1, 5 * MAX_LEN // 2)
 
 
-def _gpt(config: ModelConfig) -> GPTModule:
+def _gpt(config: ModelConfig) -> gpt_module.GPT:
     model, _ = build(config)
-    assert isinstance(model, GPTModule)
+    assert isinstance(model, gpt_module.GPT)
     return model
 
 
