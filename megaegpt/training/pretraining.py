@@ -168,7 +168,7 @@ class _Run:
         """Go on from a checkpoint, whatever has become of where frozen parts came from."""
         if self.config.training.freeze:  # the engine's state has only what is trained
             with raising_together(self.grid):
-                load_weights(self.model, folder / "weights", self.grid)
+                load_weights(self.model, folder / "weights", self.grid, allow_nonfinite=True)
         return checkpoints.load(self.engine, folder)
 
     def _check_encoder(self, weights: Path) -> None:
@@ -214,13 +214,16 @@ class _Run:
         """Evaluates what is held out, if anything is."""
         if self.data.validation is None:
             return None
+        tokenizer = self.data.tokenizer
+        # A larger vocabulary is another tokenizer's, and what its tokens are in bytes is not known.
+        known = self.config.model.vocab_size <= tokenizer.padded_vocab_size
         return Evaluator(
             self.data.validation,
             num_chunks=self.data.num_chunks,
             inputs=self.inputs("validation"),
             grid=self.grid,
             batch_size=self.config.training.micro_batch_size,
-            token_byte_lengths=self.data.tokenizer.token_byte_lengths,
+            token_byte_lengths=tokenizer.token_byte_lengths if known else None,
         )
 
     def sampler(self, sample_text: SampleText | None) -> Callable[[], str] | None:
