@@ -71,13 +71,14 @@ def main() -> None:
 def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: ProcessGrid) -> None:
     prompt = _read_prompt(arguments, grid)
     dtype = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
-    model, encoder, tokenizer = load_for_inference(
+    loaded = load_for_inference(
         arguments.checkpoint,
         grid,
         DTYPES[dtype],
         encoder_source=arguments.encoder,
         vocabulary=arguments.vocabulary,
     )
+    model, encoder, tokenizer = loaded.model, loaded.encoder, loaded.tokenizer
     compiled = arguments.compile and _can_compile(model, encoder, grid, arguments)
     generator = TextGenerator(model, encoder, tokenizer.vocab_size, compiled=compiled)
     answers = arguments.instruction is not None

@@ -83,7 +83,7 @@ def _sampling(options: Mapping[str, Any]) -> dict[str, Any]:
             "the task sets do_sample=true without a temperature above 0, which the harness "
             "refuses too: give a temperature, or do_sample=false"
         )
-    top_k = _number(int, "top_k", 50 if (k := options.get("top_k")) is None else k)
+    top_k = _number(int, "top_k", 0 if (k := options.get("top_k", 50)) is None else k)
     top_p = _number(float, "top_p", 1.0 if (p := options.get("top_p")) is None else p)
     if top_p == 0:  # the likeliest token is always kept
         top_k, top_p = 1, 1.0

@@ -1,9 +1,9 @@
 """Text out of a trained model, token by token.
 
 Example:
-    >>> model, encoder, tokenizer = load_for_inference("runs/egpt/checkpoints", ProcessGrid())
-    >>> generator = TextGenerator(model, encoder)
-    >>> for token in generator.stream(tokenizer.encode("Well, Prince,"), config): ...
+    >>> loaded = load_for_inference("runs/egpt/checkpoints", ProcessGrid())
+    >>> generator = TextGenerator(loaded.model, loaded.encoder)
+    >>> for token in generator.stream(loaded.tokenizer.encode("Well, Prince,"), config): ...
 """
 
 from __future__ import annotations
