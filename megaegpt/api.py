@@ -255,7 +255,8 @@ def generate_text_autoregressive(
 
     Raises:
         ConfigError: a number is out of range.
-        DataError: there are no prompts, or they are empty or of different lengths.
+        DataError: there are no prompts, they are empty or of different lengths, or an id is
+            outside the model's vocabulary.
 
     Example:
         >>> config = create_model_config("gpt2-small (124M)", num_layers=1, hidden_size=24)
@@ -268,7 +269,7 @@ def generate_text_autoregressive(
         >>> token_ids_to_text(ids).startswith("The capital of")
         True
     """
-    prompts = _prompts(token_ids)
+    prompts = _prompts(token_ids, model.config.vocab_size)
     sampling = GenerationConfig(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )
@@ -284,14 +285,21 @@ def generate_text_autoregressive(
     return torch.cat([prompts, new.view(len(rows), longest)], dim=1)
 
 
-def _prompts(token_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+def _prompts(token_ids: Tensor | Sequence[Sequence[int]], vocab_size: int) -> Tensor:
     """Prompts as (B, T) ids."""
-    if not isinstance(token_ids, Tensor) and len({len(row) for row in token_ids}) > 1:
-        raise DataError("the prompts have different lengths: continue them one by one")
-    prompts = torch.as_tensor(token_ids)
+    try:
+        prompts = torch.as_tensor(token_ids)
+    except ValueError:
+        raise DataError("the prompts have different lengths: continue them one by one") from None
     if prompts.dim() != 2 or prompts.numel() == 0:
         raise DataError(
             f"ids of shape {tuple(prompts.shape)} are no prompts: give (rows, tokens), at least "
             "one of each; a text from nothing starts from the end-of-text token"
+        )
+    least, most = int(prompts.min()), int(prompts.max())
+    if least < 0 or most >= vocab_size:
+        raise DataError(
+            f"the prompts have the id {least if least < 0 else most}, and the model's are 0 to "
+            f"{vocab_size - 1}"
         )
     return prompts

@@ -214,3 +214,9 @@ def test_a_text_too_short_for_one_batch_is_named():
     assert len(list(batches)) == 1
     with pytest.raises(ConfigError, match="stride=0 must be at least 1"):
         api.create_pretraining_dataloader("x" * 50, 4, 6, stride=0, tokenizer=BYTES)
+
+
+@pytest.mark.parametrize("wrong", [-1, 90])
+def test_prompts_outside_the_vocabulary_are_named(model, wrong):
+    with pytest.raises(DataError, match=f"the id {wrong}, and the model's are 0 to 89"):
+        api.generate_text_autoregressive(model, [[1, wrong]], 3)
