@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from megaegpt.data.instruction.records import Instruction
+from megaegpt.model.build import build_model
+from megaegpt.model.weights import read_weights_config, save_weights
+from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed
 from tests.generation.test_trained import save_egpt, save_gpt
 from tools import generate
@@ -217,12 +219,12 @@ def test_of_a_prompt_beyond_the_context_it_is_said_what_is_seen(tmp_path: Path) 
 def test_weights_that_are_no_numbers_are_refused_in_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpt = save_gpt(tmp_path / "gpt")
-    tensors = load_file(gpt / "model.safetensors")
-    tensors["embedding.weight"][3, :2] = float("nan")
-    save_file(tensors, gpt / "model.safetensors")
+    config, _ = read_weights_config(save_gpt(tmp_path / "gpt"))
+    model = build_model(config, ProcessGrid())
+    model.embedding.weight.data[3, :2] = float("nan")
+    save_weights(model, tmp_path / "diverged", ProcessGrid())
     with pytest.raises(SystemExit) as exit_:
-        _run_visibly(gpt, "--max-new-tokens", "1")
+        _run_visibly(tmp_path / "diverged", "--max-new-tokens", "1")
     assert exit_.value.code == 2
     shown = capsys.readouterr().err
     assert "model.safetensors: 2 of the " in shown
