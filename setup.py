@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megaegpt", "megaegpt.*"]),
     install_requires=[
-        "torch>=2.11",
+        "torch>=2.11,<2.14",  # private names are used: tests/training/engine/test_compat.py
         # Minor releases remove keys and move defaults; see megaegpt/training/engine/engine.py.
         "deepspeed>=0.19.8,<0.20",
         "numpy",

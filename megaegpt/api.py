@@ -83,7 +83,7 @@ class GPTModel(GPT):
     """
 
     def __init__(self, config: ModelConfig, seed: int = 1337) -> None:
-        if config.kind != "gpt":
+        if config.needs_encoder:
             raise ConfigError(
                 f"GPTModel is a model of kind gpt, not {config.kind}, which needs an encoder: "
                 "see megaegpt.model.build.build_model"

@@ -3,6 +3,7 @@
     python tools/convert.py import gpt2 weights/gpt2
     python tools/convert.py import downloads/gpt2-xl weights/gpt2-xl
     python tools/convert.py export runs/gpt exported/gpt
+    python tools/convert.py masters runs/gpt weights/gpt
     python tools/convert.py list runs/gpt --verify
     python tools/convert.py reshape runs/gpt merged/checkpoints
     torchrun --nproc_per_node 4 tools/convert.py reshape runs/gpt split/checkpoints \\
@@ -17,6 +18,9 @@ export   The weights of a run, a checkpoint or a weights folder for other progra
          GPT-2 can compute becomes a folder that transformers loads:
          AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained. Any other becomes
          model.safetensors, under full names and whatever the parallelism was, with config.json.
+masters  The fp32 weights that the optimizer of a checkpoint keeps, as a folder of ours. A run in
+         bf16 or fp16 computes with rounded ones, which its checkpoints hold under weights/: take
+         those for inference, and these to train further.
 list     What a run, a checkpoint or a weights folder holds.
 reshape  A checkpoint with its optimizer state, merged or split for as many processes as run this:
          one writes it for one rank, torchrun's for their number, tensor- times data-parallel. A
@@ -55,6 +59,13 @@ def _parse_arguments() -> argparse.Namespace:
     )
     command.add_argument("output", type=Path, metavar="FOLDER", help="a new folder")
     command.set_defaults(run=_export)
+
+    command = commands.add_parser("masters", help="fp32 weights, for further training")
+    command.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a checkpoint, or a run: its latest one"
+    )
+    command.add_argument("output", type=Path, metavar="FOLDER", help="a new folder")
+    command.set_defaults(run=_masters)
 
     command = commands.add_parser("list", help="what a run, checkpoint or weights folder holds")
     command.add_argument("paths", nargs="+", type=Path, metavar="PATH")
@@ -122,6 +133,15 @@ def _export(arguments: argparse.Namespace) -> None:
     )
     if read_weights_config(weights)[0].document_end is not None:
         print("notice: transformers does not begin anew after a document's end: one text a row")
+
+
+def _masters(arguments: argparse.Namespace) -> None:
+    from megaegpt.training.checkpoint.folders import find_checkpoint
+    from megaegpt.training.checkpoint.masters import export_masters
+
+    manifest = export_masters(find_checkpoint(arguments.source), arguments.output)
+    saved = f"step {manifest.step}, trained in {manifest.topology['precision']}"
+    print(f"{arguments.output}: the fp32 weights of {saved}")
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -94,7 +94,7 @@ def _between_0_and(most: float, text: str) -> float:
 
 
 def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:
-    if config.model.kind == "gpt":
+    if not config.model.needs_encoder:
         return None, []
     from megaegpt.training.feature_stores import find_encoder
 

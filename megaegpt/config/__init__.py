@@ -1,6 +1,6 @@
 """Configuration: frozen dataclasses, one concern a file; ``loading`` reads and checks YAML."""
 
-from megaegpt.config.batch import BatchRampConfig, BatchSchedule
+from megaegpt.config.batch_ramp import BatchRampConfig, BatchSchedule
 from megaegpt.config.data import DataConfig
 from megaegpt.config.model import EGPTConfig, EncoderConfig, ModelConfig
 from megaegpt.config.parallel import ParallelConfig

@@ -36,7 +36,8 @@ class DataConfig:
     validation: tuple[str, ...] = ()
     """Shard prefixes evaluated whole. Empty: no evaluation."""
     verify_checksums: VerifyPolicy = "auto"
-    """Hold shards against their ``manifest.json`` when a run starts; auto: up to 4 GiB of them."""
+    """Hold shards and feature stores against their ``manifest.json`` when a run starts; auto: up to
+    4 GiB of either."""
     vocabulary: str | None = None
     """Folder with GPT-2's ``encoder.json`` and ``vocab.bpe``; None: the installed ones."""
     features: str | None = None

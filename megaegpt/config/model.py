@@ -138,6 +138,26 @@ class ModelConfig:
         return self.hidden_size // 8 if self.latent_dim is None else self.latent_dim
 
     @property
+    def needs_encoder(self) -> bool:
+        """Whether it reads the states of a frozen encoder, chunk by chunk, and not tokens."""
+        return self.kind != "gpt"
+
+    @property
+    def has_history(self) -> bool:
+        """Whether it reads features of earlier chunks."""
+        return self.kind == "egpt" and self.egpt.history and self.egpt.num_chunks > 1
+
+    @property
+    def chunks_per_sample(self) -> int:
+        """Chunks of a training sample; 1 for a gpt."""
+        return self.egpt.num_chunks if self.needs_encoder else 1
+
+    @property
+    def length_multiple(self) -> int:
+        """What the length of a text that the model is called on must be a multiple of."""
+        return self.egpt.chunk_size if self.needs_encoder else 1
+
+    @property
     def sample_len(self) -> int:
         """Tokens predicted in one training sample: a sequence, or a whole window of chunks."""
         if self.kind == "gpt":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megaegpt.config.batch import BatchSchedule
+from megaegpt.config.batch_ramp import BatchSchedule
 from megaegpt.config.data import DataConfig
 from megaegpt.config.model import ModelConfig
 from megaegpt.config.parallel import ParallelConfig

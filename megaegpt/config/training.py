@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megaegpt.config.batch import BatchRampConfig
+from megaegpt.config.batch_ramp import BatchRampConfig
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megaegpt.config.batch import BatchRampConfig
+from megaegpt.config.batch_ramp import BatchRampConfig
 from megaegpt.config.freezing import part_problem
 from megaegpt.config.model import ModelConfig
 from megaegpt.config.model_rules import model_problems

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.windows import TokenSource
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.text import evaluate_text
 from megaegpt.generation.trained import LoadedModel
-from megaegpt.model.calling import ChunkInputs, MicroBatch
+from megaegpt.model.calling import chunk_ids_of
 from megaegpt.model.egpt.egpt import chunk_features
+from megaegpt.model.egpt.egpt_inputs import EGPTInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation
@@ -25,11 +27,10 @@ from megaegpt.training.evaluation import Evaluation
 HISTORIES = ("true", "shuffled", "zero")
 
 
-class ZeroHistory(ChunkInputs):
+class ZeroHistory(EGPTInputs):
     """Every feature is a zero vector, and of no chunk the tokens are known."""
 
-    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """See :class:`~megaegpt.model.calling.ModelInputs`."""
+    def arguments(self, batch: Batch) -> dict[str, Tensor]:
         arguments = super().arguments(batch)
         arguments["features"] = torch.zeros_like(arguments["features"])
         if "earlier_tokens" in arguments:
@@ -37,7 +38,7 @@ class ZeroHistory(ChunkInputs):
         return arguments
 
 
-class ShuffledHistory(ChunkInputs):
+class ShuffledHistory(EGPTInputs):
     """A window sees the features, and token counts, of the window half the text away, which in a
     text of several documents is another document's.
 
@@ -61,17 +62,18 @@ class ShuffledHistory(ChunkInputs):
         """Whose features ``window`` is shown."""
         return (window + self._whole // 2) % self._whole
 
-    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
+    def prepare(self, batch: Batch) -> Batch:
         """Adds the other windows' tokens, (B, N - 1, S)."""
-        batch = super().prepare(tokens, targets, *extras)
+        prepared = super().prepare(batch)
         chunks, size = self._egpt.num_chunks, self._egpt.chunk_size
-        firsts = [self.donor(first // chunks) * chunks for first in extras[0][:, 0].tolist()]
+        firsts = [
+            self.donor(first // chunks) * chunks for first in chunk_ids_of(batch)[:, 0].tolist()
+        ]
         rows = [self._source.read(first * size, (chunks - 1) * size) for first in firsts]
         donors = torch.from_numpy(np.stack(rows).astype(np.int64))
-        return batch | {"donors": donors.unflatten(1, (chunks - 1, size))}
+        return {**prepared, "donors": donors.unflatten(1, (chunks - 1, size))}
 
-    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """See :class:`~megaegpt.model.calling.ModelInputs`."""
+    def arguments(self, batch: Batch) -> dict[str, Tensor]:
         features = chunk_features(self._frozen(batch["donors"]), self._egpt)
         arguments = super().arguments({**batch, "features": features})
         if "earlier_tokens" in arguments:
@@ -93,10 +95,10 @@ def compare_histories(
         DataError: the text is too short.
     """
     config = loaded.model.config
-    if config.kind != "egpt" or not config.egpt.history or config.egpt.num_chunks < 2:
+    if not config.has_history:
         raise ConfigError(f"histories are compared for an egpt that has one, not a {config.kind}")
     inputs = {
-        "true": ChunkInputs(config, _encoder(loaded), dtype),
+        "true": EGPTInputs(config, _encoder(loaded), dtype),
         "shuffled": ShuffledHistory(loaded, dtype, source),
         "zero": ZeroHistory(config, _encoder(loaded), dtype),
     }

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, C hidden, V vocabulary, m predicted tokens of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,11 +17,7 @@ from tqdm import tqdm
 from megaegpt.errors import DataError
 from megaegpt.evaluation.text import inputs_of
 from megaegpt.generation.trained import LoadedModel
-from megaegpt.model.egpt.egpt import EGPT
-from megaegpt.model.egpt.token_counts import Mixture
 from megaegpt.parallel.grid import ProcessGrid
-
-_ROWS_OF_LOGITS = 256
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Tokens of a context, at least one, and of what continues it, at least one."""
@@ -87,7 +83,7 @@ class Scorer:
         self._inputs = inputs_of(loaded, dtype)
         config = loaded.model.config
         self.max_len = config.sample_len
-        self._multiple_of = 1 if config.kind == "gpt" else config.egpt.chunk_size
+        self._multiple_of = config.length_multiple
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[Pair], title: str | None = None) -> list[Score]:
@@ -130,42 +126,27 @@ class Scorer:
             tokens[number, : len(row) - 1] = ids[:-1]
             start = len(row) - 1 - len(continuation)
             targets[number, start : len(row) - 1] = ids[start + 1 :]
-        batch = {n: x.to(device) for n, x in self._inputs.prepare(tokens, targets).items()}
-        arguments = self._inputs.arguments(batch)
-        earlier_tokens = arguments.pop("earlier_tokens", None)
-        hidden_states: Callable[..., Tensor] = self._model.hidden_states
-        hidden = hidden_states(**arguments)
-        predicted = targets >= 0
-        places = predicted.nonzero()[:, 0].to(device)  # (m,) the row of each
-        flat, labels = hidden.reshape(len(rows), width, -1), targets.to(device)
-        chosen = predicted.to(device)
-        if earlier_tokens is None:
-            nats, greedy = self._predict(flat[chosen], labels[chosen])
-        else:  # each row has token counts of its own
-            assert isinstance(self._model, EGPT)
-            mixture = self._model.mixture(hidden, arguments["features"], earlier_tokens)
-            of_rows = [
-                self._predict(flat[n, mask], labels[n, mask], mixture.of_row(n, mask))
-                for n, mask in enumerate(chosen)
-            ]
-            nats, greedy = (torch.cat(parts) for parts in zip(*of_rows, strict=True))
+        prepared = self._inputs.prepare({"tokens": tokens, "targets": targets})
+        batch = {name: x.to(device) for name, x in prepared.items()}
+        predicted = batch["targets"] >= 0
+        predictions = self._model.predictions(**self._inputs.arguments(batch))
+        nats, greedy = _judge(predictions.logits(predicted), batch["targets"][predicted])
+        places = predicted.flatten(1).nonzero()[:, 0]  # (m,) the row of each
         sums = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
         sums[0].index_add_(0, places, nats.double())
         sums[1].index_add_(0, places, (~greedy).double())
         sums[1] = sums[1] == 0
         return sums
 
-    def _predict(
-        self, hidden: Tensor, targets: Tensor, mixture: Mixture | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(m, C) and (m,) -> log-likelihood of each target, and whether it is the likeliest."""
-        nats, greedy = [], []
-        for first in range(0, len(targets), _ROWS_OF_LOGITS):
-            part = slice(first, first + _ROWS_OF_LOGITS)
-            y = targets[part]
-            logits = self._model.head.full_logits(hidden[part]).float()  # (., V)
-            if mixture is not None:
-                logits = mixture.at(part).log_probabilities(logits.unsqueeze(0)).squeeze(0)
-            nats.append(-F.cross_entropy(logits, y, reduction="none"))
-            greedy.append(logits.argmax(-1) == y)
-        return torch.cat(nats), torch.cat(greedy)
+
+def _judge(blocks: Iterable[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (., V) of all targets (m,) in order -> log-likelihood of each, and whether it is the
+    likeliest.
+    """
+    nats, greedy, start = [], [], 0
+    for block in blocks:
+        logits, labels = block.float(), targets[start : start + len(block)]
+        nats.append(-F.cross_entropy(logits, labels, reduction="none"))
+        greedy.append(logits.argmax(-1) == labels)
+        start += len(block)
+    return torch.cat(nats), torch.cat(greedy)

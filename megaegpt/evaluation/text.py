@@ -14,7 +14,8 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.windows import EvaluationWindows, TokenSource
 from megaegpt.errors import ConfigError
 from megaegpt.generation.trained import LoadedModel
-from megaegpt.model.calling import ChunkInputs, ModelInputs, SequenceInputs
+from megaegpt.model.build import build_inputs
+from megaegpt.model.calling import ModelInputs
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation, Evaluator
 
@@ -47,9 +48,7 @@ class TextTokens:
 
 def inputs_of(loaded: LoadedModel, dtype: torch.dtype) -> ModelInputs:
     """How a loaded model is fed, everything encoded in the loop."""
-    if loaded.encoder is None:
-        return SequenceInputs()
-    return ChunkInputs(loaded.model.config, loaded.encoder, dtype)
+    return build_inputs(loaded.model.config, loaded.encoder, dtype)
 
 
 def evaluate_text(
@@ -71,7 +70,7 @@ def evaluate_text(
         ConfigError: the stride does not fit the model.
     """
     config = loaded.model.config
-    num_chunks = 1 if config.kind == "gpt" else config.egpt.num_chunks
+    num_chunks = config.chunks_per_sample
     try:
         windows = EvaluationWindows(source, config.sample_len, num_chunks, stride)
     except ValueError as error:

@@ -63,7 +63,7 @@ def load_for_inference(
             f"{tokenizer.vocab_size}: it was not trained on this tokenizer's text"
         )
     encoder = None
-    if config.kind != "gpt":
+    if config.needs_encoder:
         source = encoder_source or config.encoder.source
         encoder = _load_encoder(config, source, weights, extra.get("encoder_fingerprint"), grid)
         encoder.to(dtype)

@@ -7,8 +7,11 @@ from typing import Literal
 import torch
 
 from megaegpt.config import ModelConfig
+from megaegpt.data.features.store import FeatureStore
+from megaegpt.model.calling import ChunkInputs, Encode, ModelInputs, SequenceInputs
 from megaegpt.model.deepgpt import DeepGPT
 from megaegpt.model.egpt.egpt import EGPT
+from megaegpt.model.egpt.egpt_inputs import EGPTInputs
 from megaegpt.model.gpt import GPT
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import initialize
@@ -42,6 +45,31 @@ def build_model(
 def empty_model(config: ModelConfig, grid: ProcessGrid) -> Model:
     """The same without values, for weights to be loaded into."""
     return _KINDS[config.kind](config, grid)
+
+
+def build_inputs(
+    config: ModelConfig,
+    encode: Encode | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    token_states: FeatureStore | None = None,
+    history: FeatureStore | None = None,
+) -> ModelInputs:
+    """How a model of ``config`` is called.
+
+    Args:
+        encode: the frozen encoder, of the kinds that need one.
+        dtype: what the model computes in.
+        token_states: store of the chunks' encoder states; None: they are encoded in the loop.
+        history: store of the features of earlier chunks; None: they are pooled from the states.
+    """
+    if not config.needs_encoder:
+        return SequenceInputs()
+    if encode is None:
+        raise ValueError(f"a model of kind {config.kind} reads the states of an encoder: pass it")
+    if config.kind == "egpt":
+        return EGPTInputs(config, encode, dtype, token_states, history)
+    return ChunkInputs(config, encode, dtype, token_states)
 
 
 def meta_model(config: ModelConfig) -> Model:

@@ -1,7 +1,9 @@
-"""From a batch of tokens to a call of the model, for each kind of model.
+"""How a model is called: from a batch of tokens to its arguments, for each kind of model.
 
-``prepare`` runs on the CPU (it may read stored features), so it can be done ahead of the step;
-``arguments`` and ``nats`` run on the device: what is not stored is encoded, the model called once.
+Training, evaluation, scoring, memory traces and benchmarks call models through here.
+:meth:`ModelInputs.prepare` runs on the CPU, ahead of the step, and may read stored features;
+:meth:`ModelInputs.arguments` and :meth:`ModelInputs.loss` run on the device, where what is not
+stored is encoded.
 
 Shapes: B samples, T tokens of a sequence, N chunks, S chunk size, P features a chunk, C hidden.
 """
@@ -9,7 +11,7 @@ Shapes: B samples, T tokens of a sequence, N chunks, S chunk size, P features a 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,135 +19,89 @@ from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.features.store import FeatureStore
-from megaegpt.model.egpt.egpt import chunk_features
-from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.parallel.loss import IGNORE
+from megaegpt.data.tokens.batch import Batch
 
 Reduction = Literal["sum", "none"]
-MicroBatch = Mapping[str, Tensor]
+
+Encode = Callable[[Tensor], Tensor]
+"""Tokens (B, N, S) -> encoder states (B, N, S, C), without gradient."""
 
 
 class ModelInputs(abc.ABC):
-    """How one kind of model is fed."""
+    """How one kind of model is fed; see :mod:`megaegpt.data.tokens.batch` for batches."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """A batch of samples on the CPU -> what :meth:`arguments` needs, still on the CPU."""
+        return batch
 
     @abc.abstractmethod
-    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
-        """Tokens and targets (B, L) int64, and what the samples have besides (chunk windows: the
-        chunk ids (B, N)), all on the CPU -> a micro-batch, still on the CPU.
-        """
+    def arguments(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model is called with, but the targets; the batch is on the device."""
 
-    @abc.abstractmethod
-    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """What the model is called with, but the targets; the micro-batch is on the device."""
-
-    def nats(
-        self, model: Callable[..., Tensor], batch: MicroBatch, reduction: Reduction = "sum"
+    def loss(
+        self, model: Callable[..., Tensor], batch: Batch, reduction: Reduction = "sum"
     ) -> Tensor:
-        """One call of ``model`` on a micro-batch that is on the device -> nats of its targets."""
+        """One call of ``model`` on a prepared batch that is on the device -> the loss of its
+        targets in nats: their sum, or each (of the targets' shape) with ``reduction="none"``.
+        """
         return model(**self.arguments(batch), targets=batch["targets"], reduction=reduction)
 
 
 class SequenceInputs(ModelInputs):
-    """GPT: tokens in, nats out."""
+    """GPT: tokens, and the segments of packed texts."""
 
-    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
-        """(B, T) each; ``extras`` may be the segments (B, T) of packed texts."""
-        batch = {"tokens": tokens, "targets": targets}
-        return batch if not extras else batch | {"segments": extras[0]}
-
-    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """See :class:`ModelInputs`."""
+    def arguments(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in ("tokens", "segments") if name in batch}
 
 
 class ChunkInputs(ModelInputs):
-    """EGPT and DeepGPT: frozen-encoder states of every chunk, and EGPT's features of earlier ones.
+    """DeepGPT: the frozen encoder's states of every chunk.
 
     Args:
         config: of the decoder.
-        encoder: encodes, without gradient, what is not read from a store.
+        encode: encodes what is not read from a store.
         dtype: what the model computes in.
-        history: store of the earlier chunks' features (egpt); None: pooled from the states.
-        token_states: store of the current chunks' states; None: encoded in the loop.
+        token_states: store of the chunks' states; None: they are encoded in the loop.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        encoder: FrozenEncoder,
+        encode: Encode,
         dtype: torch.dtype,
-        history: FeatureStore | None = None,
         token_states: FeatureStore | None = None,
     ) -> None:
         self._config = config
-        self._encoder = encoder
+        self._encode = encode
         self._dtype = dtype
-        self._history = history if config.kind == "egpt" else None
         self._token_states = token_states
 
-    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
-        """Tokens and targets (B, N * S) -> (B, N, S), and what the stores hold of their chunks,
-        whose ids (B, N) are the first of ``extras``; without stores any number of chunks.
+    def prepare(self, batch: Batch) -> Batch:
+        """Tokens and targets (B, N * S) -> (B, N, S), and ``token_states`` (B, N, S, C) if they
+        are stored; without stores any number of chunks.
         """
         chunks = (-1, self._config.egpt.chunk_size)
-        batch = {
-            "tokens": tokens.unflatten(1, chunks),
-            "targets": targets.unflatten(1, chunks),
-        }
-        if self._history is not None:
-            # The partial chunk at a split's end is not stored; no target comes after it.
-            last = self._history.spec.num_chunks - 1
-            batch["features"] = self._history.history(_ids(extras)[:, :-1].clamp(max=last))
+        prepared = dict(batch)
+        for name in ("tokens", "targets"):
+            prepared[name] = batch[name].unflatten(1, chunks)
         store = self._token_states
-        if store is not None and bool((_ids(extras) < store.spec.num_chunks).all()):
-            batch["token_states"] = store.token_states(_ids(extras))
-        return batch
+        # The partial chunk at a split's end is not stored: its window is encoded.
+        if store is not None and bool((chunk_ids_of(batch) < store.spec.num_chunks).all()):
+            prepared["token_states"] = store.token_states(chunk_ids_of(batch))
+        return prepared
 
-    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """See :class:`ModelInputs`; encodes what is not stored."""
+    def arguments(self, batch: Batch) -> dict[str, Tensor]:
         if "token_states" in batch:
-            states = batch["token_states"].to(self._dtype)  # (B, N, S, C)
-        else:
-            states = self._encoder(batch["tokens"]).to(self._dtype)
-        if self._config.kind == "deepgpt":
-            return {"token_states": states}
-        if "features" in batch:
-            features = batch["features"].to(self._dtype)  # (B, N - 1, P, C)
-        else:
-            features = chunk_features(states[:, :-1], self._config.egpt)
-        arguments = {"token_states": states, "features": features}
-        if self._config.egpt.token_counts:
-            arguments["earlier_tokens"] = batch["tokens"][:, :-1]
-        return arguments
+            return {"token_states": batch["token_states"].to(self._dtype)}
+        return {"token_states": self._encode(batch["tokens"]).to(self._dtype)}
 
 
-class InstructionInputs(ModelInputs):
-    """Rows of instruction data: the answers are learned, and padding that a micro-batch does not
-    need is cut off.
+def chunk_ids_of(batch: Batch) -> Tensor:
+    """The chunks' numbers (B, N) in their stream.
 
-    Args:
-        inputs: of the model that is fed.
-        multiple_of: rows are cut to a multiple of it (a chunk, for egpt and deepgpt).
+    Raises:
+        ValueError: the samples have none, so nothing can be read of a store.
     """
-
-    def __init__(self, inputs: ModelInputs, multiple_of: int) -> None:
-        self._inputs = inputs
-        self._multiple_of = multiple_of
-
-    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
-        """Tokens, targets and what is learned (B, T); of packed rows, the segments (B, T)."""
-        learned, *segments = extras
-        used = int(learned.any(0).nonzero()[-1]) + 1 if learned.any() else 1
-        width = min(-(-used // self._multiple_of) * self._multiple_of, tokens.shape[1])
-        targets = targets.where(learned, IGNORE)
-        return self._inputs.prepare(*(x[:, :width] for x in (tokens, targets, *segments)))
-
-    def arguments(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """See :class:`ModelInputs`."""
-        return self._inputs.arguments(batch)
-
-
-def _ids(extras: tuple[Tensor, ...]) -> Tensor:
-    if not extras:
+    if "chunk_ids" not in batch:
         raise ValueError("stored features are read by chunk id, but the batch has none")
-    return extras[0]
+    return batch["chunk_ids"]

@@ -10,20 +10,20 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.model.attention.cache import CachedContext, KVCache
 from megaegpt.model.attention.context import AttentionContext, CausalContext
+from megaegpt.model.base import LanguageModel, Predictions
 from megaegpt.model.block import BlockStack
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
 from megaegpt.model.positions import rotary_table
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.params import count_parameters
 
 
-class DeepGPT(nn.Module):
+class DeepGPT(LanguageModel):
     """Blocks and head over encoder states, which already know their positions: none are added."""
 
     def __init__(self, config: ModelConfig, grid: ProcessGrid) -> None:
@@ -58,12 +58,10 @@ class DeepGPT(nn.Module):
         """States (B, N, S, C), targets (B, N, S) -> nats."""
         return self.head.loss(self.hidden_states(token_states), targets, reduction)
 
-    def num_parameters(self) -> int:
-        """Trainable parameters over all TP ranks (the encoder's are not among them)."""
-        return count_parameters(self)
+    def predictions(self, token_states: Tensor) -> Predictions:  # type: ignore[override]
+        return Predictions(self.head, self.hidden_states(token_states))
 
     def flops_per_token(self) -> int:
-        """Operations of training on one token of a full chunk (without the encoder)."""
         config = self.config
         forward = matmul_flops(self.stack) + attention_flops(config, config.egpt.chunk_size)
         return 3 * (forward + 2 * config.vocab_size * config.hidden_size)

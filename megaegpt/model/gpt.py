@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.errors import ConfigError
 from megaegpt.model.attention.cache import CachedContext, KVCache
 from megaegpt.model.attention.context import AttentionContext, CausalContext
+from megaegpt.model.base import LanguageModel, Predictions
 from megaegpt.model.block import BlockStack
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
@@ -21,10 +22,9 @@ from megaegpt.model.positions import AddedPositions, rotary_table
 from megaegpt.model.token_positions import place_tokens
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import VocabParallelEmbedding
-from megaegpt.parallel.params import count_parameters
 
 
-class GPT(nn.Module):
+class GPT(LanguageModel):
     """A decoder-only language model (Radford et al., 2019), tensor-parallel over ``grid``."""
 
     def __init__(self, config: ModelConfig, grid: ProcessGrid) -> None:
@@ -88,22 +88,16 @@ class GPT(nn.Module):
         """(B, T) ids and targets (-100: not predicted) -> nats, summed or of each position."""
         return self.head.loss(self.hidden_states(tokens, segments=segments), targets, reduction)
 
+    def predictions(self, tokens: Tensor, segments: Tensor | None = None) -> Predictions:  # type: ignore[override]
+        return Predictions(self.head, self.hidden_states(tokens, segments=segments))
+
     def logits(
         self, tokens: Tensor, cache: KVCache | None = None, segments: Tensor | None = None
     ) -> Tensor:
         """(B, T) ids -> (B, T, V/tp), this rank's columns of the logits."""
         return self.head.logits(self.hidden_states(tokens, cache, segments))
 
-    def num_parameters(self) -> int:
-        """Parameters of the whole model over all TP ranks, the tied head once, padding rows
-        included.
-        """
-        return count_parameters(self)
-
     def flops_per_token(self) -> int:
-        """Floating-point operations of training on one token of a full sequence, forward and
-        backward.
-        """
         config = self.config
         forward = matmul_flops(self.stack) + 2 * config.vocab_size * config.hidden_size
         return 3 * (forward + attention_flops(config, config.max_seq_len))

@@ -25,6 +25,9 @@ class OutputHead(nn.Module):
     packed: Tensor | None = None
     """The weight as ``products.pack`` gives it, once more, for inference."""
 
+    rows_at_once: int | None = None
+    """Rows of logits that the loss computes at once; None: as many as suit the device."""
+
     def __init__(
         self, config: ModelConfig, grid: ProcessGrid, tied_to: nn.Parameter | None = None
     ) -> None:
@@ -48,6 +51,7 @@ class OutputHead(nn.Module):
             self.grid,
             self.vocab_size,
             reduction,
+            rows=self.rows_at_once,
             mixed_with=mixed_with,
         )
 

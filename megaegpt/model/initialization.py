@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from megaegpt.config import ModelConfig
-from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.errors import CheckpointError
 from megaegpt.model.weights import WEIGHTS, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import shard, spec_of
@@ -31,6 +31,7 @@ _SAME = (
     "latent_norm",
     "activation",
     "bias",
+    "layer_norm_eps",
 )
 """What decides the shapes and the meaning of a block's weights."""
 
@@ -83,23 +84,3 @@ def _source_name(name: str, skipped: int, tied: bool) -> str:
         _, _, number, rest = name.split(".", 3)
         return f"stack.blocks.{int(number) + skipped}.{rest}"
     return name
-
-
-_OTHER_NUMBERS = ("num_heads", "positions", "rope_base", "activation", "layer_norm_eps")
-"""Keys that change what a model computes and not the shapes of its weights."""
-
-
-def check_same_arithmetic(model: ModelConfig, weights: str | Path) -> None:
-    """A model begins with weights that were trained to compute as it does.
-
-    Raises:
-        ConfigError: it has as many weights of the same shapes, but computes something else.
-    """
-    found, _ = read_weights_config(weights)
-    problems = [
-        f"model.{name} is {getattr(found, name)} there and {getattr(model, name)} here"
-        for name in _OTHER_NUMBERS
-        if getattr(found, name) != getattr(model, name)
-    ]
-    if problems:
-        raise ConfigError(f"training.initialize_from: {weights}: {'; '.join(problems)}")

@@ -11,13 +11,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.config.loading import model_config_from_dict
@@ -31,6 +32,7 @@ FORMAT = "megaegpt-weights"
 VERSION = 1
 WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _DESCRIPTION = "model and extra"
+_LONGEST_NAME = 256
 
 
 def save_weights(
@@ -44,11 +46,16 @@ def save_weights(
     for name, tensor in full_state(model, grid):
         if grid.tp_rank == 0:
             tensors[name] = tensor.cpu().contiguous()
-    if grid.tp_rank != 0:
-        return
-    folder = Path(folder)
+    if grid.tp_rank == 0:
+        config: ModelConfig = model.config  # type: ignore[assignment]
+        write_weights(tensors, config, Path(folder), extra)
+
+
+def write_weights(
+    tensors: dict[str, Tensor], config: ModelConfig, folder: Path, extra: dict[str, Any] | None
+) -> None:
+    """Write whole tensors, by the names that they have in the model of ``config``."""
     folder.mkdir(parents=True, exist_ok=True)
-    config: ModelConfig = model.config  # type: ignore[assignment]
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -69,6 +76,17 @@ def _digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
+def folder_named_by(path: Path) -> Path | None:
+    """The folder that a link leads to, or that a small text file beside it names."""
+    with contextlib.suppress(OSError, ValueError):
+        if path.is_symlink():
+            return path.parent / os.readlink(path)
+        if path.is_file():
+            with path.open(encoding="utf-8") as file:
+                return path.parent / file.read(_LONGEST_NAME).strip()
+    return None
+
+
 def find_weights(folder: str | Path) -> Path:
     """The weights folder that ``folder`` stands for: itself, that of a checkpoint, or that of the
     latest checkpoint in a run's folder or its checkpoint directory.
@@ -76,12 +94,11 @@ def find_weights(folder: str | Path) -> Path:
     Raises:
         CheckpointError: it is none of these.
     """
-    folder = Path(folder)
-    candidates = [folder, folder / "weights"]
-    for checkpoints in (folder, folder / "checkpoints"):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            latest = (checkpoints / "latest").read_text(encoding="utf-8").strip()
-            candidates.append(checkpoints / Path(latest).name / "weights")
+    place = folder_named_by(Path(folder)) or Path(folder)
+    candidates = [place, place / "weights"]
+    for checkpoints in (place, place / "checkpoints"):
+        if latest := folder_named_by(checkpoints / "latest"):
+            candidates.append(checkpoints / latest.name / "weights")
     for candidate in candidates:
         if (candidate / _CONFIG).is_file():
             return candidate
@@ -111,6 +128,17 @@ def read_weights_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]
         raise CheckpointError(f"{path} is damaged or was edited: its checksum differs")
     validate_model(config, str(path))
     return config, extra
+
+
+def weights_checksum(folder: str | Path) -> str:
+    """One text that changes with a folder's description and, by its recorded checksum, with its
+    tensors, which are not read.
+
+    Raises:
+        CheckpointError: the description is missing or is not ours.
+    """
+    content = json.dumps(_read_description(folder), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def verify_weights(folder: str | Path) -> None:

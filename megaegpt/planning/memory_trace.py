@@ -6,6 +6,7 @@ the real modules under any attention, window, recomputation and tensor-parallel 
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaegpt.config import ModelConfig, RunConfig
-from megaegpt.model.build import Model, empty_model
-from megaegpt.model.deepgpt import DeepGPT
-from megaegpt.model.egpt.egpt import EGPT, chunk_features
+from megaegpt.model.build import Model, build_inputs, empty_model
 from megaegpt.model.gpt import GPT
 from megaegpt.model.parts import freeze
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.loss import ROWS_AT_ONCE, linear_cross_entropy
+from megaegpt.parallel.loss import ROWS_AT_ONCE
 from megaegpt.planning.allocations import TensorMeter
 from megaegpt.precision import DTYPES, Precision
 
@@ -82,16 +81,15 @@ def rehearse(
             frozen.requires_grad_(False)
         gc.collect()
         before = meter.live
-        hidden, targets = _hidden_states(model, frozen, config)
-        rows = ROWS_AT_ONCE.get(device_type)
-        nats = linear_cross_entropy(
-            hidden, model.head.weight, targets, grid, config.model.vocab_size, rows=rows
+        model.head.rows_at_once = ROWS_AT_ONCE.get(device_type)
+        inputs = build_inputs(
+            config.model, functools.partial(_encode, frozen, config.model), DTYPES[precision]
         )
-        del hidden
+        loss = inputs.loss(model, _batch(config))
         kept = meter.live - before
         if not keeps_gradients:
             _drop_gradients(model)
-        nats.backward()
+        loss.backward()
         peak = meter.peak - before
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     frozen_bytes = _frozen_bytes(model) + (0 if frozen is None else _frozen_bytes(frozen))
@@ -106,23 +104,26 @@ def _fake(config: ModelConfig, grid: ProcessGrid, device_type: str) -> Model:
     return model
 
 
-def _hidden_states(model: Model, encoder: Model | None, config: RunConfig) -> tuple[Tensor, Tensor]:
-    """What the head reads of a micro-batch, and its targets; the encoder runs before."""
-    rows, egpt = config.training.micro_batch_size, config.model.egpt
-    if isinstance(model, GPT):
-        tokens = torch.zeros(rows, config.model.max_seq_len, dtype=torch.int64)
-        return model.hidden_states(tokens), tokens
-    shape = (rows, egpt.num_chunks, egpt.chunk_size)
+def _batch(config: RunConfig) -> dict[str, Tensor]:
+    """A micro-batch as it is on the device; states of the encoder are in it if they are stored."""
+    model, rows = config.model, config.training.micro_batch_size
+    shape: tuple[int, ...] = (rows, model.sample_len)
+    if model.needs_encoder:
+        shape = (rows, model.egpt.num_chunks, model.egpt.chunk_size)
     tokens = torch.zeros(shape, dtype=torch.int64)
-    if isinstance(encoder, GPT) and config.data.token_features == "online":
-        with torch.no_grad():
-            states = encoder.hidden_states(tokens.flatten(0, 1)).view(*shape, -1)
-    else:
-        states = torch.zeros(*shape, config.model.hidden_size)
-    if isinstance(model, DeepGPT):
-        return model.hidden_states(states), tokens
-    assert isinstance(model, EGPT)
-    return model.hidden_states(states, chunk_features(states[:, :-1], egpt)), tokens
+    batch = {"tokens": tokens, "targets": tokens}
+    if model.needs_encoder and config.data.token_features == "stored":
+        batch["token_states"] = torch.zeros(*shape, model.hidden_size)
+    return batch
+
+
+@torch.no_grad()
+def _encode(encoder: Model | None, decoder: ModelConfig, tokens: Tensor) -> Tensor:
+    """Tokens (B, N, S) -> states (B, N, S, C); zeros where no encoder is known."""
+    if encoder is None:
+        return torch.zeros(*tokens.shape, decoder.hidden_size)
+    states = cast(GPT, encoder).hidden_states(tokens.flatten(0, 1))
+    return states.view(*tokens.shape, -1)
 
 
 def _frozen_bytes(model: nn.Module) -> int:

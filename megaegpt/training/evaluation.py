@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.windows import Windows
+from megaegpt.errors import DataError
 from megaegpt.model.calling import ModelInputs
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import IGNORE
@@ -50,6 +52,13 @@ class Evaluation:
         )
 
 
+def nothing_to_predict(name: str) -> DataError:
+    """Instead of a loss of 0 over 0 tokens, which would be the best of all."""
+    error = DataError(f"{name} has no token to predict (its first never is): give longer text")
+    error.on_every_rank = True
+    return error
+
+
 class Evaluator:
     """Evaluates models of one kind on one text.
 
@@ -60,6 +69,7 @@ class Evaluator:
         grid: windows are shared out over data-parallel ranks.
         batch_size: windows at once.
         token_byte_lengths: bytes of each token id; None where the tokenizer is not known.
+        trim: leaves out columns of a batch that nothing is predicted in.
         progress: shows a bar of the windows on stderr, by rank 0.
     """
 
@@ -72,6 +82,7 @@ class Evaluator:
         batch_size: int,
         token_byte_lengths: np.ndarray | None,
         progress: str | None = None,
+        trim: Callable[[Batch], Batch] = dict,
     ) -> None:
         self._windows = windows
         self._num_chunks = num_chunks
@@ -84,10 +95,14 @@ class Evaluator:
             else torch.from_numpy(np.asarray(token_byte_lengths, dtype=np.int64))
         )
         self._progress = progress
+        self._trim = trim
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Collective over all ranks. The model is left in the mode it was in.
+
+        Raises:
+            DataError: the text has no token to predict.
 
         Sums are kept by window and chunk and added in one order at the end, so that the result
         does not depend on which rank had which window.
@@ -100,10 +115,9 @@ class Evaluator:
         for first in self._first_windows():
             rows = slice(first, min(first + self._batch_size, len(self._windows)))
             batch = self._batch(np.arange(rows.start, rows.stop))
-            values = self._inputs.nats(
-                model, {name: x.to(device, non_blocking=True) for name, x in batch.items()}, "none"
-            )
-            nats[rows] = self._by_chunk(values.double())
+            on_device = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+            losses = self._inputs.loss(model, on_device, "none")
+            nats[rows] = self._by_chunk(losses.double())
             targets = batch["targets"]
             valid = targets != IGNORE
             counts[0, rows] = self._by_chunk(valid.long())
@@ -122,10 +136,10 @@ class Evaluator:
             return firsts
         return tqdm(firsts, self._progress, unit="batch", disable=not grid.is_main)
 
-    def _batch(self, numbers: np.ndarray) -> dict[str, Tensor]:
+    def _batch(self, numbers: np.ndarray) -> Batch:
         windows = self._windows.batch(numbers)
-        arrays = (windows.tokens, windows.targets, *windows.extras)
-        return self._inputs.prepare(*map(torch.from_numpy, arrays))
+        batch = {name: torch.from_numpy(array) for name, array in windows.items()}
+        return self._inputs.prepare(self._trim(batch))
 
     def _by_chunk(self, values: Tensor) -> Tensor:
         """(n, ...) of the windows' values -> (n, N) sums."""
@@ -136,6 +150,8 @@ class Evaluator:
             dist.all_reduce(nats, group=self._grid.dp_group)  # one rank has a value, the others 0
             dist.all_reduce(counts, group=self._grid.dp_group)
         nats, (tokens, num_bytes) = nats.cpu(), counts.cpu().unbind()
+        if not tokens.any():
+            raise nothing_to_predict("the text that is evaluated")
         by_chunk = nats.sum(0) / tokens.sum(0)
         total = nats.sum().item()
         return Evaluation(

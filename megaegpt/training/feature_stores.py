@@ -19,6 +19,7 @@ from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
 from megaegpt.precision import DTYPES, Precision
+from megaegpt.training.identity import arithmetic_digest, check_ranks_agree, weights_facts
 
 
 def find_encoder(config: RunConfig) -> ModelConfig | None:
@@ -28,7 +29,7 @@ def find_encoder(config: RunConfig) -> ModelConfig | None:
         ConfigError: the encoder does not fit the decoder.
         CheckpointError: there are no weights at ``model.encoder.source``.
     """
-    if config.model.kind == "gpt":
+    if not config.model.needs_encoder:
         return None
     source = _source(config)
     return _fitting_encoder(config.model, source_config(source), source)
@@ -44,10 +45,12 @@ def load_encoder(
     Raises:
         ConfigError: the encoder does not fit the decoder.
         CheckpointError: there are no weights at ``model.encoder.source``, nor a model of its name.
+        LaunchError: ranks find different ones there.
     """
-    if config.model.kind == "gpt":
+    if not config.model.needs_encoder:
         return None
     folder = resolve_weights_source(_source(config), grid)
+    check_ranks_agree(lambda: weights_facts("model.encoder.source", folder), grid)
     with raising_together(grid):
         _fitting_encoder(config.model, read_weights_config(folder)[0], str(folder))
     source = dataclasses.replace(config.model.encoder, source=str(folder))
@@ -63,7 +66,7 @@ def _source(config: RunConfig) -> str:
 
 def _fitting_encoder(model: ModelConfig, encoder: ModelConfig, source: str) -> ModelConfig:
     problems = []
-    if encoder.kind != "gpt":
+    if encoder.needs_encoder:
         problems.append(f"it is a {encoder.kind}, not a gpt")
     if encoder.hidden_size != model.hidden_size:
         problems.append(f"its hidden_size is {encoder.hidden_size}, model's {model.hidden_size}")
@@ -85,9 +88,9 @@ def _fitting_encoder(model: ModelConfig, encoder: ModelConfig, source: str) -> M
 
 def needs_store(config: RunConfig) -> bool:
     """Whether the run reads features from disk."""
-    data, kind = config.data, config.model.kind
-    history = kind == "egpt" and config.model.egpt.history and data.history_features == "stored"
-    return history or (kind != "gpt" and data.token_features == "stored")
+    data, model = config.data, config.model
+    history = model.has_history and data.history_features == "stored"
+    return history or (model.needs_encoder and data.token_features == "stored")
 
 
 def store_folder(config: RunConfig, split: str) -> Path:
@@ -105,6 +108,7 @@ def store_spec(
         dtype = "bfloat16" if precision == "bf16" else "float32"
     return FeatureSpec(
         encoder=encoder.fingerprint,
+        encoder_arithmetic=arithmetic_digest(encoder.config),
         shards=stream.fingerprint,
         num_chunks=len(stream) // egpt.chunk_size,
         chunk_size=egpt.chunk_size,
@@ -139,4 +143,5 @@ def prepare_store(
         grid=grid,
         batch_size=config.model.encoder.batch_size,
         title=f"{split} features",
+        verify=config.data.verify_checksums,
     )

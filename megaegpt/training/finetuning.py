@@ -11,16 +11,16 @@ from tqdm import tqdm
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.data.instruction.records import Instruction, InstructionDataset, read_instructions
-from megaegpt.data.instruction.rows import InstructionSamples, InstructionWindows
+from megaegpt.data.instruction.rows import InstructionSamples, InstructionWindows, trim_padding
 from megaegpt.data.readers.documents import Problems
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.permutation import Permutation
 from megaegpt.data.tokens.samples import Samples
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.windows import Windows
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.interop.sources import resolve_weights_source
-from megaegpt.model.calling import InstructionInputs, ModelInputs
 from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
@@ -70,7 +70,7 @@ def finetuning_config(config: RunConfig, grid: ProcessGrid) -> RunConfig:
     weights = resolve_weights_source(str(source), grid)
     with raising_together(grid):
         model = model_of_weights(weights, config.model)
-        if config.data.instructions.packing and model.kind != "gpt":
+        if config.data.instructions.packing and model.needs_encoder:
             raise ConfigError(
                 f"data.instructions.packing=true is for a gpt; {source} is an {model.kind}, whose "
                 "chunks would see other records: set it to false"
@@ -152,10 +152,10 @@ class InstructionData:
         self._datasets.append(dataset)
         return InstructionSamples(dataset, self._model.sample_len, seed, self._packing)
 
-    def adapt(self, inputs: ModelInputs) -> ModelInputs:
-        """Answers alone are learned, and padding is cut off."""
-        gpt = self._model.kind == "gpt"
-        return InstructionInputs(inputs, _WIDTH_MULTIPLE if gpt else self._model.egpt.chunk_size)
+    def trim(self, batch: Batch) -> Batch:
+        """Without the padding behind the longest answer."""
+        multiple = self._model.length_multiple if self._model.needs_encoder else _WIDTH_MULTIPLE
+        return trim_padding(batch, multiple)
 
     def describe(self) -> str:
         """One line on the records."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megaegpt.config import GenerationConfig, RunConfig
-from megaegpt.config.loading import config_to_dict, config_to_yaml
+from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.validation import validate
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.blend import Blend
@@ -17,21 +15,31 @@ from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.files import write_whole
 from megaegpt.interop.sources import resolve_weights_source
-from megaegpt.model.build import Model, build_model
-from megaegpt.model.calling import ChunkInputs, ModelInputs, SequenceInputs
+from megaegpt.model.build import Model, build_inputs, build_model
+from megaegpt.model.calling import ModelInputs
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.initialization import check_same_arithmetic, initialize_from_encoder
+from megaegpt.model.initialization import initialize_from_encoder
 from megaegpt.model.parts import freeze
 from megaegpt.model.weights import load_weights, read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import broadcast_object, raising_together
 from megaegpt.planning.summary import ModelSize, describe_run, measure_model
-from megaegpt.precision import DTYPES, resolve_precision, slow_precision_notice
+from megaegpt.precision import DTYPES, Precision, resolve_precision, slow_precision_notice
 from megaegpt.training.checkpoint.manager import CheckpointManager, TrainerState
+from megaegpt.training.checkpoint.manifest import Manifest
 from megaegpt.training.engine.compiling import compile_problem
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
+from megaegpt.training.identity import (
+    check_initialization,
+    check_ranks_agree,
+    check_resume,
+    configuration_facts,
+    corpus_facts,
+    run_identity,
+    weights_facts,
+)
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, device_name, peak_flops
 from megaegpt.training.logging.monitor import Monitor
@@ -52,7 +60,7 @@ def pretrain(
     sample_text: SampleText | None = None,
 ) -> bool:
     """Train a gpt, egpt or deepgpt on token shards; see :func:`train`."""
-    read_data = partial(PretrainingData, rank=grid.rank, world_size=grid.world_size)
+    read_data = functools.partial(PretrainingData, rank=grid.rank, world_size=grid.world_size)
     return train(config, grid, read_data, resume=resume, stops=stops, sample_text=sample_text)
 
 
@@ -79,31 +87,46 @@ def train(
     Raises:
         MegaEGPTError: whatever is the user's to fix, on every rank.
     """
+    check_ranks_agree(lambda: configuration_facts(config), grid)
     with raising_together(grid):
         validate(config, grid.world_size)
+        precision = resolve_precision(config.training.precision, grid.device)
         data = read_data(config)
         _check_held_out(config, data)
         checkpoints = _checkpoints(config, resume)
-    run = _Run(config, grid, data)
+    check_ranks_agree(lambda: corpus_facts(data.fingerprint, data.streams), grid)
     latest = broadcast_object(checkpoints.latest, grid) if resume else None
-    state: TrainerState = {} if latest is None else run.restore(checkpoints, latest)
+    encoder = load_encoder(config, grid, precision)
+    identity = run_identity(config, encoder, data.fingerprint)
+    state: TrainerState = {}
+    notices: list[str] = []
+    if latest is not None:
+        notices += broadcast_object(lambda: check_resume(config, identity, latest), grid)
+        state = broadcast_object(lambda: Manifest.read(latest).trainer, grid)
+    compiles = config.training.compile and compile_problem(grid.device.type) is None
+    model = _build_model(config, grid, encoder, compiles, notices)
+    feed = functools.partial(_inputs, config, grid, data, encoder, precision)
+    inputs = feed("train")
+    engine = Engine(model, grid, config, inputs.loss)
+    if latest is not None:
+        _restore(config, grid, engine, checkpoints, latest)
+    size = measure_model(config, None if encoder is None else encoder.config)
     with raising_together(grid):
-        differences = _differences(state, run.identity)
         monitor = Monitor(config.logging, grid, state.get("step", 0))
-    run.introduce(monitor, state, resume, differences)
+    _introduce(config, grid, monitor, data, size, precision, state, resume, notices)
     trainer = Trainer(
         config=config,
-        engine=run.engine,
-        inputs=run.inputs("train"),
-        loader=run.loader(state.get("step", 0)),
+        model=model,
+        engine=engine,
+        loader=_loader(config, grid, data, inputs, state.get("step", 0)),
         checkpoints=checkpoints,
         monitor=monitor,
-        meter=run.meter(),
+        meter=_meter(config, grid, data, size, precision),
         stops=stops or StopRequests(),
-        evaluator=run.evaluator(),
-        sample=run.sampler(sample_text),
-        writers={"weights": run.export_weights},
-        identity=run.identity,
+        evaluator=_evaluator(config, grid, data, feed),
+        sample=_sampler(config, model, encoder, data.tokenizer, sample_text),
+        writers={"weights": functools.partial(_export_weights, model, grid, data, encoder)},
+        identity=identity,
         progress=data.samples.progress if isinstance(data.samples, Blend) else None,
         best=BestLoss(**state.get("best", {})),
         done=state.get("step", 0),
@@ -113,173 +136,210 @@ def train(
         return trainer.train()
     finally:
         monitor.close()
-        run.engine.close()
+        engine.close()
 
 
-@dataclass
-class _Run:
-    """The model under its engine, and what is made of it."""
+# -- the model and what it is fed with -------------------------------------------------------------
 
-    config: RunConfig
-    grid: ProcessGrid
-    data: RunData
 
-    def __post_init__(self) -> None:
-        config, grid, training = self.config, self.grid, self.config.training
+def _build_model(
+    config: RunConfig,
+    grid: ProcessGrid,
+    encoder: FrozenEncoder | None,
+    compiles: bool,
+    notices: list[str],
+) -> Model:
+    """The model as it is at step 0: random, or from weights, or from its encoder's end. What should
+    be known of these weights is added to ``notices``.
+    """
+    if encoder is not None and compiles:
+        for block in encoder.gpt.stack.blocks:
+            block.compile()
+    training = config.training
+    model = build_model(
+        config.model,
+        grid,
+        seed=training.seed,
+        activation_checkpointing=training.activation_checkpointing,
+        compile_blocks=compiles,
+    )
+    if encoder is not None and config.model.encoder.initialize_decoder:
+        source = resolve_weights_source(str(config.model.encoder.source), grid)
         with raising_together(grid):
-            self.precision = resolve_precision(training.precision, grid.device)
-        compiles = training.compile and compile_problem(grid.device.type) is None
-        self.encoder = load_encoder(config, grid, self.precision)
-        if self.encoder is not None and compiles:
-            for block in self.encoder.gpt.stack.blocks:
-                block.compile()
-        self.model = build_model(
-            config.model,
-            grid,
-            seed=training.seed,
-            activation_checkpointing=training.activation_checkpointing,
-            compile_blocks=compiles,
-        )
-        if self.encoder is not None and config.model.encoder.initialize_decoder:
-            source = resolve_weights_source(str(config.model.encoder.source), grid)
-            with raising_together(grid):
-                initialize_from_encoder(self.model, source, grid)
-        if training.initialize_from is not None:
-            weights = resolve_weights_source(training.initialize_from, grid)
-            with raising_together(grid):
-                self._check_encoder(weights)
-                check_same_arithmetic(config.model, weights)
-                load_weights(self.model, weights, grid)
+            initialize_from_encoder(model, source, grid)
+    if training.initialize_from is not None:
+        weights = resolve_weights_source(training.initialize_from, grid)
+        check_ranks_agree(lambda: weights_facts("training.initialize_from", weights), grid)
         with raising_together(grid):
-            freeze(self.model, training.freeze)
-        self.engine = Engine(self.model, grid, config)
-        self.size: ModelSize = measure_model(
-            config, None if self.encoder is None else self.encoder.config
-        )
-        self.identity = {
-            "encoder": self.encoder and self.encoder.fingerprint,
-            "shards": self.data.fingerprint,
-            "global_batch_size": training.global_batch_size,
-            "batch_ramp": training.batch_ramp.start and config_to_dict(training.batch_ramp),
-            "seed": training.seed,
-        }
+            _check_encoder(weights, encoder)
+            notices += check_initialization(config.model, weights)
+            load_weights(model, weights, grid)
+    with raising_together(grid):
+        freeze(model, training.freeze)
+    return model
 
-    def restore(self, checkpoints: CheckpointManager, folder: Path) -> TrainerState:
-        """Go on from a checkpoint, whatever has become of where frozen parts came from."""
-        if self.config.training.freeze:  # the engine's state has only what is trained
-            with raising_together(self.grid):
-                load_weights(self.model, folder / "weights", self.grid, allow_nonfinite=True)
-        return checkpoints.load(self.engine, folder)
 
-    def _check_encoder(self, weights: Path) -> None:
-        """A decoder goes on over the encoder it was trained with."""
-        wanted = read_weights_config(weights)[1].get("encoder_fingerprint")
-        if self.encoder is not None and wanted not in (None, self.encoder.fingerprint):
-            raise CheckpointError(
-                f"{weights} was trained over another encoder (fingerprint {wanted[:12]}, now "
-                f"{self.encoder.fingerprint[:12]}): set model.encoder.source to that one"
-            )
-
-    def loader(self, start_step: int) -> TrainingLoader:
-        """This rank's micro-batches from a step on."""
-        training = self.config.training
-        return TrainingLoader(
-            self.data.samples,
-            self.grid,
-            self.config.batches,
-            training.micro_batch_size,
-            start_step,
-            self.config.data.prefetch,
+def _check_encoder(weights: Path, encoder: FrozenEncoder | None) -> None:
+    """A decoder goes on over the encoder it was trained with."""
+    wanted = read_weights_config(weights)[1].get("encoder_fingerprint")
+    if encoder is not None and wanted not in (None, encoder.fingerprint):
+        raise CheckpointError(
+            f"{weights} was trained over another encoder (fingerprint {wanted[:12]}, now "
+            f"{encoder.fingerprint[:12]}): set model.encoder.source to that one"
         )
 
-    def inputs(self, split: str) -> ModelInputs:
-        """How the model is fed from a split; computes the split's feature store if need be."""
-        config = self.config
-        if self.encoder is None:
-            return self.data.adapt(SequenceInputs())
-        store = None
-        stream = self.data.streams.get(split)
-        if stream is not None and needs_store(config):
-            store = prepare_store(config, self.grid, self.encoder, stream, split, self.precision)
-        inputs = ChunkInputs(
-            config.model,
-            self.encoder,
-            DTYPES[self.precision],
-            history=store if config.data.history_features == "stored" else None,
-            token_states=store if config.data.token_features == "stored" else None,
-        )
-        return self.data.adapt(inputs)
 
-    def evaluator(self) -> Evaluator | None:
-        """Evaluates what is held out, if anything is."""
-        if self.data.validation is None:
-            return None
-        tokenizer = self.data.tokenizer
-        # A larger vocabulary is another tokenizer's, and what its tokens are in bytes is not known.
-        known = self.config.model.vocab_size <= tokenizer.padded_vocab_size
-        return Evaluator(
-            self.data.validation,
-            num_chunks=self.data.num_chunks,
-            inputs=self.inputs("validation"),
-            grid=self.grid,
-            batch_size=self.config.training.micro_batch_size,
-            token_byte_lengths=tokenizer.token_byte_lengths if known else None,
-        )
+def _inputs(
+    config: RunConfig,
+    grid: ProcessGrid,
+    data: RunData,
+    encoder: FrozenEncoder | None,
+    precision: Precision,
+    split: str,
+) -> ModelInputs:
+    """How the model is fed from a split; computes the split's feature store if need be."""
+    store, stream = None, data.streams.get(split)
+    # A split shorter than a chunk has none to store: it is encoded in the loop.
+    if stream is not None and needs_store(config) and len(stream) >= config.model.egpt.chunk_size:
+        assert encoder is not None
+        store = prepare_store(config, grid, encoder, stream, split, precision)
+    return build_inputs(
+        config.model,
+        encoder,
+        DTYPES[precision],
+        token_states=store if config.data.token_features == "stored" else None,
+        history=store if config.data.history_features == "stored" else None,
+    )
 
-    def sampler(self, sample_text: SampleText | None) -> Callable[[], str] | None:
-        """Writes sample texts, if the configuration asks for them."""
-        generation = self.config.generation
-        if sample_text is None or generation.max_new_tokens == 0:
-            return None
-        return lambda: sample_text(self.model, self.encoder, self.data.tokenizer, generation)
 
-    def meter(self) -> SpeedMeter:
-        """Measures speed against all ranks' devices."""
-        peak = peak_flops(device_name(self.grid.device), self.precision)
-        if self.config.training.freeze:
-            peak = None  # the operations are counted as if everything were trained
-        return SpeedMeter(
-            batches=self.config.batches,
-            tokens_per_sample=self.data.tokens_per_sample,
-            total_steps=self.config.training.steps,
-            flops_per_token=self.size.flops_per_token,
-            peak_flops=None if peak is None else peak * self.grid.world_size,
-            device=self.grid.device,
-        )
+def _loader(
+    config: RunConfig, grid: ProcessGrid, data: RunData, inputs: ModelInputs, start_step: int
+) -> TrainingLoader:
+    """This rank's micro-batches from a step on."""
+    return TrainingLoader(
+        data.samples,
+        grid,
+        config.batches,
+        config.training.micro_batch_size,
+        start_step,
+        config.data.prefetch,
+        prepare=lambda batch: inputs.prepare(data.trim(batch)),
+    )
 
-    def export_weights(self, folder: Path) -> None:
-        """Write the model for generation, evaluation, conversion, or use as an encoder."""
-        if self.grid.dp_rank != 0:
-            return
-        extra = {"tokenizer_fingerprint": self.data.tokenizer.fingerprint}
-        if self.encoder is not None:
-            extra["encoder_fingerprint"] = self.encoder.fingerprint
-        save_weights(self.model, folder, self.grid, extra)
 
-    def introduce(
-        self, monitor: Monitor, state: TrainerState, resume: bool, differences: list[str]
-    ) -> None:
-        """Show and record what the run is, before its first step."""
-        config, grid = self.config, self.grid
-        resolved = config_to_yaml(config)
+# -- what is measured and written on the way -------------------------------------------------------
+
+
+def _evaluator(
+    config: RunConfig, grid: ProcessGrid, data: RunData, feed: Callable[[str], ModelInputs]
+) -> Evaluator | None:
+    """Evaluates what is held out, if anything is."""
+    if data.validation is None:
+        return None
+    # A larger vocabulary is another tokenizer's, and what its tokens are in bytes is not known.
+    known = config.model.vocab_size <= data.tokenizer.padded_vocab_size
+    return Evaluator(
+        data.validation,
+        num_chunks=data.num_chunks,
+        inputs=feed("validation"),
+        grid=grid,
+        batch_size=config.training.micro_batch_size,
+        token_byte_lengths=data.tokenizer.token_byte_lengths if known else None,
+        trim=data.trim,
+    )
+
+
+def _sampler(
+    config: RunConfig,
+    model: Model,
+    encoder: FrozenEncoder | None,
+    tokenizer: Tokenizer,
+    sample_text: SampleText | None,
+) -> Callable[[], str] | None:
+    """Writes sample texts, if the configuration asks for them."""
+    generation = config.generation
+    if sample_text is None or generation.max_new_tokens == 0:
+        return None
+    return functools.partial(sample_text, model, encoder, tokenizer, generation)
+
+
+def _meter(
+    config: RunConfig, grid: ProcessGrid, data: RunData, size: ModelSize, precision: Precision
+) -> SpeedMeter:
+    """Measures speed against all ranks' devices."""
+    peak = peak_flops(device_name(grid.device), precision)
+    if config.training.freeze:
+        peak = None  # the operations are counted as if everything were trained
+    return SpeedMeter(
+        batches=config.batches,
+        tokens_per_sample=data.tokens_per_sample,
+        total_steps=config.training.steps,
+        flops_per_token=size.flops_per_token,
+        peak_flops=None if peak is None else peak * grid.world_size,
+        device=grid.device,
+    )
+
+
+def _export_weights(
+    model: Model, grid: ProcessGrid, data: RunData, encoder: FrozenEncoder | None, folder: Path
+) -> None:
+    """Write the model for generation, evaluation, conversion, or use as an encoder."""
+    if grid.dp_rank != 0:
+        return
+    extra = {"tokenizer_fingerprint": data.tokenizer.fingerprint}
+    if encoder is not None:
+        extra["encoder_fingerprint"] = encoder.fingerprint
+    save_weights(model, folder, grid, extra)
+
+
+def _introduce(
+    config: RunConfig,
+    grid: ProcessGrid,
+    monitor: Monitor,
+    data: RunData,
+    size: ModelSize,
+    precision: Precision,
+    state: TrainerState,
+    resume: bool,
+    notices: list[str],
+) -> None:
+    """Show and record what the run is, before its first step."""
+    resolved = config_to_yaml(config)
+    with raising_together(grid):
+        if grid.is_main:
+            write_whole(Path(config.logging.directory) / "config.yaml", resolved.encode())
+    monitor.configuration(config)
+    name = device_name(grid.device)
+    for line in describe_run(config, size, grid.dp_size, precision, name):
+        monitor.say(line)
+    monitor.say(f"{'data':<11}{data.describe()}")
+    if (slow := slow_precision_notice(precision, grid.device)) is not None:
+        notices = [slow, *notices]
+    if config.training.compile and (problem := compile_problem(grid.device.type)):
+        notices = [*notices, f"training.compile is off, it does not work here: {problem}"]
+    for notice in notices:
+        monitor.say(f"notice: {notice}")
+    if state:
+        monitor.say(f"resuming after step {state['step']}")
+    elif resume:
+        monitor.say(f"no checkpoint in {config.checkpoint.directory}: starting at step 0")
+
+
+# -- resuming --------------------------------------------------------------------------------------
+
+
+def _restore(
+    config: RunConfig,
+    grid: ProcessGrid,
+    engine: Engine,
+    checkpoints: CheckpointManager,
+    folder: Path,
+) -> None:
+    """Go on from a checkpoint, whatever has become of where frozen parts came from."""
+    if config.training.freeze:  # the engine's state has only what is trained
         with raising_together(grid):
-            if grid.is_main:
-                write_whole(Path(config.logging.directory) / "config.yaml", resolved.encode())
-        monitor.configuration(config)
-        name = device_name(grid.device)
-        for line in describe_run(config, self.size, grid.dp_size, self.precision, name):
-            monitor.say(line)
-        monitor.say(f"{'data':<11}{self.data.describe()}")
-        notices = [slow_precision_notice(self.precision, grid.device), *differences]
-        if config.training.compile and (problem := compile_problem(grid.device.type)):
-            notices.append(f"training.compile is off, it does not work here: {problem}")
-        for notice in notices:
-            if notice is not None:
-                monitor.say(f"notice: {notice}")
-        if state:
-            monitor.say(f"resuming after step {state['step']}")
-        elif resume:
-            monitor.say(f"no checkpoint in {config.checkpoint.directory}: starting at step 0")
+            load_weights(engine.model, folder / "weights", grid, allow_nonfinite=True)
+    checkpoints.load(engine, folder)
 
 
 def _check_held_out(config: RunConfig, data: RunData) -> None:
@@ -299,17 +359,3 @@ def _checkpoints(config: RunConfig, resume: bool) -> CheckpointManager:
             "checkpoint.directory and logging.directory to new folders"
         )
     return checkpoints
-
-
-def _differences(state: TrainerState, identity: dict[str, Any]) -> list[str]:
-    """What a resumed run no longer has in common with its checkpoint, if that is tolerable."""
-    if not state:
-        return []
-    if state["encoder"] != identity["encoder"]:
-        raise CheckpointError(
-            "the checkpoint was trained over another encoder (fingerprint "
-            f"{str(state['encoder'])[:12]}, now {str(identity['encoder'])[:12]}): "
-            "set model.encoder.source to the one it was trained with"
-        )
-    changed = [name for name, value in identity.items() if state.get(name) != value]
-    return [f"{name} differs from the checkpoint's: the data order changes" for name in changed]

@@ -7,13 +7,14 @@ from typing import Protocol
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.blend import Blend
 from megaegpt.data.tokens.corpus_manifest import verify_shards
 from megaegpt.data.tokens.samples import ChunkWindows, PretrainingSamples, Samples, StreamSamples
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.windows import EvaluationWindows, Windows
 from megaegpt.errors import ConfigError
-from megaegpt.model.calling import ModelInputs
+from megaegpt.training.evaluation import nothing_to_predict
 
 
 class RunData(Protocol):
@@ -31,8 +32,8 @@ class RunData(Protocol):
     num_chunks: int
     """Chunks that the validation loss is reported by."""
 
-    def adapt(self, inputs: ModelInputs) -> ModelInputs:
-        """How a model of the run's kind is fed from the samples."""
+    def trim(self, batch: Batch) -> Batch:
+        """A micro-batch without the columns that nothing is learned from."""
 
     def describe(self) -> str:
         """One line for people."""
@@ -53,7 +54,7 @@ class PretrainingData:
         self.streams: Mapping[str, TokenStream] = {"train": train}
         model = config.model
         self.tokens_per_sample: float = model.sample_len
-        self.num_chunks = 1 if model.kind == "gpt" else model.egpt.num_chunks
+        self.num_chunks = model.chunks_per_sample
         self.samples: Samples = _samples_of(model, train, config.training.seed)
         if config.data.weights:
             self.samples = _blend(config, train)
@@ -63,13 +64,15 @@ class PretrainingData:
             held_out = TokenStream(config.data.validation)
             self.streams = {"train": train, "validation": held_out}
             self.validation = EvaluationWindows(held_out, model.sample_len, self.num_chunks)
+            if not len(self.validation):
+                raise nothing_to_predict(f"data.validation ({', '.join(config.data.validation)})")
         prefixes = [p for stream in self.streams.values() for p in stream.prefixes]
         verify_shards(prefixes, config.data.verify_checksums, rank, world_size)
         self._samples_drawn = config.batches.samples_before(config.training.steps)
 
-    def adapt(self, inputs: ModelInputs) -> ModelInputs:
-        """Samples are what models take."""
-        return inputs
+    def trim(self, batch: Batch) -> Batch:
+        """Every column is learned from."""
+        return batch
 
     def describe(self) -> str:
         """One line on the splits."""
@@ -88,9 +91,9 @@ class PretrainingData:
 def _samples_of(
     model: ModelConfig, stream: TokenStream, seed: int, span: tuple[int, int] | None = None
 ) -> StreamSamples:
-    if model.kind == "gpt":
-        return PretrainingSamples(stream, model.max_seq_len, seed, span)
-    return ChunkWindows(stream, model.egpt.num_chunks, model.egpt.chunk_size, seed, span)
+    if model.needs_encoder:
+        return ChunkWindows(stream, model.egpt.num_chunks, model.egpt.chunk_size, seed, span)
+    return PretrainingSamples(stream, model.max_seq_len, seed, span)
 
 
 def _blend(config: RunConfig, stream: TokenStream) -> Blend:

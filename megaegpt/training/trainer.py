@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isfinite, nan
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megaegpt.config import RunConfig
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.errors import TrainingError
-from megaegpt.model.calling import ModelInputs
-from megaegpt.model.egpt.egpt import EGPT
+from megaegpt.model.base import LanguageModel
 from megaegpt.parallel.together import (
     all_gather_object,
     all_reduce_max,
@@ -26,8 +25,8 @@ from megaegpt.parallel.together import (
     raise_together,
 )
 from megaegpt.training.checkpoint.manager import CheckpointManager, Writers
-from megaegpt.training.engine.engine import Engine, MicroBatch, StepResult
-from megaegpt.training.evaluation import Evaluator
+from megaegpt.training.engine.engine import Engine, StepResult
+from megaegpt.training.evaluation import Evaluation, Evaluator
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, Stopwatch, log_line
 from megaegpt.training.logging.monitor import Monitor
@@ -41,8 +40,8 @@ class Trainer:
     """Trains from step ``done`` to the end, or to a request to stop, or to the end of patience."""
 
     config: RunConfig
+    model: LanguageModel
     engine: Engine
-    inputs: ModelInputs
     loader: TrainingLoader
     checkpoints: CheckpointManager
     monitor: Monitor
@@ -68,7 +67,6 @@ class Trainer:
         self._grid = self.engine.grid
         self._watch = Stopwatch()
         self._unreported: list[StepResult] = []
-        self._micro_nats: list[Tensor] = []
         self._skips_in_a_row = 0
         self._saved = self.done
 
@@ -84,8 +82,7 @@ class Trainer:
                 if reason is not None:
                     self._stop(reason)
                     return False
-                self._micro_nats.clear()
-                result = self.engine.train_step(self.done, batch, self._nats)
+                result = self.engine.train_step(self.done, batch)
                 self._check_finite(result)
                 self._unreported.append(result)
                 self.done += 1
@@ -104,24 +101,18 @@ class Trainer:
         at_interval = interval > 0 and self.done > 0 and self.done % interval == 0
         return at_interval or self.done == self.config.training.steps
 
-    def _next_batch(self) -> tuple[list[MicroBatch], str | None]:
+    def _next_batch(self) -> tuple[list[Batch], str | None]:
         """The step's micro-batches, or why all stop here. One rank's failure is raised on all."""
-        batch: list[MicroBatch] = []
+        batch: list[Batch] = []
         error: Exception | None = None
         try:
-            for tokens, *chunk_ids in map(_as_tuple, next(self.loader)):
-                batch.append(self.inputs.prepare(tokens[:, :-1], tokens[:, 1:], *chunk_ids))
+            batch = next(self.loader)
         except Exception as caught:
             error = caught
         failed, reason = self.stops.agreed(error is not None, self._grid)
         if failed:
             raise_together(error, self._grid)
         return batch, reason
-
-    def _nats(self, model: Callable[..., Tensor], batch: MicroBatch) -> Tensor:
-        nats = self.inputs.nats(model, batch)
-        self._micro_nats.append(nats.detach())
-        return nats
 
     # -- what happens between steps ---------------------------------------------------------------
 
@@ -131,6 +122,7 @@ class Trainer:
             return
         results, self._unreported = self._unreported, []
         losses = torch.stack([result.loss for result in results]).tolist()
+        self._check_losses(results, losses)
         norms = torch.stack([result.grad_norm for result in results]).tolist()
         speed = self.meter.measure(len(results), self._watch.restart(), self.done)
         (highest,) = all_reduce_max([speed.memory], self._grid)
@@ -140,14 +132,15 @@ class Trainer:
             zip(losses, norms, results, strict=True), first
         ):
             values = {"loss": loss, "grad_norm": norm, "lr": result.lr}
-            if result.part_norms is not None:
-                named = zip(self.engine.part_norms.names, result.part_norms.tolist(), strict=True)
+            if result.module_norms is not None:
+                norms_of = result.module_norms.tolist()
+                named = zip(self.engine.module_norms.names, norms_of, strict=True)
                 values |= {f"grad_norm/{name}": norm for name, norm in named}
             if step == self.done:
                 values |= {**speed.as_dict(), **self._data_progress()}
             self.monitor.training(step, values)
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        mean = sum(finite) / len(finite) if finite else math.nan
+        finite = [loss for loss in losses if isfinite(loss)]
+        mean = sum(finite) / len(finite) if finite else nan
         total = self.config.training.steps
         self.monitor.say(
             log_line(self.done, total, mean, norms[-1], results[-1].lr, speed, self.skipped)
@@ -172,36 +165,41 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Loss on the validation split, and a generated sample."""
+        result: Evaluation | None = None
         with self._not_training():
             if self.evaluator is not None:
-                result = self.evaluator.evaluate(self.engine.model)
+                evaluated = self.evaluator.evaluate(self.model)
+                # Rank 0's, for what follows from it must be the same everywhere, to the last bit.
+                result = broadcast_object(lambda: evaluated, self._grid)
                 self.monitor.say(f"step {self.done}: {result}")
                 self.monitor.validation(self.done, result)
-            if isinstance(self.engine.model, EGPT):
-                self._report_gates(self.engine.model.gate_openness())
+            self._report_metrics()
             if self.sample is not None:
                 text = self.sample()
                 self.monitor.say(f"step {self.done}: sample\n{text}")
                 self.monitor.text("sample", text, self.done)
             self.monitor.flush()
-        if self.evaluator is not None:
+        if result is not None:
             self._judge(result.loss)
 
     def _judge(self, loss: float) -> None:
         """Compare the validation loss of the steps so far with those before."""
+        if not isfinite(loss):
+            self._on_nonfinite(f"step {self.done}: the validation loss is not finite ({loss})")
+            return
         self.best.count(self.done, loss)
         if self.config.checkpoint.keep_best and self.best.step == self.done:
             if self._saved != self.done:
                 self.save()
             self.checkpoints.mark_best(self.done, self._grid)
 
-    def _report_gates(self, openness: list[float]) -> None:
-        """How far EGPT's memory gates are open, 0 to 1 for each layer that has them."""
-        if openness:
-            shown = ", ".join(f"{value:.4f}" for value in openness)
-            self.monitor.say(f"step {self.done}: memory gates open by {shown}")
-            named = {f"memory_gate/{layer:02d}": value for layer, value in enumerate(openness)}
-            self.monitor.training(self.done, named)
+    def _report_metrics(self) -> None:
+        """What the model says of itself, such as how far an EGPT's memory gates are open."""
+        metrics = self.model.metrics()
+        if metrics:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            self.monitor.say(f"step {self.done}: {shown}")
+            self.monitor.training(self.done, metrics)
 
     def _make_up_for_evaluation(self) -> None:
         """The evaluation due at the step resumed from may have been made before the stop."""
@@ -245,29 +243,44 @@ class Trainer:
         if not result.nonfinite:
             return
         self._skips_in_a_row += 1
-        problem = self._describe_nonfinite(result)
-        if self.config.training.on_nonfinite == "stop":
-            error = TrainingError(
-                f"{problem}; training.on_nonfinite=skip passes over such steps, "
-                f"--resume goes back to {self.checkpoints.latest() or 'step 0'}"
-            )
-        elif self._skips_in_a_row >= _MOST_SKIPS_IN_A_ROW:
-            error = TrainingError(f"{problem}, for the {self._skips_in_a_row}th step in a row")
-        else:
+        problem = self._describe_nonfinite(result, self.done)
+        if self._skips_in_a_row >= _MOST_SKIPS_IN_A_ROW:
+            raise _everywhere(f"{problem}, for the {self._skips_in_a_row}th step in a row")
+        self._on_nonfinite(problem)
+
+    def _check_losses(self, results: list[StepResult], losses: list[float]) -> None:
+        """An infinite loss may have a finite gradient, so that its step was applied. Losses are
+        fetched here, not in each step; nothing is saved or evaluated before. Collective.
+        """
+        pairs = zip(results, losses, strict=True)
+        bad = [n for n, (result, loss) in enumerate(pairs) if result.applied and not isfinite(loss)]
+        first = self.done - len(results)
+        for number in broadcast_object(lambda: bad, self._grid):
+            problem = self._describe_nonfinite(results[number], first + number)
+            self._on_nonfinite(f"{problem}; its gradient is, and was applied")
+
+    def _on_nonfinite(self, problem: str) -> None:
+        """Do what ``training.on_nonfinite`` says: end the run everywhere, or note it and go on."""
+        if self.config.training.on_nonfinite == "skip":
             self.monitor.say(f"skipped: {problem}")
             return
-        error.on_every_rank = True
-        raise error
+        latest = broadcast_object(self.checkpoints.latest, self._grid)
+        raise _everywhere(
+            f"{problem}; training.on_nonfinite=skip passes over such steps, "
+            f"--resume goes back to {latest or 'step 0'}"
+        )
 
-    def _describe_nonfinite(self, result: StepResult) -> str:
-        """Which rank's loss on which samples is at fault. Collective."""
+    def _describe_nonfinite(self, result: StepResult, before: int) -> str:
+        """Which rank's loss on which samples of the step after ``before`` steps is at fault.
+        Collective.
+        """
         grid, size = self._grid, self.config.training.micro_batch_size
         batches = self.config.batches
-        start = batches.samples_before(self.done)
+        start = batches.samples_before(before)
         own = [
             start + (micro_step * grid.dp_size + grid.dp_rank) * size + row
-            for micro_step, nats in enumerate(self._micro_nats)
-            if not math.isfinite(nats.item())
+            for micro_step, loss in enumerate(result.micro_losses)
+            if not isfinite(loss.item())
             for row in range(size)
         ]
         found = [
@@ -275,15 +288,18 @@ class Trainer:
             for rank, samples in enumerate(all_gather_object(own, grid))
             if samples
         ]
-        where = f"step {self.done + 1}"
+        where = f"step {before + 1}"
         if found:
             return f"{where}: the loss is not finite on {'; '.join(found)}"
-        last = batches.samples_before(self.done + 1) - 1
+        last = batches.samples_before(before + 1) - 1
         return f"{where}: the gradient is not finite (losses are; samples {start}..{last})"
 
 
-def _as_tuple(batch: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return batch if isinstance(batch, tuple) else (batch,)
+def _everywhere(message: str) -> TrainingError:
+    """An error that every rank raises and rank 0 shows."""
+    error = TrainingError(message)
+    error.on_every_rank = True
+    return error
 
 
 @contextlib.contextmanager

@@ -107,6 +107,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "one_key_value_head_for_all_ranks": {"model": {"num_kv_heads": 1}},
     "two_key_value_heads_for_four_ranks": {"model": {"num_kv_heads": 2}},
     "latent": {"model": {"attention": "latent", "latent_dim": 16}},
+    "egpt_with_one_key_value_head": {"kind": "egpt", "model": {"num_kv_heads": 1}},
 }
 # Tensor parallel, data parallel, ZeRO stage: where a run is saved, and where it goes on.
 _ROUTES = {
@@ -127,7 +128,7 @@ def _at(kind: str, topology: tuple[int, int, int]) -> RunConfig:
     return _config(**_KINDS[kind], tp=tp, stage=stage, training=training)
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("kind", _ROUTES)
 def test_a_run_goes_on_at_another_topology_as_if_undisturbed(
     distributed: Distributed, tmp_path: Path, kind: str
 ) -> None:
@@ -140,6 +141,73 @@ def test_a_run_goes_on_at_another_topology_as_if_undisturbed(
             ranks = other[0] * other[1]
             resumed = distributed(ranks, _resume, _at(kind, other), folder, _SAVED, end)[0]
             _assert_same_curve(resumed, undisturbed, f"{kind}: {saved} -> {other}")
+
+
+def _resume_each(config: RunConfig, folders: list[Path], end: int) -> list[Curve]:
+    """One engine for all: what it loads must leave nothing of what was there before."""
+    engine = make_engine(config, grid_for(config.parallel.tensor_parallel_size))
+    curves = []
+    for folder in folders:
+        CheckpointManager(folder, keep=1).load(engine)
+        curves.append(advance(engine, config, range(_SAVED, end)))
+        engine.assert_replicas_equal()
+    engine.close()
+    return curves
+
+
+def _assert_all_pairs_go_on(
+    distributed: Distributed,
+    folder: Path,
+    kind: str,
+    saved: list[tuple[int, int, int]],
+    others: list[tuple[int, int, int]],
+) -> None:
+    """From each of ``saved`` to each of ``others``: one run, wherever it was and goes on."""
+    folders, curves = [], []
+    for number, topology in enumerate(saved):
+        folders.append(folder / str(number))
+        ranks = topology[0] * topology[1]
+        curve = distributed(
+            ranks, _train_and_save, _at(kind, topology), folders[-1], _SAVED, _END, timeout=600
+        )
+        curves.append(curve[0])
+        _assert_same_curve(curves[-1], curves[0], f"{kind}: {topology} and {saved[0]}")
+    for other in others:
+        ranks = other[0] * other[1]
+        resumed = distributed(ranks, _resume_each, _at(kind, other), folders, _END, timeout=600)[0]
+        for topology, curve in zip(saved, resumed, strict=True):
+            _assert_same_curve(curve, curves[0], f"{kind}: {topology} -> {other}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "others"),
+    [
+        ("one_key_value_head_for_all_ranks", [(2, 1, 0)], [(1, 1, 0), (1, 2, 2)]),
+        ("two_key_value_heads_for_four_ranks", [(4, 1, 0)], [(2, 1, 0)]),
+        ("two_key_value_heads_for_four_ranks", [(2, 1, 0)], [(4, 1, 2)]),
+        ("egpt_with_one_key_value_head", [(2, 1, 0)], [(1, 1, 1)]),
+    ],
+)
+def test_shared_heads_saved_without_zero_go_on_where_they_are_cut_or_merged(
+    distributed: Distributed,
+    tmp_path: Path,
+    kind: str,
+    saved: list[tuple[int, int, int]],
+    others: list[tuple[int, int, int]],
+) -> None:
+    _assert_all_pairs_go_on(distributed, tmp_path, kind, saved, others)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "kind", ["two_key_value_heads_for_four_ranks", "egpt_with_one_key_value_head"]
+)
+def test_every_pair_of_topologies_and_zero_stages_goes_on(
+    distributed: Distributed, tmp_path: Path, kind: str
+) -> None:
+    grids = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]
+    topologies = [(tp, dp, stage) for tp, dp in grids for stage in (0, 1, 2)]
+    _assert_all_pairs_go_on(distributed, tmp_path, kind, topologies, topologies)
 
 
 def _whole_run(config: RunConfig, resume: bool, stop_after: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megaegpt.config.run import RunConfig
 from megaegpt.parallel.params import full_state
-from megaegpt.training.engine.engine import Engine, MicroBatch, StepResult
+from megaegpt.training.engine.engine import Engine, StepResult
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.runs import make_engine, micro_batches, nats, run_config
 
@@ -32,7 +32,8 @@ def _step(engine: Engine, config: RunConfig, step: int, **changes: Any) -> StepR
     batches = micro_batches(step, config, engine.grid)
     if "targets" in changes:
         batches = [{**b, "targets": torch.full_like(b["targets"], -100)} for b in batches]
-    return engine.train_step(step, batches, changes.get("loss", nats))
+    engine._loss_function = changes.get("loss", nats)
+    return engine.train_step(step, batches)
 
 
 def _each(configs: list[RunConfig], check: Any) -> None:
@@ -44,7 +45,7 @@ def _each(configs: list[RunConfig], check: Any) -> None:
 
 
 def _infinite_on_the_last_rank(engine: Engine, config: RunConfig) -> None:
-    def infinite(model: Any, batch: MicroBatch) -> Tensor:
+    def infinite(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return nats(model, batch) * (torch.inf if engine.grid.dp_rank == 1 else 1.0)
 
     _step(engine, config, 0)
@@ -87,10 +88,10 @@ def _accumulation_may_change(engine: Engine, config: RunConfig) -> None:
     batches = micro_batches(0, config, engine.grid)
     whole = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
     before = _weights(engine)
-    result = engine.train_step(0, [whole], nats)
+    result = engine.train_step(0, [whole])
     assert result.applied
     other = make_engine(config, engine.grid)
-    expected = other.train_step(0, batches, nats)
+    expected = other.train_step(0, batches)
     other.close()
     assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     assert result.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=1e-5)

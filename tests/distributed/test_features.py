@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaegpt.data.features import writer
 from megaegpt.data.features.store import FeatureStore
 from megaegpt.data.features.writer import compute_features
 from megaegpt.errors import DataError
@@ -81,3 +83,103 @@ def test_a_failure_on_one_rank_ends_all_and_the_others_parts_are_kept(
     part = np.load(tmp_path / "features-00000.npy")
     tokens = torch.from_numpy(Stream.tokens[: 16 * SIZE].astype(np.int64)).view(16, SIZE)
     assert torch.from_numpy(part).equal(pool(encode(tokens)))
+
+
+class _UnreadableStream(Stream):
+    """Shards on a disk that fails from the second batch on."""
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        if start > 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(start, length)
+
+
+def _no_more_files(*_: object) -> None:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def _fail_to_append(self: writer._PartFile, values: Tensor) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _fail_on_rank_0(folder: Path, where: str, tp_size: int) -> str:
+    """Encode with a real, collective encoder while rank 0 cannot open, read or append."""
+    grid = grid_for(tp_size)
+    encoder = FrozenEncoder(build_model(encoder_config(), grid, seed=3))
+    wanted = spec(encoder=encoder.fingerprint, hidden_size=HIDDEN)
+    stream = Stream()
+    with pytest.MonkeyPatch.context() as patch:
+        if grid.rank == 0:
+            if where == "opening":
+                patch.setattr(writer._PartFile, "__init__", _no_more_files)
+            elif where == "appending":
+                patch.setattr(writer._PartFile, "append", _fail_to_append)
+            else:
+                stream = _UnreadableStream()
+        try:
+            compute_features(folder, wanted, stream, encoder, pool, grid, batch_size=3)
+        except DataError as error:
+            return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_cannot_open_read_or_write_leaves_no_other_waiting(
+    tmp_path: Path, ranks: int, distributed: Distributed
+) -> None:
+    reasons = {"opening": "Too many open files", "reading": "Input", "appending": "No space left"}
+    for where, reason in reasons.items():
+        folder = tmp_path / where
+        errors = distributed(ranks, _fail_on_rank_0, folder, where, 2, timeout=60)
+        assert all(reason in error for error in errors), errors
+        assert not (folder / "features-00000.npy").exists()
+
+
+def _count_looks(folder: Path) -> list[str]:
+    """What this rank looked at in the folder before the store was there."""
+    grid, seen = grid_for(1), []
+    claim, look = writer._Writer._claim_folder, writer._Writer._is_there
+
+    def counting_claim(self: writer._Writer) -> bool:
+        seen.append("folder")
+        return claim(self)
+
+    def counting_look(self: writer._Writer, part: int) -> bool:
+        seen.append(f"part {part}")
+        return look(self, part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer._Writer, "_claim_folder", counting_claim)
+        patch.setattr(writer._Writer, "_is_there", counting_look)
+        compute_features(folder, spec(), Stream(), encode, pool, grid, batch_size=3)
+    return seen
+
+
+def test_one_rank_alone_looks_for_what_is_there_already(
+    tmp_path: Path, distributed: Distributed
+) -> None:
+    """The others would only load the file system, and remember files as absent that then come."""
+    first, second = distributed(2, _count_looks, tmp_path)
+    assert first == ["folder", "part 0", "part 1", "part 2"]
+    assert second == []
+
+
+def _open_again(folder: Path) -> str:
+    try:
+        compute_features(folder, spec(), Stream(), encode, pool, grid_for(1), batch_size=3)
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_verify_a_store_in_shares_and_all_learn_of_a_damaged_part(
+    tmp_path: Path, distributed: Distributed
+) -> None:
+    assert distributed(2, _open_again, tmp_path) == ["no error"] * 2
+    part = tmp_path / "features-00001.npy"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    first, second = distributed(2, _open_again, tmp_path)
+    assert first == f"rank 1: {second}"
+    assert "features-00001.npy: damaged" in second

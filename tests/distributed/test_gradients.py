@@ -14,7 +14,7 @@ from megaegpt.config.run import RunConfig
 from megaegpt.model.build import build_model
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.engine.engine import StepResult
-from megaegpt.training.engine.gradients import PartNorms
+from megaegpt.training.engine.gradients import ModuleNorms
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.runs import make_engine, micro_batches, nats, run_config
 
@@ -44,9 +44,9 @@ def _norms_of_two_steps() -> list[tuple[list[str], list[float], float, bool]]:
         with _fp16_on_a_cpu():
             engine = make_engine(config, grid)
         first, second = (
-            engine.train_step(step, micro_batches(step, config, grid), nats) for step in (0, 1)
+            engine.train_step(step, micro_batches(step, config, grid)) for step in (0, 1)
         )
-        found.append(_numbers(engine.part_norms.names, second, first.part_norms is None))
+        found.append(_numbers(engine.module_norms.names, second, first.module_norms is None))
         engine.close()
     return found
 
@@ -58,15 +58,15 @@ def _fp16_on_a_cpu() -> Any:
 def _numbers(
     names: list[str], result: StepResult, first_is_left_out: bool
 ) -> tuple[list[str], list[float], float, bool]:
-    assert result.part_norms is not None
-    return names, result.part_norms.tolist(), result.grad_norm.item(), first_is_left_out
+    assert result.module_norms is not None
+    return names, result.module_norms.tolist(), result.grad_norm.item(), first_is_left_out
 
 
 def _expected(config: RunConfig) -> list[float]:
     """Of the second step, by one process of plain torch with the same update before it."""
     grid = ProcessGrid()
     engine = make_engine(_plain(config), grid)
-    engine.train_step(0, micro_batches(0, config, grid), nats)
+    engine.train_step(0, micro_batches(0, config, grid))
     model = build_model(config.model, grid)
     model.load_state_dict(engine.model.state_dict())
     engine.close()
@@ -75,7 +75,7 @@ def _expected(config: RunConfig) -> list[float]:
     for batch in batches:
         (nats(model, batch) / tokens).backward()
     plain = torch.optim.SGD(model.parameters(), lr=1.0)
-    return PartNorms(model, plain, grid).measure(1.0).tolist()
+    return ModuleNorms(model, plain, grid).measure(1.0).tolist()
 
 
 def _plain(config: RunConfig) -> RunConfig:

@@ -53,17 +53,19 @@ def test_a_gpt_begins_with_their_loss(
     config = _gpt(corpus, tmp_path / "run", theirs)
     distributed(2, run_over_ranks, config, str(tmp_path / "cache"))
     samples = PretrainingSamples(TokenStream(config.data.train), CHUNK, config.training.seed)
-    tokens = torch.from_numpy(samples.batch(np.arange(config.training.global_batch_size)))
+    arrays = samples.batch(np.arange(config.training.global_batch_size))
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
     with torch.no_grad():
-        expected = _their_loss(theirs, tokens)
+        expected = _their_loss(theirs, batch)
     assert losses(tmp_path / "run")[1] == pytest.approx(expected, abs=1e-4)
 
 
-def _their_loss(folder: Path, tokens: torch.Tensor) -> float:
+def _their_loss(folder: Path, batch: dict[str, torch.Tensor]) -> float:
     from transformers import AutoModelForCausalLM
 
-    logits = AutoModelForCausalLM.from_pretrained(folder)(tokens[:, :-1]).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    logits = AutoModelForCausalLM.from_pretrained(folder)(batch["tokens"]).logits
+    targets = batch["targets"].flatten()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets).item()
 
 
 def test_an_egpt_is_trained_over_them(

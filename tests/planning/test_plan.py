@@ -28,7 +28,7 @@ from megaegpt.planning.plan import (
     make_plan,
 )
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.runs import make_engine, micro_batches, nats, run_config
+from tests.training.runs import make_engine, micro_batches, run_config
 
 
 class Traffic(TorchDispatchMode):
@@ -71,7 +71,7 @@ def measure(configs: list[RunConfig]) -> list[tuple[int, int]]:
         engine = make_engine(config, grid_for(config.parallel.tensor_parallel_size))
         for step in range(2):
             with Traffic() as traffic:
-                engine.train_step(step, micro_batches(step, config, engine.grid), nats)
+                engine.train_step(step, micro_batches(step, config, engine.grid))
         engine.close()
         found.append((sum(x for x in traffic.summed if x > _SCALARS), traffic.gathered))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -11,16 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
+from torch import Tensor
 
 import tools.convert
-from megaegpt.config import EncoderConfig, ModelConfig
+from megaegpt.config import EncoderConfig, ModelConfig, ParallelConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import CheckpointError
-from megaegpt.model.build import build_model
+from megaegpt.model.build import build_model, empty_model
 from megaegpt.model.parts import freeze
-from megaegpt.model.weights import save_weights
+from megaegpt.model.weights import load_weights, read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import spec_of, unshard
 from megaegpt.training.checkpoint.manager import CheckpointManager
 from megaegpt.training.checkpoint.reshaping import reshape
 from megaegpt.training.engine.engine import Engine
@@ -130,7 +134,7 @@ def _config(tp: int) -> RunConfig:
     training = {"global_batch_size": BATCH, "micro_batch_size": 1}
     encoder = EncoderConfig(source="encoder")
     model = {"kind": "egpt", "num_kv_heads": 1, "tied_embeddings": False, "encoder": encoder}
-    parallel = {"tensor_parallel_size": tp}
+    parallel = {"tensor_parallel_size": tp, "zero_stage": 0}  # cut and joined by this project
     return run_config(model=model, parallel=parallel, training=training)
 
 
@@ -172,7 +176,7 @@ def _assert_equal(ours: Curve, theirs: Curve) -> None:
 def _split(merged: Path, folder: Path) -> None:
     """Over two tensor-parallel ranks again; what cannot be done is refused."""
     grid = grid_for(2)
-    reshape(merged / "step_00000003", folder, grid)
+    reshape(merged / "step_00000003", folder, grid, zero_stage=2)
     with pytest.raises(CheckpointError, match="holds checkpoints already"):
         reshape(merged / "step_00000003", folder, grid)
 
@@ -185,7 +189,7 @@ def test_checkpoints_are_listed_merged_and_split_with_their_optimizer_state(
 
     listed = convert("list", tmp_path / "run", "--verify")
     assert "step_00000003 latest, best" in listed
-    assert listed.count("tensor parallel 2 x data parallel 1, ZeRO stage 2, fp32, verified") == 2
+    assert listed.count("tensor parallel 2 x data parallel 1, ZeRO stage 0, fp32, verified") == 2
     checkpoint = saved / "step_00000003"
     listed = convert("list", checkpoint)
     assert "global_batch_size=4" in listed
@@ -211,3 +215,50 @@ def test_checkpoints_are_listed_merged_and_split_with_their_optimizer_state(
     listed = convert("list", tmp_path / "run", "--verify")
     assert f"step_00000003 latest, best  DAMAGED: {path} has " in listed
     assert f"error: {path} has " in convert.fails("list", checkpoint, "--verify")
+
+
+def _train_in_bf16(stage: int, folder: Path) -> dict[str, Tensor]:
+    """The masters by name, in whole, of a checkpoint in ``folder``; some are frozen."""
+    config = dataclasses.replace(
+        _config(tp=2), parallel=ParallelConfig(tensor_parallel_size=2, zero_stage=stage)
+    )
+    training = dataclasses.replace(config.training, precision="bf16")
+    config, grid = dataclasses.replace(config, training=training), grid_for(2)
+    engine = _engine(config, grid)
+    writers = {"weights": lambda part: save_weights(engine.model, part, grid)}
+    for step in range(3):
+        advance(engine, config, range(step, step + 1))
+    CheckpointManager(folder, keep=1).save(engine, 3, {}, writers)
+    masters = {}
+    for name, parameter in engine.model.named_parameters():
+        if parameter.requires_grad:
+            own = safe_get_full_fp32_param(parameter)
+            masters[name] = unshard(own.view(parameter.shape), spec_of(parameter), grid).clone()
+    engine.close()
+    return masters
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_masters_are_the_fp32_weights_that_the_optimizer_has(
+    distributed: Distributed, convert: _Convert, tmp_path: Path, stage: int
+) -> None:
+    masters = distributed(2, _train_in_bf16, stage, tmp_path / "run")[0]
+    said = convert("masters", tmp_path / "run", tmp_path / "masters")
+    assert "the fp32 weights of step 3, trained in bf16" in said
+    rounded = load_file(tmp_path / "run" / "step_00000003" / "weights" / "model.safetensors")
+    exported = load_file(tmp_path / "masters" / "model.safetensors")
+    assert exported.keys() == rounded.keys() > masters.keys()
+    for name, value in exported.items():
+        assert value.dtype == torch.float32
+        assert value.equal(masters.get(name, rounded[name].float())), name
+        assert value.bfloat16().equal(rounded[name]), name
+    assert any(not value.equal(rounded[name].float()) for name, value in exported.items())
+    config, _ = read_weights_config(tmp_path / "masters")
+    model = empty_model(config, ProcessGrid())
+    load_weights(model, tmp_path / "masters", ProcessGrid())  # as training.initialize_from does
+    assert all(parameter.equal(exported[name]) for name, parameter in model.named_parameters())
+    assert {path.name for path in (tmp_path / "masters").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+    assert "exists already" in convert.fails("masters", tmp_path / "run", tmp_path / "masters")

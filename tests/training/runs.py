@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from megaegpt.config import EGPTConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megaegpt.config.run import RunConfig
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.model.build import build_model
 from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import full_state
-from megaegpt.training.engine.engine import Engine, MicroBatch, StepResult
+from megaegpt.training.engine.engine import Engine, LossFunction, StepResult
 from megaegpt.training.engine.schedule import learning_rate
 
 STEPS = 20
@@ -62,7 +63,7 @@ def global_batch(step: int, config: RunConfig) -> dict[str, Tensor]:
     return batch
 
 
-def micro_batches(step: int, config: RunConfig, grid: ProcessGrid) -> list[MicroBatch]:
+def micro_batches(step: int, config: RunConfig, grid: ProcessGrid) -> list[Batch]:
     """This rank's part of :func:`global_batch`, in the loader's order."""
     whole, size = global_batch(step, config), config.training.micro_batch_size
     starts = [
@@ -72,7 +73,7 @@ def micro_batches(step: int, config: RunConfig, grid: ProcessGrid) -> list[Micro
     return [{name: x[start : start + size] for name, x in whole.items()} for start in starts]
 
 
-def nats(model: Any, batch: MicroBatch) -> Tensor:
+def nats(model: Any, batch: Batch) -> Tensor:
     """The loss function of every run here."""
     inputs = {n: _cast(x, model) if x.is_floating_point() else x for n, x in batch.items()}
     return model(**inputs)
@@ -98,18 +99,18 @@ class Curve:
         self.applied.append(result.applied)
 
 
-def make_engine(config: RunConfig, grid: ProcessGrid) -> Engine:
+def make_engine(config: RunConfig, grid: ProcessGrid, loss_function: LossFunction = nats) -> Engine:
     """A freshly initialised engine."""
     checkpointing = config.training.activation_checkpointing
     model = build_model(config.model, grid, seed=3, activation_checkpointing=checkpointing)
-    return Engine(model, grid, config)
+    return Engine(model, grid, config, loss_function)
 
 
 def advance(engine: Engine, config: RunConfig, steps: range) -> Curve:
     """Train ``engine`` over ``steps``."""
     curve = Curve()
     for step in steps:
-        curve.add(engine.train_step(step, micro_batches(step, config, engine.grid), nats))
+        curve.add(engine.train_step(step, micro_batches(step, config, engine.grid)))
     curve.weights = {n: t.float().clone() for n, t in full_state(engine.model, engine.grid)}
     return curve
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from megaegpt.config.run import RunConfig
-from megaegpt.data.tokens.samples import PretrainingSamples
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.model.build import build_model
@@ -58,7 +57,7 @@ def test_a_blended_run_resumes_and_counts_tokens_and_epochs_by_corpus(
 ) -> None:
     (shown,) = distributed(1, _straight_and_interrupted, kind, corpus, tmp_path)
     assert f"75.0% {corpus}/train (" in shown
-    assert "notice: shards differs from the checkpoint's: the data order changes" in shown
+    assert "the samples of the steps to come change: data.weights [3.0, 1.0] -> [1.0, 1.0]" in shown
     assert sorted(losses(tmp_path / "straight")) == list(range(1, 9))
     assert losses(tmp_path / "interrupted") == losses(tmp_path / "straight")
     last = records(tmp_path / "straight")[-2]
@@ -91,15 +90,15 @@ def test_packed_documents_of_a_shard_do_not_see_each_other(tmp_path: Path) -> No
             writer.add_document(np.append(text, end).astype(np.uint16))
         writer.finish()
     stream = TokenStream([str(tmp_path / "s")])
-    (row,) = torch.from_numpy(PretrainingSamples(stream, 19, seed=1).batch(np.arange(1)))
+    row = torch.from_numpy(stream.read(0, 20).astype(np.int64))
     config = encoder_config(max_seq_len=19, document_end=end)
     model = build_model(config, ProcessGrid(), seed=1).eval()
     inputs = SequenceInputs()
 
     def nats(tokens: torch.Tensor) -> torch.Tensor:
-        batch = inputs.prepare(tokens[None, :-1], tokens[None, 1:])
+        batch = {"tokens": tokens[None, :-1], "targets": tokens[None, 1:]}
         with torch.no_grad():
-            return inputs.nats(model, batch, "none")[0]
+            return inputs.loss(model, batch, "none")[0]
 
     packed = nats(row)
     start = 0

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.windows import EvaluationWindows
-from megaegpt.model.build import build_model
-from megaegpt.model.calling import ChunkInputs, ModelInputs, SequenceInputs
+from megaegpt.model.build import build_inputs, build_model
+from megaegpt.model.calling import ModelInputs, SequenceInputs
 from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
@@ -39,13 +39,10 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> str:
 class TargetsAsNats(ModelInputs):
     """A model whose loss on each token is its target's number."""
 
-    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
-        return {"targets": targets}
-
     def arguments(self, batch: Any) -> dict[str, Tensor]:
         return {}
 
-    def nats(self, model: Any, batch: Any, reduction: str = "sum") -> Tensor:
+    def loss(self, model: Any, batch: Any, reduction: str = "sum") -> Tensor:
         assert reduction == "none"
         return batch["targets"].clamp(min=0).float()
 
@@ -120,7 +117,7 @@ def _evaluate(kind: str, split: str, tp_size: int) -> Evaluation:
     grid = grid_for(tp_size)
     config = run_config(kind, Path(), Path()).model
     encoder = FrozenEncoder(build_model(encoder_config(), grid, seed=1))
-    inputs = ChunkInputs(config, encoder, torch.float32)
+    inputs = build_inputs(config, encoder)
     return evaluator(split, inputs, grid).evaluate(build_model(config, grid, seed=2))
 
 
@@ -164,8 +161,8 @@ def test_stored_features_give_the_online_loss_also_of_the_partial_chunk(
     assert states.shape == (LENGTH // CHUNK, CHUNK, HIDDEN)
     store: Any = Store(states, config.egpt)
     results = [
-        evaluator(split, ChunkInputs(config, encoder, torch.float32, *stores), grid).evaluate(model)
-        for stores in [(), (store,), (store, store)]
+        evaluator(split, build_inputs(config, encoder, **stores), grid).evaluate(model)
+        for stores in ({}, {"history": store}, {"history": store, "token_states": store})
     ]
     for result in results[1:]:
         assert result.loss == pytest.approx(results[0].loss, rel=1e-6)

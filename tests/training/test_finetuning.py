@@ -22,13 +22,13 @@ from megaegpt.config import (
 from megaegpt.config.data import InstructionConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.data.instruction.records import Instruction, InstructionDataset
-from megaegpt.data.instruction.rows import InstructionSamples
+from megaegpt.data.instruction.rows import InstructionSamples, trim_padding
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.generation.generator import sample_text
 from megaegpt.interop.export import export_gpt2
 from megaegpt.model.build import build_model
-from megaegpt.model.calling import InstructionInputs, SequenceInputs
+from megaegpt.model.calling import SequenceInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -147,7 +147,7 @@ def test_packed_answers_cost_what_they_cost_alone() -> None:
     model = build_model(dataclasses.replace(GPT, init_std=0.4), ProcessGrid(), seed=3).eval()
     records = [Instruction(r["instruction"], r["input"], r["output"]) for r in RECORDS]
     dataset = InstructionDataset(records, TOKENIZER, LENGTH)
-    inputs = InstructionInputs(SequenceInputs(), multiple_of=8)
+    inputs = SequenceInputs()
     with torch.no_grad():
         alone = sum(
             -model.logits(tokens[None])[0, t].log_softmax(-1)[y].item()  # type: ignore[operator]
@@ -159,12 +159,12 @@ def test_packed_answers_cost_what_they_cost_alone() -> None:
             samples = InstructionSamples(dataset, LENGTH, 0, packing)
             total = 0.0
             for row in range(len(samples)):
-                tokens, *extras = map(
-                    torch.from_numpy, samples.read(torch.arange(row, row + 1).numpy())
-                )
-                batch = inputs.prepare(tokens[:, :-1], tokens[:, 1:], *extras)
+                arrays = samples.read(torch.arange(row, row + 1).numpy())
+                whole = {name: torch.from_numpy(array) for name, array in arrays.items()}
+                batch = trim_padding(whole, multiple_of=8)
+                assert batch["tokens"].shape[1] % 8 == 0
                 assert packing or batch["tokens"].shape[1] < LENGTH
-                total += inputs.nats(model, batch).item()
+                total += inputs.loss(model, batch).item()
             assert total == pytest.approx(alone, rel=1e-5)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.errors import CheckpointError, ConfigError, DataError, MegaEGPTError, TrainingError
 from megaegpt.training import pretraining
 from megaegpt.training.engine import compiling
@@ -100,26 +101,25 @@ def test_a_run_shows_derived_quantities_before_step_0_and_leaves_records(
 
 
 def _train_and_look_at_the_encoder(corpus: Path, folder: Path) -> None:
-    built: list[Any] = []
+    built: dict[str, Any] = {}
 
-    class Watched(pretraining._Run):
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            built.append(self)
+    def watched(config: Any, grid: Any, encoder: Any, *others: Any) -> Any:
+        built["encoder"], built["model"] = encoder, original(config, grid, encoder, *others)
+        return built["model"]
 
-    original, pretraining._Run = pretraining._Run, Watched  # type: ignore[misc]
+    original, pretraining._build_model = pretraining._build_model, watched
     try:
         _run("egpt", corpus, folder)
     finally:
-        pretraining._Run = original  # type: ignore[misc]
-    (run,) = built
+        pretraining._build_model = original
+    encoder, model = built["encoder"], built["model"]
     from megaegpt.model.encoder import weights_fingerprint
 
-    assert weights_fingerprint(run.encoder.gpt) == run.encoder.fingerprint
-    assert not any(module.training for module in run.encoder.gpt.modules())
-    assert not any(p.requires_grad or p.grad is not None for p in run.encoder.parameters())
-    trained = {id(p) for p in run.model.parameters()}
-    assert not any(id(p) in trained for p in run.encoder.parameters())
+    assert weights_fingerprint(encoder.gpt) == encoder.fingerprint
+    assert not any(module.training for module in encoder.gpt.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in encoder.parameters())
+    trained = {id(p) for p in model.parameters()}
+    assert not any(id(p) in trained for p in encoder.parameters())
 
 
 def test_training_leaves_the_encoder_bit_for_bit_and_out_of_the_checkpoint(
@@ -285,7 +285,7 @@ def _fail_to_read_on_rank_1(corpus: Path, folder: Path) -> tuple[str, bool]:
     def failing(self: Any, numbers: np.ndarray, out: Any = None) -> Any:
         if grid_for(1).rank == 1 and numbers[0] >= 16:
             raise DataError("train.bin: the disk is gone")
-        return original(self, numbers, out)
+        return original(self, numbers)
 
     PretrainingSamples.batch = failing  # type: ignore[method-assign]
     try:
@@ -309,7 +309,7 @@ def _meet_a_bad_loss(corpus: Path, folder: Path, policy: str) -> tuple[str, str]
     """Rank 1's second micro-batch of step 3 has an infinite loss."""
     from megaegpt.model.calling import SequenceInputs
 
-    original = SequenceInputs.nats
+    original = SequenceInputs.loss
     calls = 0
 
     def bad(self: Any, model: Any, batch: Any, reduction: str = "sum") -> Any:
@@ -318,7 +318,7 @@ def _meet_a_bad_loss(corpus: Path, folder: Path, policy: str) -> tuple[str, str]
         calls += reduction == "sum"
         return nats * float("inf") if grid_for(1).rank == 1 and calls == 2 * 2 + 2 else nats
 
-    SequenceInputs.nats = bad  # type: ignore[method-assign]
+    SequenceInputs.loss = bad  # type: ignore[method-assign]
     shown, message = "", ""
     try:
         _, shown = _run(
@@ -331,7 +331,7 @@ def _meet_a_bad_loss(corpus: Path, folder: Path, policy: str) -> tuple[str, str]
     except TrainingError as error:
         message = str(error)
     finally:
-        SequenceInputs.nats = original  # type: ignore[method-assign]
+        SequenceInputs.loss = original  # type: ignore[method-assign]
     return message, shown
 
 
@@ -352,6 +352,90 @@ def test_a_loss_that_is_not_finite_is_skipped_if_asked(
     assert "skipped: step 3: the loss is not finite on rank 1 (samples 22, 23)" in shown
     assert "skipped 1" in shown.splitlines()[-2]
     assert sorted(losses(tmp_path)) == [1, 2, 4, 5, 6]
+
+
+def _meet_an_infinite_loss(corpus: Path, folder: Path, policy: str, where: str) -> tuple[str, str]:
+    """One training step's loss, or each validation loss, is infinite and its gradient is not."""
+    from megaegpt.model.calling import SequenceInputs
+
+    original = SequenceInputs.loss
+    calls = 0
+
+    def bad(self: Any, model: Any, batch: Any, reduction: str = "sum") -> Any:
+        nonlocal calls
+        loss = original(self, model, batch, reduction)  # type: ignore[arg-type]
+        if reduction == "none":
+            return loss + float("nan") if where == "validation" else loss
+        calls += 1
+        return loss + float("inf") if where == "training" and calls == 3 * 4 + 1 else loss
+
+    SequenceInputs.loss = bad  # type: ignore[method-assign]
+    shown, message = "", ""
+    try:
+        _, shown = _run("gpt", corpus, folder, training={"on_nonfinite": policy})
+    except TrainingError as error:
+        message = str(error)
+    finally:
+        SequenceInputs.loss = original  # type: ignore[method-assign]
+    return message, shown
+
+
+def test_an_infinite_loss_with_a_finite_gradient_stops_before_anything_is_saved(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    run = (corpus, tmp_path, "stop", "training")
+    ((message, _),) = distributed(1, _meet_an_infinite_loss, *run)
+    assert message.startswith("step 4: the loss is not finite on rank 0 (samples 24, 25)")
+    assert "its gradient is, and was applied" in message
+    assert "--resume goes back to" in message
+    assert message.endswith("step_00000003")
+
+
+def test_a_validation_loss_that_is_not_a_number_stops_the_run_and_is_never_the_best(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    run = (corpus, tmp_path / "stop", "stop", "validation")
+    ((message, _),) = distributed(1, _meet_an_infinite_loss, *run)
+    assert message.startswith("step 3: the validation loss is not finite (nan)")
+    run = (corpus, tmp_path / "skip", "skip", "validation")
+    ((message, shown),) = distributed(1, _meet_an_infinite_loss, *run)
+    assert message == ""
+    assert "skipped: step 6: the validation loss is not finite (nan)" in shown
+
+
+def _train_with_a_short_validation_split(corpus: Path, folder: Path, tokens: int) -> Any:
+    folder.mkdir()
+    with ShardWriter(folder / "short") as writer:
+        writer.add_document(np.arange(tokens, dtype=np.uint16))
+        writer.finish()
+    try:
+        _run(
+            "egpt",
+            corpus,
+            folder,
+            data={"validation": (str(folder / "short"),), "token_features": "stored"},
+        )
+    except DataError as error:
+        return str(error)
+    return validation_losses(folder)
+
+
+def test_a_validation_split_shorter_than_a_chunk_is_evaluated(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    run = (corpus, tmp_path / "run", 5)
+    (found,) = distributed(1, _train_with_a_short_validation_split, *run)
+    assert sorted(found) == [3, 6]
+    assert all(3 < loss < 6 for loss in found.values())
+
+
+def test_a_validation_split_without_a_token_to_predict_is_refused(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    run = (corpus, tmp_path / "run", 1)
+    (message,) = distributed(1, _train_with_a_short_validation_split, *run)
+    assert message.startswith("data.validation (")
+    assert "has no token to predict" in message
 
 
 def _misfits(corpus: Path, folder: Path) -> list[tuple[str, bool]]:

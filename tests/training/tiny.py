@@ -33,9 +33,9 @@ VOCAB, HIDDEN, CHUNK, CHUNKS = 100, 16, 8, 3
 TRAIN_TOKENS, VALIDATION_TOKENS = 1000, 213  # the validation split ends inside a chunk
 
 
-def write_corpus(folder: Path) -> None:
+def write_corpus(folder: Path, seed: int = 0) -> None:
     """Shards ``train`` and ``validation`` of a sequence with some structure to learn."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for split, length in (("train", TRAIN_TOKENS), ("validation", VALIDATION_TOKENS)):
         steps = rng.integers(0, 5, length)
         with ShardWriter(folder / split) as writer:

@@ -220,13 +220,12 @@ def nanogpt_crops(prefix: Path) -> Workload:
 
 
 def samples(prefix: Path) -> Workload:
-    """Shuffled samples into one buffer that is used again."""
+    """Shuffled samples, inputs and targets."""
     drawn = PretrainingSamples(TokenStream([str(prefix)]), _SEQ_LEN, seed=1)
-    buffer = np.empty((_BATCH, drawn.row_len), np.int64)
 
     def repeat() -> None:
         for batch in range(_BATCHES):
-            drawn.batch(np.arange(_BATCH) + batch * _BATCH, out=buffer)
+            drawn.batch(np.arange(_BATCH) + batch * _BATCH)
 
     return Workload(repeat, _BATCH * _BATCHES)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.errors import MegaEGPTError
-from megaegpt.model.build import build_model
+from megaegpt.model.build import build_inputs, build_model
 from megaegpt.model.egpt.egpt import EGPT, chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.gpt import GPT
@@ -106,29 +105,26 @@ def _window(shape: dict[str, int], device: torch.device) -> tuple[Tensor, Tensor
 
 def ours(shape: dict[str, int], features: str, options: dict[str, Any]) -> Workload:
     """One step through the engine: encode what is not stored, one pass over the window."""
-    from megaegpt.precision import DTYPES
+    from megaegpt.precision import DTYPES, resolve_precision
     from tools.benchmarks.engines import build_engine, facts
 
     encoder_config, config = _configs(shape)
-    engine = build_engine(config, shape["windows"], options)
-    gpt = build_model(encoder_config, engine.grid, compile_blocks=options["compile"])
+    gpt = build_model(encoder_config, single_grid(), compile_blocks=options["compile"])
     encoder = FrozenEncoder(gpt)  # type: ignore[arg-type]
-    encoder.to(DTYPES[engine.precision])
+    dtype = DTYPES[resolve_precision(options["precision"], gpt.grid.device)]
+    inputs = build_inputs(config, encoder.to(dtype), dtype)
+    engine = build_engine(config, shape["windows"], options, inputs.loss)
     tokens, targets = _window(shape, engine.grid.device)
-    states = encoder(tokens) if features != "online" else None
-    history = None if states is None else chunk_features(states[:, :-1], config.egpt)
-    if features == "history":
-        states = None
     batch = {"tokens": tokens, "targets": targets.contiguous()}
+    if features != "online":  # as a store has them
+        states = encoder(tokens)
+        batch["features"] = chunk_features(states[:, :-1], config.egpt)
+        if features != "history":
+            batch["token_states"] = states
     step = itertools.count()
 
-    def loss(model: Callable[..., Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        seen = encoder(batch["tokens"]) if states is None else states
-        past = chunk_features(seen[:, :-1], config.egpt) if history is None else history
-        return model(seen, past, batch["targets"], reduction="sum")
-
     def one() -> None:
-        engine.train_step(next(step), [batch], loss)
+        engine.train_step(next(step), [batch])
 
     return Workload(one, targets.numel(), facts(engine, config))
 

@@ -8,20 +8,26 @@ from megaegpt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunCon
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launch import init_distributed
-from megaegpt.training.engine.engine import Engine
+from megaegpt.training.engine.engine import Engine, LossFunction, call_model
 from megaegpt.training.logging.metrics import device_name, peak_flops
 
 PLAIN = {"zero": 0, "precision": "auto", "recompute": "none", "compile": False}
 """The least that a step can be."""
 
 
-def build_engine(model_config: ModelConfig, batch: int, options: dict[str, Any]) -> Engine:
+def build_engine(
+    model_config: ModelConfig,
+    batch: int,
+    options: dict[str, Any],
+    loss_function: LossFunction = call_model,
+) -> Engine:
     """An engine over all processes of this candidate, each with its share of ``batch`` samples.
 
     Args:
         model_config: of the trainable model.
         batch: samples a step over all processes, in one micro-step.
         options: as :data:`PLAIN`.
+        loss_function: how the model is called; with its inputs and targets by default.
     """
     grid = ProcessGrid.create(1, init_distributed())
     config = RunConfig(
@@ -41,7 +47,7 @@ def build_engine(model_config: ModelConfig, batch: int, options: dict[str, Any])
         activation_checkpointing=options["recompute"],
         compile_blocks=options["compile"],
     )
-    return Engine(model, grid, config)
+    return Engine(model, grid, config, loss_function)
 
 
 def facts(engine: Engine, model_config: ModelConfig) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.windows import EvaluationWindows, TokenSource
 from megaegpt.errors import DataError
 from megaegpt.evaluation.history import ShuffledHistory, ZeroHistory
 from megaegpt.generation.trained import LoadedModel
-from megaegpt.model.calling import ChunkInputs, ModelInputs, SequenceInputs
+from megaegpt.model.build import build_inputs
+from megaegpt.model.calling import ModelInputs, SequenceInputs
 from megaegpt.parallel.loss import IGNORE
 
 
@@ -42,7 +43,7 @@ class Text:
     @cached_property
     def targets(self) -> np.ndarray:
         """(W, N, S) int64, -100 behind the end."""
-        targets = self.windows.batch(np.arange(len(self.windows))).targets
+        targets = self.windows.batch(np.arange(len(self.windows)))["targets"]
         return targets.reshape(-1, self.num_chunks, self.chunk_size)
 
 
@@ -52,10 +53,9 @@ class ChunksApart(SequenceInputs):
     def __init__(self, chunk_size: int) -> None:
         self._chunk_size = chunk_size
 
-    def prepare(self, tokens: Tensor, targets: Tensor, *extras: Tensor) -> dict[str, Tensor]:
+    def prepare(self, batch: Batch) -> Batch:
         """(B, N * S) each -> (B * N, S)."""
-        size = self._chunk_size
-        return super().prepare(tokens.reshape(-1, size), targets.reshape(-1, size))
+        return {name: batch[name].reshape(-1, self._chunk_size) for name in ("tokens", "targets")}
 
 
 def token_nats(
@@ -75,11 +75,10 @@ def token_nats(
     for first in range(0, len(text.windows), batch_size):
         numbers = np.arange(first, min(first + batch_size, len(text.windows)))
         windows = text.windows.batch(numbers)
-        arrays = (windows.tokens, windows.targets, *windows.extras)
-        batch = inputs.prepare(*map(torch.from_numpy, arrays))
+        batch = inputs.prepare({name: torch.from_numpy(x) for name, x in windows.items()})
         with torch.no_grad():
             on_device = {name: x.to(device) for name, x in batch.items()}
-            nats = inputs.nats(loaded.model, on_device, "none")
+            nats = inputs.loss(loaded.model, on_device, "none")
         rows.append(nats.double().cpu().reshape(-1, text.num_chunks, text.chunk_size))
     return torch.cat(rows).numpy()
 
@@ -89,8 +88,8 @@ def _inputs(loaded: LoadedModel, text: Text, dtype: torch.dtype, features: str) 
         return ChunksApart(text.chunk_size)
     if features == "shuffled":
         return ShuffledHistory(loaded, dtype, text.source)
-    kind = ZeroHistory if features == "zero" else ChunkInputs
-    return kind(loaded.model.config, loaded.encoder, dtype)
+    make = ZeroHistory if features == "zero" else build_inputs
+    return make(loaded.model.config, loaded.encoder, dtype)
 
 
 def summarize(nats: np.ndarray, text: Text, byte_lengths: np.ndarray) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from megaegpt.evaluation.history import HISTORIES
 from megaegpt.files import locked_folder, write_whole
 from megaegpt.generation.trained import load_for_inference
 from megaegpt.interop.sources import resolve_weights_source
-from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.summary import measure_model
@@ -160,9 +159,7 @@ class Experiment:
         self._train(config, folder)
         chosen = best_step(folder)
         weights = folder / "checkpoints" / f"step_{chosen:08d}" / "weights"
-        egpt = config.model.egpt
-        reads_history = config.model.kind == "egpt" and egpt.history
-        kinds = HISTORIES if reads_history else ("true",)
+        kinds = HISTORIES if config.model.has_history else ("true",)
         result = self._measure(config, str(weights), kinds)
         shutil.copytree(weights, folder / "weights", dirs_exist_ok=True)
         figures = self._training_figures(config)
@@ -190,8 +187,7 @@ class Experiment:
             kind: summarize(token_nats(loaded, text, batch_size, dtype, kind), text, byte_lengths)
             for kind in kinds
         }
-        gates = loaded.model.gate_openness() if isinstance(loaded.model, EGPT) else []
-        return {"losses": measured, "gates": gates}
+        return {"losses": measured, "gates": list(loaded.model.metrics().values())}
 
     def _training_figures(self, config: RunConfig) -> dict[str, Any]:
         """What the run cost."""

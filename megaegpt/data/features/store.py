@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megaegpt.config.data import VerifyPolicy
 from megaegpt.data.tokens.memory_map import ResidentPages
 from megaegpt.errors import DataError
 from megaegpt.files import sha256_of_file, write_whole
@@ -34,6 +35,7 @@ MANIFEST, PLAN = "manifest.json", "plan.json"
 STORED_AS: dict[str, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16}
 
 _FORMAT_VERSION = 1
+_AUTOMATIC_BYTES = 4 << 30
 _MOST_PARTS, _SMALLEST_PART = 256, 16  # parts are the unit of sharing work and of continuing it
 
 
@@ -59,6 +61,9 @@ class FeatureSpec:
     """Storage type."""
     token_states: bool = False
     """Whether every token's state is stored too."""
+    encoder_arithmetic: str = ""
+    """What else decides the encoder's states, and no tensor's shape or value: heads, positions. A
+    store of an earlier version does not say it."""
 
     @property
     def chunks_per_part(self) -> int:
@@ -132,9 +137,9 @@ class FeatureStore:
             raise DataError(f"{folder / MANIFEST}: its list of parts is damaged; delete {folder}")
         for part in range(expected.num_parts):
             for array in expected.arrays():
-                if not is_whole(folder, expected, array, part):
+                if problem := part_problem(folder, expected, array, part):
                     path = folder / part_name(array, part)
-                    raise DataError(f"{path}: missing or truncated; delete {folder}")
+                    raise DataError(f"{path}: {problem}; delete {folder}")
         return FeatureStore(folder, expected, checksums)
 
     def history(self, chunk_ids: Tensor | np.ndarray) -> Tensor:
@@ -145,16 +150,29 @@ class FeatureStore:
         """Encoder states of chunks: ids (...) -> (..., S, C), on the CPU in the stored type."""
         return self._read("token_states", np.asarray(chunk_ids))
 
-    def verify(self) -> None:
-        """Read every part and compare its sha256 with the manifest's.
+    def verify(self, policy: VerifyPolicy = "always", rank: int = 0, world_size: int = 1) -> None:
+        """Read the parts and compare their sha256 with the manifest's; ranks share the parts.
+
+        Args:
+            policy: ``auto`` leaves stores of more than 4 GiB alone, which take longer than a start
+                should.
 
         Raises:
             DataError: names a damaged part.
         """
-        for name, checksum in self._checksums.items():
+        if policy == "never" or (policy == "auto" and self.spec.num_bytes > _AUTOMATIC_BYTES):
+            return
+        for name in self.spec.part_names()[rank::world_size]:
             path = self.folder / name
-            if sha256_of_file(path) != checksum:
-                raise DataError(f"{path}: damaged (sha256 differs); delete {self.folder}")
+            try:
+                found = sha256_of_file(path)
+            except OSError as error:
+                raise DataError(f"{path} cannot be read: {error.strerror}") from None
+            if found != self._checksums[name]:
+                raise DataError(
+                    f"{path}: damaged, or a part of another store (its sha256 is not the one in "
+                    f"{MANIFEST}); delete {self.folder}"
+                )
 
     def _read(self, array: str, chunk_ids: np.ndarray) -> Tensor:
         shape = self.spec.arrays()[array]
@@ -180,27 +198,41 @@ def part_name(array: str, part: int) -> str:
     return f"{array}-{part:05d}.npy"
 
 
-def is_whole(folder: Path, spec: FeatureSpec, array: str, part: int) -> bool:
-    """Whether the part's file is there with the right type, shape and size."""
+def part_problem(folder: Path, spec: FeatureSpec, array: str, part: int) -> str | None:
+    """Why the part's file cannot be a part of the store, by its presence, type, shape and size."""
+    path = folder / part_name(array, part)
     shape = (len(spec.part_chunks(part)), *spec.arrays()[array])
+    if not path.is_file():
+        return "missing"
     try:
-        stored = np.load(folder / part_name(array, part), mmap_mode="r", allow_pickle=False)
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception:  # NumPy reads the header as Python, and a damaged one fails in any way
-        return False
-    return stored.shape == shape and stored.dtype == STORED_AS[spec.dtype]
+        return "truncated, or no array"
+    wanted = np.dtype(STORED_AS[spec.dtype])
+    if stored.dtype != wanted:
+        return f"holds {stored.dtype} instead of {wanted}, as {spec.dtype} is stored"
+    if stored.shape != shape:
+        return f"holds an array of {stored.shape} instead of {shape}"
+    if path.stat().st_size != stored.offset + stored.nbytes:
+        return "longer than its array"
+    return None
 
 
 def check_same(folder: Path, found: dict[str, Any], expected: FeatureSpec) -> None:
-    """Compare a plan or manifest with what a run needs; token states may be there unneeded.
+    """Compare a plan or manifest with what a run needs; token states may be there unneeded, and the
+    encoder's arithmetic unsaid.
 
     Raises:
         DataError: names everything that differs.
     """
     wanted = expected.as_json()
+    harmless = {"encoder_arithmetic"} - set(found)
+    if not expected.token_states:
+        harmless.add("token_states")
     differences = [
         f"{name} is {_short(found.get(name))} there and {_short(value)} here"
         for name, value in wanted.items()
-        if found.get(name) != value and not (name == "token_states" and not value)
+        if found.get(name) != value and name not in harmless
     ]
     if differences:
         raise DataError(

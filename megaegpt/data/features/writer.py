@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megaegpt.config.data import VerifyPolicy
 from megaegpt.data.features.store import (
     MANIFEST,
     PLAN,
@@ -21,8 +22,8 @@ from megaegpt.data.features.store import (
     FeatureSpec,
     FeatureStore,
     check_same,
-    is_whole,
     part_name,
+    part_problem,
     read_json,
     write_json,
 )
@@ -47,10 +48,12 @@ def compute_features(
     grid: ProcessGrid,
     batch_size: int,
     title: str = "chunk features",
+    verify: VerifyPolicy = "auto",
 ) -> FeatureStore:
     """Compute what is missing of a store, publish it, and open it. Collective over all ranks.
 
-    Each data-parallel rank encodes its share of the missing parts; tensor-parallel ranks work on a
+    A store that is complete already is held against its checksums, by all ranks in shares. Else
+    each data-parallel rank encodes its share of the missing parts; tensor-parallel ranks work on a
     part together and the first of them writes.
 
     Args:
@@ -58,17 +61,21 @@ def compute_features(
         pool: states (n, S, C) -> memory vectors (n, P, C).
         batch_size: chunks encoded at once.
         title: what the progress bar calls it.
+        verify: whether a complete store is read whole; see :meth:`FeatureStore.verify`.
 
     Raises:
-        DataError: the folder holds a store of something else, or cannot be written.
+        DataError: the folder holds a store of something else, a damaged one, or cannot be written.
     """
     folder = Path(folder)
     writer = _Writer(folder, spec, stream, encode, pool, grid, batch_size)
-    if not writer.prepare():
+    complete = writer.prepare()
+    if not complete:
         writer.write_missing_parts(title)
         writer.publish()
     with raising_together(grid):
         store = FeatureStore.open(folder, spec)
+        if complete:
+            store.verify(verify, grid.rank, grid.world_size)
     return store
 
 
@@ -131,7 +138,9 @@ class _Writer:
                 bar.update(sum(len(spec.part_chunks(part)) for part in round_parts))
 
     def _is_there(self, part: int) -> bool:
-        return all(is_whole(self.folder, self.spec, array, part) for array in self.spec.arrays())
+        return not any(
+            part_problem(self.folder, self.spec, array, part) for array in self.spec.arrays()
+        )
 
     def _open_part(self, part: int | None, stack: contextlib.ExitStack) -> dict[str, _PartFile]:
         """The files of a part, on the one rank of a TP group that writes them."""

@@ -13,15 +13,16 @@ import numpy as np
 
 from megaegpt.data.instruction.records import InstructionDataset
 from megaegpt.data.tokenizer import END_OF_TEXT_ID
+from megaegpt.data.tokens.batch import Arrays, Batch
 from megaegpt.data.tokens.permutation import EpochOrder, Permutation
-from megaegpt.data.tokens.windows import IGNORED, EvaluationBatch
+from megaegpt.data.tokens.windows import IGNORED
 from megaegpt.errors import DataError
 
 _PADDING = -1  # a negative segment: seen by nothing
 
 
 class InstructionSamples:
-    """Rows of T + 1 tokens; which tokens are learned; and where rows are packed, the record that
+    """Rows of T tokens, with their answers as targets, and where rows are packed, the record that
     each token belongs to.
 
     Packed rows are made once, from the records in an order drawn by ``seed``: each goes into the
@@ -60,43 +61,37 @@ class InstructionSamples:
         return len(self.rows)
 
     @property
-    def row_len(self) -> int:
-        """Length of a row of tokens."""
-        return self._sample_len + 1
-
-    @property
     def tokens_per_row(self) -> float:
         """Mean number of tokens that a row has, padding not counted."""
         return sum(self._lengths) / len(self.rows)
 
-    def batch(self, numbers: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+    def batch(self, numbers: np.ndarray) -> Arrays:
         """Rows by global sample number; see :meth:`read`."""
-        return self.read(self._order(numbers), out)
+        return self.read(self._order(numbers))
 
-    def read(self, rows: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+    def read(self, rows: np.ndarray) -> Arrays:
         """Rows by their own number.
 
         Returns:
-            tokens (n, T + 1) int64, in ``out`` if given, filled up with end-of-text; bool (n, T),
-            whether ``tokens[:, t + 1]`` is learned; and, if rows are packed, int64 (n, T), the
-            number of each token's record in its row, -1 at padding.
+            ``tokens`` (n, T), filled up with end-of-text; ``targets`` (n, T), -100 but for what is
+            learned; and, if rows are packed, ``segments`` (n, T).
         """
         shape = (len(rows), self._sample_len)
-        tokens = np.empty((len(rows), self.row_len), np.int64) if out is None else out
-        tokens.fill(END_OF_TEXT_ID)
-        learned = np.zeros(shape, bool)
+        tokens = np.full((len(rows), self._sample_len + 1), END_OF_TEXT_ID, np.int64)
+        targets = np.full(shape, IGNORED, np.int64)
         segments = np.full(shape, _PADDING, np.int64)
         for row, number in enumerate(rows.tolist()):
             start = 0
             for segment, item in enumerate(self.rows[number]):
-                inputs, targets = self._items[item]
+                inputs, answers = self._items[item]
                 end = start + len(inputs)
                 tokens[row, start:end] = inputs
-                tokens[row, end] = targets[-1]
-                learned[row, start:end] = targets != IGNORED
+                tokens[row, end] = answers[-1]
+                targets[row, start:end] = answers
                 segments[row, start : end + 1] = segment
                 start = end + 1
-        return (tokens, learned, segments) if self._packing else (tokens, learned)
+        batch = {"tokens": np.ascontiguousarray(tokens[:, :-1]), "targets": targets}
+        return batch | {"segments": segments} if self._packing else batch
 
     @cached_property
     def fingerprint(self) -> str:
@@ -118,10 +113,20 @@ class InstructionWindows:
         """Rows."""
         return len(self._samples)
 
-    def batch(self, numbers: np.ndarray) -> EvaluationBatch:
-        """Rows by number, with what :class:`InstructionSamples` has beside the tokens."""
-        tokens, *extras = self._samples.read(numbers)
-        return EvaluationBatch(tokens[:, :-1], tokens[:, 1:], tuple(extras))
+    def batch(self, numbers: np.ndarray) -> Arrays:
+        """Rows by number."""
+        return self._samples.read(numbers)
+
+
+def trim_padding(batch: Batch, multiple_of: int) -> Batch:
+    """Without the columns behind the last target of any row, but for what makes the width a
+    multiple of ``multiple_of`` (a chunk, for egpt and deepgpt).
+    """
+    targets = batch["targets"]
+    learned = (targets != IGNORED).any(0)
+    used = int(learned.nonzero()[-1]) + 1 if learned.any() else 1
+    width = min(-(-used // multiple_of) * multiple_of, targets.shape[1])
+    return {name: rows[:, :width] for name, rows in batch.items()}
 
 
 def pack(items: list[int], lengths: list[int], room: int) -> list[list[int]]:

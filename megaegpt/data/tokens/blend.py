@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
+from megaegpt.data.tokens.batch import Arrays
 from megaegpt.data.tokens.permutation import Permutation
 from megaegpt.data.tokens.samples import StreamSamples
 from megaegpt.errors import DataError
@@ -43,7 +44,7 @@ class Blend:
             raise DataError(f"{len(sources)} sources need as many positive weights, not {weights}")
         if any(source.stream is not sources[0].stream for source in sources):
             raise ValueError("the sources of a blend must be spans of one stream")
-        if len({source.row_len for source in sources}) > 1:
+        if len({source.sample_len for source in sources}) > 1:
             raise ValueError("the sources of a blend must have samples of one length")
         self.sources = list(sources)
         self.names = list(names) or [str(number) for number in range(len(sources))]
@@ -58,11 +59,6 @@ class Blend:
         self.block_size = max(_SMALLEST_BLOCK, int(2 / min(self.weights)) + 1)
         self._seed = seed
         self._cached: tuple[int, Permutation, list[int], list[int]] | None = None
-
-    @property
-    def row_len(self) -> int:
-        """Length of a row of tokens."""
-        return self.sources[0].row_len
 
     def __len__(self) -> int:
         """Samples in which the source that runs out first is seen once."""
@@ -102,16 +98,14 @@ class Blend:
             self._cached = (block, order, before, ends)
         return self._cached[1:]
 
-    def batch(
-        self, numbers: np.ndarray, out: np.ndarray | None = None
-    ) -> np.ndarray | tuple[np.ndarray, ...]:
+    def batch(self, numbers: np.ndarray) -> Arrays:
         """What the sources' own ``batch`` gives, of samples by global number."""
         sources, inside = self.locate(numbers)
         starts = np.empty(len(numbers), np.int64)
         for source in np.unique(sources).tolist():
             mask = sources == source
             starts[mask] = self.sources[source].starts(inside[mask])
-        return self.sources[0].read(starts, out)
+        return self.sources[0].read(starts)
 
     def tokens_by_source(self, samples: int) -> list[int]:
         """Tokens predicted from each source in the first ``samples`` samples of a run."""
@@ -119,13 +113,13 @@ class Blend:
         counts = np.array(self.counts(block))
         sources, _ = self.locate(np.arange(rest) + block * self.block_size)
         counts += np.bincount(sources, minlength=len(self.sources))
-        return (counts * (self.row_len - 1)).tolist()
+        return (counts * self.sources[0].sample_len).tolist()
 
     def epochs_by_source(self, samples: int) -> list[float]:
         """How often each source has been seen after ``samples`` samples of a run."""
         tokens = self.tokens_by_source(samples)
         return [
-            seen / ((self.row_len - 1) * len(source))
+            seen / (self.sources[0].sample_len * len(source))
             for seen, source in zip(tokens, self.sources, strict=True)
         ]
 

@@ -4,25 +4,64 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from megaegpt.config.batch import BatchSchedule
+from megaegpt.config.batch_ramp import BatchSchedule
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.samples import Samples
 
 if TYPE_CHECKING:
     from megaegpt.parallel.grid import ProcessGrid
 
-MicroBatch = torch.Tensor | tuple[torch.Tensor, ...]
-"""What ``samples.batch`` returns, as tensors on the CPU (pinned where the model is on a GPU)."""
+
+class Moving(NamedTuple):
+    """A micro-batch whose copies to the device may still be under way."""
+
+    batch: Batch
+    arrived: torch.cuda.Event | None
+
+
+class DeviceMover:
+    """Brings micro-batches to a device without making the host, or the device's work, wait.
+
+    On a GPU :meth:`start` copies from pinned memory on a stream of its own; :meth:`finish` lets the
+    current stream wait for the copy, and the allocator know that this stream uses the tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, batch: Batch) -> Moving:
+        """Make a batch on the CPU contiguous and begin to copy it; from any thread."""
+        whole = {name: tensor.contiguous() for name, tensor in batch.items()}
+        if self._stream is None:
+            return Moving(whole, None)
+        pinned = {name: tensor.pin_memory() for name, tensor in whole.items()}
+        with torch.cuda.stream(self._stream):
+            moved = {n: x.to(self._device, non_blocking=True) for n, x in pinned.items()}
+            return Moving(moved, self._stream.record_event())
+
+    def finish(self, moving: Moving) -> Batch:
+        """The batch for the current stream."""
+        if moving.arrived is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(moving.arrived)
+            for tensor in moving.batch.values():
+                tensor.record_stream(current)
+        return moving.batch
 
 
 class TrainingLoader:
     """Iterate over optimizer steps; each gives this rank's micro-batches as a list.
+
+    Batches are contiguous and on the grid's device: a background thread draws them, prepares them
+    and starts their copies, from pinned memory on a stream of its own, while the steps before run.
 
     A step has the samples that follow those of the steps before; micro-step m of data-parallel
     rank r takes the ``micro_batch_size`` of them from ``(m * dp_size + r) * micro_batch_size`` on.
@@ -37,7 +76,8 @@ class TrainingLoader:
             ``micro_batch_size * grid.dp_size``.
         micro_batch_size: samples a micro-batch.
         start_step: first step to give, for resuming.
-        prefetch: steps prepared ahead.
+        prefetch: steps prepared ahead; on a GPU their batches are in its memory.
+        prepare: what else happens to a micro-batch on the CPU, such as reading stored features.
     """
 
     def __init__(
@@ -48,6 +88,7 @@ class TrainingLoader:
         micro_batch_size: int,
         start_step: int = 0,
         prefetch: int = 2,
+        prepare: Callable[[Batch], Batch] = dict,
     ) -> None:
         batches = (
             BatchSchedule(global_batch_size)
@@ -61,18 +102,19 @@ class TrainingLoader:
         self._samples = samples
         self._batches = batches
         self._micro_batch_size = micro_batch_size
-        self._pinned = grid.device.type == "cuda"
+        self._prepare = prepare
+        self._mover = DeviceMover(grid.device)
         micro_steps = np.arange(batches.final // per_micro_step)
         first = (micro_steps * grid.dp_size + grid.dp_rank) * micro_batch_size
         self._rows = (first[:, None] + np.arange(micro_batch_size)).ravel()  # ascending
-        self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(max(1, prefetch))
+        self._ready: queue.Queue[list[Moving] | BaseException] = queue.Queue(max(1, prefetch))
         self._stopping = threading.Event()
         self._thread = threading.Thread(
-            target=self._prepare, args=(start_step,), name="training-loader", daemon=True
+            target=self._fill, args=(start_step,), name="training-loader", daemon=True
         )
         self._thread.start()
 
-    def _prepare(self, step: int) -> None:
+    def _fill(self, step: int) -> None:
         """The background thread: batches in order until told to stop; an error is passed on."""
         try:
             while not self._stopping.is_set():
@@ -81,29 +123,27 @@ class TrainingLoader:
         except BaseException as error:
             self._ready.put(error)
 
-    def _batch_of(self, step: int) -> list[MicroBatch]:
+    def _batch_of(self, step: int) -> list[Moving]:
         rows = self._rows[: np.searchsorted(self._rows, self._batches.size(step))]
-        numbers = self._batches.samples_before(step) + rows
-        buffer = torch.empty(
-            (len(numbers), self._samples.row_len), dtype=torch.int64, pin_memory=self._pinned
-        )
-        batch = self._samples.batch(numbers, out=buffer.numpy())
-        if isinstance(batch, np.ndarray):
-            return list(buffer.split(self._micro_batch_size))
-        others = [torch.from_numpy(array).split(self._micro_batch_size) for array in batch[1:]]
-        return list(zip(buffer.split(self._micro_batch_size), *others, strict=True))
+        arrays = self._samples.batch(self._batches.samples_before(step) + rows)
+        size = self._micro_batch_size
+        split = {name: torch.from_numpy(array).split(size) for name, array in arrays.items()}
+        micro_batches = [
+            dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)
+        ]
+        return [self._mover.start(self._prepare(batch)) for batch in micro_batches]
 
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         return self
 
-    def __next__(self) -> list[MicroBatch]:
+    def __next__(self) -> list[Batch]:
         if self._stopping.is_set():
             raise StopIteration
         item = self._ready.get()
         if isinstance(item, BaseException):
             self.close()
             raise item
-        return item
+        return [self._mover.finish(moving) for moving in item]
 
     def close(self) -> None:
         """Stop the thread and wait for it."""

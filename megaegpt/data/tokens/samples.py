@@ -1,6 +1,6 @@
 """Training samples as a function of (seed, global sample number), in constant memory.
 
-Shapes: n samples, S tokens predicted in a sample, N chunks in a window.
+Shapes: n samples, T tokens predicted in a sample, N chunks in a window.
 
 Sample numbers run on over epochs: number // len(samples) is the epoch. An epoch visits every sample
 once, in an order of its own, and starts its first sample at a place of its own (the phase), so
@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megaegpt.data.tokens.batch import Arrays, shifted
 from megaegpt.data.tokens.permutation import EpochOrder
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import DataError
@@ -24,28 +25,22 @@ class Samples(Protocol):
     def __len__(self) -> int:
         """Samples an epoch."""
 
-    def batch(
-        self, numbers: np.ndarray, out: np.ndarray | None = None
-    ) -> np.ndarray | tuple[np.ndarray, ...]:
-        """Samples by global number; tokens, (n, row_len) int64, come first and fill ``out``."""
-
-    @property
-    def row_len(self) -> int:
-        """Length of a row of tokens."""
+    def batch(self, numbers: np.ndarray) -> Arrays:
+        """Samples by global number (n,); see :mod:`megaegpt.data.tokens.batch`."""
 
 
 class StreamSamples(Samples, Protocol):
     """Samples that are rows of a stream."""
 
     stream: TokenStream
+    sample_len: int
+    """T, tokens predicted in a sample."""
 
     def starts(self, numbers: np.ndarray) -> np.ndarray:
         """First token (n,), in the stream, of samples by global number."""
 
-    def read(
-        self, starts: np.ndarray, out: np.ndarray | None = None
-    ) -> np.ndarray | tuple[np.ndarray, ...]:
-        """What ``batch`` gives, of rows that begin at these tokens."""
+    def read(self, starts: np.ndarray) -> Arrays:
+        """What ``batch`` gives, of samples that begin at these tokens."""
 
 
 class EpochLayout:
@@ -85,7 +80,7 @@ class PretrainingSamples:
 
     Args:
         stream: where the tokens are.
-        seq_len: tokens predicted in a row.
+        sample_len: tokens predicted in a row.
         seed: of the order.
         span: first token and end of the part of the stream that is used; None: all of it.
 
@@ -96,42 +91,34 @@ class PretrainingSamples:
     def __init__(
         self,
         stream: TokenStream,
-        seq_len: int,
+        sample_len: int,
         seed: int,
         span: tuple[int, int] | None = None,
     ) -> None:
         self._begin, end = span or (0, len(stream))
         tokens = end - self._begin
-        if tokens <= seq_len:
-            raise DataError(
-                f"{stream.name_at(self._begin)} has {tokens} tokens; one sample needs {seq_len + 1}"
-            )
+        if tokens <= sample_len:
+            name = stream.name_at(self._begin)
+            raise DataError(f"{name} has {tokens} tokens; one sample needs {sample_len + 1}")
         self.stream = stream
-        self.seq_len = seq_len
-        self._layout = EpochLayout(tokens - 1, seq_len, seed)
+        self.sample_len = sample_len
+        self._layout = EpochLayout(tokens - 1, sample_len, seed)
 
     def __len__(self) -> int:
         """Samples an epoch."""
         return self._layout.samples
 
-    @property
-    def row_len(self) -> int:
-        """Length of a row of tokens: inputs and targets overlap in all but one."""
-        return self.seq_len + 1
-
-    def batch(self, numbers: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Tokens (n, seq_len + 1) int64 of samples by global number, in ``out`` if given."""
-        return self.read(self.starts(numbers), out)
+    def batch(self, numbers: np.ndarray) -> Arrays:
+        """Tokens and targets (n, T) of samples by global number."""
+        return self.read(self.starts(numbers))
 
     def starts(self, numbers: np.ndarray) -> np.ndarray:
         """First token (n,), in the stream, of samples by global number."""
         return self._layout.starts(numbers) + self._begin
 
-    def read(self, starts: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Tokens (n, seq_len + 1) of rows that begin at ``starts``."""
-        out = np.empty((len(starts), self.row_len), np.int64) if out is None else out
-        self.stream.read_rows(starts, out)
-        return out
+    def read(self, starts: np.ndarray) -> Arrays:
+        """Tokens and targets (n, T) of samples that begin at ``starts``."""
+        return shifted(_read_rows(self.stream, starts, self.sample_len + 1))
 
 
 class ChunkWindows:
@@ -171,31 +158,29 @@ class ChunkWindows:
         self.stream = stream
         self.num_chunks = num_chunks
         self.chunk_size = chunk_size
+        self.sample_len = num_chunks * chunk_size
         self._layout = EpochLayout(chunks, num_chunks, seed)
 
     def __len__(self) -> int:
         """Windows an epoch."""
         return self._layout.samples
 
-    @property
-    def row_len(self) -> int:
-        """Length of a row of tokens: all chunks, and the target of the last token."""
-        return self.num_chunks * self.chunk_size + 1
-
-    def batch(
-        self, numbers: np.ndarray, out: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (n, num_chunks * chunk_size + 1) and chunk numbers (n, num_chunks), both int64."""
-        return self.read(self.starts(numbers), out)
+    def batch(self, numbers: np.ndarray) -> Arrays:
+        """Tokens, targets (n, T) and chunk ids (n, N) of windows by global number."""
+        return self.read(self.starts(numbers))
 
     def starts(self, numbers: np.ndarray) -> np.ndarray:
         """First token (n,), in the stream, of windows by global number."""
         return (self._layout.starts(numbers) + self._first_chunk) * self.chunk_size
 
-    def read(
-        self, starts: np.ndarray, out: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and chunk numbers of windows that begin at ``starts``."""
-        out = np.empty((len(starts), self.row_len), np.int64) if out is None else out
-        self.stream.read_rows(starts, out)
-        return out, starts[:, None] // self.chunk_size + np.arange(self.num_chunks)
+    def read(self, starts: np.ndarray) -> Arrays:
+        """What :meth:`batch` gives, of windows that begin at ``starts``."""
+        batch = shifted(_read_rows(self.stream, starts, self.sample_len + 1))
+        ids = starts[:, None] // self.chunk_size + np.arange(self.num_chunks)
+        return batch | {"chunk_ids": ids}
+
+
+def _read_rows(stream: TokenStream, starts: np.ndarray, length: int) -> np.ndarray:
+    rows = np.empty((len(starts), length), stream.dtype)
+    stream.read_rows(starts, rows)
+    return rows

@@ -85,6 +85,11 @@ class TokenStream:
             return parts[0]
         return np.concatenate(parts) if parts else self._tokens[0][:0]
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the tokens on disk; int64 where the shards' types differ."""
+        return np.dtype(np.int64 if self._dtype is None else self._dtype)
+
     def read_rows(self, starts: np.ndarray, out: np.ndarray) -> None:
         """Fill ``out`` (n, length), of any integer type, with the spans that begin at ``starts``.
 

@@ -5,10 +5,11 @@ Shapes: n windows, S tokens of a window, N chunks of a window.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+from megaegpt.data.tokens.batch import Arrays
 
 IGNORED = -100
 
@@ -23,26 +24,14 @@ class TokenSource(Protocol):
         """Tokens from ``start`` on."""
 
 
-@dataclass(frozen=True)
-class EvaluationBatch:
-    """Windows side by side."""
-
-    tokens: np.ndarray
-    """(n, S) int64 inputs, 0 after the text's end."""
-    targets: np.ndarray
-    """(n, S) int64, the token after each input; -100 where it does not count."""
-    extras: tuple[np.ndarray, ...] = ()
-    """What else the model's inputs are made of; for chunks their numbers in the text, (n, N)."""
-
-
 class Windows(Protocol):
     """What an evaluation goes through."""
 
     def __len__(self) -> int:
         """Windows."""
 
-    def batch(self, numbers: np.ndarray) -> EvaluationBatch:
-        """Windows by number, (n,)."""
+    def batch(self, numbers: np.ndarray) -> Arrays:
+        """Windows by number (n,), padded by token 0 and target -100."""
 
 
 class EvaluationWindows:
@@ -81,7 +70,7 @@ class EvaluationWindows:
         first = min(targets, self.sample_len)
         return (first > 0) + -(-(targets - first) // self.stride)
 
-    def batch(self, numbers: np.ndarray) -> EvaluationBatch:
+    def batch(self, numbers: np.ndarray) -> Arrays:
         """Windows by number (n,); a number of ``len(self)`` or more gives a window of padding."""
         size = self.sample_len
         tokens = np.zeros((len(numbers), size), np.int64)
@@ -95,10 +84,8 @@ class EvaluationWindows:
             counted = 0 if number == 0 else size - self.stride
             tokens[row, :length] = span[:-1]
             targets[row, counted:length] = span[1 + counted :]
-        return EvaluationBatch(tokens, targets, self._chunk_ids(numbers))
-
-    def _chunk_ids(self, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
-        if self.num_chunks == 1:
-            return ()
-        per_stride = self.stride * self.num_chunks // self.sample_len
-        return (numbers[:, None] * per_stride + np.arange(self.num_chunks),)
+        batch = {"tokens": tokens, "targets": targets}
+        if self.num_chunks > 1:
+            per_stride = self.stride * self.num_chunks // self.sample_len
+            batch["chunk_ids"] = numbers[:, None] * per_stride + np.arange(self.num_chunks)
+        return batch

@@ -11,10 +11,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.model.attention.cache import KVCache
+from megaegpt.model.base import LanguageModel, Predictions
 from megaegpt.model.block import MLP, BlockStack, residual_std
 from megaegpt.model.egpt.chunk_memory import (
     ChunkWindowContext,
@@ -28,7 +29,7 @@ from megaegpt.model.head import OutputHead
 from megaegpt.model.positions import AddedPositions, rotary_table
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Embedding, LayerNorm
-from megaegpt.parallel.params import count_parameters, spec_of, unshard
+from megaegpt.parallel.params import spec_of, unshard
 
 Recorded = list[tuple[Tensor, Tensor]]
 
@@ -43,7 +44,7 @@ def chunk_features(token_states: Tensor, config: EGPTConfig) -> Tensor:
     return spans[..., -1, :] if config.feature_pooling == "last" else spans.mean(-2)
 
 
-class EGPT(nn.Module):
+class EGPT(LanguageModel):
     """The decoder over a frozen encoder (``FrozenEncoder``, kept outside of this module)."""
 
     def __init__(self, config: ModelConfig, grid: ProcessGrid) -> None:
@@ -135,16 +136,24 @@ class EGPT(nn.Module):
         ``earlier_tokens`` (B, N - 1, S), the ids of the chunks that features are of (-1: none),
         are needed with ``token_counts``.
         """
-        cut = self._history_cut(token_states)
-        hidden = self.hidden_states(token_states, features, cut)
-        if self.counts is None:
+        _, hidden, mixture = self.predictions(token_states, features, earlier_tokens)
+        if mixture is None:
             return self.head.loss(hidden, targets, reduction)
-        if earlier_tokens is None:
-            raise ValueError("model.egpt.token_counts needs the tokens of the earlier chunks")
-        mixture = self.mixture(hidden, features, earlier_tokens, cut)
         added = mixture.of(targets.flatten(1)).view(targets.shape)
         log_keep = mixture.log_keep.view(targets.shape)
         return self.head.loss(hidden, targets, reduction, (log_keep, added))
+
+    def predictions(  # type: ignore[override]
+        self, token_states: Tensor, features: Tensor, earlier_tokens: Tensor | None = None
+    ) -> Predictions:
+        cut = self._history_cut(token_states)
+        hidden = self.hidden_states(token_states, features, cut)
+        if self.counts is None:
+            return Predictions(self.head, hidden)
+        if earlier_tokens is None:
+            raise ValueError("model.egpt.token_counts needs the tokens of the earlier chunks")
+        mixture = self.mixture(hidden, features, earlier_tokens, cut)
+        return Predictions(self.head, hidden, mixture)
 
     def mixture(
         self, hidden: Tensor, features: Tensor, earlier_tokens: Tensor, cut: Tensor | None = None
@@ -215,22 +224,16 @@ class EGPT(nn.Module):
             cache.length += length
         return x
 
-    def gate_openness(self) -> list[float]:
-        """Mean of ``|tanh(gate)|`` over each layer's heads: how much is used of what is read from
-        the memory. Empty without gates. Collective over the TP group.
+    def metrics(self) -> dict[str, float]:
+        """How far each layer's memory gate is open: the mean of ``|tanh(gate)|`` over its heads, 0
+        to 1.
         """
         gates = [p for n, p in self.named_parameters() if n.endswith("attention.gate")]
         full = [unshard(gate, spec_of(gate), self.grid) for gate in gates]
-        return [gate.float().tanh().abs().mean().item() for gate in full]
-
-    def num_parameters(self) -> int:
-        """Trainable parameters over all TP ranks (the encoder's are not among them)."""
-        return count_parameters(self)
+        openness = [gate.float().tanh().abs().mean().item() for gate in full]
+        return {f"memory_gate/{layer:02d}": value for layer, value in enumerate(openness)}
 
     def flops_per_token(self) -> int:
-        """Operations of training the decoder on one token of a full window (without the
-        encoder).
-        """
         config, egpt = self.config, self.config.egpt
         features = (egpt.num_chunks - 1) * egpt.features_per_chunk * egpt.history
         positions = 1 + features / (egpt.num_chunks * egpt.chunk_size)  # a token's share of them

@@ -170,8 +170,8 @@ def make_scratch(scratch: Path, source: Path) -> None:
     free = shutil.disk_usage(scratch.parent).free
     if free < needed:
         raise CheckpointError(
-            f"resuming {source.parent} at another topology needs {needed / 2**30:.1f} GiB free in "
-            f"{scratch.parent}, which has {free / 2**30:.1f} GiB"
+            f"joining the state of {source.parent} from its ranks needs {needed / 2**30:.1f} GiB "
+            f"free in {scratch.parent}, which has {free / 2**30:.1f} GiB"
         )
     try:
         scratch.mkdir()

@@ -8,13 +8,13 @@ new one, whole.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 from pathlib import Path
 
 from megaegpt.errors import CheckpointError
-from megaegpt.files import sync_folder, whole_file
+from megaegpt.files import is_unsupported, sync_folder, warn_unsupported, whole_file
+from megaegpt.model.weights import folder_named_by
 from megaegpt.training.checkpoint.manifest import MANIFEST, Manifest
 
 _LATEST, _BEST = "latest", "best"
@@ -39,20 +39,15 @@ class CheckpointFolders:
 
     def latest(self) -> Path | None:
         """The checkpoint that ``latest`` names, else the newest complete one, else None."""
-        try:
-            named = self.directory / (self.directory / _LATEST).read_text(encoding="utf-8").strip()
-            if _COMPLETE.fullmatch(named.name) and named in self.complete():
+        named = folder_named_by(self.directory / _LATEST)
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            if named is not None and _COMPLETE.fullmatch(named.name) and named in self.complete():
                 return named
-        except (OSError, ValueError):  # no such file, no text, a name that no file can have
-            pass
         return max(self.complete(), key=_saved_at, default=None)
 
     def best(self) -> Path | None:
-        """The complete checkpoint that the link ``best`` leads to, if there is one."""
-        try:
-            named = self.directory / os.readlink(self.directory / _BEST)
-        except OSError:
-            return None
+        """The complete checkpoint that ``best`` leads to or names, if there is one."""
+        named = folder_named_by(self.directory / _BEST)
         return named if named in self.complete() else None
 
     def complete(self) -> list[Path]:
@@ -108,10 +103,20 @@ class CheckpointFolders:
             written.write_text(f"{final.name}\n", encoding="utf-8")
 
     def name_best(self, name: str) -> None:
-        """Let the link ``best`` lead to the complete checkpoint ``name``."""
+        """Let the link ``best`` lead to the complete checkpoint ``name``; where the file system has
+        no links, ``best`` is a file that names it, as ``latest`` is.
+        """
         temporary = self.directory / f".{_BEST}.linking"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(name)
+        try:
+            temporary.symlink_to(name)
+        except OSError as error:
+            if not is_unsupported(error):
+                raise
+            warn_unsupported(self.directory, "links", f"`{_BEST}` is a file with a name in it")
+            with whole_file(self.directory / _BEST) as written:
+                written.write_text(f"{name}\n", encoding="utf-8")
+            return
         temporary.replace(self.directory / _BEST)
         sync_folder(self.directory)
 
@@ -131,6 +136,16 @@ class CheckpointFolders:
                 shutil.rmtree(doomed)
 
 
+def named_step(folder: Path) -> int | None:
+    """The step that a checkpoint's name says, under whichever name it is at the moment; None for a
+    folder of another name.
+    """
+    with contextlib.suppress(OSError):
+        name = _TEMPORARY.sub("", folder.resolve().name)
+        return int(name.removeprefix("step_")) if _COMPLETE.fullmatch(name) else None
+    return None
+
+
 def _saved_at(folder: Path) -> int:
     try:
         return Manifest.read(folder).saved_at_ns
@@ -139,14 +154,15 @@ def _saved_at(folder: Path) -> int:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` stands for: itself, the one that the link ``best`` leads to, or
+    """The checkpoint that ``path`` stands for: itself, the one that ``best`` leads to or names, or
     the latest one of a run's folder or of a directory of checkpoints.
 
     Raises:
         CheckpointError: it is none of these.
     """
-    if (path / MANIFEST).is_file():
-        return path.parent / os.readlink(path) if path.is_symlink() else path
+    named = folder_named_by(path) or path
+    if (named / MANIFEST).is_file():
+        return named
     for directory in (path, path / "checkpoints"):
         latest = CheckpointFolders(directory).latest()
         if latest is not None:

@@ -78,7 +78,7 @@ def _describe_checkpoint(folder: Path, verify: bool, tensors: bool) -> Iterator[
     yield f"{folder}: a checkpoint{', every file verified' if verify else ''}"
     yield _line("step", f"{manifest.step}, saved {_date(manifest)}")
     yield _line("topology", str(topology))
-    yield _line("run", ", ".join(f"{name}={value}" for name, value in manifest.trainer.items()))
+    yield _line("run", ", ".join(_state_of_run(manifest)))
     sizes = ", ".join(f"{part} {_megabytes(size)}" for part, size in sorted(parts.items()))
     yield _line("files", f"{len(manifest.files)}: {sizes}")
     config, extra = read_weights_config(folder / "weights")
@@ -88,6 +88,12 @@ def _describe_checkpoint(folder: Path, verify: bool, tensors: bool) -> Iterator[
     if tensors:
         tp = topology.tensor_parallel
         yield from _table(shapes, _specs(config, tp), tp)
+
+
+def _state_of_run(manifest: Manifest) -> Iterator[str]:
+    for name, value in manifest.trainer.items():
+        if name not in ("config", "encoder_arithmetic"):  # long; config.yaml of the run shows it
+            yield f"{name}={value}"
 
 
 def _describe_weights(folder: Path, verify: bool, tensors: bool) -> Iterator[str]:

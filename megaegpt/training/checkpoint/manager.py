@@ -4,7 +4,7 @@
 
     checkpoints/
       latest                  the name of the folder to resume from
-      best                    a link to the folder with the best validation loss, if asked for
+      best                    leads to the folder with the best validation loss, if asked for
       step_00000500/
         manifest.json         step, topology, the loop's state, every file's size and sha256
         deepspeed/            weights and optimizer state, cut by rank
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from megaegpt.errors import CheckpointError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import all_gather_object, broadcast_object, raising_together
-from megaegpt.training.checkpoint.folders import CheckpointFolders, step_folder
+from megaegpt.training.checkpoint.folders import CheckpointFolders, named_step, step_folder
 from megaegpt.training.checkpoint.manifest import (
     FileEntry,
     Manifest,
@@ -177,6 +177,7 @@ class CheckpointManager:
             raise CheckpointError(f"{self.directory} holds no checkpoint to resume from")
         with raising_together(grid):
             manifest = Manifest.read(chosen)
+            _check_name(manifest, chosen)
             mine = sorted(manifest.files)[grid.rank :: grid.world_size]
             verify_files({name: manifest.files[name] for name in mine}, chosen)
             _check_model(manifest, engine, chosen)
@@ -200,6 +201,14 @@ class CheckpointManager:
                 dist.barrier()
             if engine.grid.is_main:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_name(manifest: Manifest, folder: Path) -> None:
+    if named_step(folder) not in (None, manifest.step):
+        raise CheckpointError(
+            f"{folder} holds the checkpoint of step {manifest.step} under another step's name: "
+            f"rename it to {step_folder(manifest.step)}"
+        )
 
 
 def _check_model(manifest: Manifest, engine: Engine, folder: Path) -> None:

@@ -25,6 +25,7 @@ from deepspeed.checkpoint.constants import (
     PARAM_GROUPS,
     PARAMETER_WITH_ROW_PARALLELISM_PATTERNS,
     TP_REPLICATED_PARAMETER_PATTERNS,
+    UNIVERSAL_CHECKPOINT_INFO,
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
 )
 from torch import Tensor, nn
@@ -34,9 +35,12 @@ from megaegpt.parallel.params import ParamSpec, shard, spec_of
 
 _VERSION = 0.2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_FP32 = "fp32"
+FP32 = "fp32"
 
 Specs = dict[str, ParamSpec]
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+"""Of whole parameters, by name in the order of the model."""
 
 
 def universal_info(specs: Specs) -> dict[str, Any]:
@@ -58,15 +62,19 @@ def _exactly(name: str) -> str:
     return re.escape(name) + "$"
 
 
-def convert(source: Path, target: Path, specs: Specs, zero_stage: int) -> None:
+def convert(source: Path, target: Path, shapes: Shapes, zero_stage: int) -> None:
     """Write the universal form of a DeepSpeed checkpoint folder; by one process.
+
+    How the parameters were cut is read from the checkpoint: it may differ from how the ranks that
+    load it cut them, which share key and value heads or do not.
 
     Args:
         source: folder with ``mp_rank_*`` files, saved at ``zero_stage``.
         target: folder to make.
+        shapes: of every trainable parameter, whole.
     """
     if zero_stage == 0:
-        _convert_replicated(source, target, specs)
+        _convert_replicated(source, target, shapes)
         return
     ds_to_universal.main(
         argparse.Namespace(
@@ -81,17 +89,18 @@ def convert(source: Path, target: Path, specs: Specs, zero_stage: int) -> None:
     )
 
 
-def _convert_replicated(source: Path, target: Path, specs: Specs) -> None:
+def _convert_replicated(source: Path, target: Path, shapes: Shapes) -> None:
     files = sorted(source.glob("mp_rank_*_model_states.pt"))
     ranks = [torch.load(f, map_location="cpu", weights_only=True, mmap=True) for f in files]
     states = [rank["optimizer"]["state"] for rank in ranks]
-    for number, name in enumerate(optimizer_order(specs)):
-        spec, folder = specs[name], target / "zero" / name
+    info = ranks[0][UNIVERSAL_CHECKPOINT_INFO]
+    for number, name in enumerate(optimizer_order(shapes)):
+        tp_dim, folder = _saved_tp_dim(info, name), target / "zero" / name
         folder.mkdir(parents=True)
-        _save_joined([rank["module"][name] for rank in ranks], spec, folder / f"{_FP32}.pt")
+        _save_joined([rank["module"][name] for rank in ranks], tp_dim, folder / f"{FP32}.pt")
         for moment in _MOMENTS:
             slices = [state[number][moment] for state in states]
-            _save_joined(slices, spec, folder / f"{moment}.pt")
+            _save_joined(slices, tp_dim, folder / f"{moment}.pt")
         torch.save(states[0][number]["step"], folder / "step.pt")
     common = {
         PARAM_GROUPS: ranks[0]["optimizer"]["param_groups"],
@@ -102,37 +111,51 @@ def _convert_replicated(source: Path, target: Path, specs: Specs) -> None:
         shutil.copy2(file, target)
 
 
-def _save_joined(slices: list[Tensor], spec: ParamSpec, path: Path) -> None:
-    if spec.tp_dim is None:
+def _saved_tp_dim(info: dict[str, Any], name: str) -> int | None:
+    """The dimension that a parameter was cut in when :func:`universal_info` was taken of it."""
+    if _exactly(name) in info[TP_REPLICATED_PARAMETER_PATTERNS]:
+        return None
+    return 1 if _exactly(name) in info[PARAMETER_WITH_ROW_PARALLELISM_PATTERNS] else 0
+
+
+def _save_joined(slices: list[Tensor], tp_dim: int | None, path: Path) -> None:
+    if tp_dim is None:
         torch.save({PARAM: slices[0].clone()}, path)
     else:
-        torch.save({PARAM: torch.cat(slices, dim=spec.tp_dim), CAT_DIM: spec.tp_dim}, path)
+        torch.save({PARAM: torch.cat(slices, dim=tp_dim), CAT_DIM: tp_dim}, path)
 
 
-def optimizer_order(specs: Specs) -> Iterable[str]:
+def read_parameter(folder: Path, name: str, what: str, shape: Shape) -> Tensor:
+    """One whole tensor of a universal checkpoint: ``fp32``, ``exp_avg`` or ``exp_avg_sq``."""
+    return _read(folder, name, what)[PARAM].view(shape)
+
+
+def _read(folder: Path, name: str, what: str) -> Any:
+    path = folder / "zero" / name / f"{what}.pt"
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def optimizer_order(shapes: Shapes) -> Iterable[str]:
     """Names in the order of the optimizer's groups: matrices, then vectors."""
-    return sorted(specs, key=lambda name: len(specs[name].full_shape) < 2)  # stable
+    return sorted(shapes, key=lambda name: len(shapes[name]) < 2)  # stable
 
 
 def load_replicated(
     model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, grid: ProcessGrid
 ) -> None:
     """Fill a stage 0 model and its AdamW with this rank's slices of a universal checkpoint."""
-
-    def read(name: str, what: str) -> Any:
-        return torch.load(
-            folder / "zero" / name / f"{what}.pt", map_location="cpu", weights_only=True
-        )
-
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     for name, parameter in trainable:
         spec = spec_of(parameter)
+
+        def read(what: str, name: str = name, spec: ParamSpec = spec) -> Tensor:
+            return shard(read_parameter(folder, name, what, spec.full_shape), spec, grid)
+
         with torch.no_grad():
-            parameter.copy_(shard(read(name, _FP32)[PARAM].view(spec.full_shape), spec, grid))
+            parameter.copy_(read(FP32))
         state = {
-            moment: shard(read(name, moment)[PARAM].view(spec.full_shape), spec, grid)
-            .to(parameter.device)
-            .clone(memory_format=torch.contiguous_format)
+            moment: read(moment).to(parameter.device).clone(memory_format=torch.contiguous_format)
             for moment in _MOMENTS
         }
-        optimizer.state[parameter] = {"step": read(name, "step").to(parameter.device), **state}
+        step = _read(folder, name, "step").to(parameter.device)
+        optimizer.state[parameter] = {"step": step, **state}

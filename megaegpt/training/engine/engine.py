@@ -7,10 +7,9 @@ Nothing else in the project imports DeepSpeed, so what it expects is written dow
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import deepspeed
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 
 from megaegpt.config.run import RunConfig
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
 from megaegpt.parallel.loss import IGNORE
 from megaegpt.parallel.params import ParamSpec, spec_of
@@ -34,21 +34,25 @@ from megaegpt.precision import resolve_precision
 from megaegpt.training.checkpoint import deepspeed_state
 from megaegpt.training.checkpoint.manifest import Topology
 from megaegpt.training.checkpoint.universal import convert
+from megaegpt.training.engine.compat import check_compatible
 from megaegpt.training.engine.deepspeed_config import (
     deepspeed_config,
     effective_zero_stage,
 )
-from megaegpt.training.engine.gradients import PartNorms
+from megaegpt.training.engine.gradients import ModuleNorms
 from megaegpt.training.engine.host_memory import keep_freed_memory
 from megaegpt.training.engine.optimizer import build_adamw, build_clipped_adamw
 from megaegpt.training.engine.replicas import assert_replicas_equal, is_sharded
 from megaegpt.training.engine.schedule import learning_rate
 
-MicroBatch = Mapping[str, Tensor]
-"""Tensors by name, on any device; ``targets`` (-100 where nothing is predicted) is among them."""
+LossFunction = Callable[[Callable[..., Tensor], Batch], Tensor]
+"""(model, micro-batch) -> the sum of its losses in nats, through one call of the model."""
 
-LossFunction = Callable[[Callable[..., Tensor], MicroBatch], Tensor]
-"""(model, micro-batch on this rank's device) -> sum of nats, through one call of the model."""
+
+def call_model(model: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """The loss of a micro-batch that holds just what the model is called with."""
+    return model(**batch)
+
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed would compile this CPU operator (45 s, needs a compiler); only its inference uses it.
@@ -71,8 +75,10 @@ class StepResult:
     """False: the gradient was not finite and the weights are unchanged."""
     nonfinite: bool
     """Skipped for a cause that loss scaling does not cure."""
-    part_norms: Tensor | None = None
-    """Gradient norms of ``Engine.part_norms.names``; None unless ``logging.gradient_norms``."""
+    micro_losses: tuple[Tensor, ...] = ()
+    """Sum of nats of each of this rank's micro-batches."""
+    module_norms: Tensor | None = None
+    """Gradient norms of ``Engine.module_norms.names``; None unless ``logging.gradient_norms``."""
 
 
 class Engine:
@@ -83,14 +89,23 @@ class Engine:
             moved to the grid's device and cast in place. Anything frozen stays outside.
         grid: this process's place; the process groups must exist (``parallel.launch``).
         config: the run.
+        loss_function: how the model is called on a micro-batch.
 
     Raises:
         ConfigError: a precision that the device lacks, or contradicting raw DeepSpeed keys.
+        LaunchError: a release of DeepSpeed that lacks what is used of it.
     """
 
-    def __init__(self, model: nn.Module, grid: ProcessGrid, config: RunConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        grid: ProcessGrid,
+        config: RunConfig,
+        loss_function: LossFunction = call_model,
+    ) -> None:
         self.model = model
         self.grid = grid
+        self._loss_function = loss_function
         self.precision = resolve_precision(config.training.precision, grid.device)
         if grid.device.type == "cpu":
             keep_freed_memory()
@@ -114,6 +129,7 @@ class Engine:
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, mpu=DeepSpeedMpu(grid), config=options
             )
+        check_compatible(self._deepspeed, stage, self.precision)
         if self.precision == "fp16" and self._loss_scaler is not None:
             # DeepSpeed would end the run with a bare Exception; train_step reports it instead.
             self._loss_scaler.raise_error_at_min_scale = False
@@ -121,7 +137,7 @@ class Engine:
             # Nothing is to be averaged: it would copy all gradients to one buffer and back.
             self._deepspeed.enable_backward_allreduce = False
         deepspeed_state.install(self._deepspeed)
-        self.part_norms = PartNorms(model, self._deepspeed.optimizer, grid)
+        self.module_norms = ModuleNorms(model, self._deepspeed.optimizer, grid)
 
     @property
     def loss_scale(self) -> float:
@@ -138,10 +154,9 @@ class Engine:
 
     # -- training ---------------------------------------------------------------------------------
 
-    def train_step(
-        self, step: int, micro_batches: Sequence[MicroBatch], loss_function: LossFunction
-    ) -> StepResult:
-        """Optimizer step ``step`` (counted from 0) over this rank's micro-batches. Collective.
+    def train_step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
+        """Optimizer step ``step`` (counted from 0) over this rank's micro-batches, which are on its
+        device. Collective.
 
         The gradient is that of (nats of the global batch) / (predicted tokens of the global batch),
         however unevenly the tokens lie over ranks and micro-batches; without any, loss and gradient
@@ -153,34 +168,40 @@ class Engine:
         tokens = self._count_tokens(micro_batches)
         divisor = tokens.clamp(min=1)
         scale = self.grid.dp_size / divisor  # DeepSpeed averages over data-parallel ranks
-        nats, norms = torch.zeros((), device=self.grid.device), None
+        norms, losses = None, []
         seed = self._config.training.seed
         for micro_step, micro_batch in enumerate(micro_batches):
             seed_micro_step(seed, step, micro_step, self.grid.dp_rank)
             last = micro_step + 1 == len(micro_batches)
             self._deepspeed.set_gradient_accumulation_boundary(last)
-            micro_nats = loss_function(self._deepspeed, self._to_device(micro_batch))
-            self._deepspeed.backward(micro_nats * scale, scale_wrt_gas=False)
+            loss = self._loss_function(self._deepspeed, micro_batch)
+            self._deepspeed.backward(loss * scale, scale_wrt_gas=False)
             if last and self._config.logging.measures_parts(step):
-                norms = self.part_norms.measure(self.loss_scale)
+                norms = self.module_norms.measure(self.loss_scale)
             self._deepspeed.step()
-            nats += micro_nats.detach()
+            losses.append(loss.detach())
+        total = torch.zeros((), device=self.grid.device)
+        for loss in losses:
+            total += loss
         if self.grid.dp_group is not None:
-            dist.all_reduce(nats, group=self.grid.dp_group)
-        return dataclasses.replace(self._result(nats / divisor, tokens, lr), part_norms=norms)
+            dist.all_reduce(total, group=self.grid.dp_group)
+        return self._result(total / divisor, tokens, lr, tuple(losses), norms)
 
-    def _count_tokens(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def _count_tokens(self, micro_batches: Sequence[Batch]) -> Tensor:
         counts = [(batch["targets"] != IGNORE).sum() for batch in micro_batches]
-        tokens = torch.stack(counts).sum().to(self.grid.device, non_blocking=True)
+        tokens = torch.stack(counts).sum()
         if self.grid.dp_group is not None:
             dist.all_reduce(tokens, group=self.grid.dp_group)
         return tokens
 
-    def _to_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        device = self.grid.device
-        return {name: x.to(device, non_blocking=True) for name, x in micro_batch.items()}
-
-    def _result(self, loss: Tensor, tokens: Tensor, lr: float) -> StepResult:
+    def _result(
+        self,
+        loss: Tensor,
+        tokens: Tensor,
+        lr: float,
+        micro_losses: tuple[Tensor, ...],
+        norms: Tensor | None,
+    ) -> StepResult:
         applied = self._deepspeed.was_step_applied()
         norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32)
         nonfinite = False
@@ -189,7 +210,8 @@ class Engine:
             scaler = self._loss_scaler if self.precision == "fp16" else None
             at_minimum = scaler is None or scaler.cur_scale <= scaler.min_scale
             nonfinite = at_minimum or not bool(torch.isfinite(loss))
-        return StepResult(loss, tokens, norm.to(loss.device), lr, applied, nonfinite)
+        norm = norm.to(loss.device)
+        return StepResult(loss, tokens, norm, lr, applied, nonfinite, micro_losses, norms)
 
     # -- state ------------------------------------------------------------------------------------
 
@@ -222,11 +244,12 @@ class Engine:
             CheckpointError: the files do not fit this model, or there is no room for ``scratch``.
         """
         universal = scratch / "universal"
+        shapes = {name: spec.full_shape for name, spec in self.parameter_specs().items()}
         with raising_together(self.grid):
             if self.grid.is_main:
                 deepspeed_state.make_scratch(scratch, folder)
                 with deepspeed_state.loading(folder):
-                    convert(folder, universal, self.parameter_specs(), saved.zero_stage)
+                    convert(folder, universal, shapes, saved.zero_stage)
         deepspeed_state.load_universal(self._deepspeed, universal, self.grid)
 
     def assert_replicas_equal(self) -> None:

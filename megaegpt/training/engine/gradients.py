@@ -13,7 +13,7 @@ from megaegpt.model.parts import part_of
 from megaegpt.parallel.grid import ProcessGrid
 
 
-class PartNorms:
+class ModuleNorms:
     """Measures between the backward pass of the last micro-step and the update.
 
     Parameters carry ``tensor_model_parallel`` as for the global norm (``optimizer``).

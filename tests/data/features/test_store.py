@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import mmap
 import os
 import resource
@@ -19,9 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaegpt.data.tokens import memory_map
+from megaegpt.data.features import store as feature_store
 from megaegpt.data.features.store import FeatureSpec, FeatureStore
 from megaegpt.data.features.writer import compute_features
+from megaegpt.data.tokens import memory_map
 from megaegpt.errors import DataError
 from megaegpt.parallel.grid import ProcessGrid
 
@@ -153,6 +155,93 @@ def test_a_damaged_store_is_refused_by_the_file_s_name(tmp_path: Path) -> None:
         store.verify()
     part.write_bytes(whole)
     store.verify()
+
+
+def _flip_a_bit(part: Path, folder: Path) -> None:
+    content = bytearray(part.read_bytes())
+    content[-3] ^= 4
+    part.write_bytes(content)
+
+
+def _zero_a_chunk(part: Path, folder: Path) -> None:
+    values = np.load(part)
+    values[3] = 0
+    np.save(part, values)
+
+
+def _swap_two_parts(part: Path, folder: Path) -> None:
+    other = part.with_name("features-00001.npy")
+    content = part.read_bytes()
+    part.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def _take_the_part_of_another_split(part: Path, folder: Path) -> None:
+    compute(folder / "other", spec(shards="t" * 64), lambda tokens: encode(tokens) + 1)
+    part.write_bytes((folder / "other" / part.name).read_bytes())
+
+
+def _round_to_bfloat16(part: Path, folder: Path) -> None:
+    np.save(part, torch.from_numpy(np.load(part)).bfloat16().float().numpy())
+
+
+def _store_as_bfloat16(part: Path, folder: Path) -> None:
+    np.save(part, torch.from_numpy(np.load(part)).bfloat16().view(torch.uint16).numpy())
+
+
+def _append_a_byte(part: Path, folder: Path) -> None:
+    part.write_bytes(part.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_flip_a_bit, "sha256"),
+        (_zero_a_chunk, "sha256"),
+        (_swap_two_parts, "sha256"),
+        (_take_the_part_of_another_split, "a part of another store"),
+        (_round_to_bfloat16, "sha256"),
+        (_store_as_bfloat16, "holds uint16 instead of float32"),
+        (_append_a_byte, "longer than its array"),
+        (lambda part, folder: part.unlink(), "missing"),
+    ],
+)
+def test_a_run_does_not_start_on_a_store_that_is_not_what_was_written(
+    tmp_path: Path, damage: Any, said: str
+) -> None:
+    folder = tmp_path / "store"
+    compute(folder, spec())
+    damage(folder / "features-00000.npy", tmp_path)
+    with pytest.raises(DataError, match=rf"features-00000\.npy: .*{said}"):
+        compute(folder, spec())
+
+
+def test_a_long_store_is_read_whole_only_if_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = compute(tmp_path, spec())
+    _flip_a_bit(tmp_path / "features-00002.npy", tmp_path)
+    damaged.verify("never")
+    with pytest.raises(DataError):
+        damaged.verify("auto")
+    damaged.verify("always", rank=1, world_size=2)  # the other rank has the damaged part
+    monkeypatch.setattr(feature_store, "_AUTOMATIC_BYTES", spec().num_bytes - 1)
+    damaged.verify("auto")
+    with pytest.raises(DataError):
+        damaged.verify("always")
+
+
+def test_a_store_of_an_encoder_that_computes_otherwise_is_refused_and_an_earlier_one_taken(
+    tmp_path: Path,
+) -> None:
+    compute(tmp_path, spec(encoder_arithmetic="a" * 64))
+    with pytest.raises(DataError, match="encoder_arithmetic is aaaa"):
+        compute(tmp_path, spec(encoder_arithmetic="b" * 64))
+    for name in ("manifest.json", "plan.json"):
+        content = json.loads((tmp_path / name).read_text())
+        del content["encoder_arithmetic"]
+        (tmp_path / name).write_text(json.dumps(content))
+    compute(tmp_path, spec(encoder_arithmetic="b" * 64))
 
 
 def test_without_a_manifest_a_store_does_not_open(tmp_path: Path) -> None:

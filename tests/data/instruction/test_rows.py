@@ -27,22 +27,23 @@ def test_an_epoch_has_every_answer_once_and_learns_nothing_else(
     dataset: InstructionDataset, packing: bool
 ) -> None:
     samples = InstructionSamples(dataset, ROOM, 3, packing)
-    tokens, learned, *segments = samples.batch(np.arange(len(samples)))
-    assert tokens.shape == (len(samples), samples.row_len)
+    batch = samples.batch(np.arange(len(samples)))
+    assert batch["tokens"].shape == batch["targets"].shape == (len(samples), ROOM)
     answers = Counter[str]()
-    for row in range(len(samples)):
-        answers.update(TOKENIZER.decode(tokens[row, 1:][learned[row]]).split("<|endoftext|>")[:-1])
+    for row in batch["targets"]:
+        answers.update(TOKENIZER.decode(row[row != -100]).split("<|endoftext|>")[:-1])
     assert answers == Counter(record.response for record in RECORDS)
     assert samples.tokens_per_row * len(samples) == sum(
         len(TOKENIZER.encode(r.prompt)) + len(TOKENIZER.encode(r.response)) + 1 for r in RECORDS
     )
-    assert len(segments) == packing
+    assert ("segments" in batch) == packing
     assert (len(samples) < len(RECORDS)) == packing
 
 
 def test_packed_records_are_told_apart_and_padding_is_no_ones(dataset: InstructionDataset) -> None:
     samples = InstructionSamples(dataset, ROOM, 3, packing=True)
-    tokens, learned, segments = samples.read(np.arange(len(samples)))
+    batch = samples.read(np.arange(len(samples)))
+    tokens, learned, segments = batch["tokens"], batch["targets"] != -100, batch["segments"]
     for row, items in enumerate(samples.rows):
         for segment, item in enumerate(items):
             inputs, targets = dataset[item]
@@ -50,19 +51,19 @@ def test_packed_records_are_told_apart_and_padding_is_no_ones(dataset: Instructi
             assert (np.diff(columns) == 1).all()
             first = columns[0]
             assert np.array_equal(tokens[row, first : first + len(inputs)], inputs)
-            assert tokens[row, first + len(inputs)] == targets[-1] == 50256
+            assert batch["targets"][row, first + len(inputs) - 1] == targets[-1] == 50256
+            if first + len(inputs) < ROOM:
+                assert tokens[row, first + len(inputs)] == 50256
         assert not learned[row][segments[row] < 0].any()
 
 
 def test_rows_follow_from_the_seed_and_the_number(dataset: InstructionDataset) -> None:
     samples, again, other = (InstructionSamples(dataset, ROOM, s, True) for s in (3, 3, 4))
     numbers = np.array([5, 0, len(samples) + 2])
-    out = np.empty((3, samples.row_len), np.int64)
-    given = samples.batch(numbers, out)
-    assert given[0] is out
-    for one, two in zip(given, again.batch(numbers), strict=True):
-        assert np.array_equal(one, two)
-    assert not np.array_equal(out, other.batch(numbers)[0])
+    given, twice = samples.batch(numbers), again.batch(numbers)
+    assert given.keys() == twice.keys() == {"tokens", "targets", "segments"}
+    assert all(np.array_equal(given[name], twice[name]) for name in given)
+    assert not np.array_equal(given["tokens"], other.batch(numbers)["tokens"])
     assert samples.fingerprint == again.fingerprint
     assert samples.fingerprint != InstructionSamples(dataset, ROOM, 3).fingerprint
 
@@ -72,9 +73,9 @@ def test_windows_are_the_rows_in_order(dataset: InstructionDataset) -> None:
     assert len(windows) == len(RECORDS)
     batch = windows.batch(np.arange(4, 6))
     tokens, targets = dataset[4]
-    assert np.array_equal(batch.tokens[0, : len(tokens)], tokens)
-    (learned,) = batch.extras
-    assert np.array_equal(batch.targets[0][learned[0]], targets[targets != -100])
+    assert np.array_equal(batch["tokens"][0, : len(tokens)], tokens)
+    learned = batch["targets"][0] != -100
+    assert np.array_equal(batch["targets"][0][learned], targets[targets != -100])
 
 
 def test_packing_fills_rows_and_loses_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +47,7 @@ def test_every_block_ends_within_one_sample_of_the_weights(
 
 
 class _Nothing:
-    row_len = 5
+    sample_len = 4
     stream = None
 
 
@@ -71,9 +72,9 @@ def test_a_blend_is_mixed_inside_a_block(sources: list[PretrainingSamples]) -> N
 def test_rows_come_from_the_source_that_locate_names(sources: list[PretrainingSamples]) -> None:
     blend = Blend(sources, [2, 1, 1], seed=4)
     numbers = np.array([5, 2000, 3, 1024, 1023])
-    rows = blend.batch(numbers)
+    rows = blend.batch(numbers)["tokens"]
     for row, source, inside in zip(rows, *blend.locate(numbers), strict=True):
-        assert np.array_equal(row, sources[source].batch(np.array([inside]))[0])
+        assert np.array_equal(row, sources[source].batch(np.array([inside]))["tokens"][0])
         first, end = SPANS[source]
         assert first <= row.min() <= row.max() < end
 
@@ -82,9 +83,8 @@ def test_windows_of_chunks_stay_on_the_grid_of_the_whole_stream(stream: TokenStr
     windows = [ChunkWindows(stream, 3, 7, seed, span) for seed, span in enumerate(SPANS)]
     blend = Blend(windows, [1, 1, 2], seed=1)
     numbers = np.arange(2000)
-    buffer = np.empty((2000, blend.row_len), np.int64)
-    tokens, chunks = blend.batch(numbers, out=buffer)
-    assert tokens is buffer
+    batch = blend.batch(numbers)
+    tokens, chunks = batch["tokens"], batch["chunk_ids"]
     assert np.array_equal(tokens[:, 0], chunks[:, 0] * 7)
     assert (np.diff(chunks, axis=1) == 1).all()
     for source, row in zip(blend.locate(numbers)[0], tokens, strict=True):
@@ -99,7 +99,7 @@ def test_a_run_resumes_in_the_middle_of_a_blend(sources: list[PretrainingSamples
     def batches(start: int, steps: int) -> list[np.ndarray]:
         blend = Blend(sources, [0.7, 0.2, 0.1], seed=1)
         with TrainingLoader(blend, ProcessGrid(), 16, 8, start_step=start) as loader:
-            return [np.concatenate(next(loader)) for _ in range(steps)]
+            return [torch.cat([b["tokens"] for b in next(loader)]).numpy() for _ in range(steps)]
 
     whole = batches(0, 150)
     assert all(np.array_equal(a, b) for a, b in zip(whole[97:], batches(97, 53), strict=True))

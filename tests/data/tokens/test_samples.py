@@ -30,41 +30,38 @@ def test_an_epoch_is_disjoint_spans_inside_the_data(
 
 
 def test_sample_tokens_are_consecutive_and_an_epoch_has_each_once(tmp_path: Path) -> None:
-    samples = PretrainingSamples(counting_stream(tmp_path, 1001, 130), seq_len=10, seed=1)
+    samples = PretrainingSamples(counting_stream(tmp_path, 1001, 130), sample_len=10, seed=1)
     assert len(samples) == 99
     for epoch in range(3):
-        rows = samples.batch(np.arange(99) + epoch * 99)
-        assert rows.dtype == np.int64
-        assert rows.shape == (99, 11)
-        assert (np.diff(rows, axis=1) == 1).all()
-        targets = rows[:, 1:].ravel()
-        assert len(np.unique(targets)) == len(targets)
+        batch = samples.batch(np.arange(99) + epoch * 99)
+        tokens, targets = batch["tokens"], batch["targets"]
+        assert tokens.dtype == targets.dtype == np.int64
+        assert tokens.shape == targets.shape == (99, 10)
+        assert tokens.flags.c_contiguous
+        assert targets.flags.c_contiguous
+        assert (np.diff(tokens, axis=1) == 1).all()
+        assert np.array_equal(targets, tokens + 1)
+        assert len(np.unique(targets)) == targets.size
 
 
 def test_the_cuts_move_from_epoch_to_epoch_and_reach_every_token(tmp_path: Path) -> None:
-    samples = PretrainingSamples(counting_stream(tmp_path, 64), seq_len=4, seed=3)
-    starts = samples.batch(np.arange(200 * len(samples)))[:, 0]
+    samples = PretrainingSamples(counting_stream(tmp_path, 64), sample_len=4, seed=3)
+    batch = samples.batch(np.arange(200 * len(samples)))
+    starts = batch["tokens"][:, 0]
     assert set((starts % 4).tolist()) == {0, 1, 2, 3}
-    assert samples.batch(np.arange(200 * len(samples)))[:, 1:].max() == 63
+    assert batch["targets"].max() == 63
     assert starts.min() == 0
 
 
 def test_samples_do_not_depend_on_history(tmp_path: Path) -> None:
     stream = counting_stream(tmp_path, 500)
-    samples = PretrainingSamples(stream, seq_len=8, seed=1)
-    in_order = samples.batch(np.arange(300))
-    fresh = PretrainingSamples(stream, seq_len=8, seed=1)
+    samples = PretrainingSamples(stream, sample_len=8, seed=1)
+    in_order = samples.batch(np.arange(300))["tokens"]
+    fresh = PretrainingSamples(stream, sample_len=8, seed=1)
     for number in (299, 0, 61, 60, 122):
-        assert np.array_equal(fresh.batch(np.array([number]))[0], in_order[number])
-    other_seed = PretrainingSamples(stream, seq_len=8, seed=2).batch(np.arange(300))
+        assert np.array_equal(fresh.batch(np.array([number]))["tokens"][0], in_order[number])
+    other_seed = PretrainingSamples(stream, sample_len=8, seed=2).batch(np.arange(300))["tokens"]
     assert not np.array_equal(other_seed, in_order)
-
-
-def test_a_given_buffer_is_filled(tmp_path: Path) -> None:
-    samples = PretrainingSamples(counting_stream(tmp_path, 500), seq_len=8, seed=1)
-    out = np.zeros((4, 9), np.int64)
-    assert samples.batch(np.arange(4), out=out) is out
-    assert np.array_equal(out, samples.batch(np.arange(4)))
 
 
 def test_a_corpus_of_a_trillion_tokens_needs_no_more_memory() -> None:
@@ -83,10 +80,12 @@ def test_windows_start_on_the_chunk_grid_and_do_not_overlap(tmp_path: Path) -> N
     assert len(windows) == 24  # 100 trainable chunks
     phases = set()
     for epoch in range(40):
-        tokens, chunk_ids = windows.batch(np.arange(24) + epoch * 24)
-        assert tokens.shape == (24, 41)
+        batch = windows.batch(np.arange(24) + epoch * 24)
+        tokens, chunk_ids = batch["tokens"], batch["chunk_ids"]
+        assert np.array_equal(batch["targets"], tokens + 1)
+        assert tokens.shape == (24, 40)
         assert chunk_ids.shape == (24, 4)
-        assert np.array_equal(tokens, tokens[:, :1] + np.arange(41))
+        assert np.array_equal(tokens, tokens[:, :1] + np.arange(40))
         assert np.array_equal(tokens[:, 0], chunk_ids[:, 0] * 10)
         assert len(np.unique(chunk_ids)) == 96
         assert chunk_ids.max() <= 99
@@ -95,10 +94,10 @@ def test_windows_start_on_the_chunk_grid_and_do_not_overlap(tmp_path: Path) -> N
 
 
 def test_data_of_exactly_one_sample_works_and_less_is_refused(tmp_path: Path) -> None:
-    assert len(PretrainingSamples(counting_stream(tmp_path, 9), seq_len=8, seed=1)) == 1
+    assert len(PretrainingSamples(counting_stream(tmp_path, 9), sample_len=8, seed=1)) == 1
     with pytest.raises(DataError, match="has 8 tokens; one sample needs 9"):
-        PretrainingSamples(counting_stream(tmp_path, 8), seq_len=8, seed=1)
+        PretrainingSamples(counting_stream(tmp_path, 8), sample_len=8, seed=1)
     windows = ChunkWindows(counting_stream(tmp_path, 41), num_chunks=4, chunk_size=10, seed=1)
-    assert windows.batch(np.array([0, 1]))[1].tolist() == [[0, 1, 2, 3]] * 2
+    assert windows.batch(np.array([0, 1]))["chunk_ids"].tolist() == [[0, 1, 2, 3]] * 2
     with pytest.raises(DataError, match="has 40 tokens; a window of 4 chunks of 10 needs 41"):
         ChunkWindows(counting_stream(tmp_path, 40), num_chunks=4, chunk_size=10, seed=1)

@@ -11,14 +11,15 @@ from megaegpt.data.tokens.windows import IGNORED, EvaluationWindows
 from tests.data.corpora import counting_stream
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 9, 10, 11, 100, 101, 103])
+@pytest.mark.parametrize("length", [1, 2, 9, 10, 11, 100, 101, 103])
 @pytest.mark.parametrize("stride", [None, 1, 3, 9, 10])
-def test_every_target_exactly_once(tmp_path: Path, tokens: int, stride: int | None) -> None:
-    windows = EvaluationWindows(counting_stream(tmp_path, tokens), 10, stride=stride)
+def test_every_target_exactly_once(tmp_path: Path, length: int, stride: int | None) -> None:
+    windows = EvaluationWindows(counting_stream(tmp_path, length), 10, stride=stride)
     batch = windows.batch(np.arange(len(windows) + 2))
-    valid = batch.targets != IGNORED
-    assert (batch.targets[valid] == batch.tokens[valid] + 1).all()
-    assert sorted(batch.targets[valid].tolist()) == list(range(1, tokens))
+    tokens, targets = batch["tokens"], batch["targets"]
+    valid = targets != IGNORED
+    assert (targets[valid] == tokens[valid] + 1).all()
+    assert sorted(targets[valid].tolist()) == list(range(1, length))
     assert valid[: len(windows)].any(axis=1).all()  # no window for nothing
     assert not valid[len(windows) :].any()
 
@@ -26,7 +27,7 @@ def test_every_target_exactly_once(tmp_path: Path, tokens: int, stride: int | No
 def test_a_stride_gives_each_target_its_context(tmp_path: Path) -> None:
     windows = EvaluationWindows(counting_stream(tmp_path, 103), 10, stride=3)
     batch = windows.batch(np.arange(len(windows)))
-    for tokens, targets in zip(batch.tokens[1:], batch.targets[1:], strict=True):
+    for tokens, targets in zip(batch["tokens"][1:], batch["targets"][1:], strict=True):
         context = [np.count_nonzero(tokens < y) for y in targets[targets != IGNORED]]
         assert min(context) >= 10 - 3
         assert tokens[7] == tokens[0] + 7
@@ -34,13 +35,13 @@ def test_a_stride_gives_each_target_its_context(tmp_path: Path) -> None:
 
 def test_chunk_numbers_are_those_of_the_text(tmp_path: Path) -> None:
     stream = counting_stream(tmp_path, 83)
-    (ids,) = EvaluationWindows(stream, 30, num_chunks=3).batch(np.arange(3)).extras
+    ids = EvaluationWindows(stream, 30, num_chunks=3).batch(np.arange(3))["chunk_ids"]
     assert ids.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     sliding = EvaluationWindows(stream, 30, num_chunks=3, stride=10).batch(np.arange(6))
-    (ids,) = sliding.extras
+    ids = sliding["chunk_ids"]
     assert ids[:3].tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
-    assert (sliding.tokens[:, 0] == ids[:, 0] * 10).all()
-    assert EvaluationWindows(stream, 30).batch(np.arange(1)).extras == ()
+    assert (sliding["tokens"][:, 0] == ids[:, 0] * 10).all()
+    assert "chunk_ids" not in EvaluationWindows(stream, 30).batch(np.arange(1))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +21,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megaegpt.errors import CheckpointError
+from megaegpt.files import MissingFeatureWarning
+from megaegpt.model.weights import find_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import ParamSpec
 from megaegpt.training.checkpoint import manifest
+from megaegpt.training.checkpoint.folders import find_checkpoint
 from megaegpt.training.checkpoint.manager import CheckpointManager
 from megaegpt.training.checkpoint.manifest import Topology
 from megaegpt.training.engine.engine import Engine
@@ -108,6 +113,59 @@ def test_a_best_that_leads_nowhere_is_no_checkpoint(tmp_path: Path) -> None:
         assert manager.best() is None
     _save(manager, 2)
     assert _load(manager) == 2
+
+
+def test_without_links_best_is_a_file_that_names_it_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(self: Path, target: str) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted", str(self))
+
+    manager = CheckpointManager(tmp_path, keep=1)
+    _save(manager, 1)
+    manager.mark_best(1, ProcessGrid())  # a link that is replaced
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    _save(manager, 2)
+    with pytest.warns(MissingFeatureWarning, match="no links") as warnings:
+        manager.mark_best(2, ProcessGrid())
+    assert len(warnings) == 1
+    _save(manager, 3)
+    best = tmp_path / "best"
+    assert best.read_text() == "step_00000002\n"
+    assert manager.best() == find_checkpoint(best) == tmp_path / "step_00000002"
+    (tmp_path / "step_00000002" / "weights" / "config.json").write_text("{}")
+    assert find_weights(best) == tmp_path / "step_00000002" / "weights"
+
+
+def test_a_file_system_without_durable_folders_still_takes_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    manager = CheckpointManager(tmp_path, keep=1)
+    with pytest.warns(MissingFeatureWarning, match="durable folders"):
+        _save(manager, 1)
+    assert _load(manager) == 1
+
+
+def test_a_checkpoint_under_another_step_s_name_is_refused(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=2)
+    _save(manager, 1)
+    _save(manager, 2)
+    shutil.rmtree(tmp_path / "step_00000002")
+    (tmp_path / "step_00000001").rename(tmp_path / "step_00000002")
+    with pytest.raises(CheckpointError, match="step_00000002 holds the checkpoint of step 1"):
+        _load(manager)
+    (tmp_path / "step_00000002").rename(tmp_path / "step_00000001")
+    assert _load(manager) == 1
+    (tmp_path / "step_00000001").rename(tmp_path / "kept")
+    assert _load(manager, tmp_path / "kept") == 1, "any other name says no step"
 
 
 def test_saving_again_at_an_earlier_step_keeps_the_new_one(tmp_path: Path) -> None:

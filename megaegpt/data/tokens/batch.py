@@ -1,0 +1,38 @@
+"""The one form in which samples travel: arrays or tensors by name, already shifted.
+
+======== ================ ===================================================================
+name     shape            what
+======== ================ ===================================================================
+tokens   (n, T) int64     what is read
+targets  (n, T) int64     the token after each; -100 where nothing is predicted
+segments (n, T) int64     of packed texts: the number of each token's text, negative at padding
+chunk_ids (n, N) int64    of windows of chunks: each chunk's number in its stream
+======== ================ ===================================================================
+
+The last two are there for samples that have them. What is read of a feature store joins them by the
+names of :mod:`megaegpt.model.calling`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:  # drawing samples needs no torch
+    from torch import Tensor
+
+Arrays = dict[str, np.ndarray]
+"""Samples, contiguous."""
+
+Batch: TypeAlias = "Mapping[str, Tensor]"
+"""A micro-batch, on any device."""
+
+
+def shifted(rows: np.ndarray) -> Arrays:
+    """Rows of T + 1 consecutive tokens, of any integer type -> ``tokens``, ``targets``, (n, T)."""
+    return {
+        "tokens": rows[:, :-1].astype(np.int64, order="C"),
+        "targets": rows[:, 1:].astype(np.int64, order="C"),
+    }

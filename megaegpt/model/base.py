@@ -1,0 +1,84 @@
+"""What every kind of model has in common."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from megaegpt.config import ModelConfig
+from megaegpt.model.block import BlockStack
+from megaegpt.model.egpt.token_counts import Mixture
+from megaegpt.model.head import OutputHead
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import count_parameters
+
+_ROWS_OF_LOGITS = 256
+
+
+class Predictions(NamedTuple):
+    """What a model expects after every token of a batch.
+
+    Shapes: B rows, T tokens of a row (over any number of dimensions), C hidden, V vocabulary.
+    """
+
+    head: OutputHead
+    hidden: Tensor
+    """(B, T..., C), what the head reads."""
+    mixture: Mixture | None = None
+    """What is mixed into the head's distribution."""
+
+    def logits(self, chosen: Tensor) -> Iterator[Tensor]:
+        """The logits behind some of the tokens, some hundred at a time.
+
+        Args:
+            chosen: (B, T...) bool.
+
+        Yields:
+            (m, V), in the order in which ``hidden[chosen]`` has them; log-probabilities where there
+            is a mixture. Collective over the tensor-parallel group.
+        """
+        if self.mixture is None:
+            for hidden in self.hidden[chosen].split(_ROWS_OF_LOGITS):
+                yield self.head.full_logits(hidden)
+            return
+        rows = zip(self.hidden.flatten(1, -2), chosen.flatten(1), strict=True)
+        for row, (hidden, mask) in enumerate(rows):  # each row has a mixture of its own
+            mixture = self.mixture.of_row(row, mask)
+            for start in range(0, int(mask.sum()), _ROWS_OF_LOGITS):
+                part = slice(start, start + _ROWS_OF_LOGITS)
+                logits = self.head.full_logits(hidden[mask][part]).unsqueeze(0)
+                yield mixture.at(part).log_probabilities(logits).squeeze(0)
+
+
+class LanguageModel(nn.Module, abc.ABC):
+    """A stack of blocks under a head; what is below the stack tells the kinds apart."""
+
+    config: ModelConfig
+    grid: ProcessGrid
+    stack: BlockStack
+    head: OutputHead
+
+    @abc.abstractmethod
+    def predictions(self, **arguments: Tensor) -> Predictions:
+        """Called as the model is (:mod:`megaegpt.model.calling`), but without targets."""
+
+    @abc.abstractmethod
+    def flops_per_token(self) -> int:
+        """Floating-point operations of training on one token of a full sample, forward and
+        backward, without a frozen encoder.
+        """
+
+    def num_parameters(self) -> int:
+        """Parameters over all TP ranks, a tied head once, padding rows included; those of a frozen
+        encoder are not among them.
+        """
+        return count_parameters(self)
+
+    def metrics(self) -> dict[str, float]:
+        """What the model reports of itself at an evaluation, by name. Collective over all ranks of
+        a tensor-parallel group.
+        """
+        return {}

@@ -1,0 +1,59 @@
+"""The fp32 weights that the optimizer of a checkpoint keeps, as a folder of weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from megaegpt.errors import CheckpointError
+from megaegpt.files import whole_folder
+from megaegpt.model.weights import WEIGHTS, read_weights_config, write_weights
+from megaegpt.training.checkpoint.deepspeed_state import loading, make_scratch
+from megaegpt.training.checkpoint.manager import STATE
+from megaegpt.training.checkpoint.manifest import Manifest, Topology, verify_files
+from megaegpt.training.checkpoint.universal import FP32, convert, read_parameter
+
+
+def export_masters(checkpoint: Path, output: Path) -> Manifest:
+    """Write the fp32 weights of a checkpoint into the new folder ``output``; by one process.
+
+    A run in half precision computes with rounded weights, which are what its checkpoints hold under
+    ``weights``: right for inference. Its optimizer goes on from these; so does further training.
+    Frozen parameters have no such value and are taken as they are.
+
+    Returns:
+        What the checkpoint is.
+
+    Raises:
+        CheckpointError: it is damaged, ``output`` is in use, or there is no room for a while for
+            three times the checkpoint.
+    """
+    manifest = Manifest.read(checkpoint)
+    verify_files(manifest.files, checkpoint)
+    config, extra = read_weights_config(checkpoint / "weights")
+    shapes = {name: tuple(shape) for name, shape in manifest.parameters.items()}
+    source, stage = checkpoint / STATE, Topology(**manifest.topology).zero_stage
+    with whole_folder(output) as temporary:
+        scratch = temporary / "scratch"
+        make_scratch(scratch, source)
+        tensors = {name: value.float() for name, value in _weights(checkpoint).items()}
+        with loading(source):
+            convert(source, scratch / "universal", shapes, stage)
+            for name, shape in shapes.items():
+                whole = read_parameter(scratch / "universal", name, FP32, shape)
+                tensors[name] = whole.clone(memory_format=torch.contiguous_format)
+        shutil.rmtree(scratch)
+        write_weights(tensors, config, temporary, extra)
+    return manifest
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    path = checkpoint / "weights" / WEIGHTS
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,74 @@
+"""What this project uses of DeepSpeed that DeepSpeed does not promise: one table of it all.
+
+Beside this module only ``engine``, ``gradients`` and ``optimizer`` here and ``deepspeed_state`` and
+``universal`` in ``training.checkpoint`` know of it. A release that lacks one of these is refused by
+name when an engine is built, rather than found out in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+
+from megaegpt.errors import LaunchError
+
+ENGINE = (
+    "checkpoint_engine",  # writes and reads the files of a checkpoint; replaced by ours
+    "_copy_recovery_script",  # is called at each save; switched off
+    "_config.load_universal_checkpoint",  # says how load_checkpoint reads
+    "enable_backward_allreduce",
+    "optimizer.param_groups",
+)
+"""Attributes of the engine that ``deepspeed.initialize`` gives."""
+
+PARTITIONED = (
+    "averaged_gradients",  # this rank's share, by group
+    "params_in_partition",
+    "clip_grad",
+)
+"""Of the optimizer of ZeRO stages 1 and 2, ..."""
+
+BF16_STAGE_1 = ("bf16_groups", "fp32_groups_gradients", "clip_grad")
+"""... but that of bf16 at stage 1, which has these instead."""
+
+LOSS_SCALER = ("cur_scale", "min_scale", "raise_error_at_min_scale")
+"""Of ``optimizer.loss_scaler`` in fp16."""
+
+READ_BY_DEEPSPEED = ("_global_grad_norm", "overflow")
+"""What the engine reads of our own optimizer at stage 0."""
+
+
+def check_compatible(engine: Any, stage: int, precision: str) -> None:
+    """Look for everything that an engine of this stage and precision needs.
+
+    Raises:
+        LaunchError: this release of DeepSpeed lacks something, which is named.
+    """
+    missing = [f"engine.{name}" for name in _missing(engine, ENGINE)]
+    optimizer = engine.optimizer
+    if stage == 0:
+        missing += [f"optimizer.{name}" for name in _missing(optimizer, READ_BY_DEEPSPEED)]
+    else:
+        other = precision == "bf16" and not hasattr(optimizer, "averaged_gradients")
+        names = BF16_STAGE_1 if other else PARTITIONED
+        missing += [f"optimizer.{name}" for name in _missing(optimizer, names)]
+    if precision == "fp16":
+        scaler = getattr(optimizer, "loss_scaler", None)
+        missing += [f"loss_scaler.{name}" for name in _missing(scaler, LOSS_SCALER)]
+    if missing:
+        raise LaunchError(
+            f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}: install the release "
+            "that setup.py names"
+        )
+
+
+def _missing(place: Any, names: tuple[str, ...]) -> Iterator[str]:
+    for name in names:
+        found = place
+        for part in name.split("."):
+            if not hasattr(found, part):
+                yield name
+                break
+            found = getattr(found, part)

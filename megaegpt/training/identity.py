@@ -1,0 +1,472 @@
+"""What a run is: which keys of its configuration decide what it computes, and which do not.
+
+Every key belongs to one :data:`Effect`. A resumed run is held against its checkpoint by them, a new
+run against the weights it starts from, and the ranks of a run against each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import megaegpt
+from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
+from megaegpt.config.loading import config_to_dict, read_yaml
+from megaegpt.config.parsing import parse_section
+from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.errors import CheckpointError, ConfigError, LaunchError
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.weights import read_weights_config, weights_checksum
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.together import all_gather_object, raising_together
+from megaegpt.training.checkpoint.manifest import Manifest
+
+Effect = Literal["arithmetic", "data order", "optimization", "none"]
+"""What a key decides of a run that has begun.
+
+- ``arithmetic``: what the model computes from its weights. Trained weights mean nothing under
+  another one, and most of it shows in no tensor's shape.
+- ``data order``: which samples a step has.
+- ``optimization``: what a step makes of its samples.
+- ``none``: where, how fast, how often; or how the run began, which is past. Files and folders are
+  here too: what they hold is compared by its fingerprint.
+"""
+
+_KEYS: dict[Effect, dict[str, str]] = {
+    "arithmetic": {
+        "model": "kind vocab_size hidden_size num_layers num_heads num_kv_heads head_dim "
+        "ffn_hidden_size attention positions rope_base window window_every latent_dim "
+        "query_latent_dim latent_norm rope_head_dim document_end bias activation tied_embeddings "
+        "layer_norm_eps",
+        "model.egpt": "chunk_size features_per_chunk feature_pooling local_attention memory_gate "
+        "history token_counts adapter_norm adapter_residual",
+        "model.encoder": "layers",
+    },
+    "data order": {
+        "model": "max_seq_len",
+        "model.egpt": "num_chunks",
+        "data": "weights",
+        "data.instructions": "held_out packing on_bad_record",
+        "training": "seed global_batch_size",
+        "training.batch_ramp": "start increment steps",
+    },
+    "optimization": {
+        "model": "dropout",
+        "model.egpt": "random_history",
+        "data": "feature_dtype",
+        "training": "steps micro_batch_size precision gradient_clipping on_nonfinite freeze",
+        "optimizer": "lr min_lr schedule warmup_steps decay_steps beta1 beta2 eps weight_decay",
+        "": "deepspeed",
+    },
+    "none": {
+        "model": "init_std",
+        "model.encoder": "source initialize_decoder batch_size",
+        "data": "train validation verify_checksums vocabulary features history_features "
+        "token_features prefetch",
+        "data.instructions": "train validation",
+        "parallel": "tensor_parallel_size zero_stage overlap_comm",
+        "training": "activation_checkpointing eval_interval patience initialize_from compile",
+        "checkpoint": "directory interval keep keep_best",
+        "logging": "directory interval gradient_norms tensorboard wandb wandb_project",
+        "generation": "prompt max_new_tokens temperature top_k top_p seed",
+    },
+}
+
+EFFECTS: dict[str, Effect] = {
+    f"{section}.{name}".lstrip("."): effect
+    for effect, sections in _KEYS.items()
+    for section, names in sections.items()
+    for name in names.split()
+}
+"""The effect of every key of a run's configuration."""
+
+_READ_FROM = {
+    "data.train",
+    "data.validation",
+    "data.vocabulary",
+    "data.instructions.train",
+    "data.instructions.validation",
+    "model.encoder.source",
+    "training.initialize_from",
+}
+"""Places that a machine may have elsewhere than the others; what is there is compared instead."""
+
+_PLACES = {"checkpoint.directory", "logging.directory"}
+"""Where a run is; it may be moved."""
+
+_RESOLVED = {
+    "num_kv_heads": "kv_heads",
+    "head_dim": "head_size",
+    "ffn_hidden_size": "ffn_size",
+    "latent_dim": "latent_size",
+}
+"""Keys whose default follows from others, and the property that resolves it."""
+
+_TAKES_PART: dict[str, Callable[[ModelConfig], bool]] = {
+    "num_kv_heads": lambda model: model.attention == "grouped_query",
+    "latent_dim": lambda model: model.attention == "latent",
+    "query_latent_dim": lambda model: model.attention == "latent",
+    "latent_norm": lambda model: model.attention == "latent",
+    "rope_base": lambda model: model.positions == "rotary",
+    "window_every": lambda model: model.window is not None,
+    "tied_embeddings": lambda model: model.kind == "gpt",
+    "egpt.chunk_size": lambda model: model.kind != "gpt",
+    "encoder.layers": lambda model: model.kind != "gpt",
+}
+"""Where a key has an effect, if not everywhere; the other keys of ``egpt`` are an egpt's."""
+
+_MAY_CHANGE_AT_THE_START = {
+    "model.max_seq_len",
+    "model.egpt.num_chunks",
+    "model.vocab_size",
+    "model.window",
+    "model.window_every",
+    "model.document_end",
+    "model.egpt.features_per_chunk",
+    "model.egpt.feature_pooling",
+    "model.egpt.local_attention",
+    "model.egpt.history",
+    "model.encoder.layers",
+}
+"""What a new run may do otherwise with trained weights on purpose, as it learns to."""
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Every key of a configuration with its value, dotted: ``training.batch_ramp.start``."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, section: Any) -> None:
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if dataclasses.is_dataclass(value):
+                add(f"{prefix}{field.name}.", value)
+            else:
+                flat[f"{prefix}{field.name}"] = list(value) if isinstance(value, tuple) else value
+
+    add("", config)
+    return flat
+
+
+def model_arithmetic(model: ModelConfig) -> dict[str, Any]:
+    """What decides a model's arithmetic, by key: defaults resolved, without what has no effect in
+    such a model. Equal for two models that compute the same from the same weights.
+    """
+    values = {}
+    for key, effect in EFFECTS.items():
+        section, _, name = key.partition(".")
+        if section != "model" or effect != "arithmetic":
+            continue
+        in_egpt = name.startswith("egpt.")
+        takes_part = _TAKES_PART.get(name, lambda model, egpt=in_egpt: not egpt or _is_egpt(model))
+        if takes_part(model):
+            value: Any = model
+            for part in _RESOLVED.get(name, name).split("."):
+                value = getattr(value, part)
+            values[key] = value
+    return values
+
+
+def _is_egpt(model: ModelConfig) -> bool:
+    return model.kind == "egpt"
+
+
+def arithmetic_digest(model: ModelConfig) -> str:
+    """One text that changes with :func:`model_arithmetic`."""
+    content = json.dumps(model_arithmetic(model), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _different(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys with unequal values: (there, here); None where a side has none."""
+    pairs = {key: (there.get(key), here.get(key)) for key in dict.fromkeys([*there, *here])}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _there_and_here(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(
+        f"{key} is {_show(there)} there and {_show(here)} here"
+        for key, (there, here) in differences.items()
+    )
+
+
+def _from_to(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(
+        f"{key} {_show(there)} -> {_show(here)}" for key, (there, here) in differences.items()
+    )
+
+
+def _show(value: Any) -> str:
+    """A value as a configuration has it, short enough for a line."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# -- a new run and the weights it starts from ------------------------------------------------------
+
+
+def check_initialization(model: ModelConfig, weights: str | Path) -> list[str]:
+    """Hold a new model against the weights that it is to begin with.
+
+    Returns:
+        Notices of what it computes otherwise than the weights were trained for, where that may be
+        meant.
+
+    Raises:
+        ConfigError: the weights would mean something else in it, whether or not they have the same
+            shapes.
+    """
+    found, _ = read_weights_config(weights)
+    lengths = ("model.max_seq_len",) if model.kind == "gpt" else ("model.egpt.num_chunks",)
+    differences = _differences_of_models(found, model, lengths)
+    meant = {k: v for k, v in differences.items() if k in _MAY_CHANGE_AT_THE_START}
+    refused = {k: v for k, v in differences.items() if k not in meant}
+    if refused:
+        raise ConfigError(
+            f"training.initialize_from: {weights} was trained as another model: "
+            f"{_there_and_here(refused)}"
+        )
+    return [f"{weights} was trained otherwise: {_from_to(meant)}"] if meant else []
+
+
+def _differences_of_models(
+    there: ModelConfig, here: ModelConfig, besides: Iterable[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Keys in which the arithmetic of two models differs; and those ``besides`` it that differ.
+
+    A default that follows from another key is not named for that key's sake.
+    """
+    raw = _different(flatten(RunConfig(model=there)), flatten(RunConfig(model=here)))
+    found = _different(model_arithmetic(there), model_arithmetic(here))
+    followed = {f"model.{name}" for name in _RESOLVED} - set(raw)
+    named = {key: pair for key, pair in found.items() if key not in followed}
+    return {**named, **{key: raw[key] for key in besides if key in raw}}
+
+
+# -- a resumed run and its checkpoint --------------------------------------------------------------
+
+
+def run_identity(config: RunConfig, encoder: FrozenEncoder | None, corpus: str) -> dict[str, Any]:
+    """What a checkpoint keeps of the run that made it, for :func:`check_resume`.
+
+    Args:
+        encoder: the frozen one of an EGPT or DeepGPT.
+        corpus: fingerprint of what the run learns from.
+    """
+    training = config.training
+    return {
+        "encoder": encoder and encoder.fingerprint,
+        "encoder_arithmetic": encoder and model_arithmetic(encoder.config),
+        "shards": corpus,
+        "global_batch_size": training.global_batch_size,
+        "batch_ramp": training.batch_ramp.start and config_to_dict(training.batch_ramp),
+        "seed": training.seed,
+        "config": config_to_dict(config),
+    }
+
+
+def check_resume(config: RunConfig, identity: Mapping[str, Any], folder: Path) -> list[str]:
+    """Hold a run against the checkpoint that it is to go on from, before anything is loaded.
+
+    Args:
+        identity: this run's, of :func:`run_identity`.
+
+    Returns:
+        Notices: at most one line that names every key that has changed, and one if the run is
+        complete.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, of another model, encoder or run, or beyond the
+            last step.
+    """
+    manifest = Manifest.read(folder)
+    state = manifest.trainer
+    saved = _saved_config(config, manifest, folder)
+    changes = _different(flatten(saved), flatten(config))
+    changes |= _changed_corpus(state.get("shards", ""), identity["shards"], changes)
+    _check_same_run(changes, folder)
+    _check_same_model(saved.model, config.model, folder)
+    _check_same_encoder(state, identity, folder)
+    steps = config.training.steps
+    if manifest.step > steps or (manifest.step == steps and "training.steps" in changes):
+        raise CheckpointError(
+            f"training.steps={steps} is not above the {manifest.step} steps that {folder} has "
+            "done: give more, or name an earlier checkpoint in the file `latest`"
+        )
+    notices = _describe_changes(changes)
+    if manifest.step == steps:
+        notices.append(f"the run is complete: all {steps} steps are done (training.steps)")
+    return notices
+
+
+def _saved_config(config: RunConfig, manifest: Manifest, folder: Path) -> RunConfig:
+    """The configuration of the run that made a checkpoint.
+
+    Checkpoints of earlier versions do not hold it: then it is what the run wrote down when it last
+    started, and failing that only the few values that every checkpoint has.
+    """
+    state = manifest.trainer
+    values = state.get("config") or _recorded_config(config)
+    saved = config if values is None else parse_section(RunConfig, values, "", [])
+    ramp = state.get("batch_ramp")
+    training = dataclasses.replace(
+        saved.training,
+        seed=state.get("seed", saved.training.seed),
+        global_batch_size=state.get("global_batch_size", saved.training.global_batch_size),
+        batch_ramp=BatchRampConfig(**ramp) if ramp else BatchRampConfig(),
+    )
+    saved = dataclasses.replace(saved, training=training)
+    if (folder / "weights").is_dir():
+        model, _ = read_weights_config(folder / "weights")
+        saved = dataclasses.replace(saved, model=model)
+    return saved
+
+
+def _changed_corpus(
+    there: str, here: str, changes: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """What the run learns from, by fingerprints: a digest, and of a blend how it is mixed."""
+    pair = there.partition(" "), here.partition(" ")
+    mixed_otherwise = pair[0][0] == pair[1][0] and "data.weights" in changes
+    if there in ("", here) or mixed_otherwise:
+        return {}
+    return {"shards": (there[:12], here[:12])}
+
+
+def _recorded_config(config: RunConfig) -> dict[str, Any] | None:
+    path = Path(config.logging.directory) / "config.yaml"
+    with contextlib.suppress(ConfigError):
+        return read_yaml(path)[0] if path.is_file() else None
+    return None
+
+
+def _check_same_run(changes: Mapping[str, tuple[Any, Any]], folder: Path) -> None:
+    """Other folders and another seed or corpus at once: nobody goes on with a run like that."""
+    places = {k: v for k, v in changes.items() if k in _PLACES}
+    others = {k: v for k, v in changes.items() if k in ("training.seed", "shards")}
+    if places and others:
+        raise CheckpointError(
+            f"{folder} is of another run: {_there_and_here({**places, **others})}. To begin a new "
+            "run with its weights set training.initialize_from; to go on with that run leave its "
+            "folders or its seed and data as they were"
+        )
+
+
+def _check_same_model(saved: ModelConfig, ours: ModelConfig, folder: Path) -> None:
+    differences = _differences_of_models(saved, ours)
+    if differences:
+        raise CheckpointError(
+            f"{folder} was trained as another model: {_there_and_here(differences)}. Resume with "
+            "the model section as it was, or begin a new run by training.initialize_from"
+        )
+
+
+def _check_same_encoder(
+    state: Mapping[str, Any], identity: Mapping[str, Any], folder: Path
+) -> None:
+    saved, ours = state.get("encoder"), identity["encoder"]
+    if saved != ours:
+        raise CheckpointError(
+            f"{folder} was trained over another encoder (fingerprint {str(saved)[:12]}, now "
+            f"{str(ours)[:12]}): set model.encoder.source to the one it was trained with"
+        )
+    arithmetic = state.get("encoder_arithmetic")
+    differences = _different(arithmetic, identity["encoder_arithmetic"]) if arithmetic else {}
+    if differences:
+        raise CheckpointError(
+            f"{folder} was trained over an encoder of the same weights that computes otherwise: "
+            f"{_there_and_here(differences)} (in config.json of model.encoder.source)"
+        )
+
+
+def _describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """One line on what has changed, first what the losses depend on."""
+    titles: dict[Effect, str] = {
+        "data order": "the samples of the steps to come change",
+        "optimization": "the optimization changes",
+        "none": "without effect on the losses",
+    }
+    parts = []
+    for effect, title in titles.items():
+        some = {k: v for k, v in changes.items() if _effect_in_the_same_model(k) == effect}
+        if some:
+            parts.append(f"{title}: {_from_to(some)}")
+    return [f"since the checkpoint, {'; '.join(parts)}"] if parts else []
+
+
+def _effect_in_the_same_model(key: str) -> Effect:
+    """Keys of the model that are left are those that do nothing in it."""
+    effect = EFFECTS.get(key, "data order")
+    return "none" if effect == "arithmetic" else effect
+
+
+# -- the ranks of one run --------------------------------------------------------------------------
+
+
+def configuration_facts(config: RunConfig) -> dict[str, Any]:
+    """What all ranks of a run must have been given alike: versions, and every key but places of
+    files, which a machine may have elsewhere.
+    """
+    versions = {"megaegpt": megaegpt.__version__, "torch": torch.__version__}
+    keys = {key: value for key, value in flatten(config).items() if key not in _READ_FROM}
+    return {**versions, **keys}
+
+
+def corpus_facts(training: str, streams: Mapping[str, TokenStream]) -> dict[str, Any]:
+    """What all ranks must learn from and be evaluated on."""
+    splits = {f"the {name} split": stream.fingerprint for name, stream in streams.items()}
+    found = {"the training samples": training, **splits}
+    return {f"the fingerprint of {name}": fingerprint for name, fingerprint in found.items()}
+
+
+def weights_facts(key: str, weights: str | Path) -> dict[str, Any]:
+    """What all ranks must find in the weights folder that the key ``key`` names."""
+    return {f"what {key} holds": weights_checksum(weights)}
+
+
+def check_ranks_agree(find: Callable[[], Mapping[str, Any]], grid: ProcessGrid) -> None:
+    """Compare what each rank was given with what the first was. Collective over all ranks.
+
+    Args:
+        find: gives JSON values by a name that people know; it may fail on one rank alone.
+
+    Raises:
+        LaunchError: on all ranks; names what differs, both values and the ranks.
+    """
+    if grid.world_size == 1:
+        return
+    with raising_together(grid):
+        content = json.dumps(find(), sort_keys=True)
+    if len(set(all_gather_object(hashlib.sha256(content.encode()).digest(), grid))) == 1:
+        return
+    everything = [json.loads(text) for text in all_gather_object(content, grid)]
+    error = LaunchError(
+        "ranks were not given the same: "
+        + "; ".join(_describe_disagreement(everything))
+        + ". Start all of them with one configuration, corpus, encoder and version"
+    )
+    error.on_every_rank = True
+    raise error
+
+
+def _describe_disagreement(everything: list[dict[str, Any]]) -> list[str]:
+    first = everything[0]
+    lines = []
+    for name in dict.fromkeys(name for facts in everything for name in facts):
+        others = [
+            rank for rank, facts in enumerate(everything) if facts.get(name) != first.get(name)
+        ]
+        if others:
+            value = everything[others[0]].get(name)
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            lines.append(
+                f"{name} is {_show(first.get(name))} on rank 0 and {_show(value)} on rank "
+                f"{others[0]}{more}"
+            )
+    return lines

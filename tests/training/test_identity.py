@@ -1,0 +1,317 @@
+"""What a run is: resumed, begun from weights, or spread over ranks, it is held against what it was
+or what the others were given, and says what is not the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
+from megaegpt.config.loading import config_to_yaml
+from megaegpt.errors import CheckpointError, ConfigError, MegaEGPTError
+from megaegpt.model import initialization
+from megaegpt.model.build import build_model
+from megaegpt.model.weights import save_weights
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training import identity
+from megaegpt.training.checkpoint.manifest import Manifest
+from megaegpt.training.identity import (
+    EFFECTS,
+    check_initialization,
+    check_resume,
+    flatten,
+    model_arithmetic,
+    run_identity,
+)
+from megaegpt.training.pretraining import pretrain
+from tests.distributed.harness import Distributed, grid_for
+from tests.training.tiny import (
+    StopAfter,
+    corpus,
+    encoder_config,
+    run_config,
+    write_corpus,
+    write_encoder,
+)
+
+__all__ = ["corpus"]
+
+_CORPUS = "a" * 64
+
+
+def test_every_key_of_a_configuration_has_an_effect_and_no_other_key_has() -> None:
+    """A new key must be classified in ``identity``; this test then names it."""
+    keys = set(flatten(RunConfig()))
+    assert keys - set(EFFECTS) == set()
+    assert set(EFFECTS) - keys == set()
+    models = {f"model.{name}" for name in {*identity._RESOLVED, *identity._TAKES_PART}}
+    for table in (identity._READ_FROM, identity._PLACES, identity._MAY_CHANGE_AT_THE_START, models):
+        assert set(table) <= keys
+
+
+def test_what_a_decoder_copies_of_an_encoder_s_blocks_is_judged_by_all_of_their_arithmetic() -> (
+    None
+):
+    copied = {f"model.{name}" for name in initialization._SAME}
+    resolved = {f"model.{v}": f"model.{k}" for k, v in identity._RESOLVED.items()}
+    of_blocks = set(model_arithmetic(ModelConfig(attention="latent", positions="rotary")))
+    elsewhere = {
+        "model.kind",
+        "model.vocab_size",  # compared for every encoder
+        "model.hidden_size",
+        "model.num_layers",  # the last ones are copied
+        "model.positions",  # added to the input, which a decoder gets from its encoder
+        "model.rope_base",
+        "model.rope_head_dim",
+        "model.window",  # of what the decoder attends to
+        "model.document_end",
+        "model.tied_embeddings",
+    }
+    assert of_blocks - elsewhere <= {resolved.get(key, key) for key in copied}
+
+
+def test_models_that_compute_the_same_have_the_same_arithmetic() -> None:
+    plain = encoder_config()
+    for same in (
+        {"num_kv_heads": 4, "head_dim": 4, "ffn_hidden_size": 64},
+        {"rope_base": 500.0},
+        {"dropout": 0.3, "init_std": 0.1},
+    ):
+        assert model_arithmetic(encoder_config(**same)) == model_arithmetic(plain), same
+    rotary = encoder_config(positions="rotary")
+    assert model_arithmetic(dataclasses.replace(rotary, rope_base=5e5)) != model_arithmetic(rotary)
+
+
+# -- resuming --------------------------------------------------------------------------------------
+
+
+def _checkpoint(folder: Path, config: RunConfig, step: int = 3, **state: Any) -> Path:
+    """What :func:`check_resume` reads of a checkpoint."""
+    place = folder / f"step_{step:08d}"
+    save_weights(build_model(config.model, ProcessGrid()), place / "weights", ProcessGrid())
+    known = {"step": step, **run_identity(config, None, _CORPUS)}
+    Manifest(step, {}, {}, {**known, **state}, {}).write(place)
+    return place
+
+
+def _changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    return dataclasses.replace(
+        config,
+        **{n: dataclasses.replace(getattr(config, n), **values) for n, values in sections.items()},
+    )
+
+
+def _check(config: RunConfig, checkpoint: Path, corpus: str = _CORPUS) -> list[str]:
+    return check_resume(config, run_identity(config, None, corpus), checkpoint)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return run_config("gpt", tmp_path, tmp_path)
+
+
+def test_an_unchanged_run_is_resumed_without_a_word(config: RunConfig, tmp_path: Path) -> None:
+    assert _check(config, _checkpoint(tmp_path, config)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "other"),
+    [
+        ("num_heads", 4, 2),
+        ("positions", "none", "sinusoidal"),
+        ("window", None, 4),
+        ("activation", "gelu_tanh", "gelu"),
+        ("layer_norm_eps", 1e-5, 1e-6),
+        ("document_end", None, 3),
+        ("vocab_size", 100, 101),
+    ],
+)
+def test_arithmetic_that_no_shape_tells_is_refused_by_name_with_both_values(
+    config: RunConfig, tmp_path: Path, key: str, value: Any, other: Any
+) -> None:
+    config = _changed(config, model={"positions": "none"})
+    checkpoint = _checkpoint(tmp_path, config)
+    there = "null" if value is None else value
+    with pytest.raises(CheckpointError, match=rf"model\.{key} is {there} there and {other} here"):
+        _check(_changed(config, model={key: other}), checkpoint)
+
+
+def test_every_other_changed_key_is_named_in_one_line(config: RunConfig, tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path, config)
+    (line,) = _check(
+        _changed(
+            config,
+            model={"dropout": 0.2},
+            optimizer={"lr": 1e-3, "schedule": "linear", "beta2": 0.9, "weight_decay": 0.0},
+            training={"steps": 9, "micro_batch_size": 1, "gradient_clipping": 0.0, "seed": 5},
+            logging={"interval": 1},
+        ),
+        checkpoint,
+    )
+    order, optimization, rest = line.split("; ")
+    assert order.endswith("the samples of the steps to come change: training.seed 1337 -> 5")
+    for change in (
+        "model.dropout 0.1 -> 0.2",
+        "training.steps 6 -> 9",
+        "training.micro_batch_size 2 -> 1",
+        "training.gradient_clipping 1.0 -> 0.0",
+        "optimizer.lr 0.003 -> 0.001",
+        "optimizer.schedule cosine -> linear",
+        "optimizer.beta2 0.95 -> 0.9",
+        "optimizer.weight_decay 0.1 -> 0.0",
+    ):
+        assert change in optimization
+    assert rest == "without effect on the losses: logging.interval 2 -> 1"
+
+
+def test_another_corpus_and_another_batch_are_named(config: RunConfig, tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path, config)
+    ramp = BatchRampConfig(start=2, increment=2, steps=1)
+    (line,) = _check(_changed(config, training={"batch_ramp": ramp}), checkpoint, "b" * 64)
+    assert "training.batch_ramp.start null -> 2" in line
+    assert f"shards {'a' * 12} -> {'b' * 12}" in line
+
+
+@pytest.mark.parametrize(("saved", "steps"), [(5, 4), (5, 5)])
+def test_no_more_steps_than_are_done_are_refused(
+    config: RunConfig, tmp_path: Path, saved: int, steps: int
+) -> None:
+    checkpoint = _checkpoint(tmp_path, config, step=saved)
+    with pytest.raises(CheckpointError, match=rf"training\.steps={steps} is not above the 5 steps"):
+        _check(_changed(config, training={"steps": steps}), checkpoint)
+
+
+def test_a_complete_run_is_said_to_be_complete(config: RunConfig, tmp_path: Path) -> None:
+    (line,) = _check(config, _checkpoint(tmp_path, config, step=6))
+    assert "complete: all 6 steps" in line
+
+
+def test_the_checkpoint_of_another_run_is_refused_and_a_moved_run_is_not(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    checkpoint = _checkpoint(tmp_path, config)
+    moved = _changed(config, logging={"directory": str(tmp_path / "moved")})
+    (line,) = _check(moved, checkpoint)
+    assert "logging.directory" in line
+    with pytest.raises(CheckpointError, match=r"is of another run: logging\.directory.*seed is 13"):
+        _check(_changed(moved, training={"seed": 1}), checkpoint)
+
+
+def test_an_encoder_of_the_same_weights_and_another_arithmetic_is_refused(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    there = model_arithmetic(encoder_config(num_heads=2))
+    checkpoint = _checkpoint(tmp_path, config, encoder="e" * 64, encoder_arithmetic=there)
+    here = {"encoder": "e" * 64, "encoder_arithmetic": model_arithmetic(encoder_config())}
+    with pytest.raises(CheckpointError, match=r"model\.num_heads is 2 there and 4 here"):
+        check_resume(config, {**run_identity(config, None, _CORPUS), **here}, checkpoint)
+
+
+def test_an_older_checkpoint_is_held_against_what_its_run_wrote_down(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """Checkpoints did not always hold the configuration; a few values and the model they did."""
+    checkpoint = _checkpoint(tmp_path, config)
+    manifest = Manifest.read(checkpoint)
+    for name in ("config", "encoder_arithmetic"):
+        del manifest.trainer[name]
+    manifest.write(checkpoint)
+    other = _changed(config, optimizer={"lr": 1e-2}, training={"seed": 5})
+    (line,) = _check(other, checkpoint)
+    assert "training.seed 1337 -> 5" in line
+    assert "lr" not in line
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    (line,) = _check(other, checkpoint)
+    assert "optimizer.lr 0.003 -> 0.01" in line
+    (tmp_path / "config.yaml").write_text("{")
+    assert len(_check(other, checkpoint)) == 1
+    with pytest.raises(CheckpointError, match="another model"):
+        _check(_changed(config, model={"window": 4}), checkpoint)
+
+
+def _resume_another_model(folder: Path, corpus: Path) -> tuple[str, str]:
+    """What resuming with rotary positions says, and the ``config.yaml`` that is then there."""
+    grid = grid_for(1)
+    config = run_config("gpt", corpus, folder, model={"positions": "none"})
+    with contextlib.redirect_stdout(io.StringIO()):
+        pretrain(config, grid, stops=StopAfter(2))
+        try:
+            pretrain(_changed(config, model={"positions": "rotary"}), grid, resume=True)
+        except CheckpointError as error:
+            return str(error), (folder / "config.yaml").read_text()
+    raise AssertionError("it went on")
+
+
+def test_a_run_does_not_go_on_with_other_positions(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    ((message, recorded),) = distributed(1, _resume_another_model, tmp_path, corpus)
+    assert "model.positions is none there and rotary here" in message
+    assert "positions: none" in recorded
+
+
+# -- beginning from weights ------------------------------------------------------------------------
+
+
+def test_weights_of_another_arithmetic_are_refused_and_what_may_be_meant_is_named(
+    tmp_path: Path,
+) -> None:
+    trained = encoder_config(positions="none")
+    save_weights(build_model(trained, ProcessGrid()), tmp_path, ProcessGrid())
+    assert check_initialization(trained, tmp_path) == []
+    for key, value in (("activation", "gelu"), ("num_heads", 2), ("positions", "rotary")):
+        with pytest.raises(ConfigError, match=rf"model\.{key} is .* there and {value} here"):
+            check_initialization(dataclasses.replace(trained, **{key: value}), tmp_path)
+    meant = dataclasses.replace(trained, window=4, max_seq_len=16)
+    (notice,) = check_initialization(meant, tmp_path)
+    assert "model.window null -> 4" in notice
+    assert "model.max_seq_len 8 -> 16" in notice
+
+
+# -- ranks -----------------------------------------------------------------------------------------
+
+
+def _errors_of(choose: Callable[..., RunConfig], *arguments: Any) -> str:
+    grid = grid_for(1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            pretrain(choose(grid.rank, *arguments), grid)
+        except MegaEGPTError as error:
+            return f"{type(error).__name__}: {error}"
+    raise AssertionError("they trained")
+
+
+def _other_settings(rank: int, corpus: Path, folder: Path) -> RunConfig:
+    config = run_config("gpt", corpus, folder)
+    if rank == 1:
+        config = _changed(config, model={"num_layers": 1}, training={"seed": 5})
+    return config
+
+
+def _own_folder(rank: int, folder: Path, kind: str) -> RunConfig:
+    config = run_config(kind, folder / f"node{rank}", folder)
+    return _changed(config, data={"history_features": "online"})
+
+
+def test_ranks_that_were_given_different_things_do_not_start(
+    tmp_path: Path, corpus: Path, distributed: Distributed
+) -> None:
+    for node, seed in (("node0", 7), ("node1", 8)):
+        write_encoder(tmp_path / node / "encoder", seed)
+        write_corpus(tmp_path / node)
+    for error in distributed(2, _errors_of, _other_settings, corpus, tmp_path):
+        assert error.startswith("LaunchError: ranks were not given the same: ")
+        assert "model.num_layers is 2 on rank 0 and 1 on rank 1" in error
+        assert "training.seed is 1337 on rank 0 and 5 on rank 1" in error
+    for error in distributed(2, _errors_of, _own_folder, tmp_path, "egpt"):
+        assert "what model.encoder.source holds is" in error
+    write_corpus(tmp_path / "node1", seed=1)
+    for error in distributed(2, _errors_of, _own_folder, tmp_path, "gpt"):
+        assert "the fingerprint of the training samples is" in error
