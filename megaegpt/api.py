@@ -168,7 +168,8 @@ def create_pretraining_dataloader(
         seed: of the order.
 
     Raises:
-        DataError: the text is shorter than one window.
+        ConfigError: a size or the stride is below 1.
+        DataError: the text is shorter than one window, or with ``drop_last`` than one batch.
 
     Example:
         >>> batches = create_pretraining_dataloader("one two three " * 50, max_length=8)
@@ -178,12 +179,22 @@ def create_pretraining_dataloader(
         >>> bool((inputs[:, 1:] == targets[:, :-1]).all())
         True
     """
+    stride = max_length if stride is None else stride
+    for name, size in (("batch_size", batch_size), ("max_length", max_length), ("stride", stride)):
+        if size < 1:
+            raise ConfigError(f"{name}={size} must be at least 1")
     ids = text_to_token_ids(text, tokenizer)[0]
     if len(ids) <= max_length:
         raise DataError(
             f"the text has {len(ids)} tokens; one window needs max_length + 1 = {max_length + 1}"
         )
-    windows = ids.unfold(0, max_length + 1, stride or max_length)  # (windows, T + 1), a view
+    windows = ids.unfold(0, max_length + 1, stride)  # (windows, T + 1), a view
+    if drop_last and len(windows) < batch_size:
+        raise DataError(
+            f"the text has {len(windows)} windows of max_length={max_length}, not the "
+            f"{batch_size} of one batch, and drop_last leaves out what is less: give a longer "
+            "text, a smaller batch_size, or drop_last=False"
+        )
     return DataLoader(
         TensorDataset(windows[:, :-1], windows[:, 1:]),
         batch_size=batch_size,
@@ -234,13 +245,18 @@ def generate_text_autoregressive(
 
     Args:
         model: a :class:`GPTModel`, or any GPT of the package.
-        token_ids: prompts of one length, at least one token.
+        token_ids: prompts of one length, at least one token; at least one prompt.
         max_new_tokens: most that are added.
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: draw among the k likeliest only; None: among all.
         eos_token_id: ends a row; the row is filled up with it while others go on. 50256 for GPT-2;
             None: nothing ends a row.
         seed: of the draws, row r's is ``seed + r``.
+
+    Raises:
+        ConfigError: a number is out of range.
+        DataError: there are no prompts, they are empty or of different lengths, or an id is
+            outside the model's vocabulary.
 
     Example:
         >>> config = create_model_config("gpt2-small (124M)", num_layers=1, hidden_size=24)
@@ -253,7 +269,7 @@ def generate_text_autoregressive(
         >>> token_ids_to_text(ids).startswith("The capital of")
         True
     """
-    prompts = torch.as_tensor(token_ids)
+    prompts = _prompts(token_ids, model.config.vocab_size)
     sampling = GenerationConfig(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )
@@ -267,3 +283,23 @@ def generate_text_autoregressive(
     longest = max(map(len, rows))
     new = prompts.new_tensor([row + [eos_token_id or 0] * (longest - len(row)) for row in rows])
     return torch.cat([prompts, new.view(len(rows), longest)], dim=1)
+
+
+def _prompts(token_ids: Tensor | Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+    """Prompts as (B, T) ids."""
+    try:
+        prompts = torch.as_tensor(token_ids)
+    except ValueError:
+        raise DataError("the prompts have different lengths: continue them one by one") from None
+    if prompts.dim() != 2 or prompts.numel() == 0:
+        raise DataError(
+            f"ids of shape {tuple(prompts.shape)} are no prompts: give (rows, tokens), at least "
+            "one of each; a text from nothing starts from the end-of-text token"
+        )
+    least, most = int(prompts.min()), int(prompts.max())
+    if least < 0 or most >= vocab_size:
+        raise DataError(
+            f"the prompts have the id {least if least < 0 else most}, and the model's are 0 to "
+            f"{vocab_size - 1}"
+        )
+    return prompts

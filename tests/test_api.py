@@ -176,3 +176,47 @@ def test_other_kinds_of_model_are_refused():
     config = ModelConfig(kind="egpt", encoder=EncoderConfig(source="somewhere"))
     with pytest.raises(ConfigError, match="kind gpt, not egpt"):
         api.GPTModel(config)
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], torch.zeros(2, 0, dtype=torch.int64), [1, 2]])
+def test_no_prompts_are_named(model, prompts):
+    with pytest.raises(DataError, match="are no prompts"):
+        api.generate_text_autoregressive(model, prompts, 3)
+
+
+def test_prompts_of_different_lengths_are_named(model):
+    with pytest.raises(DataError, match="different lengths"):
+        api.generate_text_autoregressive(model, [[1], [1, 2]], 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_k": -1},
+        {"seed": 2**64},
+        {"seed": -1},
+        {"max_new_tokens": -1},
+    ],
+)
+def test_sampling_out_of_range_is_named(model, options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        api.generate_text_autoregressive(model, [[1]], **{"max_new_tokens": 3, **options})
+
+
+def test_a_text_too_short_for_one_batch_is_named():
+    with pytest.raises(DataError, match="has 2 windows of max_length=6, not the 4 of one batch"):
+        api.create_pretraining_dataloader("x" * 14, 4, 6, tokenizer=BYTES)
+    batches = api.create_pretraining_dataloader("x" * 14, 4, 6, tokenizer=BYTES, drop_last=False)
+    assert len(list(batches)) == 1
+    with pytest.raises(ConfigError, match="stride=0 must be at least 1"):
+        api.create_pretraining_dataloader("x" * 50, 4, 6, stride=0, tokenizer=BYTES)
+
+
+@pytest.mark.parametrize("wrong", [-1, 90])
+def test_prompts_outside_the_vocabulary_are_named(model, wrong):
+    with pytest.raises(DataError, match=f"the id {wrong}, and the model's are 0 to 89"):
+        api.generate_text_autoregressive(model, [[1, wrong]], 3)

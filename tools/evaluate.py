@@ -162,7 +162,12 @@ def _measure_text(
         arguments.batch_size,
         arguments.stride,
     )
-    lines = [f"{result}, {result.bits_per_byte:.4f} bits/byte"]
+    bits = "n/a" if math.isnan(result.bits_per_byte) else f"{result.bits_per_byte:.4f}"
+    lines = [f"{result}, {bits} bits/byte"]
+    if not loaded.is_own_tokenizer:
+        lines.append("  (the model has another tokenizer than GPT-2's: bytes are not known)")
+    if not math.isfinite(result.loss):
+        lines.append("  (the loss is not finite: the model gives no probabilities for this text)")
     lines += [
         f"  after {chunk:2d} earlier chunks: {loss:.4f} nats/token"
         for chunk, loss in enumerate(result.loss_by_chunk)
@@ -173,8 +178,17 @@ def _measure_text(
 
 def _numbers(result: Evaluation) -> dict[str, Any]:
     values = dataclasses.asdict(result)
-    values["loss_by_chunk"] = [x if math.isfinite(x) else None for x in result.loss_by_chunk]
-    return values | {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
+    values |= {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
+    return _finite(values)
+
+
+def _finite(values: Any) -> Any:
+    """The same with None in place of what JSON cannot say: infinities and no numbers."""
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _measure_task(
@@ -187,7 +201,7 @@ def _measure_task(
     with raising_together(grid):
         examples = read(path)
     result = score(scorer, examples)
-    return str(result), dataclasses.asdict(result)
+    return str(result), _finite(dataclasses.asdict(result))
 
 
 def _measure_harness(
@@ -209,7 +223,7 @@ def _measure_harness(
         f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         for task, values in numbers.items()
     ]
-    return "\n".join(lines), numbers
+    return "\n".join(lines), _finite(numbers)
 
 
 if __name__ == "__main__":

@@ -13,25 +13,30 @@ gpt2-xl. An EGPT or DeepGPT finds its encoder by itself; if that was moved, give
 Text goes to stdout, everything else to stderr. Under torchrun the processes are one
 tensor-parallel group. A text ends at --max-new-tokens, or where the model ends the document. The
 same seed, prompt and machine give the same text; sample k of --num-samples has the seed
-`--seed + k - 1`.
+`--seed + k - 1`. Samples are written 32 at a time.
+
+A prompt file is UTF-8 with or without a byte-order mark. Its line ends become LF, as those of
+training text do, and the last one is not part of the prompt. Of a prompt that is longer than a
+GPT's context the model sees the end, and stderr says how much.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import sys
 import time
 from pathlib import Path
 
-from megaegpt.config import GenerationConfig, RunConfig
-from megaegpt.config.loading import validate
+from megaegpt.config import GenerationConfig
 from megaegpt.data.instruction.records import Instruction
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.generation.compiled import uncompilable
-from megaegpt.generation.decoders import gpt_of
+from megaegpt.generation.decoders import context_start, gpt_of
 from megaegpt.generation.generator import TextAssembler, TextGenerator, encode_prompt
+from megaegpt.generation.sampling import check_sampling
 from megaegpt.generation.trained import load_for_inference
 from megaegpt.model.build import Model
 from megaegpt.model.encoder import FrozenEncoder
@@ -43,6 +48,8 @@ from megaegpt.precision import DTYPES
 from megaegpt.training.engine.compiling import compile_problem
 
 _DEFAULTS = GenerationConfig(max_new_tokens=256)
+_SAMPLES_AT_ONCE = 32
+"""Any number of samples takes the memory of so many."""
 
 
 @exits_cleanly
@@ -56,7 +63,7 @@ def main() -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    validate(RunConfig(generation=config))
+    check_sampling(config, range(config.seed, config.seed + arguments.num_samples))
     with joined_processes(None) as grid:
         _generate(arguments, config, grid)
 
@@ -64,27 +71,48 @@ def main() -> None:
 def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: ProcessGrid) -> None:
     prompt = _read_prompt(arguments, grid)
     dtype = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
-    model, encoder, tokenizer = load_for_inference(
+    loaded = load_for_inference(
         arguments.checkpoint,
         grid,
         DTYPES[dtype],
         encoder_source=arguments.encoder,
         vocabulary=arguments.vocabulary,
     )
+    model, encoder, tokenizer = loaded.model, loaded.encoder, loaded.tokenizer
     compiled = arguments.compile and _can_compile(model, encoder, grid, arguments)
     generator = TextGenerator(model, encoder, tokenizer.vocab_size, compiled=compiled)
-    writer = _SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main, compiled)
     answers = arguments.instruction is not None
-    writer.begin("" if arguments.only_new or answers else prompt)
+    shown = "" if arguments.only_new or answers else prompt
     tokens = encode_prompt(prompt, tokenizer)
-    for step in generator.stream_batch(
-        [tokens] * arguments.num_samples,
-        config,
-        stop=tokenizer.eot_token,
-        use_cache=not arguments.no_cache,
-    ):
-        writer.add(step)
-    writer.end(len(tokens))
+    if grid.is_main:
+        _warn_of_unseen(model, len(tokens))
+    writer = _SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main, compiled)
+    for first in range(0, arguments.num_samples, _SAMPLES_AT_ONCE):
+        count = min(_SAMPLES_AT_ONCE, arguments.num_samples - first)
+        writer.begin(shown, first, count)
+        for step in generator.stream_batch(
+            [tokens] * count,
+            config,
+            stop=tokenizer.eot_token,
+            use_cache=not arguments.no_cache,
+            seeds=range(config.seed + first, config.seed + first + count),
+        ):
+            writer.add(step)
+        writer.end()
+    writer.report(len(tokens))
+
+
+def _warn_of_unseen(model: Model, prompt_tokens: int) -> None:
+    """Say how much of a prompt is not seen; a GPT's context bounds it."""
+    if model.config.kind != "gpt":
+        return
+    unseen = context_start(prompt_tokens, model.config.max_seq_len)
+    if unseen:
+        print(
+            f"the prompt has {prompt_tokens} tokens: the model sees the last "
+            f"{prompt_tokens - unseen}, its context is {model.config.max_seq_len}",
+            file=sys.stderr,
+        )
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -204,7 +232,8 @@ def _read_prompt(arguments: argparse.Namespace, grid: ProcessGrid) -> str:
 def _read_text(name: str) -> str:
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+        text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read()  # line ends become LF
+        return text.removesuffix("\n")
     except OSError as error:
         raise DataError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -212,7 +241,8 @@ def _read_text(name: str) -> str:
 
 
 class _SampleWriter:
-    """The first sample on the terminal as it comes, the others after it; the speed at the end.
+    """The first sample of each batch on the terminal as it comes, the batch's others after it; the
+    speed at the end.
 
     Where the step from token to token is compiled, the first or the second token waits for that.
     """
@@ -220,18 +250,21 @@ class _SampleWriter:
     def __init__(
         self, tokenizer: Tokenizer, samples: int, seed: int, speaks: bool, compiled: bool
     ) -> None:
-        self._assemblers = [TextAssembler(tokenizer) for _ in range(samples)]
-        self._later = [""] * samples
+        self._tokenizer, self._samples = tokenizer, samples
         self._seed, self._speaks = seed, speaks
-        self._prompt = ""
+        self._prompt, self._first = "", 0
+        self._assemblers: list[TextAssembler] = []
+        self._later: list[str] = []
         self._tokens = 0
         self._compiled = compiled
         self._first_steps = 2 if compiled else 1  # still to come of those timed by themselves
         self._marks = [(time.perf_counter(), 0)]  # begin, end of the first steps, end; tokens then
 
-    def begin(self, prompt: str) -> None:
-        """Show the prompt."""
-        self._prompt = prompt
+    def begin(self, prompt: str, first: int, count: int) -> None:
+        """Show the prompt of the ``count`` samples from number ``first`` on."""
+        self._prompt, self._first = prompt, first
+        self._assemblers = [TextAssembler(self._tokenizer) for _ in range(count)]
+        self._later = [""] * count
         self._write(self._title(0) + prompt)
 
     def add(self, step: list[int | None]) -> None:
@@ -249,13 +282,16 @@ class _SampleWriter:
         if self._first_steps == 0:
             self._marks.append((time.perf_counter(), self._tokens))
 
-    def end(self, prompt_tokens: int) -> None:
-        """Show the other samples, and on stderr how fast it went."""
-        self._marks.append((time.perf_counter(), self._tokens))
+    def end(self) -> None:
+        """Show the other samples of the batch."""
         self._write(self._assemblers[0].end() + "\n")
         for sample, text in list(enumerate(self._later))[1:]:
             rest = self._assemblers[sample].end()
             self._write(f"{self._title(sample)}{self._prompt}{text}{rest}\n")
+
+    def report(self, prompt_tokens: int) -> None:
+        """Show on stderr how fast it went."""
+        self._marks.append((time.perf_counter(), self._tokens))
         if self._speaks:
             print(self._report(prompt_tokens), file=sys.stderr)
 
@@ -269,9 +305,10 @@ class _SampleWriter:
         return f"{report}; {self._tokens} new tokens"
 
     def _title(self, sample: int) -> str:
-        if len(self._assemblers) == 1:
+        if self._samples == 1:
             return ""
-        return f"=== sample {sample + 1}, seed {self._seed + sample} ===\n"
+        number = self._first + sample
+        return f"=== sample {number + 1}, seed {self._seed + number} ===\n"
 
     def _write(self, text: str) -> None:
         if self._speaks:

@@ -5,6 +5,7 @@ Importing this module needs that package.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,34 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from megaegpt.config import GenerationConfig
-from megaegpt.errors import DataError
+from megaegpt.data.tokenizer import END_OF_TEXT, Tokenizer
+from megaegpt.errors import ConfigError, DataError
+from megaegpt.evaluation.generation_options import GenerationOptions, read_options
 from megaegpt.evaluation.scorer import Pair, Scorer, encode_pair
-from megaegpt.generation.generator import TextGenerator, encode_prompt
+from megaegpt.generation.generator import TextAssembler, TextGenerator
+from megaegpt.generation.sampling import check_sampling
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import all_gather_object
 
-_MAX_NEW_TOKENS = 256  # the harness' own default
+
+class HarnessTokenizer:
+    """Tokens as the harness' own model has them: ``<|endoftext|>`` in a text is the token that ends
+    a document, where :class:`~megaegpt.data.tokenizer.Tokenizer` takes it for characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.eot_token = tokenizer.eot_token
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``."""
+        first, *others = map(self._tokenizer.encode, text.split(END_OF_TEXT))
+        return first + [token for part in others for token in (self.eot_token, *part)]
 
 
 class HarnessModel(LM):
-    """A GPT, EGPT or DeepGPT.
+    """A GPT, EGPT or DeepGPT, which answers as the harness' own transformers model does.
 
     Every rank runs the harness on all requests, and the ranks share them out here: to the harness
     there is one process.
@@ -36,7 +52,7 @@ class HarnessModel(LM):
     Args:
         loaded: the model.
         grid: its place.
-        batch_size: pairs scored at once.
+        batch_size: pairs scored, or texts continued, at once.
         dtype: what the model computes in.
     """
 
@@ -44,7 +60,9 @@ class HarnessModel(LM):
         self, loaded: LoadedModel, grid: ProcessGrid, batch_size: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self._grid, self._tokenizer = grid, loaded.tokenizer
+        self._grid, self._batch_size = grid, batch_size
+        self._tokenizer = HarnessTokenizer(loaded.tokenizer)
+        self._decoding = loaded.tokenizer
         self._scorer = Scorer(loaded, grid, batch_size, dtype)
         self._generator = TextGenerator(loaded.model, loaded.encoder, loaded.tokenizer.vocab_size)
 
@@ -68,13 +86,28 @@ class HarnessModel(LM):
         return [sum(next(scores).log_likelihood for _ in range(count)) for count in pieces]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Of (context, options): what follows, up to one of the texts ``until``."""
+        """Of (context, options): what follows, up to one of the texts ``until``.
+
+        A context is cut on the left to leave room for all that may be written. Requests with the
+        same options are continued together, those of like length; request n draws with a seed of
+        its own, so that its text depends on no other (and a question that is asked repeatedly
+        gets several answers).
+
+        Raises:
+            ConfigError: an option is not known, or not offered.
+        """
         grid = self._grid
-        own = range(grid.dp_rank, len(requests), grid.dp_size)
-        written = {
-            number: self._write(*requests[number].args)
-            for number in tqdm(own, "texts", disable=not grid.is_main)
-        }
+        options = [read_options(request.args[1]) for request in requests]
+        prompts = [
+            self._prompt(request.args[0], option)
+            for request, option in zip(requests, options, strict=True)
+        ]
+        batches = self._batches(prompts, options)
+        written: dict[int, str] = {}
+        own = batches[grid.dp_rank :: grid.dp_size]
+        for numbers in tqdm(own, "texts", unit="batch", disable=not grid.is_main):
+            texts = self._write([prompts[n] for n in numbers], options[numbers[0]], numbers)
+            written.update(zip(numbers, texts, strict=True))
         every = {
             number: text
             for part in all_gather_object(written, grid)
@@ -82,26 +115,62 @@ class HarnessModel(LM):
         }
         return [every[number] for number in range(len(requests))]
 
-    def _write(self, context: str, options: dict[str, Any]) -> str:
-        until = options.get("until") or []
-        until = [until] if isinstance(until, str) else until
-        sampling = options.get("do_sample", False) or options.get("temperature", 0.0) > 0
-        config = GenerationConfig(
-            max_new_tokens=options.get("max_gen_toks", _MAX_NEW_TOKENS),
-            temperature=options.get("temperature", 1.0) if sampling else 0.0,
-            top_k=options.get("top_k"),
-            top_p=options.get("top_p"),
-        )
-        tokens: list[int] = []
-        text = ""
-        prompt = encode_prompt(context, self._tokenizer)
-        for token in self._generator.stream(prompt, config, stop=self._tokenizer.eot_token):
-            tokens.append(token)
-            text = self._tokenizer.decode(tokens)
-            ends = [place for end in until if (place := text.find(end)) >= 0]
-            if ends:
-                return text[: min(ends)]
-        return text
+    def _prompt(self, context: str, options: GenerationOptions) -> list[int]:
+        new, longest = options.config.max_new_tokens, self._scorer.max_len
+        check_sampling(options.config, [])
+        if new >= longest:
+            raise ConfigError(
+                f"the task asks for up to {new} new tokens (max_gen_toks), and the model sees "
+                f"{longest} with the context: give the task a smaller max_gen_toks, in a copy of "
+                "its file in --tasks-folder"
+            )
+        tokens = self._tokenizer.encode(context) or [self._tokenizer.eot_token]
+        return tokens[new - longest :]
+
+    def _batches(
+        self, prompts: list[list[int]], options: list[GenerationOptions]
+    ) -> list[list[int]]:
+        """Numbers of requests that are continued together: the longest first, as the harness does,
+        so that what does not fit into memory fails at the beginning.
+        """
+        by_options = defaultdict(list)
+        for number in sorted(range(len(prompts)), key=lambda n: len(prompts[n]), reverse=True):
+            by_options[options[number]].append(number)
+        size = self._batch_size
+        return [
+            numbers[first : first + size]
+            for numbers in by_options.values()
+            for first in range(0, len(numbers), size)
+        ]
+
+    def _write(
+        self, prompts: list[list[int]], options: GenerationOptions, numbers: list[int]
+    ) -> list[str]:
+        """The texts that follow ``prompts``, which are of the requests ``numbers``."""
+        assemblers = [TextAssembler(self._decoding) for _ in prompts]
+        texts = [""] * len(prompts)
+        running = set(range(len(prompts)))
+        seed = options.config.seed
+        for step in self._generator.stream_batch(
+            prompts,
+            options.config,
+            stop=self._tokenizer.eot_token,
+            seeds=[seed + number for number in numbers],
+        ):
+            for row in sorted(running):
+                if (token := step[row]) is None:
+                    running.discard(row)
+                    continue
+                new = assemblers[row].add(token)
+                texts[row] += new
+                if options.ends(texts[row], len(new)):
+                    running.discard(row)
+            if not running:
+                break
+        return [
+            options.cut(text + assembler.end())
+            for text, assembler in zip(texts, assemblers, strict=True)
+        ]
 
 
 def rolling_pairs(tokens: Sequence[int], first: int, room: int) -> list[Pair]:

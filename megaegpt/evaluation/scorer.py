@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, C hidden, V vocabulary, m predicted tokens of a batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
 from megaegpt.evaluation.text import inputs_of
 from megaegpt.generation.trained import LoadedModel
@@ -34,7 +33,20 @@ class Score(NamedTuple):
     """Each of its tokens is the likeliest."""
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+class TextEncoder(Protocol):
+    """What makes tokens of a text."""
+
+    @property
+    def eot_token(self) -> int:
+        """The id that ends a document."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``."""
+        ...
+
+
+def encode_pair(tokenizer: TextEncoder, context: str, continuation: str) -> Pair:
     """Tokens of two texts as they are in the one text that they make.
 
     Spaces at the context's end belong to the continuation, as they do for GPT-2's tokens. Without a
@@ -45,7 +57,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     if not context:
-        return [tokenizer.eot_token], tokenizer.encode(continuation)
+        ids = tokenizer.encode(continuation)
+        begins = ids[:1] == [tokenizer.eot_token]  # then it is not put before them once more
+        return [tokenizer.eot_token], ids[1:] if begins else ids
     whole, first = tokenizer.encode(context + continuation), tokenizer.encode(context)
     return first, whole[len(first) :] or tokenizer.encode(continuation)
 

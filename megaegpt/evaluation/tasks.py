@@ -6,6 +6,7 @@ Prompts and measures are those of EleutherAI's lm-evaluation-harness (``lambada_
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -103,8 +104,10 @@ def read_hellaswag(path: Path) -> list[Choice]:
         context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
         endings = tuple(_clean(ending) for ending in row["endings"])
         label = int(row["label"])
-        if not (0 <= label < len(endings) and all(endings)):
+        if not 0 <= label < len(endings):
             raise ValueError(f"label {label} of {len(endings)} endings")
+        if empty := [number for number, ending in enumerate(endings) if not ending.strip()]:
+            raise ValueError(f"ending {empty[0]} has no text, or none outside of [brackets]")
         return Choice(_clean(context), endings, label)
 
     return _read(path, parse, "activity_label, ctx_a, ctx_b, endings and label")
@@ -120,6 +123,8 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], T], needed: str) -> list
     problems = Problems("fail", "removing the line")
     found = []
     for number, line in read_lines(path, problems):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         where = f"{path}, line {number}"
         row = parse_object(line, where, problems) if line.strip() else None
         if row is None:
@@ -130,7 +135,7 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], T], needed: str) -> list
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{where}: needs {needed} ({reason})") from None
     if not found:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} has no examples: each is a line with {needed}")
     return found
 
 

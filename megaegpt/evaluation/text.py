@@ -81,7 +81,9 @@ def evaluate_text(
         inputs=inputs,
         grid=grid,
         batch_size=batch_size,
-        token_byte_lengths=loaded.tokenizer.token_byte_lengths,
+        token_byte_lengths=(
+            loaded.tokenizer.token_byte_lengths if loaded.is_own_tokenizer else None
+        ),
         progress=title,
     )
     return evaluator.evaluate(loaded.model)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaegpt.model.attention.cache import KVCache
+from megaegpt.generation.caches import new_cache
 from megaegpt.model.attention.causal import scaled_dot_product
 from megaegpt.model.attention.layer import AttentionLayer
 from megaegpt.model.gpt import GPT
@@ -105,8 +105,8 @@ class CompiledStep:
     def __init__(self, gpt: GPT, batch_size: int, capacity: int, with_head: bool) -> None:
         self._gpt, self._with_head = gpt, with_head
         self.borrower: Callable[[], object | None] = lambda: None
-        dtype, device = gpt.head.weight.dtype, gpt.grid.device
-        self.cache = KVCache(gpt.config, gpt.grid, batch_size, capacity, dtype=dtype)
+        device = gpt.grid.device
+        self.cache = new_cache(gpt, batch_size, capacity)
         self._stores = self.cache.stores()
         for store in self._stores:
             for tensor in store:

@@ -22,8 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megaegpt.generation.caches import new_cache
 from megaegpt.generation.compiled import CompiledSteps
-from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import Model
 from megaegpt.model.deepgpt import DeepGPT
 from megaegpt.model.egpt.egpt import EGPT, Recorded, chunk_features
@@ -33,7 +33,9 @@ from megaegpt.model.gpt import GPT
 
 
 class Decoder(Protocol):
-    """One text of each row, all rows equally long."""
+    """One text in each row. All rows are equally long, but for those of a
+    :class:`~megaegpt.generation.padded.PaddedGPTDecoder`.
+    """
 
     def advance(self, tokens: Tensor) -> Tensor:
         """(B, T) ids that follow those so far, T >= 1 -> (B, V) logits of the next."""
@@ -58,8 +60,9 @@ def new_decoder(
         return RecomputingDecoder(model, encoder)
     if isinstance(model, GPT):
         return GPTDecoder(model, batch_size, max_tokens, steps)
-    kind = EGPTDecoder if isinstance(model, EGPT) else DeepGPTDecoder
-    return kind(model, _needed(encoder), batch_size, max_tokens, steps)  # type: ignore[arg-type]
+    if isinstance(model, EGPT):
+        return EGPTDecoder(model, _needed(encoder), batch_size, max_tokens, steps)
+    return DeepGPTDecoder(model, _needed(encoder), batch_size, max_tokens, steps)
 
 
 def gpt_of(model: Model, encoder: FrozenEncoder | None) -> GPT:
@@ -74,37 +77,40 @@ def context_start(length: int, max_seq_len: int) -> int:
 
 
 class GPTDecoder:
-    """Keys and values of the tokens the model sees, and their ids to start again from."""
+    """Keys and values of the tokens the model sees, and their ids to start again from.
+
+    However long a text becomes, what is held of it is at most ``max_seq_len`` tokens.
+    """
 
     def __init__(
         self, model: GPT, batch_size: int, max_tokens: int, steps: CompiledSteps | None = None
     ) -> None:
         self._model = model
         self._max_seq_len = model.config.max_seq_len
-        self._tokens = torch.empty(
-            batch_size, max_tokens, dtype=torch.long, device=model.grid.device
-        )
         capacity = min(self._max_seq_len, max_tokens)
         self._step = None if steps is None else steps.lend(self, batch_size, capacity)
         self._cache = (
-            _new_cache(model, batch_size, capacity) if self._step is None else self._step.cache
+            new_cache(model, batch_size, capacity) if self._step is None else self._step.cache
+        )
+        self._seen = torch.empty(  # the ids of the tokens in the cache
+            batch_size, capacity, dtype=torch.long, device=model.grid.device
         )
         self._start = self._length = 0
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
-        """See :class:`Decoder`."""
-        end = self._length + tokens.shape[1]
-        self._tokens[:, self._length : end] = tokens
-        self._length = end
-        start = context_start(end, self._max_seq_len)
+        """(B, T) ids that follow those so far -> (B, V) logits of the next."""
+        self._length += tokens.shape[1]
+        start = context_start(self._length, self._max_seq_len)
         if start != self._start:
+            text = torch.cat([self._seen[:, : self._cache.length], tokens], dim=1)
+            tokens = text[:, start - self._length :]
             self._cache.reset()
             self._start = start
-        not_cached = self._tokens[:, start + self._cache.length : end]
-        if self._step is not None and not_cached.shape[1] == 1:
-            return self._step(not_cached)
-        hidden = self._model.hidden_states(not_cached, self._cache)[:, -1]
+        self._seen[:, self._cache.length : self._length - start] = tokens
+        if self._step is not None and tokens.shape[1] == 1:
+            return self._step(tokens)
+        hidden = self._model.hidden_states(tokens, self._cache)[:, -1]
         return self._model.head.full_logits(hidden)
 
 
@@ -117,7 +123,7 @@ class _Encoder:
         self._gpt = encoder.gpt
         self._step = None if steps is None else steps.lend(self, batch_size, capacity)
         self._cache = (
-            _new_cache(self._gpt, batch_size, capacity) if self._step is None else self._step.cache
+            new_cache(self._gpt, batch_size, capacity) if self._step is None else self._step.cache
         )
 
     def advance(self, tokens: Tensor) -> Tensor:
@@ -152,9 +158,7 @@ class EGPTDecoder:
         weight = model.head.weight
         capacity = min(egpt.chunk_size, max_tokens)
         self._encoder = _Encoder(encoder, batch_size, capacity, steps)
-        self._local_cache = (
-            _new_cache(model, batch_size, capacity) if egpt.local_attention else None
-        )
+        self._local_cache = new_cache(model, batch_size, capacity) if egpt.local_attention else None
         self._states = weight.new_empty(batch_size, egpt.chunk_size, config.hidden_size)
         self._features = weight.new_empty(
             batch_size, 0, egpt.features_per_chunk, config.hidden_size
@@ -170,7 +174,6 @@ class EGPTDecoder:
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
-        """See :class:`Decoder`."""
         size = self._model.config.egpt.chunk_size
         # Chunks of a long prompt that its last one does not see are not encoded at all.
         unseen = (tokens.shape[1] - 1) // size - self._held
@@ -242,12 +245,11 @@ class DeepGPTDecoder:
         self._model = model
         capacity = min(model.config.egpt.chunk_size, max_tokens)
         self._encoder = _Encoder(encoder, batch_size, capacity, steps)
-        self._cache = _new_cache(model, batch_size, capacity)
+        self._cache = new_cache(model, batch_size, capacity)
         self._offset = 0  # tokens of the current chunk
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
-        """See :class:`Decoder`."""
         end = self._offset + tokens.shape[1]
         last_chunk = (end - 1) // self._model.config.egpt.chunk_size
         if last_chunk:
@@ -269,7 +271,6 @@ class RecomputingDecoder:
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
-        """See :class:`Decoder`."""
         if self._tokens is not None:
             tokens = torch.cat([self._tokens, tokens], dim=1)
         self._tokens = tokens
@@ -300,11 +301,6 @@ class RecomputingDecoder:
         chunks = -(-tokens.shape[1] // egpt.chunk_size)
         padded = torch.nn.functional.pad(tokens, (0, chunks * egpt.chunk_size - tokens.shape[1]))
         return padded.unflatten(1, (chunks, egpt.chunk_size))[:, -egpt.num_chunks :]
-
-
-def _new_cache(model: Model, batch_size: int, capacity: int) -> KVCache:
-    dtype = model.head.weight.dtype
-    return KVCache(model.config, model.grid, batch_size, capacity, dtype=dtype)
 
 
 def _needed(encoder: FrozenEncoder | None) -> FrozenEncoder:

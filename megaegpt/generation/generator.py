@@ -1,9 +1,9 @@
 """Text out of a trained model, token by token.
 
 Example:
-    >>> model, encoder, tokenizer = load_for_inference("runs/egpt/checkpoints", ProcessGrid())
-    >>> generator = TextGenerator(model, encoder)
-    >>> for token in generator.stream(tokenizer.encode("Well, Prince,"), config): ...
+    >>> loaded = load_for_inference("runs/egpt/checkpoints", ProcessGrid())
+    >>> generator = TextGenerator(loaded.model, loaded.encoder)
+    >>> for token in generator.stream(loaded.tokenizer.encode("Well, Prince,"), config): ...
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from megaegpt.config import GenerationConfig
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.generation.compiled import CompiledSteps
 from megaegpt.generation.decoders import Decoder, gpt_of, new_decoder
-from megaegpt.generation.sampling import Sampler
+from megaegpt.generation.padded import PaddedGPTDecoder
+from megaegpt.generation.sampling import Sampler, check_sampling
 from megaegpt.model.build import Model
 from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.gpt import GPT
 
 
 class TextGenerator:
@@ -78,22 +80,41 @@ class TextGenerator:
         *,
         stop: int | None = None,
         use_cache: bool = True,
+        seeds: Sequence[int] | None = None,
     ) -> Iterator[list[int | None]]:
         """Yield the next token of each prompt at a time, None where its text has ended.
 
-        Prompts of equal length are run as one batch. Row r draws with seed ``config.seed + r``, so
-        it becomes what it would become by itself with that seed.
+        The prompts of a GPT are run as one batch, shorter ones padded on the left, and go on so
+        when a context is full. Prompts of other models and of compiled steps (and those without a
+        cache) are run in one batch for each length: chunks begin at the prompt's first token, and
+        a compiled step has the same columns in all rows.
+
+        Row r draws with a seed of its own, so it becomes what it would become by itself with that
+        seed (up to the rounding of products of another size).
+
+        Args:
+            prompts: at least one token each.
+            config: its ``prompt`` is not read.
+            stop: ends a text and is not part of it.
+            use_cache: False computes every token from the beginning; the tokens are the same.
+            seeds: one a row, in place of ``config.seed + r``.
+
+        Raises:
+            ConfigError: a value of ``config`` or a seed is out of range, or the keys and values of
+                all texts do not fit into memory.
         """
         if self._model.training:
             raise ValueError("the model is in training mode, with dropout: call model.eval()")
-        rows_of_length = defaultdict(list)
+        seeds = range(config.seed, config.seed + len(prompts)) if seeds is None else seeds
+        check_sampling(config, seeds)
         for row, prompt in enumerate(prompts):
-            if not prompt:
+            if len(prompt) == 0:
                 raise ValueError(f"prompt {row} has no tokens: start from the end-of-text token")
-            rows_of_length[len(prompt)].append(row)
-        groups = list(rows_of_length.values())
+        groups = self._batches(prompts, use_cache)
         streams = [
-            self._stream_rows([prompts[r] for r in rows], rows, config, stop, use_cache)
+            self._stream_rows(
+                [prompts[r] for r in rows], [seeds[r] for r in rows], config, stop, use_cache
+            )
             for rows in groups
         ]
         for _ in range(config.max_new_tokens):
@@ -105,6 +126,15 @@ class TextGenerator:
                 return
             yield step
 
+    def _batches(self, prompts: Sequence[Sequence[int]], use_cache: bool) -> list[list[int]]:
+        """The numbers of the prompts that are run together."""
+        if isinstance(self._model, GPT) and use_cache and self._steps is None and prompts:
+            return [list(range(len(prompts)))]
+        rows_of_length = defaultdict(list)
+        for row, prompt in enumerate(prompts):
+            rows_of_length[len(prompt)].append(row)
+        return list(rows_of_length.values())
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -112,10 +142,12 @@ class TextGenerator:
         *,
         stop: int | None = None,
         use_cache: bool = True,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """The tokens that :meth:`stream_batch` yields, by prompt."""
         texts: list[list[int]] = [[] for _ in prompts]
-        for step in self.stream_batch(prompts, config, stop=stop, use_cache=use_cache):
+        steps = self.stream_batch(prompts, config, stop=stop, use_cache=use_cache, seeds=seeds)
+        for step in steps:
             for text, token in zip(texts, step, strict=True):
                 if token is not None:
                     text.append(token)
@@ -124,24 +156,18 @@ class TextGenerator:
     def _stream_rows(
         self,
         prompts: list[Sequence[int]],
-        rows: list[int],
+        seeds: list[int],
         config: GenerationConfig,
         stop: int | None,
         use_cache: bool,
     ) -> Iterator[list[int | None]]:
-        """:meth:`stream_batch` for prompts of one length; ``rows`` are their numbers."""
+        """:meth:`stream_batch` for the prompts of one batch."""
         device = self._model.grid.device
-        max_tokens = len(prompts[0]) + config.max_new_tokens
-        decoder = new_decoder(
-            self._model,
-            self._encoder,
-            len(prompts),
-            max_tokens,
-            use_cache=use_cache,
-            steps=self._steps,
-        )
-        sampler = Sampler(config, [config.seed + row for row in rows], device)
-        tokens = torch.tensor(prompts, device=device)  # (B, T)
+        decoder = self._new_decoder(prompts, config.max_new_tokens, use_cache)
+        sampler = Sampler(config, seeds, device)
+        longest = max(map(len, prompts))
+        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        tokens = torch.tensor(padded, device=device)  # (B, T)
         running = [True] * len(prompts)
         while True:
             drawn = self._next_tokens(decoder, sampler, tokens)
@@ -151,6 +177,22 @@ class TextGenerator:
                 return
             yield [token if on else None for on, token in zip(running, ids, strict=True)]
             tokens = drawn.unsqueeze(1)  # (B, 1)
+
+    def _new_decoder(
+        self, prompts: list[Sequence[int]], max_new_tokens: int, use_cache: bool
+    ) -> Decoder:
+        lengths = [len(prompt) for prompt in prompts]
+        if len(set(lengths)) > 1:
+            assert isinstance(self._model, GPT)  # see _batches
+            return PaddedGPTDecoder(self._model, lengths, max_new_tokens)
+        return new_decoder(
+            self._model,
+            self._encoder,
+            len(prompts),
+            lengths[0] + max_new_tokens,
+            use_cache=use_cache,
+            steps=self._steps,
+        )
 
     @torch.inference_mode()
     def _next_tokens(self, decoder: Decoder, sampler: Sampler, tokens: Tensor) -> Tensor:

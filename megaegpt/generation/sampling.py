@@ -5,12 +5,32 @@ Shapes: B rows, V vocabulary, K candidates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from megaegpt.config import GenerationConfig
+from megaegpt.config import GenerationConfig, RunConfig
+from megaegpt.config.validation import validate
+from megaegpt.errors import ConfigError
+
+_SEEDS = range(2**64)
+"""What torch's generators take and a configuration may say."""
+
+
+def check_sampling(config: GenerationConfig, seeds: Sequence[int]) -> None:
+    """The ranges that a configuration file is held to, for values from anywhere.
+
+    Raises:
+        ConfigError: one line that names each value out of range.
+    """
+    validate(RunConfig(generation=config))
+    if not math.isfinite(config.temperature):
+        raise ConfigError(f"generation.temperature={config.temperature} must be finite")
+    for seed in (seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else seeds:
+        if seed not in _SEEDS:
+            raise ConfigError(f"seed {seed} of a text must not be negative, and be below 2^64")
 
 
 class Sampler:

@@ -30,6 +30,9 @@ class LoadedModel(NamedTuple):
     encoder: FrozenEncoder | None
     """Of an EGPT or DeepGPT."""
     tokenizer: Tokenizer
+    is_own_tokenizer: bool = True
+    """``tokenizer`` is the one that the model was trained with, as far as its weights say: its
+    token ids are those of the texts, and what a token is in bytes is known."""
 
 
 def load_for_inference(
@@ -70,7 +73,10 @@ def load_for_inference(
     for part in (model, encoder):
         if part is not None:
             pack_weights(part)
-    return LoadedModel(model, encoder, tokenizer)
+    trained_with = extra.get("tokenizer_fingerprint", tokenizer.fingerprint)
+    like = config.vocab_size <= tokenizer.padded_vocab_size
+    own = trained_with == tokenizer.fingerprint and like
+    return LoadedModel(model, encoder, tokenizer, own)
 
 
 def pack_weights(model: nn.Module) -> None:

@@ -175,11 +175,18 @@ def _read_description(folder: str | Path) -> dict[str, Any]:
     return document
 
 
-def load_weights(model: nn.Module, folder: str | Path, grid: ProcessGrid) -> None:
+def load_weights(
+    model: nn.Module, folder: str | Path, grid: ProcessGrid, *, allow_nonfinite: bool = False
+) -> None:
     """Fill ``model`` with this rank's slices of a folder's weights, cast to the model's types.
 
+    Args:
+        allow_nonfinite: take weights that are infinite or no number, with which a model computes
+            nothing of use: for a run that goes on by its own policy.
+
     Raises:
-        CheckpointError: the file is missing or damaged, or names or shapes differ from the model's.
+        CheckpointError: the file is missing or damaged, names or shapes differ from the model's, or
+            a weight is not finite.
     """
     path = Path(folder) / WEIGHTS
     parameters = dict(model.named_parameters())
@@ -195,6 +202,12 @@ def load_weights(model: nn.Module, folder: str | Path, grid: ProcessGrid) -> Non
                 if tuple(full.shape) != spec.full_shape:
                     raise CheckpointError(
                         f"{path}: {name} has shape {tuple(full.shape)}, the model {spec.full_shape}"
+                    )
+                if not allow_nonfinite and (count := int((~full.isfinite()).sum())):
+                    raise CheckpointError(
+                        f"{path}: {count:,} of the {full.numel():,} weights of {name} are infinite "
+                        "or no number: the run that wrote them had diverged, take an earlier "
+                        "checkpoint of it"
                     )
                 with torch.no_grad():
                     parameter.copy_(shard(full, spec, grid))

@@ -27,7 +27,8 @@ class Evaluation:
     loss: float
     """Mean nats per predicted token."""
     nats_per_byte: float
-    """Nats over the UTF-8 bytes of the predicted tokens (end-of-text has none)."""
+    """Nats over the UTF-8 bytes of the predicted tokens (end-of-text has none); nan where the
+    tokenizer is not known."""
     tokens: int
     """Predicted tokens: all of a split but its first; of instructions, the answers'."""
     loss_by_chunk: tuple[float, ...] = ()
@@ -44,8 +45,9 @@ class Evaluation:
         return self.nats_per_byte / math.log(2)
 
     def __str__(self) -> str:
+        by_byte = "n/a" if math.isnan(self.nats_per_byte) else f"{self.nats_per_byte:.4f}"
         return (
-            f"validation loss {self.loss:.4f} nats/token ({self.nats_per_byte:.4f} nats/byte, "
+            f"validation loss {self.loss:.4f} nats/token ({by_byte} nats/byte, "
             f"perplexity {self.perplexity:.2f}) over {self.tokens:,} tokens"
         )
 
@@ -66,7 +68,7 @@ class Evaluator:
         inputs: how the model is fed.
         grid: windows are shared out over data-parallel ranks.
         batch_size: windows at once.
-        token_byte_lengths: bytes of each token id.
+        token_byte_lengths: bytes of each token id; None where the tokenizer is not known.
         trim: leaves out columns of a batch that nothing is predicted in.
         progress: shows a bar of the windows on stderr, by rank 0.
     """
@@ -78,7 +80,7 @@ class Evaluator:
         inputs: ModelInputs,
         grid: ProcessGrid,
         batch_size: int,
-        token_byte_lengths: np.ndarray,
+        token_byte_lengths: np.ndarray | None,
         progress: str | None = None,
         trim: Callable[[Batch], Batch] = dict,
     ) -> None:
@@ -87,7 +89,11 @@ class Evaluator:
         self._inputs = inputs
         self._grid = grid
         self._batch_size = batch_size
-        self._byte_lengths = torch.from_numpy(np.asarray(token_byte_lengths, dtype=np.int64))
+        self._byte_lengths = (
+            None
+            if token_byte_lengths is None
+            else torch.from_numpy(np.asarray(token_byte_lengths, dtype=np.int64))
+        )
         self._progress = progress
         self._trim = trim
 
@@ -115,8 +121,10 @@ class Evaluator:
             targets = batch["targets"]
             valid = targets != IGNORE
             counts[0, rows] = self._by_chunk(valid.long())
-            bytes_of = self._byte_lengths[targets.clamp(min=0)]
-            counts[1, rows] = self._by_chunk(bytes_of.where(valid, 0))
+            if self._byte_lengths is not None:
+                last = len(self._byte_lengths) - 1  # the end of text, without bytes as all beyond
+                bytes_of = self._byte_lengths[targets.clamp(0, last)]
+                counts[1, rows] = self._by_chunk(bytes_of.where(valid, 0))
         model.train(was_training)
         return self._summarize(nats, counts.to(device))
 
@@ -148,7 +156,9 @@ class Evaluator:
         total = nats.sum().item()
         return Evaluation(
             loss=total / max(1, int(tokens.sum())),
-            nats_per_byte=total / max(1, int(num_bytes.sum())),
+            nats_per_byte=(
+                math.nan if self._byte_lengths is None else total / max(1, int(num_bytes.sum()))
+            ),
             tokens=int(tokens.sum()),
             loss_by_chunk=tuple(by_chunk.tolist()) if self._num_chunks > 1 else (),
         )

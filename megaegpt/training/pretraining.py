@@ -236,13 +236,15 @@ def _evaluator(
     """Evaluates what is held out, if anything is."""
     if data.validation is None:
         return None
+    # A larger vocabulary is another tokenizer's, and what its tokens are in bytes is not known.
+    known = config.model.vocab_size <= data.tokenizer.padded_vocab_size
     return Evaluator(
         data.validation,
         num_chunks=data.num_chunks,
         inputs=feed("validation"),
         grid=grid,
         batch_size=config.training.micro_batch_size,
-        token_byte_lengths=data.tokenizer.token_byte_lengths,
+        token_byte_lengths=data.tokenizer.token_byte_lengths if known else None,
         trim=data.trim,
     )
 
@@ -336,7 +338,7 @@ def _restore(
     """Go on from a checkpoint, whatever has become of where frozen parts came from."""
     if config.training.freeze:  # the engine's state has only what is trained
         with raising_together(grid):
-            load_weights(engine.model, folder / "weights", grid)
+            load_weights(engine.model, folder / "weights", grid, allow_nonfinite=True)
     checkpoints.load(engine, folder)
 
 

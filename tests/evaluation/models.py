@@ -28,9 +28,11 @@ def load(kind: str, grid: ProcessGrid | None = None) -> LoadedModel:
     return LoadedModel(model, encoder, TOKENIZER)
 
 
-def load_speaking(kind: str) -> LoadedModel:
+def load_speaking(kind: str, vocab_size: int = 50257) -> LoadedModel:
     """With the tokenizer's vocabulary, and room for a sentence."""
-    config = replace(CONFIGS[kind], vocab_size=50257, hidden_size=16, num_heads=2, max_seq_len=40)
+    config = replace(
+        CONFIGS[kind], vocab_size=vocab_size, hidden_size=16, num_heads=2, max_seq_len=40
+    )
     model, _ = build(config, None, torch.float32)
     return LoadedModel(model, None, TOKENIZER)
 

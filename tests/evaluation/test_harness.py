@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("lm_eval", reason="pip install lm_eval[hf] to run the harness' tests")
 pytest.importorskip("accelerate", reason="pip install lm_eval[hf]: its own model is compared with")
 pytest.importorskip("peft", reason="pip install lm_eval[hf]: its own model is compared with")
 
+import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from megaegpt.errors import DataError
+from megaegpt.errors import ConfigError, DataError
+from megaegpt.evaluation.generation_options import read_options
 from megaegpt.evaluation.harness import HarnessModel, measures, rolling_pairs, run_harness
+from megaegpt.generation.sampling import candidates
 from megaegpt.generation.trained import load_for_inference
 from megaegpt.interop.export import export_gpt2
 from megaegpt.model.build import build_model
@@ -147,3 +151,126 @@ def test_a_text_is_covered_once_and_the_last_window_is_full() -> None:
 def test_an_unknown_task_is_named(folder: Path) -> None:
     with pytest.raises(DataError, match="no task nonsense"):
         run_harness(ours(folder), ["nonsense"], folder / "tasks")
+
+
+class _TaskLoader(yaml.CSafeLoader):
+    """Reads a task's file without the functions that it names."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def shipped_options() -> list[dict[str, Any]]:
+    """Every distinct ``generation_kwargs`` in the installed harness' task files."""
+    found = {}
+    for path in sorted((Path(lm_eval.__file__).parent / "tasks").rglob("*")):
+        if path.suffix not in ("", ".yaml", ".yml") or not path.is_file():
+            continue
+        text = path.read_text(errors="replace")
+        if "\ngeneration_kwargs:" not in text:
+            continue
+        options = yaml.load(text, _TaskLoader).get("generation_kwargs")
+        if isinstance(options, dict):
+            found[json.dumps(options, sort_keys=True)] = options
+    return list(found.values())
+
+
+def _shortened(options: dict[str, Any], number: int, ends: list[str]) -> dict[str, Any]:
+    """For a context of 32 tokens, and in two of three with an end that the model writes."""
+    names = [n for n in ("max_gen_toks", "max_new_tokens", "max_tokens") if n in options]
+    until = options.get("until") or []
+    until = [until] if isinstance(until, str) else list(until)
+    until += [ends[number % len(ends)]] if number % 3 else []
+    return options | {"until": until, (names or ["max_gen_toks"])[0]: 5 + number % 4}
+
+
+def test_the_options_of_all_shipped_tasks_mean_what_they_mean_to_the_harness(
+    folder: Path, theirs: Any
+) -> None:
+    model, shipped = ours(folder), shipped_options()
+    assert len(shipped) > 50
+    (long_text,) = model.generate_until(
+        requests("generate_until", (LONG, {"max_gen_toks": 8, "until": []}))
+    )
+    ends = [long_text[3:5], long_text[-2:], "the"]
+    offered = [o for o in shipped if o.get("num_beams", 1) == 1]
+    assert len(offered) >= len(shipped) - 3
+    asked = []
+    for number, options in enumerate(offered):
+        if not read_options(options).config.temperature:
+            context = (LONG, "It was", "Snow<|endoftext|>The cat")[number % 3]
+            asked.append((context, _shortened(options, number, ends)))
+    prompts = requests("generate_until", *asked)
+    for one, their_text, our_text in zip(
+        asked, theirs.generate_until(prompts), model.generate_until(prompts), strict=True
+    ):
+        assert our_text == their_text, one
+
+
+def test_sampling_draws_from_the_probabilities_of_the_harness(
+    folder: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = [
+        o for o in shipped_options() if read_options({**o, "num_beams": 1}).config.temperature
+    ]
+    assert shipped
+    sampled = [{"do_sample": o.get("do_sample"), **o} for o in shipped]
+    sampled += [{"do_sample": True, "temperature": 1.3, "top_k": k} for k in (0, 1, 7, None)]
+    sampled += [{"do_sample": True, "temperature": 0.5, "top_p": p} for p in (0, 0.3, 1.0)]
+    model = load_for_inference(folder / "ours", ProcessGrid())
+    tokens = torch.tensor([model.tokenizer.encode("It was")])
+    seen: list[torch.Tensor] = []
+
+    def multinomial(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
+        seen.append(probabilities)
+        return probabilities.argmax(-1, keepdim=True)
+
+    with torch.inference_mode():
+        logits = model.model.head.full_logits(model.model.hidden_states(tokens)[:, -1])[:, :50257]
+        for options in sampled:
+            kept, ids = candidates(logits, read_options(options).config)
+            probabilities = torch.zeros_like(logits)
+            probabilities.scatter_(1, torch.arange(50257)[None] if ids is None else ids, kept)
+            with monkeypatch.context() as patched:
+                patched.setattr(torch, "multinomial", multinomial)
+                seen.clear()
+                short = {**options, "max_gen_toks": 1, "until": []}
+                short.pop("max_new_tokens", None)
+                theirs.generate_until(requests("generate_until", ("It was", short)))
+            expected = probabilities / probabilities.sum()
+            torch.testing.assert_close(expected, seen[0], rtol=1e-3, atol=1e-7, msg=str(options))
+
+
+def test_what_the_harness_refuses_and_what_is_not_offered_is_one_line(folder: Path) -> None:
+    model = ours(folder)
+    for options, message in (
+        ({"max_gen_toks": 32}, "up to 32 new tokens .* the model sees 32"),
+        ({"num_beams": 4}, "only num_beams=1"),
+        ({"temperature": 1.0, "top_p": 1.5, "max_gen_toks": 2}, "top_p=1.5"),
+        ({"temperature": 1.0, "top_k": -1, "max_gen_toks": 2}, "top_k=-1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model.generate_until(requests("generate_until", ("It was", options)))
+
+
+def test_a_sampled_text_depends_on_its_number_and_on_no_other_request(folder: Path) -> None:
+    sampled = {"do_sample": True, "temperature": 2.0, "top_k": 0, "max_gen_toks": 6}
+    contexts = ("It was a dark", "It", "It was a dark", "A cat and a dog")
+    asked = requests("generate_until", *((context, sampled) for context in contexts))
+    texts = ours(folder).generate_until(asked)
+    assert texts[0] != texts[2]
+    assert ours(folder).generate_until(asked[:3]) == texts[:3]
+
+
+def test_the_name_of_the_end_of_text_is_its_token_as_for_the_harness(
+    folder: Path, theirs: Any
+) -> None:
+    model = ours(folder)
+    pairs = [("", "<|endoftext|>Snow"), ("The<|endoftext|>cat", " sat<|endoftext|>")]
+    asked = requests("loglikelihood", *pairs)
+    for found, wanted in zip(model.loglikelihood(asked), theirs.loglikelihood(asked), strict=True):
+        assert found[0] == pytest.approx(wanted[0], rel=1e-4)
+    texts = requests("loglikelihood_rolling", ("It was.<|endoftext|>Snow is",))
+    assert model.loglikelihood_rolling(texts) == pytest.approx(
+        theirs.loglikelihood_rolling(texts), rel=1e-4
+    )

@@ -105,5 +105,21 @@ def test_bad_lines_are_named(tmp_path: Path, read: Any, row: Any, message: str) 
 
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match="has no examples: each is a line with text"):
         read_lambada(tmp_path / "empty.jsonl")
+
+
+def test_an_ending_without_text_is_refused_before_anything_is_counted(tmp_path: Path) -> None:
+    row = {"activity_label": "A", "ctx_a": "b", "ctx_b": "c", "label": 1}
+    for ending in ("", " ", "[header]", " [title]"[:1] + "[step] "):
+        file = tmp_path / "hellaswag.jsonl"
+        file.write_text(json.dumps(row | {"endings": [ending, "d"]}) + "\n")
+        with pytest.raises(DataError, match=r"line 1: .*ending 0 has no text"):
+            read_hellaswag(file)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    line = json.dumps({"text": "one two"}).encode() + b"\n"
+    (tmp_path / "plain").write_bytes(line * 2)
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + line * 2)
+    assert read_lambada(tmp_path / "marked") == read_lambada(tmp_path / "plain")

@@ -61,3 +61,22 @@ def test_a_stride_that_does_not_fit_is_refused() -> None:
         inputs = inputs_of(loaded, torch.float32)
         with pytest.raises(ConfigError, match=f"--stride {stride} does not fit the model"):
             evaluate_text(loaded, Counting(), inputs, ProcessGrid(), 2, stride)
+
+
+class Tokens:
+    """Ids of a tokenizer that is not GPT-2's."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        return np.arange(start, min(start + length, 100)) * 7 % 60_000
+
+
+def test_bytes_of_an_unknown_tokenizer_are_not_given() -> None:
+    loaded = load_speaking("gpt", vocab_size=60_000)._replace(is_own_tokenizer=False)
+    inputs = inputs_of(loaded, torch.float32)
+    result = evaluate_text(loaded, Tokens(), inputs, ProcessGrid(), 2)
+    assert result.loss == pytest.approx(math.log(60_000), rel=0.1)
+    assert math.isnan(result.bits_per_byte)
+    assert "(n/a nats/byte, perplexity" in str(result)

@@ -67,7 +67,7 @@ def test_a_run_its_checkpoints_one_of_them_and_its_weights_are_found(
 
 def test_the_precision_is_chosen_on_loading(tmp_path: Path) -> None:
     save_gpt(tmp_path / "encoder")
-    model, encoder, _ = load_for_inference(
+    model, encoder, *_ = load_for_inference(
         save_egpt(tmp_path / "egpt", tmp_path / "encoder"), GRID, torch.bfloat16
     )
     assert encoder is not None
@@ -121,3 +121,15 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
         load_for_inference(tmp_path, GRID)
     with pytest.raises(CheckpointError, match=r"there is no folder .*/absent"):
         load_for_inference(tmp_path / "absent", GRID)
+
+
+def test_it_is_known_whether_the_tokenizer_is_the_models_own(tmp_path: Path) -> None:
+    save_gpt(tmp_path / "unsaid")
+    save_gpt(tmp_path / "padded", vocab_size=50304)
+    save_gpt(tmp_path / "larger", vocab_size=100_277)
+    known = [load_for_inference(tmp_path / n, GRID).is_own_tokenizer for n in ("unsaid", "padded")]
+    assert known == [True, True]
+    assert not load_for_inference(tmp_path / "larger", GRID).is_own_tokenizer
+    model = build_model(replace(GPT, **BIG_VOCABULARY), GRID)
+    save_weights(model, tmp_path / "other", GRID, {"tokenizer_fingerprint": "0" * 64})
+    assert not load_for_inference(tmp_path / "other", GRID).is_own_tokenizer

@@ -73,3 +73,18 @@ def test_damaged_foreign_and_unfitting_folders_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
         load_weights(empty_model(GPT, GRID), tmp_path, GRID)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_unless_they_are_asked_for(tmp_path, value):
+    model = build_model(GPT, GRID)
+    with torch.no_grad():
+        model.embedding.weight[2, :3] = value
+    save_weights(model, tmp_path, GRID)
+    again = empty_model(GPT, GRID)
+    with pytest.raises(
+        CheckpointError, match=r": 3 of the .* of embedding\.weight are infinite or"
+    ):
+        load_weights(again, tmp_path, GRID)
+    load_weights(again, tmp_path, GRID, allow_nonfinite=True)
+    assert torch.equal(again.embedding.weight.nan_to_num(), model.embedding.weight.nan_to_num())

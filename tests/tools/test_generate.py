@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from megaegpt.data.instruction.records import Instruction
+from megaegpt.model.build import build_model
+from megaegpt.model.weights import read_weights_config, save_weights
+from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed
 from tests.generation.test_trained import save_egpt, save_gpt
 from tools import generate
@@ -109,7 +112,13 @@ def test_samples_are_numbered_by_the_seed_that_makes_them(egpt: Path) -> None:
     ("arguments", "message"),
     [
         (["--temperature", "-1"], "generation.temperature=-1.0 must not be negative"),
+        (["--temperature", "nan"], "generation.temperature=nan"),
+        (["--temperature", "inf"], "generation.temperature=inf"),
+        (["--top-k", "-1"], "generation.top_k=-1 must be"),
+        (["--top-p", "0"], "generation.top_p=0.0 must be"),
         (["--top-p", "1.5", "--seed", "-2"], r"generation.top_p=1.5 .*"),
+        (["--seed", str(2**64)], f"seed={2**64}|seed {2**64}"),
+        (["--seed", str(2**64 - 1), "--num-samples", "2"], f"seed {2**64} of a text"),
         (["--prompt-file", "absent.txt"], "cannot read absent.txt: No such file"),
     ],
 )
@@ -160,3 +169,63 @@ def test_under_torchrun_rank_0_alone_prints_the_same_text(
     assert first[0] == alone
     assert "12 new tokens" in first[1]
     assert second == ("", "")
+
+
+def test_samples_beyond_one_batch_are_those_of_their_seeds(
+    egpt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, _ = _run("--checkpoint", egpt, "--prompt", "It", "--num-samples", 3, "--seed", 5)
+    monkeypatch.setattr(generate, "_SAMPLES_AT_ONCE", 2)
+    batches, err = _run("--checkpoint", egpt, "--prompt", "It", "--num-samples", 3, "--seed", 5)
+    assert batches == together
+    assert "36 new tokens" in err
+
+
+def test_any_number_of_samples_is_begun_at_once(
+    egpt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written batch by batch; the second one is where this test stops."""
+    begin, begun = generate._SampleWriter.begin, []
+
+    def stop_at_the_second(self: object, prompt: str, first: int, count: int) -> None:
+        begun.append((first, count))
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        begin(self, prompt, first, count)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generate, "_SAMPLES_AT_ONCE", 2)
+    monkeypatch.setattr(generate._SampleWriter, "begin", stop_at_the_second)
+    with pytest.raises(SystemExit):
+        _run("--checkpoint", egpt, "--num-samples", 99999999999)
+    assert begun == [(0, 2), (2, 2)]
+
+
+def test_line_ends_of_a_prompt_file_become_lf(egpt: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfOne\r\ntwo\r\n")
+    out, _ = _run("--checkpoint", egpt, "--prompt-file", file)
+    assert out.startswith("One\ntwo")
+    assert out == _run("--checkpoint", egpt, "--prompt", "One\ntwo")[0]
+
+
+def test_of_a_prompt_beyond_the_context_it_is_said_what_is_seen(tmp_path: Path) -> None:
+    gpt = save_gpt(tmp_path / "gpt")  # its context has 16 tokens
+    _, err = _run("--checkpoint", gpt, "--prompt", "one " * 20)
+    assert re.search(
+        r"the prompt has 2\d tokens: the model sees the last 1\d, its context is 16", err
+    )
+
+
+def test_weights_that_are_no_numbers_are_refused_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = read_weights_config(save_gpt(tmp_path / "gpt"))
+    model = build_model(config, ProcessGrid())
+    model.embedding.weight.data[3, :2] = float("nan")
+    save_weights(model, tmp_path / "diverged", ProcessGrid())
+    with pytest.raises(SystemExit) as exit_:
+        _run_visibly(tmp_path / "diverged", "--max-new-tokens", "1")
+    assert exit_.value.code == 2
+    shown = capsys.readouterr().err
+    assert "model.safetensors: 2 of the " in shown
+    assert "weights of embedding.weight are infinite or no number" in shown
