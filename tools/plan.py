@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.loading import load_config
 from megaegpt.errors import CheckpointError, ConfigError, exits_cleanly
 from megaegpt.planning.hardware import accelerator_names, find_accelerator
-from megaegpt.planning.plan import USABLE_MEMORY, Machines, Plan, alternatives, make_plan
-from megaegpt.planning.summary import describe_run
-from megaegpt.training.logging.metrics import short_count, short_time
+
+if TYPE_CHECKING:  # torch is imported once the command line is right
+    from megaegpt.planning.plan import Plan
 
 _GPUS_OF_A_MACHINE = 8
 
@@ -30,6 +31,8 @@ _GPUS_OF_A_MACHINE = 8
 def main() -> None:
     """Print the plan."""
     arguments = _parse_arguments()
+    from megaegpt.planning.plan import Machines, alternatives, make_plan
+
     config = load_config(arguments.config, arguments.overrides, arguments.gpus)
     encoder, notices = _find_encoder(config)
     per_node = arguments.per_node or min(arguments.gpus, _GPUS_OF_A_MACHINE)
@@ -106,6 +109,10 @@ def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:
 
 def describe(plan: Plan, efficiency: float) -> Iterator[str]:
     """The plan, a line each, and a warning if it does not fit."""
+    from megaegpt.planning.plan import USABLE_MEMORY
+    from megaegpt.planning.summary import describe_run
+    from megaegpt.training.logging.metrics import short_count, short_time
+
     config, machines = plan.config, plan.machines
     yield from describe_run(
         config, plan.size, plan.dp_size, plan.precision, str(machines), plan.memory

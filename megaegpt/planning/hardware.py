@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from megaegpt.errors import ConfigError
-from megaegpt.precision import Precision, default_precision
+
+if TYPE_CHECKING:
+    from megaegpt.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,11 @@ class Accelerator:
 
     def precision(self, wanted: str) -> Precision:
         """What ``auto`` becomes there; the rest is taken as it is."""
-        return default_precision(self.device_type) if wanted == "auto" else cast(Precision, wanted)
+        from megaegpt.precision import default_precision  # imports torch, which --help need not
+
+        return (
+            default_precision(self.device_type) if wanted == "auto" else cast("Precision", wanted)
+        )
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ class _CountingGroup(dist.ProcessGroup):
         super().__init__(0, size)
         self.messages: list[int] = []
 
-    def allreduce(self, tensors: list[Tensor], options: object = None) -> None:
+    def allreduce(  # type: ignore[override]
+        self, tensors: list[Tensor], options: object = None
+    ) -> None:
         """What ``torch.distributed.all_reduce`` calls."""
         self.messages += [tensor.numel() * tensor.element_size() for tensor in tensors]
 
@@ -103,7 +105,7 @@ def _fake(config: ModelConfig, grid: ProcessGrid, device_type: str) -> Model:
     model = empty_model(config, grid)
     if device_type != "cpu":  # fused attention on a GPU drops without a mask; a CPU's cannot
         for block in model.stack.blocks:
-            block.attention.eval()
+            cast(nn.Module, block.attention).eval()
     return model
 
 

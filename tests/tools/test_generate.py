@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megaegpt.data.instruction.records import Instruction
+from megaegpt.training.engine import compiling
 from tests.distributed.harness import Distributed
 from tests.generation.test_trained import save_egpt, save_gpt
 from tools import generate
@@ -58,7 +59,7 @@ def test_where_nothing_can_be_compiled_the_text_is_written_all_the_same(
     egpt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _ = _run("--checkpoint", egpt, "--prompt", "It")
-    monkeypatch.setattr(generate, "compile_problem", lambda device: "no compiler")
+    monkeypatch.setattr(compiling, "compile_problem", lambda device: "no compiler")
     text, shown = _run("--checkpoint", egpt, "--prompt", "It", "--compile")
     assert text == expected
     assert "not compiled: no compiler\n" in shown
@@ -70,7 +71,7 @@ def test_compiled_steps_write_the_same_and_the_wait_for_them_is_shown(
     egpt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _ = _run("--checkpoint", egpt, "--prompt", "It")
-    monkeypatch.setattr(generate, "compile_problem", lambda device: None)
+    monkeypatch.setattr(compiling, "compile_problem", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     text, shown = _run("--checkpoint", egpt, "--prompt", "It", "--compile")
     assert text == expected
