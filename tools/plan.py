@@ -20,6 +20,7 @@ from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.loading import load_config
 from megaegpt.errors import CheckpointError, ConfigError, exits_cleanly
 from megaegpt.planning.hardware import accelerator_names, find_accelerator
+from megaegpt.tables import format_table
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.planning.plan import Plan
@@ -147,16 +148,14 @@ def compare(plans: list[Plan]) -> Iterator[str]:
         yield "nothing fits: more GPUs, GPUs with more memory, or a smaller model"
         return
     yield "with the largest micro-batch that fits, the fastest first:"
-    yield (
-        "tensor_parallel_size  activation_checkpointing  micro_batch_size  memory a rank  s a step"
-    )
+    columns = ("tensor_parallel_size", "activation_checkpointing", "micro_batch_size")
+    table = [(*columns, "memory a rank", "s a step")]
     for plan in plans:
         training, tp = plan.config.training, plan.config.parallel.tensor_parallel_size
         seconds = "n/a" if plan.time is None else f"{plan.time.total:.3g}"
-        yield (
-            f"{tp:>20}  {training.activation_checkpointing:>24}  {training.micro_batch_size:>16}  "
-            f"{_gib(plan.memory.total):>13}  {seconds:>8}"
-        )
+        choices = (str(tp), training.activation_checkpointing, str(training.micro_batch_size))
+        table.append((*choices, _gib(plan.memory.total), seconds))
+    yield format_table(table, names=0)
 
 
 def _gib(size: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from megaegpt.config import ModelConfig
 from megaegpt.config.validation import validate_model
 from megaegpt.errors import CheckpointError, ConfigError
-from megaegpt.interop.json_files import read_json_object
+from megaegpt.interop.foreign_json import read_json_object
 from megaegpt.interop.tensor_files import weight_files
 
 CONFIG = "config.json"

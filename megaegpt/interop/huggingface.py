@@ -14,9 +14,9 @@ import torch
 
 from megaegpt.errors import CheckpointError
 from megaegpt.files import whole_folder
+from megaegpt.interop.foreign_json import read_json_object
 from megaegpt.interop.gpt2_config import CONFIG, check_size, convert_config
 from megaegpt.interop.gpt2_layout import from_theirs
-from megaegpt.interop.json_files import read_json_object
 from megaegpt.interop.tensor_files import PICKLED, SAFETENSORS, check_finite, read_tensors
 from megaegpt.model.build import empty_model
 from megaegpt.model.weights import save_weights

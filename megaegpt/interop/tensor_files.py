@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megaegpt.errors import CheckpointError
-from megaegpt.interop.json_files import read_json_object
+from megaegpt.interop.foreign_json import read_json_object
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 _GIT_LFS_POINTER = b"version https://git-lfs"
