@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
     ("errors",),
-    ("files", "precision"),
+    ("files", "precision", "text_tables"),
     ("config",),
     ("data", "parallel"),
     ("model",),

@@ -15,7 +15,7 @@ from typing import Any
 
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.report.runs import Run, read_runs
-from megaegpt.tables import format_table
+from megaegpt.text_tables import format_table
 
 
 @exits_cleanly

@@ -20,7 +20,7 @@ from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.loading import load_config
 from megaegpt.errors import CheckpointError, ConfigError, exits_cleanly
 from megaegpt.planning.hardware import accelerator_names, find_accelerator
-from megaegpt.tables import format_table
+from megaegpt.text_tables import format_table
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.planning.plan import Plan

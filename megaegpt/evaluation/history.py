@@ -22,7 +22,7 @@ from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.egpt.egpt_inputs import EGPTInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.tables import format_table
+from megaegpt.text_tables import format_table
 from megaegpt.training.evaluation import Evaluation
 
 HISTORIES = ("true", "shuffled", "zero")

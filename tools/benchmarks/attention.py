@@ -22,7 +22,7 @@ from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.gpt import GPT
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.allocations import TensorMeter
-from megaegpt.tables import format_table
+from megaegpt.text_tables import format_table
 from tools.benchmarks.common import (
     add_profile,
     add_repetitions,

@@ -14,7 +14,7 @@ import torch
 
 from megaegpt.errors import ConfigError
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.tables import format_table
+from megaegpt.text_tables import format_table
 from tools.benchmarks.processes import Result
 
 

@@ -15,7 +15,7 @@ from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.trained import pack_weights
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.tables import format_table
+from megaegpt.text_tables import format_table
 from tools.benchmarks import peers
 from tools.benchmarks.common import (
     add_profile,

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import torch
 
 from megaegpt.errors import LaunchError
-from megaegpt.tables import format_table
+from megaegpt.text_tables import format_table
 from tools.benchmarks import egpt, generate, train
 from tools.benchmarks.common import add_repetitions, print_mfu, print_results
 from tools.benchmarks.processes import Candidate, Result, Workload, compare
