@@ -17,9 +17,9 @@ ORDER = (
     ("config",),
     ("data", "parallel"),
     ("model",),
-    ("planning", "interop", "report"),
+    ("interop", "report"),
     ("generation",),
-    ("training",),
+    ("planning", "training"),
     ("evaluation",),
     ("api",),
 )
