@@ -13,13 +13,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
     ("errors",),
-    ("files", "precision"),
+    ("files", "precision", "text_tables"),
     ("config",),
     ("data", "parallel"),
     ("model",),
-    ("planning", "interop", "report"),
+    ("interop", "report"),
     ("generation",),
-    ("training",),
+    ("planning", "training"),
     ("evaluation",),
     ("api",),
 )

@@ -15,13 +15,13 @@ import argparse
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.benchmarks
 
 from megaegpt.errors import MegaEGPTError, exits_cleanly
 from megaegpt.files import write_whole
-from tools.benchmarks.common import machine
 
 SUBCOMMANDS = {
     "train": "a training step of a GPT through the engine",
@@ -35,14 +35,20 @@ SUBCOMMANDS = {
 }
 
 
-def new_parser() -> argparse.ArgumentParser:
-    """Each subcommand is a module of its name: ``add_arguments(parser)``, ``run(arguments)``."""
+def new_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Each subcommand is a module of its name: ``add_arguments(parser)``, ``run(arguments)``.
+
+    Args:
+        words: the command line; what it does not name is not imported.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="WHAT")
     for name, summary in SUBCOMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name not in words:
+            continue
         module = importlib.import_module(f"tools.benchmarks.{name}")
         module.add_arguments(subparser)
         subparser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
@@ -53,7 +59,9 @@ def new_parser() -> argparse.ArgumentParser:
 @exits_cleanly
 def main() -> None:
     """Dispatch to ``tools/benchmarks/<subcommand>.py``."""
-    arguments = new_parser().parse_args()
+    arguments = new_parser(sys.argv[1:]).parse_args()
+    from tools.benchmarks.common import machine  # imports torch, which --help need not
+
     record = {"machine": machine(), **arguments.run(arguments)}
     if arguments.json is not None:
         write_whole(arguments.json, (json.dumps(record, indent=2) + "\n").encode())

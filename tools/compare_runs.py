@@ -15,6 +15,7 @@ from typing import Any
 
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.report.runs import Run, read_runs
+from megaegpt.text_tables import format_table
 
 
 @exits_cleanly
@@ -49,7 +50,7 @@ def compare(runs: list[Run]) -> str:
                 f"{math.exp(min(loss, 700.0)):.1f}",
             ]
         )
-    tables = [aligned(rows)]
+    tables = [format_table(rows, names=2), ""]
     by_chunk = {
         name: record["validation_loss_by_chunk"]
         for name, record in evaluations.items()
@@ -59,8 +60,8 @@ def compare(runs: list[Run]) -> str:
         numbers = [str(number) for number in range(max(map(len, by_chunk.values())))]
         lines = [[name, *(f"{loss:.3f}" for loss in losses)] for name, losses in by_chunk.items()]
         tables.append("nats/token by chunk of the window (= earlier chunks there are)")
-        tables.append(aligned([["chunk", *numbers], *lines]))
-    return "\n".join(tables)
+        tables.append(format_table([["chunk", *numbers], *lines]))
+    return "\n".join(tables).rstrip()
 
 
 def _evaluation(run: Run) -> dict[str, Any]:
@@ -70,23 +71,6 @@ def _evaluation(run: Run) -> dict[str, Any]:
             f"{run.name} was not evaluated yet: is data.validation set, and the run complete?"
         )
     return record
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Rows, the first of them the heading, as a table: numbers to the right, names to the left."""
-    longest = max(len(row) for row in rows)
-    padded = [row + [""] * (longest - len(row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*padded, strict=True)]
-    left = [any(c.isalpha() for c in column[-1]) for column in zip(*padded, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if to_left else cell.rjust(width)
-            for cell, width, to_left in zip(row, widths, left, strict=True)
-        ).rstrip()
-        for row in padded
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(f"  {line}" for line in lines) + "\n"
 
 
 if __name__ == "__main__":

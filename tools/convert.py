@@ -98,19 +98,18 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _import(arguments: argparse.Namespace) -> None:
     from megaegpt.files import whole_folder
-    from megaegpt.interop.huggingface import (
-        download,
-        import_gpt2,
-        is_hub_name,
-        is_huggingface_folder,
-    )
+    from megaegpt.interop.gpt2_config import CONFIG
+    from megaegpt.interop.huggingface import download, import_gpt2, is_hub_name
     from megaegpt.training.checkpoint.inspection import describe_contents
 
     folder = Path(arguments.source)
     if not folder.is_dir() and is_hub_name(arguments.source):
         folder = download(arguments.source)
-    if not is_huggingface_folder(folder):
-        raise CheckpointError(f"{folder} is no folder of a model in Hugging Face's form")
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(
+            f"{folder} is no folder of a model in Hugging Face's form: it needs {CONFIG}, and "
+            "model.safetensors or pytorch_model.bin"
+        )
     with whole_folder(arguments.output) as temporary:
         import_gpt2(folder, temporary)
     print("\n".join(describe_contents(arguments.output, tensors=False)))

@@ -30,30 +30,19 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from megaegpt.data.tokens.corpus_manifest import verify_shards
-from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.data.tokens.windows import TokenSource
 from megaegpt.errors import ConfigError, exits_cleanly
-from megaegpt.evaluation.history import compare_histories, history_table
-from megaegpt.evaluation.scorer import Scorer
-from megaegpt.evaluation.tasks import (
-    read_hellaswag,
-    read_lambada,
-    score_hellaswag,
-    score_lambada,
-)
-from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
 from megaegpt.files import write_whole
-from megaegpt.generation.trained import LoadedModel, load_for_inference
-from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.launch import joined_processes
-from megaegpt.parallel.together import raising_together
-from megaegpt.precision import DTYPES
-from megaegpt.training.evaluation import Evaluation
+
+if TYPE_CHECKING:  # torch is imported once the command line is right
+    import torch
+
+    from megaegpt.data.tokens.windows import TokenSource
+    from megaegpt.evaluation.scorer import Scorer
+    from megaegpt.generation.trained import LoadedModel
+    from megaegpt.parallel.grid import ProcessGrid
+    from megaegpt.training.evaluation import Evaluation
 
 Result = tuple[str, dict[str, Any]]
 """Lines for people, and the numbers for ``--json``."""
@@ -63,6 +52,11 @@ Result = tuple[str, dict[str, Any]]
 def main() -> None:
     """Evaluate as told on the command line."""
     arguments = _parse_arguments()
+    from megaegpt.generation.trained import load_for_inference
+    from megaegpt.parallel.launch import joined_processes
+    from megaegpt.parallel.together import raising_together
+    from megaegpt.precision import DTYPES
+
     with joined_processes(arguments.tensor_parallel_size) as grid:
         name = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
         loaded = load_for_inference(
@@ -111,7 +105,9 @@ def _parse_arguments() -> argparse.Namespace:
     harness.add_argument("--limit", type=int, metavar="N", help="first questions of a task only")
     parser.add_argument("--encoder", metavar="DIR", help="of an EGPT or DeepGPT, if it was moved")
     parser.add_argument("--batch-size", type=int, default=4, help="rows at once (default: 4)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU"
+    )
     parser.add_argument(
         "--tensor-parallel-size", type=int, default=1, help="processes a model is cut over"
     )
@@ -134,6 +130,14 @@ def _measure(
         return _measure_text(arguments, loaded, grid, dtype)
     if arguments.harness is not None:
         return _measure_harness(arguments, loaded, grid, dtype)
+    from megaegpt.evaluation.scorer import Scorer
+    from megaegpt.evaluation.tasks import (
+        read_hellaswag,
+        read_lambada,
+        score_hellaswag,
+        score_lambada,
+    )
+
     scorer = Scorer(loaded, grid, arguments.batch_size, dtype)
     if arguments.lambada is not None:
         return _measure_task(read_lambada, score_lambada, arguments.lambada, scorer, grid)
@@ -143,6 +147,12 @@ def _measure(
 def _measure_text(
     arguments: argparse.Namespace, loaded: LoadedModel, grid: ProcessGrid, dtype: torch.dtype
 ) -> Result:
+    from megaegpt.data.tokens.corpus_manifest import verify_shards
+    from megaegpt.data.tokens.stream import TokenStream
+    from megaegpt.evaluation.history import compare_histories, history_table
+    from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
+    from megaegpt.parallel.together import raising_together
+
     source: TokenSource
     with raising_together(grid):
         if arguments.text:
@@ -198,6 +208,8 @@ def _measure_task(
     scorer: Scorer,
     grid: ProcessGrid,
 ) -> Result:
+    from megaegpt.parallel.together import raising_together
+
     with raising_together(grid):
         examples = read(path)
     result = score(scorer, examples)

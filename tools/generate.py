@@ -28,24 +28,17 @@ import itertools
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megaegpt.config import GenerationConfig
-from megaegpt.data.instruction.records import Instruction
-from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError, exits_cleanly
-from megaegpt.generation.compiled import uncompilable
-from megaegpt.generation.decoders import context_start, gpt_of
-from megaegpt.generation.generator import TextAssembler, TextGenerator, encode_prompt
-from megaegpt.generation.sampling import check_sampling
-from megaegpt.generation.trained import load_for_inference
-from megaegpt.model.build import Model
-from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.launch import joined_processes
-from megaegpt.parallel.matmul import MOST_GENERATED_ROWS
-from megaegpt.parallel.together import broadcast_object
-from megaegpt.precision import DTYPES
-from megaegpt.training.engine.compiling import compile_problem
+
+if TYPE_CHECKING:  # torch is imported once the command line is right
+    from megaegpt.data.tokenizer import Tokenizer
+    from megaegpt.generation.generator import TextAssembler
+    from megaegpt.model.build import Model
+    from megaegpt.model.encoder import FrozenEncoder
+    from megaegpt.parallel.grid import ProcessGrid
 
 _DEFAULTS = GenerationConfig(max_new_tokens=256)
 _SAMPLES_AT_ONCE = 32
@@ -63,12 +56,19 @@ def main() -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
+    from megaegpt.generation.sampling import check_sampling
+    from megaegpt.parallel.launch import joined_processes
+
     check_sampling(config, range(config.seed, config.seed + arguments.num_samples))
     with joined_processes(None) as grid:
         _generate(arguments, config, grid)
 
 
 def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: ProcessGrid) -> None:
+    from megaegpt.generation.generator import TextGenerator, encode_prompt
+    from megaegpt.generation.trained import load_for_inference
+    from megaegpt.precision import DTYPES
+
     prompt = _read_prompt(arguments, grid)
     dtype = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
     loaded = load_for_inference(
@@ -104,7 +104,9 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
 
 def _warn_of_unseen(model: Model, prompt_tokens: int) -> None:
     """Say how much of a prompt is not seen; a GPT's context bounds it."""
-    if model.config.kind != "gpt":
+    from megaegpt.generation.decoders import context_start
+
+    if model.config.needs_encoder:
         return
     unseen = context_start(prompt_tokens, model.config.max_seq_len)
     if unseen:
@@ -149,7 +151,7 @@ def _parse_arguments() -> argparse.Namespace:
         "--compile",
         action="store_true",
         help="compile the step from token to token, on a GPU into one CUDA graph: tens of seconds "
-        f"first, for long texts or several samples (on a CPU up to {MOST_GENERATED_ROWS})",
+        "first, for long texts or several samples (on a CPU for few)",
     )
     parser.add_argument(
         "--no-cache",
@@ -157,7 +159,9 @@ def _parse_arguments() -> argparse.Namespace:
         help="compute every token from the beginning: slow, the same text; to check the caches",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="precision (default: bf16 on a GPU, fp32 on a CPU)"
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="precision (default: bf16 on a GPU, fp32 on a CPU)",
     )
     parser.add_argument("--encoder", metavar="PATH", help="the frozen encoder, where it was moved")
     parser.add_argument("--vocabulary", metavar="DIR", help="folder with GPT-2's encoder.json")
@@ -211,7 +215,12 @@ def _can_compile(
     model: Model, encoder: FrozenEncoder | None, grid: ProcessGrid, arguments: argparse.Namespace
 ) -> bool:
     """Say so if not."""
-    problem = uncompilable(gpt_of(model, encoder)) or compile_problem(grid.device.type)
+    from megaegpt.generation.compiled import uncompilable
+    from megaegpt.generation.decoders import gpt_of
+    from megaegpt.parallel.matmul import MOST_GENERATED_ROWS
+    from megaegpt.training.engine import compiling
+
+    problem = uncompilable(gpt_of(model, encoder)) or compiling.compile_problem(grid.device.type)
     if grid.device.type == "cpu" and arguments.num_samples > MOST_GENERATED_ROWS:
         problem = f"on a CPU more than {MOST_GENERATED_ROWS} texts at once are faster as they are"
     if arguments.no_cache:
@@ -223,6 +232,9 @@ def _can_compile(
 
 def _read_prompt(arguments: argparse.Namespace, grid: ProcessGrid) -> str:
     """The prompt, read by rank 0 and given to all; a file's last line break is not part of it."""
+    from megaegpt.data.instruction.records import Instruction
+    from megaegpt.parallel.together import broadcast_object
+
     if arguments.instruction is not None:
         return Instruction(arguments.instruction, arguments.input, "").prompt
     name = arguments.prompt_file
@@ -263,6 +275,8 @@ class _SampleWriter:
     def begin(self, prompt: str, first: int, count: int) -> None:
         """Show the prompt of the ``count`` samples from number ``first`` on."""
         self._prompt, self._first = prompt, first
+        from megaegpt.generation.generator import TextAssembler
+
         self._assemblers = [TextAssembler(self._tokenizer) for _ in range(count)]
         self._later = [""] * count
         self._write(self._title(0) + prompt)

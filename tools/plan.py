@@ -14,14 +14,16 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.loading import load_config
 from megaegpt.errors import CheckpointError, ConfigError, exits_cleanly
 from megaegpt.planning.hardware import accelerator_names, find_accelerator
-from megaegpt.planning.plan import USABLE_MEMORY, Machines, Plan, alternatives, make_plan
-from megaegpt.planning.summary import describe_run
-from megaegpt.training.logging.metrics import short_count, short_time
+from megaegpt.text_tables import format_table
+
+if TYPE_CHECKING:  # torch is imported once the command line is right
+    from megaegpt.planning.plan import Plan
 
 _GPUS_OF_A_MACHINE = 8
 
@@ -30,6 +32,8 @@ _GPUS_OF_A_MACHINE = 8
 def main() -> None:
     """Print the plan."""
     arguments = _parse_arguments()
+    from megaegpt.planning.plan import Machines, alternatives, make_plan
+
     config = load_config(arguments.config, arguments.overrides, arguments.gpus)
     encoder, notices = _find_encoder(config)
     per_node = arguments.per_node or min(arguments.gpus, _GPUS_OF_A_MACHINE)
@@ -106,6 +110,10 @@ def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:
 
 def describe(plan: Plan, efficiency: float) -> Iterator[str]:
     """The plan, a line each, and a warning if it does not fit."""
+    from megaegpt.planning.plan import USABLE_MEMORY
+    from megaegpt.planning.summary import describe_run
+    from megaegpt.training.logging.metrics import short_count, short_time
+
     config, machines = plan.config, plan.machines
     yield from describe_run(
         config, plan.size, plan.dp_size, plan.precision, str(machines), plan.memory
@@ -140,16 +148,14 @@ def compare(plans: list[Plan]) -> Iterator[str]:
         yield "nothing fits: more GPUs, GPUs with more memory, or a smaller model"
         return
     yield "with the largest micro-batch that fits, the fastest first:"
-    yield (
-        "tensor_parallel_size  activation_checkpointing  micro_batch_size  memory a rank  s a step"
-    )
+    columns = ("tensor_parallel_size", "activation_checkpointing", "micro_batch_size")
+    table = [(*columns, "memory a rank", "s a step")]
     for plan in plans:
         training, tp = plan.config.training, plan.config.parallel.tensor_parallel_size
         seconds = "n/a" if plan.time is None else f"{plan.time.total:.3g}"
-        yield (
-            f"{tp:>20}  {training.activation_checkpointing:>24}  {training.micro_batch_size:>16}  "
-            f"{_gib(plan.memory.total):>13}  {seconds:>8}"
-        )
+        choices = (str(tp), training.activation_checkpointing, str(training.micro_batch_size))
+        table.append((*choices, _gib(plan.memory.total), seconds))
+    yield format_table(table, names=0)
 
 
 def _gib(size: float) -> str:

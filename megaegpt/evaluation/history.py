@@ -22,6 +22,7 @@ from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.egpt.egpt_inputs import EGPTInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.text_tables import format_table
 from megaegpt.training.evaluation import Evaluation
 
 HISTORIES = ("true", "shuffled", "zero")
@@ -115,13 +116,13 @@ def history_table(results: dict[str, Evaluation]) -> str:
     by_chunk = zip(*(result.loss_by_chunk for result in results.values()), strict=True)
     rows = [(str(number), losses) for number, losses in enumerate(by_chunk)]
     rows.append(("all", tuple(result.loss for result in results.values())))
-    lines = ["  ".join(f"{title:>13}" for title in header)]
+    table = [header]
     for title, values in rows:
         losses = dict(zip(results, values, strict=True))
         cells = [f"{losses[name]:.4f}" for name in results]
         cells += [f"{losses[name] - losses['true']:+.4f}" for name in others]
-        lines.append("  ".join(f"{cell:>13}" for cell in (title, *cells)))
-    return "\n".join(lines)
+        table.append([title, *cells])
+    return format_table(table)
 
 
 def _encoder(loaded: LoadedModel) -> FrozenEncoder:

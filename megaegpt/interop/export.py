@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
@@ -15,6 +15,7 @@ from megaegpt.errors import CheckpointError
 from megaegpt.files import whole_folder
 from megaegpt.interop.gpt2_layout import to_theirs
 from megaegpt.interop.gpt2_vocabulary import write_tokenizer
+from megaegpt.interop.tensor_files import check_finite
 from megaegpt.model.build import empty_model
 from megaegpt.model.weights import WEIGHTS, load_weights, read_weights_config, verify_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -32,7 +33,8 @@ def export_weights(weights: str | Path, output: str | Path) -> list[str]:
         Why it could not be Hugging Face's form; empty if it is.
 
     Raises:
-        CheckpointError: the weights are missing or damaged, or ``output`` cannot be written.
+        CheckpointError: the weights are missing, damaged or not finite, or ``output`` cannot be
+            written.
     """
     weights = Path(weights)
     config, _ = read_weights_config(weights)
@@ -41,6 +43,7 @@ def export_weights(weights: str | Path, output: str | Path) -> list[str]:
     if not differences:
         export_gpt2(weights, output)
         return []
+    check_finite(load_file(weights / WEIGHTS), weights)
     with whole_folder(Path(output)) as folder:
         for name in (WEIGHTS, _CONFIG):
             shutil.copyfile(weights / name, folder / name)
@@ -52,8 +55,8 @@ def export_gpt2(weights: str | Path, output: str | Path) -> None:
     and ``AutoTokenizer.from_pretrained`` load, in fp32.
 
     Raises:
-        CheckpointError: the model is not GPT-2-shaped, the weights are damaged, or ``output``
-            cannot be written.
+        CheckpointError: the model is not GPT-2-shaped, the weights are damaged or not finite, or
+            ``output`` cannot be written.
     """
     weights, output = Path(weights), Path(output)
     config, _ = read_weights_config(weights)
@@ -63,6 +66,7 @@ def export_gpt2(weights: str | Path, output: str | Path) -> None:
     model = empty_model(config, grid)
     load_weights(model, weights, grid)
     ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    check_finite(ours, weights)
     tensors = {
         _their_full_name(name): t.contiguous() for name, t in to_theirs(ours, config).items()
     }

@@ -7,6 +7,7 @@ rows. The tied head is not stored.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,14 @@ from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.errors import CheckpointError
+from megaegpt.model.build import meta_model
+
+_EMBEDDING, _HEAD = "wte.weight", "lm_head.weight"
+_WRAPPERS = r"^(module\.|_orig_mod\.)*(transformer\.)?"
+"""What DistributedDataParallel, ``torch.compile`` and the model with a head put before a name."""
+_MASK = r"h\.\d+\.attn\.(bias|masked_bias)"
+"""Buffers that old versions saved: the causal mask, and what it puts in the place of scores."""
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -31,11 +40,28 @@ class Place:
     vocabulary: bool = False
     """One row a token, to which we add padding rows."""
 
+    def their_shape(self, ours: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+        """Shape of their tensor, from that of ours."""
+        shape = ours[::-1] if self.transposed else ours
+        if self.vocabulary:
+            shape = (config.vocab_size, *shape[1:])
+        return shape if self.part is None else (*shape[:-1], 3 * shape[-1])
+
+    def take(self, theirs: Tensor, config: ModelConfig) -> Tensor:
+        """Our tensor out of theirs."""
+        if self.part is not None:
+            theirs = theirs.chunk(3, dim=-1)[self.part]
+        if self.transposed:
+            theirs = theirs.t()
+        if self.vocabulary:
+            theirs = F.pad(theirs, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
+        return theirs
+
 
 def places(config: ModelConfig) -> dict[str, Place]:
     """The place of every parameter of a GPT-2-shaped GPT with biases, by our name."""
     found = {
-        "embedding.weight": Place("wte.weight", vocabulary=True),
+        "embedding.weight": Place(_EMBEDDING, vocabulary=True),
         "positions.table.weight": Place("wpe.weight"),
     }
     for n in range(config.num_layers):
@@ -49,7 +75,7 @@ def places(config: ModelConfig) -> dict[str, Place]:
         found |= _linear(f"{ours}.mlp.down", f"{theirs}.mlp.c_proj")
     found |= _norm("stack.norm", "ln_f")
     if not config.tied_embeddings:
-        found["head.weight"] = Place("lm_head.weight", vocabulary=True)
+        found["head.weight"] = Place(_HEAD, vocabulary=True)
     return found
 
 
@@ -67,22 +93,75 @@ def _linear(ours: str, theirs: str, part: int | None = None) -> dict[str, Place]
 def from_theirs(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our tensors by name, views of theirs where nothing has to be copied.
 
+    Every one of theirs is used, or left out for a known reason: causal masks are no weights, and a
+    tied head repeats the embedding. A model saved without any bias has biases of 0.
+
     Raises:
-        CheckpointError: one of theirs is missing.
+        CheckpointError: one of theirs is missing, has another shape or type than ``config`` says,
+            or has no place in a GPT-2.
     """
-    ours = {}
-    for name, place in places(config).items():
-        if place.name not in theirs:
-            raise CheckpointError(f"the tensor {place.name} is missing")
-        tensor = theirs[place.name]
-        if place.part is not None:
-            tensor = tensor.chunk(3, dim=-1)[place.part]
-        if place.transposed:
-            tensor = tensor.t()
-        if place.vocabulary:
-            tensor = F.pad(tensor, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
-        ours[name] = tensor
-    return ours
+    theirs = _weights_by_short_name(theirs)
+    _check_layers(theirs, config)
+    if config.tied_embeddings:
+        _untie(theirs)
+    needed: dict[str, tuple[int, ...]] = {}
+    shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
+    found = places(config)
+    for name, place in found.items():
+        needed[place.name] = place.their_shape(shapes[name], config)
+    if not any(name.endswith(".bias") for name in theirs):
+        biases = {name: shape for name, shape in needed.items() if name.endswith(".bias")}
+        theirs |= {name: torch.zeros(shape) for name, shape in biases.items()}
+    for name, shape in needed.items():
+        _check_tensor(name, theirs.get(name), shape)
+    if foreign := sorted(theirs.keys() - needed.keys()):
+        listed = ", ".join(name[:80] for name in foreign[:3]) + (" ..." if foreign[3:] else "")
+        raise CheckpointError(f"it holds what is no part of this GPT-2: {listed}")
+    return {name: place.take(theirs[place.name], config) for name, place in found.items()}
+
+
+def _weights_by_short_name(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without masks, and without what wrappers put before every name."""
+    short: dict[str, Tensor] = {}
+    for name, tensor in theirs.items():
+        key = re.sub(_WRAPPERS, "", name)
+        if re.fullmatch(_MASK, key):
+            continue
+        if key in short:
+            raise CheckpointError(f"it holds {key} under two names")
+        short[key] = tensor
+    return short
+
+
+def _check_layers(theirs: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Before anything is made for each layer of a configuration, which may say any number."""
+    layers = {match[1] for name in theirs if (match := re.match(r"h\.(\d+)\.", name))}
+    if len(layers) != config.num_layers:
+        raise CheckpointError(f"it holds {len(layers)} layers, n_layer is {config.num_layers}")
+
+
+def _untie(theirs: dict[str, Tensor]) -> None:
+    """Leave a tied pair under the embedding's name alone."""
+    head = theirs.pop(_HEAD, None)
+    if head is None:
+        return
+    embedding = theirs.setdefault(_EMBEDDING, head)
+    if not torch.equal(embedding, head):
+        raise CheckpointError(
+            f"{_HEAD} differs from {_EMBEDDING}, though tie_word_embeddings is true: if the head "
+            "is meant, set tie_word_embeddings to false"
+        )
+
+
+def _check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        raise CheckpointError(f"the tensor {name} is missing")
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"{name} has shape {tuple(tensor.shape)} in the file, {shape} by its configuration"
+        )
+    if tensor.dtype not in _TYPES:
+        raise CheckpointError(f"{name} is {tensor.dtype}, not fp16, bf16, fp32 or fp64")
 
 
 def to_theirs(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

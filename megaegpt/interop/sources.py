@@ -13,14 +13,8 @@ from pathlib import Path
 from megaegpt.config import ModelConfig
 from megaegpt.config.presets import create_model_config
 from megaegpt.errors import CheckpointError
-from megaegpt.interop.huggingface import (
-    HUB_NAMES,
-    converted,
-    download,
-    is_hub_name,
-    is_huggingface_folder,
-    read_config,
-)
+from megaegpt.interop.gpt2_config import is_huggingface_folder, read_config
+from megaegpt.interop.huggingface import HUB_NAMES, converted, download, is_hub_name
 from megaegpt.model.weights import find_weights, read_weights_config, verify_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together

@@ -51,7 +51,11 @@ def sharded_rng(grid: ProcessGrid) -> Iterator[None]:
             generator.manual_seed(seed)
             generator.set_offset(offset + _CUDA_OFFSET_STEP)
         return
-    common = int(torch.randint(2**62, (), dtype=torch.int64))
+    drawn = torch.randint(2**62, (), dtype=torch.int64)
+    if type(drawn) is not torch.Tensor:  # a fake one: shapes alone are traced, nothing is random
+        yield
+        return
+    common = int(drawn)
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(derive_seed("tp", common, grid.tp_rank))
     try:

@@ -1,18 +1,19 @@
-"""What plans assume of machines. Speeds are peaks of data sheets, per GPU and direction.
+"""What is known of GPUs: their peak operations, and what plans assume of their machines.
 
-NVLink is counted there in both directions together, so half of it is taken; a DGX's network is
-divided by its GPUs.
+Speeds are peaks of data sheets, per GPU and direction. NVLink is counted there in both directions
+together, so half of it is taken; a DGX's network is divided by its GPUs.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from megaegpt.errors import ConfigError
-from megaegpt.precision import Precision, default_precision
-from megaegpt.training.logging.metrics import peak_flops
+
+if TYPE_CHECKING:
+    from megaegpt.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Accelerator:
     """One GPU, or one process's share of a CPU, and its connections."""
 
     name: str
-    """As the driver gives it; the key to its peak FLOP/s in :func:`peak_flops`."""
+    """As the driver gives it."""
     memory: int
     """Bytes."""
     node_bandwidth: float
@@ -35,33 +36,90 @@ class Accelerator:
 
     def precision(self, wanted: str) -> Precision:
         """What ``auto`` becomes there; the rest is taken as it is."""
-        return default_precision(self.device_type) if wanted == "auto" else cast(Precision, wanted)
+        from megaegpt.precision import default_precision  # imports torch, which --help need not
+
+        return (
+            default_precision(self.device_type) if wanted == "auto" else cast("Precision", wanted)
+        )
+
+
+@dataclass(frozen=True)
+class _Device:
+    """What the data sheet of a GPU says."""
+
+    words: str
+    """All of them occur in the name that the driver gives."""
+    tflops: float
+    """Dense matrix operations in bf16 and fp16."""
+    option: str | None = None
+    """Its name on the command line, where plans can be made for it."""
+    accelerator: Accelerator | None = None
 
 
 _GIB, _GB = 2**30, 1e9
 _PCIE_4 = 31.5 * _GB  # 16 lanes of 16 GT/s, 128b/130b
 _TEN_GIGABIT, _HUNDRED_GIGABIT = 1.25 * _GB, 12.5 * _GB  # an assumption: no vendor's system
 
-_ACCELERATORS = {
+
+def _planned(
+    words: str, tflops: float, option: str, name: str, memory: float, node: float, network: float
+) -> _Device:
+    accelerator = Accelerator(name, int(memory), node, network)
+    return _Device(words, tflops, option, accelerator)
+
+
+_DEVICES = (  # the first whose words all occur in a device's name counts
     # NVIDIA DGX B200 data sheet: 1,440 GB over 8 GPUs, NVLink 14.4 TB/s in all, 8 x 400 Gb/s
-    "b200": Accelerator("NVIDIA B200", int(180 * _GB), 900 * _GB, 50 * _GB),
+    _planned("B200", 2250.0, "b200", "NVIDIA B200", 180 * _GB, 900 * _GB, 50 * _GB),
+    _Device("GH200", 989.0),
     # NVIDIA H200 data sheet: 141 GB, NVLink 900 GB/s; DGX H200: 8 x 400 Gb/s
-    "h200": Accelerator("NVIDIA H200", int(141 * _GB), 450 * _GB, 50 * _GB),
+    _planned("H200", 989.0, "h200", "NVIDIA H200", 141 * _GB, 450 * _GB, 50 * _GB),
+    _Device("H100 PCIe", 756.0),
+    _Device("H100 NVL", 835.0),
     # NVIDIA H100 data sheet (SXM): 80 GB, NVLink 900 GB/s; DGX H100: 8 x 400 Gb/s
-    "h100": Accelerator("NVIDIA H100 80GB HBM3", 80 * _GIB, 450 * _GB, 50 * _GB),
+    _planned("H100", 989.0, "h100", "NVIDIA H100 80GB HBM3", 80 * _GIB, 450 * _GB, 50 * _GB),
     # NVIDIA A100 data sheet (SXM): 80 or 40 GB, NVLink 600 GB/s; DGX A100: 8 x 200 Gb/s
-    "a100": Accelerator("NVIDIA A100-SXM4-80GB", 80 * _GIB, 300 * _GB, 25 * _GB),
-    "a100-40gb": Accelerator("NVIDIA A100-SXM4-40GB", 40 * _GIB, 300 * _GB, 25 * _GB),
-    # NVIDIA V100 data sheet (SXM2): 32 GB, NVLink 300 GB/s; DGX-1: 4 x 100 Gb/s for 8 GPUs
-    "v100": Accelerator("Tesla V100-SXM2-32GB", 32 * _GIB, 150 * _GB, 6.25 * _GB),
+    _planned(
+        "A100 40GB", 312.0, "a100-40gb", "NVIDIA A100-SXM4-40GB", 40 * _GIB, 300 * _GB, 25 * _GB
+    ),
+    _planned("A100", 312.0, "a100", "NVIDIA A100-SXM4-80GB", 80 * _GIB, 300 * _GB, 25 * _GB),
     # NVIDIA L40S data sheet: 48 GB, PCIe 4.0 x16
-    "l40s": Accelerator("NVIDIA L40S", 48 * _GIB, _PCIE_4, _HUNDRED_GIGABIT),
+    _planned("L40S", 362.0, "l40s", "NVIDIA L40S", 48 * _GIB, _PCIE_4, _HUNDRED_GIGABIT),
+    _Device("L4", 121.0),
+    _Device("A10G", 70.0),
     # NVIDIA A10 data sheet: 24 GB, PCIe 4.0 x16
-    "a10": Accelerator("NVIDIA A10", 24 * _GIB, _PCIE_4, _HUNDRED_GIGABIT),
+    _planned("A10", 125.0, "a10", "NVIDIA A10", 24 * _GIB, _PCIE_4, _HUNDRED_GIGABIT),
+    # NVIDIA V100 data sheet (SXM2): 32 GB, NVLink 300 GB/s; DGX-1: 4 x 100 Gb/s for 8 GPUs
+    _planned("V100", 125.0, "v100", "Tesla V100-SXM2-32GB", 32 * _GIB, 150 * _GB, 6.25 * _GB),
     # NVIDIA Ada and Ampere architecture papers: 24 GB, PCIe 4.0 x16
-    "rtx4090": Accelerator("NVIDIA GeForce RTX 4090", 24 * _GIB, _PCIE_4, _TEN_GIGABIT),
-    "rtx3090": Accelerator("NVIDIA GeForce RTX 3090", 24 * _GIB, _PCIE_4, _TEN_GIGABIT),
-}
+    _planned(
+        "RTX 4090", 165.2, "rtx4090", "NVIDIA GeForce RTX 4090", 24 * _GIB, _PCIE_4, _TEN_GIGABIT
+    ),
+    _planned(
+        "RTX 3090", 71.0, "rtx3090", "NVIDIA GeForce RTX 3090", 24 * _GIB, _PCIE_4, _TEN_GIGABIT
+    ),
+    _Device("MI300X", 1307.4),
+    _Device("MI250X", 383.0),
+)
+_ACCELERATORS = {d.option: d.accelerator for d in _DEVICES if d.option and d.accelerator}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Dense matrix FLOP/s of one device, or None where it is not known (fp32, CPUs, new devices).
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` gives it.
+        precision: ``bf16``, ``fp16`` or ``fp32``.
+    """
+    if precision not in ("bf16", "fp16"):
+        return None
+    words = device_name.replace("-", " ").split()
+    if precision == "bf16" and "V100" in words:
+        return None
+    for device in _DEVICES:
+        if all(word in words for word in device.words.split()):
+            return device.tflops * 1e12
+    return None
 
 
 def accelerator_names() -> list[str]:

@@ -1,6 +1,6 @@
 """A rank's memory in training, known before anything is allocated.
 
-Activations are those of a rehearsed micro-batch (``rehearsal``). What ZeRO holds beside them
+Activations are those of a traced micro-batch (``memory_trace``). What ZeRO holds beside them
 follows from DeepSpeed 0.19.8's optimizers, and is held against measured runs by the tests.
 
 Not counted: the CUDA context and libraries' workspaces, fragmentation, attention dropout's masks.
@@ -12,7 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megaegpt.config import ModelConfig, RunConfig
-from megaegpt.planning.memory_trace import MicroStep, rehearse
+from megaegpt.planning.memory_trace import MicroStep, trace_micro_step
 from megaegpt.precision import DTYPES, Precision
 from megaegpt.training.engine.deepspeed_config import (
     deepspeed_config,
@@ -67,11 +67,11 @@ def estimate_memory(
         encoder: the frozen GPT under egpt and deepgpt; None: it is left out.
         device_type: ``cuda`` or ``cpu``, which compute in different portions.
     """
-    step = rehearse_rank(config, dp_size, precision, encoder, device_type)
+    step = trace_rank(config, dp_size, precision, encoder, device_type)
     return peak_of_step(config, dp_size, precision, step)
 
 
-def rehearse_rank(
+def trace_rank(
     config: RunConfig,
     dp_size: int,
     precision: Precision,
@@ -82,13 +82,13 @@ def rehearse_rank(
     stage = effective_zero_stage(config.parallel.zero_stage, precision)
     several = config.gradient_accumulation(dp_size) > 1
     keeps_gradients = stage < 2 and (precision != "fp32" or not several)
-    return rehearse(config, precision, encoder, device_type, keeps_gradients)
+    return trace_micro_step(config, precision, encoder, device_type, keeps_gradients)
 
 
 def peak_of_step(
     config: RunConfig, dp_size: int, precision: Precision, step: MicroStep
 ) -> MemoryEstimate:
-    """:func:`estimate_memory` from a micro-step that has been rehearsed."""
+    """:func:`estimate_memory` from a micro-step that has been traced."""
     stage = effective_zero_stage(config.parallel.zero_stage, precision)
     several = config.gradient_accumulation(dp_size) > 1
     zero = _Zero(config, dp_size, precision, stage, several, step)

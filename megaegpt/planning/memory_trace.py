@@ -1,4 +1,4 @@
-"""One micro-step of a rank, rehearsed with torch's fake tensors, which have shapes and no memory.
+"""One micro-step of a rank, traced with torch's fake tensors, which have shapes and no memory.
 
 So what it holds and sends is known before anything is allocated or any other process exists, from
 the real modules under any attention, window, recomputation and tensor-parallel size.
@@ -11,9 +11,10 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -43,18 +44,21 @@ class MicroStep:
     """What is summed over the tensor-parallel ranks, one collective after the other."""
 
 
-class _Counter:
-    """In the place of a tensor-parallel group: notes what would be sent."""
+class _CountingGroup(dist.ProcessGroup):
+    """A tensor-parallel group of this process alone, which notes what would be sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        super().__init__(0, size)  # type: ignore[call-arg]
         self.messages: list[int] = []
 
-    def allreduce(self, tensors: list[Tensor], options: object) -> None:
+    def allreduce(  # type: ignore[override]
+        self, tensors: list[Tensor], options: object = None
+    ) -> None:
         """What ``torch.distributed.all_reduce`` calls."""
         self.messages += [tensor.numel() * tensor.element_size() for tensor in tensors]
 
 
-def rehearse(
+def trace_micro_step(
     config: RunConfig,
     precision: Precision,
     encoder: ModelConfig | None,
@@ -70,8 +74,9 @@ def rehearse(
         device_type: ``cuda`` or ``cpu``, which compute in different portions.
         keeps_gradients: whether gradients stay with the parameters during the backward pass.
     """
-    tp_size, group = config.parallel.tensor_parallel_size, _Counter()
-    grid = ProcessGrid(tp_size=tp_size, tp_group=cast(Any, group) if tp_size > 1 else None)
+    tp_size = config.parallel.tensor_parallel_size
+    group = _CountingGroup(tp_size)
+    grid = ProcessGrid(tp_size=tp_size, tp_group=group if tp_size > 1 else None)
     with _faked(DTYPES[precision]), TensorMeter() as meter:
         model = _fake(config.model, grid, device_type)
         freeze(model, config.training.freeze)
@@ -100,8 +105,7 @@ def _fake(config: ModelConfig, grid: ProcessGrid, device_type: str) -> Model:
     model = empty_model(config, grid)
     if device_type != "cpu":  # fused attention on a GPU drops without a mask; a CPU's cannot
         for block in model.stack.blocks:
-            attention = cast(Any, block).attention
-            attention.layer = attention.layer.without_dropout()
+            cast(nn.Module, block.attention).eval()
     return model
 
 
@@ -144,17 +148,10 @@ def _drop_gradients(model: nn.Module) -> None:
 @contextmanager
 def _faked(dtype: torch.dtype) -> Iterator[None]:
     """Tensors have no memory; floating-point ones without a type of their own are ``dtype``."""
-    previous, randint = torch.get_default_dtype(), torch.randint
-
-    def seeds(*args: Any, **kwargs: Any) -> Any:
-        """``sharded_rng`` asks for the value of a number that it draws; a fake one has none."""
-        return 0 if args[1:] == ((),) else randint(*args, **kwargs)
-
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    torch.randint = seeds  # a function mode is lost in the backward pass
     try:
         with FakeTensorMode():
             yield
     finally:
-        torch.randint = randint
         torch.set_default_dtype(previous)

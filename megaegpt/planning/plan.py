@@ -11,7 +11,7 @@ from typing import Any
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.validation import find_problems, validate
 from megaegpt.planning.hardware import Accelerator
-from megaegpt.planning.memory import MemoryEstimate, peak_of_step, rehearse_rank
+from megaegpt.planning.memory import MemoryEstimate, peak_of_step, trace_rank
 from megaegpt.planning.memory_trace import MicroStep
 from megaegpt.planning.summary import ModelSize, measure_model
 from megaegpt.precision import DTYPES, Precision
@@ -128,7 +128,7 @@ def make_plan(
     precision = accelerator.precision(config.training.precision)
     dp_size = machines.gpus // config.parallel.tensor_parallel_size
     size = measure_model(config, encoder)
-    step = rehearse_rank(config, dp_size, precision, encoder, accelerator.device_type)
+    step = trace_rank(config, dp_size, precision, encoder, accelerator.device_type)
     communication = count_communication(config, dp_size, precision, step)
     memory = peak_of_step(config, dp_size, precision, step)
     peak = flops or accelerator.peak_flops(precision)

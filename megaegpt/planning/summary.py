@@ -9,6 +9,8 @@ from megaegpt.model.build import meta_model
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.parts import freeze
 from megaegpt.planning.memory import MemoryEstimate
+from megaegpt.precision import Precision
+from megaegpt.training.engine.deepspeed_config import effective_zero_stage
 from megaegpt.training.logging.metrics import short_count
 
 
@@ -49,7 +51,7 @@ def describe_run(
     config: RunConfig,
     size: ModelSize,
     dp_size: int,
-    precision: str,
+    precision: Precision,
     device: str,
     memory: MemoryEstimate | None = None,
 ) -> list[str]:
@@ -68,7 +70,7 @@ def describe_run(
     lines = {
         "model": f"{config.model.kind}, {size.parameters:,} trainable parameters",
         "ranks": f"{tp * dp_size} = {tp} tensor-parallel x {dp_size} data-parallel, ZeRO stage "
-        f"{config.parallel.zero_stage}, {precision} on {device}",
+        f"{effective_zero_stage(config.parallel.zero_stage, precision)}, {precision} on {device}",
         "step": f"{per_step:,} tokens = {training.global_batch_size} samples of "
         f"{config.model.sample_len:,} = {dp_size} ranks x {accumulation} micro-steps x "
         f"{training.micro_batch_size}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -25,8 +26,10 @@ from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
 from megaegpt.training.command_line import is_main_process
-from megaegpt.training.pretraining import SampleText, train
-from megaegpt.training.stopping import StopRequests
+
+if TYPE_CHECKING:
+    from megaegpt.training.pretraining import SampleText
+    from megaegpt.training.stopping import StopRequests
 
 _WIDTH_MULTIPLE = 8  # of a gpt's rows: few different shapes, and whole tiles on a GPU
 
@@ -44,6 +47,8 @@ def finetune(
     Everything else is as in :func:`~megaegpt.training.pretraining.train`; the sample texts answer
     ``generation.prompt``. Collective over all ranks.
     """
+    from megaegpt.training.pretraining import train  # imports DeepSpeed; --dry-run needs none
+
     config = finetuning_config(config, grid)
     generation = config.generation
     prompt = Instruction(generation.prompt, "", "").prompt

@@ -23,6 +23,7 @@ from megaegpt.model.parts import freeze
 from megaegpt.model.weights import load_weights, read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import broadcast_object, raising_together
+from megaegpt.planning.hardware import peak_flops
 from megaegpt.planning.summary import ModelSize, describe_run, measure_model
 from megaegpt.precision import DTYPES, Precision, resolve_precision, slow_precision_notice
 from megaegpt.training.checkpoint.manager import CheckpointManager, TrainerState
@@ -41,7 +42,7 @@ from megaegpt.training.identity import (
     weights_facts,
 )
 from megaegpt.training.logging.best import BestLoss
-from megaegpt.training.logging.metrics import SpeedMeter, device_name, peak_flops
+from megaegpt.training.logging.metrics import SpeedMeter, device_name
 from megaegpt.training.logging.monitor import Monitor
 from megaegpt.training.run_data import PretrainingData, RunData
 from megaegpt.training.stopping import StopRequests

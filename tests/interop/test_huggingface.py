@@ -21,8 +21,9 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.interop import huggingface
 from megaegpt.interop.export import export_gpt2, export_weights
+from megaegpt.interop.gpt2_config import convert_config
 from megaegpt.interop.gpt2_layout import from_theirs
-from megaegpt.interop.huggingface import import_gpt2, read_config
+from megaegpt.interop.huggingface import import_gpt2
 from megaegpt.interop.sources import resolve_weights_source, source_config
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.weights import read_weights_config, save_weights
@@ -141,17 +142,13 @@ def test_a_folder_of_theirs_is_a_gpt_and_an_encoder_at_tp_2(
         ({"n_embd": 1600, "n_layer": 48, "n_head": 25}, "gpt2-xl (1558M)"),
     ],
 )
-def test_every_tensor_of_the_four_sizes_has_its_place(
-    tmp_path: Path, size: dict[str, int], preset: str
-) -> None:
+def test_every_tensor_of_the_four_sizes_has_its_place(size: dict[str, int], preset: str) -> None:
     """Without weights: their configuration is our preset, their shapes are ours."""
     with torch.device("meta"):
         theirs = GPT2LMHeadModel(GPT2Config(**size))
-    theirs.config.save_pretrained(tmp_path)
-    config = read_config(tmp_path)
+    config = convert_config(theirs.config.to_dict(), "config")
     assert config == create_model_config(preset)
-    state = {name.removeprefix("transformer."): t for name, t in theirs.state_dict().items()}
-    ours = from_theirs(state, config)
+    ours = from_theirs(theirs.transformer.state_dict(), config)
     model = meta_model(config)
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: t.shape for n, t in ours.items()
@@ -224,6 +221,18 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         export_weights(tmp_path / "ours", tmp_path / "theirs")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "taken"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "rotary"}], ids=["gpt2_shaped", "other"])
+def test_weights_that_are_not_finite_are_not_exported(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    model = build_model(dataclasses.replace(OURS, **changes), GRID)
+    model.stack.norm.bias.data[:2] = torch.tensor([torch.nan, torch.inf])
+    save_weights(model, tmp_path / "ours", GRID)
+    with pytest.raises(CheckpointError, match=r"ours: 2 of 32 values of stack\.norm\.bias are NaN"):
+        export_weights(tmp_path / "ours", tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_a_full_disk_leaves_nothing_half_done(tmp_path: Path) -> None:
@@ -330,7 +339,8 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch
         ({"n_head": 5}, "not divisible by"),
         ({"n_head": None}, "cannot be used"),
         ({"n_embd": 64, "n_head": 8}, "has shape"),
-        ({"n_layer": 3}, r"the tensor h\.2\.ln_1\.weight is missing"),
+        ({"n_layer": 3}, "it holds 2 layers, n_layer is 3"),
+        ({"n_layer": 1}, "it holds 2 layers, n_layer is 1"),
     ],
 )
 def test_a_configuration_that_computes_something_else_is_refused(

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from megaegpt.config import ModelConfig, ParallelConfig, TrainingConfig
+from megaegpt.config import EGPTConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megaegpt.config.run import RunConfig
-from megaegpt.model.build import build_model, meta_model
+from megaegpt.model.build import build_inputs, build_model, meta_model
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.allocations import TensorMeter
 from megaegpt.planning.memory import estimate_memory
@@ -54,14 +54,23 @@ def measured_peak(config: RunConfig, grid: ProcessGrid) -> int:
     """Most bytes of tensors in a step, after the optimizer's first, which has no moments yet."""
     model_config, training = config.model, config.training
     recompute = training.activation_checkpointing
-    batch = torch.zeros(training.micro_batch_size, model_config.max_seq_len, dtype=torch.int64)
+    shape: tuple[int, ...] = (training.micro_batch_size, model_config.sample_len)
+    if model_config.kind != "gpt":
+        egpt = model_config.egpt
+        shape = (training.micro_batch_size, egpt.num_chunks, egpt.chunk_size)
+    batch = torch.zeros(shape, dtype=torch.int64)
     micro_batches = [{"tokens": batch, "targets": batch}] * config.gradient_accumulation(
         grid.dp_size
+    )
+    inputs = build_inputs(
+        model_config,
+        lambda tokens: torch.zeros(*tokens.shape, model_config.hidden_size),
+        torch.float32,
     )
     gc.collect()
     with TensorMeter() as meter:
         model = build_model(model_config, grid, activation_checkpointing=recompute)
-        engine = Engine(model, grid, config)
+        engine = Engine(model, grid, config, inputs.loss)
         for step in range(2):
             gc.collect()
             meter.reset_peak()
@@ -95,6 +104,16 @@ def test_estimate_is_what_one_rank_takes(distributed: Distributed) -> None:
         run_config(1, 2, "fp32", micro_batch=8, num_kv_heads=1, positions="rotary", window=16),
     ]
     assert_estimates(configs, 1, distributed(1, measure, configs)[0])
+
+
+@pytest.mark.parametrize("token_counts", [False, True])
+def test_estimate_is_what_an_egpt_takes(distributed: Distributed, token_counts: bool) -> None:
+    """With ``token_counts`` the mixture over tokens of earlier chunks is a part of the step."""
+    chunks = EGPTConfig(num_chunks=4, chunk_size=32, token_counts=token_counts)
+    config = run_config(
+        1, 2, "fp32", kind="egpt", tied_embeddings=False, egpt=chunks, vocab_size=1000
+    )
+    assert_estimates([config], 1, distributed(1, measure, [config])[0])
 
 
 def test_estimate_is_what_data_parallel_ranks_take(distributed: Distributed) -> None:

@@ -188,4 +188,4 @@ def test_the_commands_of_the_pages_are_accepted():
     ]
     assert len(commands) >= 5
     for words in commands:
-        benchmark.new_parser().parse_args(words[2:])
+        benchmark.new_parser(words[2:]).parse_args(words[2:])

@@ -107,7 +107,8 @@ def test_other_models_are_exported_as_they_are(convert: _Convert, tmp_path: Path
 
 def test_mistakes_are_one_line(convert: _Convert, weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "no folder of a model in Hugging Face's form" in convert.fails("import", weights, out)
+    assert "describes no model in Hugging Face's form" in convert.fails("import", weights, out)
+    assert "no folder of a model in Hugging Face's form" in convert.fails("import", tmp_path, out)
     assert "absent is no folder" in convert.fails("import", tmp_path / "absent", out)
     assert "holds no weights" in convert.fails("export", tmp_path / "absent", out)
     assert "weights exists already" in convert.fails("export", weights, weights)

@@ -15,6 +15,7 @@ from megaegpt.data.instruction.records import Instruction
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.engine import compiling
 from tests.distributed.harness import Distributed
 from tests.generation.test_trained import save_egpt, save_gpt
 from tools import generate
@@ -61,7 +62,7 @@ def test_where_nothing_can_be_compiled_the_text_is_written_all_the_same(
     egpt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _ = _run("--checkpoint", egpt, "--prompt", "It")
-    monkeypatch.setattr(generate, "compile_problem", lambda device: "no compiler")
+    monkeypatch.setattr(compiling, "compile_problem", lambda device: "no compiler")
     text, shown = _run("--checkpoint", egpt, "--prompt", "It", "--compile")
     assert text == expected
     assert "not compiled: no compiler\n" in shown
@@ -73,7 +74,7 @@ def test_compiled_steps_write_the_same_and_the_wait_for_them_is_shown(
     egpt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _ = _run("--checkpoint", egpt, "--prompt", "It")
-    monkeypatch.setattr(generate, "compile_problem", lambda device: None)
+    monkeypatch.setattr(compiling, "compile_problem", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     text, shown = _run("--checkpoint", egpt, "--prompt", "It", "--compile")
     assert text == expected

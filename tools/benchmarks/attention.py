@@ -22,11 +22,11 @@ from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.gpt import GPT
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.allocations import TensorMeter
+from megaegpt.text_tables import format_table
 from tools.benchmarks.common import (
     add_profile,
     add_repetitions,
     add_sizes,
-    print_table,
     single_grid,
 )
 from tools.benchmarks.processes import Candidate, Result, Workload, compare
@@ -221,7 +221,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
                 f"{row['decode']['units_per_second']:,.0f}",
             )
         )
-    print_table(table)
+    print(format_table(table))
     print(flush=True)
 
 

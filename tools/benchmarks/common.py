@@ -14,6 +14,7 @@ import torch
 
 from megaegpt.errors import ConfigError
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.text_tables import format_table
 from tools.benchmarks.processes import Result
 
 
@@ -81,7 +82,7 @@ def print_results(title: str, unit: str, results: Sequence[Result]) -> None:
                 f"{result.peak_bytes / 2**30:.2f} GiB",
             )
         )
-    print_table(rows)
+    print(format_table(rows))
 
 
 def print_mfu(results: Sequence[Result]) -> None:
@@ -91,17 +92,6 @@ def print_mfu(results: Sequence[Result]) -> None:
             mfu = result.rate * result.info["flops_per_token"] / result.info["mfu_peak"]
             result.info["mfu"] = mfu
             print(f"{result.name}: MFU {mfu:.1%}")
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """The first row is the heading; the first column is left-aligned, the others right-aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for number, row in enumerate(rows):
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join(cells))
-        if number == 0:
-            print("  ".join("-" * width for width in widths))
 
 
 def machine() -> dict[str, Any]:

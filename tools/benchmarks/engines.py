@@ -8,8 +8,9 @@ from megaegpt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunCon
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launch import init_distributed
+from megaegpt.planning.hardware import peak_flops
 from megaegpt.training.engine.engine import Engine, LossFunction, call_model
-from megaegpt.training.logging.metrics import device_name, peak_flops
+from megaegpt.training.logging.metrics import device_name
 
 PLAIN = {"zero": 0, "precision": "auto", "recompute": "none", "compile": False}
 """The least that a step can be."""

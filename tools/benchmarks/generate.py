@@ -15,6 +15,7 @@ from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.trained import pack_weights
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.text_tables import format_table
 from tools.benchmarks import peers
 from tools.benchmarks.common import (
     add_profile,
@@ -22,7 +23,6 @@ from tools.benchmarks.common import (
     add_sizes,
     parse_peers,
     print_results,
-    print_table,
     single_grid,
 )
 from tools.benchmarks.processes import Candidate, Workload, compare
@@ -154,8 +154,6 @@ def _egpt_by_context(shape: dict[str, Any], repetitions: int) -> list[dict[str, 
             times.append((time.perf_counter() - began) / count)
         times.sort()
         rows.append({"context": context, "ms_per_token": 1e3 * times[len(times) // 2]})
-    print_table(
-        [("context", "ms a token")]
-        + [(f"{row['context']:,}", f"{row['ms_per_token']:.2f}") for row in rows]
-    )
+    table = [(f"{row['context']:,}", f"{row['ms_per_token']:.2f}") for row in rows]
+    print(format_table([("context", "ms a token"), *table]))
     return rows

@@ -18,8 +18,9 @@ from xml.etree import ElementTree
 import torch
 
 from megaegpt.errors import LaunchError
+from megaegpt.text_tables import format_table
 from tools.benchmarks import egpt, generate, train
-from tools.benchmarks.common import add_repetitions, print_mfu, print_results, print_table
+from tools.benchmarks.common import add_repetitions, print_mfu, print_results
 from tools.benchmarks.processes import Candidate, Result, Workload, compare
 
 _ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"\n--- {name}", flush=True)
         _PARTS[name](part)
     print()
-    print_table([("", "measured", "target"), *part.summary])
+    print(format_table([("", "measured", "target"), *part.summary]))
     if not part.on_gpu:
         print("there is no GPU: these are tiny sizes on the CPU, and say nothing about speed")
     minutes = (time.perf_counter() - began) / 60

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from megaegpt.config import ModelConfig
 from megaegpt.errors import CheckpointError
-from megaegpt.interop.huggingface import is_huggingface_folder, read_config
+from megaegpt.interop.gpt2_config import is_huggingface_folder, read_config
 from megaegpt.model.build import empty_model
 from megaegpt.model.weights import WEIGHTS, find_weights, read_weights_config, verify_weights
 from megaegpt.parallel.grid import ProcessGrid

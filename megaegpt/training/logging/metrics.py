@@ -3,50 +3,13 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from dataclasses import dataclass
 
 import torch
 
 from megaegpt.config import BatchSchedule
-
-_DENSE_HALF_PRECISION_TFLOPS = {
-    # The first entry whose words all occur in the device's name counts. Data sheets' dense figures.
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "V100": 125.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-    "MI300X": 1307.4,
-    "MI250X": 383.0,
-}
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense matrix FLOP/s of one device, or None where it is not known (fp32, CPUs, new devices).
-
-    Args:
-        device_name: as ``torch.cuda.get_device_name`` gives it.
-        precision: ``bf16``, ``fp16`` or ``fp32``.
-    """
-    if precision not in ("bf16", "fp16"):
-        return None
-    words = device_name.replace("-", " ").split()
-    if precision == "bf16" and "V100" in words:
-        return None
-    for name, tflops in _DENSE_HALF_PRECISION_TFLOPS.items():
-        if all(word in words for word in name.split()):
-            return tflops * 1e12
-    return None
 
 
 def device_name(device: torch.device) -> str:
@@ -58,7 +21,8 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes in use so far: allocated on the GPU, or resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Stopwatch:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,6 @@ from megaegpt.training.logging.metrics import (
     SpeedMeter,
     Stopwatch,
     log_line,
-    peak_flops,
     peak_memory,
     short_count,
     short_time,
@@ -25,36 +27,6 @@ CPU = torch.device("cpu")
 def _meter(ramp: BatchRampConfig, peak: float | None) -> SpeedMeter:
     """Of 100 steps of 10 samples of 100 tokens."""
     return SpeedMeter(BatchSchedule(10, ramp), 100.0, 100, 50, peak, CPU)
-
-
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.0),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H200", 989.0),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A10", 125.0),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-    ],
-)
-def test_the_peak_comes_from_the_device_s_name(name: str, tflops: float) -> None:
-    assert peak_flops(name, "bf16") == tflops * 1e12
-
-
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [
-        ("cpu", "fp32"),
-        ("NVIDIA A100-SXM4-80GB", "fp32"),
-        ("Tesla V100-SXM2-16GB", "bf16"),
-        ("NVIDIA X9000 of next year", "bf16"),
-    ],
-)
-def test_an_unknown_peak_is_not_guessed(name: str, precision: str) -> None:
-    assert peak_flops(name, precision) is None
 
 
 def test_speed_is_of_the_steps_measured_and_mfu_against_all_devices() -> None:
@@ -104,3 +76,13 @@ def test_short_forms() -> None:
 
 def test_memory_on_a_cpu_is_the_process_s() -> None:
     assert 50e6 < peak_memory(CPU) < 100e9
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_systems_unit_of_memory_is_known(
+    monkeypatch: pytest.MonkeyPatch, platform: str, unit: int
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    usage = SimpleNamespace(ru_maxrss=7)
+    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
+    assert peak_memory(CPU) == 7 * unit

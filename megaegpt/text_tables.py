@@ -1,0 +1,33 @@
+"""Tables as text, for terminals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def format_table(rows: Sequence[Sequence[str]], names: int = 1) -> str:
+    """Aligned columns, two blanks apart, with a line under the heading.
+
+    Args:
+        rows: the heading and the rows; where one is shorter than the longest, its end is blank.
+        names: how many columns from the left hold names, which are aligned to the left; the others
+            hold numbers, aligned to the right.
+
+    Example:
+        >>> print(format_table([("run", "loss"), ("gpt", "3.1"), ("egpt", "12.9")]))
+        run   loss
+        ----  ----
+        gpt    3.1
+        egpt  12.9
+    """
+    longest = max(map(len, rows))
+    padded = [[*row, *[""] * (longest - len(row))] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*padded, strict=True)]
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number < names else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in padded
+    )
