@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(
 
     target = tmp_path / "king_james_bible.jsonl"
     target.write_text("old")
-    monkeypatch.setattr(prepare_data.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit):
         prepare(monkeypatch, "king_james_bible", "--output", tmp_path)
     assert "No space left on device" in capsys.readouterr().err
