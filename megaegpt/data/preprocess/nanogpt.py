@@ -16,6 +16,7 @@ from megaegpt.errors import DataError
 from megaegpt.files import LFS_POINTER, LFS_POINTER_MESSAGE, locked_folder, naming_failures
 
 _BLOCK = 1 << 22  # tokens
+_ENOUGH_TO_TELL = 64  # tokens; id 0 is "!", which no text has at every other place
 
 
 def import_files(files: Sequence[Path], output: Path, overwrite: bool = False) -> Manifest:
@@ -93,6 +94,8 @@ def import_tokens(file: Path, prefix: Path) -> ShardSummary:
     if not len(content) or len(content) % 2:
         raise DataError(f"{file} has {len(content)} bytes: it is not a row of uint16 tokens")
     tokens = content.view("<u2")
+    if len(tokens) >= _ENOUGH_TO_TELL and not tokens[1 : _BLOCK : 2].any():
+        raise DataError(f"{file} holds ids of 4 bytes: nanoGPT's tokens have 2")
     ends = _document_ends(tokens, file)
     lengths = np.diff(ends, prepend=0)
     with ShardWriter(prefix) as writer:
