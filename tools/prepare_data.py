@@ -23,7 +23,7 @@ from megaegpt.data.readers.books import BOOKS, Cleaning, king_james_bible, load_
 from megaegpt.data.readers.documents import Document, LeftOut, Problems
 from megaegpt.data.readers.download import download
 from megaegpt.errors import DataError, exits_cleanly
-from megaegpt.files import locked_folder, naming_failures, whole_file
+from megaegpt.files import LOCK, locked_folder, naming_failures, temporary_name, whole_file
 
 _OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/"
 DOWNLOADS = {
@@ -140,8 +140,9 @@ def _prepare_corpus(target: Path, arguments: argparse.Namespace) -> Path:
     if arguments.input is None:
         folder = arguments.output / "downloads"
         sources = [_download(url, folder / url.rpartition("/")[2]) for url in DOWNLOADS[name]]
-    written = LeftOut(lambda path: path.resolve() == target.resolve())
-    problems = Problems(arguments.on_bad_input, left_out=written)
+    ours = {p.resolve() for p in (target, temporary_name(target), target.with_name(LOCK))}
+    left_out = LeftOut(written=lambda path: path.resolve() in ours)
+    problems = Problems(arguments.on_bad_input, left_out=left_out)
     documents = read_documents(name, sources, problems, **options)
     write_jsonl(target, tqdm(documents, unit=" documents", mininterval=1.0), problems)
     if problems.count:
