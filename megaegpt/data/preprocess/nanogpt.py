@@ -94,7 +94,7 @@ def import_tokens(file: Path, prefix: Path) -> ShardSummary:
     if not len(content) or len(content) % 2:
         raise DataError(f"{file} has {len(content)} bytes: it is not a row of uint16 tokens")
     tokens = content.view("<u2")
-    if len(tokens) >= _ENOUGH_TO_TELL and not tokens[1 : _BLOCK : 2].any():
+    if len(tokens) >= _ENOUGH_TO_TELL and not tokens[1:_BLOCK:2].any():
         raise DataError(f"{file} holds ids of 4 bytes: nanoGPT's tokens have 2")
     ends = _document_ends(tokens, file)
     lengths = np.diff(ends, prepend=0)

@@ -206,9 +206,9 @@ class Shard:
         offset += 8 * sequences
         self._documents = index[offset : offset + 8 * documents].view("<i8")
         self._documents_are_sequences = False
+        self.state = state_of(self.bin_path)  # before it is mapped: what comes after is a change
         self._check_ends()
         self.tokens = map_bytes(self.bin_path).view(self.dtype)
-        self.state = state_of(self.bin_path)
 
     def _read_header(self, index: np.ndarray) -> tuple[np.dtype[Any], int, int]:
         path = self.idx_path
