@@ -31,6 +31,10 @@ TEMPORARY_SUFFIX = ".tmp"
 LOCK = ".lock"
 """Name of the file in a folder by which it is locked."""
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the small text begins that Git puts in a large file's place."""
+LFS_POINTER_MESSAGE = "a Git LFS pointer, not the file itself: run `git lfs pull` in its repository"
+
 _UNSUPPORTED = {
     errno.EINVAL,
     errno.ENOSYS,
@@ -59,6 +63,16 @@ def warn_unsupported(place: Path, lack: str, consequence: str) -> None:
         MissingFeatureWarning,
         stacklevel=2,
     )
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether Git has put a pointer in this file's place.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def sha256_of_file(path: Path) -> str:

@@ -149,6 +149,7 @@ def _measure_text(
 ) -> Result:
     from megaegpt.data.tokens.corpus_manifest import verify_shards
     from megaegpt.data.tokens.stream import TokenStream
+    from megaegpt.data.tokens.vocabulary import check_ids
     from megaegpt.evaluation.history import compare_histories, history_table
     from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
     from megaegpt.parallel.together import raising_together
@@ -156,10 +157,13 @@ def _measure_text(
     source: TokenSource
     with raising_together(grid):
         if arguments.text:
-            source = TextTokens(arguments.text, loaded.tokenizer)
+            source = text = TextTokens(arguments.text, loaded.tokenizer)
+            for line in text.left_out.lines() if grid.is_main else ():
+                print(f"left out {line}", flush=True)
         else:
-            source = TokenStream(arguments.data)
-            verify_shards(source.prefixes, rank=grid.rank, world_size=grid.world_size)
+            source = stream = TokenStream(arguments.data)
+            verify_shards(stream.prefixes, rank=grid.rank, world_size=grid.world_size)
+            check_ids(stream, loaded.model.config.vocab_size, grid.rank, grid.world_size)
     if arguments.histories:
         results = compare_histories(loaded, source, grid, arguments.batch_size, dtype)
         numbers = {name: _numbers(result) for name, result in results.items()}

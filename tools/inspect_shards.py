@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
@@ -35,8 +34,12 @@ def _parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="counts, histogram of lengths, decoded samples")
     show.add_argument("prefixes", nargs="+", metavar="PREFIX")
-    show.add_argument("--samples", type=int, default=3, metavar="N", help="documents (%(default)s)")
-    show.add_argument("--tokens", type=int, default=100, metavar="N", help="of each (%(default)s)")
+    show.add_argument(
+        "--samples", type=_count, default=3, metavar="N", help="documents (%(default)s)"
+    )
+    show.add_argument(
+        "--tokens", type=_count, default=100, metavar="N", help="of each (%(default)s)"
+    )
     show.add_argument("--png", type=Path, metavar="FILE", help="draw the histogram")
     show.add_argument("--vocabulary", metavar="DIR", help="folder with encoder.json")
     show.set_defaults(run=_show)
@@ -49,6 +52,13 @@ def _parse_arguments() -> argparse.Namespace:
     compare.add_argument("second", metavar="PREFIX")
     compare.set_defaults(run=_compare)
     return parser.parse_args()
+
+
+def _count(text: str) -> int:
+    """A number from 0 on, from the command line."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -68,12 +78,18 @@ def _show(arguments: argparse.Namespace) -> None:
         histogram.draw(arguments.png)
         print(f"\nwrote {arguments.png}")
     tokenizer = Tokenizer.load(arguments.vocabulary)
-    numbers = np.linspace(0, histogram.documents - 1, arguments.samples).astype(int)
-    for number in sorted(set(numbers.tolist())):
+    for number in _spread(arguments.samples, histogram.documents):
         shard, inside = _locate(shards, number)
         tokens = shard.document(inside)
         print(f"\n--- document {number:,} ({shard.prefix}), {len(tokens):,} tokens")
         print(tokenizer.decode(tokens[: arguments.tokens]))
+
+
+def _spread(samples: int, documents: int) -> Iterator[int]:
+    """Numbers of documents from the first to the last, evenly spread; all where they are fewer."""
+    samples = min(samples, documents)
+    for number in range(samples):
+        yield number * (documents - 1) // max(1, samples - 1)
 
 
 def _locate(shards: list[Shard], number: int) -> tuple[Shard, int]:

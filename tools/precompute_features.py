@@ -45,6 +45,7 @@ def _compute(config: RunConfig, verify: bool) -> None:
 def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> None:
     from megaegpt.data.tokens.corpus_manifest import verify_shards
     from megaegpt.data.tokens.stream import TokenStream
+    from megaegpt.data.tokens.vocabulary import check_ids
     from megaegpt.parallel.together import raising_together
     from megaegpt.precision import resolve_precision
     from megaegpt.training.feature_stores import load_encoder, prepare_store
@@ -55,6 +56,8 @@ def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> Non
         streams = {name: TokenStream(shards) for name, shards in splits.items() if shards}
         prefixes = [p for stream in streams.values() for p in stream.prefixes]
         verify_shards(prefixes, config.data.verify_checksums, grid.rank, grid.world_size)
+        for stream in streams.values():
+            check_ids(stream, config.model.vocab_size, grid.rank, grid.world_size)
     encoder = load_encoder(config, grid, precision)
     with raising_together(grid):
         if encoder is None:

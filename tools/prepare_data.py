@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,10 +20,10 @@ from tqdm import tqdm
 
 from megaegpt.data.readers import READERS, parse_reader_options, read_documents
 from megaegpt.data.readers.books import BOOKS, Cleaning, king_james_bible, load_book
-from megaegpt.data.readers.documents import Document, Problems
+from megaegpt.data.readers.documents import Document, LeftOut, Problems
 from megaegpt.data.readers.download import download
 from megaegpt.errors import DataError, exits_cleanly
-from megaegpt.files import naming_failures, publish, temporary_name
+from megaegpt.files import LOCK, locked_folder, naming_failures, temporary_name, whole_file
 
 _OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/"
 DOWNLOADS = {
@@ -41,7 +40,12 @@ TOLSTOY = {"train": ("war_and_peace", "anna_karenina"), "validation": ("moby_dic
 @exits_cleanly
 def main() -> None:
     """Prepare the corpus named on the command line and print the files it is in."""
-    for path in _prepare(_parse_arguments()):
+    arguments = _parse_arguments()
+    with naming_failures(arguments.output):
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    with locked_folder(arguments.output):  # downloads are in it too
+        paths = _prepare(arguments)
+    for path in paths:
         print(path)
 
 
@@ -80,8 +84,6 @@ def _parse_arguments() -> argparse.Namespace:
 def _prepare(arguments: argparse.Namespace) -> list[Path]:
     """Write the corpus; returns its files."""
     name, output = arguments.name, arguments.output
-    with naming_failures(output):
-        output.mkdir(parents=True, exist_ok=True)
     if name == "tolstoy":
         return [
             write_jsonl(output / f"tolstoy_{split}.jsonl", [_load(b, arguments) for b in books])
@@ -103,9 +105,7 @@ def _prepare_any_book(target: Path, arguments: argparse.Namespace) -> Path:
     with the same text even when the network has come or gone in between.
     """
     if target.exists():
-        with target.open(encoding="utf-8") as file:
-            title = json.loads(file.readline())["meta"]["title"]
-        print(f"text: {title} (prepared before)")
+        print(f"text: {_title_of(target)} (prepared before)")
         return target
     try:
         document = _load("war_and_peace", arguments)
@@ -118,6 +118,19 @@ def _prepare_any_book(target: Path, arguments: argparse.Namespace) -> Path:
     return write_jsonl(target, [document])
 
 
+def _title_of(prepared: Path) -> str:
+    """The title of the book that an earlier run has prepared."""
+    try:
+        with prepared.open(encoding="utf-8") as file:
+            return str(json.loads(file.readline())["meta"]["title"])
+    except OSError as error:
+        raise DataError(f"cannot read {prepared}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise DataError(
+            f"{prepared} is not what this program writes: remove it, or choose another --output"
+        ) from None
+
+
 def _prepare_corpus(target: Path, arguments: argparse.Namespace) -> Path:
     """Read a corpus in its native format, downloaded if it is nowhere given."""
     name, sources = arguments.name, [arguments.input]
@@ -127,11 +140,15 @@ def _prepare_corpus(target: Path, arguments: argparse.Namespace) -> Path:
     if arguments.input is None:
         folder = arguments.output / "downloads"
         sources = [_download(url, folder / url.rpartition("/")[2]) for url in DOWNLOADS[name]]
-    problems = Problems(arguments.on_bad_input)
+    ours = {p.resolve() for p in (target, temporary_name(target), target.with_name(LOCK))}
+    left_out = LeftOut(written=lambda path: path.resolve() in ours)
+    problems = Problems(arguments.on_bad_input, left_out=left_out)
     documents = read_documents(name, sources, problems, **options)
     write_jsonl(target, tqdm(documents, unit=" documents", mininterval=1.0), problems)
     if problems.count:
         print(problems.summary())
+    for line in problems.left_out.lines():
+        print(line)
     return target
 
 
@@ -166,24 +183,30 @@ def write_jsonl(
         DataError: there are none, or the disk is full; what was at ``path`` before is untouched.
     """
     problems = problems or Problems()
-    temporary = temporary_name(path)
-    try:
-        with naming_failures(path):
-            with temporary.open("wb") as file:
-                for document in documents:
-                    line = {"text": document.text, "meta": dict(document.metadata)}
-                    try:
-                        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                    except UnicodeEncodeError:
-                        problems.report(document.where, "holds half of a surrogate pair")
-                if not file.tell():
-                    raise DataError(f"{path}: not written, there are no documents")
-                file.flush()
-                os.fsync(file.fileno())
-            publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming_failures(path), whole_file(path) as temporary, temporary.open("wb") as file:
+        for document in documents:
+            if _is_text(document.text):
+                file.write(_line_of(document))
+            else:
+                problems.report(document.where, "holds half of a surrogate pair")
+        if not file.tell():
+            why = problems.why_nothing()
+            raise DataError(f"{path}: not written, there are no documents{why}")
     return path
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _line_of(document: Document) -> bytes:
+    """JSON escapes what is no UTF-8 in the metadata, such as bytes of a file's name."""
+    fields = {"text": document.text, "meta": dict(document.metadata)}
+    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 if __name__ == "__main__":

@@ -25,13 +25,15 @@ from megaegpt.data.preprocess.nanogpt import import_files
 from megaegpt.data.readers import READERS, Option, parse_reader_options
 from megaegpt.errors import ConfigError, exits_cleanly
 
+_OF_IMPORT = {"from_nanogpt", "inputs", "output", "overwrite", "quiet"}
+
 
 @exits_cleanly
 def main() -> None:
     """Run the command line."""
     arguments = _parse_arguments()
     if arguments.from_nanogpt:
-        _import_nanogpt(arguments.from_nanogpt, arguments.output)
+        _import_nanogpt(arguments)
         return
     options = PreprocessOptions(
         output=arguments.output,
@@ -106,7 +108,20 @@ def _parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if bool(arguments.inputs) == bool(arguments.from_nanogpt):
         parser.error("give inputs, or --from-nanogpt and token files")
+    if arguments.from_nanogpt:
+        _refuse_options_of_text(parser, arguments)
     return arguments
+
+
+def _refuse_options_of_text(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Tokens are imported as they are: an option that would say otherwise must not pass unused."""
+    useless = [
+        "--" + name.replace("_", "-")
+        for name, value in vars(arguments).items()
+        if name not in _OF_IMPORT and value != parser.get_default(name)
+    ]
+    if useless:
+        parser.error(f"--from-nanogpt takes tokens as they are: leave out {', '.join(useless)}")
 
 
 def _reader_options(arguments: argparse.Namespace) -> dict[str, Option]:
@@ -138,6 +153,8 @@ def _print_report(report: Report, output: Path) -> None:
     if counts["bad_inputs"]:
         print(f"bad inputs  {counts['bad_inputs']:,} left out")
         print("\n".join(report.problems.summary().splitlines()[1:]))
+    for line in report.problems.left_out.lines():
+        print(f"left out    {line}")
     if report.meter.counts.documents:
         print(f"speed       {report.meter.rates()}, {report.meter.seconds:.1f} s")
     else:
@@ -149,8 +166,9 @@ def _print_report(report: Report, output: Path) -> None:
             print(f"warning: no document fell into the {split} split")
 
 
-def _import_nanogpt(files: list[Path], output: Path) -> None:
-    manifest = import_files(files, output)
+def _import_nanogpt(arguments: argparse.Namespace) -> None:
+    output = arguments.output
+    manifest = import_files(arguments.from_nanogpt, output, arguments.overwrite)
     for split, (shard,) in manifest.splits.items():
         print(
             f"{split:11} {output / split}: {shard.tokens:,} tokens, {shard.documents:,} documents"

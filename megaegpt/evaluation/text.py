@@ -27,15 +27,20 @@ class TextTokens:
         paths: UTF-8 text files, compressed or not, or folders of them. Line ends become LF.
         tokenizer: the model's.
 
+    Attributes:
+        left_out: files of the folders that are not read, and why.
+
     Raises:
         DataError: a file cannot be read, is no text, or is empty.
     """
 
     def __init__(self, paths: Sequence[str], tokenizer: Tokenizer) -> None:
         end = np.array([tokenizer.eot_token], np.int64)
-        documents = plain.read(map(Path, paths), Problems("fail", "leaving it out of the list"))
+        problems = Problems("fail", "leaving it out of the list")
+        documents = plain.read(map(Path, paths), problems)
         parts = [part for d in documents for part in (end, tokenizer.encode_numpy(d.text))]
         self._tokens = np.concatenate(parts).astype(np.int64)
+        self.left_out = problems.left_out
 
     def __len__(self) -> int:
         """Tokens."""

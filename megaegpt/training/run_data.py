@@ -12,8 +12,9 @@ from megaegpt.data.tokens.blend import Blend
 from megaegpt.data.tokens.corpus_manifest import verify_shards
 from megaegpt.data.tokens.samples import ChunkWindows, PretrainingSamples, Samples, StreamSamples
 from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.data.tokens.vocabulary import check_ids
 from megaegpt.data.tokens.windows import EvaluationWindows, Windows
-from megaegpt.errors import ConfigError
+from megaegpt.errors import ConfigError, DataError
 from megaegpt.training.evaluation import nothing_to_predict
 
 
@@ -68,6 +69,8 @@ class PretrainingData:
                 raise nothing_to_predict(f"data.validation ({', '.join(config.data.validation)})")
         prefixes = [p for stream in self.streams.values() for p in stream.prefixes]
         verify_shards(prefixes, config.data.verify_checksums, rank, world_size)
+        for stream in self.streams.values():
+            check_ids(stream, model.vocab_size, rank, world_size)
         self._samples_drawn = config.batches.samples_before(config.training.steps)
 
     def trim(self, batch: Batch) -> Batch:
@@ -99,6 +102,9 @@ def _samples_of(
 def _blend(config: RunConfig, stream: TokenStream) -> Blend:
     """Each entry of ``data.train`` by its weight, in an order of its own."""
     seed = config.training.seed
+    for prefix, (begin, end) in zip(config.data.train, stream.spans, strict=True):
+        if begin == end:
+            raise DataError(f"{prefix} has no tokens: leave it and its weight out")
     sources = [
         _samples_of(config.model, stream, seed + number, span)
         for number, span in enumerate(stream.spans)

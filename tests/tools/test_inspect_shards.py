@@ -81,3 +81,56 @@ def test_verify_and_compare_answer_by_their_exit_code(
     index.write_bytes(index.read_bytes()[:-1])
     assert call(monkeypatch, "verify", first) == 2
     assert "a.idx is truncated" in capsys.readouterr().err
+
+
+def test_more_samples_than_documents_show_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = write_texts(tmp_path / "s", ["one", "two", "three"])
+    assert call(monkeypatch, "show", prefix, "--samples", 10**15) == 0
+    output = capsys.readouterr().out
+    assert [line.split()[2] for line in output.splitlines() if line[:3] == "---"] == list("012")
+    assert call(monkeypatch, "show", prefix, "--samples", 2) == 0
+    output = capsys.readouterr().out
+    assert [line.split()[2] for line in output.splitlines() if line[:3] == "---"] == list("02")
+
+
+@pytest.mark.parametrize("option", ["--samples", "--tokens"])
+@pytest.mark.parametrize("value", ["-1", "1.5", "many"])
+def test_counts_that_are_none_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str
+) -> None:
+    prefix = write_texts(tmp_path / "s", ["one"])
+    assert call(monkeypatch, "show", prefix, f"{option}={value}") == 2
+
+
+@pytest.mark.parametrize("documents", [[], [[]], [[], []]])
+def test_shards_without_documents_or_tokens_are_shown_verified_and_compared(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    documents: list[list[int]],
+) -> None:
+    prefix = write_shard(tmp_path / "s", [np.array(d, np.int64) for d in documents])
+    assert call(monkeypatch, "show", prefix, "--png", tmp_path / "a.png") == 0
+    assert call(monkeypatch, "verify", prefix) == 0
+    assert call(monkeypatch, "compare", prefix, prefix) == 0
+    assert f"{len(documents)} documents, 0 tokens" in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_drawn_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = write_texts(tmp_path / "s", ["one"])
+    (tmp_path / "full").symlink_to("/dev/full")
+    for name, message in [
+        ("a.foo", r"a.foo: pictures end in .avif"),
+        ("a", r"a: pictures end in .avif"),
+        ("nowhere/a.png", "cannot write"),
+        ("full", "No space left on device"),
+    ]:
+        assert call(monkeypatch, "show", prefix, "--png", tmp_path / name) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert (tmp_path / "full").is_symlink()

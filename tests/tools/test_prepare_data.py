@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from megaegpt.data.readers import books
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
+from megaegpt.files import locked_folder
 from tests.data.readers import test_openwebtext
 from tests.data.readers.test_gutenberg import BODY, FOOTER, HEADER
 from tools import prepare_data
@@ -96,7 +98,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(
 
     target = tmp_path / "king_james_bible.jsonl"
     target.write_text("old")
-    monkeypatch.setattr(prepare_data.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit):
         prepare(monkeypatch, "king_james_bible", "--output", tmp_path)
     assert "No space left on device" in capsys.readouterr().err
@@ -212,3 +214,48 @@ def test_tolstoy_is_two_books_to_train_on_and_one_to_validate(
     for line in train + validation:
         assert "\n\n\n" not in line["text"]  # every line end a blank line, and never more than one
         assert line["text"].count("\n") == 2 * line["text"].count("\n\n")
+
+
+def test_two_runs_do_not_write_into_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked_folder(tmp_path), pytest.raises(SystemExit):
+        prepare(monkeypatch, "king_james_bible", "--output", tmp_path)
+    assert "is being written by another run (process" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_book_prepared_by_something_else_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content in (b"", b"[]\n", b"null", b"\xff", b'{"meta": {}}', b"[" * 100_000):
+        (tmp_path / "book.jsonl").write_bytes(content)
+        with pytest.raises(SystemExit):
+            prepare(monkeypatch, "book", "--output", tmp_path)
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {tmp_path}/book.jsonl is not what this program writes")
+        assert error.count("\n") == 1
+
+
+def test_a_folder_that_is_input_and_output_is_read_without_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.JSONL").write_text('{"text": "one", "meta": {"id": "\\udce9"}}\n')
+    (tmp_path / "b.pdf").write_bytes(b"%PDF")
+    for _ in range(2):
+        prepare(monkeypatch, "jsonl", "--output", tmp_path, "--input", tmp_path)
+        assert "1 not read, names of no known kind" in capsys.readouterr().out
+        [line] = lines(tmp_path / "jsonl.jsonl")
+        assert line == {"text": "one", "meta": {"id": "\udce9"}}
+
+
+def test_where_everything_is_bad_the_reason_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "one"}\n')
+    with pytest.raises(SystemExit):
+        prepare(
+            monkeypatch, "jsonl", "--output", tmp_path / "out", "--input", tmp_path / "a.jsonl",
+            "--on-bad-input", "skip",
+        )  # fmt: skip
+    assert "there are no documents: 1 bad input was skipped, the first" in capsys.readouterr().err

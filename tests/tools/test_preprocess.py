@@ -156,3 +156,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 def assert_no_half_shard(folder: Path) -> None:
     for index in folder.glob("*.idx"):
         Shard(index.with_suffix("")).verify()
+
+
+def test_options_that_an_import_would_not_use_are_refused(tmp_path: Path) -> None:
+    np.array([5, 6, 50256], "<u2").tofile(tmp_path / "val.bin")
+    options = ("--shards", 2, "--min-chars", 3, "--no-append-eod")
+    result = run("--from-nanogpt", tmp_path / "val.bin", *options, "--output", tmp_path / "out")
+    assert result.returncode == 2
+    assert "leave out --shards, --append-eod, --min-chars" in result.stderr.decode()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_left_out_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("A text.")
+    (tmp_path / "in" / "b.pdf").write_text("%PDF")
+    result = run(tmp_path / "in", "--output", tmp_path / "out", "--quiet", "--workers", 1)
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"left out    1 not read, names of no known kind of text: " in result.stdout

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from megaegpt.data.readers.documents import Problems
+from megaegpt.data.readers.inputs import BYTE_ORDER_MARK
 from megaegpt.data.readers.json_lines import parse_object
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
 from megaegpt.errors import DataError
+from megaegpt.files import LFS_POINTER, LFS_POINTER_MESSAGE, is_special
 from megaegpt.labels import IGNORE
 
 _WITH_INPUT = (
@@ -59,11 +61,18 @@ def read_instructions(path: Path, problems: Problems) -> list[Instruction]:
     Raises:
         DataError: the file cannot be read or is not JSON; a bad record, under the policy ``fail``.
     """
+    if is_special(path):
+        raise DataError(f"{path} is a pipe or a device, not a file")
     try:
-        content = path.read_bytes()
+        content = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    records = (_record(row, where, problems) for where, row in _rows(path, content, problems))
+    if content.startswith(LFS_POINTER):
+        raise DataError(f"{path}: {LFS_POINTER_MESSAGE}")
+    already_bad = problems.count
+    records = [_record(row, where, problems) for where, row in _rows(path, content, problems)]
+    if not records and problems.count == already_bad:
+        problems.report(str(path), "has no records")
     return [record for record in records if record is not None]
 
 
@@ -79,7 +88,7 @@ def _rows(
         return
     try:
         array = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     for number, row in enumerate(array, 1):
         where = f"{path}, record {number}"
@@ -92,7 +101,8 @@ def _rows(
 def _record(row: Mapping[str, Any], where: str, problems: Problems) -> Instruction | None:
     instruction = row.get("instruction")
     context = row.get("input") or row.get("context") or ""
-    response = row["output"] if "output" in row else row.get("response")
+    # Tables joined from both kinds have null where a row's own kind has no such column.
+    response = row.get("response") if row.get("output") is None else row["output"]
     texts = [text for text in (instruction, context, response) if isinstance(text, str)]
     if len(texts) < 3:
         problems.report(where, "needs the texts instruction, input or context, output or response")

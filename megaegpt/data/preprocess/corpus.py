@@ -28,11 +28,11 @@ from megaegpt.data.preprocess.jobs import (
     make_jobs,
 )
 from megaegpt.data.preprocess.pool import EncoderPool
-from megaegpt.data.preprocess.progress import Counts, Part, Progress
+from megaegpt.data.preprocess.progress import Counts, Part, Progress, written_into
 from megaegpt.data.preprocess.progress_bar import Meter
 from megaegpt.data.preprocess.split import cut_shard
 from megaegpt.data.readers import Option
-from megaegpt.data.readers.documents import BadInputPolicy, Problems
+from megaegpt.data.readers.documents import BadInputPolicy, LeftOut, Problems
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
 from megaegpt.data.tokens.shards import ShardSummary, ShardWriter
@@ -73,6 +73,12 @@ class PreprocessOptions:
     """Processes that tokenise."""
     overwrite: bool = False
     """Replace shards that other inputs or options have made."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that are made."""
+        validates = self.validation or self.validation_fraction or self.split_tokens is not None
+        return (TRAIN, VALIDATION) if validates else (TRAIN,)
 
     def check(self) -> None:
         """Raise DataError where options contradict each other."""
@@ -123,13 +129,17 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
             or has shards of other inputs or options.
     """
     options.check()
-    groups = {TRAIN: find_inputs(options.inputs, options.kind, options.reader_options)}
-    if options.validation:
-        groups[VALIDATION] = find_inputs(options.validation, options.kind, options.reader_options)
+    left_out = LeftOut(written_into(options.output))
+    wanted = {TRAIN: options.inputs, VALIDATION: options.validation}
+    groups = {
+        split: find_inputs(inputs, options.kind, options.reader_options, left_out)
+        for split, inputs in wanted.items()
+        if split == TRAIN or inputs
+    }
     with naming_failures(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
     with locked_folder(options.output) as lock:
-        run = _Run(options, groups, lock, show_progress)
+        run = _Run(options, groups, lock, show_progress, left_out)
         try:
             return run.run()
         except BaseException:
@@ -146,17 +156,22 @@ class _Run:
         groups: dict[str, list[InputFile]],
         lock: int,
         show_progress: bool,
+        left_out: LeftOut,
     ) -> None:
         self.options = options
         self.lock = lock
         self.groups = groups
         self.tokenizer = Tokenizer.load(options.encode.vocabulary)
-        self.progress = Progress(
-            options.output, options.plan(groups, self.tokenizer), options.overwrite
-        )
+        plan = options.plan(groups, self.tokenizer)
+        names = [
+            shard_name(split, number, options.shards)
+            for split in options.splits
+            for number in range(options.shards)
+        ]
+        self.progress = Progress(options.output, plan, names, options.overwrite)
         self.counts = Counts()
         self.shards: dict[str, list[ShardSummary]] = {}
-        self.problems = Problems(options.on_bad_input)
+        self.problems = Problems(options.on_bad_input, left_out=left_out)
         self.seen = SeenHashes() if options.deduplicate else None
         self.lines = LineCounter()
         total = sum(file.size for files in groups.values() for file in files)
@@ -180,19 +195,28 @@ class _Run:
                 self._run_group(group, files, before, pool, done)
                 before += sum(file.size for file in files)
         if not self.counts.tokens:
-            raise DataError(f"no documents in {', '.join(options.inputs)}")
+            self.progress.clear()  # nothing to go on from
+            raise DataError(f"no documents in {', '.join(options.inputs)}{self._why_nothing()}")
         tokenizer = describe_tokenizer(self.tokenizer)
         counts = asdict(self.counts)
         manifest = Manifest(tokenizer, self.progress.plan, counts, self.shards)
         self.progress.finish(manifest)
         return Report(manifest, self.problems, self.meter)
 
+    def _why_nothing(self) -> str:
+        """Why no document is left, as far as it is known."""
+        if self.counts.too_short and not self.problems.count:
+            chars = self.options.encode.min_chars
+            return f": {self.counts.too_short:,} have fewer than {chars} characters"
+        return self.problems.why_nothing()
+
     def _run_group(
         self, group: str, files: list[InputFile], before: int, pool: EncoderPool, done: set[str]
     ) -> None:
         """The parts of one list of files that are not done, in order."""
         left = [n for n in range(self.options.shards) if f"{group}-{n:05d}" not in done]
-        jobs = (job for job in make_jobs(files, self.options.shards) if job.shard in left)
+        jobs = make_jobs(files, self.options.shards, self.problems.left_out)
+        jobs = (job for job in jobs if job.shard in left)
         for number, pairs in _by_part(left, pool.map(jobs)):
             part = Part(f"{group}-{number:05d}")
             if self.options.split_tokens is not None:

@@ -14,12 +14,15 @@ from megaegpt.data.preprocess.gigatoken import GigatokenEncoder
 from megaegpt.data.preprocess.jobs import Content, Damage, LineSpan, Texts
 from megaegpt.data.preprocess.progress import Counts
 from megaegpt.data.preprocess.reader_jobs import CollectedProblems, Documents
-from megaegpt.data.readers.inputs import DECOMPRESSION_ERRORS, normalize_newlines, open_bytes
+from megaegpt.data.readers.inputs import (
+    BYTE_ORDER_MARK,
+    DECOMPRESSION_ERRORS,
+    normalize_newlines,
+    open_bytes,
+)
 from megaegpt.data.readers.json_lines import parse_object, text_of
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def _read(
         first_line = 1 if isinstance(content, LineSpan) else content.first_line
         at_start = content.start == 0 if isinstance(content, LineSpan) else first_line == 1
         if at_start:
-            raw = raw.removeprefix(_BYTE_ORDER_MARK)
+            raw = raw.removeprefix(BYTE_ORDER_MARK)
         for line, text in _read_lines(content.path, raw, first_line, text_key, problems):
             yield content.path, line, text
 
@@ -210,7 +213,7 @@ def _read_span(span: LineSpan) -> bytes:
 def _read_text_file(path: str, problems: list[Problem]) -> str | None:
     try:
         with open_bytes(Path(path)) as file:
-            raw = file.read().removeprefix(_BYTE_ORDER_MARK)
+            raw = file.read().removeprefix(BYTE_ORDER_MARK)
     except DECOMPRESSION_ERRORS as error:
         problems.append(Problem(path, None, f"truncated or damaged ({error})"))
         return None

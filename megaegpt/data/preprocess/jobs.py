@@ -16,19 +16,23 @@ from typing import IO
 
 from megaegpt.data.preprocess.reader_jobs import Documents, measure, read_pieces
 from megaegpt.data.readers import Option, json_lines, plain
+from megaegpt.data.readers.documents import LeftOut
 from megaegpt.data.readers.inputs import (
     DECOMPRESSION_ERRORS,
     MAX_DOCUMENT_BYTES,
     decompressed,
+    ends_in,
     expand,
     natural_key,
 )
 from megaegpt.errors import DataError
+from megaegpt.files import LFS_POINTER_MESSAGE, is_lfs_pointer
 
 JOB_BYTES = 1 << 20
 _SMALLEST_JOB = 1 << 14
 STDIN = "-"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_LARGEST_POINTER = 1024  # bytes; Git LFS keeps its own below this
 
 Kind = str
 """``jsonl`` and ``text``, which workers read themselves, or another of the readers' names."""
@@ -129,30 +133,35 @@ def find_inputs(
     paths: Iterable[str],
     kind: Kind | None = None,
     reader_options: Mapping[str, Option] | None = None,
+    left_out: LeftOut | None = None,
 ) -> list[InputFile]:
     """Files that ``paths`` (files, folders, globs, ``-`` for standard input) stand for, in order.
 
     Args:
         kind: what all of them are; None: by their names (``-`` is JSON Lines).
         reader_options: for a kind that neither is JSON Lines nor text.
+        left_out: told of the files below folders that are no input.
 
     Raises:
         DataError: nothing is there, or a name does not say what the file is.
     """
+    left_out = left_out or LeftOut()
     if kind is None or kind in ("jsonl", "text"):
-        return [_describe(path, kind) for pattern in paths for path in _matches(pattern)]
+        return [_describe(path, kind) for pattern in paths for path in _matches(pattern, left_out)]
     return [
-        InputFile(path, kind, *measure(path, kind), reader_options or {})
+        InputFile(path, kind, *measure(path, kind, left_out), reader_options or {})
         for pattern in paths
         for path in _glob(pattern)  # a folder whole: how it is searched is the reader's business
+        if not left_out.written(Path(path))
     ]
 
 
-def _matches(pattern: str) -> Iterator[str]:
+def _matches(pattern: str, left_out: LeftOut) -> Iterator[str]:
     if pattern == STDIN:
         yield STDIN
         return
-    for path in expand(map(Path, _glob(pattern)), json_lines.SUFFIXES + plain.SUFFIXES):
+    suffixes = json_lines.SUFFIXES + plain.SUFFIXES
+    for path in expand(map(Path, _glob(pattern)), suffixes, left_out):
         yield str(path)
 
 
@@ -172,15 +181,34 @@ def _describe(path: str, kind: Kind | None) -> InputFile:
             raise DataError("standard input is read as JSON Lines, not as text")
         return InputFile(path, "jsonl", 0, 0)
     if kind is None:
-        kind = "jsonl" if path.endswith(json_lines.SUFFIXES) else "text"
-        if kind == "text" and not path.endswith(plain.SUFFIXES):
-            raise DataError(f"{path}: its name does not say what it is; use --format jsonl or text")
-    state = Path(path).stat()
+        kind = _kind_by_name(path)
+    try:
+        state = Path(path).stat()
+        is_pointer = state.st_size < _LARGEST_POINTER and is_lfs_pointer(Path(path))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if is_pointer:
+        raise DataError(f"{path}: {LFS_POINTER_MESSAGE}")
     return InputFile(path, kind, state.st_size, state.st_mtime_ns)
 
 
-def make_jobs(files: Sequence[InputFile], shards: int) -> Iterator[Job]:
+def _kind_by_name(path: str) -> Kind:
+    if ends_in(path, json_lines.SUFFIXES):
+        return "jsonl"
+    if ends_in(path, plain.SUFFIXES):
+        return "text"
+    if ends_in(path, (".parquet",)):
+        raise DataError(f"{path} is read with --format parquet")
+    raise DataError(f"{path}: its name does not say what it is; use --format jsonl or text")
+
+
+def make_jobs(
+    files: Sequence[InputFile], shards: int, left_out: LeftOut | None = None
+) -> Iterator[Job]:
     """Cut files into jobs for ``shards`` shards of about equally many bytes on disk.
+
+    Args:
+        left_out: told of the members of archives that are no input.
 
     Raises:
         DataError: a file cannot be opened, or standard input is to fill several shards.
@@ -190,12 +218,14 @@ def make_jobs(files: Sequence[InputFile], shards: int) -> Iterator[Job]:
         raise DataError("standard input has no known length, so it fills one shard: no --shards")
     size = max(_SMALLEST_JOB, min(JOB_BYTES, total // (16 * shards)))
     start = 0
-    for end, content in _contents(files, size):
+    for end, content in _contents(files, size, left_out or LeftOut()):
         yield Job(min(start * shards // max(total, 1), shards - 1), end, content)
         start = end
 
 
-def _contents(files: Sequence[InputFile], size: int) -> Iterator[tuple[int, Content]]:
+def _contents(
+    files: Sequence[InputFile], size: int, left_out: LeftOut
+) -> Iterator[tuple[int, Content]]:
     """Contents of about ``size`` bytes, each with the bytes of all input up to its end."""
     before = 0
     texts: list[str] = []
@@ -208,7 +238,8 @@ def _contents(files: Sequence[InputFile], size: int) -> Iterator[tuple[int, Cont
             texts.append(file.path)
             texts_bytes += file.size
         elif file.kind != "jsonl":
-            for end, piece in read_pieces(file.path, file.kind, file.reader_options, size):
+            pieces = read_pieces(file.path, file.kind, file.reader_options, size, left_out)
+            for end, piece in pieces:
                 yield before + end, piece
         else:
             for end, content in _line_jobs(file, size):
@@ -227,7 +258,7 @@ def _line_jobs(file: InputFile, size: int) -> Iterator[tuple[int, Content]]:
     except OSError as error:
         raise DataError(f"cannot read {file.path}: {error.strerror}") from None
     with raw:
-        if file.path.endswith(_COMPRESSED):
+        if ends_in(file.path, _COMPRESSED):
             stream = decompressed(raw, Path(file.path).suffix, file.size)
             yield from _stream_jobs(file.path, stream, raw, size)
         else:

@@ -7,42 +7,79 @@ from pathlib import Path
 
 import numpy as np
 
+from megaegpt.data.preprocess.progress import Progress
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
 from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
 from megaegpt.data.tokens.memory_map import map_bytes
 from megaegpt.data.tokens.shards import ShardSummary, ShardWriter, bin_path
 from megaegpt.errors import DataError
-from megaegpt.files import naming_failures
+from megaegpt.files import LFS_POINTER, LFS_POINTER_MESSAGE, locked_folder, naming_failures
 
 _BLOCK = 1 << 22  # tokens
+_ENOUGH_TO_TELL = 64  # tokens; id 0 is "!", which no text has at every other place
 
 
-def import_files(files: Sequence[Path], output: Path) -> Manifest:
+def import_files(files: Sequence[Path], output: Path, overwrite: bool = False) -> Manifest:
     """Import token files into one folder of shards; ``train.bin`` becomes the split ``train``,
-    ``val.bin`` the split ``validation``.
+    ``val.bin`` the split ``validation``. Shards of the same files are left as they are.
+
+    Args:
+        files: one of each split.
+        output: folder of the shards.
+        overwrite: replace shards of other inputs.
 
     Raises:
-        DataError: a file is not a token file, or a shard would take its place.
+        DataError: a file is not a token file, two are of one split, a shard would take a file's
+            place or another shard's, or the folder is in use.
     """
+    files_of_splits = _by_split(files, output)
     with naming_failures(output):
         output.mkdir(parents=True, exist_ok=True)
-    splits: dict[str, list[ShardSummary]] = {}
+    with locked_folder(output):
+        plan = {"from_nanogpt": [_identify(file) for file in files]}
+        progress = Progress(output, plan, list(files_of_splits), overwrite)
+        if progress.complete is not None:
+            return progress.complete
+        try:
+            splits = {
+                split: [import_tokens(file, output / split)]
+                for split, file in files_of_splits.items()
+            }
+        except BaseException:
+            progress.abandon()
+            raise
+        shards = [shard for split in splits.values() for shard in split]
+        counts = {
+            "documents": sum(shard.documents for shard in shards),
+            "tokens": sum(shard.tokens for shard in shards),
+        }
+        manifest = Manifest(describe_tokenizer(Tokenizer.load()), progress.plan, counts, splits)
+        progress.finish(manifest)
+        return manifest
+
+
+def _by_split(files: Sequence[Path], output: Path) -> dict[str, Path]:
+    """The token file of each split."""
+    found: dict[str, Path] = {}
     for file in files:
         if file.suffix != ".bin" or not file.is_file():
             raise DataError(f"{file} is not a token file such as train.bin or val.bin")
         split = "validation" if file.stem == "val" else file.stem
+        if split in found:
+            raise DataError(
+                f"{found[split]} and {file} would both be the split {split}: import them into two "
+                "folders, and give both prefixes as data.train"
+            )
         if bin_path(output / split).resolve() == file.resolve():
             raise DataError(f"{file} would be overwritten: choose another --output")
-        splits[split] = [import_tokens(file, output / split)]
-    shards = [shard for split in splits.values() for shard in split]
-    counts = {
-        "documents": sum(shard.documents for shard in shards),
-        "tokens": sum(shard.tokens for shard in shards),
-    }
-    plan = {"from_nanogpt": [str(file) for file in files]}
-    manifest = Manifest(describe_tokenizer(Tokenizer.load()), plan, counts, splits)
-    manifest.save(output)
-    return manifest
+        found[split] = file
+    return found
+
+
+def _identify(file: Path) -> dict[str, str | int]:
+    """By what a changed file is told."""
+    state = file.stat()
+    return {"path": str(file), "size": state.st_size, "mtime_ns": state.st_mtime_ns}
 
 
 def import_tokens(file: Path, prefix: Path) -> ShardSummary:
@@ -52,9 +89,13 @@ def import_tokens(file: Path, prefix: Path) -> ShardSummary:
         DataError: the file is empty, is cut inside a token, or holds ids that are not GPT-2's.
     """
     content = map_bytes(file)
+    if content[: len(LFS_POINTER)].tobytes() == LFS_POINTER:
+        raise DataError(f"{file}: {LFS_POINTER_MESSAGE}")
     if not len(content) or len(content) % 2:
         raise DataError(f"{file} has {len(content)} bytes: it is not a row of uint16 tokens")
     tokens = content.view("<u2")
+    if len(tokens) >= _ENOUGH_TO_TELL and not tokens[1:_BLOCK:2].any():
+        raise DataError(f"{file} holds ids of 4 bytes: nanoGPT's tokens have 2")
     ends = _document_ends(tokens, file)
     lengths = np.diff(ends, prepend=0)
     with ShardWriter(prefix) as writer:

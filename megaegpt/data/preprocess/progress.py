@@ -5,19 +5,36 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
+from megaegpt.data.tokens.corpus_manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    parse_summary,
+    whole_numbers,
+)
 from megaegpt.data.tokens.shards import ShardSummary, bin_path, idx_path
 from megaegpt.errors import DataError
-from megaegpt.files import naming_failures, write_whole
+from megaegpt.files import TEMPORARY_SUFFIX, naming_failures, write_whole
 
 PROGRESS_FOLDER = ".progress"
+
+
+def written_into(output: Path) -> Callable[[Path], bool]:
+    """Tells the files that preprocessing writes into ``output``: where that is, or lies below, an
+    input folder, they are no input."""
+    folder = output.resolve()
+
+    def is_written(path: Path) -> bool:
+        is_ours = path.name == MANIFEST_NAME or path.suffix in (".bin", ".idx", TEMPORARY_SUFFIX)
+        return is_ours and path.parent.resolve() == folder
+
+    return is_written
 
 
 @dataclass
@@ -61,14 +78,18 @@ class Progress:
     Args:
         output: folder of the shards.
         plan: inputs and options as plain data; only a run with the same plan may go on.
-        overwrite: remove what another plan has made.
+        shards: names of all shards that the plan makes.
+        overwrite: replace what another plan, or another program, has made.
 
     Raises:
-        DataError: the folder has shards of another plan.
+        DataError: the folder has shards of another plan, or of unknown origin under these names.
     """
 
-    def __init__(self, output: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    def __init__(
+        self, output: Path, plan: dict[str, Any], shards: Sequence[str], overwrite: bool
+    ) -> None:
         self.output = output
+        self._shards, self._overwrite = shards, overwrite
         self.folder = output / PROGRESS_FOLDER
         self.plan = json.loads(json.dumps(plan))  # as it will be read back
         self.complete: Manifest | None = None
@@ -82,14 +103,26 @@ class Progress:
                     f"{output} holds an unfinished run of other inputs or options: repeat that "
                     "command to finish it, or give --overwrite to start afresh"
                 )
-            self._clear()
+            self.clear()
+        elif not overwrite and not self._plan_path.exists():
+            self._refuse_to_replace()
         with naming_failures(self.folder):
             self.folder.mkdir(exist_ok=True)
         write_whole(self._plan_path, json.dumps(self.plan, indent=2).encode())
 
+    def _refuse_to_replace(self) -> None:
+        """Shards that nothing here tells of are somebody's, such as another program's."""
+        for name in self._shards:
+            for path in (idx_path(self.output / name), bin_path(self.output / name)):
+                if path.exists():
+                    raise DataError(
+                        f"{path} exists already and would be replaced: choose another --output, "
+                        "or give --overwrite"
+                    )
+
     def _meet_complete(self, overwrite: bool) -> None:
         if overwrite:
-            self._clear()
+            self.clear()
             return
         manifest = Manifest.load(self.output)
         if manifest.plan != self.plan:
@@ -114,12 +147,12 @@ class Progress:
     def _unfinished_plan(self) -> Any:
         try:
             return json.loads(self._plan_path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{self._plan_path} is damaged ({error}): remove {self.folder}"
             ) from None
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """Remove every shard that a manifest or a record of this folder lists, the lists first."""
         shards: list[ShardSummary] = []
         if (self.output / MANIFEST_NAME).exists():
@@ -129,9 +162,12 @@ class Progress:
         for record in self._records():
             shards += self._read(record).shards.values()
         shutil.rmtree(self.folder, ignore_errors=True)
-        for shard in shards:
-            idx_path(self.output / shard.name).unlink(missing_ok=True)
-            bin_path(self.output / shard.name).unlink(missing_ok=True)
+        self._remove(shard.name for shard in shards)
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            idx_path(self.output / name).unlink(missing_ok=True)
+            bin_path(self.output / name).unlink(missing_ok=True)
 
     def finished(self, names: Iterable[str]) -> list[Part]:
         """The leading parts of ``names`` that are recorded and whose shards are there.
@@ -162,7 +198,9 @@ class Progress:
 
     def abandon(self) -> None:
         """The run has failed: leave a trace only where there is something to go on from."""
-        if not self._records():
+        if self.complete is None and not self._records():
+            if not self._overwrite:  # all shards of these names are this run's
+                self._remove(self._shards)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def finish(self, manifest: Manifest) -> None:
@@ -176,8 +214,8 @@ class Progress:
     def _read(self, record: Path) -> Part:
         try:
             fields = json.loads(record.read_bytes())
-            fields["counts"] = Counts(**fields["counts"])
-            fields["shards"] = {k: ShardSummary(**v) for k, v in fields["shards"].items()}
+            fields["counts"] = Counts(**whole_numbers(fields["counts"]))
+            fields["shards"] = {k: parse_summary(v) for k, v in fields["shards"].items()}
             hashes = record.with_suffix(".npy")
             if hashes.exists():
                 fields["hashes"] = np.load(hashes, allow_pickle=False)

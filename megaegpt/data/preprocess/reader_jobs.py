@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaegpt.data.readers import Option, read_documents, reader_suffixes, wikipedia
-from megaegpt.data.readers.documents import Document, Problems
+from megaegpt.data.readers.documents import Document, LeftOut, Problems
 from megaegpt.data.readers.inputs import expand
 
 
@@ -42,22 +42,25 @@ class Documents:
 class CollectedProblems(Problems):
     """Keeps what a reader reports, to be raised or counted when its turn among the jobs comes."""
 
-    def __init__(self) -> None:
-        super().__init__("skip")
+    def __init__(self, left_out: LeftOut | None = None) -> None:
+        super().__init__("skip", left_out=left_out)
         self.found: list[tuple[str, str]] = []
 
     def report(self, where: str, what: str) -> None:
         self.found.append((where, what))
 
 
-def measure(path: str, source: str) -> tuple[int, int]:
+def measure(path: str, source: str, left_out: LeftOut | None = None) -> tuple[int, int]:
     """Bytes of a file or of the files below a folder that a reader takes, and the newest mtime_ns.
+
+    Args:
+        left_out: told of the files below the folder that the reader does not take.
 
     Raises:
         DataError: nothing is there.
     """
     size = newest = 0
-    for file in expand([Path(path)], reader_suffixes(source)):
+    for file in expand([Path(path)], reader_suffixes(source), left_out):
         state = file.stat()
         size += state.st_size
         newest = max(newest, state.st_mtime_ns)
@@ -65,24 +68,32 @@ def measure(path: str, source: str) -> tuple[int, int]:
 
 
 def read_pieces(
-    path: str, source: str, options: Mapping[str, Option], characters: int
+    path: str,
+    source: str,
+    options: Mapping[str, Option],
+    characters: int,
+    left_out: LeftOut | None = None,
 ) -> Iterator[tuple[int, Documents]]:
     """Pieces of about ``characters``, each with the bytes of the files that are finished by then.
+
+    Args:
+        left_out: told of the members of archives that the reader does not take; the files below a
+            folder are those that :func:`measure` has told.
 
     Raises:
         DataError: input that no policy lets pass, such as a file of another kind.
     """
+    left_out = left_out or LeftOut()
     finished = 0
 
     def files() -> Iterator[Path]:
         nonlocal finished
-        for file in expand([Path(path)], reader_suffixes(source)):
+        known = LeftOut(left_out.written)
+        for file in expand([Path(path)], reader_suffixes(source), known):
             yield file
-            finished += (
-                file.stat().st_size
-            )  # the reader asks for the next file, so it has done this
+            finished += file.stat().st_size  # the next is asked for, so this one is done
 
-    problems = CollectedProblems()
+    problems = CollectedProblems(left_out)
     waiting: list[tuple[str, str, bool]] = []
     size = 0
     for document, is_wikitext in _documents(source, files(), problems, options):

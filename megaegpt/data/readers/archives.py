@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from megaegpt.data.readers.documents import Problems
-from megaegpt.data.readers.inputs import DECOMPRESSION_ERRORS, MAX_DOCUMENT_BYTES
+from megaegpt.data.readers.inputs import DECOMPRESSION_ERRORS, MAX_DOCUMENT_BYTES, ends_in
 
 _BLOCK = 512
 _DAMAGE = (*DECOMPRESSION_ERRORS, tarfile.TarError)
@@ -82,4 +82,4 @@ def read_small(
 
 def is_tar_name(path: Path | str) -> bool:
     """Whether a name is that of a tar archive, compressed or not."""
-    return str(path).endswith((".tar", ".tar.xz", ".tar.gz", ".tgz", ".tar.bz2", ".tar.zst"))
+    return ends_in(str(path), (".tar", ".tar.xz", ".tar.gz", ".tgz", ".tar.bz2", ".tar.zst"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from megaegpt.data.readers.documents import Document, Problems
-from megaegpt.data.readers.inputs import bounded, expand, open_bytes, reporting_damage
+from megaegpt.data.readers.inputs import bounded, ends_in, expand, open_bytes, reporting_damage
 from megaegpt.data.readers.tables import read_rows
 
 SUFFIXES = (".csv", ".csv.gz", ".zip")
@@ -47,7 +47,7 @@ def read(
     Args:
         keep_raw: leave the text exactly as the file has it.
     """
-    for path in expand(paths, SUFFIXES):
+    for path in expand(paths, SUFFIXES, problems.left_out):
         for name, file in _tables(path, problems):
             with file, reporting_damage(name, problems):
                 for position, row in read_rows(file, name, (_TEXT,), problems):
@@ -82,15 +82,17 @@ def _metadata(row: Mapping[str, str]) -> dict[str, str]:
 
 def _tables(path: Path, problems: Problems) -> Iterator[tuple[str, IO[bytes]]]:
     """Each CSV file's name and bytes: the file itself, or the members of a zip in its order."""
-    if path.suffix != ".zip":
+    if not ends_in(path.name, (".zip",)):
         yield str(path), open_bytes(path)
         return
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                if member.filename.endswith(".csv"):
-                    where = f"{path}:{member.filename}"
+                where = f"{path}:{member.filename}"
+                if ends_in(member.filename, (".csv",)):
                     plain = archive.open(member)
                     yield where, bounded(plain, member.compress_size, plain.close)
+                elif not member.is_dir():
+                    problems.left_out.add(where, "members that are no .csv")
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
         problems.report(str(path), f"truncated, damaged or encrypted zip ({error})")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from megaegpt.errors import DataError
@@ -30,6 +31,40 @@ class Document:
         return f"{self.source}, {self.position}" if self.position else self.source
 
 
+class LeftOut:
+    """Files that lie among the input and are not read: how many, why, and the first names of each.
+
+    Args:
+        written: tells the files that the program itself has written, which are no input.
+    """
+
+    def __init__(self, written: Callable[[Path], bool] = lambda _: False) -> None:
+        self.written = written
+        self._counts: dict[str, int] = {}
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, name: str, why: str) -> None:
+        """A file is left out.
+
+        Args:
+            name: as it is shown; for a member of an archive with the archive's name.
+            why: the reason, which files may share.
+        """
+        self._counts[why] = self._counts.get(why, 0) + 1
+        names = self._names.setdefault(why, [])
+        if len(names) < _EXAMPLES_KEPT:
+            names.append(name)
+
+    def lines(self) -> list[str]:
+        """A line for each reason, with the number of files and the first names."""
+        lines = []
+        for why, count in self._counts.items():
+            names = self._names[why]
+            more = f" and {count - len(names):,} more" if count > len(names) else ""
+            lines.append(f"{count:,} not read, {why}: {', '.join(names)}{more}")
+        return lines
+
+
 class Problems:
     """The policy for bad input, and the count of what it has let pass.
 
@@ -39,11 +74,16 @@ class Problems:
     Args:
         policy: what a problem does.
         remedy: how a user chooses ``skip``.
+        left_out: told of the files of folders and archives that are not read.
     """
 
     def __init__(
-        self, policy: BadInputPolicy = "fail", remedy: str = "--on-bad-input skip"
+        self,
+        policy: BadInputPolicy = "fail",
+        remedy: str = "--on-bad-input skip",
+        left_out: LeftOut | None = None,
     ) -> None:
+        self.left_out = left_out or LeftOut()
         self.policy = policy
         self.remedy = remedy
         self.count = 0
@@ -69,6 +109,11 @@ class Problems:
         """Add what another part of the same run has skipped."""
         self.count += count
         self.examples = (self.examples + examples)[:_EXAMPLES_KEPT]
+
+    def why_nothing(self) -> str:
+        """What has been skipped, in the words that follow "no documents"; empty without any."""
+        count = "1 bad input was" if self.count == 1 else f"{self.count:,} bad inputs were"
+        return f": {count} skipped, the first {self.examples[0]}" if self.examples else ""
 
     def summary(self) -> str:
         """One line for a count, and one for each example; empty without problems."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megaegpt.errors import DataError
-from megaegpt.files import publish, sha256_of_file
+from megaegpt.files import naming_failures, publish, sha256_of_file
 
 _BLOCK = 1 << 18
 
@@ -33,11 +33,12 @@ def download(
 
     Raises:
         DataError: offline, refused, cut short (the part is kept for the next attempt), or of
-            another content than expected (the part is removed).
+            another content than expected (the part is removed); or the folder cannot be made.
     """
     if target.exists() and (sha256 is None or sha256_of_file(target) == sha256):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with naming_failures(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     try:
         _fetch(url, part, timeout, progress)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import quopri
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megaegpt.data.readers.archives import is_tar_name, read_members, read_small
@@ -26,6 +26,7 @@ from megaegpt.errors import DataError
 
 SUFFIXES = None  # messages are named by numbers
 _NOT_MAIL = frozenset({"contacts", "calendar", "tasks"})
+_NOT_MAIL_REASON = "contacts, calendars and tasks"
 _END_OF_HEADERS = re.compile(rb"\r?\n\r?\n")
 _HEADER = re.compile(r"[!-9;-~]+:")
 _METADATA = {"subject": "subject", "from": "from", "date": "date"}
@@ -119,12 +120,14 @@ def strip_history(text: str) -> str:
 
 def _messages(paths: Iterable[Path], problems: Problems) -> Iterator[tuple[str, str, bytes]]:
     """File, place in it and bytes of every message that may be mail."""
-    for path in expand(paths, SUFFIXES):
+    for path in expand(paths, SUFFIXES, problems.left_out):
         if path.name.lower().endswith((".csv", ".csv.gz")):
             yield from _from_csv(path, problems)
         elif is_tar_name(path):
             yield from _from_tar(path, problems)
-        elif _is_mail(path.parts[:-1]):
+        elif not _is_mail(path.parts[:-1]):
+            problems.left_out.add(str(path), _NOT_MAIL_REASON)
+        else:
             try:
                 yield str(path), "", path.read_bytes()
             except OSError as error:
@@ -134,21 +137,20 @@ def _messages(paths: Iterable[Path], problems: Problems) -> Iterator[tuple[str, 
 def _from_csv(path: Path, problems: Problems) -> Iterator[tuple[str, str, bytes]]:
     with open_bytes(path) as file, reporting_damage(str(path), problems):
         for position, row in read_rows(file, str(path), ("file", "message"), problems):
-            yield from _if_mail(str(path), position, row)
-
-
-def _if_mail(
-    source: str, position: str, row: Mapping[str, str]
-) -> Iterator[tuple[str, str, bytes]]:
-    if _is_mail(tuple(row["file"].split("/")[:-1])):
-        yield source, f"{position} ({row['file']})", row["message"].encode()
+            place = f"{position} ({row['file']})"
+            if _is_mail(tuple(row["file"].split("/")[:-1])):
+                yield str(path), place, row["message"].encode()
+            else:
+                problems.left_out.add(f"{path}, {place}", _NOT_MAIL_REASON)
 
 
 def _from_tar(path: Path, problems: Problems) -> Iterator[tuple[str, str, bytes]]:
     with open_bytes(path) as file:
         for name, size, content in read_members(file, str(path), problems):
             *folders, last = name.split("/")
-            if last.startswith(".") or not _is_mail(tuple(folders)):
+            is_hidden = last.startswith(".")
+            if is_hidden or not _is_mail(tuple(folders)):
+                problems.left_out.add(f"{path}:{name}", "hidden" if is_hidden else _NOT_MAIL_REASON)
                 continue
             raw = read_small(name, size, content, str(path), problems)
             if raw is not None:

@@ -77,7 +77,7 @@ def read(
         keep_wraps: leave the hard line breaks (about 70 columns) as they are.
         straight_quotes: turn typographic quotation marks into straight ones.
     """
-    for path in expand(paths, SUFFIXES):
+    for path in expand(paths, SUFFIXES, problems.left_out):
         try:
             raw = read_text(path)
             text = cut_wrapper(raw, str(path))

@@ -17,8 +17,9 @@ from typing import IO, cast
 
 import zstandard
 
-from megaegpt.data.readers.documents import Problems
+from megaegpt.data.readers.documents import LeftOut, Problems
 from megaegpt.errors import DataError
+from megaegpt.files import LFS_POINTER, LFS_POINTER_MESSAGE, is_special
 
 DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
 """What Python's decompressors raise on truncated or damaged input."""
@@ -26,49 +27,102 @@ DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.B
 MAX_DOCUMENT_BYTES = 1 << 28
 """Longest line, member or field that is taken for a document; more is a sign of damage."""
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""What some programs write before UTF-8 text."""
+
 # Text compresses 3 to 10 times; a file that grows a hundredfold and is large is no text.
 _MAX_EXPANSION = 100
 _EXPANSION_FREE_BYTES = 1 << 26
 
+# All that a piece stands for comes out at once. Four bytes can stand for 128 KiB, so these pieces
+# cannot be more than 128 MiB.
+_ZSTD_BLOCK = 1 << 12
+
 _Piece = tuple[int, int, str]
 
 
-def expand(paths: Iterable[Path], suffixes: tuple[str, ...] | None = None) -> Iterator[Path]:
+def expand(
+    paths: Iterable[Path],
+    suffixes: tuple[str, ...] | None = None,
+    left_out: LeftOut | None = None,
+) -> Iterator[Path]:
     """Files, in the order given; folders become the files below them.
 
     Below a folder, hidden files are left out, only names ending in one of ``suffixes`` are taken
     (all names without it), and numbers sort by value: ``chunk2`` before ``chunk10``. One folder's
     names are held at a time, so trees of any number of files are walked in little memory.
 
+    Args:
+        paths: files and folders.
+        suffixes: lower-case ends of names; the names may have capitals.
+        left_out: told of every file and folder below a folder that is not taken, and why.
+
     Raises:
-        DataError: a path does not exist, or a folder holds nothing to read.
+        DataError: a path does not exist or is no file, or a folder holds nothing to read.
     """
+    left_out = left_out or LeftOut()
     for path in paths:
         if path.is_dir():
             found = False
-            for file in _walk(path, suffixes):
+            for file in _walk(path, suffixes, left_out):
                 found = True
                 yield file
             if not found:
                 kinds = f" ending in {' or '.join(suffixes)}" if suffixes else ""
-                raise DataError(f"{path}: no files{kinds} in this folder")
+                seen = "".join(f"; {line}" for line in left_out.lines())
+                raise DataError(f"{path}: no files{kinds} in this folder{seen}")
+        elif is_special(path):
+            raise DataError(
+                f"{path} is a pipe or a device, not a file: give JSON Lines on standard input "
+                "(-), or write it to a file first"
+            )
         elif path.exists():
-            yield path
+            if not left_out.written(path):
+                yield path
         else:
             raise DataError(f"{path}: no such file or folder")
 
 
-def _walk(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
+def _walk(folder: Path, suffixes: tuple[str, ...] | None, left_out: LeftOut) -> Iterator[Path]:
     try:
         with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
+            ordered = sorted(entries, key=lambda entry: natural_key(entry.name))
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror or error}") from error
-    for entry in sorted(visible, key=lambda entry: natural_key(entry.name)):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(folder / entry.name, suffixes)
-        elif entry.is_file() and (suffixes is None or entry.name.endswith(suffixes)):
-            yield folder / entry.name
+    for entry in ordered:
+        path = folder / entry.name
+        if left_out.written(path):
+            continue
+        if why := _reason_to_leave_out(entry, suffixes):
+            left_out.add(str(path), why)
+        elif entry.is_dir():
+            yield from _walk(path, suffixes, left_out)
+        else:
+            yield path
+
+
+def _reason_to_leave_out(entry: os.DirEntry[str], suffixes: tuple[str, ...] | None) -> str:
+    """Why a file or folder below a folder is not read; empty: it is."""
+    if entry.name.startswith("."):
+        return "hidden"
+    if entry.is_dir(follow_symlinks=False):
+        return ""
+    if entry.is_dir():
+        return "links to folders"
+    if not entry.is_file():
+        return "links to nothing" if entry.is_symlink() else "pipes or devices"
+    return "" if suffixes is None or ends_in(entry.name, suffixes) else _other_kind(entry.name)
+
+
+def _other_kind(name: str) -> str:
+    if ends_in(name, (".parquet",)):
+        return "parquet (--format parquet reads it)"
+    return "names of no known kind of text"
+
+
+def ends_in(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a name ends in one of ``suffixes``, which are in lower case; capitals count alike."""
+    return name.lower().endswith(suffixes)
 
 
 def natural_key(name: str) -> list[_Piece]:
@@ -88,8 +142,12 @@ def open_bytes(path: Path) -> IO[bytes]:
     """
     try:
         file = path.open("rb")
+        is_pointer = file.peek(len(LFS_POINTER)).startswith(LFS_POINTER)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
+    if is_pointer:
+        file.close()
+        raise DataError(f"{path}: {LFS_POINTER_MESSAGE}")
     return decompressed(file, path.suffix, os.fstat(file.fileno()).st_size)
 
 
@@ -100,6 +158,7 @@ def decompressed(file: IO[bytes], suffix: str, size: int) -> IO[bytes]:
         size: bytes of the compressed file, against which its expansion is measured.
     """
     plain: IO[bytes]
+    suffix = suffix.lower()
     if suffix in (".gz", ".tgz"):
         plain = cast(IO[bytes], gzip.GzipFile(fileobj=file))
     elif suffix == ".bz2":
@@ -160,7 +219,7 @@ class _ZstdStream(io.RawIOBase):
     def read(self, _: int = -1) -> bytes:
         """The next piece, of the library's choice of size; empty at the end."""
         while True:
-            block = self._left_over or self._file.read(1 << 16)
+            block = self._left_over or self._file.read(_ZSTD_BLOCK)
             self._left_over = b""
             if not block:
                 if self._frame is not None:

@@ -30,7 +30,7 @@ def read(
     Args:
         text_column: the key of the text.
     """
-    for path in expand(paths, SUFFIXES):
+    for path in expand(paths, SUFFIXES, problems.left_out):
         for number, line in read_lines(path, problems):
             if not line.strip():
                 continue
@@ -51,6 +51,9 @@ def parse_object(line: bytes, where: str, problems: Problems) -> dict[str, Any] 
         problems.report(where, f"not UTF-8 at byte {error.start:,} of the line")
         return None
     except (ValueError, RecursionError) as error:
+        if line.strip() == b"[":
+            problems.report(where, "a JSON array over several lines: write one object a line")
+            return None
         cut = "" if line.endswith(b"\n") else "the file ends within this line: "
         problems.report(where, f"{cut}not JSON ({error})")
         return None

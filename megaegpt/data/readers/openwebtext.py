@@ -14,7 +14,7 @@ from typing import IO
 from megaegpt.data.readers import parquet
 from megaegpt.data.readers.archives import is_tar_name, read_members, read_small
 from megaegpt.data.readers.documents import Document, Problems
-from megaegpt.data.readers.inputs import decompressed, expand, open_bytes
+from megaegpt.data.readers.inputs import decompressed, ends_in, expand, open_bytes
 
 SUFFIXES = (".tar", ".xz", ".parquet")
 _BLANK_LINES = re.compile(r"\n{3,}")
@@ -31,8 +31,8 @@ def read(
             of these or of parquet.
         text_column: the text's column, in parquet.
     """
-    for path in expand(paths, SUFFIXES):
-        if path.suffix == ".parquet":
+    for path in expand(paths, SUFFIXES, problems.left_out):
+        if ends_in(path.name, parquet.SUFFIXES):
             yield from parquet.read([path], problems, text_column=text_column)
             continue
         with open_bytes(path) as file:
@@ -46,17 +46,19 @@ def _archive(
     where = f"{source}:{prefix}".rstrip(":/")
     for name, size, content in read_members(file, where, problems):
         if any(part.startswith((".", "__")) and part != ".." for part in name.split("/")):
-            continue  # what file managers leave behind
-        if name.endswith(".txt"):
+            problems.left_out.add(f"{where}:{name}", "hidden")  # what file managers leave behind
+        elif ends_in(name, (".txt",)):
             data = read_small(name, size, content, where, problems)
             if data is not None:
                 yield from _document(data, source, prefix + name, problems)
-        elif name.endswith(".xz") or is_tar_name(name):
+        elif ends_in(name, (".xz",)) or is_tar_name(name):
             if depth == _MAX_DEPTH:
                 problems.report(f"{where}:{name}", "an archive where only text files belong")
                 continue
             inner = decompressed(content, Path(name).suffix, size)
             yield from _archive(inner, source, f"{prefix}{name}/", problems, depth + 1)
+        else:
+            problems.left_out.add(f"{where}:{name}", "members that are no .txt or archive")
 
 
 def _document(data: bytes, source: str, name: str, problems: Problems) -> Iterator[Document]:

@@ -10,6 +10,7 @@ from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import expand
 from megaegpt.data.readers.json_lines import IDENTITY_COLUMNS, metadata_of, text_of
 from megaegpt.errors import DataError
+from megaegpt.files import LFS_POINTER_MESSAGE, is_lfs_pointer
 
 SUFFIXES = (".parquet",)
 _ROWS_AT_ONCE = 256
@@ -29,14 +30,15 @@ def read(
         DataError: pyarrow is missing, or the file has no such column.
     """
     pyarrow = _pyarrow()
-    for path in expand(paths, SUFFIXES):
+    for path in expand(paths, SUFFIXES, problems.left_out):
         try:
             with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
                 columns = _columns(file, text_column, path)
                 yield from _rows(file, columns, text_column, path, problems)
         except (pyarrow.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            problems.report(str(path), f"truncated, damaged or not parquet ({reason})")
+            what = f"truncated, damaged or not parquet ({reason})"
+            problems.report(str(path), LFS_POINTER_MESSAGE if is_lfs_pointer(path) else what)
 
 
 def _pyarrow() -> Any:

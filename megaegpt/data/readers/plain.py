@@ -14,7 +14,7 @@ SUFFIXES = (".txt", ".md", ".txt.gz", ".txt.bz2", ".txt.xz", ".txt.zst")
 
 def read(paths: Iterable[Path], problems: Problems) -> Iterator[Document]:
     """One document a UTF-8 file, compressed or not; folders are searched for text files."""
-    for path in expand(paths, SUFFIXES):
+    for path in expand(paths, SUFFIXES, problems.left_out):
         try:
             text = read_text(path)
         except DataError as error:

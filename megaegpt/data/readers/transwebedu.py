@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megaegpt.data.readers import json_lines, parquet
 from megaegpt.data.readers.documents import Document, Problems
-from megaegpt.data.readers.inputs import expand
+from megaegpt.data.readers.inputs import ends_in, expand
 
 SUFFIXES = (*json_lines.SUFFIXES, *parquet.SUFFIXES)
 
@@ -21,6 +21,6 @@ def read(
         paths: ``*.jsonl`` or ``*.parquet`` files, or folders of them.
         text_column: name of the column that holds the text.
     """
-    for path in expand(paths, SUFFIXES):
-        reader = parquet if path.suffix == ".parquet" else json_lines
+    for path in expand(paths, SUFFIXES, problems.left_out):
+        reader = parquet if ends_in(path.name, parquet.SUFFIXES) else json_lines
         yield from reader.read([path], problems, text_column=text_column)

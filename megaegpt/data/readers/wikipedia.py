@@ -72,7 +72,7 @@ def read_marked(
 
     Cleaning takes many times longer than reading; so it can be left to other processes.
     """
-    for path in expand(paths, SUFFIXES):
+    for path in expand(paths, SUFFIXES, problems.left_out):
         if wikiextractor.is_output(path):
             for document in wikiextractor.read_file(path, problems):
                 yield document, False

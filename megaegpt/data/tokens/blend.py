@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -13,6 +14,8 @@ from megaegpt.data.tokens.samples import StreamSamples
 from megaegpt.errors import DataError
 
 _SMALLEST_BLOCK = 1024
+_SMALLEST_SHARE = 1e-9
+"""A source of less would not give a sample in any run, and blocks grow with its inverse."""
 
 
 class Blend:
@@ -25,7 +28,7 @@ class Blend:
 
     Args:
         sources: samples of one kind and size, out of several spans of one stream.
-        weights: positive, in any unit.
+        weights: positive, in any unit; none less than a billionth of them all.
         seed: of the order inside blocks.
         names: of the sources, for reports; numbers without them.
 
@@ -40,7 +43,8 @@ class Blend:
         seed: int,
         names: Sequence[str] = (),
     ) -> None:
-        if not sources or len(sources) != len(weights) or min(weights) <= 0:
+        are_positive = all(weight > 0 for weight in weights) and math.isfinite(sum(weights))
+        if not sources or len(sources) != len(weights) or not are_positive:
             raise DataError(f"{len(sources)} sources need as many positive weights, not {weights}")
         if any(source.stream is not sources[0].stream for source in sources):
             raise ValueError("the sources of a blend must be spans of one stream")
@@ -50,6 +54,12 @@ class Blend:
         self.names = list(names) or [str(number) for number in range(len(sources))]
         total = sum(weights)
         self.weights = [weight / total for weight in weights]
+        if min(self.weights) < _SMALLEST_SHARE:
+            name = self.names[self.weights.index(min(self.weights))]
+            raise DataError(
+                f"the weight of {name} is {min(self.weights):.1g} of all, which gives no sample: "
+                "leave it out, or give it a billionth or more"
+            )
         # Shares in exact integer arithmetic: rounding must not depend on machine or sample number.
         self._scale = 1 << 60
         cumulative = accumulate(self.weights)

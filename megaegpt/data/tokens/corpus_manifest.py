@@ -14,7 +14,7 @@ from megaegpt.config.data import VerifyPolicy
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.shards import ShardSummary, bin_path, idx_path
 from megaegpt.errors import DataError
-from megaegpt.files import sha256_of_file, write_whole
+from megaegpt.files import is_special, sha256_of_file, write_whole
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
@@ -40,7 +40,10 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Publish ``manifest.json`` in ``folder``."""
         content = json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, ensure_ascii=False)
-        write_whole(folder / MANIFEST_NAME, content.encode() + b"\n")
+        # A byte of a file's name that is not UTF-8 is half a surrogate pair here, and JSON escapes
+        # it as Python does.
+        raw = content.encode("utf-8", "backslashreplace")
+        write_whole(folder / MANIFEST_NAME, raw + b"\n")
 
     @staticmethod
     def load(folder: Path) -> Manifest:
@@ -50,19 +53,29 @@ class Manifest:
             DataError: it is missing, damaged, or of another format.
         """
         path = folder / MANIFEST_NAME
+        if is_special(path):
+            raise DataError(f"{path} is a pipe or a device, not a file")
         try:
             fields = json.loads(path.read_bytes())
             found = fields.pop("format")
             if found != _FORMAT:
-                raise DataError(f"{path} has format {found}; only {_FORMAT} is known")
+                raise DataError(f"{path} has format {found!r:.50}; only {_FORMAT} is known")
             fields["splits"] = {
-                split: [ShardSummary(**shard) for shard in shards]
+                split: [parse_summary(shard) for shard in shards]
                 for split, shards in fields["splits"].items()
             }
+            fields["counts"] = whole_numbers(fields["counts"])
+            for name in ("tokenizer", "plan"):
+                if not isinstance(fields[name], dict):
+                    raise ValueError(f"{name!r} is no object")
             return Manifest(**fields)
         except FileNotFoundError:
             raise DataError(f"{path} does not exist: these shards have no manifest") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
+            raise DataError(f"{path} is damaged: it has no {error}") from None
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is damaged: {error}") from None
 
     def verify(self, folder: Path) -> None:
@@ -82,6 +95,37 @@ class Manifest:
             checksums[bin_path(prefix)] = shard.bin_sha256
             checksums[idx_path(prefix)] = shard.idx_sha256
         return checksums
+
+
+def parse_summary(fields: Any) -> ShardSummary:
+    """A shard's entry out of JSON.
+
+    Raises:
+        ValueError: a value is not what the entry has there.
+        TypeError: it is no object, or has other keys.
+    """
+    summary = ShardSummary(**fields)
+    texts = (summary.name, summary.bin_sha256, summary.idx_sha256)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a shard's name and checksums are texts, not {texts!r:.80}")
+    if Path(summary.name).name != summary.name or "\0" in summary.name:
+        raise ValueError(f"{summary.name!r:.80} is no name of a shard in this folder")
+    whole_numbers({"documents": summary.documents, "tokens": summary.tokens})
+    return summary
+
+
+def whole_numbers(counts: Any) -> dict[str, int]:
+    """Counts out of JSON.
+
+    Raises:
+        ValueError: they are no object of numbers from 0 on.
+    """
+    if not isinstance(counts, dict):
+        raise ValueError("the counts are no object")
+    for name, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{name} is {count!r:.50}, not a count")
+    return counts
 
 
 def verify_shards(
@@ -121,6 +165,8 @@ def verify_shards(
 
 
 def _verify_file(path: Path, checksum: str) -> None:
+    if is_special(path):
+        raise DataError(f"{path} is a pipe or a device, not a file")
     try:
         found = sha256_of_file(path)
     except FileNotFoundError:

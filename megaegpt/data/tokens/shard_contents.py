@@ -10,6 +10,7 @@ import numpy as np
 
 from megaegpt.data.tokens.shards import BLOCK, Shard
 from megaegpt.errors import DataError
+from megaegpt.files import is_special, naming_failures, whole_file
 
 _BAR = 40
 
@@ -57,7 +58,8 @@ class LengthHistogram:
         """A picture of it.
 
         Raises:
-            DataError: matplotlib is not installed.
+            DataError: matplotlib is not installed, does not know the kind of picture, or the file
+                cannot be written.
         """
         try:
             from matplotlib.figure import Figure
@@ -70,14 +72,19 @@ class LengthHistogram:
         axes.set(xlabel="tokens", ylabel="documents")
         axes.set_title(f"{self.documents:,} documents, {self.tokens:,} tokens")
         axes.tick_params(axis="x", rotation=60)
-        figure.savefig(path, dpi=120)
+        kind = path.suffix.removeprefix(".").lower()
+        kinds = figure.canvas.get_supported_filetypes()
+        if not is_special(path) and kind not in kinds:
+            raise DataError(f"{path}: pictures end in .{', .'.join(sorted(kinds))}")
+        with naming_failures(path), whole_file(path) as temporary:
+            figure.savefig(temporary, dpi=120, format=kind if kind in kinds else "png")
 
 
 def _document_lengths(shard: Shard) -> Iterator[np.ndarray]:
     """Tokens of each document, block by block."""
-    lengths, starts = shard.sequence_lengths, shard.document_indices
+    lengths = shard.sequence_lengths
     for first in range(0, shard.num_documents, BLOCK):
-        bounds = starts[first : first + BLOCK + 1]
+        bounds = shard.document_starts(first, min(first + BLOCK, shard.num_documents))
         sums = np.cumsum(lengths[bounds[0] : bounds[-1]], dtype=np.int64)
         yield np.diff(np.concatenate([[0], sums])[bounds - bounds[0]])
 

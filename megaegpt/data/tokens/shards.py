@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,14 @@ import numpy as np
 
 from megaegpt.data.tokens.memory_map import map_bytes
 from megaegpt.errors import DataError
-from megaegpt.files import naming_failures, publish, temporary_name
+from megaegpt.files import (
+    LFS_POINTER,
+    LFS_POINTER_MESSAGE,
+    is_lfs_pointer,
+    naming_failures,
+    publish,
+    temporary_name,
+)
 
 MAGIC = b"MMIDIDX\x00\x00"
 OLD_MAGIC = b"TNTIDX\x00\x00"
@@ -48,6 +56,10 @@ class ShardSummary:
     tokens: int
     bin_sha256: str
     idx_sha256: str
+
+
+class ShardWarning(UserWarning):
+    """Shards of another program that are read otherwise than their index says."""
 
 
 class ShardWriter:
@@ -170,10 +182,10 @@ class Shard:
     """A shard, memory-mapped: opening it costs the same whatever its size.
 
     Attributes:
+        state: of the token file when it was opened.
         tokens: (tokens,) all tokens, documents back to back, in the type that the header names.
         sequence_lengths: (N,) int32, in tokens.
         sequence_pointers: (N,) int64, in bytes.
-        document_indices: (documents + 1,) int64, first sequence of each document, then N.
 
     Raises:
         DataError: a file is missing, truncated, foreign, of another version, or they do not match.
@@ -192,7 +204,9 @@ class Shard:
         offset += 4 * sequences
         self.sequence_pointers = index[offset : offset + 8 * sequences].view("<i8")
         offset += 8 * sequences
-        self.document_indices = index[offset : offset + 8 * documents].view("<i8")
+        self._documents = index[offset : offset + 8 * documents].view("<i8")
+        self._documents_are_sequences = False
+        self.state = state_of(self.bin_path)  # before it is mapped: what comes after is a change
         self._check_ends()
         self.tokens = map_bytes(self.bin_path).view(self.dtype)
 
@@ -201,6 +215,8 @@ class Shard:
         head = index[: HEADER.size].tobytes()
         if head.startswith(OLD_MAGIC):
             raise DataError(f"{path} is in the old TNTIDX format: preprocess the text again")
+        if head.startswith(LFS_POINTER[: HEADER.size]):
+            raise DataError(f"{path}: {LFS_POINTER_MESSAGE}")
         if not head.startswith(MAGIC):
             raise DataError(f"{path} is not a shard index: it does not start with MMIDIDX")
         if len(head) < HEADER.size:
@@ -222,25 +238,44 @@ class Shard:
     def _check_ends(self) -> None:
         """What can be checked without reading the whole index."""
         lengths, pointers = self.sequence_lengths, self.sequence_pointers
-        documents = self.document_indices
-        if not len(documents) or documents[0] != 0 or documents[-1] != len(lengths):
+        documents = self._documents
+        if not len(documents) or documents[0] != 0 or documents[-1] > len(lengths):
             raise DataError(f"{self.idx_path} is damaged: its documents do not cover its sequences")
+        if documents[-1] < len(lengths):
+            self._documents_are_sequences = True
+            warnings.warn(
+                f"{self.idx_path}: its documents do not cover its sequences, as GPT-NeoX's merge "
+                "leaves it; each sequence is read as a document",
+                ShardWarning,
+                stacklevel=3,
+            )
         if len(pointers) and pointers[0] != 0:
             raise DataError(f"{self.idx_path} is damaged: its first sequence does not start at 0")
         size = int(pointers[-1]) + int(lengths[-1]) * self.dtype.itemsize if len(lengths) else 0
         actual = self.bin_path.stat().st_size
         if actual != size:
+            if is_lfs_pointer(self.bin_path):
+                raise DataError(f"{self.bin_path}: {LFS_POINTER_MESSAGE}")
             kind = "truncated" if actual < size else "too long"
             raise DataError(f"{self.bin_path} is {kind}: {actual} bytes, its index says {size}")
 
     @property
     def num_documents(self) -> int:
         """Documents, empty ones included."""
-        return len(self.document_indices) - 1
+        if self._documents_are_sequences:
+            return len(self.sequence_lengths)
+        return len(self._documents) - 1
+
+    def document_starts(self, first: int, last: int) -> np.ndarray:
+        """(last - first + 1,) int64: the first sequence of each of these documents, then the one
+        that follows the last of them."""
+        if self._documents_are_sequences:
+            return np.arange(first, last + 1)
+        return self._documents[first : last + 1]
 
     def document(self, number: int) -> np.ndarray:
         """Tokens of one document, a view of the map."""
-        first, last = self.document_indices[number], self.document_indices[number + 1]
+        first, last = self.document_starts(number, number + 1).tolist()
         if first == last:
             return self.tokens[:0]
         start = int(self.sequence_pointers[first]) // self.dtype.itemsize
@@ -266,16 +301,61 @@ class Shard:
                     "follow each other"
                 )
             position = int(ends[-1])
-        for start in range(0, len(self.document_indices), BLOCK):
-            if (np.diff(self.document_indices[start : start + BLOCK + 1]) < 0).any():
+        for start in range(0, len(self._documents), BLOCK):
+            if (np.diff(self._documents[start : start + BLOCK + 1]) < 0).any():
                 raise DataError(f"{self.idx_path} is damaged: its document starts go backwards")
+        self.check_ids(vocab_size)
+
+    def check_ids(self, vocab_size: int | None = None) -> None:
+        """Read all tokens: each must be inside the vocabulary; None: not negative.
+
+        Raises:
+            DataError: names the first that is not, and its place.
+        """
         for start in range(0, len(self.tokens), BLOCK):
             block = self.tokens[start : start + BLOCK]
-            if block.min() < 0 or (vocab_size is not None and block.max() >= vocab_size):
-                raise DataError(
-                    f"{self.bin_path} holds ids outside the vocabulary of {vocab_size} "
-                    f"near token {start}"
-                )
+            most = np.iinfo(self.dtype).max + 1 if vocab_size is None else vocab_size
+            if block.min() < 0 or block.max() >= most:
+                at = int(np.flatnonzero((block < 0) | (block >= most))[0])
+                raise self.foreign_id(start + at, int(block[at]), most)
+
+    def foreign_id(self, position: int, token: int, vocab_size: int) -> DataError:
+        """What is said of a token that is outside the vocabulary.
+
+        Args:
+            position: of the token in the file.
+        """
+        return DataError(
+            f"{self.bin_path} holds id {token} at token {position:,}, outside the vocabulary of "
+            f"{vocab_size}: these tokens are another tokenizer's, or damaged"
+        )
+
+
+@dataclass(frozen=True)
+class FileState:
+    """By what a file is told from one that has taken its place, or that has been written to."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    def is_same_file(self, other: FileState) -> bool:
+        """Whether only the time of the last write may differ."""
+        return (self.device, self.inode, self.size) == (other.device, other.inode, other.size)
+
+
+def state_of(file: Path | int) -> FileState:
+    """Of a file by its path or descriptor.
+
+    Raises:
+        DataError: it is gone.
+    """
+    try:
+        state = os.stat(file)
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from None
+    return FileState(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
 
 
 def bin_path(prefix: str | Path) -> Path:

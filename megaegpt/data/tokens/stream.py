@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import re
+import time
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -15,13 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from megaegpt.data.tokens.memory_map import ResidentPages
-from megaegpt.data.tokens.shards import Shard
+from megaegpt.data.tokens.shards import Shard, state_of
 from megaegpt.errors import DataError
 
 _PART_OF = re.compile(r"-(\d{5})-of-(\d{5})$")
 _HASHED_BLOCK = 1 << 20
 _HASHED_BLOCKS = 64
 _OPEN_FILES = 256
+_LOOK_INTERVAL_S = 5.0
+"""Seconds between looks at whether shards have changed: few against a run, and rarely a call."""
 
 
 class TokenStream:
@@ -50,7 +53,10 @@ class TokenStream:
         self._pages = ResidentPages(sum(tokens.nbytes for tokens in self._tokens))
         types = {tokens.dtype for tokens in self._tokens}
         self._dtype = types.pop() if len(types) == 1 else None
-        self._file = lru_cache(_OPEN_FILES)(lambda shard: _OpenFile(self.shards[shard].bin_path))
+        self._states = [shard.state for shard in self.shards]
+        self._next_look = time.monotonic() + _LOOK_INTERVAL_S
+        self._vocab_size: int | None = None
+        self._file = lru_cache(_OPEN_FILES)(self._open)
         tokens_before = [0, *self._ends]
         self.spans = [(tokens_before[a], tokens_before[b]) for a, b in pairwise(bounds)]
         if not self.shards or not self._ends[-1]:
@@ -72,6 +78,7 @@ class TokenStream:
         """
         if start < 0 or length < 0 or start + length > len(self):
             raise IndexError(f"tokens {start}..{start + length} of a stream of {len(self)}")
+        self._look()
         self._pages.note(1, length * self._tokens[0].itemsize, self._tokens)
         parts = []
         shard = bisect_right(self._ends, start)
@@ -97,8 +104,10 @@ class TokenStream:
         more than a row for each page that is not there, and the process does not grow by it.
 
         Raises:
-            DataError: a file cannot be read, or has become shorter.
+            DataError: a file cannot be read or has changed, or a token is outside the vocabulary
+                that :meth:`limit_ids` has named.
         """
+        self._look()
         length = out.shape[1]
         row = np.empty(length, self._dtype)
         buffers = (row.data.cast("B"),)
@@ -116,6 +125,53 @@ class TokenStream:
             if count < row.nbytes:
                 raise DataError(f"{file.path} has become shorter since it was opened")
             out[number] = row
+        if self._vocab_size is not None:
+            self._check_rows(starts, out, self._vocab_size)
+
+    def _look(self) -> None:
+        """Now and then, see whether the shards are still what they were."""
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + _LOOK_INTERVAL_S
+            self.check_unchanged()
+
+    def limit_ids(self, vocab_size: int) -> None:
+        """From now on, hold every row against a vocabulary."""
+        self._vocab_size = vocab_size
+
+    def _check_rows(self, starts: np.ndarray, rows: np.ndarray, vocab_size: int) -> None:
+        if rows.min(initial=0) >= 0 and rows.max(initial=0) < vocab_size:
+            return
+        row, column = np.argwhere((rows < 0) | (rows >= vocab_size))[0].tolist()
+        position = int(starts[row]) + column
+        shard = bisect_right(self._ends, position)
+        raise self.shards[shard].foreign_id(
+            position - self._begins[shard], int(rows[row, column]), vocab_size
+        )
+
+    def check_unchanged(self) -> None:
+        """Hold every shard's token file against what it was when the stream was opened.
+
+        What takes a file's place by renaming leaves the memory map as it was, but not the files
+        that rows are read from; what writes into a file changes both. A new time of writing alone
+        is let pass if the content still has the fingerprint that was asked for before.
+
+        Raises:
+            DataError: names the first file that is another one or has changed.
+        """
+        for number, shard in enumerate(self.shards):
+            known, state = self._states[number], state_of(shard.bin_path)
+            if state == known:
+                continue
+            is_same = state.is_same_file(known) and self._digest() == vars(self).get("fingerprint")
+            if not is_same:
+                raise _changed(shard.bin_path)
+            self._states[number] = state
+
+    def _open(self, shard: int) -> _OpenFile:
+        file = _OpenFile(self.shards[shard].bin_path)
+        if not state_of(file.descriptor).is_same_file(self._states[shard]):
+            raise _changed(file.path)
+        return file
 
     @cached_property
     def fingerprint(self) -> str:
@@ -124,6 +180,9 @@ class TokenStream:
         It covers all bytes of shards up to 64 MiB; of larger ones the size and 64 MiB spread
         evenly, so that it costs the same for any corpus.
         """
+        return self._digest()
+
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for shard in self.shards:
             content = shard.tokens.view(np.uint8)
@@ -137,6 +196,13 @@ class TokenStream:
                 start = last * block // (_HASHED_BLOCKS - 1)
                 digest.update(content[start : start + _HASHED_BLOCK].data)
         return digest.hexdigest()
+
+
+def _changed(path: Path) -> DataError:
+    return DataError(
+        f"{path} has changed since it was opened: shards in use must stay as they are; write new "
+        "ones into another folder, and start or resume again"
+    )
 
 
 class _OpenFile:

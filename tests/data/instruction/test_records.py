@@ -127,3 +127,51 @@ def test_real_instructions_are_all_usable(data_dir: Path) -> None:
 
 def _items(dataset: InstructionDataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [dataset[index] for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+def test_a_byte_order_mark_before_an_array_changes_nothing(
+    tmp_path: Path, indent: int | None
+) -> None:
+    records = [{"instruction": "Say yes.", "output": "Yes."}] * 2
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records, indent=indent), encoding="utf-8-sig")
+    assert read_instructions(path, Problems("fail")) == [SHORT, SHORT]
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8-sig")
+    assert read_instructions(path, Problems("fail")) == [SHORT, SHORT]
+
+
+def test_a_null_column_is_an_absent_one(tmp_path: Path) -> None:
+    """As tables joined from Alpaca's and Dolly's have it."""
+    columns = ("instruction", "input", "output", "context", "response")
+    rows = [
+        ("Repeat {this}.", "a, b", "a, b, a, b", None, None),
+        ("Repeat {this}.", None, None, "a, b", "a, b, a, b"),
+        ("Say yes.", None, None, None, "Yes."),
+    ]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([dict(zip(columns, row, strict=True)) for row in rows]))
+    assert read_instructions(path, Problems("fail")) == [LONG, LONG, SHORT]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\n \n", b"\xef\xbb\xbf[]"])
+def test_a_file_without_records_is_named_or_counted(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.json: has no records"):
+        read_instructions(path, Problems("fail"))
+    problems = Problems("skip")
+    assert read_instructions(path, problems) == []
+    assert problems.count == 1
+
+
+def test_pointers_devices_and_endless_nesting_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match="a Git LFS pointer"):
+        read_instructions(path, Problems("skip"))
+    path.write_bytes(b"[" * 100_000)
+    with pytest.raises(DataError, match="is not JSON"):
+        read_instructions(path, Problems("skip"))
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        read_instructions(Path("/dev/zero"), Problems("skip"))

@@ -23,7 +23,7 @@ from megaegpt.data.tokens.corpus_manifest import Manifest
 from megaegpt.data.tokens.shards import Shard, ShardWriter
 from megaegpt.data.tokens.stream import TokenStream, resolve_prefixes
 from megaegpt.errors import DataError
-from megaegpt.files import locked_folder
+from megaegpt.files import LFS_POINTER, locked_folder
 
 TOKENIZER = Tokenizer.load()
 TEXTS = ["Hello world.", "Zwei\nZeilen, größer.", "日本語 <|endoftext|> text", " spaces  \n\n"]
@@ -428,3 +428,122 @@ def test_war_and_peace_has_the_known_number_of_tokens(data_dir: Path, tmp_path: 
     run(tmp_path / "out", tmp_path / "wap.txt", split_tokens=0.8)
     assert len(TokenStream([f"{tmp_path}/out/train"])) == 679_590
     assert len(TokenStream([f"{tmp_path}/out/validation"])) == 169_898
+
+
+def test_capitals_in_names_change_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "A.TXT").write_bytes(b"one")
+    (source / "B.JsonL").write_bytes(jsonl(["two"]))
+    (source / "C.JSONL.GZ").write_bytes(gzip.compress(jsonl(["three"])))
+    (source / "d.jsonl.Zst").write_bytes(zstandard.compress(jsonl(["four"])))
+    run(tmp_path / "out", source)
+    assert documents(tmp_path / "out" / "train") == ["one", "two", "three", "four"]
+    run(tmp_path / "named", source / "C.JSONL.GZ", source / "A.TXT")
+    assert documents(tmp_path / "named" / "train") == ["three", "one"]
+
+
+def test_what_a_folder_has_beside_the_input_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    (source / "deeper").mkdir(parents=True)
+    (source / "a.txt").write_text("one")
+    (source / "notes.pdf").write_bytes(b"%PDF")
+    (source / "deeper" / "part.parquet").write_bytes(b"PAR1")
+    (source / ".DS_Store").write_bytes(b"")
+    (source / "again").symlink_to(source / "deeper")
+    (source / "gone").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(source / "pipe.txt")
+    for _ in range(2):  # of a complete corpus too
+        report = run(tmp_path / "out", source)
+        assert sorted(report.problems.left_out.lines()) == [
+            f"1 not read, hidden: {source}/.DS_Store",
+            f"1 not read, links to folders: {source}/again",
+            f"1 not read, links to nothing: {source}/gone",
+            f"1 not read, names of no known kind of text: {source}/notes.pdf",
+            f"1 not read, parquet (--format parquet reads it): {source}/deeper/part.parquet",
+            f"1 not read, pipes or devices: {source}/pipe.txt",
+        ]
+    (source / "a.txt").unlink()
+    with pytest.raises(DataError, match=r"no files ending in .*; 1 not read, hidden: .*DS_Store"):
+        run(tmp_path / "none", source)
+
+
+@pytest.mark.parametrize("place", ["shards", "."])
+@pytest.mark.parametrize("pattern", ["", "**/*.json*"])
+def test_shards_below_the_input_are_no_input(tmp_path: Path, place: str, pattern: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    run(tmp_path / place, tmp_path / pattern)
+    before = files_of(tmp_path / place) if place == "shards" else None
+    assert run(tmp_path / place, tmp_path / pattern).meter.counts.documents == 0
+    run(tmp_path / place, tmp_path / pattern, overwrite=True)
+    assert documents(tmp_path / place / "train") == TEXTS
+    assert before is None or files_of(tmp_path / place) == before
+
+
+def test_names_of_files_need_not_be_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("A text.")
+    report = run(tmp_path / "out", tmp_path / name)
+    assert Manifest.load(tmp_path / "out") == report.manifest
+    assert report.manifest.plan["inputs"]["train"][0]["path"] == str(tmp_path / name)
+    (tmp_path / "out" / "manifest.json").read_bytes().decode("utf-8")
+    assert run(tmp_path / "out", tmp_path / name).meter.counts.documents == 0
+
+
+def test_where_everything_is_bad_the_reason_is_given_and_nothing_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(TEXTS))
+    with pytest.raises(DataError, match=r"no documents .* 4 bad .*line 1: no text column 'body'"):
+        run(tmp_path / "out", path, encode={"text_key": "body"}, on_bad_input="skip")
+    with pytest.raises(DataError, match=r"no documents .* 4 have fewer than 100 characters"):
+        run(tmp_path / "out", path, encode={"min_chars": 100})
+    run(tmp_path / "out", path)  # other options than those that failed
+    assert documents(tmp_path / "out" / "train") == TEXTS
+
+
+def test_shards_that_no_manifest_lists_are_not_replaced_unasked(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    (tmp_path / "out").mkdir()
+    with ShardWriter(tmp_path / "out" / "train") as writer:
+        writer.add_document(np.array([1, 2]))
+        writer.finish()
+    before = files_of(tmp_path / "out")
+    with pytest.raises(DataError, match=r"train\.idx exists already .*--overwrite"):
+        run(tmp_path / "out", tmp_path / "a.jsonl")
+    assert files_of(tmp_path / "out") == before
+    run(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True)
+    assert documents(tmp_path / "out" / "train") == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz"])
+def test_a_git_lfs_pointer_is_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(LFS_POINTER + b"v1\noid sha256:12\nsize 34\n")
+    with pytest.raises(DataError, match=rf"{name}: a Git LFS pointer, .*git lfs pull"):
+        run(tmp_path / "out", tmp_path / name)
+
+
+def test_parquet_pipes_and_devices_are_told_how_they_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="is read with --format parquet"):
+        run(tmp_path / "out", tmp_path / "a.parquet")
+    for kind in (None, "text", "jsonl", "wikipedia"):
+        with pytest.raises(DataError, match="/dev/zero is a pipe or a device"):
+            run(tmp_path / "out", Path("/dev/zero"), kind=kind)
+
+
+@pytest.mark.parametrize(
+    "content", [b"null", b"[]", b"5", b'{"name": 1}', b'{"counts": null}', b"[" * 100_000, b"\xff"]
+)
+def test_a_damaged_record_of_progress_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(many_texts()) + b"bad\n")
+    with pytest.raises(DataError, match="line 3001"):
+        run(tmp_path / "out", tmp_path / "a.jsonl", shards=3)
+    progress = tmp_path / "out" / ".progress"
+    record = progress / "part-train-00000.json"
+    assert record.exists()
+    record.write_bytes(content)
+    with pytest.raises(DataError, match=r"part-train-00000\.json is damaged .*: remove"):
+        run(tmp_path / "out", tmp_path / "a.jsonl", shards=3)
+    (progress / "plan.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"plan\.json is damaged|holds an unfinished run of other"):
+        run(tmp_path / "out", tmp_path / "a.jsonl", shards=3)

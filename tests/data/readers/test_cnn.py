@@ -155,3 +155,14 @@ def test_another_table_is_refused_with_its_columns(tmp_path: Path) -> None:
     path.write_text("Text,Label\na,b\n")
     with pytest.raises(DataError, match="no column 'article text'; the columns are text, label"):
         read("cnn", path)
+
+
+def test_capitals_in_names_change_nothing_and_other_members_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "ARCHIVE.ZIP"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("A.CSV", table(row(1, "Text.")))
+        archive.writestr("notes.txt", "more")
+    documents, problems = read_skipping("cnn", tmp_path)
+    assert len(documents) == 1
+    [line] = problems.left_out.lines()
+    assert line == f"1 not read, members that are no .csv: {path}:notes.txt"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megaegpt.data.readers.documents import Document, Problems
+from megaegpt.data.readers.documents import Document, LeftOut, Problems
 from megaegpt.errors import DataError
 
 
@@ -35,3 +35,15 @@ def test_merged_counts_add_up() -> None:
 def test_a_document_knows_where_it_is() -> None:
     assert Document("t", "a.txt", "line 2").where == "a.txt, line 2"
     assert Document("t", "a.txt", "").where == "a.txt"
+
+
+def test_what_is_left_out_is_counted_by_its_reason() -> None:
+    left_out = LeftOut()
+    assert left_out.lines() == []
+    for number in range(7):
+        left_out.add(f"{number}.pdf", "no text")
+    left_out.add(".git", "hidden")
+    assert left_out.lines() == [
+        "7 not read, no text: 0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf and 2 more",
+        "1 not read, hidden: .git",
+    ]

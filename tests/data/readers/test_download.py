@@ -127,3 +127,9 @@ def test_an_http_error_and_an_unreachable_server_are_one_line(
     with pytest.raises(DataError, match="cannot be downloaded"):
         download("http://127.0.0.1:1/file", tmp_path / "file", timeout=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "downloads").write_text("a file")
+    with pytest.raises(DataError, match=r"cannot write .*downloads: File exists"):
+        download("http://127.0.0.1:9/a", tmp_path / "downloads" / "a")

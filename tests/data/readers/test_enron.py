@@ -174,3 +174,12 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     archive_of(tmp_path / "mail.tgz", "x" * (1 << 22))
     with pytest.raises(DataError, match="expands more than 100-fold"):
         read("enron", tmp_path / "mail.tgz")
+
+
+def test_contacts_and_calendars_are_counted_as_left_out(tmp_path: Path) -> None:
+    put(tmp_path, "allen-p/inbox/1.", message("Mail."))
+    put(tmp_path, "allen-p/calendar/1.", message("Meeting."))
+    documents, problems = read_skipping("enron", tmp_path)
+    assert texts(documents) == ["Mail."]
+    [line] = problems.left_out.lines()
+    assert line.startswith("1 not read, contacts, calendars and tasks: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Callable
@@ -140,3 +141,20 @@ def test_a_bad_text_file_is_named_or_counted(tmp_path: Path, content: bytes, wha
     with pytest.raises(DataError, match=rf"a\.txt: .*{what}"):
         read("text", path)
     assert read_skipping("text", path)[1].count == 1
+
+
+def test_a_zstandard_bomb_comes_out_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four bytes of it can stand for 128 KiB: what is read at once bounds what comes out."""
+    bomb = zstandard.compress(bytes(1 << 30))
+    monkeypatch.setattr(inputs, "_EXPANSION_FREE_BYTES", 1 << 40)
+    pieces = inputs._ZstdStream(io.BytesIO(bomb))
+    largest = 0
+    for _ in range(3):
+        largest = max(largest, len(pieces.read()))
+    assert 1 << 20 < largest <= 1 << 27
+
+
+def test_a_json_array_over_several_lines_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[\n{"text": "one"}\n]\n')
+    with pytest.raises(DataError, match="line 1: a JSON array over several lines: write one"):
+        read("jsonl", tmp_path / "a.json")

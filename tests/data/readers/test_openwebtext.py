@@ -134,3 +134,14 @@ def test_a_part_that_is_text_under_xz_is_not_taken_for_a_page(tmp_path: Path) ->
     path = write(tmp_path / "urlsf_subset00-1_data.xz", lzma.compress(b"just text\n" * 99))
     with pytest.raises(DataError, match="damaged archive"):
         read("openwebtext", path)
+
+
+def test_members_that_are_not_read_are_told_and_capitals_change_nothing(tmp_path: Path) -> None:
+    inner = lzma.compress(tar({"A.TXT": b"page", "b.html": b"<p>", "._c.txt": b"mac"}))
+    path = write(tmp_path / "SUBSET.TAR", tar({"x_data.XZ": inner, "README": b"text"}))
+    documents, problems = read_skipping("openwebtext", tmp_path)
+    assert texts(documents) == ["page"]
+    assert problems.left_out.lines() == [
+        f"2 not read, members that are no .txt or archive: {path}:x_data.XZ:b.html, {path}:README",
+        f"1 not read, hidden: {path}:x_data.XZ:._c.txt",
+    ]

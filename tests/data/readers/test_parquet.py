@@ -60,3 +60,11 @@ def test_a_damaged_file_is_named_or_counted(tmp_path: Path, keep: float) -> None
     with pytest.raises(DataError, match=r"a\.parquet: truncated, damaged or not parquet"):
         read("parquet", path)
     assert read_skipping("parquet", path)[1].count == 1
+
+
+def test_a_git_lfs_pointer_is_named_and_capitals_change_nothing(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n"
+    (tmp_path / "A.PARQUET").write_bytes(pointer)
+    for source in ("parquet", "openwebtext", "transwebedu"):
+        with pytest.raises(DataError, match=r"A\.PARQUET: a Git LFS pointer"):
+            read(source, tmp_path)

@@ -127,3 +127,18 @@ def test_a_corpus_without_a_whole_sample_is_named(stream: TokenStream) -> None:
         PretrainingSamples(stream, 8, 1, span=(400, 406))
     with pytest.raises(DataError, match="count-2400-800 has 20 tokens; a window of 3 chunks of 7"):
         ChunkWindows(stream, 3, 7, 1, span=(800, 820))
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1e-30], [1e-30, 1.0], [1.0, 9e-10]])
+def test_a_weight_that_gives_no_sample_is_named(weights: list[float]) -> None:
+    sources = [_Nothing(), _Nothing()]
+    name = ("first", "second")[weights.index(min(weights))]
+    with pytest.raises(DataError, match=f"the weight of {name} is .* of all"):
+        Blend(sources, weights, seed=1, names=("first", "second"))  # type: ignore[arg-type]
+    Blend(sources, [1e-30, 1e-30], seed=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf"), 1e308])
+def test_weights_that_are_no_shares_are_refused(weight: float) -> None:
+    with pytest.raises(DataError, match="2 sources need as many positive weights"):
+        Blend([_Nothing()] * 2, [1.7e308, weight], seed=1)  # type: ignore[list-item]

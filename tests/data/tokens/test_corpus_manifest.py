@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,3 +90,64 @@ def test_large_sets_are_verified_when_asked_for(
 def test_shards_of_other_programs_need_no_manifest(prefixes: list[str]) -> None:
     (Path(prefixes[0]).parent / "manifest.json").unlink()
     verify_shards(prefixes, "always")
+
+
+SHARD = {"name": "train", "documents": 1, "tokens": 2, "bin_sha256": "", "idx_sha256": ""}
+WHOLE: dict[str, Any] = {
+    "format": 1, "tokenizer": {}, "plan": {}, "counts": {"tokens": 2}, "splits": {"train": [SHARD]}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": None},
+        {"format": 2},
+        {"tokenizer": None},
+        {"plan": []},
+        {"counts": None},
+        {"counts": {"tokens": "2"}},
+        {"counts": {"tokens": -1}},
+        {"splits": None},
+        {"splits": {"train": None}},
+        {"splits": {"train": [None]}},
+        {"splits": {"train": [{"name": "train"}]}},
+        {"splits": {"train": [{**SHARD, "name": None}]}},
+        {"splits": {"train": [{**SHARD, "name": "../train"}]}},
+        {"splits": {"train": [{**SHARD, "name": "/dev/zero"}]}},
+        {"splits": {"train": [{**SHARD, "name": "tr\0ain"}]}},
+        {"splits": {"train": [{**SHARD, "tokens": 1e400}]}},
+        {"splits": {"train": [{**SHARD, "more": 1}]}},
+        {"more": 1},
+    ],
+)
+def test_a_manifest_of_another_shape_is_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(WHOLE))
+    assert Manifest.load(tmp_path).splits["train"][0].tokens == 2
+    path.write_text(json.dumps({**WHOLE, **change}))
+    with pytest.raises(DataError, match=r"manifest\.json (is damaged|has format)") as error:
+        Manifest.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[]", b"[" * 100_000, b"\xff", b"9" * 5000, b"{}"]
+)
+def test_what_is_no_manifest_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        Manifest.load(tmp_path)
+
+
+def test_a_device_in_a_files_place_is_not_read(prefixes: list[str]) -> None:
+    folder = Path(prefixes[0]).parent
+    found = Manifest.load(folder)
+    Path(f"{prefixes[0]}.bin").unlink()
+    Path(f"{prefixes[0]}.bin").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"train-00000-of-00003\.bin is a pipe or a device"):
+        found.verify(folder)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"manifest\.json is a pipe or a device"):
+        Manifest.load(folder)

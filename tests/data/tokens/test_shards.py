@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaegpt.data.tokens import shards
-from megaegpt.data.tokens.shards import Shard, ShardWriter
+from megaegpt.data.tokens.shard_contents import LengthHistogram
+from megaegpt.data.tokens.shards import Shard, ShardWarning, ShardWriter
 from megaegpt.errors import DataError
+from megaegpt.files import LFS_POINTER
 
 DOCUMENTS = [[5, 6, 50256], [50256], [], [0, 1, 2, 3, 65499], [7]]
 
@@ -230,3 +232,34 @@ def test_documents_of_several_sequences_are_read_whole(tmp_path: Path) -> None:
     shard.verify()
     assert shard.document(0).tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert shard.document(1).tolist() == [7, 8]
+
+
+def test_an_index_whose_documents_end_early_is_read_by_its_sequences(tmp_path: Path) -> None:
+    """As GPT-NeoX's merge leaves it: all sequences, and no list of documents."""
+    np.arange(9, dtype=np.uint16).tofile(tmp_path / "s.bin")
+    index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 3, 1)
+    index += struct.pack("<3i", 4, 3, 2) + struct.pack("<3q", 0, 8, 14) + struct.pack("<q", 0)
+    (tmp_path / "s.idx").write_bytes(index)
+    with pytest.warns(ShardWarning, match=r"s\.idx: its documents do not cover its sequences"):
+        shard = Shard(tmp_path / "s")
+    shard.verify()
+    documents = [shard.document(number).tolist() for number in range(shard.num_documents)]
+    assert documents == [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
+    assert shard.document_starts(1, 3).tolist() == [1, 2, 3]
+    histogram = LengthHistogram([shard])
+    assert (histogram.documents, histogram.tokens, histogram.longest) == (3, 9, 4)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_git_lfs_pointer_in_a_shards_place_is_named(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / "s", DOCUMENTS)
+    (tmp_path / f"s{suffix}").write_bytes(LFS_POINTER + b"v1\noid sha256:12\nsize 34\n")
+    with pytest.raises(DataError, match=rf"s\{suffix}: a Git LFS pointer"):
+        Shard(tmp_path / "s")
+
+
+def test_an_id_outside_the_vocabulary_is_named_with_its_place(tmp_path: Path) -> None:
+    write(tmp_path / "s", [[1, 2, 3], [4, 300]])
+    Shard(tmp_path / "s").check_ids(301)
+    with pytest.raises(DataError, match=r"s\.bin holds id 300 at token 4, outside .* of 300:"):
+        Shard(tmp_path / "s").check_ids(300)

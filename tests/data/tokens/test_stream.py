@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -183,3 +185,61 @@ def test_a_billion_tokens_open_at_once_and_memory_stays_flat(tmp_path: Path) -> 
     assert first < 100  # MiB, the interpreter and numpy included
     assert growth < 4
     assert most < 100
+
+
+def two_shards(folder: Path) -> TokenStream:
+    """40 tokens; the second half's file has not been read from yet."""
+    stream = counting_stream(folder, 40, shard_tokens=20)
+    stream.read_rows(np.array([0]), np.empty((1, 5), np.int64))
+    return stream
+
+
+def test_a_shard_that_another_has_replaced_under_a_run_is_named(tmp_path: Path) -> None:
+    stream = two_shards(tmp_path)
+    path = stream.shards[1].bin_path
+    content = path.read_bytes()
+    path.unlink()  # the map keeps the old file
+    path.write_bytes(content[::-1])
+    with pytest.raises(DataError, match=rf"{path} has changed since it was opened"):
+        stream.read_rows(np.array([25]), np.empty((1, 5), np.int64))
+    with pytest.raises(DataError, match=rf"{path} has changed since it was opened"):
+        stream.check_unchanged()
+
+
+def test_a_shard_that_is_written_into_under_a_run_is_named_within_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = two_shards(tmp_path)
+    assert stream.fingerprint
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stream.check_unchanged()
+    path = stream.shards[0].bin_path
+    state = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"\x09")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    row = np.empty((1, 5), np.int64)
+    stream.read_rows(np.array([0]), row)  # not yet looked at again
+    now += 6
+    for read in (lambda: stream.read_rows(np.array([0]), row), lambda: stream.read(0, 5)):
+        with pytest.raises(DataError, match=rf"{path} has changed since it was opened"):
+            read()
+        now += 6
+
+
+def test_a_new_time_of_writing_over_the_same_content_stops_nothing(tmp_path: Path) -> None:
+    stream = two_shards(tmp_path)
+    assert stream.fingerprint
+    os.utime(stream.shards[0].bin_path, ns=(1, 1))
+    stream.check_unchanged()
+    stream.check_unchanged()
+
+
+def test_rows_are_held_against_a_vocabulary_where_one_is_set(tmp_path: Path) -> None:
+    stream = counting_stream(tmp_path, 40, shard_tokens=20)
+    rows = np.empty((2, 5), np.int64)
+    stream.limit_ids(35)
+    stream.read_rows(np.array([0, 30]), rows)
+    with pytest.raises(DataError, match=r"count-40-20\.bin holds id 35 at token 15, outside"):
+        stream.read_rows(np.array([0, 31]), rows)

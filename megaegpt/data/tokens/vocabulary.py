@@ -1,0 +1,87 @@
+"""Shards against the vocabulary of the model that is to read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
+from megaegpt.data.tokens.shards import Shard
+from megaegpt.data.tokens.stream import TokenStream
+
+_SCANNED_BYTES = 4 << 30  # more would take longer than a start should
+
+
+def check_ids(stream: TokenStream, vocab_size: int, rank: int = 0, world_size: int = 1) -> None:
+    """Make sure that no token outside the vocabulary gets out of a stream.
+
+    A shard whose manifest names a tokenizer of at most ``vocab_size`` ids is taken at its word (its
+    checksum vouches for it), and so is a type that can hold no more. The others are read, up to 4
+    GiB of them, shared by the ranks; of more than that, every row is looked at as it is drawn.
+
+    Args:
+        stream: the shards.
+        vocab_size: ids that the model knows.
+
+    Raises:
+        DataError: names file, position and id of the first token that is outside; or a manifest is
+            damaged.
+    """
+    manifests = _manifests(stream)
+    unknown = [s for s in stream.shards if not _is_vouched_for(s, manifests, vocab_size)]
+    if sum(shard.tokens.nbytes for shard in unknown) > _SCANNED_BYTES:
+        stream.limit_ids(vocab_size)
+        return
+    for shard in unknown[rank::world_size]:
+        shard.check_ids(vocab_size)
+
+
+def known_byte_lengths(
+    stream: TokenStream, tokenizer: Tokenizer, vocab_size: int
+) -> np.ndarray | None:
+    """Bytes of text that each id of a stream stands for, int32 of shape (tokenizer.vocab_size,).
+
+    None where that is not known: a manifest names another tokenizer, or there is none and the
+    model's vocabulary is not this tokenizer's.
+    """
+    manifests = _manifests(stream)
+    for shard in stream.shards:
+        manifest = manifests.get(_name_of(shard))
+        if manifest is None and vocab_size != tokenizer.vocab_size:
+            return None
+        if manifest is not None and _fingerprint_of(manifest) not in (None, tokenizer.fingerprint):
+            return None
+    return tokenizer.token_byte_lengths
+
+
+def _manifests(stream: TokenStream) -> dict[tuple[Path, str], Manifest]:
+    """The manifest that lists a shard, by the shard's folder and name."""
+    folders = dict.fromkeys(shard.bin_path.parent for shard in stream.shards)
+    return {
+        (folder, summary.name): manifest
+        for folder in folders
+        if (folder / MANIFEST_NAME).exists()
+        for manifest in [Manifest.load(folder)]
+        for summaries in manifest.splits.values()
+        for summary in summaries
+    }
+
+
+def _name_of(shard: Shard) -> tuple[Path, str]:
+    return shard.bin_path.parent, shard.bin_path.name.removesuffix(".bin")
+
+
+def _is_vouched_for(
+    shard: Shard, manifests: dict[tuple[Path, str], Manifest], vocab_size: int
+) -> bool:
+    if shard.dtype.kind == "u" and np.iinfo(shard.dtype).max < vocab_size:
+        return True
+    manifest = manifests.get(_name_of(shard))
+    known = manifest.tokenizer.get("vocab_size") if manifest is not None else None
+    return isinstance(known, int) and known <= vocab_size
+
+
+def _fingerprint_of(manifest: Manifest) -> object:
+    return manifest.tokenizer.get("fingerprint")

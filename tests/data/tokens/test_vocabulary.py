@@ -1,0 +1,119 @@
+"""No token that a model does not know gets out of shards, and no other tokenizer's bytes count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megaegpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens import vocabulary
+from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
+from megaegpt.data.tokens.shards import ShardWriter
+from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.data.tokens.vocabulary import check_ids, known_byte_lengths
+from megaegpt.errors import DataError
+from megaegpt.training.run_data import PretrainingData
+from tests.data.corpora import write_shard
+
+TOKENIZER = Tokenizer.load()
+
+
+def with_manifest(folder: Path, tokens: list[int], tokenizer: dict[str, Any]) -> TokenStream:
+    folder.mkdir(exist_ok=True)
+    with ShardWriter(folder / "train") as writer:
+        writer.add_document(np.array(tokens))
+        Manifest(tokenizer, {}, {}, {"train": [writer.finish()]}).save(folder)
+    return TokenStream([str(folder / "train")])
+
+
+def test_tokens_of_another_tokenizer_are_named(tmp_path: Path) -> None:
+    good = write_shard(tmp_path / "good", [np.arange(100)])
+    bad = write_shard(tmp_path / "bad", [np.array([1, 2, 50300, 3, 60000])])
+    negative = write_shard(tmp_path / "negative", [np.array([1, -100])], np.int32)
+    check_ids(TokenStream([good]), 50257)
+    check_ids(TokenStream([bad]), 60001)
+    with pytest.raises(DataError, match=r"bad\.bin holds id 50300 at token 2, outside .* 50257"):
+        check_ids(TokenStream([good, bad]), 50257)
+    with pytest.raises(DataError, match=r"negative\.bin holds id -100 at token 1"):
+        check_ids(TokenStream([negative]), 50257)
+
+
+def test_a_manifest_and_a_small_type_make_reading_needless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = with_manifest(tmp_path / "ours", [1, 2], describe_tokenizer(TOKENIZER))
+    small = TokenStream([write_shard(tmp_path / "bytes", [np.array([1, 255])], np.uint8)])
+    other = with_manifest(tmp_path / "other", [1, 60000], {"vocab_size": 65000})
+    with pytest.raises(DataError, match="holds id 60000"):
+        check_ids(other, 50257)
+    monkeypatch.setattr(vocabulary.Shard, "check_ids", lambda *_: pytest.fail("it was read"))
+    for stream in (ours, small):
+        check_ids(stream, 50257)
+    check_ids(other, 65000)
+
+
+def test_ranks_share_the_shards_and_miss_none(tmp_path: Path) -> None:
+    prefixes = [
+        write_shard(tmp_path / str(number), [np.array([number, 300 * (number == 4)])])
+        for number in range(5)
+    ]
+    reports = 0
+    for rank in range(3):
+        try:
+            check_ids(TokenStream(prefixes), 256, rank, 3)
+        except DataError:
+            reports += 1
+    assert reports == 1
+
+
+def test_more_than_a_start_may_read_is_held_against_the_vocabulary_row_by_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = TokenStream([write_shard(tmp_path / "s", [np.arange(300)])])
+    monkeypatch.setattr(vocabulary, "_SCANNED_BYTES", 100)
+    check_ids(stream, 256)
+    rows = np.empty((1, 6), np.int64)
+    stream.read_rows(np.array([250]), rows)
+    with pytest.raises(DataError, match=r"s\.bin holds id 256 at token 256"):
+        stream.read_rows(np.array([251]), rows)
+
+
+def test_a_run_over_tokens_outside_its_vocabulary_does_not_start(tmp_path: Path) -> None:
+    good = write_shard(tmp_path / "good", [np.arange(100)])
+    bad = write_shard(tmp_path / "bad", [np.arange(50200, 50300)])
+    for splits in ({"train": (bad,)}, {"train": (good,), "validation": (bad,)}):
+        config = RunConfig(
+            model=ModelConfig(max_seq_len=16),
+            data=DataConfig(**splits),
+            training=TrainingConfig(steps=1),
+        )
+        with pytest.raises(DataError, match=r"bad\.bin holds id 50257 at token 57"):
+            PretrainingData(config)
+
+
+def test_a_corpus_without_tokens_in_a_blend_is_the_one_that_is_named(tmp_path: Path) -> None:
+    good = write_shard(tmp_path / "good", [np.arange(100)])
+    empty = write_shard(tmp_path / "empty", [])
+    for train in ((good, empty), (empty, good)):
+        config = RunConfig(
+            model=ModelConfig(max_seq_len=16),
+            data=DataConfig(train=train, weights=(1.0, 1.0)),
+            training=TrainingConfig(steps=1),
+        )
+        with pytest.raises(DataError, match="empty has no tokens: leave it and its weight out"):
+            PretrainingData(config)
+
+
+def test_bytes_of_tokens_are_known_for_the_tokenizer_of_the_shards_alone(tmp_path: Path) -> None:
+    ours = with_manifest(tmp_path / "ours", [1, 2], describe_tokenizer(TOKENIZER))
+    other = with_manifest(tmp_path / "other", [1, 2], {"fingerprint": "another"})
+    foreign = TokenStream([write_shard(tmp_path / "foreign", [np.array([1, 2])])])
+    for stream, vocab_size in [(ours, 50257), (foreign, 50257), (ours, 60000)]:
+        lengths = known_byte_lengths(stream, TOKENIZER, vocab_size)
+        assert lengths is TOKENIZER.token_byte_lengths
+    for stream, vocab_size in [(other, 50257), (foreign, 60000)]:
+        assert known_byte_lengths(stream, TOKENIZER, vocab_size) is None

@@ -1,0 +1,287 @@
+"""Files and folders that appear whole or not at all, on any file system; locks that do not outlive
+their holders."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megaegpt import files
+from megaegpt.errors import CheckpointError, DataError
+from megaegpt.files import (
+    LFS_POINTER,
+    LOCK,
+    MissingFeatureWarning,
+    is_lfs_pointer,
+    is_special,
+    locked_folder,
+    sync_folder,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
+
+_HOLDER = """
+import subprocess, sys
+from pathlib import Path
+from megaegpt.files import locked_folder
+with locked_folder(Path(sys.argv[1])) as lock:
+    if len(sys.argv) > 2:  # a child that has the descriptor too
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock], stdout=subprocess.DEVNULL)
+        print(child.pid, flush=True)
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def no_mask() -> Iterator[None]:
+    """Files are what their group and others may read."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def hold(folder: Path, *more: str) -> tuple[subprocess.Popen[str], list[str]]:
+    """A process that has locked the folder, and what it has printed until then."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(folder), *more],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    printed = [process.stdout.readline().strip()]
+    while printed[-1] != "locked":
+        assert printed[-1], "the process ended without the lock"
+        printed.append(process.stdout.readline().strip())
+    return process, printed[:-1]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        pipe.close()
+
+
+def test_a_file_appears_whole_with_the_permissions_of_the_umask(
+    tmp_path: Path, no_mask: None
+) -> None:
+    path = tmp_path / "a.json"
+    with whole_file(path) as temporary:
+        temporary.write_bytes(b"content")
+        temporary.chmod(0o600)
+        assert not path.exists()
+    assert path.read_bytes() == b"content"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_file_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with whole_file(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "a.json"
+    write_whole(path, b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"cannot write .*a\.json: No space left on device"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pipe_is_written_through_and_stays_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert is_special(pipe)
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
+    reader.start()
+    write_whole(pipe, b"through")
+    reader.join(10)
+    assert received == [b"through"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_device_is_written_through_and_stays_a_device(tmp_path: Path) -> None:
+    link = tmp_path / "full"
+    link.symlink_to("/dev/full")
+    with pytest.raises(DataError, match=r"cannot write .*full: No space left on device"):
+        write_whole(link, b"content")
+    assert link.is_symlink()
+    assert list(tmp_path.iterdir()) == [link]
+    write_whole(Path(os.devnull), b"content")
+    assert is_special(Path(os.devnull))
+    assert not is_special(tmp_path)
+    assert not is_special(tmp_path / "nothing")
+
+
+def test_a_folder_appears_whole_with_the_permissions_of_the_umask(
+    tmp_path: Path, no_mask: None
+) -> None:
+    folder = tmp_path / "deeper" / "weights"
+    with whole_folder(folder) as temporary:
+        (temporary / "a").write_bytes(b"content")
+        (temporary / "a").chmod(0o600)
+        assert not folder.exists()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert stat.S_IMODE((folder / "a").stat().st_mode) == 0o644
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_a_failed_folder_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
+
+    def fail() -> None:
+        with whole_folder(tmp_path / "weights") as temporary:
+            (temporary / "a").write_bytes(b"half")
+            raise error
+
+    with pytest.raises(expected):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_in_it_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "mine").write_bytes(b"mine")
+    with (
+        pytest.raises(CheckpointError, match="exists already"),
+        whole_folder(tmp_path / "weights"),
+    ):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "weights" / "mine").read_bytes() == b"mine"
+
+
+def test_a_file_system_without_durable_folders_is_said_once_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", unsupported)
+    with pytest.warns(MissingFeatureWarning, match="no durable folders") as warned:
+        sync_folder(tmp_path)
+    assert len(warned) == 1
+
+
+def test_a_folder_that_fails_to_be_synced_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_folder(tmp_path)
+
+
+def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path: Path) -> None:
+    program = Path(sys.argv[0]).name
+    holder = rf"\(process {os.getpid()} on {socket.gethostname()}, {program}\)"
+    with locked_folder(tmp_path):
+        with (
+            pytest.raises(DataError, match=rf"is being written by another run {holder}"),
+            locked_folder(tmp_path),
+        ):
+            pytest.fail("two have the lock")
+        assert (tmp_path / LOCK).exists()
+    assert list(tmp_path.iterdir()) == []
+    with locked_folder(tmp_path):
+        pass
+
+
+def test_a_lock_ends_with_its_killed_holder(tmp_path: Path) -> None:
+    process, _ = hold(tmp_path)
+    with (
+        pytest.raises(DataError, match=rf"another run \(process {process.pid} on "),
+        locked_folder(tmp_path),
+    ):
+        pytest.fail("two have the lock")
+    kill(process)
+    assert (tmp_path / LOCK).exists()  # what it leaves blocks nobody
+    with locked_folder(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_stays_while_a_child_of_its_holder_has_it(tmp_path: Path) -> None:
+    process, [child] = hold(tmp_path, "with a child")
+    kill(process)
+    with pytest.raises(DataError, match="another run"), locked_folder(tmp_path):
+        pytest.fail("two have the lock")
+    os.kill(int(child), signal.SIGKILL)
+    for _ in range(1000):  # until the system has closed its files
+        try:
+            with locked_folder(tmp_path):
+                return
+        except DataError:
+            threading.Event().wait(0.01)
+    pytest.fail("the lock outlives every process that had it")
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b'{"pid": 1}'])
+def test_a_lock_file_without_a_holder_blocks_nobody(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / LOCK).write_bytes(content)
+    with locked_folder(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_said_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.warns(MissingFeatureWarning, match="has no locks"), locked_folder(tmp_path) as lock:
+        os.fstat(lock)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DataError, match=r"cannot write .*nowhere/\.lock: No such file"),
+        locked_folder(tmp_path / "nowhere"),
+    ):
+        pytest.fail("there is no folder to lock")
+
+
+def test_a_git_lfs_pointer_is_known(tmp_path: Path) -> None:
+    (tmp_path / "pointer").write_bytes(LFS_POINTER + b"v1\noid sha256:0\nsize 5\n")
+    (tmp_path / "text").write_bytes(b"version https://example.org")
+    assert is_lfs_pointer(tmp_path / "pointer")
+    assert not is_lfs_pointer(tmp_path / "text")
+    assert "git lfs pull" in files.LFS_POINTER_MESSAGE
