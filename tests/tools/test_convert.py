@@ -29,7 +29,7 @@ from megaegpt.training.checkpoint.manager import CheckpointManager
 from megaegpt.training.checkpoint.reshaping import reshape
 from megaegpt.training.engine.engine import Engine
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.runs import Curve, advance, run_config
+from tests.training.runs import Curve, advance, nats, run_config
 
 ROOT = Path(__file__).parents[2]
 GRID = ProcessGrid()
@@ -142,7 +142,7 @@ def _config(tp: int) -> RunConfig:
 def _engine(config: RunConfig, grid: ProcessGrid) -> Engine:
     model = build_model(config.model, grid, seed=3)
     freeze(model, ["norm"])
-    return Engine(model, grid, config)
+    return Engine(model, grid, config, nats)
 
 
 def _train_and_save(folder: Path) -> None:
@@ -227,8 +227,7 @@ def _train_in_bf16(stage: int, folder: Path) -> dict[str, Tensor]:
     config, grid = dataclasses.replace(config, training=training), grid_for(2)
     engine = _engine(config, grid)
     writers = {"weights": lambda part: save_weights(engine.model, part, grid)}
-    for step in range(3):
-        advance(engine, config, range(step, step + 1))
+    advance(engine, config, range(3))
     CheckpointManager(folder, keep=1).save(engine, 3, {}, writers)
     masters = {}
     for name, parameter in engine.model.named_parameters():
