@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megaegpt.config.ranges import PositiveInt
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """Tensor parallelism and ZeRO; the data-parallel size is the number of processes / TP."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: PositiveInt = 1
     """Ranks that share one copy of the model; neighbours, best inside one node."""
     zero_stage: Literal[0, 1, 2] = 2
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also shards gradients."""
