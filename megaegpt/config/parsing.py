@@ -32,14 +32,29 @@ class _WrongTypeError(Exception):
     """A value is not of its field's type."""
 
 
+_SHOWN_PROBLEMS = 30
+_SHOWN_CHARACTERS = 1000
+
+
 def raise_problems(source: str, problems: list[Problem]) -> None:
-    """Raise one :class:`ConfigError` that lists all ``problems``; nothing if there is none."""
+    """Raise one :class:`ConfigError` that lists the ``problems``; nothing if there is none.
+
+    All that a person would write are shown whole; of endless ones as much as helps.
+    """
     if not problems:
         return
+    shown = [shorten(problem.message, _SHOWN_CHARACTERS) for problem in problems[:_SHOWN_PROBLEMS]]
     if len(problems) == 1:
-        raise ConfigError(f"{source}: {problems[0].message}")
-    lines = "".join(f"\n  - {problem.message}" for problem in problems)
+        raise ConfigError(f"{source}: {shown[0]}")
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown):,} more")
+    lines = "".join(f"\n  - {message}" for message in shown)
     raise ConfigError(f"{source}: {len(problems)} problems{lines}")
+
+
+def shorten(text: str, length: int) -> str:
+    """``text`` with at most ``length`` characters; dots stand for what is left out."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def parse_section(
@@ -71,7 +86,8 @@ def parse_section(
     for key, value in values.items():
         dotted = f"{prefix}{key}"
         if key not in hints:
-            meant = finder.find(str(key), section, prefix)
+            few = len(problems) < _SHOWN_PROBLEMS  # for a hint costs time
+            meant = finder.find(str(key), section, prefix) if few else []
             problems.append(_unknown_key(dotted, prefix, list(hints), meant))
         elif is_dataclass(hints[key]):
             nested = cast(type[Any], hints[key])
@@ -178,5 +194,4 @@ def _show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shorten(repr(value), 60)

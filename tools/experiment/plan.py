@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megaegpt.config import RunConfig
-from megaegpt.config.loading import read_yaml
+from megaegpt.config.loading import run_config_from_dict
 from megaegpt.config.parsing import Problem, parse_section, raise_problems
+from megaegpt.config.run_files import merged
 from megaegpt.config.validation import find_problems
+from megaegpt.config.yaml_text import read_yaml
 
 Budget = Literal["steps", "flops", "time"]
 BUDGETS: tuple[Budget, ...] = ("steps", "flops", "time")
@@ -134,7 +135,7 @@ def _base_problems(variants: dict[str, Any]) -> list[str]:
 
 def _run_problems(name: str, values: dict[str, Any]) -> list[Problem]:
     problems: list[Problem] = []
-    config = parse_section(RunConfig, values, "", problems)
+    config = run_config_from_dict(values, problems)
     problems = problems or find_problems(config)
     return [Problem((), f"{name}: {problem.message}") for problem in problems]
 
@@ -157,7 +158,7 @@ def make_run(values: dict[str, Any], folder: Path, **sections: dict[str, Any]) -
         ConfigError: what only the values of this run make wrong.
     """
     values = merged(values, sections)
-    training = parse_section(RunConfig, values, "", []).training
+    training = run_config_from_dict(values, []).training
     generated = {
         "checkpoint": {
             "directory": str(folder / "checkpoints"),
@@ -167,15 +168,6 @@ def make_run(values: dict[str, Any], folder: Path, **sections: dict[str, Any]) -
         "logging": {"directory": str(folder), "tensorboard": False},
     }
     problems: list[Problem] = []
-    config = parse_section(RunConfig, merged(values, generated), "", problems)
+    config = run_config_from_dict(merged(values, generated), problems)
     raise_problems(str(folder), problems or find_problems(config))
     return config
-
-
-def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings, those of ``changes`` over those of ``values``; neither is altered."""
-    result = copy.deepcopy(values)
-    for key, value in (changes or {}).items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
-    return result
