@@ -40,6 +40,8 @@ class TrainingConfig:
     """Largest global gradient norm; 0 switches clipping off."""
     seed: Seed = 1337
     """Of initial weights, data order and dropout."""
+    deterministic: bool = False
+    """The same run gives the same bits on a GPU too: ordered algorithms only, which are slower."""
     eval_interval: PositiveInt = 500
     """Steps between evaluations over the whole validation split (one follows the last step)."""
     patience: PositiveInt | None = None

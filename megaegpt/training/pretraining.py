@@ -29,6 +29,7 @@ from megaegpt.planning.summary import ModelSize, describe_run, measure_model
 from megaegpt.precision import DTYPES, resolve_precision, slow_precision_notice
 from megaegpt.training.checkpoint.manager import CheckpointManager, TrainerState
 from megaegpt.training.engine.compiling import compile_problem
+from megaegpt.training.engine.deterministic import make_deterministic
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
@@ -81,6 +82,8 @@ def train(
     """
     with raising_together(grid):
         validate(config, grid.world_size)
+        if config.training.deterministic:
+            make_deterministic()
         data = read_data(config)
         _check_held_out(config, data)
         checkpoints = _checkpoints(config, resume)
