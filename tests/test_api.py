@@ -176,3 +176,22 @@ def test_other_kinds_of_model_are_refused():
     config = ModelConfig(kind="egpt", encoder=EncoderConfig(source="somewhere"))
     with pytest.raises(ConfigError, match="kind gpt, not egpt"):
         api.GPTModel(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"temperature": float("nan")}, "generation.temperature=nan must be finite"),
+        ({"temperature": float("inf")}, "generation.temperature=inf must be finite"),
+        ({"temperature": -1.0}, "generation.temperature=-1.0 must not be negative"),
+        ({"top_k": 0}, "generation.top_k=0 must be greater than 0"),
+        ({"top_k": -1}, "generation.top_k=-1 must be greater than 0"),
+        ({"seed": 2**64}, "must be at most 9223372036854775807"),
+        ({"max_new_tokens": -1}, "generation.max_new_tokens=-1 must not be negative"),
+    ],
+)
+def test_numbers_of_sampling_that_mean_nothing_are_refused(model, options, expected):
+    arguments = {"max_new_tokens": 2, "temperature": 1.0, **options}
+    with pytest.raises(ConfigError) as caught:
+        api.generate_text_autoregressive(model, [[1, 2]], **arguments)
+    assert expected in str(caught.value)

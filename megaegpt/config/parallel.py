@@ -17,4 +17,5 @@ class ParallelConfig:
     zero_stage: Literal[0, 1, 2] = 2
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also shards gradients."""
     overlap_comm: bool = False
-    """Overlap ZeRO's gradient reduction with the backward pass."""
+    """Overlap ZeRO's gradient reduction with the backward pass, in two buckets of 25 million
+    gradients; a model that fits into one has nothing to overlap."""

@@ -53,8 +53,8 @@ LayerCount = Annotated[int, Range("must be greater than 0", 1, 10_000, ceiling=T
 SampleLength = Annotated[int, Range("must not be negative", 0, 1_000_000, ceiling=True)]
 """Tokens of a text that a run writes while it trains."""
 TokenId = Annotated[int, Range("must not be negative", 0, _INT32, ceiling=True)]
-Seed = Annotated[int, Range("must not be negative", 0, 2**64 - 1, ceiling=True)]
-"""A seed as torch's generators take it."""
+Seed = Annotated[int, Range("must not be negative", 0, _INT64, ceiling=True)]
+"""A seed; torch's generators take 64 bits, so seeds can be counted up from it, text by text."""
 PositiveFloat = Annotated[float, Range("must be greater than 0", 0, low_included=False)]
 NonNegativeFloat = Annotated[float, Range("must not be negative", 0)]
 Fraction = Annotated[float, Range("must be at least 0 and below 1", 0, 1, high_included=False)]

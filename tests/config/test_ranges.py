@@ -69,7 +69,7 @@ def test_a_number_outside_its_range_is_refused_by_name_and_one_inside_is_not(dot
         ("generation.temperature=-1", "generation.temperature=-1.0 must not be negative"),
         ("generation.top_k=0", "generation.top_k=0 must be greater than 0"),
         ("generation.top_k=-1", "generation.top_k=-1 must be greater than 0"),
-        ("generation.seed=18446744073709551616", "seed=18446744073709551616 must be at most 1844"),
+        ("generation.seed=18446744073709551616", "seed=18446744073709551616 must be at most 9223"),
         ("training.seed=-1", "training.seed=-1 must not be negative"),
         ("parallel.tensor_parallel_size=0", "parallel.tensor_parallel_size=0 must be greater than"),
         ("generation.max_new_tokens=99999999999", "must be at most 1000000"),
