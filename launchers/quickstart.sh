@@ -56,7 +56,9 @@ launch() { # a program on all ranks
 
 train() { # configuration, run: until its last validation is recorded
     local config=configs/$1.yaml run=$runs/$2 steps
-    steps=$(sed -n 's/^  steps: //p' "$config")
+    steps=$(python -c 'import sys
+from megaegpt.config.loading import load_config
+print(load_config(sys.argv[1]).training.steps)' "$config")
     if grep -qs "\"step\": $steps, \"validation_loss\"" "$run/metrics.jsonl"; then
         echo "done before: $run"
     else

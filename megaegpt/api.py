@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from megaegpt.config import GenerationConfig, ModelConfig
+from megaegpt.config import GenerationConfig, ModelConfig, RunConfig
 from megaegpt.config.presets import create_model_config
+from megaegpt.config.validation import validate
 from megaegpt.data.instruction.records import InstructionDataset, create_instruction_collate_fn
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import ConfigError, DataError
@@ -273,6 +274,7 @@ def generate_text_autoregressive(
     sampling = GenerationConfig(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )
+    validate(RunConfig(generation=sampling))
     was_training = model.training
     model.eval()
     try:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megaegpt.config.ranges import BatchSize, PositiveInt
+
 
 @dataclass(frozen=True)
 class BatchRampConfig:
     """A global batch that starts small: early steps learn as much from fewer samples."""
 
-    start: int | None = None
+    start: BatchSize | None = None
     """Samples of the first steps. null: every step has global_batch_size."""
-    increment: int = 1
+    increment: BatchSize = 1
     """Samples the global batch grows by."""
-    steps: int = 100
+    steps: PositiveInt = 100
     """Steps between one size and the next."""
 
 
@@ -57,4 +59,6 @@ class BatchSchedule:
         return [*range(self.ramp.start, self.final, self.ramp.increment), self.final]
 
     def _sizes_below(self) -> int:
-        return len(self.sizes()) - 1
+        if self.ramp.start is None:
+            return 0
+        return max(0, -(-(self.final - self.ramp.start) // self.ramp.increment))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megaegpt.config.paths import PathText
+from megaegpt.config.ranges import Fraction, PositiveFloat, PositiveInt
+
 VerifyPolicy = Literal["auto", "always", "never"]
 
 
@@ -12,11 +15,11 @@ VerifyPolicy = Literal["auto", "always", "never"]
 class InstructionConfig:
     """Tasks and their answers, for ``launchers/finetune.py``."""
 
-    train: tuple[str, ...] = ()
+    train: tuple[PathText, ...] = ()
     """Files of Alpaca's or Dolly's records: JSON arrays or JSON Lines."""
-    validation: tuple[str, ...] = ()
+    validation: tuple[PathText, ...] = ()
     """Files of such records evaluated whole. Empty: ``held_out`` of the training records."""
-    held_out: float = 0.1
+    held_out: Fraction = 0.1
     """Share of the training records that is evaluated instead, drawn by ``training.seed``."""
     packing: bool = False
     """Several records in a row of full length, unseen by each other (gpt only); false: one a row,
@@ -29,18 +32,18 @@ class InstructionConfig:
 class DataConfig:
     """What to train and validate on."""
 
-    train: tuple[str, ...] = ()
+    train: tuple[PathText, ...] = ()
     """Shard prefixes (or globs of them), as ``tools/preprocess.py`` prints them."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[PositiveFloat, ...] = ()
     """Share of each entry of ``train`` in the samples, in any unit. Empty: all are one corpus."""
-    validation: tuple[str, ...] = ()
+    validation: tuple[PathText, ...] = ()
     """Shard prefixes evaluated whole. Empty: no evaluation."""
     verify_checksums: VerifyPolicy = "auto"
     """Hold shards and feature stores against their ``manifest.json`` when a run starts; auto: up to
     4 GiB of either."""
-    vocabulary: str | None = None
+    vocabulary: PathText | None = None
     """Folder with GPT-2's ``encoder.json`` and ``vocab.bpe``; None: the installed ones."""
-    features: str | None = None
+    features: PathText | None = None
     """Folder of EGPT's chunk-feature stores; None: next to the run's checkpoints."""
     history_features: Literal["stored", "online"] = "stored"
     """Earlier chunks' features: read from the store, or encoded again in the loop."""
@@ -48,7 +51,7 @@ class DataConfig:
     """The current chunks' encoder states: encoded in the loop, or read (large: a vector each)."""
     feature_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Storage type of features; auto: the training precision."""
-    prefetch: int = 2
+    prefetch: PositiveInt = 2
     """Global batches prepared ahead by a background thread."""
     instructions: InstructionConfig = field(default_factory=InstructionConfig)
     """What ``launchers/finetune.py`` reads instead of shards."""

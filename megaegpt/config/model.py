@@ -5,6 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megaegpt.config.paths import PathText
+from megaegpt.config.ranges import (
+    BatchSize,
+    Fraction,
+    LayerCount,
+    PositiveFloat,
+    PositiveInt,
+    TensorSize,
+    TokenId,
+)
+
 VOCABULARY_MULTIPLE = 128
 
 
@@ -12,13 +23,15 @@ VOCABULARY_MULTIPLE = 128
 class EncoderConfig:
     """The frozen GPT under EGPT and DeepGPT."""
 
-    source: str | None = None
-    """Folder of weights, or of a checkpoint. Required for egpt and deepgpt."""
-    layers: int | None = None
+    source: PathText | None = None
+    """Weights of the frozen encoder, required for egpt and deepgpt: a run's folder (its latest
+    checkpoint), a checkpoint, a weights folder, or GPT-2 in Hugging Face's form (its folder, or its
+    name on the hub)."""
+    layers: LayerCount | None = None
     """Blocks that are run; their output is taken as it is. None: all, then the final LayerNorm."""
     initialize_decoder: bool = False
     """The decoder's blocks, final LayerNorm and head start as the encoder's last ones."""
-    batch_size: int = 8
+    batch_size: BatchSize = 8
     """Chunks encoded at once when a feature store is computed."""
 
 
@@ -26,11 +39,11 @@ class EncoderConfig:
 class EGPTConfig:
     """How EGPT sees a long document: chunks, their features, and the extensions of the original."""
 
-    num_chunks: int = 16
+    num_chunks: TensorSize = 16
     """Chunks in a training window; a token sees at most ``num_chunks - 1`` earlier chunks."""
-    chunk_size: int = 1024
+    chunk_size: TensorSize = 1024
     """Tokens in a chunk; at most the encoder's ``max_seq_len``."""
-    features_per_chunk: int = 1
+    features_per_chunk: TensorSize = 1
     """Memory vectors an earlier chunk is seen through. 1 is the original."""
     feature_pooling: Literal["last", "mean"] = "last"
     """``last``: the encoder state of a span's last token (the original); ``mean``: their mean."""
@@ -58,44 +71,44 @@ class ModelConfig:
 
     kind: Literal["gpt", "egpt", "deepgpt"] = "gpt"
     """Which model: a GPT, EGPT (frozen encoder, history features), or DeepGPT (its baseline)."""
-    vocab_size: int = 50257
+    vocab_size: TensorSize = 50257
     """Tokens of the tokenizer; weights have ``padded_vocab_size`` rows."""
-    max_seq_len: int = 1024
+    max_seq_len: TensorSize = 1024
     """Longest sequence a GPT sees (rows of its learned position table)."""
-    hidden_size: int = 768
+    hidden_size: TensorSize = 768
     """Width of the residual stream; for egpt and deepgpt it must be the encoder's."""
-    num_layers: int = 12
+    num_layers: LayerCount = 12
     """Transformer blocks."""
-    num_heads: int = 12
+    num_heads: TensorSize = 12
     """Query heads; divisible by the tensor-parallel size."""
-    num_kv_heads: int | None = None
+    num_kv_heads: TensorSize | None = None
     """Key/value heads: None means ``num_heads`` (multi-head); 1 is multi-query."""
-    head_dim: int | None = None
+    head_dim: TensorSize | None = None
     """Width of a head; None means ``hidden_size / num_heads``."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: TensorSize | None = None
     """Width inside the MLP; None means ``4 * hidden_size``."""
     attention: Literal["grouped_query", "latent"] = "grouped_query"
     """``grouped_query`` covers multi-head, grouped- and multi-query; ``latent`` is MLA."""
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
     """How a token knows where it is."""
-    rope_base: float = 10000.0
+    rope_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
-    window: int | None = None
+    window: PositiveInt | None = None
     """Sliding window: a token sees itself and the ``window - 1`` tokens before it. None: all."""
-    window_every: int | None = None
+    window_every: PositiveInt | None = None
     """Every n-th layer stays global (layers n-1, 2n-1, ...). None: every layer has the window."""
-    latent_dim: int | None = None
+    latent_dim: TensorSize | None = None
     """Latent attention: width of the cached key/value latent. None means ``hidden_size / 8``."""
-    query_latent_dim: int | None = None
+    query_latent_dim: TensorSize | None = None
     """Latent attention: width of the query latent. None: queries are projected directly."""
     latent_norm: bool = True
     """Latent attention: RMSNorm on the latents, as DeepSeek-V2 has it; false: its simple form."""
-    rope_head_dim: int | None = None
+    rope_head_dim: TensorSize | None = None
     """Latent attention with rotary positions: width of the decoupled rotary part of a head."""
-    document_end: int | None = None
+    document_end: TokenId | None = None
     """Token that ends a document inside a packed sample (50256 for GPT-2): attention and positions
     start anew after it. None: documents flow into each other."""
-    dropout: float = 0.0
+    dropout: Fraction = 0.0
     """Probability, for attention weights, block outputs and embeddings alike."""
     bias: bool = True
     """Biases in linear layers and LayerNorms."""
@@ -103,9 +116,9 @@ class ModelConfig:
     """Of the MLP: GPT-2's tanh approximation of GELU, or the exact one."""
     tied_embeddings: bool = True
     """The output head is the token embedding (gpt only; egpt and deepgpt have their own head)."""
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: PositiveFloat = 1e-5
     """Added to the variance in LayerNorm."""
-    init_std: float = 0.02
+    init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2 layers)."""
     egpt: EGPTConfig = field(default_factory=EGPTConfig)
     """Chunks and features (egpt; deepgpt reads num_chunks and chunk_size)."""

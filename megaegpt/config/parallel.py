@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megaegpt.config.ranges import PositiveInt
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """Tensor parallelism and ZeRO; the data-parallel size is the number of processes / TP."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: PositiveInt = 1
     """Ranks that share one copy of the model; neighbours, best inside one node."""
     zero_stage: Literal[0, 1, 2] = 2
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also shards gradients."""
     overlap_comm: bool = False
-    """Overlap ZeRO's gradient reduction with the backward pass."""
+    """Overlap ZeRO's gradient reduction with the backward pass, in two buckets of 25 million
+    gradients; a model that fits into one has nothing to overlap."""

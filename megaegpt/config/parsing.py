@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 import types
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from megaegpt.config.suggestions import KeyFinder
 from megaegpt.errors import ConfigError
 
 T = TypeVar("T")
@@ -24,21 +24,46 @@ class Problem:
     """Names the key, its value, what is allowed and the way out."""
 
 
+_YAML_1_1_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
+"""Words that older YAML takes for booleans everywhere; here only where a boolean is wanted."""
+
+
 class _WrongTypeError(Exception):
     """A value is not of its field's type."""
 
 
+_SHOWN_PROBLEMS = 30
+_SHOWN_CHARACTERS = 1000
+
+
 def raise_problems(source: str, problems: list[Problem]) -> None:
-    """Raise one :class:`ConfigError` that lists all ``problems``; nothing if there is none."""
+    """Raise one :class:`ConfigError` that lists the ``problems``; nothing if there is none.
+
+    All that a person would write are shown whole; of endless ones as much as helps.
+    """
     if not problems:
         return
+    shown = [shorten(problem.message, _SHOWN_CHARACTERS) for problem in problems[:_SHOWN_PROBLEMS]]
     if len(problems) == 1:
-        raise ConfigError(f"{source}: {problems[0].message}")
-    lines = "".join(f"\n  - {problem.message}" for problem in problems)
+        raise ConfigError(f"{source}: {shown[0]}")
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown):,} more")
+    lines = "".join(f"\n  - {message}" for message in shown)
     raise ConfigError(f"{source}: {len(problems)} problems{lines}")
 
 
-def parse_section(section: type[T], values: Any, prefix: str, problems: list[Problem]) -> T:
+def shorten(text: str, length: int) -> str:
+    """``text`` with at most ``length`` characters; dots stand for what is left out."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def parse_section(
+    section: type[T],
+    values: Any,
+    prefix: str,
+    problems: list[Problem],
+    finder: KeyFinder | None = None,
+) -> T:
     """An instance of the dataclass ``section``; absent and wrong fields keep their defaults.
 
     Args:
@@ -46,7 +71,9 @@ def parse_section(section: type[T], values: Any, prefix: str, problems: list[Pro
         values: a mapping, or None for an empty section.
         prefix: dotted key of the section with its final dot; empty at the top.
         problems: unknown keys and wrong types are appended to it.
+        finder: finds what is meant by an unknown key; by default among the keys of ``section``.
     """
+    finder = finder or KeyFinder(section, prefix)
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -59,10 +86,12 @@ def parse_section(section: type[T], values: Any, prefix: str, problems: list[Pro
     for key, value in values.items():
         dotted = f"{prefix}{key}"
         if key not in hints:
-            problems.append(_unknown_key(str(key), prefix, list(hints)))
+            few = len(problems) < _SHOWN_PROBLEMS  # for a hint costs time
+            meant = finder.find(str(key), section, prefix) if few else []
+            problems.append(_unknown_key(dotted, prefix, list(hints), meant))
         elif is_dataclass(hints[key]):
             nested = cast(type[Any], hints[key])
-            arguments[key] = parse_section(nested, value, f"{dotted}.", problems)
+            arguments[key] = parse_section(nested, value, f"{dotted}.", problems, finder)
         else:
             try:
                 arguments[key] = _parse_value(value, hints[key])
@@ -118,13 +147,22 @@ def _parse_value(value: Any, annotation: Any) -> Any:
             raise _WrongTypeError
         return tuple(_parse_value(item, get_args(annotation)[0]) for item in items)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = _as_float(value)
+    if annotation is bool and isinstance(value, str):
+        value = _YAML_1_1_BOOLEANS.get(value.lower(), value)
     wanted = get_origin(annotation) or annotation
     if type(value) is not wanted:  # not isinstance: a bool is an int to Python, not to a user
         raise _WrongTypeError(" (quote it to make it a string)" if wanted is str else "")
     if wanted is float and not math.isfinite(value):
         raise _WrongTypeError(" (it must be finite)")
     return value
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _parse_choice(value: Any, choices: tuple[Any, ...]) -> Any:
@@ -135,34 +173,15 @@ def _parse_choice(value: Any, choices: tuple[Any, ...]) -> Any:
     raise _WrongTypeError(f"; did you mean {close[0]}?" if close else "")
 
 
-def _unknown_key(key: str, prefix: str, known: list[str]) -> Problem:
-    """The problem of a key that no field has, with the valid key that was probably meant."""
-    dotted = f"{prefix}{key}"
-    close = difflib.get_close_matches(key, known, n=1)
-    suggestion = f"{prefix}{close[0]}" if close else _key_of_another_section(key)
-    if suggestion:
-        message = f"{dotted} is not a key; did you mean {suggestion}?"
-        return Problem((dotted, suggestion), message)
+def _unknown_key(dotted: str, prefix: str, known: list[str], meant: list[str]) -> Problem:
+    """The problem of a key that no field has, with the valid keys that may be meant."""
+    if meant:
+        *others, last = meant
+        choice = f"{', '.join(others)} or {last}" if others else last
+        return Problem((dotted, *meant), f"{dotted} is not a key; did you mean {choice}?")
     where = f"of {prefix.rstrip('.')}" if prefix else "at the top"
     message = f"{dotted} is not a key; the keys {where} are {', '.join(known)}"
     return Problem((dotted,), message)
-
-
-def _key_of_another_section(key: str) -> str | None:
-    """The dotted key whose last part is closest to ``key``, anywhere in a run's configuration."""
-    from megaegpt.config.run import RunConfig
-
-    by_name = {dotted.rsplit(".", 1)[-1]: dotted for dotted in _dotted_keys(RunConfig, "")}
-    close = difflib.get_close_matches(key, by_name, n=1, cutoff=0.75)
-    return by_name[close[0]] if close else None
-
-
-def _dotted_keys(section: type[Any], prefix: str) -> Iterator[str]:
-    hints = get_type_hints(section)
-    for field in fields(section):
-        yield f"{prefix}{field.name}"
-        if is_dataclass(hints[field.name]):
-            yield from _dotted_keys(cast(type[Any], hints[field.name]), f"{prefix}{field.name}.")
 
 
 def _is_union(annotation: Any) -> bool:
@@ -175,5 +194,4 @@ def _show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shorten(repr(value), 60)

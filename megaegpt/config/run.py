@@ -31,7 +31,8 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys, merged into the generated configuration; contradictions are errors."""
+    """Raw DeepSpeed keys, merged into the generated configuration; what other sections decide, or
+    the optimizer cannot do, is refused."""
 
     def gradient_accumulation(self, data_parallel_size: int) -> int:
         """Micro-steps of an optimizer step (``loading`` has checked that it divides).

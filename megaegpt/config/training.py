@@ -6,36 +6,51 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megaegpt.config.batch_ramp import BatchRampConfig
+from megaegpt.config.paths import PathText
+from megaegpt.config.ranges import (
+    BatchSize,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    SampleLength,
+    Seed,
+)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The loop."""
 
-    steps: int = 1000
+    steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
-    global_batch_size: int = 8
+    global_batch_size: BatchSize = 8
     """Samples (gpt: sequences; egpt, deepgpt: windows) per optimizer step over all ranks."""
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
     """How the global batch grows to ``global_batch_size``."""
-    micro_batch_size: int = 1
+    micro_batch_size: BatchSize = 1
     """Samples a rank runs at once; gradient accumulation follows from the two."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU. fp16 uses dynamic loss scaling."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """In the backward pass recompute nothing, all but matrix products and attention, or blocks."""
-    gradient_clipping: float = 1.0
+    gradient_clipping: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Of initial weights, data order and dropout."""
-    eval_interval: int = 500
+    deterministic: bool = False
+    """The same run gives the same bits on a GPU too: ordered algorithms only, which are slower."""
+    eval_interval: PositiveInt = 500
     """Steps between evaluations over the whole validation split (one follows the last step)."""
-    patience: int | None = None
+    patience: PositiveInt | None = None
     """Evaluations in a row without a better loss after which the run ends. None: never."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a non-finite loss or gradient norm does: stop the run, or skip the step and count it."""
-    initialize_from: str | None = None
-    """Folder of weights to start from at step 0 (to continue a run use --resume instead)."""
+    initialize_from: PathText | None = None
+    """Weights to start from at step 0, given as ``model.encoder.source`` is (to continue a run use
+    --resume instead)."""
     freeze: tuple[str, ...] = ()
     """Parts whose weights stay as they start: embeddings, layers:N, layers:FIRST-LAST, norm, head,
     and whatever else the model is made of (a wrong name lists them)."""
@@ -47,24 +62,24 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW and its schedule. Weight decay acts on matrices and embeddings only."""
 
-    lr: float = 6e-4
+    lr: PositiveFloat = 6e-4
     """Peak learning rate."""
-    min_lr: float = 6e-5
+    min_lr: NonNegativeFloat = 6e-5
     """Learning rate at the end of the decay."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up; wsd: stable, then linear decay over the last ``decay_steps``."""
-    warmup_steps: int = 20
+    warmup_steps: NonNegativeInt = 20
     """Linear warm-up from 0."""
-    decay_steps: int | None = None
+    decay_steps: PositiveInt | None = None
     """cosine, linear: step at which min_lr is reached (None: the last).
     wsd: length of the decay (None: a fifth of all steps)."""
-    beta1: float = 0.9
+    beta1: Fraction = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: Fraction = 0.95
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay."""
 
 
@@ -72,11 +87,11 @@ class OptimizerConfig:
 class CheckpointConfig:
     """When and where a run is saved."""
 
-    directory: str = "runs/default/checkpoints"
+    directory: PathText = "runs/default/checkpoints"
     """Holds one folder a checkpoint and the file ``latest``."""
-    interval: int = 500
+    interval: NonNegativeInt = 500
     """Steps between checkpoints (one follows the last step); 0: only at the end and on a signal."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """Complete checkpoints kept; older ones are removed after a newer one is complete."""
     keep_best: bool = False
     """Also save at every best validation loss and keep that checkpoint; the link ``best`` leads to
@@ -87,9 +102,9 @@ class CheckpointConfig:
 class LoggingConfig:
     """What is shown and recorded."""
 
-    directory: str = "runs/default"
+    directory: PathText = "runs/default"
     """Holds ``metrics.jsonl``, ``config.yaml``, ``tensorboard/`` and ``wandb/``."""
-    interval: int = 10
+    interval: PositiveInt = 10
     """Steps between log lines."""
     gradient_norms: bool = False
     """With every log line record the gradient norm of each layer, the embeddings and the rest."""
@@ -111,13 +126,13 @@ class GenerationConfig:
 
     prompt: str = "\n"
     """Text to continue."""
-    max_new_tokens: int = 0
+    max_new_tokens: SampleLength = 0
     """Length of a sample in tokens; 0: no samples during training."""
-    temperature: float = 0.8
+    temperature: NonNegativeFloat = 0.8
     """Divides the logits; 0 is greedy."""
-    top_k: int | None = 200
+    top_k: PositiveInt | None = 200
     """Sample among the k most likely tokens only. None: all."""
-    top_p: float | None = None
+    top_p: Probability | None = None
     """Sample among the fewest tokens that hold this probability. None: all."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Of the sampling."""

@@ -1,87 +1,22 @@
-"""Rules between values: what divides what, what needs what. (``parsing`` has checked types.)"""
+"""Rules between values: what divides what, what needs what.
+
+``parsing`` has checked types; the range of a single number stands at its field (``ranges``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from megaegpt.config.batch_ramp import BatchRampConfig
+from megaegpt.config.deepspeed_keys import deepspeed_problems
 from megaegpt.config.freezing import part_problem
 from megaegpt.config.model import ModelConfig
 from megaegpt.config.model_rules import model_problems
 from megaegpt.config.parsing import Problem, raise_problems
+from megaegpt.config.paths import path_problems
+from megaegpt.config.ranges import range_problems
 from megaegpt.config.run import RunConfig
 
-GENERATED_DEEPSPEED_KEYS = {
-    "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
-    "gradient_clipping": "training.gradient_clipping",
-    "zero_optimization.stage": "parallel.zero_stage",
-    "zero_optimization.overlap_comm": "parallel.overlap_comm",
-    "bf16.enabled": "training.precision",
-    "fp16.enabled": "training.precision",
-    "data_types.grad_accum_dtype": "training.precision",
-    "activation_checkpointing": "training.activation_checkpointing",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-    "tensorboard": "logging.tensorboard",
-    "steps_per_print": "logging.interval",
-    "checkpoint": "checkpoint",
-}
-"""DeepSpeed keys that are generated from this project's (which are named): not to be given raw."""
-
-_POSITIVE = [
-    "model.vocab_size",
-    "model.max_seq_len",
-    "model.hidden_size",
-    "model.num_layers",
-    "model.num_heads",
-    "model.num_kv_heads",
-    "model.head_dim",
-    "model.ffn_hidden_size",
-    "model.rope_base",
-    "model.window",
-    "model.window_every",
-    "model.latent_dim",
-    "model.query_latent_dim",
-    "model.rope_head_dim",
-    "model.layer_norm_eps",
-    "model.init_std",
-    "model.egpt.num_chunks",
-    "model.egpt.chunk_size",
-    "model.egpt.features_per_chunk",
-    "model.encoder.batch_size",
-    "model.encoder.layers",
-    "data.prefetch",
-    "parallel.tensor_parallel_size",
-    "training.steps",
-    "training.global_batch_size",
-    "training.micro_batch_size",
-    "training.batch_ramp.start",
-    "training.batch_ramp.increment",
-    "training.batch_ramp.steps",
-    "training.eval_interval",
-    "training.patience",
-    "optimizer.lr",
-    "optimizer.decay_steps",
-    "optimizer.eps",
-    "checkpoint.keep",
-    "logging.interval",
-    "generation.top_k",
-]
-_NOT_NEGATIVE = [
-    "training.gradient_clipping",
-    "training.seed",
-    "optimizer.min_lr",
-    "optimizer.warmup_steps",
-    "optimizer.weight_decay",
-    "checkpoint.interval",
-    "generation.max_new_tokens",
-    "generation.temperature",
-    "generation.seed",
-]
-_BELOW_ONE = ["model.dropout", "data.instructions.held_out", "optimizer.beta1", "optimizer.beta2"]
 _BATCH = {
     "parallel.tensor_parallel_size",
     "training.global_batch_size",
@@ -120,42 +55,18 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
 
     A rule is left out where one of its values is out of range: 0 divides nothing.
     """
-    problems = list(_ranges(config))
+    problems = [*range_problems(config), *path_problems(config)]
     broken = {key for problem in problems for key in problem.keys}
     if not any(key.startswith(("model.", "parallel.")) for key in broken):
         problems += model_problems(config.model, config.parallel.tensor_parallel_size)
     if broken.isdisjoint(_BATCH):
         problems += _batch(config, world_size)
     problems += [p for p in _schedule(config) if broken.isdisjoint(p.keys)]
-    problems += _blend(config)
+    problems += [p for p in _blend(config) if broken.isdisjoint(p.keys)]
     problems += _freezing(config)
     problems += _validation_split(config)
-    problems += _deepspeed_keys(config)
+    problems += deepspeed_problems(config.deepspeed)
     return problems
-
-
-def _ranges(config: RunConfig) -> Iterator[Problem]:
-    """Single values outside what makes sense. None means "the default" and is fine."""
-    for key in _POSITIVE:
-        value = _value(config, key)
-        if value is not None and value <= 0:
-            yield Problem((key,), f"{key}={value} must be greater than 0")
-    for key in _NOT_NEGATIVE:
-        if (value := _value(config, key)) < 0:
-            yield Problem((key,), f"{key}={value} must not be negative")
-    for key in _BELOW_ONE:
-        if not 0 <= (value := _value(config, key)) < 1:
-            yield Problem((key,), f"{key}={value} must be at least 0 and below 1")
-    top_p = config.generation.top_p
-    if top_p is not None and not 0 < top_p <= 1:
-        yield Problem(("generation.top_p",), f"generation.top_p={top_p} must be above 0, at most 1")
-
-
-def _value(config: RunConfig, dotted_key: str) -> Any:
-    value: Any = config
-    for part in dotted_key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _schedule(config: RunConfig) -> Iterator[Problem]:
@@ -237,13 +148,13 @@ def _batch_ramp(config: RunConfig, multiple: int) -> Iterator[Problem]:
 
 
 def _blend(config: RunConfig) -> Iterator[Problem]:
-    """A positive weight for each corpus of a blend."""
+    """A weight for each corpus of a blend."""
     weights, corpora = config.data.weights, len(config.data.train)
-    if weights and (len(weights) != corpora or min(weights) <= 0):
+    if weights and len(weights) != corpora:
         yield Problem(
             ("data.weights", "data.train"),
-            f"data.weights={list(weights)} must be positive, one for each of the {corpora} "
-            "entries of data.train",
+            f"data.weights={list(weights)} must be one number for each of the {corpora} entries "
+            "of data.train",
         )
 
 
@@ -267,18 +178,6 @@ def _validation_split(config: RunConfig) -> Iterator[Problem]:
             ("checkpoint.keep_best", "data.validation"),
             "checkpoint.keep_best=true needs data.validation",
         )
-
-
-def _deepspeed_keys(config: RunConfig) -> Iterator[Problem]:
-    """Raw DeepSpeed keys that the generated configuration already sets."""
-    for raw, ours in GENERATED_DEEPSPEED_KEYS.items():
-        section: object = config.deepspeed
-        for part in raw.split("."):
-            if not isinstance(section, dict) or part not in section:
-                break
-            section = section[part]
-        else:
-            yield Problem((f"deepspeed.{raw}",), f"deepspeed.{raw} is set by {ours}: remove it")
 
 
 def _or_null(value: int | None) -> str:

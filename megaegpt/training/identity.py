@@ -18,8 +18,9 @@ import torch
 
 import megaegpt
 from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
-from megaegpt.config.loading import config_to_dict, read_yaml
+from megaegpt.config.loading import config_to_dict
 from megaegpt.config.parsing import parse_section
+from megaegpt.config.yaml_text import read_yaml
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import CheckpointError, ConfigError, LaunchError
 from megaegpt.model.encoder import FrozenEncoder
@@ -72,7 +73,8 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "token_features prefetch",
         "data.instructions": "train validation",
         "parallel": "tensor_parallel_size zero_stage overlap_comm",
-        "training": "activation_checkpointing eval_interval patience initialize_from compile",
+        "training": "activation_checkpointing eval_interval patience initialize_from compile "
+        "deterministic",
         "checkpoint": "directory interval keep keep_best",
         "logging": "directory interval gradient_norms tensorboard wandb wandb_project",
         "generation": "prompt max_new_tokens temperature top_k top_p seed",

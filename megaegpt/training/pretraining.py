@@ -29,6 +29,7 @@ from megaegpt.precision import DTYPES, Precision, resolve_precision, slow_precis
 from megaegpt.training.checkpoint.manager import CheckpointManager, TrainerState
 from megaegpt.training.checkpoint.manifest import Manifest
 from megaegpt.training.engine.compiling import compile_problem
+from megaegpt.training.engine.deterministic import make_deterministic
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
@@ -92,6 +93,8 @@ def train(
     with raising_together(grid):
         validate(config, grid.world_size)
         precision = resolve_precision(config.training.precision, grid.device)
+        if config.training.deterministic:
+            make_deterministic()
         data = read_data(config)
         _check_held_out(config, data)
         checkpoints = _checkpoints(config, resume)

@@ -105,7 +105,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(write, text, expected):
 
 def test_a_key_given_twice_is_refused_with_its_line(write):
     message = error_of(write("model:\n  num_layers: 2\n  num_layers: 3\n"))
-    assert "line 3: num_layers is given twice" in message
+    assert "line 3: model.num_layers is given twice" in message
 
 
 @pytest.mark.parametrize(

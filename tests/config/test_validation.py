@@ -9,9 +9,7 @@ import pytest
 
 from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
 from megaegpt.config.loading import validate
-from megaegpt.config.validation import GENERATED_DEEPSPEED_KEYS
 from megaegpt.errors import ConfigError
-from megaegpt.training.engine.deepspeed_config import deepspeed_config
 
 
 def run_config(**sections: dict[str, Any]) -> RunConfig:
@@ -85,14 +83,15 @@ REFUSED = [
     ({"training": {"steps": 20}}, "training.steps=20 must be greater than optimizer.warmup_steps"),
     ({"optimizer": {"decay_steps": 9}}, "optimizer.decay_steps=9 must be greater than"),
     ({"optimizer": {"schedule": "wsd", "decay_steps": 990}}, "do not fit in training.steps=1000"),
-    ({"data": {"train": ("a", "b"), "weights": (1.0,)}}, "one for each of the 2 entries"),
-    ({"data": {"train": ("a", "b"), "weights": (1.0, 0.0)}}, "data.weights=[1.0, 0.0] must be pos"),
+    ({"data": {"train": ("a", "b"), "weights": (1.0,)}}, "must be one number for each of the 2 "),
+    (
+        {"data": {"train": ("a", "b"), "weights": (1.0, 0.0)}},
+        "weights=[1.0, 0.0] must be greater than 0",
+    ),
     ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr=1.0 must not be above optimizer.lr"),
     ({"training": {"micro_batch_size": 0}}, "training.micro_batch_size=0 must be greater than 0"),
     ({"optimizer": {"weight_decay": -0.1}}, "optimizer.weight_decay=-0.1 must not be negative"),
     ({"generation": {"top_p": 1.5}}, "generation.top_p=1.5 must be above 0, at most 1"),
-    ({"deepspeed": {"bf16": {"enabled": True}}}, "deepspeed.bf16.enabled is set by"),
-    ({"deepspeed": {"optimizer": {"type": "Adam"}}}, "deepspeed.optimizer is set by optimizer"),
 ]
 
 
@@ -148,19 +147,6 @@ def test_a_model_rule_is_not_judged_on_a_size_of_zero():
     with pytest.raises(ConfigError) as caught:
         validate(config, 2)
     assert "2 problems" in str(caught.value)
-
-
-def test_every_deepspeed_key_that_is_refused_raw_is_one_that_the_project_decides():
-    generated = deepspeed_config(run_config(), 1, "fp32", 1000)
-    dotted = set(generated) | {
-        f"{key}.{name}"
-        for key, value in generated.items()
-        if isinstance(value, dict)
-        for name in value
-    }
-    decided_elsewhere = {"optimizer", "scheduler", "activation_checkpointing", "tensorboard"}
-    decided_elsewhere |= {"steps_per_print", "checkpoint"}
-    assert set(GENERATED_DEEPSPEED_KEYS) <= dotted | decided_elsewhere
 
 
 def test_defaults_of_sizes_resolve():

@@ -32,6 +32,7 @@ KEYS = [
     f"{section}.{key}"
     for path in CONFIGS
     for section, keys in yaml.safe_load(path.read_text()).items()
+    if isinstance(keys, dict)
     for key in keys
 ]
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megaegpt.config import RunConfig
-from megaegpt.config.loading import read_yaml
+from megaegpt.config.loading import run_config_from_dict
 from megaegpt.config.parsing import Problem, parse_section, raise_problems
+from megaegpt.config.ranges import PositiveInt, range_problems
+from megaegpt.config.run_files import merged
 from megaegpt.config.validation import find_problems
+from megaegpt.config.yaml_text import read_yaml
 
 Budget = Literal["steps", "flops", "time"]
 BUDGETS: tuple[Budget, ...] = ("steps", "flops", "time")
@@ -36,7 +38,7 @@ class EncoderPlan:
     """Weights, as ``model.encoder.source`` takes them. None: a GPT is pretrained first."""
     texts: tuple[str, ...] = ()
     """What it is pretrained on: books by name, text files, JSON Lines."""
-    documents: int | None = None
+    documents: PositiveInt | None = None
     """The first ones only. None: all."""
     run: dict[str, Any] = field(default_factory=dict)
     """Sections of its run's configuration."""
@@ -50,16 +52,16 @@ class ExperimentPlan:
     """Folder of data, runs and report."""
     corpora: dict[str, Any] = field(default_factory=dict)
     """By name, each with the keys of a corpus."""
-    max_characters: int | None = None
+    max_characters: PositiveInt | None = None
     """Of every text, from its start. None: all."""
     selection_share: float = 0.3
     """Share of the held-out tokens, from their start, that checkpoints are chosen on; the rest is
     reported."""
-    selection_tokens: int | None = None
+    selection_tokens: PositiveInt | None = None
     """At most so many. None: the whole share."""
-    report_tokens: int | None = None
+    report_tokens: PositiveInt | None = None
     """At most so many reported. None: the whole rest."""
-    seeds: int = 3
+    seeds: PositiveInt = 3
     """Runs of each variant; they differ in initial weights and data order."""
     baseline: str = "deepgpt"
     """The variant that the others are compared with; its steps set the other budgets."""
@@ -89,7 +91,7 @@ def load_plan(path: str | Path) -> ExperimentPlan:
     plan = parse_section(ExperimentPlan, values, "", problems)
     for name, corpus in plan.corpora.items():
         parse_section(CorpusPlan, corpus, f"corpora.{name}.", problems)
-    problems += _problems(plan)
+    problems += [*range_problems(plan), *_problems(plan)]
     if not problems:
         for name in plan.variants:
             problems += _run_problems(f"variants.{name}", decoder_values(plan, name))
@@ -114,8 +116,6 @@ def _problems(plan: ExperimentPlan) -> list[Problem]:
         found.append("budgets must hold steps: the others are derived from it")
     if not 0 < plan.selection_share < 1:
         found.append(f"selection_share={plan.selection_share} must be between 0 and 1")
-    if plan.seeds < 1:
-        found.append(f"seeds={plan.seeds} must be greater than 0")
     if plan.encoder.source is None and not plan.encoder.texts:
         found.append("encoder: give a source, or texts to pretrain one on")
     return [Problem((), message) for message in found]
@@ -134,7 +134,7 @@ def _base_problems(variants: dict[str, Any]) -> list[str]:
 
 def _run_problems(name: str, values: dict[str, Any]) -> list[Problem]:
     problems: list[Problem] = []
-    config = parse_section(RunConfig, values, "", problems)
+    config = run_config_from_dict(values, problems)
     problems = problems or find_problems(config)
     return [Problem((), f"{name}: {problem.message}") for problem in problems]
 
@@ -157,7 +157,7 @@ def make_run(values: dict[str, Any], folder: Path, **sections: dict[str, Any]) -
         ConfigError: what only the values of this run make wrong.
     """
     values = merged(values, sections)
-    training = parse_section(RunConfig, values, "", []).training
+    training = run_config_from_dict(values, []).training
     generated = {
         "checkpoint": {
             "directory": str(folder / "checkpoints"),
@@ -167,15 +167,6 @@ def make_run(values: dict[str, Any], folder: Path, **sections: dict[str, Any]) -
         "logging": {"directory": str(folder), "tensorboard": False},
     }
     problems: list[Problem] = []
-    config = parse_section(RunConfig, merged(values, generated), "", problems)
+    config = run_config_from_dict(merged(values, generated), problems)
     raise_problems(str(folder), problems or find_problems(config))
     return config
-
-
-def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings, those of ``changes`` over those of ``values``; neither is altered."""
-    result = copy.deepcopy(values)
-    for key, value in (changes or {}).items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
-    return result

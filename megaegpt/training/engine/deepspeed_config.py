@@ -10,21 +10,10 @@ from megaegpt.errors import ConfigError
 from megaegpt.precision import Precision
 
 _BUCKET_ELEMENTS = 2**28
-"""Gradients reduced at once; a smaller model needs a smaller buffer."""
-
-_OWNERS = {
-    "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
-    "gradient_clipping": "training.gradient_clipping",
-    "zero_optimization.stage": "parallel.zero_stage",
-    "zero_optimization.overlap_comm": "parallel.overlap_comm",
-    "bf16.enabled": "training.precision",
-    "fp16.enabled": "training.precision",
-    "optimizer": "the optimizer section",
-    "scheduler": "optimizer.schedule",
-}
-"""DeepSpeed keys that say what one of our keys says already."""
+"""Most gradients reduced at once where reduction follows the backward pass: few, large messages."""
+_OVERLAPPED_BUCKET_ELEMENTS = 25_000_000
+"""Most gradients reduced at once beside the backward pass: 50 MB in half precision are enough to
+use a link fully, and GPT-2 124M fills five of them, so that four are sent while it computes."""
 
 
 def effective_zero_stage(stage: int, precision: Precision) -> int:
@@ -42,14 +31,20 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """The configuration for ``deepspeed.initialize``.
 
-    Args:
-        parameters: trainable parameters of this rank, which bound the communication buffers.
+    DeepSpeed copies gradients into a bucket as the backward pass makes them, and reduces the bucket
+    when the next gradient does not fit into it; whatever is left is reduced after the pass. So
+    ``overlap_comm`` hides communication only if the model fills several buckets. It then keeps two
+    of them, and fills one while the other is reduced on a stream of its own: that memory is the
+    price. Without overlap there is one bucket, no larger than the model.
 
-    Raises:
-        ConfigError: raw keys under ``deepspeed:`` that contradict other sections.
+    Args:
+        config: a checked configuration, whose ``deepspeed`` section replaces single values here.
+        parameters: trainable parameters of this rank, which bound the communication buffers.
     """
     stage = effective_zero_stage(config.parallel.zero_stage, precision)
-    bucket = min(_BUCKET_ELEMENTS, parameters + parameters % 2)  # DeepSpeed wants an even number
+    overlap = config.parallel.overlap_comm
+    largest = _OVERLAPPED_BUCKET_ELEMENTS if overlap else _BUCKET_ELEMENTS
+    bucket = min(largest, parameters + parameters % 2)  # DeepSpeed wants an even number
     generated: dict[str, Any] = {
         "train_batch_size": config.training.global_batch_size,
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
@@ -58,7 +53,7 @@ def deepspeed_config(
         "gradient_clipping": config.training.gradient_clipping if stage else 0.0,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": config.parallel.overlap_comm,
+            "overlap_comm": overlap,
             "contiguous_gradients": True,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
@@ -68,36 +63,43 @@ def deepspeed_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device every step
     }
-    raw = copy.deepcopy(config.deepspeed)
-    _check_contradictions(raw, generated, config.training.gradient_clipping)
-    return _merge(generated, raw)
+    return _merge(generated, config.deepspeed)
 
 
-def _check_contradictions(raw: dict[str, Any], generated: dict[str, Any], clipping: float) -> None:
-    ours: dict[str, Any] = {**generated, "gradient_clipping": clipping}
-    problems = []
-    for path, owner in _OWNERS.items():
-        value, expected = _lookup(raw, path), _lookup(ours, path)
-        if value is not None and value != expected:
-            problems.append(f"deepspeed.{path}={value!r} contradicts {owner}")
-    if problems:
-        raise ConfigError("; ".join(problems) + ": set our key and leave the raw one out")
-    if raw.get("gradient_clipping") is not None:
-        del raw["gradient_clipping"]
+def check_accepted(options: dict[str, Any]) -> None:
+    """Let DeepSpeed read ``options`` before any memory is spent on them.
 
+    Args:
+        options: what :func:`deepspeed_config` gives.
 
-def _lookup(tree: dict[str, Any], path: str) -> Any:
-    node: Any = tree
-    for key in path.split("."):
-        node = node.get(key) if isinstance(node, dict) else None
-    return node
+    Raises:
+        ConfigError: one line for each value that DeepSpeed does not accept.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from pydantic import ValidationError
+
+    # The micro-batch alone agrees with any number of ranks, which DeepSpeed does not know yet.
+    batch = ("train_batch_size", "gradient_accumulation_steps")
+    read = {key: copy.deepcopy(value) for key, value in options.items() if key not in batch}
+    try:
+        DeepSpeedConfig(read)
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        text = "; ".join(found)
+    except (AssertionError, AttributeError, DeepSpeedConfigError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+    else:
+        return
+    raise ConfigError(f"DeepSpeed refuses the keys under deepspeed: {text}")
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``extra``, section by section; neither is altered."""
     merged = dict(base)
     for key, value in extra.items():
         known = merged.get(key)
         if isinstance(known, dict) and isinstance(value, dict):
-            value = _merge(known, value)
-        merged[key] = value
+            merged[key] = _merge(known, value)
+        else:
+            merged[key] = copy.deepcopy(value)
     return merged

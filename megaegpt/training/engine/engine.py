@@ -37,6 +37,7 @@ from megaegpt.training.checkpoint.manifest import Topology
 from megaegpt.training.checkpoint.universal import convert
 from megaegpt.training.engine.compat import check_compatible
 from megaegpt.training.engine.deepspeed_config import (
+    check_accepted,
     deepspeed_config,
     effective_zero_stage,
 )
@@ -93,7 +94,7 @@ class Engine:
         loss_function: how the model is called on a micro-batch.
 
     Raises:
-        ConfigError: a precision that the device lacks, or contradicting raw DeepSpeed keys.
+        ConfigError: a precision that the device lacks, or raw keys that DeepSpeed refuses.
         LaunchError: a release of DeepSpeed that lacks what is used of it.
     """
 
@@ -126,6 +127,7 @@ class Engine:
             optimizer = build_adamw(model, config.optimizer)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         options = deepspeed_config(config, grid.dp_size, self.precision, trainable)
+        check_accepted(options)
         with contextlib.redirect_stdout(None):  # its optimizers print memory figures
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, mpu=DeepSpeedMpu(grid), config=options

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megaegpt.errors import ConfigError
-from tools.experiment.plan import decoder_values, load_plan, make_run, merged
+from tools.experiment.plan import decoder_values, load_plan, make_run
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "experiments"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
@@ -64,11 +64,3 @@ def test_a_wrong_key_of_a_variant_is_named(tmp_path):
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"variants\.egpt_improved: model\.egpt\.local_atention"):
         load_plan(path)
-
-
-def test_merging_alters_neither_side():
-    values, changes = {"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": {"e": 4}}
-    assert merged(values, changes) == {"a": {"b": 1, "c": 3}, "d": {"e": 4}}
-    assert values == {"a": {"b": 1, "c": 2}}
-    merged(values, changes)["d"]["e"] = 5
-    assert changes == {"a": {"c": 3}, "d": {"e": 4}}

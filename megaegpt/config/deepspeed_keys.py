@@ -1,0 +1,90 @@
+"""Which raw DeepSpeed keys may stand under ``deepspeed:``, and why the others may not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megaegpt.config.parsing import Problem
+
+OWNED_KEYS: dict[str, str] = {
+    "activation_checkpointing": "training.activation_checkpointing",
+    "amp": "training.precision",
+    "bf16.bf16_master_weights_and_grads": "training.precision",
+    "bf16.enabled": "training.precision",
+    "checkpoint": "checkpoint",
+    "data_types.grad_accum_dtype": "training.precision",
+    "elasticity": "training.global_batch_size",
+    "fp16.auto_cast": "training.precision",
+    "fp16.enabled": "training.precision",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "gradient_allreduce_op": "the training loop, whose loss counts on an average",
+    "gradient_clipping": "training.gradient_clipping",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "steps_per_print": "logging.interval",
+    "tensor_parallel": "parallel.tensor_parallel_size",
+    "tensorboard": "logging.tensorboard",
+    "torch_autocast": "training.precision",
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "wandb": "logging.wandb",
+    "zero_optimization.overlap_comm": "parallel.overlap_comm",
+    "zero_optimization.stage": "parallel.zero_stage",
+}
+"""Raw keys that something else in a run decides, and what does."""
+
+_OFFLOAD = "offloading needs DeepSpeed's own optimizer, and AdamW here is torch's"
+_STAGE_3 = "it belongs to ZeRO stage 3, which is not supported"
+_UNSUPPORTED_KEYS: dict[str, str] = {
+    "zero_optimization.cpu_offload": _OFFLOAD,
+    "zero_optimization.cpu_offload_param": _OFFLOAD,
+    "zero_optimization.cpu_offload_use_pin_memory": _OFFLOAD,
+    "zero_optimization.offload_optimizer": _OFFLOAD,
+    "zero_optimization.offload_param": _OFFLOAD,
+    "zero_optimization.zenflow": _OFFLOAD,
+    "zero_optimization.zero_hpz_partition_size": _STAGE_3,
+    "zero_optimization.zero_quantized_gradients": _STAGE_3,
+    "zero_optimization.zero_quantized_weights": _STAGE_3,
+}
+_STAGE_3_PREFIX = "zero_optimization.stage3_"
+
+_POSITIVE_KEYS = (
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.sub_group_size",
+)
+
+
+def deepspeed_problems(raw: dict[str, Any]) -> Iterator[Problem]:
+    """What cannot stand in the section ``deepspeed`` of a run's configuration.
+
+    Keys that are not listed in this module are DeepSpeed's to judge: see
+    :func:`megaegpt.training.engine.deepspeed_config.check_accepted`.
+    """
+    given = dict(_dotted(raw))
+    for key, value in given.items():
+        name = f"deepspeed.{key}"
+        if key in OWNED_KEYS:
+            yield Problem((name,), f"{name} is set by {OWNED_KEYS[key]}: remove it")
+        elif key in _UNSUPPORTED_KEYS:
+            yield Problem((name,), f"{name} cannot be used: {_UNSUPPORTED_KEYS[key]}")
+        elif key.startswith(_STAGE_3_PREFIX):
+            yield Problem((name,), f"{name} cannot be used: {_STAGE_3}")
+        elif key in _POSITIVE_KEYS and not _is_positive_integer(value):
+            yield Problem((name,), f"{name}={value} must be an integer greater than 0")
+
+
+def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of nested mappings, those that hold mappings too, with its value."""
+    for key, value in section.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+def _is_positive_integer(value: Any) -> bool:
+    """Also of a float such as 5e7, which is how bucket sizes are often written."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value > 0 and float(value).is_integer() and value < 2**63

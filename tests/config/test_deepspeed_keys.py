@@ -1,0 +1,84 @@
+"""Raw DeepSpeed keys: those that a run decides itself, or cannot do, are refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megaegpt.config import RunConfig
+from megaegpt.config.deepspeed_keys import OWNED_KEYS, deepspeed_problems
+from megaegpt.config.metadata import annotations_of
+from megaegpt.config.validation import validate
+from megaegpt.errors import ConfigError
+from megaegpt.training.engine.deepspeed_config import deepspeed_config
+
+
+def _zero(**options: Any) -> dict[str, Any]:
+    return {"zero_optimization": options}
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"bf16": {"enabled": True}}, "deepspeed.bf16.enabled is set by training.precision: rem"),
+        ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer is set by optimizer: remove it"),
+        ({"train_batch_size": 8}, "is set by training.global_batch_size"),
+        ({"gradient_allreduce_op": "sum"}, "is set by the training loop"),
+        (_zero(stage=2), "deepspeed.zero_optimization.stage is set by parallel.zero_stage"),
+        (_zero(offload_optimizer={"device": "cpu"}), "offload_optimizer cannot be used: offload"),
+        (_zero(offload_param={"device": "cpu"}), "offload_param cannot be used: offloading needs"),
+        (_zero(stage3_max_live_parameters=1), "it belongs to ZeRO stage 3, which is not supported"),
+        (_zero(reduce_bucket_size=-1), "reduce_bucket_size=-1 must be an integer greater than 0"),
+        (_zero(reduce_bucket_size=0), "reduce_bucket_size=0 must be an integer greater than 0"),
+        (_zero(allgather_bucket_size=1.5), "allgather_bucket_size=1.5 must be an integer greater"),
+        (_zero(reduce_bucket_size="5e7"), "reduce_bucket_size=5e7 must be an integer greater"),
+        (_zero(reduce_bucket_size=float("inf")), "reduce_bucket_size=inf must be an integer"),
+    ],
+)
+def test_a_key_that_cannot_be_given_raw_is_one_line_with_the_reason(
+    raw: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(RunConfig(deepspeed=raw))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_only_deepspeed_has_may_be_given() -> None:
+    raw = {
+        "fp16": {"initial_scale_power": 12},
+        "wall_clock_breakdown": True,
+        **_zero(reduce_bucket_size=5e7, round_robin_gradients=True, reduce_scatter=False),
+    }
+    assert not list(deepspeed_problems(raw))
+
+
+def test_no_value_that_a_run_generates_from_its_own_keys_can_be_replaced() -> None:
+    replaceable = {
+        "timers.throughput.enabled",
+        "zero_optimization.allgather_bucket_size",
+        "zero_optimization.contiguous_gradients",
+        "zero_optimization.reduce_bucket_size",
+    }
+    generated = deepspeed_config(RunConfig(), 1, "fp32", parameters=1000)
+    assert set(_leaves(generated)) - set(OWNED_KEYS) == replaceable
+
+
+def test_the_owner_of_a_key_is_named_as_it_is_called_in_a_run() -> None:
+    for key, owner in OWNED_KEYS.items():
+        for name in owner.split(" and "):
+            if name.startswith("the training loop"):
+                continue
+            section: Any = RunConfig
+            for part in name.split("."):
+                assert part in annotations_of(section), (key, owner)
+                section = annotations_of(section)[part]
+
+
+def _leaves(options: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in options.items():
+        is_section = isinstance(value, dict)
+        found += _leaves(value, f"{prefix}{key}.") if is_section else [f"{prefix}{key}"]
+    return found
