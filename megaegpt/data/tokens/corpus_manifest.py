@@ -15,6 +15,7 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.shards import ShardSummary, bin_path, idx_path
 from megaegpt.errors import DataError
 from megaegpt.files import sha256_of_file, write_whole
+from megaegpt.json_files import conform, read_json
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
@@ -50,20 +51,13 @@ class Manifest:
             DataError: it is missing, damaged, or of another format.
         """
         path = folder / MANIFEST_NAME
-        try:
-            fields = json.loads(path.read_bytes())
-            found = fields.pop("format")
-            if found != _FORMAT:
-                raise DataError(f"{path} has format {found}; only {_FORMAT} is known")
-            fields["splits"] = {
-                split: [ShardSummary(**shard) for shard in shards]
-                for split, shards in fields["splits"].items()
-            }
-            return Manifest(**fields)
-        except FileNotFoundError:
-            raise DataError(f"{path} does not exist: these shards have no manifest") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is damaged: {error}") from None
+        remedy = "make the shards again, or copy it again"
+        missing = "these shards have no manifest"
+        fields = read_json(path, dict[str, Any], remedy=remedy, missing=missing)
+        found = fields.pop("format", None)
+        if found != _FORMAT:
+            raise DataError(f"{path} has format {found}; only {_FORMAT} is known")
+        return conform(fields, Manifest, str(path), remedy=remedy)
 
     def verify(self, folder: Path) -> None:
         """Compare the checksums of all shards.
