@@ -76,6 +76,8 @@ _TEXTS = [
         f"a file cannot be written: {_FREE_SPACE}",
     ),
     (r"no NVIDIA driver|driver .* is too old", "the NVIDIA driver is missing or too old for torch"),
+    (r"Format '.*' is not supported", "a picture's name must end in .png, .svg, .pdf or .jpg"),
+    (r"Symlink loop", "a path leads in a ring of symbolic links"),
     (r"no kernel image is available", "this build of torch has no code for this GPU"),
     (r"unable to (open|mmap|write).*shared memory|/dev/shm", "/dev/shm is full: enlarge it"),
 ]

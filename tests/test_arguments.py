@@ -52,7 +52,7 @@ def test_others_are_refused_with_what_is_allowed(
     parse: Callable[[str], Any], texts: tuple[str, ...], told: str
 ) -> None:
     for text in texts:
-        with pytest.raises(argparse.ArgumentTypeError, match="^must be ") as raised:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"^must be ") as raised:
             parse(text)
         assert told in str(raised.value)
         assert len(str(raised.value)) < 120

@@ -38,6 +38,7 @@ def compare(runs: list[Run]) -> str:
     for run in runs:
         record = evaluations[run.name]
         step, loss = record["step"], record["validation_loss"]
+        per_byte = record.get("validation_nats_per_byte")
         rows.append(
             [
                 run.name,
@@ -45,7 +46,7 @@ def compare(runs: list[Run]) -> str:
                 f"{step:,}",
                 f"{run.config.tokens_before(step):,}",
                 f"{loss:.4f}",
-                f"{record['validation_nats_per_byte']:.4f}",
+                f"{per_byte:.4f}" if per_byte is not None else "-",
                 f"{math.exp(min(loss, 700.0)):.1f}",
             ]
         )
