@@ -122,6 +122,16 @@ def _name_the_user() -> None:
                 os.environ["HOME"] = str(home)
 
 
+def is_other_rank() -> bool:
+    """Whether a launcher started this process as another rank than 0, which leaves speaking to it.
+
+    A RANK that is left over in a shell is none: without its WORLD_SIZE nobody else would speak.
+    """
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    known = all(text.isascii() and text.isdigit() and len(text) < 10 for text in (rank, size))
+    return known and 0 < int(rank) < int(size)
+
+
 # -- after a failure -------------------------------------------------------------------------------
 
 

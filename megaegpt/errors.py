@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +34,10 @@ class DataError(MegaEGPTError):
     """Text, shards or features that are malformed, truncated, foreign or missing."""
 
 
+class FolderInUseError(DataError):
+    """A folder that another process is writing into."""
+
+
 class CheckpointError(MegaEGPTError):
     """A checkpoint or weights folder that is incomplete, damaged or of another model."""
 
@@ -59,7 +62,7 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
         try:
             _run(main)
         except MegaEGPTError as error:
-            if error.on_every_rank and os.environ.get("RANK", "0") != "0":
+            if error.on_every_rank and environment.is_other_rank():
                 time.sleep(_RANK_0_SPEAKS_S)
                 sys.exit(2)
             _fail(str(error))

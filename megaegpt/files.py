@@ -24,7 +24,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from megaegpt.errors import CheckpointError, DataError
+from megaegpt.errors import CheckpointError, DataError, FolderInUseError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -208,7 +208,8 @@ def locked_folder(folder: Path) -> Iterator[int]:
     descriptor has closed it, killed ones included.
 
     Raises:
-        DataError: another process holds it; or the folder cannot be written.
+        FolderInUseError: another process holds it.
+        DataError: the folder cannot be written.
     """
     path = folder / LOCK
     handle = _acquire(path)
@@ -233,7 +234,8 @@ def _acquire(path: Path) -> int:
                 if not is_unsupported(error):
                     raise DataError(f"cannot lock {path}: {error.strerror or error}") from None
                 return _unlocked(path)
-            raise DataError(f"{path.parent} is being written by another run{holder}") from None
+            message = f"{path.parent} is being written by another run{holder}"
+            raise FolderInUseError(message) from None
         if _is_at(handle, path):
             _sign(handle)
             return handle

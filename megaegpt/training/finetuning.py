@@ -23,8 +23,8 @@ from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.calling import InstructionInputs, ModelInputs
 from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.launcher_variables import is_main_process
 from megaegpt.parallel.together import raising_together
-from megaegpt.training.command_line import is_main_process
 from megaegpt.training.pretraining import SampleText, train
 from megaegpt.training.stopping import StopRequests
 
