@@ -28,13 +28,14 @@ from megaegpt.parallel.together import broadcast_object, raising_together
 from megaegpt.planning.summary import ModelSize, describe_run, measure_model
 from megaegpt.precision import DTYPES, resolve_precision, slow_precision_notice
 from megaegpt.training.checkpoint.manager import CheckpointManager, TrainerState
+from megaegpt.training.checkpoint.manifest import Manifest
 from megaegpt.training.engine.compiling import compile_problem
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, device_name, peak_flops
-from megaegpt.training.logging.monitor import Monitor
+from megaegpt.training.logging.monitor import Monitor, has_validation
 from megaegpt.training.run_data import PretrainingData, RunData
 from megaegpt.training.stopping import StopRequests
 from megaegpt.training.trainer import Trainer
@@ -84,8 +85,10 @@ def train(
         data = read_data(config)
         _check_held_out(config, data)
         checkpoints = _checkpoints(config, resume)
-    run = _Run(config, grid, data)
     latest = broadcast_object(checkpoints.latest, grid) if resume else None
+    if broadcast_object(lambda: _says_complete(config, data, latest), grid):
+        return True
+    run = _Run(config, grid, data)
     state: TrainerState = {} if latest is None else run.restore(checkpoints, latest)
     with raising_together(grid):
         differences = _differences(state, run.identity)
@@ -277,6 +280,21 @@ class _Run:
             monitor.say(f"resuming after step {state['step']}")
         elif resume:
             monitor.say(f"no checkpoint in {config.checkpoint.directory}: starting at step 0")
+
+
+def _says_complete(config: RunConfig, data: RunData, latest: Path | None) -> bool:
+    """Whether nothing is left to do, which a line says then; all files stay as they are."""
+    if latest is None or (step := Manifest.read(latest).step) < config.training.steps:
+        return False
+    evaluates = data.validation is not None and step == config.training.steps
+    if evaluates and not has_validation(Path(config.logging.directory), step):
+        return False  # it ended between its last checkpoint and its last evaluation
+    print(
+        f"complete: {latest} is after step {step} of {config.training.steps}; raise "
+        "training.steps to train on",
+        flush=True,
+    )
+    return True
 
 
 def _check_held_out(config: RunConfig, data: RunData) -> None:

@@ -161,6 +161,16 @@ def keep_records(path: Path, step: int) -> list[dict[str, Any]]:
     return [records[line] for line in kept]
 
 
+def has_validation(folder: Path, step: int) -> bool:
+    """Whether a run's folder has a record of an evaluation after ``step`` steps."""
+    path = folder / METRICS
+    if not path.is_file():
+        return False
+    with path.open("rb") as lines:
+        records = (_parse(line) for line in lines)
+        return any(r is not None and r["step"] == step and "validation_loss" in r for r in records)
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A record; None for a line that was cut off."""
     try:
