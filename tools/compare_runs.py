@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
+from megaegpt.arguments import path
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.report.runs import Run, read_runs
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="folder of a run")
     print(compare(read_runs(parser.parse_args().runs)))
 
 
