@@ -138,11 +138,13 @@ def _reshape(arguments: argparse.Namespace) -> None:
     from megaegpt.parallel.together import raising_together
     from megaegpt.training.checkpoint.folders import find_checkpoint
     from megaegpt.training.checkpoint.reshaping import reshape
+    from megaegpt.training.run_lock import locked_folders
 
     with joined_processes(arguments.tensor_parallel_size) as grid:
         with raising_together(grid):
             source = find_checkpoint(arguments.source)
-        saved = reshape(source, arguments.output, grid, arguments.zero_stage)
+        with locked_folders([arguments.output], grid):
+            saved = reshape(source, arguments.output, grid, arguments.zero_stage)
         if grid.is_main:
             print(f"saved {saved}")
 
