@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.experiment
 
+from megaegpt.arguments import number, path
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.files import write_whole
 from tools.experiment.plan import ExperimentPlan, load_plan
@@ -38,14 +39,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the experiment")
-    parser.add_argument("--output", metavar="DIR", help="instead of the plan's")
-    parser.add_argument("--exit-minutes", type=float, metavar="M", help="save and stop after M")
+    parser.add_argument("--output", type=path, metavar="DIR", help="instead of the plan's")
+    parser.add_argument(
+        "--exit-minutes", type=number(least=0), metavar="M", help="save and stop after M"
+    )
     parser.add_argument("--report-only", action="store_true", help="train nothing")
-    parser.add_argument("--insert-into", type=Path, metavar="PAGE", help="a Markdown page")
+    parser.add_argument("--insert-into", type=path, metavar="PAGE", help="a Markdown page")
     arguments = parser.parse_args()
     plan = load_plan(arguments.config)
     if arguments.output is not None:
-        plan = dataclasses.replace(plan, output=arguments.output)
+        plan = dataclasses.replace(plan, output=str(arguments.output))
     if arguments.report_only or _run(plan, arguments.exit_minutes):
         report = _report(plan)
         if (page := arguments.insert_into) is not None:
@@ -85,8 +88,8 @@ def _insert(report: dict[str, Any], page: Path, name: str) -> None:
 
     try:
         text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{page}: cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{page}: cannot be read ({error})") from None
     write_whole(page, insert(text, report, name).encode())
 
 

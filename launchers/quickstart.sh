@@ -9,6 +9,7 @@
 # interrupted one goes on from its last checkpoint. To begin afresh: rm -rf data/quickstart runs/quickstart
 set -euo pipefail
 set -m # each launched job is a process group of its own, so that a signal reaches all its ranks
+unset CDPATH PYTHONHOME # an exported one leads cd, or Python, to another place
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launchers/setup_env.sh
 set_up_environment quickstart

@@ -23,7 +23,7 @@ _find_python() {
 }
 
 _has_nvidia_gpu() {
-    command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'
+    command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep '^GPU' >/dev/null # to its end: -q may break the pipe
 }
 
 _install_torch() { # first and alone: other packages would pull in whichever build they find
@@ -49,6 +49,7 @@ _install_all() { # python, extra
 
 set_up_environment() {
     local extra=$1 base wanted stamp
+    unset CDPATH PYTHONHOME # an exported one leads cd, or Python, to another place
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     wanted=$(cat "$root/setup.py" "$root/launchers/setup_env.sh" | cksum)" $root"

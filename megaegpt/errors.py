@@ -1,15 +1,19 @@
 """The exceptions a user can meet: one line that says what is wrong, where, and how to fix it.
 
-A program shows them without a traceback; anything else is a bug of ours and keeps its traceback.
+A program shows them without a traceback, and so it does what :mod:`megaegpt.environment` knows the
+cause of; anything else is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
+
+from megaegpt import environment
 
 _RANK_0_SPEAKS_S = 3.0
 """Launchers end the other ranks when one exits: rank 0 needs this long to show its message."""
@@ -30,6 +34,10 @@ class DataError(MegaEGPTError):
     """Text, shards or features that are malformed, truncated, foreign or missing."""
 
 
+class FolderInUseError(DataError):
+    """A folder that another process is writing into."""
+
+
 class CheckpointError(MegaEGPTError):
     """A checkpoint or weights folder that is incomplete, damaged or of another model."""
 
@@ -43,20 +51,50 @@ class LaunchError(MegaEGPTError):
 
 
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a program's ``main``: our errors become one line on stderr and exit code 2."""
+    """Decorate a program's ``main``: what is the user's to fix becomes one line on stderr and exit
+    code 2, our errors and those of the program's surroundings alike; the rest is a bug and keeps
+    its traceback.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
+        environment.prepare()
         try:
-            main()
+            _run(main)
         except MegaEGPTError as error:
-            if error.on_every_rank and os.environ.get("RANK", "0") != "0":
+            if error.on_every_rank and environment.is_other_rank():
                 time.sleep(_RANK_0_SPEAKS_S)
-            else:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+                sys.exit(2)
+            _fail(str(error))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and environment.reader_has_left():
+                environment.abandon_output()
+                sys.exit(environment.CLOSED_PIPE_CODE)
+            cause = environment.cause_of(error)
+            if cause is None:
+                raise
+            _fail(cause)
 
     return wrapped
+
+
+def _run(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except SystemExit:  # of --help, say
+        environment.flush_output()
+        raise
+    environment.flush_output()
+
+
+def _fail(message: str) -> NoReturn:
+    with contextlib.suppress(OSError):  # a full disk behind stderr
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    try:
+        environment.flush_output()
+    except OSError:
+        environment.abandon_output()
+    sys.exit(2)

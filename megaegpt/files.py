@@ -24,7 +24,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from megaegpt.errors import CheckpointError, DataError
+from megaegpt.errors import CheckpointError, DataError, FolderInUseError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -134,6 +134,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if is_special(path):
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, path.name)
@@ -191,12 +193,22 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def is_special(path: Path) -> bool:
-    """Whether something is there that is neither a regular file nor a folder."""
+    """Whether something is there that is neither a regular file nor a folder, or that is an open
+    file under a name of the system (``/dev/fd/3``), which a rename would replace instead.
+    """
     try:
         mode = path.stat().st_mode
-    except OSError:
+        link = Path(os.readlink(path)) if path.is_symlink() else path
+    except (OSError, ValueError):
         return False
+    if Path(os.path.realpath(path.parent)).is_relative_to("/proc") or link.is_relative_to("/proc"):
+        return True
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def is_standard_output(path: Path) -> bool:
+    """Whether a name stands for what the program prints to: ``-``, ``/dev/stdout`` and the like."""
+    return str(path) in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
 def umask() -> int:
@@ -222,7 +234,8 @@ def locked_folder(folder: Path) -> Iterator[int]:
     descriptor has closed it, killed ones included.
 
     Raises:
-        DataError: another process holds it; or the folder cannot be written.
+        FolderInUseError: another process holds it.
+        DataError: the folder cannot be written.
     """
     path = folder / LOCK
     handle = _acquire(path)
@@ -247,7 +260,8 @@ def _acquire(path: Path) -> int:
                 if not is_unsupported(error):
                     raise DataError(f"cannot lock {path}: {error.strerror or error}") from None
                 return _unlocked(path)
-            raise DataError(f"{path.parent} is being written by another run{holder}") from None
+            message = f"{path.parent} is being written by another run{holder}"
+            raise FolderInUseError(message) from None
         if _is_at(handle, path):
             _sign(handle)
             return handle

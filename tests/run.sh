@@ -5,6 +5,7 @@
 #   bash tests/run.sh --long        the long proofs, which are not among them
 #   bash tests/run.sh -k shards     only pytest, with these arguments
 set -euo pipefail
+unset CDPATH PYTHONHOME # an exported one leads cd, or Python, to another place
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launchers/setup_env.sh
 set_up_environment test

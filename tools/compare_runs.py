@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
+from megaegpt.arguments import path
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.report.runs import Run, read_runs
 from megaegpt.text_tables import format_table
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="folder of a run")
     print(compare(read_runs(parser.parse_args().runs)))
 
 
@@ -39,6 +39,7 @@ def compare(runs: list[Run]) -> str:
     for run in runs:
         record = evaluations[run.name]
         step, loss = record["step"], record["validation_loss"]
+        per_byte = record.get("validation_nats_per_byte")
         rows.append(
             [
                 run.name,
@@ -46,7 +47,7 @@ def compare(runs: list[Run]) -> str:
                 f"{step:,}",
                 f"{run.config.tokens_before(step):,}",
                 f"{loss:.4f}",
-                f"{record['validation_nats_per_byte']:.4f}",
+                f"{per_byte:.4f}" if per_byte is not None else "-",
                 f"{math.exp(min(loss, 700.0)):.1f}",
             ]
         )

@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megaegpt.arguments import integer, path
 from megaegpt.errors import CheckpointError, exits_cleanly
 
 
@@ -50,14 +51,14 @@ def _parse_arguments() -> argparse.Namespace:
 
     command = commands.add_parser("import", help="GPT-2 weights from Hugging Face's form")
     command.add_argument("source", metavar="SOURCE", help="a name on the hub, or a folder")
-    command.add_argument("output", type=Path, metavar="FOLDER", help="a new folder")
+    command.add_argument("output", type=path, metavar="FOLDER", help="a new folder")
     command.set_defaults(run=_import)
 
     command = commands.add_parser("export", help="weights for transformers and other programs")
     command.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a run, a checkpoint, or a weights folder"
+        "source", type=path, metavar="SOURCE", help="a run, a checkpoint, or a weights folder"
     )
-    command.add_argument("output", type=Path, metavar="FOLDER", help="a new folder")
+    command.add_argument("output", type=path, metavar="FOLDER", help="a new folder")
     command.set_defaults(run=_export)
 
     command = commands.add_parser("masters", help="fp32 weights, for further training")
@@ -68,7 +69,7 @@ def _parse_arguments() -> argparse.Namespace:
     command.set_defaults(run=_masters)
 
     command = commands.add_parser("list", help="what a run, checkpoint or weights folder holds")
-    command.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    command.add_argument("paths", nargs="+", type=path, metavar="PATH")
     command.add_argument(
         "--verify", action="store_true", help="read every file and compare checksums"
     )
@@ -76,14 +77,14 @@ def _parse_arguments() -> argparse.Namespace:
 
     command = commands.add_parser("reshape", help="a checkpoint for another topology")
     command.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a checkpoint, or a run: its latest one"
+        "source", type=path, metavar="SOURCE", help="a checkpoint, or a run: its latest one"
     )
     command.add_argument(
-        "output", type=Path, metavar="DIRECTORY", help="a new checkpoint.directory"
+        "output", type=path, metavar="DIRECTORY", help="a new checkpoint.directory"
     )
     command.add_argument(
         "--tensor-parallel-size",
-        type=int,
+        type=integer(1),
         default=1,
         metavar="N",
         help="ranks that share one copy of the model (default: 1); the rest is data-parallel",
@@ -146,8 +147,8 @@ def _masters(arguments: argparse.Namespace) -> None:
 def _list(arguments: argparse.Namespace) -> None:
     from megaegpt.training.checkpoint.inspection import describe_contents
 
-    for path in arguments.paths:
-        for line in describe_contents(path, arguments.verify):
+    for place in arguments.paths:
+        for line in describe_contents(place, arguments.verify):
             print(line)
 
 
@@ -156,11 +157,13 @@ def _reshape(arguments: argparse.Namespace) -> None:
     from megaegpt.parallel.together import raising_together
     from megaegpt.training.checkpoint.folders import find_checkpoint
     from megaegpt.training.checkpoint.reshaping import reshape
+    from megaegpt.training.run_lock import locked_folders
 
     with joined_processes(arguments.tensor_parallel_size) as grid:
         with raising_together(grid):
             source = find_checkpoint(arguments.source)
-        saved = reshape(source, arguments.output, grid, arguments.zero_stage)
+        with locked_folders([arguments.output], grid):
+            saved = reshape(source, arguments.output, grid, arguments.zero_stage)
         if grid.is_main:
             print(f"saved {saved}")
 

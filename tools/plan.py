@@ -16,6 +16,7 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megaegpt.arguments import integer, number
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.loading import load_config
 from megaegpt.errors import CheckpointError, ConfigError, exits_cleanly
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.planning.plan import Plan
 
 _GPUS_OF_A_MACHINE = 8
+_MOST_GPUS = 1 << 20
 
 
 @exits_cleanly
@@ -59,14 +61,20 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(accelerator_names())}")
-    parser.add_argument("--gpus", required=True, type=_positive, help="of all machines together")
-    parser.add_argument("--per-node", type=_positive, help="GPUs of a machine (default: at most 8)")
     parser.add_argument(
-        "--tflops", type=_share_of(1e6), help="peak of a GPU, where the table does not have it"
+        "--gpus", required=True, type=integer(1, _MOST_GPUS), help="of all machines together"
+    )
+    parser.add_argument(
+        "--per-node", type=integer(1, _MOST_GPUS), help="GPUs of a machine (default: at most 8)"
+    )
+    parser.add_argument(
+        "--tflops",
+        type=number(above=0, most=1e6),
+        help="peak of a GPU, where the table does not have it",
     )
     parser.add_argument(
         "--efficiency",
-        type=_share_of(1),
+        type=number(above=0, most=1),
         default=0.5,
         help="share of the peak that the computation reaches (default: 0.5)",
     )
@@ -77,24 +85,6 @@ def _parse_arguments() -> argparse.Namespace:
         "overrides", nargs="*", metavar="section.key=value", help="values that differ from the file"
     )
     return parser.parse_intermixed_args()
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def _share_of(most: float) -> functools.partial[float]:
-    return functools.partial(_between_0_and, most)
-
-
-def _between_0_and(most: float, text: str) -> float:
-    number = float(text)
-    if not 0 < number <= most:
-        raise ValueError
-    return number
 
 
 def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:

@@ -10,13 +10,17 @@ and no network. Figures are drawn by matplotlib (the extra `plots`).
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from megaegpt.arguments import path
 from megaegpt.errors import LaunchError, exits_cleanly
-from megaegpt.files import write_whole
+from megaegpt.files import is_special, is_standard_output, write_whole
 from megaegpt.report.figures import can_draw
 from megaegpt.report.page import render
 from megaegpt.report.runs import read_runs
+
+_ENDINGS = ("", ".html", ".htm", ".xhtml")
 
 
 @exits_cleanly
@@ -25,20 +29,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         default=Path("report.html"),
         metavar="FILE",
-        help="default: report.html",
+        help="default: report.html; - prints it",
     )
     arguments = parser.parse_args()
     if not can_draw():
         raise LaunchError("figures need the package matplotlib: pip install matplotlib")
+    output: Path = arguments.output
+    printed = is_standard_output(output)
+    if not printed and not is_special(output) and output.suffix.lower() not in _ENDINGS:
+        raise LaunchError(f"--output {output}: the page is HTML, its name must end in .html")
     page = render(read_runs(arguments.runs))
-    write_whole(arguments.output, page.encode())
-    print(f"{arguments.output}: {len(arguments.runs)} run(s), {len(page) / 1e3:.0f} kB")
+    if printed:
+        sys.stdout.write(page)
+        return
+    write_whole(output, page.encode())
+    print(f"{output}: {len(arguments.runs)} run(s), {len(page) / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":

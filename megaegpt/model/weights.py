@@ -25,6 +25,7 @@ from megaegpt.config.loading import model_config_from_dict
 from megaegpt.config.validation import validate_model
 from megaegpt.errors import CheckpointError
 from megaegpt.files import sha256_of_file, whole_file
+from megaegpt.json_files import conform, read_json
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import full_state, shard, spec_of
 
@@ -117,17 +118,12 @@ def read_weights_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]
     """
     document = _read_description(folder)
     path = Path(folder) / _CONFIG
-    try:
-        config, extra = model_config_from_dict(document["model"], str(path)), document["extra"]
-        damaged = _DESCRIPTION in (known := document.get("sha256", {})) and (
-            known[_DESCRIPTION] != _digest(document)
-        )
-    except (LookupError, TypeError):
-        damaged = True
-    if damaged:
+    known = document.sha256.get(_DESCRIPTION)
+    if known not in (None, _digest(dataclasses.asdict(document))):
         raise CheckpointError(f"{path} is damaged or was edited: its checksum differs")
+    config = model_config_from_dict(document.model, str(path))
     validate_model(config, str(path))
-    return config, extra
+    return config, document.extra
 
 
 def weights_checksum(folder: str | Path) -> str:
@@ -149,30 +145,35 @@ def verify_weights(folder: str | Path) -> None:
     """
     path = Path(folder) / WEIGHTS
     try:
-        wanted = _read_description(folder).get("sha256", {}).get(WEIGHTS)
+        wanted = _read_description(folder).sha256.get(WEIGHTS)
         if wanted is not None and wanted != sha256_of_file(path):
             raise CheckpointError(f"{path} is damaged: its checksum differs")
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, AttributeError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be verified: {error}") from None
 
 
-def _read_description(folder: str | Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Description:
+    """What ``config.json`` holds besides ``format`` and ``version``."""
+
+    model: dict[str, Any]
+    extra: dict[str, Any]
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _read_description(folder: str | Path) -> _Description:
     path = Path(folder) / _CONFIG
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: {folder} is not a weights folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    missing = f"{folder} is not a weights folder"
+    document = read_json(path, dict[str, Any], error=CheckpointError, missing=missing)
+    if document.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a MegaEGPT weights description")
     if document.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has version {document.get('version')}; this program reads {VERSION}"
         )
-    return document
+    return conform(document, _Description, str(path), error=CheckpointError, other_keys=True)
 
 
 def load_weights(

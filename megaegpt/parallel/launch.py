@@ -7,16 +7,20 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megaegpt.errors import LaunchError
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.launcher_variables import is_launched
 from megaegpt.parallel.watch import RankWatch
 
 TIMEOUT = timedelta(minutes=10)
@@ -25,6 +29,7 @@ dies is noticed at once, by the rank watch; what one rank does for all while the
 as a download, has the longer time of :attr:`ProcessGrid.control_group`."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_POLL_S = 1.0
 
 
 @contextmanager
@@ -65,7 +70,7 @@ def init_distributed() -> torch.device:
         LaunchError: the launcher's variables are incomplete or contradict each other, the address
             cannot be used, or there are more processes on this machine than it has GPUs.
     """
-    launched = _is_launched()
+    launched = is_launched()
     device = local_device()
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
@@ -111,44 +116,6 @@ def local_device() -> torch.device:
     return device
 
 
-def _is_launched() -> bool:
-    """Whether a launcher describes the processes in the environment, which it must do in full."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if not os.environ.get(name)]
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        for mpi in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-            if os.environ.get(mpi, "1") != "1":
-                raise LaunchError(
-                    f"{mpi}={os.environ[mpi]}: mpirun sets none of the variables that torch "
-                    "reads; start by `torchrun` or `deepspeed`"
-                )
-        return False
-    if missing:
-        raise LaunchError(
-            f"{', '.join(n for n in names if n not in missing)} set, but not "
-            f"{', '.join(missing)}: start by `torchrun` or `deepspeed`, which set all of them, or "
-            "unset them all to run one process"
-        )
-    rank, world_size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    if not 0 <= rank < world_size:
-        raise LaunchError(f"RANK={rank} is not among the {world_size} ranks of WORLD_SIZE")
-    if port >= 65536:
-        raise LaunchError(f"MASTER_PORT={port} is no port: ports end at 65535")
-    if "LOCAL_RANK" not in os.environ:
-        if world_size > 1:
-            raise LaunchError("LOCAL_RANK is not set: start by `torchrun` or `deepspeed`")
-        os.environ["LOCAL_RANK"] = "0"
-    _number("LOCAL_RANK")
-    return True
-
-
-def _number(name: str) -> int:
-    text = os.environ[name]
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise LaunchError(f"{name}={text} is not a number: launchers set it, leave it to them")
-    return int(text)
-
-
 def _describe_unreachable(error: Exception) -> str:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     text = str(error)
@@ -171,8 +138,8 @@ def _of_this_attempt(store: dist.Store) -> dist.Store:
 
 
 def _end_with_launcher() -> None:
-    """A launcher that is killed must not leave ranks behind that train on: the kernel sends them
-    SIGTERM, on which a run saves and stops. Linux only; prctl(2).
+    """A launcher that is killed must not leave ranks behind that train on: they get SIGTERM, on
+    which a run saves and stops. The kernel sends it at the parent's end (Linux only; prctl(2)).
     """
     if not sys.platform.startswith("linux"):
         return
@@ -181,3 +148,44 @@ def _end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it ended before the kernel knew
         os.kill(os.getpid(), signal.SIGTERM)
+    runner = _deepspeed_runner(parent)
+    if runner is not None:
+        watch = threading.Thread(target=_end_after, args=(parent, runner), daemon=True)
+        watch.start()
+
+
+def _deepspeed_runner(parent: int) -> int | None:
+    """The process of ``deepspeed`` that started ``parent``, if both are DeepSpeed's.
+
+    It waits for ``parent`` to its end. A shell, nohup or tmux in its place may leave at any time
+    and means nothing; on further machines, ``parent`` was started over the network.
+    """
+    runner = _parent_of(parent)
+    if runner is None or "deepspeed.launcher.launch" not in _words_of(parent):
+        return None
+    started_by = [Path(word).name for word in _words_of(runner)[:3]]
+    return runner if {"deepspeed", "ds", "deepspeed.launcher.runner"} & set(started_by) else None
+
+
+def _end_after(parent: int, runner: int) -> None:
+    """SIGTERM to this process once ``runner`` has left its child ``parent`` behind."""
+    while _parent_of(parent) == runner:
+        time.sleep(_POLL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _parent_of(process: int) -> int | None:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        return int(status.rpartition(")")[2].split()[1])  # its name, in (), may hold spaces
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _words_of(process: int) -> list[str]:
+    """A process's command line."""
+    try:
+        content = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return os.fsdecode(content).split("\0")

@@ -29,7 +29,9 @@ def lines(
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
     for name, (positions, values) in curves.items():
-        axes.plot(positions, values, marker=marker, label=name, linewidth=1)
+        label = name.replace("$", r"\$")  # it is no formula
+        label = f" {label}" if label.startswith("_") else label  # which a legend would leave out
+        axes.plot(positions, values, marker=marker, label=label, linewidth=1)
     if log:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)

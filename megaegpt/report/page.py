@@ -60,7 +60,7 @@ def _summary_row(run: Run) -> list[str]:
     last, best = run.last_validation() or {}, run.best_validation() or {}
     loss = last.get("validation_loss")
     best_loss = f"{best['validation_loss']:.4f} at {best['step']:,}" if best else "-"
-    utilisation = run.curve("mfu")[1]
+    utilisation, speeds = run.finite("mfu"), run.finite("tokens_per_second")
     return [
         run.name,
         run.config.model.kind,
@@ -71,9 +71,9 @@ def _summary_row(run: Run) -> list[str]:
         best_loss,
         _number(last.get("validation_nats_per_byte"), ".4f"),
         _number(None if loss is None else math.exp(min(loss, 700.0)), ".2f"),
-        _number(median(speeds) if (speeds := run.curve("tokens_per_second")[1]) else None, ",.0f"),
+        _number(median(speeds) if speeds else None, ",.0f"),
         _number(100 * median(utilisation) if utilisation else None, ".1f"),
-        _number(max(run.curve("memory_gib")[1], default=None), ".2f"),
+        _number(max(run.finite("memory_gib"), default=None), ".2f"),
     ]
 
 
@@ -156,7 +156,9 @@ def _keys(run: Run) -> list[str]:
 
 
 def thinned(curve: tuple[Sequence[float], Sequence[float]]) -> Curve:
-    """At most 400 points: the means of as many pieces, so that nothing is hidden between them."""
+    """At most 400 points: the means of as many pieces, so that nothing is hidden between them;
+    where a piece holds a nan, the curve has a gap.
+    """
     length = len(curve[0])
     if length <= _MOST_POINTS:
         return curve

@@ -14,7 +14,9 @@ from typing import Any
 from megaegpt.config import RunConfig
 from megaegpt.config.loading import config_to_dict, load_config
 from megaegpt.errors import DataError
+from megaegpt.json_files import parse_json, read_lines
 
+_BY_CHUNK = "validation_loss_by_chunk"
 _OWN_TO_EACH_RUN = ("logging.directory", "checkpoint.directory")
 
 
@@ -28,9 +30,13 @@ class Run:
     """In the order of their steps; training and validation have records of their own."""
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the records that have ``key``."""
+        """Steps and values of the records that have ``key``; nan where it was not finite."""
         points = [(r["step"], r[key]) for r in self.records if key in r]
         return [step for step, _ in points], [value for _, value in points]
+
+    def finite(self, key: str) -> list[float]:
+        """The values of a curve that are."""
+        return [value for value in self.curve(key)[1] if math.isfinite(value)]
 
     @property
     def steps(self) -> int:
@@ -42,8 +48,8 @@ class Run:
         return next((r for r in reversed(self.records) if "validation_loss" in r), None)
 
     def best_validation(self) -> dict[str, Any] | None:
-        """The record of the evaluation with the lowest loss, if there was one."""
-        evaluated = [r for r in self.records if "validation_loss" in r]
+        """The record of the evaluation with the lowest finite loss, if there was one."""
+        evaluated = [r for r in self.records if math.isfinite(r.get("validation_loss", math.nan))]
         return min(evaluated, key=lambda r: r["validation_loss"], default=None)
 
 
@@ -59,27 +65,30 @@ def read_run(folder: Path) -> Run:
     config = load_config(folder / "config.yaml")
     path = folder / "metrics.jsonl"
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise DataError(f"{folder}: no metrics.jsonl of a run ({error.strerror})") from None
-    records = [_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-    return Run(folder.resolve().name, config, records)
+        records = [_record(line, where) for line, where in read_lines(path)]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{folder}: no metrics.jsonl of a run ({reason})") from None
+    name = folder.resolve().name.encode(errors="backslashreplace").decode()
+    return Run(name, config, records)
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is damaged: {error}") from None
-    step = record.get("step") if isinstance(record, dict) else None
-    if type(step) is not int or not all(_is_value(v) for v in record.values()):
-        raise DataError(f"{where} is not a record of a run")
+    """A record; what was not finite, null or (of earlier versions) NaN in the file, is nan."""
+    record = parse_json(line, dict[str, Any], where)
+    if type(record.get("step")) is not int:
+        raise DataError(f"{where} is damaged: it has no step")
+    for name, value in record.items():
+        values = value if name == _BY_CHUNK and isinstance(value, list) else [value]
+        if not all(_is_value(item) for item in values):
+            raise DataError(f"{where} is damaged: {name} is no value of a run")
+        finite = [math.nan if v is None or not math.isfinite(v) else v for v in values]
+        record[name] = finite if isinstance(value, list) else finite[0]
     return record
 
 
 def _is_value(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

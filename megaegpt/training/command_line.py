@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import NoReturn
 
 from megaegpt.config.loading import load_config
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import LaunchError, MegaEGPTError
+from megaegpt.parallel.launcher_variables import started_processes
 from megaegpt.training.logging.loggers import check_packages
 
 
@@ -47,13 +47,3 @@ class RunParser(argparse.ArgumentParser):
             error.on_every_rank = True  # all read the same
             raise
         return arguments, config
-
-
-def started_processes() -> int | None:
-    """How many processes a launcher started; None without one."""
-    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-
-
-def is_main_process() -> bool:
-    """Whether this is the one that prints, before there is a process group."""
-    return os.environ.get("RANK", "0") == "0"

@@ -24,8 +24,8 @@ from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.launcher_variables import is_main_process
 from megaegpt.parallel.together import raising_together
-from megaegpt.training.command_line import is_main_process
 
 if TYPE_CHECKING:
     from megaegpt.training.pretraining import SampleText

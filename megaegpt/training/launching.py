@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from megaegpt.arguments import number
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.run import RunConfig
-from megaegpt.training.command_line import RunParser, is_main_process, started_processes
+from megaegpt.parallel.launcher_variables import is_main_process, started_processes
+from megaegpt.training.command_line import RunParser
 
 if TYPE_CHECKING:
     from megaegpt.parallel.grid import ProcessGrid
@@ -64,7 +66,7 @@ def launch(
     )
     parser.add_argument(
         "--exit-minutes",
-        type=float,
+        type=number(least=0),
         metavar="M",
         help="save and stop M minutes after the start, before a job's time limit does",
     )
@@ -80,10 +82,15 @@ def _train(
 ) -> None:
     from megaegpt.generation.generator import sample_text
     from megaegpt.parallel.launch import joined_processes
+    from megaegpt.training.run_lock import locked_folders
     from megaegpt.training.stopping import StopRequests
 
     stops = StopRequests(exit_minutes, started)
-    with joined_processes(config.parallel.tensor_parallel_size) as grid:
+    folders = (config.logging.directory, config.checkpoint.directory)
+    with (
+        joined_processes(config.parallel.tensor_parallel_size) as grid,
+        locked_folders(folders, grid),
+    ):
         train(config, grid, resume=resume, stops=stops, sample_text=sample_text)
 
 

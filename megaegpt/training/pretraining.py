@@ -44,7 +44,7 @@ from megaegpt.training.identity import (
 )
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, device_name
-from megaegpt.training.logging.monitor import Monitor
+from megaegpt.training.logging.monitor import Monitor, has_validation
 from megaegpt.training.run_data import PretrainingData, RunData
 from megaegpt.training.stopping import StopRequests
 from megaegpt.training.trainer import Trainer
@@ -106,6 +106,8 @@ def train(
     notices: list[str] = []
     if latest is not None:
         notices += broadcast_object(lambda: check_resume(config, identity, latest), grid)
+        if broadcast_object(lambda: _says_complete(config, data, latest), grid):
+            return True
         state = broadcast_object(lambda: Manifest.read(latest).trainer, grid)
     compiles = config.training.compile and compile_problem(grid.device.type) is None
     model = _build_model(config, grid, encoder, compiles, notices)
@@ -344,6 +346,22 @@ def _restore(
         with raising_together(grid):
             load_weights(engine.model, folder / "weights", grid, allow_nonfinite=True)
     checkpoints.load(engine, folder)
+
+
+def _says_complete(config: RunConfig, data: RunData, latest: Path) -> bool:
+    """Whether nothing is left to do, which a line says then; all files stay as they are."""
+    step = Manifest.read(latest).step
+    if step < config.training.steps:
+        return False
+    evaluates = data.validation is not None and step == config.training.steps
+    if evaluates and not has_validation(Path(config.logging.directory), step):
+        return False  # it ended between its last checkpoint and its last evaluation
+    print(
+        f"complete: {latest} is after step {step} of {config.training.steps}; raise "
+        "training.steps to train on",
+        flush=True,
+    )
+    return True
 
 
 def _check_held_out(config: RunConfig, data: RunData) -> None:

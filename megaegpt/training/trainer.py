@@ -212,10 +212,12 @@ class Trainer:
     def _end_early(self) -> None:
         if self._saved != self.done:
             self.save()
+        best, reason = self.best, "no validation loss was finite"
+        if best.loss is not None:
+            reason = f"no validation loss better than {best.loss:.4f}, that of step {best.step},"
         self.monitor.say(
-            f"ended after step {self.done} of {self.config.training.steps}: no validation loss "
-            f"better than {self.best.loss:.4f}, that of step {self.best.step}, in "
-            f"{self.best.without} evaluations (training.patience)"
+            f"ended after step {self.done} of {self.config.training.steps}: {reason} in "
+            f"{best.without} evaluations (training.patience)"
         )
 
     def _stop(self, reason: str) -> None:

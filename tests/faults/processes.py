@@ -18,6 +18,8 @@ from megaegpt.config.run import RunConfig
 from megaegpt.errors import exits_cleanly
 from megaegpt.parallel.launch import joined_processes
 from megaegpt.training.pretraining import pretrain
+from megaegpt.training.run_lock import locked_folders
+from megaegpt.training.stopping import StopRequests
 from tests.distributed.harness import CONTEXT, free_port
 
 
@@ -38,10 +40,14 @@ def _rank(
     exits_cleanly(functools.partial(function, *args))()
 
 
-def train(config: RunConfig) -> None:
-    """A rank of ``launchers/pretrain.py --resume``."""
-    with joined_processes(config.parallel.tensor_parallel_size) as grid:
-        pretrain(config, grid, resume=True)
+def train(config: RunConfig, exit_minutes: float | None = None) -> None:
+    """A rank of ``launchers/pretrain.py --resume --exit-minutes M``."""
+    folders = (config.logging.directory, config.checkpoint.directory)
+    with (
+        joined_processes(config.parallel.tensor_parallel_size) as grid,
+        locked_folders(folders, grid),
+    ):
+        pretrain(config, grid, resume=True, stops=StopRequests(exit_minutes))
 
 
 class Ranks:

@@ -162,6 +162,31 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: P
     assert max(losses(tmp_path / "run")) == done
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_killed_launcher_takes_its_ranks_along_and_the_run_goes_on_at_once(
+    corpus: Path, tmp_path: Path, launcher: str
+) -> None:
+    changes: dict[str, Any] = {
+        "training": {"steps": 100_000, "eval_interval": 100_000},
+        "checkpoint": {"interval": 0},
+        "logging": {"interval": 20},
+    }
+    config = _write_config(tmp_path, "gpt", corpus, **changes)
+    process = _start(launcher, "--config", str(config))
+    _wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    ranks = Ranks(1, tmp_path, train, run_config("gpt", corpus, tmp_path / "run", **changes), 0.0)
+    assert ranks.wait(120) == [0], ranks.shown(0)
+    latest = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
+    done = int(latest.removeprefix("step_"))
+    assert f"resuming after step {done}\n" in ranks.shown(0)
+    steps = [record["step"] for record in records(tmp_path / "run") if "loss" in record]
+    assert steps == list(range(1, done + 1))
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
+
+
 def test_torchrun_starts_all_ranks_again_when_one_was_killed(corpus: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "training": {"steps": 20, "eval_interval": 20},

@@ -119,6 +119,34 @@ def test_new_requirements_are_installed(checkout):
     assert checkout.set_up()[1] != []
 
 
+def test_exported_shell_variables_and_spaces_in_paths_do_no_harm(tmp_path):
+    """CDPATH would lead `cd launchers/..` to another project, and prints where it went."""
+    checkout = Checkout(tmp_path / "my projects" / "the project")
+    decoy = tmp_path / "decoy" / "launchers"
+    decoy.mkdir(parents=True)
+    checkout.calls.write_text("")
+    command = "set -euo pipefail; source launchers/setup_env.sh; set_up_environment quickstart"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": str(checkout.python),
+        "CALLS": str(checkout.calls),
+        "CDPATH": f"{decoy.parent}:.",
+        "PYTHONHOME": str(decoy),
+        "GREP_OPTIONS": "--color=always",
+    }
+    done = subprocess.run(
+        ["bash", "-c", f'{command}; echo "$root, ${{PYTHONHOME-unset}}"'],
+        cwd=checkout.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"\n{checkout.folder}, unset\n")
+    assert (checkout.folder / ".venv" / "bin" / "python").exists()
+
+
 def test_an_environment_that_was_moved_is_made_again(checkout, tmp_path):
     checkout.set_up()
     moved = Path(shutil.move(checkout.folder, tmp_path / "moved"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,12 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ['{"step": 2, "lo', "[]", '{"loss": 1}', '{"step": 2, "loss": "x"}', "\xff\x00", ""]
+    "line",
+    [
+        *('{"step": 2, "lo', "[]", "null", '{"loss": 1}', "\xff\x00", "", "[" * 9000, "9" * 5000),
+        *('{"step": 2, "loss": "x"}', '{"step": 2, "loss": [1]}', '{"step": 2, "lr": true}'),
+        *('{"step": null}', '{"step": true}', '{"step": 1e3}', '{"step": 9223372036854775808}'),
+    ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     folder = make_run(tmp_path / "bad", RECORDS[:1])
@@ -55,6 +61,26 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         file.write(line + '\n{"step": 3, "loss": 1.0}\n')
     with pytest.raises(DataError, match=r"bad/metrics\.jsonl:2 is"):
         read_run(folder)
+
+
+def test_a_run_that_diverged_is_read_in_the_form_of_today_and_of_earlier_versions(
+    tmp_path: Path,
+) -> None:
+    for number in ("null", "NaN", "Infinity"):
+        folder = make_run(tmp_path / number, RECORDS)
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(
+                f'{{"step": 4, "loss": {number}}}\n{{"step": 4, "validation_loss": {number}, '
+            )
+            file.write(f'"validation_loss_by_chunk": [2.5, {number}]}}\n')
+        run = read_run(folder)
+        assert run.finite("loss") == [5.0, 4.0, 3.0]
+        assert math.isnan(run.curve("loss")[1][-1])
+        assert run.best_validation() == RECORDS[2]
+        last = run.last_validation()
+        assert last is not None
+        assert math.isnan(last["validation_loss"])
+        assert last["validation_loss_by_chunk"][0] == 2.5
 
 
 def test_runs_of_the_same_name_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:

@@ -58,3 +58,12 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
     (run / "metrics.jsonl").unlink()
     with pytest.raises(DataError, match=r"other: no metrics\.jsonl"):
         read_runs([run])
+
+
+def test_a_run_that_diverged_is_compared_beside_the_others(tmp_path):
+    good = make_run(tmp_path / "good", "gpt", [5.0], [])
+    bad = make_run(tmp_path / "bad", "gpt", [float("nan")], [float("nan"), 1.0])
+    lines = compare(read_runs([good, bad])).splitlines()
+    assert lines[2].split()[4] == "5.0000"
+    assert lines[3].split() == ["bad", "gpt", "10", "160", "nan", "nan", "nan"]
+    assert lines[-1].split() == ["bad", "nan", "1.000"]

@@ -107,3 +107,88 @@ def test_without_matplotlib_one_line_says_so(
         report.main()
     assert stop.value.code == 2
     assert "need the package matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def _write(monkeypatch: pytest.MonkeyPatch, run: Path, output: str) -> int:
+    """Call the program; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["report", str(run), "--output", output])
+    try:
+        report.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_a_device_is_written_to_and_stays_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "one", _records([]))
+    assert _write(monkeypatch, run, "/dev/full") == 2
+    assert capsys.readouterr().err == "error: cannot write /dev/full: No space left on device\n"
+    assert _write(monkeypatch, run, "/dev/null") == 0
+    assert all(Path(device).is_char_device() for device in ("/dev/full", "/dev/null"))
+
+
+def test_an_open_file_of_the_process_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "one", _records([]))
+    with open(tmp_path / "page.html", "wb") as page:
+        link = tmp_path / "link"  # as /dev/stdout is one
+        link.symlink_to(f"/proc/self/fd/{page.fileno()}")
+        assert _write(monkeypatch, run, str(link)) == 0
+    assert link.is_symlink()
+    assert (tmp_path / "page.html").read_text().endswith("</html>\n")
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_the_page_alone_goes_to_standard_output(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    assert _write(monkeypatch, make_run(tmp_path / "one", _records([])), name) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("<!DOCTYPE html>")
+    assert shown.endswith("</html>\n")
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("page.foo", "--output page.foo: the page is HTML, its name must end in .html"),
+        ("", "argument --output: must be the name of a file or folder"),
+        ("none/page.html", "cannot write none/page.html: No such file or directory"),
+        (".", "cannot write .: Is a directory"),
+        (f"{'x' * 300}.html", "File name too long"),
+        ("/proc/page.html", "cannot write /proc/page.html: "),
+    ],
+)
+def test_where_no_page_can_be_written_one_line_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    output: str,
+    told: str,
+) -> None:
+    run = make_run(tmp_path / "one", _records([]))
+    monkeypatch.chdir(tmp_path)
+    assert _write(monkeypatch, run, output) == 2
+    errors = capsys.readouterr().err
+    assert told in errors
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_a_run_that_diverged_is_shown_beside_the_others(tmp_path: Path) -> None:
+    good = make_run(tmp_path / "good", _records([4.0]))
+    bad = make_run(tmp_path / "bad", _records([4.0])).rename(tmp_path / "$bad^{_")
+    with open(bad / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": null, "tokens_per_second": 1.0, "memory_gib": NaN}\n')
+        file.write('{"step": 5, "validation_loss": NaN, "validation_loss_by_chunk": [null, 1]}\n')
+    page = render(read_runs([good, bad]))
+    rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in page.split("<tr>")[1:]]
+    assert next(row[4:7] for row in rows if row[0] == "good") == ["2.5000", "2.0000", "1.5000 at 2"]
+    assert next(row[4:7] for row in rows if row[0] == "$bad^{_") == ["nan", "nan", "1.5000 at 2"]
+    assert "Training loss" in _images(page)

@@ -131,3 +131,38 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_last_complete_checkpoint(
     process.communicate()
     assert distributed(1, _resume_alone, killed) == [True]
     _assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def _resume_what_is_complete(corpus: Path, folder: Path) -> list[str]:
+    config = run_config("gpt", corpus, folder)
+    shown = []
+    for changes in ({}, {"training": {"steps": 4}}, {}):
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
+            again = run_config("gpt", corpus, folder, **changes) if shown else config
+            assert pretrain(again, grid_for(1), resume=True)
+        shown.append(text.getvalue())
+        files = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in _files(folder)}
+        shown.append(str(hash(tuple(files.items()))))
+    (folder / "metrics.jsonl").write_text("")  # as if it had died before its last evaluation
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
+        pretrain(config, grid_for(1), resume=True)
+    return [*shown, text.getvalue()]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_complete_run_says_so_on_resuming_and_stays_as_it_is(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    (shown,) = distributed(1, _resume_what_is_complete, corpus, tmp_path)
+    _, first, shorter, second, complete, third, evaluated = shown
+    assert first == second == third
+    latest = tmp_path / "checkpoints" / "step_00000006"
+    told = "is after step {} of {}; raise training.steps to train on\n"
+    assert complete == f"complete: {latest} {told.format(6, 6)}"
+    assert shorter == f"complete: {latest} {told.format(6, 4)}"
+    assert "step 6: validation loss" in evaluated

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megaegpt.arguments import integer
 from megaegpt.config import ModelConfig
 from megaegpt.config.validation import validate_model
 from megaegpt.errors import ConfigError
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lengths",
-        type=int,
+        type=integer(1),
         nargs="+",
         default=[1024, 2048, 4096, 8192, 16384],
         metavar="N",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megaegpt.arguments import integer
 from megaegpt.errors import ConfigError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.text_tables import format_table
@@ -38,10 +39,17 @@ def parse_peers(values: Sequence[str], known: Sequence[str]) -> dict[str, Path |
 def add_repetitions(parser: argparse.ArgumentParser, default: int = 5) -> None:
     """How often, and with how many threads."""
     parser.add_argument(
-        "--repetitions", type=int, default=default, metavar="N", help="counted rounds (%(default)s)"
+        "--repetitions",
+        type=integer(1),
+        default=default,
+        metavar="N",
+        help="counted rounds (%(default)s)",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads of a single process (torch's default)"
+        "--threads",
+        type=integer(1),
+        metavar="N",
+        help="threads of a single process (torch's default)",
     )
 
 
@@ -56,7 +64,11 @@ def add_sizes(parser: argparse.ArgumentParser, sizes: dict[str, tuple[int, str]]
     """Whole numbers by name: ``{"chunk-size": (1024, "tokens in a chunk")}``."""
     for name, (default, meaning) in sizes.items():
         parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{meaning} (%(default)s)"
+            f"--{name}",
+            type=integer(1),
+            default=default,
+            metavar="N",
+            help=f"{meaning} (%(default)s)",
         )
 
 

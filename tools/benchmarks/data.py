@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import tiktoken
 
+from megaegpt.arguments import integer
 from megaegpt.data.tokenizer import PUBLISHED_PATTERN, Tokenizer
 from megaegpt.data.tokens.samples import PretrainingSamples
 from megaegpt.data.tokens.shards import ShardWriter
@@ -38,9 +39,11 @@ _BYTES_PER_UNIT = 1000  # rates are printed in thousands of bytes: kB/s
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``benchmark.py data``."""
     parser.add_argument("--input", type=Path, help="JSON Lines (default: made of Python sources)")
-    parser.add_argument("--megabytes", type=int, default=100, help="to make (%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=42_800_000, help="in the loader's shard")
+    parser.add_argument("--megabytes", type=integer(1), default=100, help="to make (%(default)s)")
+    parser.add_argument("--workers", type=integer(1), default=2, help="processes (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=integer(1), default=42_800_000, help="in the loader's shard"
+    )
     parser.add_argument(
         "--peer", action="append", default=[], metavar="megatron=PATH", help="Megatron-LM's folder"
     )

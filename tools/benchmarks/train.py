@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megaegpt.arguments import integer
 from megaegpt.config import ModelConfig
 from tools.benchmarks import peers
 from tools.benchmarks.common import (
@@ -36,8 +37,8 @@ VOCAB = 50304
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``benchmark.py train``."""
     parser.add_argument("--shape", choices=SHAPES, default="small", help="sizes (%(default)s)")
-    parser.add_argument("--context", type=int, help="tokens in a sequence (the shape's)")
-    parser.add_argument("--batch", type=int, help="sequences in a step over all processes")
+    parser.add_argument("--context", type=integer(1), help="tokens in a sequence (the shape's)")
+    parser.add_argument("--batch", type=integer(1), help="sequences in a step over all processes")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=0, help="ZeRO stage")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "auto"), default="auto", help="%(default)s"
@@ -47,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="compiled ones too: our blocks, peers whole"
     )
     parser.add_argument(
-        "--processes", type=int, default=1, help="also run ours with this many, a thread each"
+        "--processes",
+        type=integer(1),
+        default=1,
+        help="also run ours with this many, a thread each",
     )
     parser.add_argument(
         "--peer", action="append", default=[], metavar="nanogpt=DIR|hf|litgpt=DIR", help="repeat"

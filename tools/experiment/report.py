@@ -15,7 +15,12 @@ _BUDGETS = {"steps": "equal steps", "flops": "equal training FLOPs", "time": "eq
 
 
 def collect(plan: ExperimentPlan) -> dict[str, Any]:
-    """All finished runs, averaged over seeds, and what follows from them."""
+    """All finished runs, averaged over seeds, and what follows from them.
+
+    Raises:
+        DataError: the encoder, or every variant, of a corpus is still missing, or a result is
+            damaged.
+    """
     folder = Path(plan.output)
     corpora = {name: _corpus(plan, folder / "runs" / name) for name in plan.corpora}
     return {
@@ -36,6 +41,8 @@ def _machines(folder: Path) -> list[str]:
 
 def _corpus(plan: ExperimentPlan, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"encoder": _over_seeds([folder / "encoder"])}
+    if not any((folder / "steps").glob(f"*/*/{RESULT}")):
+        raise DataError(f"{folder}: no variant is finished; train before it is reported")
     for budget in plan.budgets:
         result[budget] = {}
         for variant in plan.variants:
@@ -101,7 +108,8 @@ def findings(plan: ExperimentPlan, name: str, corpus: dict[str, Any]) -> list[st
                 f"{name}, {_BUDGETS[budget]}: {variant} "
                 f"{_versus(base, loss, f'the baseline {plan.baseline}')}"
             )
-            if control := plan.controls.get(variant):
+            control = plan.controls.get(variant)
+            if control in variants:
                 other = variants[control]["losses"]["true"]
                 found.append(
                     f"{name}, {_BUDGETS[budget]}: {variant} "

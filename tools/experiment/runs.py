@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,15 +16,17 @@ from megaegpt.config import RunConfig
 from megaegpt.config.loading import config_to_dict, config_to_yaml, load_config
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.errors import CheckpointError
+from megaegpt.errors import CheckpointError, DataError
 from megaegpt.evaluation.history import HISTORIES
 from megaegpt.files import locked_folder, write_whole
 from megaegpt.generation.trained import load_for_inference
 from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.json_files import conform, read_json
 from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.summary import measure_model
 from megaegpt.precision import DTYPES, resolve_precision
+from megaegpt.report.runs import read_run
 from megaegpt.training.feature_stores import find_encoder
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.stopping import StopRequests
@@ -231,22 +234,57 @@ class Experiment:
 
 
 def best_step(folder: Path) -> int:
-    """The evaluated step of a run with the lowest loss on the selection part."""
-    losses = {
-        r["validation_loss"]: r["step"] for r in read_metrics(folder) if "validation_loss" in r
-    }
-    return losses[min(losses)]
+    """The evaluated step of a run with the lowest loss on the selection part.
+
+    Raises:
+        DataError: no loss of it is finite.
+    """
+    best = read_run(folder).best_validation()
+    if best is None:
+        raise DataError(f"{folder}: none of the run's validation losses is finite: it diverged")
+    return best["step"]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """A run's records."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_run(folder).records
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """What :func:`tools.experiment.measure.summarize` gives."""
+
+    loss: float
+    nats_per_byte: float
+    tokens: int
+    bytes: int
+    by_chunk: list[float]
+    by_position: list[float]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What the report reads of a result."""
+
+    machine: str
+    losses: dict[str, _Losses]
+    gates: list[float]
+    parameters: int
+    training: dict[str, Any]
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """What was published of a run."""
-    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    """What was published of a run.
+
+    Raises:
+        DataError: nothing was, or it is damaged.
+    """
+    path = folder / RESULT
+    remedy = f"remove {folder}, and start the experiment again"
+    missing = "the run is not finished; start the experiment without --report-only"
+    result = read_json(path, dict[str, Any], remedy=remedy, missing=missing)
+    conform(result, _Result, str(path), remedy=remedy, other_keys=True)
+    return result
 
 
 def _last_weights(config: RunConfig) -> Path:

@@ -19,6 +19,7 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.errors import DataError
 from megaegpt.files import write_whole
+from megaegpt.json_files import read_json
 from tools.experiment.plan import CorpusPlan, ExperimentPlan
 
 PARTS = ("train", "selection", "report")
@@ -127,10 +128,9 @@ def _write(prefix: Path, documents: Iterable[np.ndarray]) -> int:
 
 
 def _is_done(folder: Path, made_of: dict[str, Any]) -> bool:
-    try:
-        found = json.loads((folder / _DONE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / _DONE).exists():
         return False
+    found = read_json(folder / _DONE, dict[str, Any], remedy=f"remove {folder}")
     if found != json.loads(json.dumps(made_of)):
         raise DataError(f"{folder} holds the texts of another experiment: choose another output")
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.shards import ShardSummary, bin_path, idx_path
 from megaegpt.errors import DataError
 from megaegpt.files import is_special, sha256_of_file, write_whole
+from megaegpt.json_files import conform, read_json
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
@@ -53,30 +55,20 @@ class Manifest:
             DataError: it is missing, damaged, or of another format.
         """
         path = folder / MANIFEST_NAME
-        if is_special(path):
-            raise DataError(f"{path} is a pipe or a device, not a file")
+        remedy = "make the shards again, or copy it again"
+        missing = "these shards have no manifest"
+        fields = read_json(path, dict[str, Any], remedy=remedy, missing=missing)
+        found = fields.pop("format", None)
+        if found != _FORMAT:
+            raise DataError(f"{path} has format {found!r:.50}; only {_FORMAT} is known")
+        manifest = conform(fields, Manifest, str(path), remedy=remedy)
         try:
-            fields = json.loads(path.read_bytes())
-            found = fields.pop("format")
-            if found != _FORMAT:
-                raise DataError(f"{path} has format {found!r:.50}; only {_FORMAT} is known")
-            fields["splits"] = {
-                split: [parse_summary(shard) for shard in shards]
-                for split, shards in fields["splits"].items()
-            }
-            fields["counts"] = whole_numbers(fields["counts"])
-            for name in ("tokenizer", "plan"):
-                if not isinstance(fields[name], dict):
-                    raise ValueError(f"{name!r} is no object")
-            return Manifest(**fields)
-        except FileNotFoundError:
-            raise DataError(f"{path} does not exist: these shards have no manifest") from None
-        except KeyError as error:
-            raise DataError(f"{path} is damaged: it has no {error}") from None
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{path} is damaged: {error}") from None
+            whole_numbers(manifest.counts)
+            for shard in itertools.chain.from_iterable(manifest.splits.values()):
+                parse_summary(asdict(shard))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path} is damaged: {error}; {remedy}") from None
+        return manifest
 
     def verify(self, folder: Path) -> None:
         """Compare the checksums of all shards.

@@ -12,6 +12,7 @@ from typing import Any
 
 from megaegpt.errors import CheckpointError
 from megaegpt.files import sha256_of_file, sync_file, whole_file
+from megaegpt.json_files import conform, read_json
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -76,23 +77,15 @@ class Manifest:
             CheckpointError: it is missing, damaged, or of another format.
         """
         path = folder / MANIFEST
-        try:
-            body = json.loads(path.read_bytes())
-            version, digest = body.pop("format"), body.pop("sha256")
-            if version != _FORMAT:
-                raise CheckpointError(f"{path} has format {version}; this version reads {_FORMAT}")
-            if digest != _digest(body):
-                raise ValueError("checksum")
-            body["files"] = {name: FileEntry(**entry) for name, entry in body["files"].items()}
-            return Manifest(**body)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{folder} is not a complete checkpoint: {MANIFEST} is missing"
-            ) from None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
-            raise CheckpointError(f"{path} is damaged: {_REMEDY}") from None
+        if not path.exists():
+            raise CheckpointError(f"{folder} is not a complete checkpoint: {MANIFEST} is missing")
+        body = read_json(path, dict[str, Any], error=CheckpointError, remedy=_REMEDY)
+        version, digest = body.pop("format", None), body.pop("sha256", None)
+        if version != _FORMAT:
+            raise CheckpointError(f"{path} has format {version}; this version reads {_FORMAT}")
+        if digest != _digest(body):
+            raise CheckpointError(f"{path} is damaged (its checksum differs): {_REMEDY}")
+        return conform(body, Manifest, str(path), error=CheckpointError, remedy=_REMEDY)
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ class BestLoss:
     """
 
     loss: float | None = None
-    """Nats per token; None before the first evaluation."""
+    """Nats per token; None before the first evaluation with a finite loss."""
     step: int = 0
     """Steps done when it was measured."""
     counted: int = 0
@@ -24,11 +25,16 @@ class BestLoss:
     """Evaluations since the best."""
 
     def count(self, step: int, loss: float) -> None:
-        """Take note of an evaluation after ``step`` steps, once; nan is never the best."""
+        """Take note of an evaluation after ``step`` steps, once.
+
+        A loss that is not finite is never the best, and no obstacle to a later one: checkpoints
+        of earlier versions can hold one.
+        """
         if step <= self.counted:
             return
         self.counted = step
-        if self.loss is None or loss < self.loss:
+        beaten = self.loss is None or not math.isfinite(self.loss) or loss < self.loss
+        if math.isfinite(loss) and beaten:
             self.loss, self.step, self.without = loss, step, 0
         else:
             self.without += 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megaegpt.config import LoggingConfig, RunConfig
-from megaegpt.files import write_whole
+from megaegpt.errors import DataError
+from megaegpt.files import is_special, naming_failures, write_whole
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.report.figures import can_draw, loss_by_chunk, pixels
 from megaegpt.training.evaluation import Evaluation
@@ -29,6 +30,7 @@ class Monitor:
 
     Raises:
         ConfigError: a board cannot be opened.
+        DataError: the folder cannot be written; the methods raise it too, of a full disk.
     """
 
     def __init__(self, config: LoggingConfig, grid: ProcessGrid, done: int = 0) -> None:
@@ -36,14 +38,20 @@ class Monitor:
         self._validated: dict[int, float] = {}
         self._boards: list[Board] = []
         self._told_of_images = False
+        self._folder = folder = Path(config.directory)
         if not self._is_main:
             return
-        folder = Path(config.directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = keep_records(folder / METRICS, done)
-        self._validated |= {r["step"]: r["validation_loss"] for r in kept if "validation_loss" in r}
-        self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._boards = open_boards(config, done)
+        with naming_failures(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = keep_records(folder / METRICS, done)
+        self._validated |= {
+            r["step"]: math.nan if (loss := r["validation_loss"]) is None else loss
+            for r in kept
+            if "validation_loss" in r
+        }
+        with naming_failures(folder):
+            self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+            self._boards = open_boards(config, done)
 
     def say(self, text: str) -> None:
         """Show a line on the console."""
@@ -52,16 +60,11 @@ class Monitor:
 
     def configuration(self, config: RunConfig) -> None:
         """Show what the run is."""
-        for board in self._boards:
-            board.configuration(config)
+        self._show(lambda board: board.configuration(config))
 
     def training(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Record scalars of training step ``step`` (counted from 1), but None, inf and nan."""
-        known = {
-            name: value
-            for name, value in values.items()
-            if value is not None and math.isfinite(value)
-        }
+        """Record scalars of training step ``step`` (counted from 1) that are known (not None)."""
+        known = {name: value for name, value in values.items() if value is not None}
         self._record(step, known)
         self._scalars(step, {f"training/{name}": value for name, value in known.items()})
 
@@ -71,7 +74,7 @@ class Monitor:
             "validation_loss": result.loss,
             "validation_nats_per_byte": result.nats_per_byte,
         }
-        chunks = [loss for loss in result.loss_by_chunk if math.isfinite(loss)]
+        chunks = list(result.loss_by_chunk[: _with_targets(result)])
         self._validated[step] = result.loss
         self._record(step, {**values, **({"validation_loss_by_chunk": chunks} if chunks else {})})
         self._scalars(
@@ -88,8 +91,7 @@ class Monitor:
     def _draw_chunks(self, step: int, losses: list[float]) -> None:
         if can_draw():
             image = pixels(loss_by_chunk({"validation": losses}))
-            for board in self._boards:
-                board.image(step, "validation/loss_by_chunk", image)
+            self._show(lambda board: board.image(step, "validation/loss_by_chunk", image))
         elif not self._told_of_images:
             self._told_of_images = True
             self.say("notice: no image of the loss by chunk: matplotlib is not installed")
@@ -100,34 +102,55 @@ class Monitor:
 
     def text(self, name: str, text: str, step: int) -> None:
         """Show a text, such as a generated sample."""
-        for board in self._boards:
-            board.text(step, name, text)
+        self._show(lambda board: board.text(step, name, text))
 
     def flush(self) -> None:
         """Make records so far readable by others."""
         if self._is_main:
-            self._metrics.flush()
-            for board in self._boards:
-                board.flush()
+            with naming_failures(self._folder / METRICS):
+                self._metrics.flush()
+            self._show(lambda board: board.flush())
 
     def close(self) -> None:
         """Write the rest."""
         if self._is_main:
-            self._metrics.close()
-            for board in self._boards:
-                board.close()
+            with naming_failures(self._folder / METRICS):
+                self._metrics.close()
+            self._show(lambda board: board.close())
 
     def _record(self, step: int, values: Mapping[str, Any]) -> None:
         if self._is_main:
-            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            record = {"step": step, **{name: _or_null(value) for name, value in values.items()}}
+            with naming_failures(self._folder / METRICS):
+                self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for board in self._boards:
-            board.scalars(step, values)
+        finite = {n: value for n, value in values.items() if _or_null(value) is not None}
+        self._show(lambda board: board.scalars(step, finite))
+
+    def _show(self, act: Callable[[Board], None]) -> None:
+        with naming_failures(self._folder):  # of a full disk, the writer's thread tells here
+            for board in self._boards:
+                act(board)
+
+
+def _with_targets(result: Evaluation) -> int:
+    """How many chunks of the window have a loss: those at its end may be without targets."""
+    known = [number for number, loss in enumerate(result.loss_by_chunk, 1) if not math.isnan(loss)]
+    return max(known, default=0)
+
+
+def _or_null(value: Any) -> Any:
+    """JSON has no number for what is not finite: a loss of inf or nan is on record as null."""
+    if isinstance(value, list):
+        return [_or_null(item) for item in value]
+    return value if value is not None and math.isfinite(value) else None
 
 
 def keep_records(path: Path, step: int) -> list[dict[str, Any]]:
     """Cut ``metrics.jsonl`` down to whole records of the first ``step`` steps; returns them."""
+    if is_special(path):
+        raise DataError(f"{path} is no regular file: remove it")
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
@@ -138,11 +161,21 @@ def keep_records(path: Path, step: int) -> list[dict[str, Any]]:
     return [records[line] for line in kept]
 
 
+def has_validation(folder: Path, step: int) -> bool:
+    """Whether a run's folder has a record of an evaluation after ``step`` steps."""
+    path = folder / METRICS
+    if not path.is_file():
+        return False
+    with path.open("rb") as lines:
+        records = (_parse(line) for line in lines)
+        return any(r is not None and r["step"] == step and "validation_loss" in r for r in records)
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A record; None for a line that was cut off."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = line.endswith(b"\n") and isinstance(record, dict) and "step" in record
-    return record if whole else None
+    whole = line.endswith(b"\n") and isinstance(record, dict)
+    return record if whole and type(record.get("step")) is int else None

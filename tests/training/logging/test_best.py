@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,19 @@ def test_patience_counts_evaluations_since_the_best() -> None:
     assert BestLoss(**best.state()) == best
     best.count(5, float("nan"))
     assert (best.loss, best.without) == (2.0, 3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_never_the_best_and_no_obstacle(bad: float) -> None:
+    best = BestLoss()
+    best.count(1, bad)
+    assert (best.loss, best.step, best.without) == (None, 0, 1)
+    assert best.lost_patience(1)
+    best.count(2, 3.0)
+    assert (best.loss, best.step, best.without) == (3.0, 2, 0)
+    from_before = BestLoss(loss=bad, step=1, counted=1)  # as earlier versions saved it
+    from_before.count(2, 3.0)
+    assert (from_before.loss, from_before.step) == (3.0, 2)
 
 
 @contextlib.contextmanager

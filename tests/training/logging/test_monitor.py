@@ -10,6 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megaegpt.config import LoggingConfig, ModelConfig, RunConfig
+from megaegpt.errors import DataError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation
 from megaegpt.training.logging.monitor import Monitor
@@ -58,15 +59,45 @@ def test_records_are_strict_json(tmp_path: Path) -> None:
     run = monitor(tmp_path)
     run.training(1, {"loss": math.nan, "grad_norm": math.inf, "mfu": None, "lr": 0.1})
     run.validation(1, EVALUATION)
+    chunks = (math.inf, 2.5, math.nan)
+    run.validation(2, Evaluation(math.nan, math.nan, tokens=100, loss_by_chunk=chunks))
     run.close()
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    training, validation = (json.loads(line, parse_constant=refuse) for line in lines)
-    assert training == {"step": 1, "lr": 0.1}
+    training, validation, diverged = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert training == {"step": 1, "loss": None, "grad_norm": None, "lr": 0.1}
     assert validation["validation_loss_by_chunk"] == [3.5, 2.5]
+    assert diverged["validation_loss"] is None
+    assert diverged["validation_loss_by_chunk"] == [None, 2.5]
+
+
+@pytest.mark.parametrize("written", ["null", "NaN"])
+def test_an_evaluation_without_a_finite_loss_is_not_made_again(
+    tmp_path: Path, written: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 2, "validation_loss": {written}}}\n')
+    run = monitor(tmp_path, done=2)
+    run.close()
+    assert math.isnan(run.validation_loss(2) or 0.0)
+    assert run.validation_loss(1) is None
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    run = monitor(tmp_path)
+    run._metrics.close()
+    run._metrics = open("/dev/full", "a")  # noqa: SIM115
+    run.training(1, {"loss": 4.0})
+    with pytest.raises(DataError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        run.flush()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot write .*file/run: Not a directory"):
+        monitor(tmp_path / "file" / "run")
 
 
 def test_tensorboard_has_scalars_texts_and_the_figure(tmp_path: Path) -> None:

@@ -1,0 +1,241 @@
+"""Every program with senseless arguments and damaged files: one clear line, never a traceback.
+
+A sample of the cases runs by default; MEGAEGPT_FUZZ=10000 runs all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import random
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megaegpt.config import ModelConfig
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
+from megaegpt.data.tokens.shards import ShardWriter
+from megaegpt.model.build import build_model
+from megaegpt.model.weights import save_weights
+from megaegpt.parallel.grid import ProcessGrid
+from tests.report.test_runs import RECORDS, make_run
+
+ROOT = Path(__file__).parents[2]
+CASES = int(os.environ.get("MEGAEGPT_FUZZ", "60"))
+HANGING_S = 60.0
+
+COMMANDS: list[tuple[str, list[str]]] = [
+    ("tools.report", ["run", "--output", "page.html"]),
+    ("tools.compare_runs", ["run"]),
+    ("tools.plan", ["--config", "run.yaml", "--gpu", "h100", "--gpus", "2"]),
+    ("tools.convert", ["list", "weights", "--verify"]),
+    ("tools.convert", ["export", "weights", "exported"]),
+    ("tools.convert", ["import", "foreign", "imported"]),
+    ("tools.inspect_shards", ["show", "shards/train"]),
+    ("tools.inspect_shards", ["verify", "shards/train"]),
+    ("tools.preprocess", ["docs.jsonl", "--output", "made", "--quiet"]),
+    ("tools.prepare_data", ["text", "--input", "text.txt", "--output", "made"]),
+    ("tools.precompute_features", ["--config", "run.yaml"]),
+    ("tools.generate", ["--checkpoint", "weights", "--prompt", "a", "--max-new-tokens", "2"]),
+    ("tools.evaluate", ["--checkpoint", "weights", "--text", "text.txt"]),
+    ("launchers.pretrain", ["--config", "run.yaml", "--dry-run"]),
+    ("launchers.finetune", ["--config", "run.yaml", "--dry-run"]),
+    ("launchers.experiment", ["--config", "study.yaml", "--report-only", "--output", "none"]),
+]
+"""Programs with arguments that are right, in the folder of :func:`workspace`."""
+
+FILES = [
+    "run/config.yaml",
+    "run/metrics.jsonl",
+    "run.yaml",
+    "study.yaml",
+    "weights/config.json",
+    "weights/model.safetensors",
+    "foreign/config.json",
+    "shards/manifest.json",
+    "shards/train.idx",
+    "shards/train.bin",
+    "docs.jsonl",
+    "text.txt",
+]
+
+VALUES = [
+    *("", " ", "-1", "0", "1.5", "x", "nan", "inf", "1e999", str(2**31), str(2**63), str(2**64)),
+    *("9" * 5000, "٣", "naïve 🙂", "\udcff", "a\nb", "~", "$HOME", "{", "[", "=", "a=b", "a.b=c"),
+    *("--", "none/none", "x" * 300, "run.yaml/x", ".", "run", "run.yaml", "loop", "pipe"),
+    *("/dev/full", "/dev/null", "/proc/none", "/proc/self/mem", "none.foo"),
+]
+
+CONTENTS = [
+    *(
+        b"",
+        b"\n",
+        b"null",
+        b"[]",
+        b"3",
+        b'"text"',
+        b"{}",
+        b'{"step": null}\n',
+        b"[{}]",
+        b"\xff\xfe",
+    ),
+    *(b"[" * 100_000, b"{a: " * 5000, b"9" * 5000, b"\0" * 100, b"\xff" * 300, b"a: 2001-99-99\n"),
+    *('{"näme": "ä"}\n'.encode("latin-1"), b'{"a": "\\u0000"}\n'),
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
+    b'{"step": 1, "loss": NaN}\n{"step": 99999999999999999999999999, "loss": 1}\n',
+    b'{"format": 1, "splits": null, "counts": 3, "plan": "\\u0000", "tokenizer": []}',
+    b'{"format": "megaegpt-weights", "version": 1, "model": {"num_layers": 1e9}, "extra": 3}',
+    b'{"model_type": "gpt2", "vocab_size": null, "n_embd": -1, "n_layer": 1e300, "n_head": "x"}',
+    b"model: {num_layers: 99999999999999999999}\ntraining: [1]\ndata: null\ncorpora: {a: 3}\n",
+    b"variants: {a: 3}\nbaseline: a\ncorpora: {a: {train: null}}\nseeds: .nan\n",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line, and what a file holds instead of what it should."""
+
+    program: str
+    arguments: tuple[str, ...]
+    file: str | None = None
+    content: bytes = b""
+
+
+def _options(program: str, arguments: list[str]) -> Iterator[tuple[str, ...]]:
+    """Command lines with one senseless value each, for every option and positional there is."""
+    seen: list[argparse.ArgumentParser] = []
+    original = argparse.ArgumentParser.parse_known_args
+
+    def noting(self: argparse.ArgumentParser, *rest: object) -> object:
+        seen.append(self)
+        return original(self, *rest)  # type: ignore[arg-type]
+
+    words = arguments[:1] if not arguments[0].startswith("-") else []
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", noting)
+        patch.setattr(sys, "argv", [program, *words, "--help"])
+        with contextlib.suppress(SystemExit):
+            importlib.import_module(program).main()
+    for value in VALUES:
+        for action in seen[-1]._actions:
+            if action.option_strings and action.nargs != 0:
+                yield (*arguments, f"{action.option_strings[-1]}={value}")
+        for number, word in enumerate(arguments):
+            if number and not word.startswith("--"):
+                yield (*arguments[:number], value, *arguments[number + 1 :])
+
+
+def _all_cases() -> list[Case]:
+    cases = [
+        Case(program, line)
+        for program, arguments in COMMANDS
+        for line in _options(program, arguments)
+    ]
+    for program, arguments in COMMANDS:
+        for file in FILES:
+            if any(word.split("/")[0] == file.split("/")[0] for word in arguments):
+                cases += [Case(program, tuple(arguments), file, content) for content in CONTENTS]
+    return cases
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, shards, weights and texts, tiny and in order."""
+    folder = tmp_path_factory.mktemp("workspace")
+    make_run(folder / "run", RECORDS)
+    (folder / "shards").mkdir()
+    with ShardWriter(folder / "shards" / "train", np.uint16) as writer:
+        writer.add_document(np.arange(1000))
+        shard = writer.finish()
+    manifest = Manifest(describe_tokenizer(Tokenizer.load()), {}, {}, {"train": [shard]})
+    manifest.save(folder / "shards")
+    model = ModelConfig(max_seq_len=16, hidden_size=8, num_layers=1, num_heads=1)
+    save_weights(build_model(model, ProcessGrid(), seed=1), folder / "weights", ProcessGrid())
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "run.yaml").write_text(
+        "model: {max_seq_len: 16, hidden_size: 8, num_layers: 1, num_heads: 1}\n"
+        "data: {train: [shards/train]}\nlogging: {tensorboard: false}\n"
+        "training: {steps: 2, global_batch_size: 2, micro_batch_size: 1}\n"
+    )
+    shutil.copy(ROOT / "configs" / "experiments" / "smoke.yaml", folder / "study.yaml")
+    (folder / "docs.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (folder / "text.txt").write_text("A text of some words. " * 20)
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
+    return folder
+
+
+class _HangError(BaseException):
+    """A program that does not end."""
+
+
+def _hang(*_: object) -> None:
+    raise _HangError
+
+
+def _run(case: Case, folder: Path) -> str | None:
+    """What is wrong with how the program ended; None if it ended well or with one clear line."""
+    errors = io.StringIO()
+    signal.signal(signal.SIGALRM, _hang)
+    signal.setitimer(signal.ITIMER_REAL, HANGING_S)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", [case.program, *case.arguments])
+            patch.setattr(sys, "stdin", io.StringIO(""))
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+                importlib.import_module(case.program).main()
+    except SystemExit as ended:
+        shown = errors.getvalue()
+        if ended.code not in (0, 2, None):
+            return f"exit code {ended.code}: {shown}"
+        return None if "error: " in shown or not ended.code else f"no message: {shown!r}"
+    except _HangError:
+        return f"it hangs: {traceback.format_exc()[-1500:]}"
+    except BaseException:
+        return traceback.format_exc()[-1500:]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return None
+
+
+@contextlib.contextmanager
+def _kept(folder: Path, case: Case) -> Iterator[None]:
+    """The folder is afterwards what it was before."""
+    names = {path.name for path in folder.iterdir()}
+    whole = {path: path.read_bytes() for path in map(folder.joinpath, FILES)}
+    if case.file is not None:
+        (folder / case.file).write_bytes(case.content)
+    try:
+        yield
+    finally:
+        for path in folder.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path, content in whole.items():
+            if not path.is_file() or path.read_bytes() != content:
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+
+
+def test_no_argument_and_no_file_makes_a_traceback(workspace: Path) -> None:
+    cases = _all_cases()
+    chosen = random.Random(0).sample(cases, min(CASES, len(cases)))
+    failures = []
+    for case in chosen:
+        with _kept(workspace, case):
+            if (problem := _run(case, workspace)) is not None:
+                failures.append(f"{case}\n{problem}")
+    assert not failures, f"{len(failures)} of {len(chosen)}:\n" + "\n".join(failures)

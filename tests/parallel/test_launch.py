@@ -1,0 +1,118 @@
+"""How processes join: the launcher's variables in every combination, and whose end is whose."""
+
+from __future__ import annotations
+
+import pytest
+
+from megaegpt.environment import is_other_rank
+from megaegpt.errors import LaunchError
+from megaegpt.parallel import launch
+from megaegpt.parallel.launcher_variables import is_launched, started_processes
+
+_WHOLE = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*_WHOLE, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _set(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "launched"),
+    [
+        (_WHOLE, True),
+        ({**_WHOLE, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""}, True),
+        ({}, False),
+        ({"RANK": "", "WORLD_SIZE": ""}, False),
+        ({"MASTER_ADDR": "node", "MASTER_PORT": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({**_WHOLE, "OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_whole_and_absent_variables_are_understood(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], launched: bool
+) -> None:
+    _set(monkeypatch, variables)
+    assert is_launched() == launched
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RANK": "0"}, "RANK set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start by"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE set, but not RANK"),
+        ({**_WHOLE, "MASTER_PORT": ""}, "but not MASTER_PORT"),
+        ({**_WHOLE, "RANK": "2"}, "RANK=2 is not among the 2 ranks"),
+        ({**_WHOLE, "RANK": "-1"}, "RANK=-1 is not a number"),
+        ({**_WHOLE, "WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
+        ({**_WHOLE, "WORLD_SIZE": "9" * 30}, "is not a number"),
+        ({**_WHOLE, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
+        ({**_WHOLE, "MASTER_PORT": "0"}, "MASTER_PORT=0 is no port"),
+        ({**_WHOLE, "LOCAL_RANK": ""}, "LOCAL_RANK is not set"),
+        ({**_WHOLE, "LOCAL_RANK": "x"}, "LOCAL_RANK=x is not a number"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4: mpirun sets none"),
+        ({"PMI_SIZE": "4"}, "PMI_SIZE=4: mpirun sets none"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8: srun sets none"),
+    ],
+)
+def test_half_set_and_senseless_variables_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], told: str
+) -> None:
+    _set(monkeypatch, variables)
+    with pytest.raises(LaunchError) as raised:
+        is_launched()
+    assert told in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "0", "1.5"])
+def test_a_senseless_number_of_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(LaunchError, match=f"WORLD_SIZE={text}"):
+        started_processes()
+
+
+def test_a_rank_left_over_in_a_shell_does_not_silence_the_only_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert not is_other_rank()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not is_other_rank()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert is_other_rank()
+
+
+@pytest.mark.parametrize(
+    ("grandparent", "parent", "watched"),
+    [
+        ("python /venv/bin/deepspeed --num_gpus 2 train.py", "deepspeed.launcher.launch", True),
+        ("python -m deepspeed.launcher.runner train.py", "deepspeed.launcher.launch", True),
+        ("bash", "deepspeed.launcher.launch", False),
+        ("sshd: user", "deepspeed.launcher.launch", False),
+        ("bash deepspeed.sh", "torch.distributed.run", False),
+        ("nohup torchrun", "torch.distributed.run", False),
+        ("vim /home/me/deepspeed", "bash", False),
+    ],
+)
+def test_only_deepspeeds_own_runner_is_watched(
+    monkeypatch: pytest.MonkeyPatch, grandparent: str, parent: str, watched: bool
+) -> None:
+    """A shell, nohup or tmux may leave at any time."""
+    lines = {10: f"python -u -m {parent} train.py", 1: grandparent}
+    monkeypatch.setattr(launch, "_parent_of", lambda process: 1)
+    monkeypatch.setattr(launch, "_words_of", lambda process: lines[process].split())
+    assert launch._deepspeed_runner(10) == (1 if watched else None)

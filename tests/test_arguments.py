@@ -1,0 +1,58 @@
+"""Values of command lines: taken in their range, refused outside with what is allowed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaegpt.arguments import integer, number, path, seed
+
+_POSITIVE = integer(1)
+_SHARE = number(above=0, most=1)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (_POSITIVE, "1", 1),
+        (_POSITIVE, "2147483647", 2**31 - 1),
+        (integer(-1), "-1", -1),
+        (seed, "0", 0),
+        (seed, "9223372036854775807", 2**63 - 1),
+        (_SHARE, "1", 1.0),
+        (_SHARE, "5e-1", 0.5),
+        (number(), "-3.5", -3.5),
+        (path, "a b", Path("a b")),
+    ],
+)
+def test_values_in_range_are_taken(parse: Callable[[str], Any], text: str, value: object) -> None:
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("parse", "texts", "told"),
+    [
+        (
+            _POSITIVE,
+            ("0", "-1", "1.0", "1_0", "", "x", "२", "9" * 5000),
+            "an integer of at least 1,",
+        ),
+        (integer(2, 8), ("1", "9"), "an integer from 2 to 8,"),
+        (seed, ("-1", str(2**63), str(2**64)), "an integer from 0 to"),
+        (_SHARE, ("0", "1.1", "nan", "inf", "-inf", "x", ""), "a number above 0 and at most 1,"),
+        (number(), ("nan", "1e999"), "a finite number, not"),
+        (path, ("", "a\0b"), "the name of a file or folder"),
+    ],
+)
+def test_others_are_refused_with_what_is_allowed(
+    parse: Callable[[str], Any], texts: tuple[str, ...], told: str
+) -> None:
+    for text in texts:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"^must be ") as raised:
+            parse(text)
+        assert told in str(raised.value)
+        assert len(str(raised.value)) < 120
