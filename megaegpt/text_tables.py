@@ -1,4 +1,4 @@
-"""Tables as text, for terminals."""
+"""Tables and numbers as text, for terminals."""
 
 from __future__ import annotations
 
@@ -31,3 +31,23 @@ def format_table(rows: Sequence[Sequence[str]], names: int = 1) -> str:
         ).rstrip()
         for row in padded
     )
+
+
+def short_count(number: float) -> str:
+    """1234567 -> 1.2M"""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"
+
+
+def short_time(seconds: float) -> str:
+    """3700 -> 1h02m, 95 -> 1m35s"""
+    whole = round(seconds)
+    if whole >= 86400:
+        return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    if whole >= 60:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole}s"

@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "megaegpt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    ("errors",),
-    ("files", "precision", "text_tables"),
+    ("errors", "environment", "labels", "text_tables"),
+    ("arguments", "files", "json_files", "precision"),
     ("config",),
     ("data", "parallel"),
     ("model",),
-    ("interop", "report"),
+    ("interop", "planning", "report"),
     ("generation",),
-    ("planning", "training"),
+    ("training",),
     ("evaluation",),
     ("api",),
 )

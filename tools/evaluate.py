@@ -149,7 +149,7 @@ def _measure_text(
 ) -> Result:
     from megaegpt.data.tokens.corpus_manifest import verify_shards
     from megaegpt.data.tokens.stream import TokenStream
-    from megaegpt.data.tokens.vocabulary import check_ids
+    from megaegpt.data.tokens.token_ids import check_ids
     from megaegpt.evaluation.history import compare_histories, history_table
     from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
     from megaegpt.parallel.together import raising_together

@@ -102,7 +102,7 @@ def describe(plan: Plan, efficiency: float) -> Iterator[str]:
     """The plan, a line each, and a warning if it does not fit."""
     from megaegpt.planning.plan import USABLE_MEMORY
     from megaegpt.planning.summary import describe_run
-    from megaegpt.training.logging.metrics import short_count, short_time
+    from megaegpt.text_tables import short_count, short_time
 
     config, machines = plan.config, plan.machines
     yield from describe_run(

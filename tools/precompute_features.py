@@ -45,7 +45,7 @@ def _compute(config: RunConfig, verify: bool) -> None:
 def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> None:
     from megaegpt.data.tokens.corpus_manifest import verify_shards
     from megaegpt.data.tokens.stream import TokenStream
-    from megaegpt.data.tokens.vocabulary import check_ids
+    from megaegpt.data.tokens.token_ids import check_ids
     from megaegpt.parallel.together import raising_together
     from megaegpt.precision import resolve_precision
     from megaegpt.training.feature_stores import load_encoder, prepare_store

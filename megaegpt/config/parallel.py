@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megaegpt.config.ranges import PositiveInt
+
+if TYPE_CHECKING:  # a configuration needs no torch
+    from megaegpt.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -19,3 +22,13 @@ class ParallelConfig:
     overlap_comm: bool = False
     """Overlap ZeRO's gradient reduction with the backward pass, in two buckets of 25 million
     gradients; a model that fits into one has nothing to overlap."""
+
+
+def effective_zero_stage(stage: int, precision: Precision) -> int:
+    """The stage DeepSpeed is given.
+
+    Half precision needs fp32 master weights, which DeepSpeed's stage 0 keeps in an optimizer that
+    counts sharded gradients wrongly under tensor parallelism and accumulates in half precision.
+    Stage 1 costs the same communication and less memory, so it serves for 0 there.
+    """
+    return max(stage, 1) if precision != "fp32" else stage

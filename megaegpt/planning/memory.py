@@ -12,12 +12,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.config.deepspeed_config import deepspeed_config
+from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.planning.memory_trace import MicroStep, trace_micro_step
 from megaegpt.precision import DTYPES, Precision
-from megaegpt.training.engine.deepspeed_config import (
-    deepspeed_config,
-    effective_zero_stage,
-)
 
 _REDUCED_AT_ONCE = 500_000_000
 """Gradient elements that DeepSpeed reduces at once without a bucket (stage 0, bf16 stage 1)."""

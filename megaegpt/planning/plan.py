@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.config.validation import find_problems, validate
 from megaegpt.planning.hardware import Accelerator
 from megaegpt.planning.memory import MemoryEstimate, peak_of_step, trace_rank
 from megaegpt.planning.memory_trace import MicroStep
 from megaegpt.planning.summary import ModelSize, measure_model
 from megaegpt.precision import DTYPES, Precision
-from megaegpt.training.engine.deepspeed_config import effective_zero_stage
 
 USABLE_MEMORY = 0.9
 """Of a GPU; the rest is left to its context, libraries' workspaces and fragmentation."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.model.build import meta_model
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.parts import freeze
 from megaegpt.planning.memory import MemoryEstimate
 from megaegpt.precision import Precision
-from megaegpt.training.engine.deepspeed_config import effective_zero_stage
-from megaegpt.training.logging.metrics import short_count
+from megaegpt.text_tables import short_count
 
 
 @dataclass(frozen=True)

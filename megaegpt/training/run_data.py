@@ -12,7 +12,7 @@ from megaegpt.data.tokens.blend import Blend
 from megaegpt.data.tokens.corpus_manifest import verify_shards
 from megaegpt.data.tokens.samples import ChunkWindows, PretrainingSamples, Samples, StreamSamples
 from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.data.tokens.vocabulary import check_ids
+from megaegpt.data.tokens.token_ids import check_ids
 from megaegpt.data.tokens.windows import EvaluationWindows, Windows
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.training.evaluation import nothing_to_predict

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from megaegpt.config import RunConfig
+from megaegpt.config.deepspeed_config import deepspeed_config
 from megaegpt.config.deepspeed_keys import OWNED_KEYS, deepspeed_problems
 from megaegpt.config.metadata import annotations_of
 from megaegpt.config.validation import validate
 from megaegpt.errors import ConfigError
-from megaegpt.training.engine.deepspeed_config import deepspeed_config
 
 
 def _zero(**options: Any) -> dict[str, Any]:

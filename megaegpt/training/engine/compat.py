@@ -7,12 +7,15 @@ name when an engine is built, rather than found out in the middle of a run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from pydantic import ValidationError
 
-from megaegpt.errors import LaunchError
+from megaegpt.errors import ConfigError, LaunchError
 
 ENGINE = (
     "checkpoint_engine",  # writes and reads the files of a checkpoint; replaced by ours
@@ -72,3 +75,27 @@ def _missing(place: Any, names: tuple[str, ...]) -> Iterator[str]:
                 yield name
                 break
             found = getattr(found, part)
+
+
+def check_accepted(options: dict[str, Any]) -> None:
+    """Let DeepSpeed read ``options`` before any memory is spent on them.
+
+    Args:
+        options: what :func:`~megaegpt.config.deepspeed_config.deepspeed_config` gives.
+
+    Raises:
+        ConfigError: one line for each value that DeepSpeed does not accept.
+    """
+    # The micro-batch alone agrees with any number of ranks, which DeepSpeed does not know yet.
+    batch = ("train_batch_size", "gradient_accumulation_steps")
+    read = {key: copy.deepcopy(value) for key, value in options.items() if key not in batch}
+    try:
+        DeepSpeedConfig(read)
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        text = "; ".join(found)
+    except (AssertionError, AttributeError, DeepSpeedConfigError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+    else:
+        return
+    raise ConfigError(f"DeepSpeed refuses the keys under deepspeed: {text}")

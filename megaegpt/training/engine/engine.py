@@ -23,6 +23,8 @@ if not torch.cuda.is_available():  # say so before DeepSpeed looks for devices a
 import deepspeed
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 
+from megaegpt.config.deepspeed_config import deepspeed_config
+from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.config.run import RunConfig
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.labels import IGNORE
@@ -35,12 +37,7 @@ from megaegpt.precision import resolve_precision
 from megaegpt.training.checkpoint import deepspeed_state
 from megaegpt.training.checkpoint.manifest import Topology
 from megaegpt.training.checkpoint.universal import convert
-from megaegpt.training.engine.compat import check_compatible
-from megaegpt.training.engine.deepspeed_config import (
-    check_accepted,
-    deepspeed_config,
-    effective_zero_stage,
-)
+from megaegpt.training.engine.compat import check_accepted, check_compatible
 from megaegpt.training.engine.gradients import ModuleNorms
 from megaegpt.training.engine.host_memory import keep_freed_memory
 from megaegpt.training.engine.optimizer import build_adamw, build_clipped_adamw

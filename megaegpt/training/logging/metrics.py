@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from megaegpt.config import BatchSchedule
+from megaegpt.text_tables import short_count, short_time
 
 
 def device_name(device: torch.device) -> str:
@@ -119,23 +120,3 @@ def log_line(
         f"eta {short_time(speed.seconds_left)}",
     ]
     return " | ".join(fields + ([f"skipped {skipped}"] if skipped else []))
-
-
-def short_count(number: float) -> str:
-    """1234567 -> 1.2M"""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{letter}"
-    return f"{number:.0f}"
-
-
-def short_time(seconds: float) -> str:
-    """3700 -> 1h02m, 95 -> 1m35s"""
-    whole = round(seconds)
-    if whole >= 86400:
-        return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    if whole >= 60:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole}s"

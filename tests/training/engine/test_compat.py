@@ -28,6 +28,8 @@ KNOW_DEEPSPEED = {
     "training/checkpoint/universal.py",
 }
 IMPORTED = [
+    "deepspeed.runtime.config.DeepSpeedConfig",
+    "deepspeed.runtime.config.DeepSpeedConfigError",
     "deepspeed.ops.__compatible_ops__",
     "deepspeed.checkpoint.ds_to_universal.main",
     "deepspeed.checkpoint.constants.CAT_DIM",
@@ -57,6 +59,7 @@ PRIVATE_IN_TORCH = {
     "torch.utils._pytree.tree_leaves",
 }
 PRIVATE_OF_SOME_BUILDS = {
+    "torch._assert_async",
     "torch.ops.mkldnn._is_mkldnn_fp16_supported",
     "torch.ops.mkldnn._linear_pointwise",
     "torch.ops.mkldnn._reorder_linear_weight",

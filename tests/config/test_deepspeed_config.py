@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from megaegpt.config.deepspeed_config import deepspeed_config
 from megaegpt.errors import ConfigError
-from megaegpt.training.engine.deepspeed_config import check_accepted, deepspeed_config
+from megaegpt.training.engine.compat import check_accepted
 from tests.training.runs import run_config
 
 

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.config.run import RunConfig
-from megaegpt.errors import ConfigError
-from megaegpt.precision import Precision
+
+if TYPE_CHECKING:  # a configuration needs no torch
+    from megaegpt.precision import Precision
 
 _BUCKET_ELEMENTS = 2**28
 """Most gradients reduced at once where reduction follows the backward pass: few, large messages."""
 _OVERLAPPED_BUCKET_ELEMENTS = 25_000_000
 """Most gradients reduced at once beside the backward pass: 50 MB in half precision are enough to
 use a link fully, and GPT-2 124M fills five of them, so that four are sent while it computes."""
-
-
-def effective_zero_stage(stage: int, precision: Precision) -> int:
-    """The stage DeepSpeed is given.
-
-    Half precision needs fp32 master weights, which DeepSpeed's stage 0 keeps in an optimizer that
-    counts sharded gradients wrongly under tensor parallelism and accumulates in half precision.
-    Stage 1 costs the same communication and less memory, so it serves for 0 there.
-    """
-    return max(stage, 1) if precision != "fp32" else stage
 
 
 def deepspeed_config(
@@ -64,33 +56,6 @@ def deepspeed_config(
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device every step
     }
     return _merge(generated, config.deepspeed)
-
-
-def check_accepted(options: dict[str, Any]) -> None:
-    """Let DeepSpeed read ``options`` before any memory is spent on them.
-
-    Args:
-        options: what :func:`deepspeed_config` gives.
-
-    Raises:
-        ConfigError: one line for each value that DeepSpeed does not accept.
-    """
-    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-    from pydantic import ValidationError
-
-    # The micro-batch alone agrees with any number of ranks, which DeepSpeed does not know yet.
-    batch = ("train_batch_size", "gradient_accumulation_steps")
-    read = {key: copy.deepcopy(value) for key, value in options.items() if key not in batch}
-    try:
-        DeepSpeedConfig(read)
-    except ValidationError as error:
-        found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        text = "; ".join(found)
-    except (AssertionError, AttributeError, DeepSpeedConfigError, TypeError, ValueError) as error:
-        text = " ".join(str(error).split())
-    else:
-        return
-    raise ConfigError(f"DeepSpeed refuses the keys under deepspeed: {text}")
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from megaegpt.data.tokens import vocabulary
 from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.data.tokens.vocabulary import check_ids, known_byte_lengths
+from megaegpt.data.tokens.token_ids import check_ids, known_byte_lengths
 from megaegpt.errors import DataError
 from megaegpt.training.run_data import PretrainingData
 from tests.data.corpora import write_shard
