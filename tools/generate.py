@@ -104,7 +104,7 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
 
 def _warn_of_unseen(model: Model, prompt_tokens: int) -> None:
     """Say how much of a prompt is not seen; a GPT's context bounds it."""
-    from megaegpt.generation.decoders import context_start
+    from megaegpt.model.decoding import context_start
 
     if model.config.needs_encoder:
         return
@@ -216,7 +216,7 @@ def _can_compile(
 ) -> bool:
     """Say so if not."""
     from megaegpt.generation.compiled import uncompilable
-    from megaegpt.generation.decoders import gpt_of
+    from megaegpt.model.build import gpt_of
     from megaegpt.parallel.matmul import MOST_GENERATED_ROWS
     from megaegpt.training.engine import compiling
 

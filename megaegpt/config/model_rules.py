@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from megaegpt.config.model import ModelConfig
 from megaegpt.config.parsing import Problem
+
+CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
+    "num_kv_heads": lambda model: model.attention == "grouped_query",
+    "latent_dim": lambda model: model.attention == "latent",
+    "query_latent_dim": lambda model: model.attention == "latent",
+    "latent_norm": lambda model: model.attention == "latent",
+    "rope_base": lambda model: model.positions == "rotary",
+    "window_every": lambda model: model.window is not None,
+    "tied_embeddings": lambda model: model.kind == "gpt",
+    "egpt.chunk_size": lambda model: model.kind != "gpt",
+    "encoder.layers": lambda model: model.kind != "gpt",
+}
+"""Where a key has an effect, if not everywhere; the other keys of ``egpt`` are an egpt's."""
+
+
+def has_effect(model: ModelConfig, key: str) -> bool:
+    """Whether a key of the ``model`` section, such as ``egpt.history``, means something for it."""
+    if key in CONDITIONS:
+        return CONDITIONS[key](model)
+    return not key.startswith("egpt.") or model.kind == "egpt"
 
 
 def model_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:

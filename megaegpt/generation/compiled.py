@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaegpt.generation.caches import new_cache
 from megaegpt.model.attention.causal import scaled_dot_product
 from megaegpt.model.attention.layer import AttentionLayer
+from megaegpt.model.decoding import new_cache
 from megaegpt.model.gpt import GPT
 from megaegpt.model.positions import RotaryTable, rotary_table
 

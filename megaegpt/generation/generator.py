@@ -18,12 +18,12 @@ from torch import Tensor
 from megaegpt.config import GenerationConfig
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.generation.compiled import CompiledSteps
-from megaegpt.generation.decoders import Decoder, gpt_of, new_decoder
 from megaegpt.generation.padded import PaddedGPTDecoder
+from megaegpt.generation.recomputing import RecomputingDecoder
 from megaegpt.generation.sampling import Sampler, check_sampling
-from megaegpt.model.build import Model
+from megaegpt.model.build import Model, gpt_of, new_decoder
+from megaegpt.model.decoding import Decoder
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.gpt import GPT
 
 
 class TextGenerator:
@@ -128,7 +128,8 @@ class TextGenerator:
 
     def _batches(self, prompts: Sequence[Sequence[int]], use_cache: bool) -> list[list[int]]:
         """The numbers of the prompts that are run together."""
-        if isinstance(self._model, GPT) and use_cache and self._steps is None and prompts:
+        pads = not self._model.config.needs_encoder and use_cache and self._steps is None
+        if pads and prompts:
             return [list(range(len(prompts)))]
         rows_of_length = defaultdict(list)
         for row, prompt in enumerate(prompts):
@@ -183,16 +184,12 @@ class TextGenerator:
     ) -> Decoder:
         lengths = [len(prompt) for prompt in prompts]
         if len(set(lengths)) > 1:
-            assert isinstance(self._model, GPT)  # see _batches
-            return PaddedGPTDecoder(self._model, lengths, max_new_tokens)
-        return new_decoder(
-            self._model,
-            self._encoder,
-            len(prompts),
-            lengths[0] + max_new_tokens,
-            use_cache=use_cache,
-            steps=self._steps,
-        )
+            gpt = gpt_of(self._model, self._encoder)  # see _batches
+            return PaddedGPTDecoder(gpt, lengths, max_new_tokens)
+        if not use_cache:
+            return RecomputingDecoder(self._model, self._encoder)
+        length = lengths[0] + max_new_tokens
+        return new_decoder(self._model, self._encoder, len(prompts), length, self._steps)
 
     @torch.inference_mode()
     def _next_tokens(self, decoder: Decoder, sampler: Sampler, tokens: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megaegpt.generation.caches import new_cache
-from megaegpt.generation.decoders import context_start
 from megaegpt.model.attention.cache import KVCache
+from megaegpt.model.decoding import context_start, new_cache
 from megaegpt.model.gpt import GPT
 from megaegpt.model.segments import PADDING, document_segments
 

@@ -9,9 +9,17 @@ import torch
 from megaegpt.config import ModelConfig
 from megaegpt.data.features.store import FeatureStore
 from megaegpt.model.calling import ChunkInputs, Encode, ModelInputs, SequenceInputs
+from megaegpt.model.decoding import (
+    Decoder,
+    DecodingSteps,
+    DeepGPTDecoder,
+    GPTDecoder,
+)
 from megaegpt.model.deepgpt import DeepGPT
 from megaegpt.model.egpt.egpt import EGPT
+from megaegpt.model.egpt.egpt_decoder import EGPTDecoder
 from megaegpt.model.egpt.egpt_inputs import EGPTInputs
+from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.gpt import GPT
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import initialize
@@ -70,6 +78,36 @@ def build_inputs(
     if config.kind == "egpt":
         return EGPTInputs(config, encode, dtype, token_states, history)
     return ChunkInputs(config, encode, dtype, token_states)
+
+
+def new_decoder(
+    model: Model,
+    encoder: FrozenEncoder | None,
+    batch_size: int,
+    max_tokens: int,
+    steps: DecodingSteps | None = None,
+) -> Decoder:
+    """What writes on with ``model``, at most ``max_tokens`` tokens a row; EGPT and DeepGPT need
+    their encoder.
+
+    ``steps`` are compiled ones, of a GPT with its head, of another model's encoder without it.
+    """
+    if isinstance(model, GPT):
+        return GPTDecoder(model, batch_size, max_tokens, steps)
+    if encoder is None:
+        raise ValueError("EGPT and DeepGPT decode the states of an encoder: pass it")
+    if isinstance(model, EGPT):
+        return EGPTDecoder(model, encoder, batch_size, max_tokens, steps)
+    return DeepGPTDecoder(model, encoder, batch_size, max_tokens, steps)
+
+
+def gpt_of(model: Model, encoder: FrozenEncoder | None) -> GPT:
+    """What reads the tokens: a GPT itself, or another model's encoder."""
+    if isinstance(model, GPT):
+        return model
+    if encoder is None:
+        raise ValueError("EGPT and DeepGPT decode the states of an encoder: pass it")
+    return encoder.gpt
 
 
 def meta_model(config: ModelConfig) -> Model:

@@ -19,6 +19,7 @@ import torch
 import megaegpt
 from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
 from megaegpt.config.loading import config_to_dict
+from megaegpt.config.model_rules import has_effect
 from megaegpt.config.parsing import parse_section
 from megaegpt.config.yaml_text import read_yaml
 from megaegpt.data.tokens.stream import TokenStream
@@ -111,19 +112,6 @@ _RESOLVED = {
 }
 """Keys whose default follows from others, and the property that resolves it."""
 
-_TAKES_PART: dict[str, Callable[[ModelConfig], bool]] = {
-    "num_kv_heads": lambda model: model.attention == "grouped_query",
-    "latent_dim": lambda model: model.attention == "latent",
-    "query_latent_dim": lambda model: model.attention == "latent",
-    "latent_norm": lambda model: model.attention == "latent",
-    "rope_base": lambda model: model.positions == "rotary",
-    "window_every": lambda model: model.window is not None,
-    "tied_embeddings": lambda model: model.kind == "gpt",
-    "egpt.chunk_size": lambda model: model.kind != "gpt",
-    "encoder.layers": lambda model: model.kind != "gpt",
-}
-"""Where a key has an effect, if not everywhere; the other keys of ``egpt`` are an egpt's."""
-
 _MAY_CHANGE_AT_THE_START = {
     "model.max_seq_len",
     "model.egpt.num_chunks",
@@ -165,18 +153,12 @@ def model_arithmetic(model: ModelConfig) -> dict[str, Any]:
         section, _, name = key.partition(".")
         if section != "model" or effect != "arithmetic":
             continue
-        in_egpt = name.startswith("egpt.")
-        takes_part = _TAKES_PART.get(name, lambda model, egpt=in_egpt: not egpt or _is_egpt(model))
-        if takes_part(model):
+        if has_effect(model, name):
             value: Any = model
             for part in _RESOLVED.get(name, name).split("."):
                 value = getattr(value, part)
             values[key] = value
     return values
-
-
-def _is_egpt(model: ModelConfig) -> bool:
-    return model.kind == "egpt"
 
 
 def arithmetic_digest(model: ModelConfig) -> str:
@@ -225,7 +207,7 @@ def check_initialization(model: ModelConfig, weights: str | Path) -> list[str]:
             shapes.
     """
     found, _ = read_weights_config(weights)
-    lengths = ("model.max_seq_len",) if model.kind == "gpt" else ("model.egpt.num_chunks",)
+    lengths = ("model.egpt.num_chunks",) if model.needs_encoder else ("model.max_seq_len",)
     differences = _differences_of_models(found, model, lengths)
     meant = {k: v for k, v in differences.items() if k in _MAY_CHANGE_AT_THE_START}
     refused = {k: v for k, v in differences.items() if k not in meant}

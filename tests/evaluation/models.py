@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.generation.decoders import new_decoder
+from megaegpt.generation.recomputing import RecomputingDecoder
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.parallel.grid import ProcessGrid
 from tests.generation.tiny_models import DEEPGPT, EGPT, GPT, build, egpt
@@ -45,7 +45,7 @@ def naive_score(
     total, greedy = 0.0, True
     text = list(context)
     for token in continuation:
-        decoder = new_decoder(loaded.model, loaded.encoder, 1, len(text), use_cache=False)
+        decoder = RecomputingDecoder(loaded.model, loaded.encoder)
         logits = decoder.advance(torch.tensor([text]))[0]
         total += logits.double().log_softmax(-1)[token].item()
         greedy = greedy and int(logits.argmax()) == token

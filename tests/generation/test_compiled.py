@@ -14,9 +14,9 @@ import torch
 
 from megaegpt.generation import compiled
 from megaegpt.generation.compiled import CompiledSteps, uncompilable
-from megaegpt.generation.decoders import gpt_of
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.trained import pack_weights
+from megaegpt.model.build import gpt_of
 from megaegpt.parallel.grid import ProcessGrid
 from tests.generation.test_generator import VARIANTS
 from tests.generation.tiny_models import GPT, SAMPLING, build, prompt

@@ -9,8 +9,9 @@ import torch
 
 from megaegpt.config import GenerationConfig, ModelConfig
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.generation.decoders import EGPTDecoder, context_start
 from megaegpt.generation.generator import TextAssembler, TextGenerator, encode_prompt, sample_text
+from megaegpt.model.decoding import context_start
+from megaegpt.model.egpt.egpt_decoder import EGPTDecoder
 from tests.distributed.harness import Distributed, grid_for
 from tests.generation.tiny_models import (
     CHUNK,

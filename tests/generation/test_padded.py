@@ -9,9 +9,9 @@ import torch
 
 import megaegpt.model.gpt as gpt_module
 from megaegpt.config import ModelConfig
-from megaegpt.generation.decoders import GPTDecoder
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.padded import PaddedGPTDecoder
+from megaegpt.model.decoding import GPTDecoder
 from tests.distributed.harness import Distributed, grid_for
 from tests.generation.test_generator import VARIANTS
 from tests.generation.tiny_models import GPT, MAX_LEN, SAMPLING, build, prompt

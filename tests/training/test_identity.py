@@ -15,6 +15,7 @@ import pytest
 
 from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
+from megaegpt.config.model_rules import CONDITIONS
 from megaegpt.errors import CheckpointError, ConfigError, MegaEGPTError
 from megaegpt.model import initialization
 from megaegpt.model.build import build_model
@@ -51,7 +52,7 @@ def test_every_key_of_a_configuration_has_an_effect_and_no_other_key_has() -> No
     keys = set(flatten(RunConfig()))
     assert keys - set(EFFECTS) == set()
     assert set(EFFECTS) - keys == set()
-    models = {f"model.{name}" for name in {*identity._RESOLVED, *identity._TAKES_PART}}
+    models = {f"model.{name}" for name in {*identity._RESOLVED, *CONDITIONS}}
     for table in (identity._READ_FROM, identity._PLACES, identity._MAY_CHANGE_AT_THE_START, models):
         assert set(table) <= keys
 

@@ -1,0 +1,108 @@
+"""How an EGPT writes on: what it holds of the current chunk, and of those before it.
+
+Shapes: B rows, T new tokens, S chunk size, N chunks, P features a chunk, C hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaegpt.model.decoding import ChunkEncoder, DecodingSteps, new_cache
+from megaegpt.model.egpt.egpt import EGPT, Recorded, chunk_features
+from megaegpt.model.egpt.token_counts import count_tokens
+from megaegpt.model.encoder import FrozenEncoder
+
+
+class EGPTDecoder:
+    """The current chunk's encoder cache and states, and what is seen of the chunks before it.
+
+    A token costs one encoder and one decoder position, however long the text; the first of a chunk
+    adds the ``(N - 1) * P`` positions of its memory.
+    """
+
+    def __init__(
+        self,
+        model: EGPT,
+        encoder: FrozenEncoder,
+        batch_size: int,
+        max_tokens: int,
+        steps: DecodingSteps | None = None,
+    ) -> None:
+        egpt, config = model.config.egpt, model.config
+        self._model = model
+        self._held = egpt.num_chunks - 1
+        weight = model.head.weight
+        capacity = min(egpt.chunk_size, max_tokens)
+        self._encoder = ChunkEncoder(encoder, batch_size, capacity, steps)
+        self._local_cache = new_cache(model, batch_size, capacity) if egpt.local_attention else None
+        self._states = weight.new_empty(batch_size, egpt.chunk_size, config.hidden_size)
+        self._features = weight.new_empty(
+            batch_size, 0, egpt.features_per_chunk, config.hidden_size
+        )
+        self._memory: Recorded | None = None
+        self._tokens = torch.empty(
+            batch_size, egpt.chunk_size, dtype=torch.long, device=weight.device
+        )
+        self._counts = torch.empty(  # (B, n, V) of the chunks before, where they are mixed in
+            batch_size, 0, config.padded_vocab_size, device=weight.device
+        )
+        self._offset = 0  # tokens of the current chunk
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor) -> Tensor:
+        size = self._model.config.egpt.chunk_size
+        # Chunks of a long prompt that its last one does not see are not encoded at all.
+        unseen = (tokens.shape[1] - 1) // size - self._held
+        if self._offset == 0 and unseen > 0:
+            tokens = tokens[:, unseen * size :]
+        room = size - self._offset
+        for piece in (tokens[:, :room], *tokens[:, room:].split(size, dim=1)):
+            if piece.shape[1] == 0:
+                continue
+            if self._offset == size:
+                self._finish_chunk()
+            states = self._encode(piece)
+        hidden = self._decode(states)
+        logits = self._model.head.full_logits(hidden)
+        if self._model.counts is None:
+            return logits
+        mixture = self._model.next_mixture(hidden, self._features, self._counts)
+        return mixture.log_probabilities(logits.unsqueeze(1)).squeeze(1)
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        """The encoder's states of the current chunk's next tokens: (B, T) -> (B, T, C)."""
+        end = self._offset + tokens.shape[1]
+        states = self._encoder.advance(tokens)
+        self._states[:, self._offset : end] = states
+        self._tokens[:, self._offset : end] = tokens
+        states = self._states[:, self._offset : end]
+        self._offset = end
+        return states
+
+    def _finish_chunk(self) -> None:
+        """The current chunk becomes features; the oldest chunk leaves a full window."""
+        features = chunk_features(self._states, self._model.config.egpt).unsqueeze(1)
+        held = torch.cat([self._features, features], dim=1)  # (B, n, P, C)
+        left = max(held.shape[1] - self._held, 0)
+        self._features = held[:, left:]
+        if self._model.counts is not None:
+            vocab_size = self._model.config.padded_vocab_size
+            counts = count_tokens(self._tokens.unsqueeze(1), vocab_size)
+            self._counts = torch.cat([self._counts, counts], dim=1)[:, left:]
+        self._memory = None
+        self._encoder.reset()
+        if self._local_cache is not None:
+            self._local_cache.reset()
+        self._offset = 0
+
+    def _decode(self, states: Tensor) -> Tensor:
+        """States of the chunk's newest tokens (B, T, C) -> (B, C); all but the last are read only
+        where tokens see each other.
+        """
+        if self._memory is None:
+            self._memory = self._model.record_memory(self._features)
+        if self._local_cache is None:
+            states = states[:, -1:]
+        start, chunk = self._offset - states.shape[1], self._features.shape[1]
+        return self._model.decode(states, self._memory, chunk, start, self._local_cache)[:, -1]
