@@ -133,7 +133,7 @@ def weights_checksum(folder: str | Path) -> str:
     Raises:
         CheckpointError: the description is missing or is not ours.
     """
-    content = json.dumps(_read_description(folder), sort_keys=True)
+    content = json.dumps(dataclasses.asdict(_read_description(folder)), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
