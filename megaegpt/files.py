@@ -134,7 +134,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():  # a link is what is replaced, not what it leads to
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if is_special(path):
         with tempfile.TemporaryDirectory() as folder:

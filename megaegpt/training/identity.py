@@ -262,8 +262,7 @@ def check_resume(config: RunConfig, identity: Mapping[str, Any], folder: Path) -
         identity: this run's, of :func:`run_identity`.
 
     Returns:
-        Notices: at most one line that names every key that has changed, and one if the run is
-        complete.
+        Notices: at most one line that names every key that has changed.
 
     Raises:
         CheckpointError: the checkpoint is damaged, of another model, encoder or run, or beyond the
@@ -283,10 +282,7 @@ def check_resume(config: RunConfig, identity: Mapping[str, Any], folder: Path) -
             f"training.steps={steps} is not above the {manifest.step} steps that {folder} has "
             "done: give more, or name an earlier checkpoint in the file `latest`"
         )
-    notices = _describe_changes(changes)
-    if manifest.step == steps:
-        notices.append(f"the run is complete: all {steps} steps are done (training.steps)")
-    return notices
+    return _describe_changes(changes)
 
 
 def _saved_config(config: RunConfig, manifest: Manifest, folder: Path) -> RunConfig:

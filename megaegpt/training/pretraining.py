@@ -106,7 +106,7 @@ def train(
     notices: list[str] = []
     if latest is not None:
         notices += broadcast_object(lambda: check_resume(config, identity, latest), grid)
-        if broadcast_object(lambda: _says_complete(config, data, latest), grid):
+        if broadcast_object(lambda: _says_complete(config, data, latest, notices), grid):
             return True
         state = broadcast_object(lambda: Manifest.read(latest).trainer, grid)
     compiles = config.training.compile and compile_problem(grid.device.type) is None
@@ -348,14 +348,16 @@ def _restore(
     checkpoints.load(engine, folder)
 
 
-def _says_complete(config: RunConfig, data: RunData, latest: Path) -> bool:
-    """Whether nothing is left to do, which a line says then; all files stay as they are."""
+def _says_complete(config: RunConfig, data: RunData, latest: Path, notices: list[str]) -> bool:
+    """Whether nothing is left to do, which lines say then; all files stay as they are."""
     step = Manifest.read(latest).step
     if step < config.training.steps:
         return False
     evaluates = data.validation is not None and step == config.training.steps
     if evaluates and not has_validation(Path(config.logging.directory), step):
         return False  # it ended between its last checkpoint and its last evaluation
+    for notice in notices:
+        print(f"notice: {notice}")
     print(
         f"complete: {latest} is after step {step} of {config.training.steps}; raise "
         "training.steps to train on",

@@ -174,8 +174,8 @@ def _norm_where_all_is_predicted(precision: str) -> float:
         for batch in micro_batches(0, config, grid)
     ]
     with mock.patch.object(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", return_value=True):
-        engine = Engine(model, grid, config)
-    result = engine.train_step(0, batches, nats)
+        engine = Engine(model, grid, config, nats)
+    result = engine.train_step(0, batches)
     engine.close()
     assert result.applied
     return result.grad_norm.item()

@@ -12,6 +12,7 @@ from megaegpt.config.run import RunConfig
 from tests.distributed.harness import Distributed, grid_for
 from tests.training.runs import (
     Curve,
+    distance,
     largest_difference,
     run_config,
     train,
@@ -109,7 +110,10 @@ def test_bf16_stays_as_close_to_fp32_as_plain_bf16_with_master_weights(
         run_config(parallel={"zero_stage": stage}, training={"precision": "bf16"})
         for stage in (0, 1, 2)
     ]
-    bf16 = train_plainly(configs[0], torch.bfloat16)
-    allowed = largest_difference(bf16, plain)
+    # Of single tensors the distance to fp32 is chance: after 20 steps of Adam, which of them is
+    # farthest differs between runs that round alike. All weights together are 0.0029 from fp32's
+    # however bf16 rounds, and 0.0088 without master weights.
+    allowed = 1.5 * distance(train_plainly(configs[0], torch.bfloat16), plain)
     for curve in distributed(2, _train_all, configs)[0]:
-        assert largest_difference(curve, plain) <= allowed
+        assert distance(curve, plain) <= allowed
+        assert curve.losses == pytest.approx(plain.losses, rel=2**-9)

@@ -175,6 +175,15 @@ def _plain_adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> tor
     )
 
 
+def distance(ours: Curve, reference: Curve) -> float:
+    """Relative 2-norm of the difference of all weights, taken as one vector."""
+    names = [name for name in reference.weights if not name.endswith("key.bias")]
+    found, expected = (
+        torch.cat([curve.weights[name].flatten() for name in names]) for curve in (ours, reference)
+    )
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 def largest_difference(ours: Curve, reference: Curve) -> float:
     """Largest relative difference of losses, norms and (as whole vectors) weights."""
     pairs = list(zip(ours.losses + ours.norms, reference.losses + reference.norms, strict=True))

@@ -189,11 +189,6 @@ def test_no_more_steps_than_are_done_are_refused(
         _check(_changed(config, training={"steps": steps}), checkpoint)
 
 
-def test_a_complete_run_is_said_to_be_complete(config: RunConfig, tmp_path: Path) -> None:
-    (line,) = _check(config, _checkpoint(tmp_path, config, step=6))
-    assert "complete: all 6 steps" in line
-
-
 def test_the_checkpoint_of_another_run_is_refused_and_a_moved_run_is_not(
     config: RunConfig, tmp_path: Path
 ) -> None:

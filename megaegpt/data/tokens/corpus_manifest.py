@@ -59,6 +59,8 @@ class Manifest:
         missing = "these shards have no manifest"
         fields = read_json(path, dict[str, Any], remedy=remedy, missing=missing)
         found = fields.pop("format", None)
+        if found is None:
+            raise DataError(f"{path} is damaged: it has no format; {remedy}")
         if found != _FORMAT:
             raise DataError(f"{path} has format {found!r:.50}; only {_FORMAT} is known")
         manifest = conform(fields, Manifest, str(path), remedy=remedy)

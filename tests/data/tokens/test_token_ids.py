@@ -10,7 +10,7 @@ import pytest
 
 from megaegpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.data.tokens import vocabulary
+from megaegpt.data.tokens import token_ids
 from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
@@ -50,7 +50,7 @@ def test_a_manifest_and_a_small_type_make_reading_needless(
     other = with_manifest(tmp_path / "other", [1, 60000], {"vocab_size": 65000})
     with pytest.raises(DataError, match="holds id 60000"):
         check_ids(other, 50257)
-    monkeypatch.setattr(vocabulary.Shard, "check_ids", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(token_ids.Shard, "check_ids", lambda *_: pytest.fail("it was read"))
     for stream in (ours, small):
         check_ids(stream, 50257)
     check_ids(other, 65000)
@@ -74,7 +74,7 @@ def test_more_than_a_start_may_read_is_held_against_the_vocabulary_row_by_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = TokenStream([write_shard(tmp_path / "s", [np.arange(300)])])
-    monkeypatch.setattr(vocabulary, "_SCANNED_BYTES", 100)
+    monkeypatch.setattr(token_ids, "_SCANNED_BYTES", 100)
     check_ids(stream, 256)
     rows = np.empty((1, 6), np.int64)
     stream.read_rows(np.array([250]), rows)
