@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
+import torch
+import torch.distributed as dist
 
 from megaegpt.environment import is_other_rank
 from megaegpt.errors import LaunchError
@@ -116,3 +120,21 @@ def test_only_deepspeeds_own_runner_is_watched(
     monkeypatch.setattr(launch, "_parent_of", lambda process: 1)
     monkeypatch.setattr(launch, "_words_of", lambda process: lines[process].split())
     assert launch._deepspeed_runner(10) == (1 if watched else None)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_process_groups_have_a_timeout_and_a_gpus_device(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    device, made = torch.device(kind, 0), {}
+    store = dist.HashStore()
+    monkeypatch.setattr(launch, "is_launched", lambda: True)
+    monkeypatch.setattr(launch, "local_device", lambda: device)
+    monkeypatch.setattr(launch, "_end_with_launcher", lambda: None)
+    monkeypatch.setattr(launch.dist, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    monkeypatch.setattr(
+        launch.dist, "init_process_group", lambda backend, **options: made.update(options)
+    )
+    assert launch.init_distributed() == device
+    assert made["timeout"] == timedelta(minutes=10)
+    assert made["device_id"] == (device if kind == "cuda" else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -437,6 +438,31 @@ def test_a_validation_split_without_a_token_to_predict_is_refused(
     (message,) = distributed(1, _train_with_a_short_validation_split, *run)
     assert message.startswith("data.validation (")
     assert "has no token to predict" in message
+
+
+def _evaluate_apart(corpus: Path, folder: Path) -> tuple[bool, str]:
+    """Rank 1's validation losses are one unit in the last place above rank 0's at step 3, and
+    below them at step 6: seen from there the loss is still falling.
+    """
+    from megaegpt.training.evaluation import Evaluation, Evaluator
+
+    rank, losses = grid_for(1).rank, iter((4.0, 4.0))
+    shift = iter((math.inf, -math.inf) if rank else (4.0, 4.0))
+
+    def evaluate(self: Any, model: Any) -> Evaluation:
+        return Evaluation(math.nextafter(next(losses), next(shift)), 1.0, 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "evaluate", evaluate)
+        return _run("gpt", corpus, folder, training={"patience": 1, "steps": 9})
+
+
+def test_ranks_whose_losses_differ_in_the_last_bit_stop_together(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    (complete, shown), (other, _) = distributed(2, _evaluate_apart, corpus, tmp_path)
+    assert complete == other
+    assert "ended after step 6 of 9" in shown
 
 
 def _misfits(corpus: Path, folder: Path) -> list[tuple[str, bool]]:
