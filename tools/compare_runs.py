@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
 
 from megaegpt.arguments import path
 from megaegpt.errors import DataError, exits_cleanly
@@ -32,12 +31,21 @@ def compare(runs: list[Run]) -> str:
     """The tables as text.
 
     Raises:
-        DataError: a run was not evaluated yet.
+        DataError: no run was evaluated yet.
     """
-    evaluations = {run.name: _evaluation(run) for run in runs}
+    found = {run.name: run.last_validation() for run in runs}
+    evaluations = {name: record for name, record in found.items() if record is not None}
+    if not evaluations:
+        raise DataError(
+            f"{', '.join(found)} was not evaluated yet: is data.validation set, and did the run "
+            "reach its first evaluation?"
+        )
     rows = [["run", "model", "steps", "tokens seen", "nats/token", "nats/byte", "perplexity"]]
     for run in runs:
-        record = evaluations[run.name]
+        record = evaluations.get(run.name)
+        if record is None:  # a run that began lately, or that diverged early
+            rows.append([run.name, run.config.model.kind, *["-"] * (len(rows[0]) - 2)])
+            continue
         step, loss = record["step"], record["validation_loss"]
         per_byte = record.get("validation_nats_per_byte")
         rows.append(
@@ -63,15 +71,6 @@ def compare(runs: list[Run]) -> str:
         tables.append("nats/token by chunk of the window (= earlier chunks there are)")
         tables.append(format_table([["chunk", *numbers], *lines]))
     return "\n".join(tables).rstrip()
-
-
-def _evaluation(run: Run) -> dict[str, Any]:
-    record = run.last_validation()
-    if record is None:
-        raise DataError(
-            f"{run.name} was not evaluated yet: is data.validation set, and the run complete?"
-        )
-    return record
 
 
 if __name__ == "__main__":

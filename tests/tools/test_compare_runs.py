@@ -67,3 +67,11 @@ def test_a_run_that_diverged_is_compared_beside_the_others(tmp_path):
     assert lines[2].split()[4] == "5.0000"
     assert lines[3].split() == ["bad", "gpt", "10", "160", "nan", "nan", "nan"]
     assert lines[-1].split() == ["bad", "nan", "1.000"]
+
+
+def test_a_run_without_an_evaluation_keeps_no_other_from_being_compared(tmp_path):
+    good = make_run(tmp_path / "good", "gpt", [5.0], [])
+    new = make_run(tmp_path / "new", "egpt", [], [])
+    lines = compare(read_runs([new, good])).splitlines()
+    assert lines[2].split() == ["new", "egpt", *["-"] * 5]
+    assert lines[3].split()[4] == "5.0000"

@@ -6,6 +6,7 @@ that a model learns to stop.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,16 @@ from typing import Any
 import torch
 
 from megaegpt.data.readers.documents import Problems
-from megaegpt.data.readers.inputs import BYTE_ORDER_MARK
+from megaegpt.data.readers.inputs import (
+    BYTE_ORDER_MARK,
+    UTF_16_MARKS,
+    UTF_16_MESSAGE,
+    read_bytes,
+)
 from megaegpt.data.readers.json_lines import parse_object
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
 from megaegpt.errors import DataError
-from megaegpt.files import LFS_POINTER, LFS_POINTER_MESSAGE, is_special
+from megaegpt.files import is_special
 from megaegpt.labels import IGNORE
 
 _WITH_INPUT = (
@@ -55,21 +61,21 @@ def read_instructions(path: Path, problems: Problems) -> list[Instruction]:
     records.
 
     Args:
-        path: a JSON array or JSON Lines; each record may be of either kind.
+        path: a JSON array or JSON Lines, plain or compressed as ``open_bytes`` knows it; each
+            record may be of either kind.
         problems: told of records without an instruction or an answer.
 
     Raises:
-        DataError: the file cannot be read or is not JSON; a bad record, under the policy ``fail``.
+        DataError: the file cannot be read, is not UTF-8 or is no whole JSON array; a bad record,
+            under the policy ``fail``.
     """
     if is_special(path):
         raise DataError(f"{path} is a pipe or a device, not a file")
-    try:
-        content = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    if content.startswith(LFS_POINTER):
-        raise DataError(f"{path}: {LFS_POINTER_MESSAGE}")
+    content = read_bytes(path).removeprefix(BYTE_ORDER_MARK)
     already_bad = problems.count
+    if content.startswith(UTF_16_MARKS):
+        problems.report(str(path), UTF_16_MESSAGE)
+        return []
     records = [_record(row, where, problems) for where, row in _rows(path, content, problems)]
     if not records and problems.count == already_bad:
         problems.report(str(path), "has no records")
@@ -80,14 +86,16 @@ def _rows(
     path: Path, content: bytes, problems: Problems
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not content.lstrip().startswith(b"["):
-        for number, line in enumerate(content.split(b"\n"), 1):
+        for number, line in enumerate(io.BytesIO(content), 1):
             where = f"{path}, line {number}"
             row = parse_object(line, where, problems) if line.strip() else None
             if row is not None:
                 yield where, row
         return
     try:
-        array = json.loads(content)
+        array = json.loads(content.decode("utf-8", "surrogatepass"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start:,}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     for number, row in enumerate(array, 1):
@@ -100,9 +108,10 @@ def _rows(
 
 def _record(row: Mapping[str, Any], where: str, problems: Problems) -> Instruction | None:
     instruction = row.get("instruction")
-    context = row.get("input") or row.get("context") or ""
-    # Tables joined from both kinds have null where a row's own kind has no such column.
+    # Tables joined from both kinds have null or nothing where a row's own kind has no such column.
+    context = row["input"] if row.get("input") not in (None, "") else row.get("context")
     response = row.get("response") if row.get("output") is None else row["output"]
+    context = "" if context is None else context
     texts = [text for text in (instruction, context, response) if isinstance(text, str)]
     if len(texts) < 3:
         problems.report(where, "needs the texts instruction, input or context, output or response")

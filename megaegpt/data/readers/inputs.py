@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import io
@@ -29,6 +30,11 @@ MAX_DOCUMENT_BYTES = 1 << 28
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """What some programs write before UTF-8 text."""
+
+UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""What stands before UTF-16 text, as PowerShell writes it."""
+
+UTF_16_MESSAGE = "text in UTF-16: convert it (iconv -f UTF-16 -t UTF-8)"
 
 # Text compresses 3 to 10 times; a file that grows a hundredfold and is large is no text.
 _MAX_EXPANSION = 100
@@ -138,7 +144,7 @@ def open_bytes(path: Path) -> IO[bytes]:
     grows beyond all reason.
 
     Raises:
-        DataError: the file cannot be opened.
+        DataError: the file cannot be opened, or stands for one that Git LFS has not fetched.
     """
     try:
         file = path.open("rb")
@@ -253,16 +259,27 @@ def read_text(path: Path) -> str:
         DataError: the file cannot be opened, is truncated, or is not UTF-8.
     """
     try:
-        with open_bytes(path) as file:
-            return normalize_newlines(file.read().decode("utf-8-sig"))
+        return normalize_newlines(read_bytes(path).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start:,}") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file, decompressed.
+
+    Raises:
+        DataError: as for :func:`open_bytes`, or it is truncated or damaged.
+    """
+    try:
+        with open_bytes(path) as file:
+            return file.read()
     except DECOMPRESSION_ERRORS as error:
         raise DataError(f"{path}: truncated or damaged ({error})") from error
 
 
 def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, bytes]]:
-    """Numbers (from 1) and bytes of a file's lines, line ends included; damage is reported.
+    """Numbers (from 1) and bytes of a file's lines, line ends included; damage is reported, and so
+    is a file in UTF-16, whose bytes are no lines.
 
     Raises:
         DataError: a line is too long to be a document.
@@ -271,6 +288,9 @@ def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, bytes]]:
         number = 0
         while line := file.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
+            if number == 1 and line.startswith(UTF_16_MARKS):
+                problems.report(str(path), UTF_16_MESSAGE)
+                return
             if len(line) > MAX_DOCUMENT_BYTES:
                 raise DataError(f"{path}, line {number}: longer than {MAX_DOCUMENT_BYTES:,} bytes")
             yield number, line

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaegpt.data.readers.documents import Document, Problems
-from megaegpt.data.readers.inputs import expand, read_lines
+from megaegpt.data.readers.inputs import BYTE_ORDER_MARK, expand, read_lines
 
 SUFFIXES = tuple(
     kind + compression
@@ -17,6 +17,8 @@ SUFFIXES = tuple(
 )
 IDENTITY_COLUMNS = ("id", "url", "title", "language")
 """Columns that say which document it is: kept as metadata where they exist."""
+
+_OPENED = {b"[": "array", b"{": "object"}
 
 
 def read(
@@ -46,13 +48,15 @@ def read(
 def parse_object(line: bytes, where: str, problems: Problems) -> dict[str, Any] | None:
     """The object on a line, or None after reporting what is wrong with it."""
     try:
-        row = json.loads(line)
+        # Of bytes json would guess the encoding, line by line.
+        text = line.removeprefix(BYTE_ORDER_MARK).decode("utf-8", "surrogatepass")
+        row = json.loads(text)
     except UnicodeDecodeError as error:
         problems.report(where, f"not UTF-8 at byte {error.start:,} of the line")
         return None
     except (ValueError, RecursionError) as error:
-        if line.strip() == b"[":
-            problems.report(where, "a JSON array over several lines: write one object a line")
+        if (kind := _OPENED.get(line.strip())) is not None:
+            problems.report(where, f"a JSON {kind} over several lines: write one object a line")
             return None
         cut = "" if line.endswith(b"\n") else "the file ends within this line: "
         problems.report(where, f"{cut}not JSON ({error})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -175,3 +176,30 @@ def test_pointers_devices_and_endless_nesting_are_one_line(tmp_path: Path) -> No
         read_instructions(path, Problems("skip"))
     with pytest.raises(DataError, match="is a pipe or a device"):
         read_instructions(Path("/dev/zero"), Problems("skip"))
+
+
+def test_compressed_files_are_read_and_other_encodings_named(tmp_path: Path) -> None:
+    content = json.dumps([{"instruction": "Say yes.", "output": "Yes."}])
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(content.encode()))
+    assert read_instructions(tmp_path / "a.json.gz", Problems("fail")) == [SHORT]
+    for name, text in (("a.json", content), ("a.jsonl", content[1:-1] + "\n")):
+        (tmp_path / name).write_bytes((text * 2).encode("utf-16"))
+        with pytest.raises(DataError, match=f"{name}: text in UTF-16"):
+            read_instructions(tmp_path / name, Problems("fail"))
+        problems = Problems("skip")
+        assert (read_instructions(tmp_path / name, problems), problems.count) == ([], 1)
+
+
+@pytest.mark.parametrize("context", [0, False, [], {}])
+def test_a_context_that_is_no_text_is_no_empty_one(tmp_path: Path, context: object) -> None:
+    row = {"instruction": "Say yes.", "input": context, "output": "Yes."}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    with pytest.raises(DataError, match="record 1: needs the texts"):
+        read_instructions(tmp_path / "a.json", Problems("fail"))
+
+
+def test_an_object_over_several_lines_is_named_as_that(tmp_path: Path) -> None:
+    row = {"instruction": "Say yes.", "output": "Yes."}
+    (tmp_path / "a.json").write_text(json.dumps({"data": [row]}, indent=1))
+    with pytest.raises(DataError, match="line 1: a JSON object over several lines"):
+        read_instructions(tmp_path / "a.json", Problems("fail"))

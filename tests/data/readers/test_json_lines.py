@@ -158,3 +158,13 @@ def test_a_json_array_over_several_lines_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[\n{"text": "one"}\n]\n')
     with pytest.raises(DataError, match="line 1: a JSON array over several lines: write one"):
         read("jsonl", tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(("encoding", "bad"), [("utf-16", 1), ("utf-16-le", 3), ("utf-16-be", 2)])
+def test_no_line_of_utf_16_is_read_by_luck(tmp_path: Path, encoding: str, bad: int) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"text": "a"}, {"text": "b"}).decode().encode(encoding))
+    with pytest.raises(DataError, match=r"a\.jsonl: text in UTF-16" if bad == 1 else "line 1: not"):
+        read("jsonl", path)
+    documents, problems = read_skipping("jsonl", path)
+    assert (documents, problems.count) == ([], bad)
