@@ -152,7 +152,7 @@ class WeightsAndBiases:
 
 
 def _run_id(path: Path, done: int) -> str:
-    """Of the run that is resumed, or a new one for a new run."""
+    """The id of the run that is resumed, or a new one for a new run."""
     if done > 0 and path.exists():
         return path.read_text(encoding="utf-8").strip()
     name = secrets.token_hex(4)
