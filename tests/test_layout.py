@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "megaegpt"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megaegpt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
@@ -38,6 +42,17 @@ LIBRARIES = {
     "lm_eval": {"evaluation/harness.py"},
 }
 """The only files that import a library whose insides they know."""
+
+PROGRAMS = [
+    path for folder in ("tests", "tools", "launchers") for path in ROOT.glob(f"{folder}/**/*.py")
+]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REFERENCE = re.compile(r":(?:class|func|mod|meth|attr|data):`~?([\w.]+)`|``(megaegpt(?:\.\w+)+)``")
+TRACKED = ("megaegpt", "docs", "configs", "launchers", "tools", "tests")
+A_FILE = re.compile(r"`([\w./-]+\.(?:py|sh|yaml|md|ipynb|sbatch))(?::\w+)?`")
+A_FOLDER = re.compile(r"`((?:[\w.-]+/)+)`")
+NOT_OURS = {"config.yaml", "preprocess_data.py", "preprocess_data_fast.py"}
+"""Files of a run's folder, and Megatron's programs."""
 
 
 def modules_imported(path: Path) -> set[str]:
@@ -77,3 +92,65 @@ def test_a_library_is_imported_where_its_insides_are_known(library: str) -> None
         if any(module.split(".")[0] == library for module in modules_imported(path))
     }
     assert users <= LIBRARIES[library]
+
+
+@cache
+def names_in(path: Path) -> frozenset[str]:
+    """Whatever a file defines: functions, classes, their attributes, variables."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return frozenset(found)
+
+
+def is_there(reference: str) -> bool:
+    """Whether a dotted name is of a module, or of something that one defines."""
+    parts = reference.split(".")
+    if parts[0] not in {"megaegpt", "tools", "tests", "launchers"}:
+        return any(
+            parts[-1] in names_in(path) or hasattr(builtins, parts[-1])
+            for path in [*FILES, *PROGRAMS]
+        )
+    for length in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:length])
+        if path.is_dir():
+            return length == len(parts)
+        if path.with_suffix(".py").exists():
+            return set(parts[length:]) <= names_in(path.with_suffix(".py"))
+    return False
+
+
+def test_every_name_that_a_docstring_refers_to_is_there() -> None:
+    missing = []
+    for path in [*FILES, *PROGRAMS]:
+        for groups in REFERENCE.findall(path.read_text(encoding="utf-8")):
+            reference = "".join(groups)
+            if not is_there(reference):
+                missing.append(f"{path.relative_to(ROOT)}: {reference}")
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    places = (ROOT, PACKAGE, page.parent)
+    known = {path.name for top in TRACKED for path in (ROOT / top).rglob("*")} | NOT_OURS
+    known |= {path.name for path in ROOT.glob("*")}
+    text = page.read_text(encoding="utf-8")
+    names = [name for name in A_FILE.findall(text) if "/" in name or name not in known]
+    names += [
+        name
+        for name in A_FOLDER.findall(text)
+        if any((place / name.split("/")[0]).is_dir() for place in places)
+    ]
+    missing = [
+        name
+        for name in names
+        if not any((place / name).exists() for place in places)
+        and not any(path.as_posix().endswith(f"/{name}") for path in FILES)
+    ]
+    assert missing == []

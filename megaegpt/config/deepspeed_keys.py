@@ -60,7 +60,7 @@ def deepspeed_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     """What cannot stand in the section ``deepspeed`` of a run's configuration.
 
     Keys that are not listed in this module are DeepSpeed's to judge: see
-    :func:`megaegpt.config.deepspeed_config.check_accepted`.
+    :func:`megaegpt.training.engine.compat.check_accepted`.
     """
     given = dict(_dotted(raw))
     for key, value in given.items():

@@ -113,7 +113,7 @@ class ModelConfig:
     bias: bool = True
     """Biases in linear layers and LayerNorms."""
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
-    """Of the MLP: GPT-2's tanh approximation of GELU, or the exact one."""
+    """Activation of the MLP: GPT-2's tanh approximation of GELU, or the exact one."""
     tied_embeddings: bool = True
     """The output head is the token embedding (gpt only; egpt and deepgpt have their own head)."""
     layer_norm_eps: PositiveFloat = 1e-5

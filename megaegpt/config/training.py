@@ -39,7 +39,7 @@ class TrainingConfig:
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     seed: Seed = 1337
-    """Of initial weights, data order and dropout."""
+    """Seed of initial weights, data order and dropout."""
     deterministic: bool = False
     """The same run gives the same bits on a GPU too: ordered algorithms only, which are slower."""
     eval_interval: PositiveInt = 500
@@ -135,4 +135,4 @@ class GenerationConfig:
     top_p: Probability | None = None
     """Sample among the fewest tokens that hold this probability. None: all."""
     seed: Seed = 1337
-    """Of the sampling."""
+    """Seed of the sampling."""

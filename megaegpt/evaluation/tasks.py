@@ -50,7 +50,7 @@ class LastWordResult:
     accuracy: float
     """Share of the words whose every token is the likeliest."""
     perplexity: float
-    """Of a word: exp of the mean nats that one costs."""
+    """Perplexity of a word: exp of the mean nats that one costs."""
     examples: int
 
     def __str__(self) -> str:

@@ -43,7 +43,7 @@ class TextTokens:
         self.left_out = problems.left_out
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self._tokens)
 
     def read(self, start: int, length: int) -> np.ndarray:

@@ -28,7 +28,7 @@ class LoadedModel(NamedTuple):
     model: Model
     """In eval mode, without gradients, on the grid's device."""
     encoder: FrozenEncoder | None
-    """Of an EGPT or DeepGPT."""
+    """The encoder of an EGPT or DeepGPT."""
     tokenizer: Tokenizer
     is_own_tokenizer: bool = True
     """``tokenizer`` is the one that the model was trained with, as far as its weights say: its

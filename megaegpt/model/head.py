@@ -23,7 +23,7 @@ class OutputHead(nn.Module):
     """The vocabulary-parallel head. With ``tied_to`` it shares that (V/tp, C) weight."""
 
     packed: Tensor | None = None
-    """The weight as ``products.pack`` gives it, once more, for inference."""
+    """The weight as ``parallel.matmul.pack`` gives it, once more, for inference."""
 
     rows_at_once: int | None = None
     """Rows of logits that the loss computes at once; None: as many as suit the device."""

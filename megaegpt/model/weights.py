@@ -72,7 +72,7 @@ def write_weights(
 
 
 def _digest(document: dict[str, Any]) -> str:
-    """Of what the numbers mean; JSON, because lists and tuples are the same there."""
+    """Fingerprint of what the numbers mean; JSON, because lists and tuples are the same there."""
     described = [document["model"], document["extra"]]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 

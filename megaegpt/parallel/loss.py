@@ -25,7 +25,7 @@ ROWS_AT_ONCE = {"cpu": 128, "cuda": 4096}
 """Rows of logits that exist at once, by device type."""
 
 _ELEMENTS_AT_ONCE = 1 << 20
-"""Of a gradient that is scaled in a wider type than its own."""
+"""Elements at once of a gradient that is scaled in a wider type than its own."""
 
 _backward_scale: ContextVar[Tensor | None] = ContextVar("backward_scale", default=None)
 """A power of two."""

@@ -40,7 +40,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts, in bytes."""
         return sum(dataclasses.astuple(self))
 
     def __str__(self) -> str:

@@ -18,7 +18,8 @@ from megaegpt.planning.summary import ModelSize, measure_model
 from megaegpt.precision import DTYPES, Precision
 
 USABLE_MEMORY = 0.9
-"""Of a GPU; the rest is left to its context, libraries' workspaces and fragmentation."""
+"""Share of a GPU's memory that a plan may fill; the rest is left to its context, libraries'
+workspaces and fragmentation."""
 
 _RECOMPUTED_WORK = {"none": 1.0, "selective": 1.0, "full": 4 / 3}
 """Operations over those of the model: ``full`` makes every forward pass twice."""
@@ -30,7 +31,7 @@ class Machines:
 
     accelerator: Accelerator
     gpus: int
-    """Of all machines together."""
+    """GPUs of all machines together."""
     per_node: int
 
     def bandwidth(self, ranks: int) -> float:

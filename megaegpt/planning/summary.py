@@ -21,12 +21,12 @@ class ModelSize:
     parameters: int
     """Trainable."""
     flops_per_token: int
-    """Of training on one token, the encoder's forward pass included where it runs in the loop, and
-    frozen parts as if they were trained."""
+    """Operations of training on one token, the encoder's forward pass included where it runs in
+    the loop, and frozen parts as if they were trained."""
     frozen: int = 0
     """Parameters of frozen parts."""
     encoder_parameters: int = 0
-    """Of the frozen encoder."""
+    """Parameters of the frozen encoder."""
 
 
 def measure_model(config: RunConfig, encoder: ModelConfig | None = None) -> ModelSize:

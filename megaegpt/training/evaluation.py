@@ -36,7 +36,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Of a token."""
+        """exp of the mean loss of a token, which is cut at 700 nats to stay finite."""
         return math.exp(min(self.loss, 700.0))
 
     @property

@@ -111,7 +111,7 @@ def model_of_weights(weights: Path, wanted: ModelConfig) -> ModelConfig:
 
 
 class InstructionData:
-    """See :class:`~megaegpt.training.run_data.RunData`.
+    """A run's data (:class:`~megaegpt.training.run_data.RunData`) made of instruction records.
 
     Raises:
         DataError: a file cannot be read, a record is bad, or none fits the model.

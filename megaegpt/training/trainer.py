@@ -57,11 +57,11 @@ class Trainer:
     progress: Callable[[int], Mapping[str, float]] | None = None
     """What to record of the data, such as a blend's tokens by corpus, after so many samples."""
     best: BestLoss = field(default_factory=BestLoss)
-    """Of the evaluations so far."""
+    """The best loss of the evaluations so far."""
     done: int = 0
     """Optimizer steps done."""
     skipped: int = 0
-    """Of these, steps whose gradient was not finite."""
+    """Steps among those done whose gradient was not finite."""
 
     def __post_init__(self) -> None:
         self._grid = self.engine.grid

@@ -11,8 +11,17 @@ from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
-from tests.generation.tiny_models import CHUNK, GPT, SAMPLING, egpt, prompt
-from tests.model.variants import ATTENTION, POSITIONS, WINDOW, variant
+from tests.tiny_models import (
+    ATTENTION,
+    CHUNK,
+    GPT,
+    POSITIONS,
+    SAMPLING,
+    WINDOW,
+    egpt,
+    prompt,
+    variant,
+)
 
 _GPT = replace(GPT, num_layers=1)
 _EGPT = replace(egpt(local_attention=True), num_layers=1)

@@ -11,7 +11,7 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.generation.recomputing import RecomputingDecoder
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.parallel.grid import ProcessGrid
-from tests.generation.tiny_models import DEEPGPT, EGPT, GPT, build, egpt
+from tests.tiny_models import DEEPGPT, EGPT, GPT, build_with_encoder, egpt
 
 TOKENIZER = Tokenizer.load()
 CONFIGS = {
@@ -24,7 +24,7 @@ CONFIGS = {
 
 def load(kind: str, grid: ProcessGrid | None = None) -> LoadedModel:
     """A model of the tests of generation; its vocabulary is 90 tokens."""
-    model, encoder = build(CONFIGS[kind], grid, torch.float32)
+    model, encoder = build_with_encoder(CONFIGS[kind], grid, torch.float32)
     return LoadedModel(model, encoder, TOKENIZER)
 
 
@@ -33,7 +33,7 @@ def load_speaking(kind: str, vocab_size: int = 50257) -> LoadedModel:
     config = replace(
         CONFIGS[kind], vocab_size=vocab_size, hidden_size=16, num_heads=2, max_seq_len=40
     )
-    model, _ = build(config, None, torch.float32)
+    model, _ = build_with_encoder(config, None, torch.float32)
     return LoadedModel(model, None, TOKENIZER)
 
 

@@ -19,7 +19,7 @@ from megaegpt.generation.trained import pack_weights
 from megaegpt.model.build import gpt_of
 from megaegpt.parallel.grid import ProcessGrid
 from tests.generation.test_generator import VARIANTS
-from tests.generation.tiny_models import GPT, SAMPLING, build, prompt
+from tests.tiny_models import GPT, SAMPLING, build_with_encoder, prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
 
@@ -41,7 +41,7 @@ def _no_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     ["gpt_rotary_window", "gpt_latent", "gpt_grouped_query", "egpt_local", "deepgpt_rotary"],
 )
 def test_the_text_is_that_of_the_uncompiled_step(name: str) -> None:
-    model, encoder = build(VARIANTS[name])
+    model, encoder = build_with_encoder(VARIANTS[name])
     expected = TextGenerator(model, encoder).generate(PROMPTS, LONG)
     generator = TextGenerator(model, encoder, compiled=True)
     assert generator.generate(PROMPTS, LONG) == expected
@@ -50,7 +50,7 @@ def test_the_text_is_that_of_the_uncompiled_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt_rotary_window", "gpt_latent", "gpt_grouped_query"])
 def test_logits_are_those_of_the_whole_text(name: str) -> None:
-    model = gpt_of(*build(VARIANTS[name]))
+    model = gpt_of(*build_with_encoder(VARIANTS[name]))
     tokens = torch.tensor([prompt(12), prompt(12, 1)])
     step = CompiledSteps(model, with_head=True).lend(tokens, 2, 12)
     with torch.inference_mode():
@@ -60,7 +60,7 @@ def test_logits_are_those_of_the_whole_text(name: str) -> None:
 
 
 def test_weights_packed_for_uncompiled_steps_are_no_hindrance() -> None:
-    model, _ = build(GPT)
+    model, _ = build_with_encoder(GPT)
     pack_weights(model.bfloat16())
     assert any(getattr(module, "packed", None) is not None for module in model.modules())
     (text,) = TextGenerator(model, compiled=True).generate(PROMPTS[:1], LONG)
@@ -68,7 +68,7 @@ def test_weights_packed_for_uncompiled_steps_are_no_hindrance() -> None:
 
 
 def test_a_model_may_change_its_values_and_its_precision_between_texts() -> None:
-    model, _ = build(GPT)
+    model, _ = build_with_encoder(GPT)
     generator = TextGenerator(model, compiled=True)
     for change in (torch.zero_, lambda p: p.normal_(), torch.Tensor.float):
         for parameter in model.parameters():
@@ -78,7 +78,7 @@ def test_a_model_may_change_its_values_and_its_precision_between_texts() -> None
 
 
 def test_texts_that_are_written_in_turns_have_caches_of_their_own() -> None:
-    model, _ = build(GPT)
+    model, _ = build_with_encoder(GPT)
     alone = [list(TextGenerator(model).stream(p, LONG)) for p in (prompt(5), prompt(5, 1))]
     generator = TextGenerator(model, compiled=True)
     streams = [generator.stream(p, LONG) for p in (prompt(5), prompt(5, 1))]
@@ -87,7 +87,7 @@ def test_texts_that_are_written_in_turns_have_caches_of_their_own() -> None:
 
 
 def test_steps_are_compiled_once_for_texts_of_like_sizes() -> None:
-    model, _ = build(replace(GPT, max_seq_len=300))
+    model, _ = build_with_encoder(replace(GPT, max_seq_len=300))
     steps = CompiledSteps(model, with_head=True)  # type: ignore[arg-type]
 
     class Borrower:
@@ -108,7 +108,7 @@ def test_models_that_differ_in_a_constant_and_many_batch_sizes_have_steps_of_the
     rotary = VARIANTS["gpt_rotary_window"]
     config = replace(SAMPLING, max_new_tokens=4)
     for base, sizes in ((10_000.0, range(1, 10)), (3.0, [1])):  # torch's own limit is 8 codes
-        model, _ = build(replace(rotary, rope_base=base))
+        model, _ = build_with_encoder(replace(rotary, rope_base=base))
         generator = TextGenerator(model, compiled=True)
         for size in sizes:
             prompts = [prompt(5, row) for row in range(size)]
@@ -117,9 +117,9 @@ def test_models_that_differ_in_a_constant_and_many_batch_sizes_have_steps_of_the
 
 
 def test_what_cannot_be_compiled_is_named() -> None:
-    model, _ = build(GPT)
+    model, _ = build_with_encoder(GPT)
     assert uncompilable(model) is None  # type: ignore[arg-type]
-    model, _ = build(replace(GPT, document_end=2))
+    model, _ = build_with_encoder(replace(GPT, document_end=2))
     assert "document_end" in (uncompilable(model) or "")  # type: ignore[arg-type]
     model.grid = ProcessGrid(tp_size=2)
     assert "tensor-parallel" in (uncompilable(model) or "")  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from megaegpt.generation.generator import TextAssembler, TextGenerator, encode_p
 from megaegpt.model.decoding import context_start
 from megaegpt.model.egpt.egpt_decoder import EGPTDecoder
 from tests.distributed.harness import Distributed, grid_for
-from tests.generation.tiny_models import (
+from tests.tiny_models import (
     CHUNK,
     CHUNKS,
     DEEPGPT,
@@ -22,7 +22,7 @@ from tests.generation.tiny_models import (
     MAX_LEN,
     SAMPLING,
     VOCAB,
-    build,
+    build_with_encoder,
     egpt,
     prompt,
 )
@@ -56,7 +56,7 @@ VARIANTS = {
 
 
 def _generate(config: ModelConfig, prompts: list[list[int]], new: int, **options) -> list:
-    generator = TextGenerator(*build(config))
+    generator = TextGenerator(*build_with_encoder(config))
     return generator.generate(prompts, replace(SAMPLING, max_new_tokens=new), **options)
 
 
@@ -82,14 +82,14 @@ def test_a_prompt_may_have_any_length(name: str, length: int) -> None:
 def test_prompts_of_a_batch_are_continued_as_if_alone(config: ModelConfig) -> None:
     prompts = [prompt(length, seed) for seed, length in enumerate((3, 9, 3, 20))]
     batch = _generate(config, prompts, 12)
-    generator = TextGenerator(*build(config))
+    generator = TextGenerator(*build_with_encoder(config))
     for row, (one, text) in enumerate(zip(prompts, batch, strict=True)):
         alone = replace(SAMPLING, max_new_tokens=12, seed=SAMPLING.seed + row)
         assert list(generator.stream(one, alone)) == text
 
 
 def test_a_second_text_knows_nothing_of_the_first() -> None:
-    generator = TextGenerator(*build(egpt(local_attention=True)))
+    generator = TextGenerator(*build_with_encoder(egpt(local_attention=True)))
     config = replace(SAMPLING, max_new_tokens=20)
     first = generator.generate([prompt(12)], config)
     generator.generate([prompt(30, seed=1)], config)
@@ -113,7 +113,7 @@ def test_deepgpt_starts_every_chunk_from_nothing() -> None:
 
 def test_egpt_does_the_same_work_for_each_token_however_long_the_text() -> None:
     """The positions that the encoder and the decoder compute, counted over each whole chunk."""
-    model, encoder = build(EGPT)
+    model, encoder = build_with_encoder(EGPT)
     assert encoder is not None
     positions = [0]
 
@@ -133,7 +133,7 @@ def test_egpt_does_the_same_work_for_each_token_however_long_the_text() -> None:
 
 
 def test_a_long_prompt_is_encoded_only_where_it_is_seen() -> None:
-    model, encoder = build(EGPT)
+    model, encoder = build_with_encoder(EGPT)
     assert encoder is not None
     encoded = []
     encoder.gpt.stack.register_forward_pre_hook(lambda _, args: encoded.append(args[0].shape[1]))
@@ -148,7 +148,7 @@ def test_a_gpt_forgets_the_older_half_when_its_context_is_full() -> None:
 
 
 def test_a_full_context_is_read_again_once_in_half_of_it() -> None:
-    model, _ = build(GPT)
+    model, _ = build_with_encoder(GPT)
     fed = []
     model.stack.register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
     new = 4 * MAX_LEN
@@ -170,13 +170,13 @@ def test_nothing_is_generated_where_nothing_is_asked_for() -> None:
 
 
 def test_tokens_beyond_the_tokenizer_are_never_drawn() -> None:
-    generator = TextGenerator(*build(GPT), vocab_size=5)
+    generator = TextGenerator(*build_with_encoder(GPT), vocab_size=5)
     (text,) = generator.generate([[1]], replace(SAMPLING, temperature=5.0, max_new_tokens=60))
     assert set(text) == set(range(5))
 
 
 def test_a_model_in_training_mode_and_an_empty_prompt_are_refused() -> None:
-    model, _ = build(GPT)
+    model, _ = build_with_encoder(GPT)
     with pytest.raises(ValueError, match="no tokens"):
         TextGenerator(model).generate([[1], []], SAMPLING)
     with pytest.raises(ValueError, match=r"call model\.eval"):
@@ -184,13 +184,13 @@ def test_a_model_in_training_mode_and_an_empty_prompt_are_refused() -> None:
 
 
 def test_an_encoder_is_asked_for() -> None:
-    model, _ = build(EGPT)
+    model, _ = build_with_encoder(EGPT)
     with pytest.raises(ValueError, match="encoder"):
         TextGenerator(model).generate([[1]], replace(SAMPLING, max_new_tokens=1))
 
 
 def _tokens_at(tp_size: int, config: ModelConfig) -> list[list[int]]:
-    generator = TextGenerator(*build(config, grid_for(tp_size)))
+    generator = TextGenerator(*build_with_encoder(config, grid_for(tp_size)))
     return generator.generate([prompt(5), prompt(5, 1)], replace(SAMPLING, max_new_tokens=30))
 
 
@@ -202,7 +202,7 @@ def _tokens_at(tp_size: int, config: ModelConfig) -> list[list[int]]:
 def test_tensor_parallel_ranks_write_the_text_of_one(
     distributed: Distributed, config: ModelConfig
 ) -> None:
-    alone = TextGenerator(*build(config)).generate(
+    alone = TextGenerator(*build_with_encoder(config)).generate(
         [prompt(5), prompt(5, 1)], replace(SAMPLING, max_new_tokens=30)
     )
     assert distributed(2, _tokens_at, 2, config) == [alone, alone]
@@ -238,7 +238,7 @@ def test_a_prompt_without_text_begins_a_document(tokenizer: Tokenizer) -> None:
 
 
 def test_sample_text_puts_the_mode_back_and_draws_no_global_numbers(tokenizer: Tokenizer) -> None:
-    model, _ = build(replace(GPT, vocab_size=tokenizer.vocab_size, dropout=0.5))
+    model, _ = build_with_encoder(replace(GPT, vocab_size=tokenizer.vocab_size, dropout=0.5))
     config = GenerationConfig(prompt="Prince", max_new_tokens=8)
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -251,6 +251,8 @@ def test_sample_text_puts_the_mode_back_and_draws_no_global_numbers(tokenizer: T
 
 
 def test_a_generator_left_half_way_does_not_leave_inference_mode_on() -> None:
-    stream = TextGenerator(*build(GPT)).stream(prompt(3), replace(SAMPLING, max_new_tokens=5))
+    stream = TextGenerator(*build_with_encoder(GPT)).stream(
+        prompt(3), replace(SAMPLING, max_new_tokens=5)
+    )
     next(stream)
     assert not torch.is_inference_mode_enabled()

@@ -14,7 +14,7 @@ from megaegpt.generation.padded import PaddedGPTDecoder
 from megaegpt.model.decoding import GPTDecoder
 from tests.distributed.harness import Distributed, grid_for
 from tests.generation.test_generator import VARIANTS
-from tests.generation.tiny_models import GPT, MAX_LEN, SAMPLING, build, prompt
+from tests.tiny_models import GPT, MAX_LEN, SAMPLING, build_with_encoder, prompt
 
 GPTS = {name: config for name, config in VARIANTS.items() if config.kind == "gpt"}
 GPTS["gpt_window_every"] = replace(GPT, positions="rotary", window=3, window_every=2)
@@ -24,7 +24,7 @@ LENGTHS = (3, MAX_LEN, 1, 9, 3, MAX_LEN + 1, 5 * MAX_LEN // 2)
 
 
 def _gpt(config: ModelConfig) -> gpt_module.GPT:
-    model, _ = build(config)
+    model, _ = build_with_encoder(config)
     assert isinstance(model, gpt_module.GPT)
     return model
 
@@ -82,7 +82,7 @@ def test_what_is_allocated_is_bounded_by_the_context_and_not_by_the_tokens_asked
 
 
 def _texts_at(tp_size: int) -> list[list[int]]:
-    model, _ = build(GPT, grid_for(tp_size))
+    model, _ = build_with_encoder(GPT, grid_for(tp_size))
     prompts = [prompt(length, seed) for seed, length in enumerate((2, 7, 4))]
     return TextGenerator(model).generate(prompts, replace(SAMPLING, max_new_tokens=30))
 

@@ -76,9 +76,9 @@ def test_a_blended_run_resumes_and_counts_tokens_and_epochs_by_corpus(
 def _board_tags(folder: Path) -> set[str]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(folder / "tensorboard"))
-    board.Reload()
-    return set(board.Tags()["scalars"])
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return set(events.Tags()["scalars"])
 
 
 def test_packed_documents_of_a_shard_do_not_see_each_other(tmp_path: Path) -> None:

@@ -64,7 +64,6 @@ class FullStore:
         self.nbytes = keys.nbytes + (0 if values is None else values.nbytes)
 
     def append(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`LayerStore`."""
         end = start + k.shape[2]
         self._keys[:, :, start:end] = k
         if self._values is not self._keys:
@@ -72,12 +71,10 @@ class FullStore:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
     def columns(self, start: int, length: int) -> Tensor:
-        """See :class:`LayerStore`."""
         return torch.arange(start + length, device=self._keys.device)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """See :class:`LayerStore`."""
         return self._keys, self._values
 
 
@@ -91,7 +88,6 @@ class RingStore:
         self.nbytes = keys.nbytes + values.nbytes
 
     def append(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`LayerStore`."""
         return self._append(self._keys, start, k), self._append(self._values, start, v)
 
     def _append(self, ring: Tensor, start: int, new: Tensor) -> Tensor:
@@ -107,7 +103,6 @@ class RingStore:
         return seen
 
     def columns(self, start: int, length: int) -> Tensor:
-        """See :class:`LayerStore`."""
         if length > 1:
             new = torch.arange(start, start + length, device=self._keys.device)
             return torch.cat([self._old_columns(start), new])
@@ -116,7 +111,6 @@ class RingStore:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """See :class:`LayerStore`."""
         return self._keys, self._values
 
     def _old_columns(self, start: int) -> Tensor:

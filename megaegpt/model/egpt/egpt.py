@@ -81,7 +81,7 @@ class EGPT(LanguageModel):
         return F.dropout(x, self.config.dropout, self.training)
 
     def _gates(self) -> Gates:
-        """Of each layer; how far its heads are open to what is read from earlier chunks."""
+        """By layer, how far its heads are open to what is read from earlier chunks."""
         if not self.config.egpt.memory_gate:
             return ()
         return [block.get_parameter("attention.gate") for block in self.stack.blocks]

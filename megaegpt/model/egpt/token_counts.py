@@ -27,7 +27,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import new_parameter
 
 _GATE_BIAS = -2.2
-"""Of a new model: a tenth of the prediction, which is near the best constant share."""
+"""The gate's bias in a new model: it opens a tenth, which is near the best constant share."""
 
 
 def count_tokens(tokens: Tensor, vocab_size: int) -> Tensor:

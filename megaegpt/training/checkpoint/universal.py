@@ -40,7 +40,7 @@ FP32 = "fp32"
 Specs = dict[str, ParamSpec]
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
-"""Of whole parameters, by name in the order of the model."""
+"""Shapes of whole parameters, by name in the order of the model."""
 
 
 def universal_info(specs: Specs) -> dict[str, Any]:

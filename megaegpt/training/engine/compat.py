@@ -8,10 +8,12 @@ name when an engine is built, rather than found out in the middle of a run.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
+from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
@@ -31,16 +33,24 @@ PARTITIONED = (
     "params_in_partition",
     "clip_grad",
 )
-"""Of the optimizer of ZeRO stages 1 and 2, ..."""
+"""Attributes of the optimizer of ZeRO stages 1 and 2, but of bf16 at stage 1."""
 
 BF16_STAGE_1 = ("bf16_groups", "fp32_groups_gradients", "clip_grad")
-"""... but that of bf16 at stage 1, which has these instead."""
+"""Attributes of the optimizer of ZeRO stage 1 in bf16."""
 
 LOSS_SCALER = ("cur_scale", "min_scale", "raise_error_at_min_scale")
-"""Of ``optimizer.loss_scaler`` in fp16."""
+"""Attributes of ``optimizer.loss_scaler`` in fp16."""
 
 READ_BY_DEEPSPEED = ("_global_grad_norm", "overflow")
-"""What the engine reads of our own optimizer at stage 0."""
+"""Attributes that the engine reads of our own optimizer at stage 0."""
+
+
+def quieten() -> None:
+    """Keep DeepSpeed from telling what it does, and from compiling an operator for CPUs (45 s, with
+    a compiler) that only its inference uses.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed_ops["deepspeed_shm_comm"] = False
 
 
 def check_compatible(engine: Any, stage: int, precision: str) -> None:

@@ -1,13 +1,12 @@
 """DeepSpeed behind one class: the optimizer step, and saved state.
 
-Nothing else in the project imports DeepSpeed, so what it expects is written down here. Tested with
-0.19.8; ``setup.py`` pins the line, because defaults move between releases.
+Tested with 0.19.8; ``setup.py`` pins the line, because defaults move between releases. What is used
+of it that it does not promise is listed in ``compat.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if not torch.cuda.is_available():  # say so before DeepSpeed looks for devices and warns
+if not torch.cuda.is_available():  # DeepSpeed looks for devices, and warns, as it is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
-from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 
 from megaegpt.config.deepspeed_config import deepspeed_config
 from megaegpt.config.parallel import effective_zero_stage
@@ -37,7 +35,7 @@ from megaegpt.precision import resolve_precision
 from megaegpt.training.checkpoint import deepspeed_state
 from megaegpt.training.checkpoint.manifest import Topology
 from megaegpt.training.checkpoint.universal import convert
-from megaegpt.training.engine.compat import check_accepted, check_compatible
+from megaegpt.training.engine.compat import check_accepted, check_compatible, quieten
 from megaegpt.training.engine.gradients import ModuleNorms
 from megaegpt.training.engine.host_memory import keep_freed_memory
 from megaegpt.training.engine.optimizer import build_adamw, build_clipped_adamw
@@ -51,11 +49,6 @@ LossFunction = Callable[[Callable[..., Tensor], Batch], Tensor]
 def call_model(model: Callable[..., Tensor], batch: Batch) -> Tensor:
     """The loss of a micro-batch that holds just what the model is called with."""
     return model(**batch)
-
-
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# DeepSpeed would compile this CPU operator (45 s, needs a compiler); only its inference uses it.
-deepspeed_ops["deepspeed_shm_comm"] = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +118,7 @@ class Engine:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         options = deepspeed_config(config, grid.dp_size, self.precision, trainable)
         check_accepted(options)
+        quieten()
         with contextlib.redirect_stdout(None):  # its optimizers print memory figures
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, mpu=DeepSpeedMpu(grid), config=options

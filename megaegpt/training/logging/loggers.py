@@ -19,7 +19,7 @@ from megaegpt.files import write_whole
 _RUN_ID = "wandb_id"
 
 
-class Board(Protocol):
+class Logger(Protocol):
     """One of them. Steps are counted from 1; names have a slash after their group."""
 
     def configuration(self, config: RunConfig) -> None:
@@ -41,19 +41,19 @@ class Board(Protocol):
         """Write the rest."""
 
 
-def open_boards(config: LoggingConfig, done: int) -> list[Board]:
-    """The boards that the configuration asks for, in a run that starts after ``done`` steps.
+def open_loggers(config: LoggingConfig, done: int) -> list[Logger]:
+    """The loggers that the configuration asks for, in a run that starts after ``done`` steps.
 
     Raises:
         ConfigError: a package is missing, or Weights & Biases refuses the run.
     """
     check_packages(config)
-    boards: list[Board] = []
+    loggers: list[Logger] = []
     if config.tensorboard:
-        boards.append(TensorBoard(Path(config.directory), done))
+        loggers.append(TensorBoard(Path(config.directory), done))
     if config.wandb != "disabled":
-        boards.append(WeightsAndBiases(config, done))
-    return boards
+        loggers.append(WeightsAndBiases(config, done))
+    return loggers
 
 
 def check_packages(config: LoggingConfig) -> None:
@@ -152,7 +152,7 @@ class WeightsAndBiases:
 
 
 def _run_id(path: Path, done: int) -> str:
-    """Of the run that is resumed, or a new one for a new run."""
+    """The id of the run that is resumed, or a new one for a new run."""
     if done > 0 and path.exists():
         return path.read_text(encoding="utf-8").strip()
     name = secrets.token_hex(4)

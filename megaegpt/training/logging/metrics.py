@@ -86,7 +86,7 @@ class SpeedMeter:
     total_steps: int
     flops_per_token: int
     peak_flops: float | None
-    """Of all ranks' devices together."""
+    """Peak FLOP/s of all ranks' devices together; None where it is not known."""
     device: torch.device
 
     def measure(self, steps: int, seconds: float, done: int) -> Speed:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: ``metrics.jsonl``, boards and console lines, by rank 0."""
+"""What a run leaves to look at: ``metrics.jsonl``, TensorBoard or W&B, console lines, by rank 0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megaegpt.files import is_special, naming_failures, write_whole
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.report.figures import can_draw, loss_by_chunk, pixels
 from megaegpt.training.evaluation import Evaluation
-from megaegpt.training.logging.loggers import Board, open_boards
+from megaegpt.training.logging.loggers import Logger, open_loggers
 
 METRICS = "metrics.jsonl"
 
@@ -29,14 +29,14 @@ class Monitor:
             stopped after its last checkpoint, are dropped: their steps will be recorded again.
 
     Raises:
-        ConfigError: a board cannot be opened.
+        ConfigError: a logger cannot be opened.
         DataError: the folder cannot be written; the methods raise it too, of a full disk.
     """
 
     def __init__(self, config: LoggingConfig, grid: ProcessGrid, done: int = 0) -> None:
         self._is_main = grid.is_main
         self._validated: dict[int, float] = {}
-        self._boards: list[Board] = []
+        self._loggers: list[Logger] = []
         self._told_of_images = False
         self._folder = folder = Path(config.directory)
         if not self._is_main:
@@ -51,7 +51,7 @@ class Monitor:
         }
         with naming_failures(folder):
             self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-            self._boards = open_boards(config, done)
+            self._loggers = open_loggers(config, done)
 
     def say(self, text: str) -> None:
         """Show a line on the console."""
@@ -60,7 +60,7 @@ class Monitor:
 
     def configuration(self, config: RunConfig) -> None:
         """Show what the run is."""
-        self._show(lambda board: board.configuration(config))
+        self._show(lambda logger: logger.configuration(config))
 
     def training(self, step: int, values: Mapping[str, float | None]) -> None:
         """Record scalars of training step ``step`` (counted from 1) that are known (not None)."""
@@ -85,13 +85,13 @@ class Monitor:
                 **{f"validation_by_chunk/{n:02d}": loss for n, loss in enumerate(chunks)},
             },
         )
-        if self._boards and chunks:
+        if self._loggers and chunks:
             self._draw_chunks(step, chunks)
 
     def _draw_chunks(self, step: int, losses: list[float]) -> None:
         if can_draw():
             image = pixels(loss_by_chunk({"validation": losses}))
-            self._show(lambda board: board.image(step, "validation/loss_by_chunk", image))
+            self._show(lambda logger: logger.image(step, "validation/loss_by_chunk", image))
         elif not self._told_of_images:
             self._told_of_images = True
             self.say("notice: no image of the loss by chunk: matplotlib is not installed")
@@ -102,21 +102,21 @@ class Monitor:
 
     def text(self, name: str, text: str, step: int) -> None:
         """Show a text, such as a generated sample."""
-        self._show(lambda board: board.text(step, name, text))
+        self._show(lambda logger: logger.text(step, name, text))
 
     def flush(self) -> None:
         """Make records so far readable by others."""
         if self._is_main:
             with naming_failures(self._folder / METRICS):
                 self._metrics.flush()
-            self._show(lambda board: board.flush())
+            self._show(lambda logger: logger.flush())
 
     def close(self) -> None:
         """Write the rest."""
         if self._is_main:
             with naming_failures(self._folder / METRICS):
                 self._metrics.close()
-            self._show(lambda board: board.close())
+            self._show(lambda logger: logger.close())
 
     def _record(self, step: int, values: Mapping[str, Any]) -> None:
         if self._is_main:
@@ -126,12 +126,12 @@ class Monitor:
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         finite = {n: value for n, value in values.items() if _or_null(value) is not None}
-        self._show(lambda board: board.scalars(step, finite))
+        self._show(lambda logger: logger.scalars(step, finite))
 
-    def _show(self, act: Callable[[Board], None]) -> None:
+    def _show(self, act: Callable[[Logger], None]) -> None:
         with naming_failures(self._folder):  # of a full disk, the writer's thread tells here
-            for board in self._boards:
-                act(board)
+            for logger in self._loggers:
+                act(logger)
 
 
 def _with_targets(result: Evaluation) -> int:

@@ -19,8 +19,8 @@ from tests.training.tiny import records
 EVALUATION = Evaluation(loss=3.0, nats_per_byte=0.9, tokens=100, loss_by_chunk=(3.5, 2.5, math.nan))
 
 
-def monitor(folder: Path, done: int = 0, board: bool = False) -> Monitor:
-    config = LoggingConfig(directory=str(folder), tensorboard=board)
+def monitor(folder: Path, done: int = 0, tensorboard: bool = False) -> Monitor:
+    config = LoggingConfig(directory=str(folder), tensorboard=tensorboard)
     return Monitor(config, ProcessGrid(), done)
 
 
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_tensorboard_has_scalars_texts_and_the_figure(tmp_path: Path) -> None:
-    run = monitor(tmp_path, board=True)
+    run = monitor(tmp_path, tensorboard=True)
     run.training(1, {"loss": 4.0, "lr": 0.5})
     run.validation(1, EVALUATION)
     run.configuration(RunConfig(model=ModelConfig(kind="egpt")))
@@ -120,7 +120,7 @@ def test_tensorboard_has_scalars_texts_and_the_figure(tmp_path: Path) -> None:
 
 def test_the_loss_by_chunk_is_drawn_where_matplotlib_is_installed(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    run = monitor(tmp_path, board=True)
+    run = monitor(tmp_path, tensorboard=True)
     run.validation(1, EVALUATION)
     run.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

@@ -1,4 +1,6 @@
-"""Every attention kind with every kind of positions, at a tiny size, for the tests."""
+"""Tiny models of the tests: every attention kind with every kind of positions, and models lively
+enough that every token of a generated text matters.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,14 @@ from dataclasses import replace
 
 import torch
 
-from megaegpt.config import EGPTConfig, ModelConfig
+from megaegpt.config import EGPTConfig, GenerationConfig, ModelConfig
 from megaegpt.model.build import Model, build_model
+from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 
-WINDOW = 5
+# -- variants: attention and positions -------------------------------------------------------------
+
+WINDOW, CHUNK, CHUNKS = 5, 8, 3
 BASE = ModelConfig(vocab_size=61, max_seq_len=48, hidden_size=32, num_layers=2, num_heads=4)
 ATTENTION: dict[str, dict] = {
     "multi_head": {},
@@ -42,7 +47,7 @@ VARIANTS = {f"{a}-{p}": variant(a, p) for a in ATTENTION for p in POSITIONS}
 
 def of_kind(config: ModelConfig, kind: str, **egpt) -> ModelConfig:
     """The decoder of EGPT or DeepGPT with the attention and positions of ``config``."""
-    chunks = EGPTConfig(num_chunks=3, chunk_size=8, **egpt)
+    chunks = EGPTConfig(num_chunks=CHUNKS, chunk_size=CHUNK, **egpt)
     return replace(config, kind=kind, egpt=chunks)
 
 
@@ -61,3 +66,47 @@ def tokens_of(config: ModelConfig, rows: int, length: int, seed: int = 0) -> tor
     """Random ids (rows, length)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, (rows, length), generator=generator)
+
+
+# -- models that write ----------------------------------------------------------------------------
+
+VOCAB, MAX_LEN = 90, 16
+
+GPT = ModelConfig(
+    vocab_size=VOCAB,
+    max_seq_len=MAX_LEN,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    init_std=0.4,  # twenty times GPT-2's: the next token is far from uniform
+)
+EGPT = replace(GPT, kind="egpt", bias=False, egpt=EGPTConfig(num_chunks=CHUNKS, chunk_size=CHUNK))
+DEEPGPT = replace(EGPT, kind="deepgpt")
+
+SAMPLING = GenerationConfig(temperature=1.0, top_k=None, top_p=0.95, seed=3)
+SAMPLING_24 = replace(SAMPLING, max_new_tokens=24)
+
+
+def egpt(**changes: object) -> ModelConfig:
+    """EGPT with other chunks, features or extensions."""
+    return replace(EGPT, egpt=replace(EGPT.egpt, **changes))
+
+
+def build_with_encoder(
+    config: ModelConfig, grid: ProcessGrid | None = None, dtype: torch.dtype = torch.float64
+) -> tuple[Model, FrozenEncoder | None]:
+    """The model in eval mode and its encoder; memory gates are open."""
+    grid = grid or ProcessGrid()
+    model = build_model(config, grid, seed=5).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("attention.gate"):
+            parameter.data.fill_(0.7)
+    if config.kind == "gpt":
+        return model, None
+    encoder = FrozenEncoder(build_model(replace(GPT, num_layers=1), grid, seed=6))
+    return model, encoder.to(dtype)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Random tokens."""
+    return tokens_of(GPT, 1, length, seed)[0].tolist()
