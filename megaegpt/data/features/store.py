@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megaegpt import json_files
 from megaegpt.config.data import VerifyPolicy
 from megaegpt.data.tokens.memory_map import ResidentPages
 from megaegpt.errors import DataError
@@ -243,13 +244,7 @@ def check_same(folder: Path, found: dict[str, Any], expected: FeatureSpec) -> No
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; DataError if it is unreadable."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: unreadable ({error}); delete {path.parent}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: not a JSON object; delete {path.parent}")
-    return content
+    return json_files.read_json(path, dict[str, Any], remedy=f"delete {path.parent}")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

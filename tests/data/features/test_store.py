@@ -308,3 +308,12 @@ def test_parts_do_not_depend_on_the_batch_size_and_are_bounded_in_number() -> No
         assert covered[-1].stop == chunks
         assert all(a.stop == b.start for a, b in itertools.pairwise(covered))
         assert len(covered) <= 256
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff", b""])
+def test_a_description_that_is_no_object_is_one_line_with_its_remedy(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(DataError, match=rf"plan\.json is damaged: .*; delete {tmp_path}"):
+        feature_store.read_json(tmp_path / "plan.json")
