@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,3 +159,18 @@ def test_a_json_array_over_several_lines_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[\n{"text": "one"}\n]\n')
     with pytest.raises(DataError, match="line 1: a JSON array over several lines: write one"):
         read("jsonl", tmp_path / "a.json")
+
+
+def test_a_piece_of_any_size_is_handed_on_without_copies_of_its_rest() -> None:
+    piece = bytes(1 << 24)  # the expansion of a small block
+    stream = inputs.bounded(io.BytesIO(piece), len(piece), lambda: None)
+    pieces = iter([piece, b""])
+    stream.raw._read = lambda _: next(pieces)  # as Zstandard, which gives more than was asked for
+    tracemalloc.start()
+    try:
+        length = sum(len(part) for part in iter(lambda: stream.read(1 << 16), b""))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert length == len(piece)
+    assert peak < len(piece) // 8
