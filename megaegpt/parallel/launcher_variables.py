@@ -29,7 +29,10 @@ def is_launched() -> bool:
         LaunchError: it does so in part, or what it says contradicts itself; or several processes
             were started by a program that does not.
     """
-    given = [name for name in _NAMES if os.environ.get(name)]
+    for name in (*_NAMES, "LOCAL_RANK"):
+        if os.environ.get(name) == "":  # means unset; DeepSpeed would read it as a number
+            del os.environ[name]
+    given = [name for name in _NAMES if name in os.environ]
     if not {"RANK", "WORLD_SIZE"} & set(given):
         _refuse_other_launchers()
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import pytest
@@ -50,6 +51,14 @@ def test_whole_and_absent_variables_are_understood(
 ) -> None:
     _set(monkeypatch, variables)
     assert is_launched() == launched
+
+
+def test_empty_variables_are_gone_for_those_who_read_them_as_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _set(monkeypatch, dict.fromkeys(_WHOLE, ""))
+    assert not is_launched()
+    assert not set(_WHOLE) & set(os.environ)
 
 
 @pytest.mark.parametrize(

@@ -189,14 +189,14 @@ class _BoundedExpansion(io.RawIOBase):
         # What lies before a damaged place must come out: ``read`` would lose it with the error.
         self._read: Callable[[int], bytes] = getattr(plain, "read1", plain.read)
         self._close = close
-        self._unread = b""
+        self._unread = memoryview(b"")  # a slice of it copies nothing: pieces are up to 128 MiB
         self._left = max(_EXPANSION_FREE_BYTES, _MAX_EXPANSION * size)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        data = self._unread or self._read(len(buffer))
+        data = self._unread or memoryview(self._read(len(buffer)))
         data, self._unread = data[: len(buffer)], data[len(buffer) :]
         self._left -= len(data)
         if self._left < 0:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,3 +169,18 @@ def test_no_line_of_utf_16_is_read_by_luck(tmp_path: Path, encoding: str, bad: i
         read("jsonl", path)
     documents, problems = read_skipping("jsonl", path)
     assert (documents, problems.count) == ([], bad)
+
+
+def test_a_piece_of_any_size_is_handed_on_without_copies_of_its_rest() -> None:
+    piece = bytes(1 << 24)  # the expansion of a small block
+    stream = inputs.bounded(io.BytesIO(piece), len(piece), lambda: None)
+    pieces = iter([piece, b""])
+    stream.raw._read = lambda _: next(pieces)  # as Zstandard, which gives more than was asked for
+    tracemalloc.start()
+    try:
+        length = sum(len(part) for part in iter(lambda: stream.read(1 << 16), b""))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert length == len(piece)
+    assert peak < len(piece) // 8
