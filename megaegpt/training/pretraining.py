@@ -12,6 +12,7 @@ from megaegpt.config.validation import validate
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.blend import Blend
 from megaegpt.data.tokens.loader import TrainingLoader
+from megaegpt.data.tokens.token_ids import known_byte_lengths
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.files import write_whole
 from megaegpt.interop.sources import resolve_weights_source
@@ -242,15 +243,19 @@ def _evaluator(
     """Evaluates what is held out, if anything is."""
     if data.validation is None:
         return None
-    # A larger vocabulary is another tokenizer's, and what its tokens are in bytes is not known.
-    known = config.model.vocab_size <= data.tokenizer.padded_vocab_size
+    stream = data.streams.get("validation")
+    lengths = (
+        data.tokenizer.token_byte_lengths
+        if stream is None
+        else known_byte_lengths(stream, data.tokenizer, config.model.vocab_size)
+    )
     return Evaluator(
         data.validation,
         num_chunks=data.num_chunks,
         inputs=feed("validation"),
         grid=grid,
         batch_size=config.training.micro_batch_size,
-        token_byte_lengths=data.tokenizer.token_byte_lengths if known else None,
+        token_byte_lengths=lengths,
         trim=data.trim,
     )
 

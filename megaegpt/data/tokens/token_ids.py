@@ -43,15 +43,16 @@ def known_byte_lengths(
 ) -> np.ndarray | None:
     """Bytes of text that each id of a stream stands for, int32 of shape (tokenizer.vocab_size,).
 
-    None where that is not known: a manifest names another tokenizer, or there is none and the
-    model's vocabulary is not this tokenizer's.
+    None where that is not known: a manifest names another tokenizer, or none is named and the
+    model's vocabulary is larger than this tokenizer's.
     """
     manifests = _manifests(stream)
     for shard in stream.shards:
         manifest = manifests.get(_name_of(shard))
-        if manifest is None and vocab_size != tokenizer.vocab_size:
+        named = None if manifest is None else _fingerprint_of(manifest)
+        if named is None and vocab_size > tokenizer.padded_vocab_size:
             return None
-        if manifest is not None and _fingerprint_of(manifest) not in (None, tokenizer.fingerprint):
+        if named not in (None, tokenizer.fingerprint):
             return None
     return tokenizer.token_byte_lengths
 
