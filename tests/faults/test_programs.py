@@ -1,6 +1,6 @@
 """Every program with senseless arguments and damaged files: one clear line, never a traceback.
 
-A small sample of the cases is in the suite, a larger one a long test. All of them are some thousand.
+A small sample of the cases is in the suite, a larger one a long test; there are some thousand.
 """
 
 from __future__ import annotations
