@@ -19,7 +19,8 @@ from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
 from megaegpt.precision import DTYPES, Precision
-from megaegpt.training.identity import arithmetic_digest, check_ranks_agree, weights_facts
+from megaegpt.training.consistency import check_ranks_agree, weights_facts
+from megaegpt.training.identity import arithmetic_digest
 
 
 def find_encoder(config: RunConfig) -> ModelConfig | None:

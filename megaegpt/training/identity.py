@@ -1,7 +1,7 @@
 """What a run is: which keys of its configuration decide what it computes, and which do not.
 
-Every key belongs to one :data:`Effect`. A resumed run is held against its checkpoint by them, a new
-run against the weights it starts from, and the ranks of a run against each other.
+Every key belongs to one :data:`Effect`. A resumed run is held against its checkpoint by them, and a
+new run against the weights it starts from.
 """
 
 from __future__ import annotations
@@ -10,24 +10,18 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-import megaegpt
 from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
 from megaegpt.config.loading import config_to_dict
 from megaegpt.config.model_rules import has_effect
 from megaegpt.config.parsing import parse_section
 from megaegpt.config.yaml_text import read_yaml
-from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.errors import CheckpointError, ConfigError, LaunchError
+from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.weights import read_weights_config, weights_checksum
-from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.together import all_gather_object, raising_together
+from megaegpt.model.weights import read_weights_config
 from megaegpt.training.checkpoint.manifest import Manifest
 
 Effect = Literal["arithmetic", "data order", "optimization", "none"]
@@ -90,7 +84,7 @@ EFFECTS: dict[str, Effect] = {
 }
 """The effect of every key of a run's configuration."""
 
-_READ_FROM = {
+READ_FROM = {
     "data.train",
     "data.validation",
     "data.vocabulary",
@@ -175,18 +169,19 @@ def _different(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, t
 
 def _there_and_here(differences: Mapping[str, tuple[Any, Any]]) -> str:
     return "; ".join(
-        f"{key} is {_show(there)} there and {_show(here)} here"
+        f"{key} is {show_value(there)} there and {show_value(here)} here"
         for key, (there, here) in differences.items()
     )
 
 
 def _from_to(differences: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(
-        f"{key} {_show(there)} -> {_show(here)}" for key, (there, here) in differences.items()
+        f"{key} {show_value(there)} -> {show_value(here)}"
+        for key, (there, here) in differences.items()
     )
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value as a configuration has it, short enough for a line."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -384,69 +379,3 @@ def _effect_in_the_same_model(key: str) -> Effect:
     """Keys of the model that are left are those that do nothing in it."""
     effect = EFFECTS.get(key, "data order")
     return "none" if effect == "arithmetic" else effect
-
-
-# -- the ranks of one run --------------------------------------------------------------------------
-
-
-def configuration_facts(config: RunConfig) -> dict[str, Any]:
-    """What all ranks of a run must have been given alike: versions, and every key but places of
-    files, which a machine may have elsewhere.
-    """
-    versions = {"megaegpt": megaegpt.__version__, "torch": torch.__version__}
-    keys = {key: value for key, value in flatten(config).items() if key not in _READ_FROM}
-    return {**versions, **keys}
-
-
-def corpus_facts(training: str, streams: Mapping[str, TokenStream]) -> dict[str, Any]:
-    """What all ranks must learn from and be evaluated on."""
-    splits = {f"the {name} split": stream.fingerprint for name, stream in streams.items()}
-    found = {"the training samples": training, **splits}
-    return {f"the fingerprint of {name}": fingerprint for name, fingerprint in found.items()}
-
-
-def weights_facts(key: str, weights: str | Path) -> dict[str, Any]:
-    """What all ranks must find in the weights folder that the key ``key`` names."""
-    return {f"what {key} holds": weights_checksum(weights)}
-
-
-def check_ranks_agree(find: Callable[[], Mapping[str, Any]], grid: ProcessGrid) -> None:
-    """Compare what each rank was given with what the first was. Collective over all ranks.
-
-    Args:
-        find: gives JSON values by a name that people know; it may fail on one rank alone.
-
-    Raises:
-        LaunchError: on all ranks; names what differs, both values and the ranks.
-    """
-    if grid.world_size == 1:
-        return
-    with raising_together(grid):
-        content = json.dumps(find(), sort_keys=True)
-    if len(set(all_gather_object(hashlib.sha256(content.encode()).digest(), grid))) == 1:
-        return
-    everything = [json.loads(text) for text in all_gather_object(content, grid)]
-    error = LaunchError(
-        "ranks were not given the same: "
-        + "; ".join(_describe_disagreement(everything))
-        + ". Start all of them with one configuration, corpus, encoder and version"
-    )
-    error.on_every_rank = True
-    raise error
-
-
-def _describe_disagreement(everything: list[dict[str, Any]]) -> list[str]:
-    first = everything[0]
-    lines = []
-    for name in dict.fromkeys(name for facts in everything for name in facts):
-        others = [
-            rank for rank, facts in enumerate(everything) if facts.get(name) != first.get(name)
-        ]
-        if others:
-            value = everything[others[0]].get(name)
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            lines.append(
-                f"{name} is {_show(first.get(name))} on rank 0 and {_show(value)} on rank "
-                f"{others[0]}{more}"
-            )
-    return lines

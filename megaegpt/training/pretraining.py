@@ -29,20 +29,18 @@ from megaegpt.planning.summary import ModelSize, describe_run, measure_model
 from megaegpt.precision import DTYPES, Precision, resolve_precision, slow_precision_notice
 from megaegpt.training.checkpoint.manager import CheckpointManager, TrainerState
 from megaegpt.training.checkpoint.manifest import Manifest
+from megaegpt.training.consistency import (
+    check_ranks_agree,
+    configuration_facts,
+    corpus_facts,
+    weights_facts,
+)
 from megaegpt.training.engine.compiling import compile_problem
 from megaegpt.training.engine.deterministic import make_deterministic
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
-from megaegpt.training.identity import (
-    check_initialization,
-    check_ranks_agree,
-    check_resume,
-    configuration_facts,
-    corpus_facts,
-    run_identity,
-    weights_facts,
-)
+from megaegpt.training.identity import check_initialization, check_resume, run_identity
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, device_name
 from megaegpt.training.logging.monitor import Monitor, has_validation
@@ -90,16 +88,7 @@ def train(
     Raises:
         MegaEGPTError: whatever is the user's to fix, on every rank.
     """
-    check_ranks_agree(lambda: configuration_facts(config), grid)
-    with raising_together(grid):
-        validate(config, grid.world_size)
-        precision = resolve_precision(config.training.precision, grid.device)
-        if config.training.deterministic:
-            make_deterministic()
-        data = read_data(config)
-        _check_held_out(config, data)
-        checkpoints = _checkpoints(config, resume)
-    check_ranks_agree(lambda: corpus_facts(data.fingerprint, data.streams), grid)
+    data, checkpoints, precision = _open_run(config, grid, read_data, resume)
     latest = broadcast_object(checkpoints.latest, grid) if resume else None
     encoder = load_encoder(config, grid, precision)
     identity = run_identity(config, encoder, data.fingerprint)
@@ -144,6 +133,23 @@ def train(
     finally:
         monitor.close()
         engine.close()
+
+
+def _open_run(
+    config: RunConfig, grid: ProcessGrid, read_data: Callable[[RunConfig], RunData], resume: bool
+) -> tuple[RunData, CheckpointManager, Precision]:
+    """What can be wrong without a model, checked on all ranks together and between them."""
+    check_ranks_agree(lambda: configuration_facts(config), grid)
+    with raising_together(grid):
+        validate(config, grid.world_size)
+        precision = resolve_precision(config.training.precision, grid.device)
+        if config.training.deterministic:
+            make_deterministic()
+        data = read_data(config)
+        _check_held_out(config, data)
+        checkpoints = _checkpoints(config, resume)
+    check_ranks_agree(lambda: corpus_facts(data.fingerprint, data.streams), grid)
+    return data, checkpoints, precision
 
 
 # -- the model and what it is fed with -------------------------------------------------------------

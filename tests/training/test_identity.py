@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.model_rules import CONDITIONS
-from megaegpt.errors import CheckpointError, ConfigError, MegaEGPTError
+from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.model import initialization
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
@@ -38,8 +37,6 @@ from tests.training.tiny import (
     corpus,
     encoder_config,
     run_config,
-    write_corpus,
-    write_encoder,
 )
 
 __all__ = ["corpus"]
@@ -53,7 +50,7 @@ def test_every_key_of_a_configuration_has_an_effect_and_no_other_key_has() -> No
     assert keys - set(EFFECTS) == set()
     assert set(EFFECTS) - keys == set()
     models = {f"model.{name}" for name in {*identity._RESOLVED, *CONDITIONS}}
-    for table in (identity._READ_FROM, identity._PLACES, identity._MAY_CHANGE_AT_THE_START, models):
+    for table in (identity.READ_FROM, identity._PLACES, identity._MAY_CHANGE_AT_THE_START, models):
         assert set(table) <= keys
 
 
@@ -272,42 +269,3 @@ def test_weights_of_another_arithmetic_are_refused_and_what_may_be_meant_is_name
 
 
 # -- ranks -----------------------------------------------------------------------------------------
-
-
-def _errors_of(choose: Callable[..., RunConfig], *arguments: Any) -> str:
-    grid = grid_for(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            pretrain(choose(grid.rank, *arguments), grid)
-        except MegaEGPTError as error:
-            return f"{type(error).__name__}: {error}"
-    raise AssertionError("they trained")
-
-
-def _other_settings(rank: int, corpus: Path, folder: Path) -> RunConfig:
-    config = run_config("gpt", corpus, folder)
-    if rank == 1:
-        config = _changed(config, model={"num_layers": 1}, training={"seed": 5})
-    return config
-
-
-def _own_folder(rank: int, folder: Path, kind: str) -> RunConfig:
-    config = run_config(kind, folder / f"node{rank}", folder)
-    return _changed(config, data={"history_features": "online"})
-
-
-def test_ranks_that_were_given_different_things_do_not_start(
-    tmp_path: Path, corpus: Path, distributed: Distributed
-) -> None:
-    for node, seed in (("node0", 7), ("node1", 8)):
-        write_encoder(tmp_path / node / "encoder", seed)
-        write_corpus(tmp_path / node)
-    for error in distributed(2, _errors_of, _other_settings, corpus, tmp_path):
-        assert error.startswith("LaunchError: ranks were not given the same: ")
-        assert "model.num_layers is 2 on rank 0 and 1 on rank 1" in error
-        assert "training.seed is 1337 on rank 0 and 5 on rank 1" in error
-    for error in distributed(2, _errors_of, _own_folder, tmp_path, "egpt"):
-        assert "what model.encoder.source holds is" in error
-    write_corpus(tmp_path / "node1", seed=1)
-    for error in distributed(2, _errors_of, _own_folder, tmp_path, "gpt"):
-        assert "the fingerprint of the training samples is" in error
