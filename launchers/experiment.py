@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.experiment
 
-from megaegpt.arguments import number, path
+from megaegpt.arguments import ArgumentParser, number, path
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.files import write_whole
 from tools.experiment.plan import ExperimentPlan, load_plan
@@ -35,7 +35,7 @@ _STARTED = time.monotonic()
 @exits_cleanly
 def main() -> None:
     """Run what is missing and report."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the experiment")

@@ -10,8 +10,22 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Refuses ``--option=--``, for which Python before 3.13 gives an empty list."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        for text in given:
+            if found := re.fullmatch(r"(--[a-z][a-z_-]*)=--", text):
+                self.error(f"{found[1]} needs a value, not '--'")
+        return super().parse_known_args(given, namespace)
+
 
 LARGEST_SEED = 2**63 - 1
 """What torch, NumPy and our own generators all take."""

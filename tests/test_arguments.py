@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megaegpt.arguments import integer, number, path, seed
+from megaegpt.arguments import ArgumentParser, integer, number, path, seed
 
 _POSITIVE = integer(1)
 _SHARE = number(above=0, most=1)
@@ -56,3 +56,12 @@ def test_others_are_refused_with_what_is_allowed(
             parse(text)
         assert told in str(raised.value)
         assert len(str(raised.value)) < 120
+
+
+def test_two_hyphens_are_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--seed", type=integer(0))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--seed=--"])
+    assert "--seed needs a value, not '--'" in capsys.readouterr().err
+    assert parser.parse_args(["--seed=3"]).seed == 3

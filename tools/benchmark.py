@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.benchmarks
 
+from megaegpt.arguments import ArgumentParser
 from megaegpt.errors import MegaEGPTError, exits_cleanly
 from megaegpt.files import write_whole
 
@@ -41,7 +42,7 @@ def new_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     Args:
         words: the command line; what it does not name is not imported.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="WHAT")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from megaegpt.arguments import path
+from megaegpt.arguments import ArgumentParser, path
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.report.runs import Run, read_runs
 from megaegpt.text_tables import format_table
@@ -20,7 +20,7 @@ from megaegpt.text_tables import format_table
 @exits_cleanly
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="folder of a run")

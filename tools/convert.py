@@ -32,7 +32,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megaegpt.arguments import integer, path
+from megaegpt.arguments import ArgumentParser, integer, path
 from megaegpt.errors import CheckpointError, exits_cleanly
 
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megaegpt.arguments import ArgumentParser
 from megaegpt.config import GenerationConfig
 from megaegpt.errors import DataError, exits_cleanly
 
@@ -118,7 +119,7 @@ def _warn_of_unseen(model: Model, prompt_tokens: int) -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

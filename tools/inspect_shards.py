@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megaegpt.arguments import ArgumentParser
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
 from megaegpt.data.tokens.shard_contents import LengthHistogram, first_difference
@@ -28,7 +29,7 @@ def main() -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

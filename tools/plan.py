@@ -16,7 +16,7 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megaegpt.arguments import integer, number
+from megaegpt.arguments import ArgumentParser, integer, number
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.loading import load_config
 from megaegpt.errors import CheckpointError, ConfigError, exits_cleanly
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run")

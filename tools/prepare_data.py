@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megaegpt.arguments import ArgumentParser
 from megaegpt.data.readers import READERS, parse_reader_options, read_documents
 from megaegpt.data.readers.books import BOOKS, Cleaning, king_james_bible, load_book
 from megaegpt.data.readers.documents import Document, LeftOut, Problems
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [*BOOKS, "king_james_bible", "book", "tolstoy", *READERS]

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megaegpt.arguments import path
+from megaegpt.arguments import ArgumentParser, path
 from megaegpt.errors import LaunchError, exits_cleanly
 from megaegpt.files import is_special, is_standard_output, write_whole
 from megaegpt.report.figures import can_draw
@@ -26,7 +26,7 @@ _ENDINGS = ("", ".html", ".htm", ".xhtml")
 @exits_cleanly
 def main() -> None:
     """Write the page."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="folder of a run")

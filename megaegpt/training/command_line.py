@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from megaegpt.arguments import ArgumentParser
 from megaegpt.config.loading import load_config
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import LaunchError, MegaEGPTError
@@ -12,7 +13,7 @@ from megaegpt.parallel.launcher_variables import started_processes
 from megaegpt.training.logging.loggers import check_packages
 
 
-class RunParser(argparse.ArgumentParser):
+class RunParser(ArgumentParser):
     """``--config FILE [section.key=value ...]``, started by ``deepspeed``, ``torchrun`` or alone.
 
     A wrong command line or configuration is reported once, not once a process.

@@ -125,6 +125,11 @@ def _base_problems(variants: dict[str, Any]) -> list[str]:
     """A variant is based on one above it, so no chain of bases is a ring."""
     found, above = [], list[str]()
     for name, changes in variants.items():
+        if not isinstance(changes, dict | None):
+            found.append(
+                f"variants.{name} must be a mapping of keys to values, not {changes!r:.50}"
+            )
+            continue
         base = (changes or {}).get("base")
         if base is not None and base not in above:
             found.append(f"variants.{name}.base={base} is none of the variants above it")

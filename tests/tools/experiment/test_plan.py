@@ -64,3 +64,12 @@ def test_a_wrong_key_of_a_variant_is_named(tmp_path):
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"variants\.egpt_improved: model\.egpt\.local_atention"):
         load_plan(path)
+
+
+def test_a_variant_that_is_no_mapping_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("variants: {a: 3}\nbaseline: a\n")
+    with pytest.raises(
+        ConfigError, match=r"variants\.a must be a mapping of keys to values, not 3"
+    ):
+        load_plan(path)
