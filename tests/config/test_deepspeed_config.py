@@ -10,7 +10,7 @@ import pytest
 from megaegpt.config.deepspeed_config import deepspeed_config
 from megaegpt.errors import ConfigError
 from megaegpt.training.engine.compat import check_accepted
-from tests.training.runs import run_config
+from tests.tiny.engines import run_config
 
 
 def _generate(raw: dict[str, Any], precision: Any = "fp32", **changes: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from megaegpt.config.run import RunConfig
 from megaegpt.config.validation import validate
 from megaegpt.errors import ConfigError
 from megaegpt.training.feature_stores import find_encoder, needs_store
-from tests.training.tiny import run_config, write_encoder
+from tests.tiny.runs import run_config, write_encoder
 
 MODEL = ModelConfig(kind="egpt", encoder=EncoderConfig(source="somewhere"))
 

@@ -17,9 +17,9 @@ from megaegpt.errors import CheckpointError
 from megaegpt.training.checkpoint.manager import CheckpointManager
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
-from tests.training import tiny
-from tests.training.runs import Curve, advance, make_engine, run_config
-from tests.training.tiny import corpus
+from tests.tiny import runs as tiny
+from tests.tiny.engines import Curve, advance, make_engine, run_config
+from tests.tiny.runs import corpus
 
 __all__ = ["corpus"]
 

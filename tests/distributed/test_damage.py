@@ -16,7 +16,7 @@ from megaegpt.training.checkpoint.manifest import MANIFEST, Manifest, describe_f
 from megaegpt.training.engine.engine import Engine
 from tests.damage import damaged
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.runs import advance, make_engine, run_config
+from tests.tiny.engines import advance, make_engine, run_config
 
 _ROUNDS = 80
 

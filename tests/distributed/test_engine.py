@@ -16,7 +16,7 @@ from megaegpt.model.build import build_model
 from megaegpt.parallel.params import full_state
 from megaegpt.training.engine.engine import Engine, StepResult
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.runs import make_engine, micro_batches, nats, run_config
+from tests.tiny.engines import make_engine, micro_batches, nats, run_config
 
 _PRECISIONS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
 

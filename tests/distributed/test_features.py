@@ -18,7 +18,7 @@ from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
 from tests.data.features.test_store import CHUNKS, SIZE, Stream, encode, pool, spec
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.tiny import HIDDEN, encoder_config
+from tests.tiny.runs import HIDDEN, encoder_config
 
 
 def _compute(folder: Path, dtype: str, tp_size: int) -> str:

@@ -11,7 +11,7 @@ from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
-from tests.tiny_models import (
+from tests.tiny.models import (
     ATTENTION,
     CHUNK,
     GPT,

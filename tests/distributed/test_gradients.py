@@ -16,7 +16,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.engine.engine import StepResult
 from megaegpt.training.engine.gradients import ModuleNorms
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.runs import make_engine, micro_batches, nats, run_config
+from tests.tiny.engines import make_engine, micro_batches, nats, run_config
 
 CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp16")]
 PARTS = ["embeddings", "layer_00", "layer_01", "norm"]

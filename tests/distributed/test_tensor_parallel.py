@@ -18,7 +18,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import spec_of, unshard
 from megaegpt.parallel.together import all_gather_object
 from tests.distributed.harness import Distributed, grid_for
-from tests.tiny_models import ATTENTION, POSITIONS, variant
+from tests.tiny.models import ATTENTION, POSITIONS, variant
 
 GPT = ModelConfig(vocab_size=300, max_seq_len=12, hidden_size=32, num_layers=2, num_heads=4)
 EGPT = replace(GPT, kind="egpt", bias=False, egpt=EGPTConfig(num_chunks=3, chunk_size=4))

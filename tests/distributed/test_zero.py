@@ -10,7 +10,7 @@ import torch
 
 from megaegpt.config.run import RunConfig
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.runs import (
+from tests.tiny.engines import (
     Curve,
     distance,
     largest_difference,

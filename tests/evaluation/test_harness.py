@@ -31,7 +31,7 @@ from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
-from tests.tiny_models import GPT
+from tests.tiny.models import GPT
 
 QUESTIONS = [
     {"question": "The cat sat on the", "choices": ["mat", "sea", "very old moon"], "answer": 0},

@@ -14,8 +14,8 @@ from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation
 from tests.distributed.harness import Distributed, grid_for
-from tests.evaluation.models import load
-from tests.tiny_models import CHUNK, CHUNKS, VOCAB
+from tests.tiny.loaded import load
+from tests.tiny.models import CHUNK, CHUNKS, VOCAB
 
 WINDOW = CHUNK * CHUNKS
 LENGTH = 4 * WINDOW + 11  # the last window ends inside its second chunk

@@ -11,8 +11,8 @@ from megaegpt.errors import DataError
 from megaegpt.evaluation.scorer import Pair, Score, Scorer, encode_pair
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
-from tests.evaluation.models import TOKENIZER, load, naive_score
-from tests.tiny_models import MAX_LEN, prompt
+from tests.tiny.loaded import TOKENIZER, load, naive_score
+from tests.tiny.models import MAX_LEN, prompt
 
 
 def pairs() -> list[Pair]:

@@ -19,7 +19,7 @@ from megaegpt.evaluation.tasks import (
     score_lambada,
 )
 from megaegpt.parallel.grid import ProcessGrid
-from tests.evaluation.models import TOKENIZER, load_speaking, naive_score
+from tests.tiny.loaded import TOKENIZER, load_speaking, naive_score
 
 PASSAGES = ["He went home and slept", "She took the long way to the river", "No it is not a dog"]
 HELLASWAG: list[dict[str, Any]] = [

@@ -12,7 +12,7 @@ import torch
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
 from megaegpt.parallel.grid import ProcessGrid
-from tests.evaluation.models import TOKENIZER, load, load_speaking, naive_score
+from tests.tiny.loaded import TOKENIZER, load, load_speaking, naive_score
 
 TEXT = "Пьер went home. " * 10
 

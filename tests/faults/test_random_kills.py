@@ -17,7 +17,7 @@ from megaegpt.config.run import RunConfig
 from megaegpt.training.checkpoint.manager import CheckpointManager
 from megaegpt.training.checkpoint.manifest import Manifest, verify_files
 from tests.faults.processes import Ranks, train
-from tests.training.tiny import corpus, losses, records, run_config
+from tests.tiny.runs import corpus, losses, records, run_config
 
 __all__ = ["corpus"]
 

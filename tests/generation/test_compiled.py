@@ -19,7 +19,7 @@ from megaegpt.generation.trained import pack_weights
 from megaegpt.model.build import gpt_of
 from megaegpt.parallel.grid import ProcessGrid
 from tests.generation.test_generator import VARIANTS
-from tests.tiny_models import GPT, SAMPLING, build_with_encoder, prompt
+from tests.tiny.models import GPT, SAMPLING, build_with_encoder, prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
 

@@ -13,7 +13,7 @@ from megaegpt.generation.generator import TextAssembler, TextGenerator, encode_p
 from megaegpt.model.decoding import context_start
 from megaegpt.model.egpt.egpt_decoder import EGPTDecoder
 from tests.distributed.harness import Distributed, grid_for
-from tests.tiny_models import (
+from tests.tiny.models import (
     CHUNK,
     CHUNKS,
     DEEPGPT,

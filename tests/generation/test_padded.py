@@ -14,7 +14,7 @@ from megaegpt.generation.padded import PaddedGPTDecoder
 from megaegpt.model.decoding import GPTDecoder
 from tests.distributed.harness import Distributed, grid_for
 from tests.generation.test_generator import VARIANTS
-from tests.tiny_models import GPT, MAX_LEN, SAMPLING, build_with_encoder, prompt
+from tests.tiny.models import GPT, MAX_LEN, SAMPLING, build_with_encoder, prompt
 
 GPTS = {name: config for name, config in VARIANTS.items() if config.kind == "gpt"}
 GPTS["gpt_window_every"] = replace(GPT, positions="rotary", window=3, window_every=2)

@@ -17,7 +17,7 @@ from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
-from tests.tiny_models import EGPT, GPT, SAMPLING_24
+from tests.tiny.models import EGPT, GPT, SAMPLING_24
 
 GRID = ProcessGrid()
 BIG_VOCABULARY = {"vocab_size": 50257, "hidden_size": 16, "num_heads": 2}

@@ -14,7 +14,7 @@ from megaegpt.config import ModelConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.interop.gpt2_config import convert_config, is_huggingface_folder, read_config
 from megaegpt.interop.sources import source_config
-from tests.interop.gpt2_models import SIZES, random_gpt2
+from tests.tiny.gpt2 import SIZES, random_gpt2
 
 HUGE = 10**9
 

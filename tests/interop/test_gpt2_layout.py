@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megaegpt.errors import CheckpointError
 from megaegpt.interop.huggingface import import_gpt2
-from tests.interop.gpt2_models import LENGTH, our_logits, random_gpt2, their_logits
+from tests.tiny.gpt2 import LENGTH, our_logits, random_gpt2, their_logits
 
 CLOSE = 1e-5
 Tensors = dict[str, Tensor]

@@ -29,7 +29,8 @@ from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.weights import read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed
-from tests.interop.gpt2_models import (
+from tests.interop.over_ranks import logits_and_states
+from tests.tiny.gpt2 import (
     LENGTH,
     SIZES,
     VOCAB,
@@ -38,7 +39,6 @@ from tests.interop.gpt2_models import (
     their_logits,
     tokens,
 )
-from tests.interop.over_ranks import logits_and_states
 
 GRID = ProcessGrid()
 CLOSE = 1e-4

@@ -23,7 +23,7 @@ from megaegpt.model.attention.cache import CachedContext, KVCache
 from megaegpt.model.attention.context import CausalContext
 from megaegpt.model.positions import rotary_table
 from megaegpt.parallel.grid import ProcessGrid
-from tests.tiny_models import build, tokens_of
+from tests.tiny.models import build, tokens_of
 
 GRID = ProcessGrid()
 ROTARY_PRECISION = 2e-6

@@ -19,9 +19,9 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.feature_stores import find_encoder
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed
-from tests.interop.gpt2_models import random_gpt2
 from tests.interop.over_ranks import run_over_ranks
-from tests.training.tiny import CHUNK, HIDDEN, VOCAB, corpus, losses, run_config
+from tests.tiny.gpt2 import random_gpt2
+from tests.tiny.runs import CHUNK, HIDDEN, VOCAB, corpus, losses, run_config
 
 __all__ = ["corpus"]
 

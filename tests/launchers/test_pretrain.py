@@ -18,7 +18,7 @@ from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.run import RunConfig
 from tests.distributed.harness import free_port
 from tests.faults.processes import Ranks, train
-from tests.training.tiny import corpus, losses, records, run_config
+from tests.tiny.runs import corpus, losses, records, run_config
 from tools import precompute_features
 
 __all__ = ["corpus"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megaegpt.config.loading import config_to_yaml
-from tests.training.tiny import corpus, losses, run_config
+from tests.tiny.runs import corpus, losses, run_config
 
 __all__ = ["corpus"]
 

@@ -20,7 +20,7 @@ from megaegpt.model.attention.causal import (
 from megaegpt.model.segments import document_segments, padding_segments, same_segment
 from megaegpt.parallel.grid import ProcessGrid
 from tests.model.naive import naive_logits
-from tests.tiny_models import ATTENTION, BASE, VARIANTS, WINDOW, build, tokens_of, variant
+from tests.tiny.models import ATTENTION, BASE, VARIANTS, WINDOW, build, tokens_of, variant
 
 T = 12
 

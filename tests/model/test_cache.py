@@ -14,7 +14,7 @@ from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.gpt import GPT
 from megaegpt.model.segments import padding_segments
 from megaegpt.parallel.grid import ProcessGrid
-from tests.tiny_models import ATTENTION, POSITIONS, WINDOW, build, tokens_of, variant
+from tests.tiny.models import ATTENTION, POSITIONS, WINDOW, build, tokens_of, variant
 
 PROMPT = 3 * WINDOW + 2
 ODD_PIECES = (1, 7, 2, WINDOW + 3, 1)  # together PROMPT + 2

@@ -16,7 +16,7 @@ from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from tests.model.naive import naive_egpt_hidden, naive_stack
-from tests.tiny_models import ATTENTION, BASE, VARIANTS, build, of_kind, tokens_of, variant
+from tests.tiny.models import ATTENTION, BASE, VARIANTS, build, of_kind, tokens_of, variant
 
 GRID = ProcessGrid()
 EXTENDED = {"local_attention": True, "features_per_chunk": 2, "memory_gate": True}

@@ -17,7 +17,7 @@ from megaegpt.model.parts import freeze, part_of, parts_of
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.tiny import StopAfter, corpus, encoder_config, losses, run_config
+from tests.tiny.runs import StopAfter, corpus, encoder_config, losses, run_config
 
 __all__ = ["corpus"]
 

@@ -14,7 +14,7 @@ from megaegpt.errors import ConfigError
 from megaegpt.model.positions import AddedPositions, RotaryTable, rotary_table, sinusoids
 from megaegpt.model.segments import document_segments, padding_segments, segment_positions
 from megaegpt.parallel.grid import ProcessGrid
-from tests.tiny_models import BASE, build, tokens_of, variant
+from tests.tiny.models import BASE, build, tokens_of, variant
 
 
 def test_sinusoids_are_those_of_the_paper():

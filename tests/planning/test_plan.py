@@ -28,7 +28,7 @@ from megaegpt.planning.plan import (
     make_plan,
 )
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.runs import make_engine, micro_batches, run_config
+from tests.tiny.engines import make_engine, micro_batches, run_config
 
 
 class Traffic(TorchDispatchMode):

@@ -29,7 +29,7 @@ from megaegpt.training.checkpoint.manager import CheckpointManager
 from megaegpt.training.checkpoint.reshaping import reshape
 from megaegpt.training.engine.engine import Engine
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.runs import Curve, advance, nats, run_config
+from tests.tiny.engines import Curve, advance, nats, run_config
 
 ROOT = Path(__file__).parents[2]
 GRID = ProcessGrid()

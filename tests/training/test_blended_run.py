@@ -19,7 +19,7 @@ from megaegpt.model.calling import SequenceInputs
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed
-from tests.training.tiny import StopAfter, corpus, encoder_config, losses, records, run_config
+from tests.tiny.runs import StopAfter, corpus, encoder_config, losses, records, run_config
 
 __all__ = ["corpus"]
 

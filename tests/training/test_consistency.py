@@ -13,7 +13,7 @@ from megaegpt.config import RunConfig
 from megaegpt.errors import MegaEGPTError
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.tiny import corpus, run_config, write_corpus, write_encoder
+from tests.tiny.runs import corpus, run_config, write_corpus, write_encoder
 
 __all__ = ["corpus"]
 

@@ -13,7 +13,7 @@ import pytest
 from megaegpt.config.loading import load_config
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.tiny import records
+from tests.tiny.runs import records
 
 _FOLDER = Path(__file__).parents[1] / "data_files" / "earlier_runs"
 

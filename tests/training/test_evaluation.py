@@ -22,7 +22,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation, Evaluator
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.tiny import (
+from tests.tiny.runs import (
     CHUNK,
     CHUNKS,
     HIDDEN,

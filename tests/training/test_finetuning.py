@@ -34,7 +34,7 @@ from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.finetuning import finetune, finetuning_config, hold_out
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.tiny import StopAfter, losses, run_config, validation_losses
+from tests.tiny.runs import StopAfter, losses, run_config, validation_losses
 
 TOKENIZER = Tokenizer.load()
 LENGTH, CHUNK = 96, 32

@@ -32,7 +32,7 @@ from megaegpt.training.identity import (
 )
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.tiny import (
+from tests.tiny.runs import (
     StopAfter,
     corpus,
     encoder_config,

@@ -19,7 +19,7 @@ from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.run import RunConfig
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.tiny import StopAfter, corpus, losses, records, run_config
+from tests.tiny.runs import StopAfter, corpus, losses, records, run_config
 
 __all__ = ["corpus"]
 

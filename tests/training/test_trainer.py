@@ -25,7 +25,7 @@ from megaegpt.training.pretraining import pretrain
 from megaegpt.training.stopping import StopRequests
 from megaegpt.training.trainer import Trainer
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.tiny import (
+from tests.tiny.runs import (
     StopAfter,
     corpus,
     losses,
@@ -104,16 +104,18 @@ def test_a_run_shows_derived_quantities_before_step_0_and_leaves_records(
 def _train_and_look_at_the_encoder(corpus: Path, folder: Path) -> None:
     built: dict[str, Any] = {}
 
-    def watched(config: Any, grid: Any, encoder: Any, *others: Any) -> Any:
-        built["encoder"], built["model"] = encoder, original(config, grid, encoder, *others)
-        return built["model"]
+    def watched(name: str, build: Any) -> Any:
+        def building(*arguments: Any, **options: Any) -> Any:
+            built[name] = build(*arguments, **options)
+            return built[name]
 
-    original, pretraining._build_model = pretraining._build_model, watched
-    try:
+        return building
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_encoder", "build_model"):
+            patch.setattr(pretraining, name, watched(name, getattr(pretraining, name)))
         _run("egpt", corpus, folder)
-    finally:
-        pretraining._build_model = original
-    encoder, model = built["encoder"], built["model"]
+    encoder, model = built["load_encoder"], built["build_model"]
     from megaegpt.model.encoder import weights_fingerprint
 
     assert weights_fingerprint(encoder.gpt) == encoder.fingerprint

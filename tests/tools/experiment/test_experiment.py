@@ -19,7 +19,7 @@ from megaegpt.errors import CheckpointError, DataError
 from megaegpt.files import locked_folder
 from megaegpt.training.stopping import StopRequests
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.tiny import StopAfter
+from tests.tiny.runs import StopAfter
 from tools.experiment.plan import ExperimentPlan, load_plan
 from tools.experiment.plots import write_plots
 from tools.experiment.report import collect, insert, markdown

@@ -20,7 +20,7 @@ from megaegpt.generation.trained import LoadedModel
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
-from tests.training.tiny import CHUNK, CHUNKS, VOCAB, encoder_config, run_config
+from tests.tiny.runs import CHUNK, CHUNKS, VOCAB, encoder_config, run_config
 from tools.experiment.measure import Text, summarize, token_nats
 from tools.experiment.report import _versus, binned, insert
 

@@ -18,7 +18,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from megaegpt.errors import LaunchError
 from megaegpt.training.engine import compat
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.runs import make_engine, run_config
+from tests.tiny.engines import make_engine, run_config
 
 PACKAGE = Path(__file__).parents[3] / "megaegpt"
 KNOW_DEEPSPEED = {

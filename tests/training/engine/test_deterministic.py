@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from megaegpt.parallel.launch import joined_processes
 from megaegpt.training.pretraining import pretrain
-from tests.training.tiny import losses, run_config, write_corpus, write_encoder
+from tests.tiny.runs import losses, run_config, write_corpus, write_encoder
 
 folder = Path(sys.argv[1])
 write_corpus(folder)

@@ -18,7 +18,7 @@ from megaegpt.training.evaluation import Evaluation, Evaluator
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
-from tests.training.tiny import StopAfter, corpus, losses, run_config, validation_losses
+from tests.tiny.runs import StopAfter, corpus, losses, run_config, validation_losses
 
 __all__ = ["corpus"]
 

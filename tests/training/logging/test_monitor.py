@@ -14,7 +14,7 @@ from megaegpt.errors import DataError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation
 from megaegpt.training.logging.monitor import Monitor
-from tests.training.tiny import records
+from tests.tiny.runs import records
 
 EVALUATION = Evaluation(loss=3.0, nats_per_byte=0.9, tokens=100, loss_by_chunk=(3.5, 2.5, math.nan))
 

@@ -11,7 +11,7 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.generation.recomputing import RecomputingDecoder
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.parallel.grid import ProcessGrid
-from tests.tiny_models import DEEPGPT, EGPT, GPT, build_with_encoder, egpt
+from tests.tiny.models import DEEPGPT, EGPT, GPT, build_with_encoder, egpt
 
 TOKENIZER = Tokenizer.load()
 CONFIGS = {
