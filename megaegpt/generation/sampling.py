@@ -5,7 +5,6 @@ Shapes: B rows, V vocabulary, K candidates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -26,8 +25,6 @@ def check_sampling(config: GenerationConfig, seeds: Sequence[int]) -> None:
         ConfigError: one line that names each value out of range.
     """
     validate(RunConfig(generation=config))
-    if not math.isfinite(config.temperature):
-        raise ConfigError(f"generation.temperature={config.temperature} must be finite")
     for seed in (seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else seeds:
         if seed not in _SEEDS:
             raise ConfigError(f"seed {seed} of a text must not be negative, and be below 2^64")

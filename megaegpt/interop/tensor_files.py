@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megaegpt.errors import CheckpointError
+from megaegpt.files import is_lfs_pointer
 from megaegpt.interop.foreign_json import read_json_object
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
-_GIT_LFS_POINTER = b"version https://git-lfs"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -112,8 +112,7 @@ def _check_is_whole(file: Path) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file} is no regular file")
     try:
-        with file.open("rb") as opened:
-            is_pointer = opened.read(len(_GIT_LFS_POINTER)) == _GIT_LFS_POINTER
+        is_pointer = is_lfs_pointer(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
     if is_pointer:
