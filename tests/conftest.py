@@ -8,10 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.distributed.harness import Distributed
 
 torch.set_num_threads(1)  # more would wait for the other test process and for the ranks
+
+
+@pytest.fixture(autouse=True)
+def _no_group_is_left_behind() -> Iterator[None]:
+    """A program that a test calls in this process may end with the process group that it joined;
+    whether the next test's program finds one must not depend on the order of the tests."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

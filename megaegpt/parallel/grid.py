@@ -56,20 +56,20 @@ class ProcessGrid:
             LaunchError: the number of processes is not a multiple of ``tp_size``.
         """
         device = device or torch.device("cpu")
-        if not dist.is_initialized():
-            if tp_size != 1:
-                raise LaunchError(
-                    f"parallel.tensor_parallel_size={tp_size} needs {tp_size} processes: "
-                    f"start with `torchrun --nproc_per_node {tp_size}` or "
-                    f"`deepspeed --num_gpus {tp_size}`"
-                )
-            return ProcessGrid(device=device)
-        world = dist.get_world_size()
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world < tp_size:
+            raise LaunchError(
+                f"parallel.tensor_parallel_size={tp_size} needs {tp_size} processes, not {world}: "
+                f"start with `torchrun --nproc_per_node {tp_size}` or "
+                f"`deepspeed --num_gpus {tp_size}`"
+            )
         if world % tp_size:
             raise LaunchError(
                 f"{world} processes cannot be divided into tensor-parallel groups of {tp_size}: "
                 "start a multiple of parallel.tensor_parallel_size"
             )
+        if not dist.is_initialized():
+            return ProcessGrid(device=device)
         mesh = init_device_mesh(
             device.type, (world // tp_size, tp_size), mesh_dim_names=("dp", "tp")
         )

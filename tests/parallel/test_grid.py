@@ -15,26 +15,29 @@ def test_a_process_alone_is_a_grid_of_one():
     assert grid.dp_group is None
 
 
-def test_tensor_parallelism_without_processes_is_refused():
-    with pytest.raises(LaunchError, match="needs 2 processes"):
-        ProcessGrid.create(2)
+def _refusal(tp_size: int) -> str:
+    with pytest.raises(LaunchError) as refused:
+        ProcessGrid.create(tp_size)
+    return str(refused.value)
+
+
+def test_tensor_parallelism_without_enough_processes_says_how_to_start_them(distributed):
+    """Whether the process has joined a group of one, as every program has, or none."""
+    assert "needs 2 processes, not 1: start with `torchrun --nproc_per_node 2`" in _refusal(2)
+    [joined] = distributed(1, _refusal, 2)
+    assert joined == _refusal(2)
 
 
 def _describe_grid() -> dict:
     grid = grid_for(2)
     mpu = DeepSpeedMpu(grid)
-    refused = ""
-    try:
-        ProcessGrid.create(3)
-    except LaunchError as error:
-        refused = str(error)
     return {
         "place": (grid.rank, grid.tp_rank, grid.dp_rank, grid.tp_size, grid.dp_size),
         "tp_ranks": dist.get_process_group_ranks(grid.tp_group),
         "dp_ranks": dist.get_process_group_ranks(grid.dp_group),
         "mpu_dp_ranks": mpu.get_data_parallel_group_ranks(),
         "mpu_src": mpu.get_tensor_model_parallel_src_rank(),
-        "refused": refused,
+        "refused": _refusal(3),
     }
 
 
