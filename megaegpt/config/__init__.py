@@ -2,7 +2,7 @@
 
 from megaegpt.config.batch_ramp import BatchRampConfig, BatchSchedule
 from megaegpt.config.data import DataConfig
-from megaegpt.config.model import EGPTConfig, EncoderConfig, ModelConfig
+from megaegpt.config.model import EGPTConfig, EncoderConfig, ModelConfig, RopeScalingConfig
 from megaegpt.config.parallel import ParallelConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.config.training import (
@@ -25,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RopeScalingConfig",
     "RunConfig",
     "TrainingConfig",
 ]

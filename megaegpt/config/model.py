@@ -10,13 +10,17 @@ from megaegpt.config.ranges import (
     BatchSize,
     Fraction,
     LayerCount,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Probability,
+    ScaleFactor,
     TensorSize,
     TokenId,
 )
 
 VOCABULARY_MULTIPLE = 128
+GATED_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,31 @@ class EGPTConfig:
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig:
+    """How rotary frequencies are changed for texts longer than those a model was trained on."""
+
+    kind: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """``linear``: all of them divided by the factor (Chen et al., arXiv 2306.15595); ``ntk``: a
+    larger base, so that the slowest one is; ``yarn``: slow ones divided, fast ones kept, a ramp
+    between them (Peng et al., arXiv 2309.00071); ``llama3``: the same by wavelength, as Llama 3.1
+    has it."""
+    factor: ScaleFactor = 1.0
+    """How many times longer texts become."""
+    original_max_seq_len: TensorSize | None = None
+    """yarn, llama3: the length trained before scaling. None: ``max_seq_len / factor``."""
+    low_freq_factor: PositiveFloat = 1.0
+    """llama3: wavelengths above the original length divided by this are scaled in full."""
+    high_freq_factor: PositiveFloat = 4.0
+    """llama3: wavelengths below the original length divided by this are kept."""
+    beta_fast: PositiveFloat = 32.0
+    """yarn: frequencies that turn more often over the original length are kept."""
+    beta_slow: PositiveFloat = 1.0
+    """yarn: frequencies that turn less often over the original length are scaled in full."""
+    attention_factor: PositiveFloat | None = None
+    """yarn: factor on the rotated queries and keys. None: ``0.1 ln(factor) + 1``."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A GPT, or the trainable decoder of EGPT or DeepGPT (then sizes are the decoder's)."""
 
@@ -86,13 +115,21 @@ class ModelConfig:
     head_dim: TensorSize | None = None
     """Width of a head; None means ``hidden_size / num_heads``."""
     ffn_hidden_size: TensorSize | None = None
-    """Width inside the MLP; None means ``4 * hidden_size``."""
+    """Width inside the MLP; None means ``4 * hidden_size``, or a gated MLP's 8/3 of it, up to a
+    multiple of 64."""
     attention: Literal["grouped_query", "latent"] = "grouped_query"
     """``grouped_query`` covers multi-head, grouped- and multi-query; ``latent`` is MLA."""
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
     """How a token knows where it is."""
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
+    rope_fraction: Probability = 1.0
+    """Share of a head's width that is rotated, from its start; the rest knows no position."""
+    rope_pairs: Literal["halves", "interleaved"] = "halves"
+    """What is rotated together: columns i and i + half of the width (GPT-NeoX, Llama in Hugging
+    Face's form), or 2i and 2i + 1 (GPT-J, Llama as Meta publishes it)."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    """Rotary frequencies beyond the trained length."""
     window: PositiveInt | None = None
     """Sliding window: a token sees itself and the ``window - 1`` tokens before it. None: all."""
     window_every: PositiveInt | None = None
@@ -112,12 +149,28 @@ class ModelConfig:
     """Probability, for attention weights, block outputs and embeddings alike."""
     bias: bool = True
     """Biases in linear layers and LayerNorms."""
+    qkv_bias: bool | None = None
+    """Biases of the query, key and value projections (Qwen2 has no others). None: as ``bias``."""
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    """RMSNorm of queries and keys before their rotation: over each head (Qwen3), or over all heads
+    together (OLMo 2)."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    """The norm of blocks and of their output: GPT-2's LayerNorm or Llama's RMSNorm."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """``pre``: x + f(norm(x)); ``post``: x + norm(f(x)), as OLMo 2 has it."""
+    mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"
+    """GPT-2's MLP, or a gated one (Shazeer, arXiv 2002.05202): Llama's with SiLU, or with GELU."""
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
-    """Activation of the MLP: GPT-2's tanh approximation of GELU, or the exact one."""
+    """GELU of the MLP: GPT-2's tanh approximation, or the exact one."""
     tied_embeddings: bool = True
     """The output head is the token embedding (gpt only; egpt and deepgpt have their own head)."""
+    logit_softcap: PositiveFloat | None = None
+    """Logits become ``cap * tanh(logits / cap)``, as Gemma 2 has it. None: they stay."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log of the softmax's sum (Chowdhery et al., arXiv 2204.02311, section
+    5). It is in the gradients; losses are shown without it."""
     layer_norm_eps: PositiveFloat = 1e-5
-    """Added to the variance in LayerNorm."""
+    """Added to the variance in LayerNorm, or to the mean square in RMSNorm."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2 layers)."""
     egpt: EGPTConfig = field(default_factory=EGPTConfig)
@@ -143,7 +196,28 @@ class ModelConfig:
     @property
     def ffn_size(self) -> int:
         """MLP width with the default resolved."""
-        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.has_gated_mlp:  # three matrices of this width have the size of two of 4 C
+            return -(-8 * self.hidden_size // (3 * GATED_MULTIPLE)) * GATED_MULTIPLE
+        return 4 * self.hidden_size
+
+    @property
+    def has_gated_mlp(self) -> bool:
+        """Whether the MLP has a gate beside its up-projection."""
+        return self.mlp != "gelu"
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Biases of the query, key and value projections with the default resolved."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def rope_size(self) -> int:
+        """Columns of a head that are rotated: an even number (``model_rules`` checks it)."""
+        if self.attention == "latent":
+            return self.rope_head_dim or 0
+        return int(self.head_size * self.rope_fraction)
 
     @property
     def latent_size(self) -> int:

@@ -14,6 +14,8 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
     "query_latent_dim": lambda model: model.attention == "latent",
     "latent_norm": lambda model: model.attention == "latent",
     "rope_base": lambda model: model.positions == "rotary",
+    "rope_pairs": lambda model: model.positions == "rotary",
+    "activation": lambda model: model.mlp != "swiglu",
     "window_every": lambda model: model.window is not None,
     "tied_embeddings": lambda model: model.kind == "gpt",
     "egpt.chunk_size": lambda model: model.kind != "gpt",
@@ -31,7 +33,7 @@ def has_effect(model: ModelConfig, key: str) -> bool:
 
 def model_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
     """What cannot be built of ``model`` on ``tp`` tensor-parallel ranks (sizes are positive)."""
-    for rule in (_heads, _positions, _latent, _window, _documents, _chunks_and_encoder):
+    for rule in (_heads, _positions, _rotary, _latent, _window, _documents, _chunks_and_encoder):
         yield from rule(model)
     yield from _divisible_by_tp(model, tp)
 
@@ -52,17 +54,51 @@ def _heads(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _positions(model: ModelConfig) -> Iterator[Problem]:
-    grouped = model.attention == "grouped_query"
-    if model.positions == "rotary" and grouped and model.head_size % 2:
-        yield Problem(
-            ("model.positions", "model.head_dim", "model.hidden_size", "model.num_heads"),
-            "model.positions=rotary turns pairs of values: "
-            f"the head width {model.head_size} must be even",
-        )
     if model.positions == "sinusoidal" and model.hidden_size % 2:
         yield Problem(
             ("model.positions", "model.hidden_size"),
             f"model.positions=sinusoidal needs an even model.hidden_size, not {model.hidden_size}",
+        )
+
+
+def _rotary(model: ModelConfig) -> Iterator[Problem]:
+    scaling = model.rope_scaling
+    rotated = model.attention == "grouped_query" and model.positions == "rotary"
+    if model.rope_fraction != 1.0 and not rotated:
+        yield Problem(
+            ("model.rope_fraction", "model.positions", "model.attention"),
+            f"model.rope_fraction={model.rope_fraction} has no effect without "
+            "model.positions=rotary and model.attention=grouped_query",
+        )
+    elif rotated and (model.rope_size == 0 or model.rope_size % 2):
+        yield Problem(
+            ("model.rope_fraction", "model.head_dim", "model.hidden_size", "model.num_heads"),
+            "model.positions=rotary turns pairs of values: model.rope_fraction="
+            f"{model.rope_fraction} of the head width {model.head_size} must be an even number, "
+            f"not {model.rope_size}",
+        )
+    if scaling.kind != "none" and model.positions != "rotary":
+        yield Problem(
+            ("model.rope_scaling.kind", "model.positions"),
+            f"model.rope_scaling.kind={scaling.kind} has no effect without model.positions=rotary",
+        )
+    if scaling.kind == "none" and scaling.factor != 1.0:
+        yield Problem(
+            ("model.rope_scaling.kind", "model.rope_scaling.factor"),
+            f"model.rope_scaling.factor={scaling.factor} has no effect without "
+            "model.rope_scaling.kind",
+        )
+    if scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        yield Problem(
+            ("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor"),
+            f"model.rope_scaling.high_freq_factor={scaling.high_freq_factor} must be above "
+            f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor}",
+        )
+    if scaling.kind == "yarn" and scaling.beta_fast <= scaling.beta_slow:
+        yield Problem(
+            ("model.rope_scaling.beta_fast", "model.rope_scaling.beta_slow"),
+            f"model.rope_scaling.beta_fast={scaling.beta_fast} must be above "
+            f"model.rope_scaling.beta_slow={scaling.beta_slow}",
         )
 
 
@@ -94,6 +130,18 @@ def _latent(model: ModelConfig) -> Iterator[Problem]:
                 ("model.attention", f"model.{name}"),
                 f"model.{name}={value} has no effect without model.attention=latent",
             )
+    if model.attention == "latent" and model.qk_norm != "none":
+        yield Problem(
+            ("model.attention", "model.qk_norm"),
+            f"model.qk_norm={model.qk_norm} cannot be combined with model.attention=latent: "
+            "its latents have norms of their own (model.latent_norm)",
+        )
+    if model.attention == "latent" and model.qkv_bias is not None:
+        yield Problem(
+            ("model.attention", "model.qkv_bias"),
+            f"model.qkv_bias={str(model.qkv_bias).lower()} has no effect with "
+            "model.attention=latent",
+        )
     if model.attention != "latent" and not model.latent_norm:
         yield Problem(
             ("model.attention", "model.latent_norm"),

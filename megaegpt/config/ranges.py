@@ -57,6 +57,7 @@ Seed = Annotated[int, Range("must not be negative", 0, _INT64, ceiling=True)]
 """A seed; torch's generators take 64 bits, so seeds can be counted up from it, text by text."""
 PositiveFloat = Annotated[float, Range("must be greater than 0", 0, low_included=False)]
 NonNegativeFloat = Annotated[float, Range("must not be negative", 0)]
+ScaleFactor = Annotated[float, Range("must be at least 1", 1)]
 Fraction = Annotated[float, Range("must be at least 0 and below 1", 0, 1, high_included=False)]
 """A share of which something must be left."""
 Probability = Annotated[float, Range("must be above 0, at most 1", 0, 1, low_included=False)]

@@ -29,8 +29,14 @@ _SAME = (
     "latent_size",
     "query_latent_dim",
     "latent_norm",
+    "mlp",
     "activation",
     "bias",
+    "has_qkv_bias",
+    "qk_norm",
+    "norm",
+    "norm_placement",
+    "logit_softcap",
     "layer_norm_eps",
 )
 """What decides the shapes and the meaning of a block's weights."""

@@ -38,9 +38,12 @@ Effect = Literal["arithmetic", "data order", "optimization", "none"]
 _KEYS: dict[Effect, dict[str, str]] = {
     "arithmetic": {
         "model": "kind vocab_size hidden_size num_layers num_heads num_kv_heads head_dim "
-        "ffn_hidden_size attention positions rope_base window window_every latent_dim "
-        "query_latent_dim latent_norm rope_head_dim document_end bias activation tied_embeddings "
+        "ffn_hidden_size attention positions rope_base rope_fraction rope_pairs window "
+        "window_every latent_dim query_latent_dim latent_norm rope_head_dim document_end bias "
+        "qkv_bias qk_norm norm norm_placement mlp activation tied_embeddings logit_softcap "
         "layer_norm_eps",
+        "model.rope_scaling": "kind factor original_max_seq_len low_freq_factor high_freq_factor "
+        "beta_fast beta_slow attention_factor",
         "model.egpt": "chunk_size features_per_chunk feature_pooling local_attention memory_gate "
         "history token_counts adapter_norm adapter_residual",
         "model.encoder": "layers",
@@ -54,7 +57,7 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "training.batch_ramp": "start increment steps",
     },
     "optimization": {
-        "model": "dropout",
+        "model": "dropout z_loss",
         "model.egpt": "random_history",
         "data": "feature_dtype",
         "training": "steps micro_batch_size precision gradient_clipping on_nonfinite freeze",
@@ -102,6 +105,7 @@ _RESOLVED = {
     "num_kv_heads": "kv_heads",
     "head_dim": "head_size",
     "ffn_hidden_size": "ffn_size",
+    "qkv_bias": "has_qkv_bias",
     "latent_dim": "latent_size",
 }
 """Keys whose default follows from others, and the property that resolves it."""
@@ -113,6 +117,10 @@ _MAY_CHANGE_AT_THE_START = {
     "model.window",
     "model.window_every",
     "model.document_end",
+    "model.rope_base",
+    "model.rope_scaling.kind",
+    "model.rope_scaling.factor",
+    "model.rope_scaling.original_max_seq_len",
     "model.egpt.features_per_chunk",
     "model.egpt.feature_pooling",
     "model.egpt.local_attention",

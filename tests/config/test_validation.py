@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
+from megaegpt.config import BatchRampConfig, ModelConfig, RopeScalingConfig, RunConfig
 from megaegpt.config.loading import validate
 from megaegpt.errors import ConfigError
 
@@ -55,7 +55,31 @@ REFUSED = [
         {"training": {"batch_ramp": BatchRampConfig(4, 1, 250)}},
         "takes 1000 steps, training.steps=1000: global_batch_size=8 is never reached",
     ),
-    ({"model": {"positions": "rotary", "head_dim": 5}}, "the head width 5 must be even"),
+    (
+        {"model": {"positions": "rotary", "head_dim": 5}},
+        "rope_fraction=1.0 of the head width 5 must be an even number, not 5",
+    ),
+    (
+        {"model": {"positions": "rotary", "rope_fraction": 0.01}},
+        "of the head width 64 must be an even number, not 0",
+    ),
+    ({"model": {"rope_fraction": 0.5}}, "rope_fraction=0.5 has no effect without"),
+    (
+        {"model": {"rope_scaling": RopeScalingConfig("yarn", 2.0)}},
+        "rope_scaling.kind=yarn has no effect without model.positions=rotary",
+    ),
+    (
+        {"model": {"positions": "rotary", "rope_scaling": RopeScalingConfig(factor=2.0)}},
+        "rope_scaling.factor=2.0 has no effect without model.rope_scaling.kind",
+    ),
+    (
+        {"model": {"attention": "latent", "qk_norm": "head"}},
+        "qk_norm=head cannot be combined with model.attention=latent",
+    ),
+    (
+        {"model": {"attention": "latent", "qkv_bias": False}},
+        "qkv_bias=false has no effect with model.attention=latent",
+    ),
     ({"model": {"positions": "sinusoidal", "hidden_size": 3, "num_heads": 1}}, "needs an even"),
     ({"model": {"attention": "latent", "positions": "rotary"}}, "needs an even model.rope_head"),
     ({"model": {"rope_head_dim": 8}}, "model.rope_head_dim=8 has no effect"),

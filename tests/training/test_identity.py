@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
+from megaegpt.config import BatchRampConfig, ModelConfig, RopeScalingConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.model_rules import CONDITIONS
 from megaegpt.errors import CheckpointError, ConfigError
@@ -67,6 +67,9 @@ def test_what_a_decoder_copies_of_an_encoder_s_blocks_is_judged_by_all_of_their_
         "model.num_layers",  # the last ones are copied
         "model.positions",  # added to the input, which a decoder gets from its encoder
         "model.rope_base",
+        "model.rope_fraction",
+        "model.rope_pairs",
+        *(f"model.rope_scaling.{key.name}" for key in dataclasses.fields(RopeScalingConfig)),
         "model.rope_head_dim",
         "model.window",  # of what the decoder attends to
         "model.document_end",
