@@ -32,9 +32,9 @@ class EncoderConfig:
     checkpoint), a checkpoint, a weights folder, or GPT-2 in Hugging Face's form (its folder, or its
     name on the hub)."""
     layers: LayerCount | None = None
-    """Blocks that are run; their output is taken as it is. None: all, then the final LayerNorm."""
+    """Blocks that are run; their output is taken as it is. None: all, then the final norm."""
     initialize_decoder: bool = False
-    """The decoder's blocks, final LayerNorm and head start as the encoder's last ones."""
+    """The decoder's blocks, final norm and head start as the encoder's last ones."""
     batch_size: BatchSize = 8
     """Chunks encoded at once when a feature store is computed."""
 
@@ -63,7 +63,7 @@ class EGPTConfig:
     """Token frequencies of earlier chunks are mixed into the prediction, by a gate: a unigram cache
     whose chunks are chosen by their features."""
     adapter_norm: bool = False
-    """A LayerNorm before the MLP that encoder states go through first."""
+    """A norm, as the blocks have it, before the MLP that encoder states go through first."""
     adapter_residual: bool = False
     """States are added to that MLP's output; it and the chunk and length tables start at zero, so
     that the decoder's input starts as the encoder's output."""

@@ -193,6 +193,12 @@ def _divisible_by_tp(model: ModelConfig, tp: int) -> Iterator[Problem]:
             ("model.num_kv_heads", "model.num_heads", key),
             f"model.num_kv_heads={model.kv_heads} and {key}={tp}: one must divide the other",
         )
+    if model.qk_norm == "projection" and model.kv_heads < tp:
+        yield Problem(
+            ("model.qk_norm", "model.num_kv_heads", key),
+            f"model.qk_norm=projection is over all {model.kv_heads} key heads, of which each rank "
+            f"has at least one: {key}={tp} is too large",
+        )
     if model.ffn_size % tp:
         yield Problem(
             ("model.ffn_hidden_size", "model.hidden_size", key),

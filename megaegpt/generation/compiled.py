@@ -24,7 +24,7 @@ from megaegpt.model.attention.causal import scaled_dot_product
 from megaegpt.model.attention.layer import AttentionLayer
 from megaegpt.model.decoding import new_cache
 from megaegpt.model.gpt import GPT
-from megaegpt.model.positions import RotaryTable, rotary_table
+from megaegpt.model.rotary import RotaryTable, rotary_table
 
 _CAPACITIES = 128
 """Caches are made for a multiple of so many tokens: texts of like lengths share a compiled step."""

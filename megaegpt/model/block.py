@@ -1,4 +1,4 @@
-"""The pre-LayerNorm transformer block and the stack of them that every model is made of.
+"""The transformer block and the stack of them that every model is made of.
 
 Shapes: B batch, T tokens, C hidden.
 """
@@ -20,11 +20,9 @@ from torch.utils.checkpoint import (
 from megaegpt.config import ModelConfig
 from megaegpt.model.attention import build_attention
 from megaegpt.model.attention.context import AttentionContext
-from megaegpt.parallel.collectives import copy_to_tp
+from megaegpt.model.mlp import build_mlp
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.layers import ColumnParallelLinear, LayerNorm, RowParallelLinear
-
-_APPROXIMATION = {"gelu_tanh": "tanh", "gelu": "none"}
+from megaegpt.parallel.layers import LayerNorm, RMSNorm
 
 _EXPENSIVE = {
     "aten": (
@@ -48,59 +46,47 @@ _SAVED_BY_SELECTIVE = {
 }
 
 
-class MLP(nn.Module):
-    """GPT-2's MLP: up by column, GELU, down by row."""
-
-    def __init__(self, config: ModelConfig, grid: ProcessGrid, *, out_std: float) -> None:
-        super().__init__()
-        self.grid = grid
-        self.approximate = _APPROXIMATION[config.activation]
-        hidden, ffn, std, bias = (
-            config.hidden_size,
-            config.ffn_size,
-            config.init_std,
-            config.bias,
-        )
-        self.up = ColumnParallelLinear(hidden, ffn, grid, bias=bias, std=std)
-        self.down = RowParallelLinear(ffn, hidden, grid, bias=bias, std=out_std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)"""
-        return self.down(F.gelu(self.up(copy_to_tp(x, self.grid)), approximate=self.approximate))
+def block_norm(config: ModelConfig, grid: ProcessGrid) -> LayerNorm | RMSNorm:
+    """The norm of a block's parts and of the stack's output."""
+    if config.norm == "rms_norm":
+        return RMSNorm(config.hidden_size, grid, eps=config.layer_norm_eps)
+    return LayerNorm(config.hidden_size, grid, bias=config.bias, eps=config.layer_norm_eps)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or norms of what is added."""
 
     def __init__(self, config: ModelConfig, layer: int, grid: ProcessGrid) -> None:
         super().__init__()
         self.dropout = config.dropout
-        norm = functools.partial(
-            LayerNorm, config.hidden_size, grid, bias=config.bias, eps=config.layer_norm_eps
-        )
-        self.attention_norm = norm()
+        self.norm_first = config.norm_placement == "pre"
+        self.attention_norm = block_norm(config, grid)
         self.attention = build_attention(config, layer, grid)
-        self.mlp_norm = norm()
-        self.mlp = MLP(config, grid, out_std=config.residual_std)
+        self.mlp_norm = block_norm(config, grid)
+        self.mlp = build_mlp(config, grid)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        attended = self.attention(self.attention_norm(x), context)
+        if self.norm_first:
+            attended = self.attention(self.attention_norm(x), context)
+        else:
+            attended = self.attention_norm(self.attention(x, context))
         x = x + F.dropout(attended, self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+        y = self.mlp(self.mlp_norm(x)) if self.norm_first else self.mlp_norm(self.mlp(x))
+        return x + F.dropout(y, self.dropout, self.training)
 
 
 class BlockStack(nn.Module):
-    """``num_layers`` blocks and the final LayerNorm, with optional activation checkpointing."""
+    """``num_layers`` blocks and the final norm, with optional activation checkpointing."""
 
     def __init__(self, config: ModelConfig, grid: ProcessGrid) -> None:
         super().__init__()
         self.recompute = "none"
         self.blocks = nn.ModuleList(Block(config, i, grid) for i in range(config.num_layers))
-        self.norm = LayerNorm(config.hidden_size, grid, bias=config.bias, eps=config.layer_norm_eps)
+        self.norm = block_norm(config, grid)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """(B, T, C) -> (B, T, C), after the final LayerNorm"""
+        """(B, T, C) -> (B, T, C), after the final norm"""
         for block in self.blocks:
             if self.training and self.recompute != "none":
                 x = checkpoint(block, x, context, use_reentrant=False, **self._policy())

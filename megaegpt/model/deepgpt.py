@@ -19,7 +19,7 @@ from megaegpt.model.base import LanguageModel, Predictions
 from megaegpt.model.block import BlockStack
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
-from megaegpt.model.positions import rotary_table
+from megaegpt.model.rotary import rotary_table
 from megaegpt.parallel.grid import ProcessGrid
 
 

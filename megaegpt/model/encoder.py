@@ -62,7 +62,7 @@ class FrozenEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
-        """(..., S) ids, S <= max_seq_len -> (..., S, C) states after the final LayerNorm, or of the
+        """(..., S) ids, S <= max_seq_len -> (..., S, C) states after the final norm, or of the
         last block where the encoder is cut.
         """
         states = self.gpt.hidden_states(tokens.reshape(-1, tokens.shape[-1]))
@@ -74,7 +74,7 @@ class FrozenEncoder(nn.Module):
 
 
 def _cut(gpt: GPT, layers: int) -> None:
-    """Keep the first blocks, and no final LayerNorm behind them.
+    """Keep the first blocks, and no final norm behind them.
 
     Raises:
         ConfigError: there are not so many.

@@ -18,7 +18,8 @@ from megaegpt.model.base import LanguageModel, Predictions
 from megaegpt.model.block import BlockStack
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
-from megaegpt.model.positions import AddedPositions, rotary_table
+from megaegpt.model.positions import AddedPositions
+from megaegpt.model.rotary import rotary_table
 from megaegpt.model.token_positions import place_tokens
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import VocabParallelEmbedding
@@ -41,7 +42,7 @@ class GPT(LanguageModel):
     def hidden_states(
         self, tokens: Tensor, cache: KVCache | None = None, segments: Tensor | None = None
     ) -> Tensor:
-        """(B, T) ids -> (B, T, C) after the final LayerNorm.
+        """(B, T) ids -> (B, T, C) after the final norm.
 
         Args:
             tokens: with a cache, those that follow the ones already in it; they are added to it.

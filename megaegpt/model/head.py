@@ -5,6 +5,7 @@ Shapes: C hidden, V padded vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from megaegpt.config import ModelConfig
 from megaegpt.parallel.collectives import gather_from_tp
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.loss import linear_cross_entropy
+from megaegpt.parallel.loss import LossOptions, linear_cross_entropy, power_of_two
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter
 
@@ -25,16 +26,20 @@ class OutputHead(nn.Module):
     packed: Tensor | None = None
     """The weight as ``parallel.matmul.pack`` gives it, once more, for inference."""
 
-    rows_at_once: int | None = None
-    """Rows of logits that the loss computes at once; None: as many as suit the device."""
-
     def __init__(
         self, config: ModelConfig, grid: ProcessGrid, tied_to: nn.Parameter | None = None
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.softcap = config.vocab_size, config.logit_softcap
+        self.loss_options = LossOptions(softcap=config.logit_softcap, z_loss=config.z_loss)
         self.weight = tied_to if tied_to is not None else _untied_weight(config, grid)
+
+    def expect_backward_scale(self, scale: Tensor) -> None:
+        """Say what following losses will be multiplied by for their backward pass, a positive fp32
+        scalar on their device (see :class:`~megaegpt.parallel.loss.LossOptions`).
+        """
+        self.loss_options = replace(self.loss_options, backward_scale=power_of_two(scale))
 
     def loss(
         self,
@@ -51,8 +56,8 @@ class OutputHead(nn.Module):
             self.grid,
             self.vocab_size,
             reduction,
-            rows=self.rows_at_once,
-            mixed_with=mixed_with,
+            self.loss_options,
+            mixed_with,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -60,6 +65,8 @@ class OutputHead(nn.Module):
         TP.
         """
         logits = linear(hidden, self.weight, packed=self.packed)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         first = self.grid.tp_rank * logits.shape[-1]
         real = min(max(self.vocab_size - first, 0), logits.shape[-1])
         return F.pad(logits[..., :real], (0, logits.shape[-1] - real), value=-torch.inf)

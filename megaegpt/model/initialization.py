@@ -1,4 +1,4 @@
-"""A decoder that starts as the end of its encoder: the encoder's last blocks, final LayerNorm and
+"""A decoder that starts as the end of its encoder: the encoder's last blocks, final norm and
 head.
 
 Over an encoder cut by as many blocks as the decoder has (``model.encoder.layers``), a DeepGPT is
@@ -20,6 +20,14 @@ from megaegpt.model.weights import WEIGHTS, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import shard, spec_of
 
+_SAME_ROTARY = (
+    "positions",
+    "rope_base",
+    "rope_fraction",
+    "rope_pairs",
+    "rope_scaling",
+    "rope_head_dim",
+)
 _SAME = (
     "attention",
     "num_heads",
@@ -44,14 +52,18 @@ _SAME = (
 
 def initialization_problems(decoder: ModelConfig, encoder: ModelConfig) -> list[str]:
     """Why ``decoder`` cannot start as the end of ``encoder``; empty if it can."""
+    rotary = "rotary" in (encoder.positions, decoder.positions)
     problems = [
         f"its {name} is {getattr(encoder, name)}, model's {getattr(decoder, name)}, and "
         "model.encoder.initialize_decoder copies blocks"
-        for name in _SAME
+        for name in (*_SAME, *(_SAME_ROTARY if rotary else ()))
         if getattr(encoder, name) != getattr(decoder, name)
     ]
-    if "rotary" in (encoder.positions, decoder.positions):
-        problems.append("model.encoder.initialize_decoder cannot copy rotary positions")
+    if rotary and decoder.kind == "egpt" and not decoder.egpt.local_attention:
+        problems.append(
+            "model.encoder.initialize_decoder copies rotary positions of tokens: without "
+            "model.egpt.local_attention, model rotates by the number of a chunk"
+        )
     if decoder.num_layers > encoder.num_layers:
         problems.append(
             f"it has {encoder.num_layers} blocks, too few for the {decoder.num_layers} that "
@@ -61,7 +73,7 @@ def initialization_problems(decoder: ModelConfig, encoder: ModelConfig) -> list[
 
 
 def initialize_from_encoder(model: nn.Module, folder: str | Path, grid: ProcessGrid) -> None:
-    """Overwrite the blocks, final LayerNorm and head of an EGPT or DeepGPT with this rank's slices
+    """Overwrite the blocks, final norm and head of an EGPT or DeepGPT with this rank's slices
     of the last ones in an encoder's weights folder. Gates and what precedes the blocks stay.
 
     Raises:

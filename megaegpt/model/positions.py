@@ -1,6 +1,6 @@
-"""How a token knows where it is: tables added to the input, or rotations of queries and keys.
+"""Positions that are added to a token's embedding: learned ones and sinusoids.
 
-Shapes: B batch, T tokens, C hidden, H heads, D rotated part of a head.
+Shapes: B batch, T tokens, C hidden.
 """
 
 from __future__ import annotations
@@ -50,43 +50,3 @@ class AddedPositions(nn.Module):
         if self.kind == "sinusoidal":
             return x + sinusoids(positions, self.hidden_size, x.dtype)
         return x
-
-
-class RotaryTable:
-    """Cosines and sines of rotary positions (Su et al., arXiv 2104.09864) for one set of tokens."""
-
-    def __init__(self, positions: Tensor, dim: int, base: float, dtype: torch.dtype) -> None:
-        """Make the table, which all layers read.
-
-        Args:
-            positions: (T,) or (B, T).
-            dim: columns rotated, in pairs (i, i + dim/2).
-            base: of the frequencies.
-            dtype: of what is rotated; the table, and what is computed, is in at least fp32.
-        """
-        rates = base ** (
-            -torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
-        )
-        angles = positions.to(torch.float64).unsqueeze(-1) * rates  # (..., T, D / 2)
-        precise = torch.promote_types(dtype, torch.float32)
-        self._cos, self._sin = angles.cos().to(precise), angles.sin().to(precise)
-        if positions.dim() == 2:  # a heads' dimension to broadcast over: (B, 1, T, D / 2)
-            self._cos, self._sin = self._cos.unsqueeze(1), self._sin.unsqueeze(1)
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """(B, H, T, D) -> the same, rotated."""
-        cos, sin = self._cos, self._sin
-        first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        rotated = [first * cos - second * sin, second * cos + first * sin]
-        return torch.cat(rotated, dim=-1).to(x.dtype)
-
-
-def rotary_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> RotaryTable | None:
-    """The table all layers share for tokens at ``positions``, whose states are of ``dtype``; None
-    unless positions are rotary.
-    """
-    if config.positions != "rotary":
-        return None
-    dim = config.rope_head_dim if config.attention == "latent" else config.head_size
-    assert dim is not None  # config validation: latent + rotary needs rope_head_dim
-    return RotaryTable(positions, dim, config.rope_base, dtype)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaegpt.parallel.collectives import reduce_from_tp
+from megaegpt.parallel.collectives import copy_to_tp, reduce_from_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter, spec_of
@@ -131,6 +131,39 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)"""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class HeadRMSNorm(RMSNorm):
+    """RMSNorm of each head, with one weight for all heads, which are cut over TP."""
+
+    def __init__(self, head_dim: int, grid: ProcessGrid, *, eps: float) -> None:
+        super().__init__(head_dim, grid, eps=eps)
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, T, D) -> (B, H, T, D)"""
+        # Ranks use the weight on different heads: its gradient is the sum of theirs.
+        weight = copy_to_tp(self.weight, self.grid)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+
+
+class ColumnParallelRMSNorm(nn.Module):
+    """RMSNorm over features that are cut over TP, such as a column-parallel layer's output."""
+
+    def __init__(self, size: int, grid: ProcessGrid, *, eps: float) -> None:
+        super().__init__()
+        self.grid, self.size, self.eps = grid, size, eps
+        self.weight = new_parameter((size,), grid, tp_dim=0, mean=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size / tp) -> (..., size / tp)"""
+        if self.grid.tp_group is None:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = precise.square().sum(-1, keepdim=True)
+        # Every rank's output depends on every rank's squares: summed forward and backward.
+        squares = copy_to_tp(reduce_from_tp(squares, self.grid), self.grid)
+        return (precise * (squares / self.size + self.eps).rsqrt()).to(x.dtype) * self.weight
 
 
 def count_linear_weights(module: nn.Module) -> int:

@@ -7,10 +7,8 @@ largest tensor of a step by far.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,43 +25,61 @@ ROWS_AT_ONCE = {"cpu": 128, "cuda": 4096}
 _ELEMENTS_AT_ONCE = 1 << 20
 """Elements at once of a gradient that is scaled in a wider type than its own."""
 
-_backward_scale: ContextVar[Tensor | None] = ContextVar("backward_scale", default=None)
-"""A power of two."""
 
+@dataclass(frozen=True)
+class LossOptions:
+    """How logits become a loss."""
 
-@contextlib.contextmanager
-def backward_scale(scale: Tensor) -> Iterator[None]:
-    """Inside, losses are computed that will be multiplied by ``scale`` for their backward pass.
+    rows: int | None = None
+    """Positions computed at once; None: as many as suit the device."""
+    softcap: float | None = None
+    """Logits become ``softcap * tanh(logits / softcap)``."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's sum, which is in the gradients only."""
+    backward_scale: Tensor | None = None
+    """What the loss will be multiplied by for its backward pass, from :func:`power_of_two`.
 
     The gradients are ready, and rounded to the weights' type, before autograd knows of that
     multiplication. In fp16 numbers below 6e-8 are lost then, although a loss scale would have saved
     them. Told the scale, the loss has its power of two in the gradients before they are rounded.
-    Whatever scale comes in the backward pass, the gradients are right.
-
-    Args:
-        scale: a positive fp32 scalar on the loss's device; a loss in fp32 or fp64 ignores it.
+    Whatever scale comes in the backward pass, the gradients are right. A loss in fp32 or fp64
+    ignores it.
     """
-    power = scale / torch.frexp(scale).mantissa  # exact: multiplied by it, nothing is rounded
-    token = _backward_scale.set(power)
-    try:
-        yield
-    finally:
-        _backward_scale.reset(token)
 
 
-def _chunk_nats(
-    logits: Tensor, targets: Tensor, grid: ProcessGrid, vocab_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nats of each row and what the gradient needs.
+def power_of_two(scale: Tensor) -> Tensor:
+    """The power of two in a positive fp32 scalar: multiplied by it, nothing is rounded."""
+    return scale / torch.frexp(scale).mantissa
 
-    Args:
-        logits: (n, V/tp) in at least fp32; overwritten with exp(logit - max).
-        targets: (n,) token ids, ``IGNORE`` where nothing is predicted.
 
-    Returns:
-        nats (n,), exponentials (n, V/tp), their sums over the whole vocabulary (n, 1), and this
-        rank's column of each target (n, 1), or -1 where another rank holds it or there is none.
+class _Rows(NamedTuple):
+    """Some rows of logits on their way to nats and gradients (n rows)."""
+
+    nats: Tensor
+    """(n,)"""
+    exponentials: Tensor
+    """(n, V/tp), exp(logit - the row's largest)"""
+    sums: Tensor
+    """(n, 1), of the exponentials over the whole vocabulary"""
+    log_sums: Tensor
+    """(n, 1), log of the sum of exp(logit)"""
+    column: Tensor
+    """(n, 1), this rank's column of each target; -1 where another rank holds it or there is none"""
+    slope: Tensor | None
+    """(n, V/tp), derivative of the soft cap; None without one"""
+
+
+def _rows(
+    logits: Tensor, targets: Tensor, grid: ProcessGrid, vocab_size: int, softcap: float | None
+) -> _Rows:
+    """From logits (n, V/tp) in at least fp32, which are overwritten, and targets (n,), ``IGNORE``
+    where nothing is predicted.
     """
+    slope = None
+    if softcap is not None:
+        bounded = logits.div_(softcap).tanh_()
+        slope = 1 - bounded.square()
+        logits = bounded.mul_(softcap)
     columns = logits.shape[1]
     first = grid.tp_rank * columns
     if first + columns > vocab_size:
@@ -81,8 +97,27 @@ def _chunk_nats(
         both = torch.cat([sums, at_target], dim=1)
         dist.all_reduce(both, group=grid.tp_group)
         sums, at_target = both.split(1, dim=1)
-    nats = (sums.log() - at_target).squeeze(1)
-    return nats.masked_fill(targets == IGNORE, 0.0), exponentials, sums, column
+    log_sums = sums.log()
+    nats = (log_sums - at_target).squeeze(1).masked_fill(targets == IGNORE, 0.0)
+    return _Rows(nats, exponentials, sums, log_sums + largest, column, slope)
+
+
+def _by_logits(rows: _Rows, by_nats: Tensor, by_z: Tensor | None) -> Tensor:
+    """Gradient by the logits, (n, V/tp), in place of the exponentials.
+
+    Args:
+        by_nats: (n,) the loss's gradient by the nats of each row.
+        by_z: (n,) what z-loss adds to the gradient by the log of each row's sum.
+    """
+    grad = rows.exponentials.div_(rows.sums)
+    held, column = rows.column >= 0, rows.column.clamp(min=0)
+    if by_z is None:
+        grad.scatter_add_(1, column, -held.to(grad.dtype))
+        grad.mul_(by_nats.unsqueeze(1))
+    else:
+        grad.mul_((by_nats + by_z).unsqueeze(1))
+        grad.scatter_add_(1, column, -by_nats.unsqueeze(1) * held)
+    return grad if rows.slope is None else grad.mul_(rows.slope)
 
 
 def _mix(nats: Tensor, targets: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +136,7 @@ def _mix(nats: Tensor, targets: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor
 class _LinearCrossEntropySum(torch.autograd.Function):
     """Sum of nats; the gradients are ready after forward and only scaled in backward.
 
-    In a narrow type they are those of the loss times the power of two of ``backward_scale``.
+    In a narrow type they are those of the loss times ``LossOptions.backward_scale``.
     """
 
     @staticmethod
@@ -110,10 +145,10 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        mixture: Tensor | None,
         grid: ProcessGrid,
         vocab_size: int,
-        rows: int,
-        mixture: Tensor | None,
+        options: LossOptions,
     ) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -121,36 +156,30 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_weight = None
         grad_mixture = None if mixture is None else torch.empty_like(mixture)
         total = hidden.new_zeros((), dtype=precise)
-        expected = None if weight.dtype == precise else _backward_scale.get()
-        for start in range(0, hidden.shape[0], rows):
-            x, y = hidden[start : start + rows], targets[start : start + rows]
-            nats, grad, sums, column = _chunk_nats(
-                linear(x, weight).to(precise), y, grid, vocab_size
-            )
-            by_nats = (y != IGNORE).to(precise)
+        expected = None if weight.dtype == precise else options.backward_scale
+        for part in _parts(hidden, options):
+            x, y = hidden[part], targets[part]
+            rows = _rows(linear(x, weight).to(precise), y, grid, vocab_size, options.softcap)
+            nats, real = rows.nats, (y != IGNORE).to(precise)
+            by_nats = real
             if mixture is not None and grad_mixture is not None:
-                part = slice(start, start + rows)
                 nats, by_nats, grad_mixture[part] = _mix(nats, y, mixture[part])
             total += nats.sum()
             if not (need_hidden or need_weight):
                 continue
-            grad.div_(sums)
-            grad.scatter_add_(1, column.clamp(min=0), -(column >= 0).to(grad.dtype))
-            by_loss = by_nats if expected is None else by_nats * expected
-            grad.mul_(by_loss.unsqueeze(1))
-            grad = grad.to(weight.dtype)
+            by_z = real * (2 * options.z_loss) * rows.log_sums[:, 0] if options.z_loss else None
+            if expected is not None:
+                by_nats = by_nats * expected
+                by_z = None if by_z is None else by_z * expected
+            grad = _by_logits(rows, by_nats, by_z).to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + rows] = linear(grad, weight.t())
+                grad_hidden[part] = linear(grad, weight.t())
             if need_weight:
                 grad_weight = _added(grad_weight, grad.t(), x, precise)
         if grad_hidden is not None and grid.tp_group is not None:
             dist.all_reduce(grad_hidden, group=grid.tp_group)
-        ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            grad_mixture,
-            expected,
-        )
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_mixture, expected)
         return total
 
     @staticmethod
@@ -162,7 +191,13 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         for grad, factor in ((grad_hidden, rest), (grad_weight, rest), (grad_mixture, scale)):
             if grad is not None:
                 _scale(grad, factor)
-        return grad_hidden, grad_weight, None, None, None, None, grad_mixture
+        return grad_hidden, grad_weight, None, grad_mixture, None, None, None
+
+
+def _parts(hidden: Tensor, options: LossOptions) -> list[slice]:
+    """The rows (n, C) that are computed together."""
+    size = options.rows or ROWS_AT_ONCE.get(hidden.device.type, 1024)
+    return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
 
 
 def _scale(grad: Tensor, factor: Tensor) -> None:
@@ -190,7 +225,7 @@ def linear_cross_entropy(
     grid: ProcessGrid,
     vocab_size: int,
     reduction: Literal["sum", "none"] = "sum",
-    rows: int | None = None,
+    options: LossOptions = LossOptions(),
     mixed_with: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of ``hidden @ weight.T`` against ``targets``.
@@ -201,7 +236,6 @@ def linear_cross_entropy(
         targets: (...) token ids; ``IGNORE`` positions count 0.
         vocab_size: real tokens, without padding.
         reduction: ``sum``: a scalar to differentiate; ``none``: nats of each position, no gradient.
-        rows: positions computed at once (default: by device).
         mixed_with: (...) each, in at least fp32, both differentiable: the log of the share that the
             head's distribution has in the prediction, and what something else adds to the
             probability of each target.
@@ -214,23 +248,33 @@ def linear_cross_entropy(
             assertion, see ``parallel.vocabulary``).
     """
     check_targets(targets, hidden.shape[:-1], vocab_size)
-    rows = rows or ROWS_AT_ONCE.get(hidden.device.type, 1024)
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     mixture = None
     if mixed_with is not None:
         mixture = torch.stack([x.reshape(-1) for x in mixed_with], dim=1)  # (n, 2)
     if reduction == "sum":
         return _LinearCrossEntropySum.apply(
-            flat, weight, flat_targets, grid, vocab_size, rows, mixture
+            flat, weight, flat_targets, mixture, grid, vocab_size, options
         )
-    with torch.no_grad():
-        precise = torch.promote_types(hidden.dtype, torch.float32)
-        nats = torch.cat(
-            [
-                _chunk_nats(linear(x, weight).to(precise), y, grid, vocab_size)[0]
-                for x, y in zip(flat.split(rows), flat_targets.split(rows), strict=True)
-            ]
-        )
-        if mixture is not None:
-            nats, _, _ = _mix(nats, flat_targets, mixture)
+    nats = _nats_of_rows(flat, weight, flat_targets, grid, vocab_size, options)
+    if mixture is not None:
+        nats, _, _ = _mix(nats, flat_targets, mixture)
     return nats.view(targets.shape)
+
+
+@torch.no_grad()
+def _nats_of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    grid: ProcessGrid,
+    vocab_size: int,
+    options: LossOptions,
+) -> Tensor:
+    """hidden (n, C), targets (n,) -> nats (n,)"""
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    nats = torch.empty(len(hidden), dtype=precise, device=hidden.device)
+    for part in _parts(hidden, options):
+        logits = linear(hidden[part], weight).to(precise)
+        nats[part] = _rows(logits, targets[part], grid, vocab_size, options.softcap).nats
+    return nats

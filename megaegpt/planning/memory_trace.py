@@ -6,6 +6,7 @@ the real modules under any attention, window, recomputation and tensor-parallel 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 from collections.abc import Iterator
@@ -86,7 +87,8 @@ def trace_micro_step(
             frozen.requires_grad_(False)
         gc.collect()
         before = meter.live
-        model.head.rows_at_once = ROWS_AT_ONCE.get(device_type)
+        rows = ROWS_AT_ONCE.get(device_type)
+        model.head.loss_options = dataclasses.replace(model.head.loss_options, rows=rows)
         inputs = build_inputs(
             config.model, functools.partial(_encode, frozen, config.model), DTYPES[precision]
         )

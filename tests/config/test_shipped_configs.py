@@ -18,6 +18,7 @@ from megaegpt.config.loading import load_config
 from megaegpt.config.metadata import leaves
 from megaegpt.config.parsing import annotation_of, describe
 from megaegpt.config.presets import create_model_config
+from megaegpt.model.build import meta_model
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -61,6 +62,23 @@ def test_every_one_dry_runs():
     assert done.stdout.count("trainable parameters") == len(CONFIGS)
     assert "124,475,904 trainable parameters" in done.stdout
     assert "262,144 tokens" in done.stdout
+
+
+PUBLISHED = {
+    "llama-160m": 162_417_408,
+    "smollm2-135m": 134_515_008,
+    "qwen3-0.6b": 596_049_920,
+    "mistral-7b": 7_241_732_096,
+    "llama3-8b": 8_030_261_248,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_the_published_number_of_parameters(name):
+    """And its file and its preset are the same model."""
+    model = load_config(ROOT / f"configs/{name.replace('-', '_')}.yaml").model
+    assert model == create_model_config(name)
+    assert meta_model(model).num_parameters() == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=names)

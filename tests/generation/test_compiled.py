@@ -38,7 +38,14 @@ def _no_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt_rotary_window", "gpt_latent", "gpt_grouped_query", "egpt_local", "deepgpt_rotary"],
+    [
+        "gpt_rotary_window",
+        "gpt_latent",
+        "gpt_grouped_query",
+        "gpt_qwen3",
+        "egpt_olmo2",
+        "deepgpt_rotary",
+    ],
 )
 def test_the_text_is_that_of_the_uncompiled_step(name: str) -> None:
     model, encoder = build_with_encoder(VARIANTS[name])
@@ -48,7 +55,7 @@ def test_the_text_is_that_of_the_uncompiled_step(name: str) -> None:
     assert generator.generate(PROMPTS, LONG) == expected  # with caches that were used before
 
 
-@pytest.mark.parametrize("name", ["gpt_rotary_window", "gpt_latent", "gpt_grouped_query"])
+@pytest.mark.parametrize("name", ["gpt_rotary_window", "gpt_latent", "gpt_qwen3"])
 def test_logits_are_those_of_the_whole_text(name: str) -> None:
     model = gpt_of(*build_with_encoder(VARIANTS[name]))
     tokens = torch.tensor([prompt(12), prompt(12, 1)])

@@ -25,6 +25,7 @@ from tests.tiny.models import (
     build_with_encoder,
     egpt,
     prompt,
+    variant,
 )
 
 EGPT_VARIANTS = {
@@ -40,6 +41,7 @@ EGPT_VARIANTS = {
     "window_rotary": replace(egpt(local_attention=True), window=3, positions="rotary"),
     "grouped_query": replace(EGPT, num_kv_heads=2),
     "latent_local": replace(egpt(local_attention=True), attention="latent", latent_dim=8),
+    "olmo2": variant("olmo2", "rotary", egpt(local_attention=True)),
 }
 VARIANTS = {
     "gpt": GPT,
@@ -49,6 +51,7 @@ VARIANTS = {
     ),
     "gpt_documents": replace(GPT, document_end=2),
     "gpt_grouped_query": replace(GPT, num_kv_heads=1, positions="sinusoidal"),
+    "gpt_qwen3": variant("qwen3", "rotary_extended", GPT),
     **{f"egpt_{name}": config for name, config in EGPT_VARIANTS.items()},
     "deepgpt": DEEPGPT,
     "deepgpt_rotary": replace(DEEPGPT, positions="rotary"),

@@ -21,7 +21,7 @@ from megaegpt.interop.gpt2_layout import places, to_theirs
 from megaegpt.model.attention import build_attention
 from megaegpt.model.attention.cache import CachedContext, KVCache
 from megaegpt.model.attention.context import CausalContext
-from megaegpt.model.positions import rotary_table
+from megaegpt.model.rotary import rotary_table
 from megaegpt.parallel.grid import ProcessGrid
 from tests.tiny.models import build, tokens_of
 

@@ -22,7 +22,9 @@ def naive_logits(
         of_row = [0] * tokens.shape[1] if segments is None else segments[b].tolist()
         rows.append(_row(weights, config, tokens[b], of_row))
     head = weights.get("head.weight", weights["embedding.weight"])
-    return torch.stack(rows) @ head[: config.vocab_size].T
+    logits = torch.stack(rows) @ head[: config.vocab_size].T
+    cap = config.logit_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _row(weights: dict[str, Tensor], config, tokens: Tensor, segments: list[int]) -> Tensor:
@@ -53,7 +55,7 @@ def naive_egpt_hidden(weights: dict[str, Tensor], config, states: Tensor) -> Ten
                 of_span, last = states[earlier, start : start + span], start + span - 1
                 feature = of_span[-1] if egpt.feature_pooling == "last" else of_span.mean(0)
                 memory.append(_egpt_input(weights, config, feature, earlier, last))
-                places.append(earlier)
+                places.append(earlier * egpt.chunk_size + last if egpt.local_attention else earlier)
         for offset in range(egpt.chunk_size):
             own = [
                 _egpt_input(weights, config, states[chunk, t], chunk, t)
@@ -62,6 +64,8 @@ def naive_egpt_hidden(weights: dict[str, Tensor], config, states: Tensor) -> Ten
             texts = [list(range(t + 1)) for t in range(len(memory) + len(own))]
             x = torch.stack(memory + own)
             positions = places + [chunk] * len(own)
+            if egpt.local_attention:
+                positions[len(places) :] = [chunk * egpt.chunk_size + t for t in range(offset + 1)]
             rows.append(naive_stack(weights, config, x, positions, texts, len(memory))[-1])
     return torch.stack(rows).reshape(states.shape)
 
@@ -72,7 +76,7 @@ def _egpt_input(
     """A state (C,) as the decoder takes it in."""
     x = state
     if config.egpt.adapter_norm:
-        x = _norm(weights, "input_norm", x, config.layer_norm_eps)
+        x = _norm(weights, config, "input_norm", x)
     x = _linear(weights, "input_mlp.down", _gelu(_linear(weights, "input_mlp.up", x)))
     if config.egpt.adapter_residual:
         x = state + x
@@ -108,13 +112,16 @@ def naive_stack(
             [s for s in text if window is None or t - s < window] for t, text in enumerate(texts)
         ]
         heads_of = _latent if config.attention == "latent" else _grouped
-        normed = _norm(of_layer, "attention_norm", x, config.layer_norm_eps)
+        pre = config.norm_placement == "pre"
+        normed = _norm(of_layer, config, "attention_norm", x) if pre else x
         q, k, v = heads_of(of_layer, config, normed, positions)
         gate = of_layer.get("attention.gate")
         read = _attend(q, k, v, seen) if gate is None else _gated(q, k, v, seen, gate, memory)
-        x = x + _linear(of_layer, "attention.output", read)
-        x = x + _mlp(of_layer, config, x)
-    return _norm(weights, "stack.norm", x, config.layer_norm_eps)
+        y = _linear(of_layer, "attention.output", read)
+        x = x + (y if pre else _norm(of_layer, config, "attention_norm", y))
+        y = _mlp(of_layer, config, _norm(of_layer, config, "mlp_norm", x) if pre else x)
+        x = x + (y if pre else _norm(of_layer, config, "mlp_norm", y))
+    return _norm(weights, config, "stack.norm", x)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]]) -> Tensor:
@@ -147,7 +154,10 @@ def _linear(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     return y if bias is None else y + bias
 
 
-def _norm(weights: dict[str, Tensor], name: str, x: Tensor, eps: float) -> Tensor:
+def _norm(weights: dict[str, Tensor], config, name: str, x: Tensor) -> Tensor:
+    eps = config.layer_norm_eps
+    if config.norm == "rms_norm":
+        return _rms_norm(weights, name, x, eps)
     centred = x - x.mean(-1, keepdim=True)
     y = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps) * weights[f"{name}.weight"]
     bias = weights.get(f"{name}.bias")
@@ -159,8 +169,12 @@ def _rms_norm(weights: dict[str, Tensor], name: str, x: Tensor, eps: float) -> T
 
 
 def _mlp(weights: dict[str, Tensor], config, x: Tensor) -> Tensor:
-    h = _linear(weights, "mlp.up", _norm(weights, "mlp_norm", x, config.layer_norm_eps))
-    return _linear(weights, "mlp.down", _gelu(h))
+    h = _linear(weights, "mlp.up", x)
+    if config.mlp == "gelu":
+        return _linear(weights, "mlp.down", _gelu(h))
+    gate = _linear(weights, "mlp.gate", x)
+    act = gate / (1 + torch.exp(-gate)) if config.mlp == "swiglu" else _gelu(gate)
+    return _linear(weights, "mlp.down", act * h)
 
 
 def _gelu(h: Tensor) -> Tensor:
@@ -175,26 +189,65 @@ def _sinusoid(position: int, width: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _rotate(x: Tensor, positions: list[int], base: float) -> Tensor:
-    """(T, H, D): pairs (i, i + D/2) as complex numbers, turned by position * base ** (-2 i / D)."""
-    half = x.shape[-1] // 2
+def _frequency(config, pair: int, size: int) -> float:
+    """Radians a token of a pair of ``size`` rotated columns, scaled as the papers define it."""
+    scaling, base = config.rope_scaling, config.rope_base
+    frequency = base ** (-2 * pair / size)
+    length = scaling.original_max_seq_len
+    if scaling.kind == "yarn":
+        first, last = (
+            size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
+        kept = 1 - min(max((pair - first) / (last - first), 0), 1)
+    elif scaling.kind == "llama3":
+        wavelength = 2 * math.pi / frequency
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        if wavelength < length / high:
+            kept = 1.0
+        elif wavelength > length / low:
+            kept = 0.0
+        else:
+            kept = (length / wavelength - low) / (high - low)
+    else:
+        return frequency
+    return kept * frequency + (1 - kept) * frequency / scaling.factor
+
+
+def _rotate(x: Tensor, positions: list[int], config) -> Tensor:
+    """(T, H, D): pairs of the first columns as complex numbers, turned by position * frequency."""
+    fraction = 1 if config.attention == "latent" else config.rope_fraction
+    size = round(x.shape[-1] * fraction)
+    turning, rest = x[..., :size], x[..., size:]
     angles = torch.tensor(
-        [[p * base ** (-2 * i / x.shape[-1]) for i in range(half)] for p in positions],
+        [[p * _frequency(config, i, size) for i in range(size // 2)] for p in positions],
         dtype=torch.float64,
     )
-    turn = torch.complex(torch.cos(angles), torch.sin(angles)).unsqueeze(1)
-    turned = torch.complex(x[..., :half], x[..., half:]) * turn
-    return torch.cat([turned.real, turned.imag], dim=-1)
+    long = config.rope_scaling.kind == "yarn"
+    factor = 0.1 * math.log(config.rope_scaling.factor) + 1 if long else 1.0
+    turn = factor * torch.complex(torch.cos(angles), torch.sin(angles)).unsqueeze(1)
+    if config.rope_pairs == "interleaved":
+        turned = torch.complex(turning[..., ::2], turning[..., 1::2]) * turn
+        both = [part for pair in turned.unbind(-1) for part in (pair.real, pair.imag)]
+        return torch.cat([torch.stack(both, dim=-1), rest], dim=-1)
+    turned = torch.complex(turning[..., : size // 2], turning[..., size // 2 :]) * turn
+    return torch.cat([turned.real, turned.imag, rest], dim=-1)
 
 
 def _grouped(weights, config, x: Tensor, positions: list[int]) -> tuple[Tensor, ...]:
     """(T, C) -> queries, keys and values of every query head, (T, H, D)"""
-    q, k, v = (
-        _linear(weights, f"attention.{name}", x).reshape(len(x), -1, config.head_size)
-        for name in ("query", "key", "value")
-    )
+    q, k, v = (_linear(weights, f"attention.{name}", x) for name in ("query", "key", "value"))
+    eps = config.layer_norm_eps
+    if config.qk_norm == "projection":
+        q = _rms_norm(weights, "attention.query_norm", q, eps)
+        k = _rms_norm(weights, "attention.key_norm", k, eps)
+    q, k, v = (y.reshape(len(x), -1, config.head_size) for y in (q, k, v))
+    if config.qk_norm == "head":
+        q = _rms_norm(weights, "attention.query_norm", q, eps)
+        k = _rms_norm(weights, "attention.key_norm", k, eps)
     if config.positions == "rotary":
-        q, k = _rotate(q, positions, config.rope_base), _rotate(k, positions, config.rope_base)
+        q, k = _rotate(q, positions, config), _rotate(k, positions, config)
     kv_head = [head * config.kv_heads // config.num_heads for head in range(config.num_heads)]
     return q, k[:, kv_head], v[:, kv_head]
 
@@ -216,8 +269,8 @@ def _latent(weights, config, x: Tensor, positions: list[int]) -> tuple[Tensor, .
     v = _linear(weights, "attention.value", latent).reshape(length, heads, size)
     if config.positions == "rotary":
         shared = _linear(weights, "attention.rope_key", x).unsqueeze(1)
-        shared = _rotate(shared, positions, config.rope_base)
-        turned = _rotate(q[..., size:], positions, config.rope_base)
+        shared = _rotate(shared, positions, config)
+        turned = _rotate(q[..., size:], positions, config)
         q = torch.cat([q[..., :size], turned], dim=-1)
         k = torch.cat([k, torch.cat([shared] * heads, dim=1)], dim=-1)
     return q, k, v

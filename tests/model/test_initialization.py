@@ -18,6 +18,7 @@ from megaegpt.model.initialization import initialization_problems, initialize_fr
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
+from tests.tiny.models import variant
 
 N, S = 3, 8
 GPT = ModelConfig(vocab_size=300, max_seq_len=S, hidden_size=16, num_layers=4, num_heads=2)
@@ -36,6 +37,16 @@ EGPT = replace(
         adapter_residual=True,
     ),
 )
+
+
+LLAMA = variant("qwen3", "rotary_extended", GPT)
+
+
+def _decoders(encoder: ModelConfig) -> list[ModelConfig]:
+    """A DeepGPT and an EGPT that can start as the end of ``encoder``."""
+    return [
+        replace(encoder, kind=like.kind, num_layers=2, egpt=like.egpt) for like in (DEEPGPT, EGPT)
+    ]
 
 
 def save_encoder(folder: Path, config: ModelConfig = GPT) -> str:
@@ -73,26 +84,30 @@ def test_a_cut_encoder_has_a_fingerprint_and_costs_of_its_own(tmp_path):
         _cut(source, 5, ProcessGrid())
 
 
-def _differences(source: str, tp: int) -> dict[str, float]:
+def _differences(source: str, encoder: ModelConfig, tp: int) -> dict[str, float]:
     """Loss of each decoder as it starts, relative to the whole GPT's, at a tensor-parallel size."""
     grid = grid_for(tp)
     tokens = torch.randint(300, (2, N, S + 1), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[..., :-1], tokens[..., 1:]
-    gpt = build_model(GPT, ProcessGrid(), seed=9).double()
+    gpt = build_model(encoder, ProcessGrid(), seed=9).double()
     expected = gpt(inputs.flatten(0, 1), targets.flatten(0, 1)).item()
     states = _cut(source, 2, grid).double()(inputs)
     found = {}
-    for config in (DEEPGPT, EGPT):
+    for config in _decoders(encoder):
+        assert initialization_problems(config, encoder) == []
         model = build_model(config, grid, seed=1)
         initialize_from_encoder(model, source, grid)
-        features = [chunk_features(states[:, :-1], config.egpt)] if config is EGPT else []
+        features = [chunk_features(states[:, :-1], config.egpt)] if config.has_history else []
         found[config.kind] = model.double()(states, *features, targets).item() / expected - 1
     return found
 
 
-def test_decoders_over_a_cut_encoder_start_as_the_whole_gpt(tmp_path, distributed: Distributed):
-    source = save_encoder(tmp_path)
-    for result in distributed(2, _differences, source, 2):
+@pytest.mark.parametrize("encoder", [GPT, LLAMA], ids=["gpt2", "llama"])
+def test_decoders_over_a_cut_encoder_start_as_the_whole_gpt(
+    encoder, tmp_path, distributed: Distributed
+):
+    source = save_encoder(tmp_path, encoder)
+    for result in distributed(2, _differences, source, encoder, 2):
         assert result == pytest.approx({"deepgpt": 0.0, "egpt": 0.0}, abs=1e-9)
 
 

@@ -129,7 +129,7 @@ def test_decoders_of_any_kind_learn_over_an_encoder_of_that_kind(attention, posi
     config = variant(attention, positions)
     encoder = FrozenEncoder(build_model(config, GRID, seed=1))
     model = build_model(of_kind(config, kind, **(EXTENDED if kind == "egpt" else {})), GRID)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for _ in range(4):
         loss = model(*_batch(model.config, encoder))

@@ -11,10 +11,10 @@ import torch
 from megaegpt.config import ModelConfig
 from megaegpt.config.model_rules import model_problems
 from megaegpt.errors import ConfigError
-from megaegpt.model.positions import AddedPositions, RotaryTable, rotary_table, sinusoids
+from megaegpt.model.positions import AddedPositions, sinusoids
 from megaegpt.model.segments import document_segments, padding_segments, segment_positions
 from megaegpt.parallel.grid import ProcessGrid
-from tests.tiny.models import BASE, build, tokens_of, variant
+from tests.tiny.models import BASE, build, tokens_of
 
 
 def test_sinusoids_are_those_of_the_paper():
@@ -34,54 +34,6 @@ def test_rotary_and_no_positions_add_nothing(kind):
     assert not list(added.parameters())
 
 
-@pytest.mark.parametrize("base", [10000.0, 500.0])
-def test_rotary_scores_depend_on_the_distance_only(base):
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
-
-    def score(query_position: int, key_position: int) -> float:
-        turned = [
-            RotaryTable(torch.tensor([position]), 8, base, x.dtype).rotate(x)
-            for x, position in ((q, query_position), (k, key_position))
-        ]
-        return (turned[0] * turned[1]).sum().item()
-
-    for distance in (0, 1, 7, 100):
-        expected = score(distance, 0)
-        for start in (1, 13, 5000):
-            assert score(start + distance, start) == pytest.approx(expected, abs=1e-9)
-    assert score(3, 0) != pytest.approx(score(4, 0), abs=1e-3)
-
-
-def test_rotation_keeps_lengths_and_its_base_sets_the_rates():
-    x = torch.randn(1, 2, 5, 8, dtype=torch.float64)
-    tables = [RotaryTable(torch.arange(5), 8, base, torch.float64) for base in (10000.0, 100.0)]
-    for table in tables:
-        torch.testing.assert_close(table.rotate(x).norm(dim=-1), x.norm(dim=-1))
-    assert not torch.allclose(tables[0].rotate(x), tables[1].rotate(x))
-    slowest = RotaryTable(torch.tensor([1]), 8, 16.0, torch.float32).rotate(
-        torch.eye(8)[3].view(1, 1, 1, 8)
-    )
-    angle = 16.0 ** (-6 / 8)
-    assert slowest[0, 0, 0, 3].item() == pytest.approx(math.cos(angle), abs=1e-6)
-    assert slowest[0, 0, 0, 7].item() == pytest.approx(math.sin(angle), abs=1e-6)
-
-
-@pytest.mark.parametrize("attention", ["multi_head", "window", "latent"])
-def test_a_rotary_model_does_not_know_where_a_text_starts(attention):
-    """The same text, whether its columns are 0, 1, ... or come after padding."""
-    config = variant(attention, "rotary")
-    model = build(config)
-    tokens = tokens_of(config, 1, 9)
-    shifted = torch.cat([tokens_of(config, 1, 20), tokens], dim=1)
-    real = torch.arange(29).unsqueeze(0) >= 20
-    torch.testing.assert_close(
-        model.hidden_states(shifted, segments=padding_segments(real))[:, 20:],
-        model.hidden_states(tokens),
-        rtol=1e-9,
-        atol=1e-9,
-    )
-
-
 def test_without_positions_the_order_of_the_past_is_invisible_to_one_layer():
     model = build(replace(BASE, positions="none", num_layers=1))
     tokens = tokens_of(BASE, 1, 8)
@@ -91,13 +43,6 @@ def test_without_positions_the_order_of_the_past_is_invisible_to_one_layer():
     learned = build(replace(BASE, num_layers=1))
     last = [learned.hidden_states(x)[:, -1] for x in (tokens, swapped)]
     assert not torch.allclose(*last)
-
-
-def test_rotary_width_is_the_head_or_the_decoupled_part():
-    for config, width in ((variant("grouped", "rotary"), 8), (variant("latent", "rotary"), 4)):
-        table = rotary_table(config, torch.arange(3), torch.float64)
-        assert table.rotate(torch.randn(1, 1, 3, width)).shape[-1] == width
-    assert rotary_table(variant("grouped", "learned"), torch.arange(3), torch.float32) is None
 
 
 def test_a_text_longer_than_the_learned_positions_is_refused():

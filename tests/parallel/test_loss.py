@@ -1,7 +1,5 @@
 """The chunked loss against torch's cross-entropy on the full logits."""
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,7 @@ import torch.nn.functional as F
 from megaegpt.errors import DataError
 from megaegpt.labels import IGNORE
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.loss import backward_scale, linear_cross_entropy
+from megaegpt.parallel.loss import LossOptions, linear_cross_entropy, power_of_two
 
 VOCAB, PADDED, HIDDEN, ROWS = 300, 384, 16, 37
 
@@ -31,12 +29,49 @@ def _reference(hidden, weight, targets, reduction="sum"):
 @pytest.mark.parametrize("rows", [1, 8, 64])
 def test_sum_and_gradients_equal_torchs_on_full_logits(rows):
     hidden, weight, targets = _problem()
-    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, rows=rows)
+    loss = linear_cross_entropy(
+        hidden, weight, targets, ProcessGrid(), VOCAB, options=LossOptions(rows)
+    )
     grads = torch.autograd.grad(3.0 * loss, (hidden, weight))
     expected = _reference(hidden, weight, targets)
     expected_grads = torch.autograd.grad(3.0 * expected, (hidden, weight))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 1.5}, {"z_loss": 0.3}, {"softcap": 2.0, "z_loss": 1.0}]
+)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_soft_caps_and_z_loss_are_their_definitions(options, mixed):
+    """The z-loss is in the gradients and not in the number."""
+    hidden, weight, targets = _problem()
+    generator = torch.Generator().manual_seed(1)
+    log_keep, added = torch.rand(2, ROWS, generator=generator, dtype=torch.float64) * 0.2
+    log_keep = -log_keep
+    loss = linear_cross_entropy(
+        hidden,
+        weight,
+        targets,
+        ProcessGrid(),
+        VOCAB,
+        options=LossOptions(8, **options),
+        mixed_with=(log_keep, added) if mixed else None,
+    )
+    grads = torch.autograd.grad(3.0 * loss, (hidden, weight))
+
+    logits = hidden @ weight[:VOCAB].t()
+    if "softcap" in options:
+        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+    nats = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    real = targets != IGNORE
+    if mixed:
+        nats = -(log_keep.exp() * (-nats).exp() + added).log() * real
+    z_loss = options.get("z_loss", 0.0) * (logits.logsumexp(-1).square() * real).sum()
+    torch.testing.assert_close(loss, nats.sum(), rtol=1e-12, atol=0)
+    expected = torch.autograd.grad(3.0 * (nats.sum() + z_loss), (hidden, weight))
+    for grad, expected_grad in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
 
 
@@ -49,7 +84,9 @@ def test_padding_rows_of_the_head_get_no_gradient():
 
 def test_each_positions_nats_are_zero_where_nothing_is_predicted():
     hidden, weight, targets = _problem()
-    nats = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, "none", rows=8)
+    nats = linear_cross_entropy(
+        hidden, weight, targets, ProcessGrid(), VOCAB, "none", LossOptions(8)
+    )
     torch.testing.assert_close(nats, _reference(hidden, weight, targets, "none").detach())
     assert not nats.requires_grad
     assert (nats[::5] == 0).all()
@@ -90,7 +127,7 @@ def test_a_mixture_is_that_of_the_probabilities(rows):
     log_keep, added = _mixture()
     inputs = (hidden, weight, log_keep, added)
     arguments = (hidden, weight, targets, ProcessGrid(), VOCAB)
-    loss = linear_cross_entropy(*arguments, rows=rows, mixed_with=(log_keep, added))
+    loss = linear_cross_entropy(*arguments, options=LossOptions(rows), mixed_with=(log_keep, added))
     grads = torch.autograd.grad(3.0 * loss, inputs)
     probabilities = (hidden @ weight[:VOCAB].t()).softmax(-1)
     real = targets != IGNORE
@@ -103,7 +140,7 @@ def test_a_mixture_is_that_of_the_probabilities(rows):
     added_to = (added > 0) & real  # elsewhere the factor is left out, as it may overflow
     torch.testing.assert_close(grads[3][added_to], expected_grads[3][added_to])
     assert (grads[3][~added_to] == 0).all()
-    each = linear_cross_entropy(*arguments, "none", rows=8, mixed_with=(log_keep, added))
+    each = linear_cross_entropy(*arguments, "none", LossOptions(8), mixed_with=(log_keep, added))
     torch.testing.assert_close(each[real], nats.detach())
     assert (each[~real] == 0).all()
 
@@ -126,9 +163,10 @@ def _narrow(dtype):
 def _gradients(hidden, weight, targets, factor, known=None):
     """Of the loss times ``factor``, which the forward pass is told as ``known``."""
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    told = contextlib.nullcontext() if known is None else backward_scale(torch.tensor(known))
-    with told:
-        loss = linear_cross_entropy(*leaves, targets, ProcessGrid(), VOCAB)
+    scale = None if known is None else power_of_two(torch.tensor(known))
+    loss = linear_cross_entropy(
+        *leaves, targets, ProcessGrid(), VOCAB, options=LossOptions(backward_scale=scale)
+    )
     return torch.autograd.grad(loss * factor, leaves)
 
 

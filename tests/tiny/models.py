@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from megaegpt.config import EGPTConfig, GenerationConfig, ModelConfig
+from megaegpt.config import EGPTConfig, GenerationConfig, ModelConfig, RopeScalingConfig
 from megaegpt.model.build import Model, build_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
@@ -17,6 +17,7 @@ from megaegpt.parallel.grid import ProcessGrid
 
 WINDOW, CHUNK, CHUNKS = 5, 8, 3
 BASE = ModelConfig(vocab_size=61, max_seq_len=48, hidden_size=32, num_layers=2, num_heads=4)
+_LLAMA = {"norm": "rms_norm", "mlp": "swiglu", "bias": False}
 ATTENTION: dict[str, dict] = {
     "multi_head": {},
     "grouped": {"num_kv_heads": 2},
@@ -30,14 +31,27 @@ ATTENTION: dict[str, dict] = {
         "query_latent_dim": 10,
         "head_dim": 6,
     },
+    "qwen2": _LLAMA | {"num_kv_heads": 2, "qkv_bias": True},
+    "qwen3": _LLAMA | {"num_kv_heads": 1, "qk_norm": "head", "head_dim": 12, "window": WINDOW},
+    "olmo2": _LLAMA
+    | {"qk_norm": "projection", "norm_placement": "post", "mlp": "geglu", "logit_softcap": 2.0},
 }
-POSITIONS = ("learned", "sinusoidal", "rotary", "none")
+"""Kinds of attention, and of the blocks that families of models have it in."""
+POSITIONS = ("learned", "sinusoidal", "rotary", "rotary_extended", "none")
 
 
 def variant(attention: str, positions: str, base: ModelConfig = BASE) -> ModelConfig:
     """``base`` with an attention kind and positions."""
-    config = replace(base, positions=positions, **ATTENTION[attention])
-    if config.attention == "latent" and positions == "rotary":
+    config = replace(base, **ATTENTION[attention])
+    if positions != "rotary_extended":
+        config = replace(config, positions=positions)
+    elif config.attention == "latent":
+        scaling = RopeScalingConfig("llama3", 4.0, original_max_seq_len=40, high_freq_factor=9.0)
+        config = replace(config, positions="rotary", rope_pairs="interleaved", rope_scaling=scaling)
+    else:
+        scaling = RopeScalingConfig("yarn", 4.0, original_max_seq_len=40, beta_fast=5.0)
+        config = replace(config, positions="rotary", rope_fraction=0.5, rope_scaling=scaling)
+    if config.attention == "latent" and config.positions == "rotary":
         config = replace(config, rope_head_dim=4)
     return config
 

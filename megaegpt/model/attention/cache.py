@@ -23,7 +23,7 @@ from megaegpt.config import ModelConfig
 from megaegpt.errors import ConfigError
 from megaegpt.model.attention.causal import OncePerPass, Segments, causal_attention
 from megaegpt.model.attention.layer import AttentionLayer, layer_window
-from megaegpt.model.positions import RotaryTable
+from megaegpt.model.rotary import RotaryTable
 from megaegpt.parallel.grid import ProcessGrid
 
 

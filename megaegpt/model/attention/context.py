@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaegpt.model.attention.causal import OncePerPass, Segments, causal_attention
 from megaegpt.model.attention.layer import AttentionLayer
-from megaegpt.model.positions import RotaryTable
+from megaegpt.model.rotary import RotaryTable
 
 
 class AttentionContext(Protocol):

@@ -17,7 +17,13 @@ from megaegpt.model.attention.layer import (
 )
 from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RowParallelLinear
+from megaegpt.parallel.layers import (
+    ColumnParallelLinear,
+    ColumnParallelRMSNorm,
+    HeadRMSNorm,
+    Linear,
+    RowParallelLinear,
+)
 from megaegpt.parallel.matmul import linear
 
 
@@ -57,15 +63,21 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.grid, self.head_dim = grid, config.head_size
         self.layer = AttentionLayer.of(config, layer)
-        hidden, std, bias = config.hidden_size, config.init_std, config.bias
+        hidden, std = config.hidden_size, config.init_std
         width = config.num_heads * config.head_size
-        self.query = ColumnParallelLinear(hidden, width, grid, bias=bias, std=std)
+        self.query = ColumnParallelLinear(hidden, width, grid, bias=config.has_qkv_bias, std=std)
         self.key, self.value = (self._kv_projection(config) for _ in range(2))
-        self.output = RowParallelLinear(width, hidden, grid, bias=bias, std=config.residual_std)
+        self.query_norm, self.key_norm = (
+            _query_key_norm(config, heads, grid) for heads in (config.num_heads, config.kv_heads)
+        )
+        self.norm_by_head = config.qk_norm == "head"
+        self.output = RowParallelLinear(
+            width, hidden, grid, bias=config.bias, std=config.residual_std
+        )
 
     def _kv_projection(self, config: ModelConfig) -> Linear:
         hidden, heads, grid = config.hidden_size, config.kv_heads, self.grid
-        bias, std = config.bias, config.init_std
+        bias, std = config.has_qkv_bias, config.init_std
         if heads < grid.tp_size:
             return SharedKVLinear(hidden, heads, self.head_dim, grid, bias=bias, std=std)
         return ColumnParallelLinear(hidden, heads * self.head_dim, grid, bias=bias, std=std)
@@ -73,12 +85,27 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         x = copy_to_tp(x, self.grid)
-        q, k, v = (
-            split_heads(project(x), self.head_dim) for project in (self.query, self.key, self.value)
-        )
+        q, k = self._heads(self.query(x), self.query_norm), self._heads(self.key(x), self.key_norm)
+        v = split_heads(self.value(x), self.head_dim)
         if context.rotary is not None:
             q, k = context.rotary.rotate(q), context.rotary.rotate(k)
         layer = self.layer if self.training else self.layer.without_dropout()
         with attention_rng(self.grid, layer.dropout):
             y = context.attend(q, k, v, layer)  # (B, H, T, D)
         return self.output(merge_heads(y))
+
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """(B, T, H * D) -> (B, H, T, D), normed"""
+        if norm is None:
+            return split_heads(x, self.head_dim)
+        if self.norm_by_head:
+            return norm(split_heads(x, self.head_dim))
+        return split_heads(norm(x), self.head_dim)
+
+
+def _query_key_norm(config: ModelConfig, heads: int, grid: ProcessGrid) -> nn.Module | None:
+    if config.qk_norm == "none":
+        return None
+    if config.qk_norm == "head":
+        return HeadRMSNorm(config.head_size, grid, eps=config.layer_norm_eps)
+    return ColumnParallelRMSNorm(heads * config.head_size, grid, eps=config.layer_norm_eps)

@@ -22,7 +22,7 @@ from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.attention.causal import OncePerPass, band_mask, scaled_dot_product
 from megaegpt.model.attention.context import CausalContext
 from megaegpt.model.attention.layer import AttentionLayer
-from megaegpt.model.positions import RotaryTable
+from megaegpt.model.rotary import RotaryTable
 
 Gates = Sequence[Tensor]
 """Each layer's memory gate, (H,) for this rank's heads; none at all in a model without gates."""

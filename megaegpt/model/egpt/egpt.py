@@ -15,7 +15,7 @@ from torch import Tensor
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.base import LanguageModel, Predictions
-from megaegpt.model.block import MLP, BlockStack
+from megaegpt.model.block import BlockStack, block_norm
 from megaegpt.model.egpt.chunk_memory import (
     ChunkWindowContext,
     Gates,
@@ -26,9 +26,11 @@ from megaegpt.model.egpt.chunk_memory import (
 from megaegpt.model.egpt.token_counts import Mixture, TokenCounts, count_tokens
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
-from megaegpt.model.positions import AddedPositions, rotary_table
+from megaegpt.model.mlp import MLP
+from megaegpt.model.positions import AddedPositions
+from megaegpt.model.rotary import RotaryTable, rotary_table
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.layers import Embedding, LayerNorm
+from megaegpt.parallel.layers import Embedding
 from megaegpt.parallel.params import new_parameter, spec_of, unshard
 from megaegpt.parallel.vocabulary import check_targets, check_tokens
 
@@ -52,11 +54,7 @@ class EGPT(LanguageModel):
         super().__init__()
         self.config, self.grid = config, grid
         chunks, width = config.egpt, config.hidden_size
-        self.input_norm = (
-            LayerNorm(width, grid, bias=config.bias, eps=config.layer_norm_eps)
-            if chunks.adapter_norm
-            else None
-        )
+        self.input_norm = block_norm(config, grid) if chunks.adapter_norm else None
         residual = chunks.adapter_residual  # then nothing is added to the states at first
         std, out_std = (0.0, 0.0) if residual else (config.init_std, config.residual_std)
         self.input_mlp = MLP(config, grid, out_std=out_std)
@@ -79,6 +77,14 @@ class EGPT(LanguageModel):
             x = states + x
         x = self.chunk_positions(x, chunk) + self.lengths(offset)
         return F.dropout(x, self.config.dropout, self.training)
+
+    def _rotary(self, chunk: Tensor, offset: Tensor, dtype: torch.dtype) -> RotaryTable | None:
+        """Rotations of tokens and features at chunk numbers and offsets (T,). Where tokens see each
+        other they are rotated by their place in the window, else by the number of their chunk.
+        """
+        egpt = self.config.egpt
+        places = chunk * egpt.chunk_size + offset if egpt.local_attention else chunk
+        return rotary_table(self.config, places, dtype)
 
     def _gates(self) -> Gates:
         """By layer, how far its heads are open to what is read from earlier chunks."""
@@ -121,7 +127,7 @@ class EGPT(LanguageModel):
             size,
             egpt.features_per_chunk if egpt.history else 0,
             local=egpt.local_attention,
-            rotary=rotary_table(self.config, chunk, states.dtype),
+            rotary=self._rotary(chunk, offset, states.dtype),
             gates=self._gates(),
             cut=cut,
             device=device,
@@ -213,7 +219,7 @@ class EGPT(LanguageModel):
         if not self.config.egpt.history:
             features = features[:, :0]
         chunk, offset = self._feature_places(features.shape[1], features.device)
-        context = RecordingContext(rotary_table(self.config, chunk, features.dtype))
+        context = RecordingContext(self._rotary(chunk, offset, features.dtype))
         self.stack(self._embed(features.flatten(1, 2), chunk, offset), context)
         return context.recorded
 
@@ -233,7 +239,7 @@ class EGPT(LanguageModel):
         length, device = token_states.shape[1], token_states.device
         chunks = torch.full((length,), chunk, device=device)
         offsets = torch.arange(offset, offset + length, device=device)
-        rotary = rotary_table(self.config, chunks, token_states.dtype)
+        rotary = self._rotary(chunks, offsets, token_states.dtype)
         context = ReadingContext(memory, cache, rotary, self._gates())
         x = self.stack(self._embed(token_states, chunks, offsets), context)
         if cache is not None:

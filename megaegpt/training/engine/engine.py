@@ -26,8 +26,8 @@ from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.config.run import RunConfig
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.labels import IGNORE
+from megaegpt.model.head import OutputHead
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
-from megaegpt.parallel.loss import backward_scale
 from megaegpt.parallel.params import ParamSpec, spec_of
 from megaegpt.parallel.rng import seed_micro_step
 from megaegpt.parallel.together import raising_together
@@ -98,6 +98,7 @@ class Engine:
         self.model = model
         self.grid = grid
         self._loss_function = loss_function
+        self._heads = [part for part in model.modules() if isinstance(part, OutputHead)]
         self.precision = resolve_precision(config.training.precision, grid.device)
         if grid.device.type == "cpu":
             keep_freed_memory()
@@ -168,8 +169,9 @@ class Engine:
             seed_micro_step(seed, step, micro_step, self.grid.dp_rank)
             last = micro_step + 1 == len(micro_batches)
             self._deepspeed.set_gradient_accumulation_boundary(last)
-            with backward_scale(scale * self.loss_scale):
-                loss = self._loss_function(self._deepspeed, micro_batch)
+            for head in self._heads:
+                head.expect_backward_scale(scale * self.loss_scale)
+            loss = self._loss_function(self._deepspeed, micro_batch)
             self._deepspeed.backward(loss * scale, scale_wrt_gas=False)
             if last and self._config.logging.measures_parts(step):
                 norms = self.module_norms.measure(self.loss_scale)
