@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megaegpt.config import ModelConfig
 from megaegpt.config.validation import validate_model
 from megaegpt.errors import CheckpointError, ConfigError
-from megaegpt.interop.foreign_json import read_json_object
 from megaegpt.interop.tensor_files import weight_files
+from megaegpt.json_files import conform, read_json
 
 CONFIG = "config.json"
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -24,18 +24,24 @@ _BUILT_IN: dict[str, tuple[Any, ...]] = {
 }
 """What of their configuration decides the arithmetic, and is not a choice in ours; each value that
 we compute, the first being their default."""
-_DEFAULTS: dict[str, int | float | bool | str] = {
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_layer": 12,
-    "n_head": 12,
-    "activation_function": "gelu_new",
-    "tie_word_embeddings": True,
-    "layer_norm_epsilon": 1e-5,
-    "initializer_range": 0.02,
-}
-"""What transformers takes where a file says nothing."""
+
+
+@dataclass(frozen=True)
+class _Theirs:
+    """What their configuration chooses of what is a choice in ours; the defaults are theirs too."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    tie_word_embeddings: bool = True
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+
+
 _OTHER_NAMES = {
     "n_positions": "max_position_embeddings",
     "n_embd": "hidden_size",
@@ -48,9 +54,18 @@ _OTHER_NAMES = {
 def is_huggingface_folder(folder: Path) -> bool:
     """Whether the folder describes a model in Hugging Face's form (of whatever architecture)."""
     try:
-        return "model_type" in read_json_object(folder / CONFIG)
+        return "model_type" in read_description(folder)
     except CheckpointError:
         return False
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The values of a folder's ``config.json``, of whatever architecture.
+
+    Raises:
+        CheckpointError: the file is missing, cannot be read, or holds no JSON object.
+    """
+    return read_json(folder / CONFIG, dict[str, Any], error=CheckpointError)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -60,7 +75,7 @@ def read_config(folder: Path) -> ModelConfig:
         CheckpointError: it is damaged, describes a model that computes something else, or one that
             is larger than the folder's files.
     """
-    config = convert_config(read_json_object(folder / CONFIG), str(folder / CONFIG))
+    config = convert_config(read_description(folder), str(folder / CONFIG))
     check_size(config, folder)
     return config
 
@@ -93,27 +108,30 @@ def convert_config(theirs: dict[str, Any], source: str) -> ModelConfig:
             raise CheckpointError(
                 f"{source}: {key}={_shown(value)} is not supported, only {allowed[0]}"
             )
-    values = {key: _value_of(theirs, key, source) for key in _DEFAULTS}
-    activation = values["activation_function"]
+    values = conform(
+        _by_their_first_names(theirs, source),
+        _Theirs,
+        source,
+        error=CheckpointError,
+        other_keys=True,
+    )
+    activation = values.activation_function
     if activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise CheckpointError(
             f"{source}: activation_function={_shown(activation)} is none of {known}"
         )
-    inner = theirs.get("n_inner")
-    if inner is not None:
-        _check_type("n_inner", inner, int, source)
     config = ModelConfig(
-        vocab_size=values["vocab_size"],
-        max_seq_len=values["n_positions"],
-        hidden_size=values["n_embd"],
-        num_layers=values["n_layer"],
-        num_heads=values["n_head"],
-        ffn_hidden_size=inner,
+        vocab_size=values.vocab_size,
+        max_seq_len=values.n_positions,
+        hidden_size=values.n_embd,
+        num_layers=values.n_layer,
+        num_heads=values.n_head,
+        ffn_hidden_size=values.n_inner,
         activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
-        tied_embeddings=values["tie_word_embeddings"],
-        layer_norm_eps=values["layer_norm_epsilon"],
-        init_std=values["initializer_range"],
+        tied_embeddings=values.tie_word_embeddings,
+        layer_norm_eps=values.layer_norm_epsilon,
+        init_std=values.initializer_range,
     )
     try:
         validate_model(config, source)
@@ -122,24 +140,18 @@ def convert_config(theirs: dict[str, Any], source: str) -> ModelConfig:
     return config
 
 
-def _value_of(theirs: dict[str, Any], key: str, source: str) -> Any:
-    """A value of the type of its default, under either of its names."""
-    default = _DEFAULTS[key]
-    names = [name for name in (key, _OTHER_NAMES.get(key)) if name in theirs]
-    for name in names:
-        _check_type(name, theirs[name], type(default), source)
-    found = [theirs[name] for name in names]
-    if len(found) == 2 and found[0] != found[1]:
-        raise CheckpointError(f"{source}: {names[0]}={found[0]}, but {names[1]}={found[1]}")
-    return found[0] if found else default
-
-
-def _check_type(key: str, value: object, wanted: type, source: str) -> None:
-    if wanted is float and type(value) is int and abs(value) < 2**53:
-        return
-    if type(value) is not wanted or (wanted is float and not math.isfinite(value)):  # type: ignore[arg-type]
-        kind = {int: "an integer", float: "a number", bool: "true or false", str: "a name"}[wanted]
-        raise CheckpointError(f"{source} cannot be used: {key}={_shown(value)} is not {kind}")
+def _by_their_first_names(theirs: dict[str, Any], source: str) -> dict[str, Any]:
+    """The same values, none of them under the second of two names."""
+    values = dict(theirs)
+    for name, other in _OTHER_NAMES.items():
+        if other not in theirs:
+            continue
+        value = values.setdefault(name, theirs[other])
+        if value != theirs[other]:
+            raise CheckpointError(
+                f"{source}: {name}={_shown(value)}, but {other}={_shown(theirs[other])}"
+            )
+    return values
 
 
 def _shown(value: object) -> str:

@@ -14,8 +14,7 @@ import torch
 
 from megaegpt.errors import CheckpointError
 from megaegpt.files import whole_folder
-from megaegpt.interop.foreign_json import read_json_object
-from megaegpt.interop.gpt2_config import CONFIG, check_size, convert_config
+from megaegpt.interop.gpt2_config import CONFIG, check_size, convert_config, read_description
 from megaegpt.interop.gpt2_layout import from_theirs
 from megaegpt.interop.tensor_files import PICKLED, SAFETENSORS, check_finite, read_tensors
 from megaegpt.model.build import empty_model
@@ -39,7 +38,7 @@ def import_gpt2(folder: str | Path, output: str | Path) -> None:
             one that is not finite or has another shape than its configuration says.
     """
     folder = Path(folder)
-    config = convert_config(read_json_object(folder / CONFIG), str(folder / CONFIG))
+    config = convert_config(read_description(folder), str(folder / CONFIG))
     theirs = read_tensors(folder)
     check_size(config, folder)
     try:

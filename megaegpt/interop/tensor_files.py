@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ from torch import Tensor
 
 from megaegpt.errors import CheckpointError
 from megaegpt.files import is_lfs_pointer
-from megaegpt.interop.foreign_json import read_json_object
+from megaegpt.json_files import read_json
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Of several files, which one holds each tensor."""
+
+    weight_map: dict[str, str]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -91,14 +99,14 @@ def _index_of(folder: Path) -> Path | None:
 
 def _read_index(path: Path) -> dict[str, str]:
     """File names by the names of the tensors that they hold."""
-    places = read_json_object(path).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{path} is damaged: it has no weight_map")
+    places = read_json(path, _Index, error=CheckpointError, other_keys=True).weight_map
+    if not places:
+        raise CheckpointError(f"{path} is damaged: its weight_map is empty")
     for tensor, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+        if Path(file).name != file or file in ("", ".."):
             raise CheckpointError(
-                f"{path}: {tensor[:80]} is said to be in {str(file)[:80]!r}, which is no file of "
-                "this folder"
+                f"{path}: {tensor[:80]} is said to be in {file[:80]!r}, which is no file of this "
+                "folder"
             )
     return places
 

@@ -45,18 +45,18 @@ def test_transformers_other_names_are_understood() -> None:
         ({"model_type": ["gpt2"]}, r"model_type=\['gpt2'\] is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads="),
-        ({"n_embd": "32"}, "n_embd=32 is not an integer"),
-        ({"n_embd": 32.0}, "n_embd=32.0 is not an integer"),
-        ({"n_layer": True}, "n_layer=True is not an integer"),
+        ({"n_embd": "32"}, 'n_embd must be an integer, not "32"'),
+        ({"n_embd": 32.0}, "n_embd must be an integer, not 32.0"),
+        ({"n_layer": True}, "n_layer must be an integer, not true"),
         ({"n_layer": 0}, "num_layers"),
-        ({"n_head": [4]}, r"n_head=\[4\] is not an integer"),
-        ({"n_inner": {}}, "n_inner={} is not an integer"),
+        ({"n_head": [4]}, "n_head must be an integer, not a list"),
+        ({"n_inner": {}}, "n_inner must be an integer or null, not an object"),
         ({"n_inner": -1}, "ffn_hidden_size"),
-        ({"tie_word_embeddings": None}, "tie_word_embeddings=None is not true or false"),
-        ({"tie_word_embeddings": "true"}, "tie_word_embeddings=true is not true or false"),
-        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=nan is not a number"),
-        ({"layer_norm_epsilon": 10**400}, r"layer_norm_epsilon=1000.*\.\.\. is not a number"),
-        ({"activation_function": ["gelu"]}, "activation_function=.* is not a name"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings must be true or false, not null"),
+        ({"tie_word_embeddings": "true"}, 'tie_word_embeddings must be true or false, not "true"'),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be finite, not nan"),
+        ({"layer_norm_epsilon": 10**400}, r"layer_norm_epsilon must be a number, not 1000.*\.\.\."),
+        ({"activation_function": ["gelu"]}, "activation_function must be text, not a list"),
     ],
 )
 def test_values_that_are_no_gpt2s_are_named(changes: dict[str, Any], words: str) -> None:
@@ -78,7 +78,7 @@ def test_a_description_of_another_form_is_refused(tmp_path: Path, text: str) -> 
 
 def test_a_description_that_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")  # opening it would wait for a writer
-    with pytest.raises(CheckpointError, match=r"config\.json is no regular file"):
+    with pytest.raises(CheckpointError, match=r"config\.json .* it is no regular file"):
         read_config(tmp_path)
 
 

@@ -337,7 +337,7 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"activation_function": "relu"}, "activation_function=relu is none of"),
         ({"n_head": 5}, "not divisible by"),
-        ({"n_head": None}, "cannot be used"),
+        ({"n_head": None}, "n_head must be an integer, not null"),
         ({"n_embd": 64, "n_head": 8}, "has shape"),
         ({"n_layer": 3}, "it holds 2 layers, n_layer is 3"),
         ({"n_layer": 1}, "it holds 2 layers, n_layer is 1"),

@@ -109,7 +109,7 @@ def _indexed(folder: Path, index: object, **files: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "place", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "", "..", 3, None, ["a"]]
+    "place", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "", ".."]
 )
 def test_an_index_names_files_of_its_folder_alone(tmp_path: Path, place: object) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "outside.safetensors")
@@ -119,7 +119,11 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path: Path, place: object)
         read_tensors(_indexed(folder, {"weight_map": {"x": place}}, b="x", outside="x"))
 
 
-@pytest.mark.parametrize("index", [[], 3, None, {}, {"weight_map": None}, {"weight_map": [1]}])
+@pytest.mark.parametrize(
+    "index",
+    [[], 3, None, {}]
+    + [{"weight_map": places} for places in (None, [1], {}, {"x": 3}, {"x": None}, {"x": ["a"]})],
+)
 def test_an_index_of_another_form_is_refused(tmp_path: Path, index: object) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
         read_tensors(_indexed(tmp_path, index))
