@@ -56,8 +56,10 @@ def test_egpt(run, capsys):
     assert all(name in out for name in names)
 
 
-def test_generate(run):
-    record = run("generate", "--hidden", "16", "--layers", "1", "--heads", "2", "--tokens", "3")
+@pytest.mark.parametrize("family", [(), ("--family", "llama", "--kv-heads", "1")])
+def test_generate(run, family):
+    sizes = ("--hidden", "16", "--layers", "1", "--heads", "2", "--tokens", "3")
+    record = run("generate", *sizes, *family)
     result, reading = record["results"]
     assert result["units_per_second"] == pytest.approx(3 / result["seconds"][0])
     assert reading["name"] == "only reading the weights"

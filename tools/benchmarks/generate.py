@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megaegpt.config import EGPTConfig, GenerationConfig, ModelConfig
+from megaegpt.config import EGPTConfig, GenerationConfig
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.trained import pack_weights
 from megaegpt.model.build import build_model, meta_model
@@ -26,6 +26,7 @@ from tools.benchmarks.common import (
     single_grid,
 )
 from tools.benchmarks.processes import Candidate, Workload, compare
+from tools.benchmarks.shapes import add_family, model_config, with_family
 
 PROMPT = 32
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "tokens": (128, "new tokens"),
         },
     )
+    add_family(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--egpt", action="store_true", help="EGPT's cost per token at 1k, 4k and 16k of context"
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return the record."""
     keys = ("hidden", "layers", "heads", "batch", "tokens", "dtype")
-    shape = {key: getattr(arguments, key) for key in keys}
+    shape = with_family({key: getattr(arguments, key) for key in keys}, arguments)
     if arguments.egpt:
         return {"shape": shape, "egpt": _egpt_by_context(shape, arguments.repetitions)}
     candidates = [Candidate("megaegpt", ours, (shape,), threads=arguments.threads)]
@@ -75,16 +77,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"shape": shape, "results": [result.as_dict() for result in results]}
 
 
-def _model_config(shape: dict[str, Any]) -> ModelConfig:
-    return ModelConfig(
-        hidden_size=shape["hidden"], num_layers=shape["layers"], num_heads=shape["heads"]
-    )
-
-
 def ours(shape: dict[str, Any], compiled: bool = False) -> Workload:
     """Prefill and decoding with the preallocated cache."""
     model = (
-        build_model(_model_config(shape), single_grid()).to(getattr(torch, shape["dtype"])).eval()
+        build_model(model_config(shape), single_grid()).to(getattr(torch, shape["dtype"])).eval()
     )
     pack_weights(model)
     generator = TextGenerator(model, compiled=compiled)
@@ -100,7 +96,7 @@ def ours(shape: dict[str, Any], compiled: bool = False) -> Workload:
 
 def peer(name: str, folder: Path | None, shape: dict[str, Any]) -> Workload:
     """The peer's model, continued greedily by its own program; nanoGPT has no cache."""
-    sizes = {"vocab": 50304, "context": 1024} | {k: shape[k] for k in ("hidden", "layers", "heads")}
+    sizes = {"vocab": 50304, "context": 1024} | shape
     device = single_grid().device
     model = peers.build(name, folder, sizes).to(device, getattr(torch, shape["dtype"])).eval()
     rows = torch.arange(PROMPT) + 100 * torch.arange(shape["batch"])[:, None]
@@ -115,7 +111,7 @@ def peer(name: str, folder: Path | None, shape: dict[str, Any]) -> Workload:
 
 def reading(shape: dict[str, Any]) -> Workload:
     """As much memory as the weights take, read once a token: no decoding can be faster."""
-    count = meta_model(_model_config(shape)).num_parameters()
+    count = meta_model(model_config(shape)).num_parameters()
     size = count * getattr(torch, shape["dtype"]).itemsize
     weights = torch.ones(size // 4, device=single_grid().device)
 
@@ -130,7 +126,7 @@ def reading(shape: dict[str, Any]) -> Workload:
 def _egpt_by_context(shape: dict[str, Any], repetitions: int) -> list[dict[str, float]]:
     """Seconds a token of EGPT in the middle of a chunk after 1k, 4k and 16k tokens."""
     grid = single_grid()
-    encoder_config = _model_config(shape)
+    encoder_config = model_config(shape)
     config = replace(
         encoder_config,
         kind="egpt",

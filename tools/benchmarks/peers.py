@@ -36,7 +36,7 @@ def load_module(folder: Path, file: str) -> ModuleType:
     return module
 
 
-def nanogpt(folder: Path, shape: dict[str, int]) -> nn.Module:
+def nanogpt(folder: Path, shape: dict[str, Any]) -> nn.Module:
     """karpathy/nanoGPT's GPT; ``forward(tokens, targets) -> (logits, mean loss)``."""
     module = load_module(folder, "model.py")
     return module.GPT(
@@ -52,8 +52,23 @@ def nanogpt(folder: Path, shape: dict[str, int]) -> nn.Module:
     )
 
 
-def hugging_face(shape: dict[str, int]) -> nn.Module:
-    """transformers' GPT2LMHeadModel without dropout."""
+def hugging_face(shape: dict[str, Any]) -> nn.Module:
+    """transformers' GPT2LMHeadModel without dropout, or its LlamaForCausalLM."""
+    if shape.get("family") == "llama":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=shape["vocab"],
+                max_position_embeddings=shape["context"],
+                hidden_size=shape["hidden"],
+                intermediate_size=shape["ffn"],
+                num_hidden_layers=shape["layers"],
+                num_attention_heads=shape["heads"],
+                num_key_value_heads=shape["kv_heads"],
+                tie_word_embeddings=True,
+            )
+        )
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
@@ -70,14 +85,24 @@ def hugging_face(shape: dict[str, int]) -> nn.Module:
     )
 
 
-def litgpt(folder: Path, shape: dict[str, int]) -> nn.Module:
+_LITGPT = {
+    "gpt2": {"bias": True, "norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP"},
+    "llama": {"bias": False, "norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP"},
+}
+
+
+def litgpt(folder: Path, shape: dict[str, Any]) -> nn.Module:
     """Lightning-AI/litgpt's GPT; ``forward(tokens) -> logits``."""
     sys.path.insert(0, str(folder))
     try:
         from litgpt import GPT, Config
     except ImportError as error:
         raise ConfigError(f"litgpt in {folder} cannot be imported: {error}") from None
-    return GPT(
+    options: dict[str, Any] = dict(_LITGPT[shape.get("family", "gpt2")])
+    if shape.get("family") == "llama":
+        options |= {"n_query_groups": shape["kv_heads"], "intermediate_size": shape["ffn"]}
+        options |= {"rotary_percentage": 1.0}
+    model = GPT(
         Config(
             block_size=shape["context"],
             padded_vocab_size=shape["vocab"],
@@ -85,20 +110,23 @@ def litgpt(folder: Path, shape: dict[str, int]) -> nn.Module:
             n_layer=shape["layers"],
             n_head=shape["heads"],
             n_embd=shape["hidden"],
-            bias=True,
-            norm_class_name="LayerNorm",
-            mlp_class_name="GptNeoxMLP",
             parallel_residual=False,
+            **options,
         )
     )
+    if shape.get("family") == "llama":  # as ours and Hugging Face's
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
 
 
-def build(name: str, folder: Path | None, shape: dict[str, int]) -> nn.Module:
+def build(name: str, folder: Path | None, shape: dict[str, Any]) -> nn.Module:
     """A peer's model by its name.
 
     Raises:
-        ConfigError: the folder is missing, or cannot be imported.
+        ConfigError: the folder is missing, or cannot be imported, or there is no such family.
     """
+    if name == "nanogpt" and shape.get("family") == "llama":
+        raise ConfigError("nanoGPT has GPT-2's blocks only: leave --peer nanogpt out")
     if name == "hf":
         return hugging_face(shape)
     return (nanogpt if name == "nanogpt" else litgpt)(folder or Path(), shape)

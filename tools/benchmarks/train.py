@@ -1,4 +1,4 @@
-"""A training step of a GPT: forward, backward, clipping, AdamW.
+"""A training step of a GPT, GPT-2's or Llama's: forward, backward, clipping, AdamW.
 
 Ours runs as in a real run: the engine with DeepSpeed, its micro-batches, its optimizer.
 """
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from megaegpt.arguments import integer
-from megaegpt.config import ModelConfig
 from tools.benchmarks import peers
 from tools.benchmarks.common import (
     add_profile,
@@ -23,10 +22,12 @@ from tools.benchmarks.common import (
     print_results,
 )
 from tools.benchmarks.processes import Candidate, Workload, compare
+from tools.benchmarks.shapes import add_family, model_config, with_family
 
 SHAPES = {
     "small": {"layers": 4, "heads": 4, "hidden": 256, "context": 256, "batch": 8},
     "124M": {"layers": 12, "heads": 12, "hidden": 768, "context": 1024, "batch": 1},
+    "135M": {"layers": 30, "heads": 9, "hidden": 576, "context": 1024, "batch": 1},
     "355M": {"layers": 24, "heads": 16, "hidden": 1024, "context": 1024, "batch": 1},
     "774M": {"layers": 36, "heads": 20, "hidden": 1280, "context": 1024, "batch": 1},
     "1558M": {"layers": 48, "heads": 25, "hidden": 1600, "context": 1024, "batch": 1},
@@ -37,6 +38,7 @@ VOCAB = 50304
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``benchmark.py train``."""
     parser.add_argument("--shape", choices=SHAPES, default="small", help="sizes (%(default)s)")
+    add_family(parser)
     parser.add_argument("--context", type=integer(1), help="tokens in a sequence (the shape's)")
     parser.add_argument("--batch", type=integer(1), help="sequences in a step over all processes")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=0, help="ZeRO stage")
@@ -62,8 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return the record."""
-    shape = dict(SHAPES[arguments.shape], vocab=VOCAB)
+    shape: dict[str, Any] = dict(SHAPES[arguments.shape], vocab=VOCAB)
     shape |= {key: value for key in ("context", "batch") if (value := getattr(arguments, key))}
+    shape = with_family(shape, arguments)
     options = {
         "zero": arguments.zero,
         "precision": arguments.precision,
@@ -90,12 +93,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"shape": shape, "options": options, "results": [r.as_dict() for r in results]}
 
 
-def ours(shape: dict[str, int], options: dict[str, Any]) -> Workload:
+def ours(shape: dict[str, Any], options: dict[str, Any]) -> Workload:
     """One optimizer step through the engine."""
     from tools.benchmarks.engines import build_engine, facts
 
-    model_config = _model_config(shape)
-    engine = build_engine(model_config, shape["batch"], options)
+    config = model_config(shape)
+    engine = build_engine(config, shape["batch"], options)
     rows = shape["batch"] // engine.grid.dp_size
     tokens = torch.randint(50257, (rows, shape["context"] + 1), device=engine.grid.device)
     batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
@@ -104,19 +107,10 @@ def ours(shape: dict[str, int], options: dict[str, Any]) -> Workload:
     def one() -> None:
         engine.train_step(next(step), [batch])
 
-    return Workload(one, shape["batch"] * shape["context"], facts(engine, model_config))
+    return Workload(one, shape["batch"] * shape["context"], facts(engine, config))
 
 
-def _model_config(shape: dict[str, int]) -> ModelConfig:
-    return ModelConfig(
-        max_seq_len=shape["context"],
-        hidden_size=shape["hidden"],
-        num_layers=shape["layers"],
-        num_heads=shape["heads"],
-    )
-
-
-def peer(name: str, folder: Path | None, shape: dict[str, int], compiled: bool) -> Workload:
+def peer(name: str, folder: Path | None, shape: dict[str, Any], compiled: bool) -> Workload:
     """The peer's model with torch's fused AdamW and clipping, as its own training script has it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = peers.build(name, folder, shape).to(device)
