@@ -173,7 +173,7 @@ def test_unknown_peers_are_refused(value, message):
 
 def test_every_benchmark_is_a_subcommand():
     folder = Path(benchmark.__file__).parent / "benchmarks"
-    parts = {"common", "processes", "engines", "peers"}
+    parts = {"common", "processes", "engines", "peers", "shapes"}
     modules = {path.stem for path in folder.glob("[!_]*.py")} - parts
     assert modules == set(benchmark.SUBCOMMANDS)
 
