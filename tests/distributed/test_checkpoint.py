@@ -19,6 +19,7 @@ from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny import runs as tiny
 from tests.tiny.engines import Curve, advance, make_engine, run_config
+from tests.tiny.models import ATTENTION
 from tests.tiny.runs import corpus
 
 __all__ = ["corpus"]
@@ -73,6 +74,7 @@ def test_resume_is_exact_for_every_zero_stage_and_precision_with_dropout(
     configs = [_config(stage=stage, **dropout) for stage in (0, 1, 2)]
     configs += [_config(stage=s, training={"precision": "bf16"}, **dropout) for s in (1, 2)]
     configs += [_config(tp=2, stage=0, **dropout)]
+    configs += [_config(tp=2, stage=2, model={"dropout": 0.1, **ATTENTION["olmo2"]})]
     distributed(2, _assert_resumes_exactly, configs, tmp_path)
 
 
@@ -108,6 +110,8 @@ _KINDS: dict[str, dict[str, Any]] = {
     "two_key_value_heads_for_four_ranks": {"model": {"num_kv_heads": 2}},
     "latent": {"model": {"attention": "latent", "latent_dim": 16}},
     "egpt_with_one_key_value_head": {"kind": "egpt", "model": {"num_kv_heads": 1}},
+    "qwen3": {"model": ATTENTION["qwen3"] | {"positions": "rotary", "qkv_bias": True}},
+    "olmo2": {"model": ATTENTION["olmo2"] | {"positions": "rotary", "z_loss": 1e-3}},
 }
 # Tensor parallel, data parallel, ZeRO stage: where a run is saved, and where it goes on.
 _ROUTES = {
@@ -119,6 +123,8 @@ _ROUTES = {
     ],
     "two_key_value_heads_for_four_ranks": [((4, 1, 2), [(2, 2, 2)])],
     "latent": [((2, 2, 2), [(1, 4, 1)]), ((1, 2, 2), [(2, 1, 0)])],
+    "qwen3": [((2, 2, 2), [(1, 1, 0)]), ((1, 2, 1), [(2, 1, 2)])],
+    "olmo2": [((2, 1, 0), [(1, 2, 2)]), ((1, 2, 2), [(2, 1, 0)])],
 }
 
 
