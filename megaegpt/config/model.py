@@ -11,6 +11,7 @@ from megaegpt.config.ranges import (
     Fraction,
     LayerCount,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -33,6 +34,9 @@ class EncoderConfig:
     name on the hub)."""
     layers: LayerCount | None = None
     """Blocks that are run; their output is taken as it is. None: all, then the final norm."""
+    overlap: NonNegativeInt = 0
+    """Tokens before each chunk, at most a chunk of them, that the encoder sees too; their states
+    belong to the chunk before. It costs ``overlap / chunk_size`` of the encoder's operations."""
     initialize_decoder: bool = False
     """The decoder's blocks, final norm and head start as the encoder's last ones."""
     batch_size: BatchSize = 8

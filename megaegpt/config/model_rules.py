@@ -20,6 +20,7 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
     "tied_embeddings": lambda model: model.kind == "gpt",
     "egpt.chunk_size": lambda model: model.kind != "gpt",
     "encoder.layers": lambda model: model.kind != "gpt",
+    "encoder.overlap": lambda model: model.kind != "gpt",
 }
 """Where a key has an effect, if not everywhere; the other keys of ``egpt`` are an egpt's."""
 
@@ -221,6 +222,12 @@ def _chunks_and_encoder(model: ModelConfig) -> Iterator[Problem]:
             ("model.egpt.chunk_size", "model.egpt.features_per_chunk"),
             f"model.egpt.chunk_size={chunks.chunk_size} is not divisible by "
             f"model.egpt.features_per_chunk={chunks.features_per_chunk}",
+        )
+    if model.encoder.overlap > chunks.chunk_size:
+        yield Problem(
+            ("model.encoder.overlap", "model.egpt.chunk_size"),
+            f"model.encoder.overlap={model.encoder.overlap} is more than a chunk of "
+            f"model.egpt.chunk_size={chunks.chunk_size}",
         )
     for name in ("memory_gate", "random_history", "token_counts"):
         if not chunks.history and getattr(chunks, name):

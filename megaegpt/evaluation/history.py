@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megaegpt.data.tokens.batch import Batch
-from megaegpt.data.tokens.windows import TokenSource
+from megaegpt.data.tokens.windows import TokenSource, tokens_before
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.text import evaluate_text
 from megaegpt.generation.trained import LoadedModel
@@ -51,7 +51,6 @@ class ShuffledHistory(EGPTInputs):
         config = loaded.model.config
         super().__init__(config, _encoder(loaded), dtype)
         self._egpt, self._source = config.egpt, source
-        self._frozen = _encoder(loaded)
         self._whole = len(source) // config.sample_len
         if self._whole < 2:
             raise DataError(
@@ -65,17 +64,22 @@ class ShuffledHistory(EGPTInputs):
 
     def prepare(self, batch: Batch) -> Batch:
         """Adds the other windows' tokens, (B, N - 1, S)."""
-        prepared = super().prepare(batch)
+        prepared = dict(super().prepare(batch))
         chunks, size = self._egpt.num_chunks, self._egpt.chunk_size
         firsts = [
             self.donor(first // chunks) * chunks for first in chunk_ids_of(batch)[:, 0].tolist()
         ]
         rows = [self._source.read(first * size, (chunks - 1) * size) for first in firsts]
         donors = torch.from_numpy(np.stack(rows).astype(np.int64))
-        return {**prepared, "donors": donors.unflatten(1, (chunks - 1, size))}
+        prepared |= {"donors": donors.unflatten(1, (chunks - 1, size))}
+        if overlap := self._config.encoder.overlap:
+            before = [tokens_before(self._source, first * size, overlap) for first in firsts]
+            prepared |= {"before_donors": torch.from_numpy(np.stack(before))}
+        return prepared
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
-        features = chunk_features(self._frozen(batch["donors"]), self._egpt)
+        states = self._encoded(batch["donors"], batch.get("before_donors"))
+        features = chunk_features(states, self._egpt)
         arguments = super().arguments({**batch, "features": features})
         if "earlier_tokens" in arguments:
             arguments["earlier_tokens"] = batch["donors"]

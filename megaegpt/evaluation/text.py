@@ -77,7 +77,9 @@ def evaluate_text(
     config = loaded.model.config
     num_chunks = config.chunks_per_sample
     try:
-        windows = EvaluationWindows(source, config.sample_len, num_chunks, stride)
+        windows = EvaluationWindows(
+            source, config.sample_len, num_chunks, stride, config.encoder.overlap
+        )
     except ValueError as error:
         raise ConfigError(f"--stride {stride} does not fit the model: {error}") from None
     evaluator = Evaluator(

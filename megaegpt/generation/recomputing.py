@@ -29,7 +29,11 @@ class RecomputingDecoder:
             tokens = torch.cat([self._tokens, tokens], dim=1)
         self._tokens = tokens
         seen, last = self._seen(tokens)
-        batch = self._inputs.prepare({"tokens": seen, "targets": seen})
+        batch = {"tokens": seen, "targets": seen}
+        overlap, begin = self._model.config.encoder.overlap, tokens.shape[1] - last - 1
+        if self._model.config.needs_encoder and 0 < overlap <= begin:
+            batch["before"] = tokens[:, begin - overlap : begin]
+        batch = dict(self._inputs.prepare(batch))
         predictions = self._model.predictions(**self._inputs.arguments(batch))
         places = torch.arange(seen.shape[1], device=seen.device) == last
         chosen = places.expand(seen.shape).reshape(batch["tokens"].shape)

@@ -20,11 +20,13 @@ from torch import Tensor
 from megaegpt.config import ModelConfig
 from megaegpt.data.features.store import FeatureStore
 from megaegpt.data.tokens.batch import Batch
+from megaegpt.labels import NOTHING_BEFORE
 
 Reduction = Literal["sum", "none"]
 
-Encode = Callable[[Tensor], Tensor]
-"""Tokens (B, N, S) -> encoder states (B, N, S, C), without gradient."""
+Encode = Callable[..., Tensor]
+"""Tokens (B, N, S) -> encoder states (B, N, S, C), without gradient; called with the tokens before
+each chunk (B, N, O) too where the encoder has an overlap."""
 
 
 class ModelInputs(abc.ABC):
@@ -93,7 +95,25 @@ class ChunkInputs(ModelInputs):
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
         if "token_states" in batch:
             return {"token_states": batch["token_states"].to(self._dtype)}
-        return {"token_states": self._encode(batch["tokens"]).to(self._dtype)}
+        return {"token_states": self._encoded(batch["tokens"], batch.get("before"))}
+
+    def _encoded(self, tokens: Tensor, before: Tensor | None) -> Tensor:
+        """States (B, N, S, C) of tokens (B, N, S) behind the tokens ``before`` them (B, O), if the
+        encoder has an overlap; None: behind nothing.
+        """
+        overlap = self._config.encoder.overlap
+        if not overlap:
+            return self._encode(tokens).to(self._dtype)
+        return self._encode(tokens, overlapped(tokens, before, overlap)).to(self._dtype)
+
+
+def overlapped(tokens: Tensor, before: Tensor | None, overlap: int) -> Tensor:
+    """The last ``overlap`` tokens before each chunk of tokens (B, N, S), whose first one has those
+    ``before`` it (B, O), or none -> (B, N, O); -1 where nothing precedes.
+    """
+    if before is None:
+        before = tokens.new_full((len(tokens), overlap), NOTHING_BEFORE)
+    return torch.cat([before.unsqueeze(1), tokens[:, :-1, -overlap:]], dim=1)
 
 
 def chunk_ids_of(batch: Batch) -> Tensor:

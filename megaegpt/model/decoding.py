@@ -122,9 +122,15 @@ class ChunkEncoder:
     """The frozen encoder over the current chunk, with its cache."""
 
     def __init__(
-        self, encoder: FrozenEncoder, batch_size: int, capacity: int, steps: DecodingSteps | None
+        self,
+        encoder: FrozenEncoder,
+        batch_size: int,
+        capacity: int,
+        steps: DecodingSteps | None,
+        overlap: int = 0,
     ) -> None:
         self._gpt = encoder.gpt
+        capacity += overlap
         self._step = None if steps is None else steps.lend(self, batch_size, capacity)
         self._cache = (
             new_cache(self._gpt, batch_size, capacity) if self._step is None else self._step.cache
@@ -136,9 +142,11 @@ class ChunkEncoder:
             return self._step(tokens)
         return self._gpt.hidden_states(tokens, self._cache)
 
-    def reset(self) -> None:
-        """A new chunk begins."""
+    def reset(self, before: Tensor) -> None:
+        """A new chunk begins behind the tokens ``before`` it (B, O); O is 0 without an overlap."""
         self._cache.reset()
+        if before.shape[1]:
+            self._gpt.hidden_states(before, self._cache)
 
 
 class DeepGPTDecoder:
@@ -154,19 +162,25 @@ class DeepGPTDecoder:
     ) -> None:
         self._model = model
         capacity = min(model.config.egpt.chunk_size, max_tokens)
-        self._encoder = ChunkEncoder(encoder, batch_size, capacity, steps)
+        self._overlap = model.config.encoder.overlap
+        self._encoder = ChunkEncoder(encoder, batch_size, capacity, steps, self._overlap)
         self._cache = new_cache(model, batch_size, capacity)
+        device = model.grid.device
+        self._recent = torch.empty(batch_size, 0, dtype=torch.long, device=device)
         self._offset = 0  # tokens of the current chunk
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
         end = self._offset + tokens.shape[1]
         last_chunk = (end - 1) // self._model.config.egpt.chunk_size
+        text = torch.cat([self._recent, tokens], dim=1)  # from at least an overlap before
         if last_chunk:
             end -= last_chunk * self._model.config.egpt.chunk_size
             tokens = tokens[:, -end:]
-            self._encoder.reset()
+            begin = text.shape[1] - end
+            self._encoder.reset(text[:, begin - self._overlap : begin])
             self._cache.reset()
+        self._recent = text[:, text.shape[1] - min(self._overlap, text.shape[1]) :]
         self._offset = end
         states = self._encoder.advance(tokens).to(self._model.head.weight.dtype)
         return self._model.head.full_logits(self._model.decode(states, self._cache)[:, -1])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megaegpt.config import EncoderConfig
 from megaegpt.errors import ConfigError
+from megaegpt.labels import NOTHING_BEFORE
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.gpt import GPT
 from megaegpt.model.weights import load_weights, read_weights_config
@@ -61,16 +62,35 @@ class FrozenEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(..., S) ids, S <= max_seq_len -> (..., S, C) states after the final norm, or of the
-        last block where the encoder is cut.
+    def forward(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
+        """Chunks' states after the final norm, or of the last block where the encoder is cut.
+
+        Args:
+            tokens: (..., S) ids.
+            before: (..., O) ids of the tokens before each chunk, which it sees; -1 where its text
+                begins. S + O is at most ``max_seq_len``.
+
+        Returns:
+            (..., S, C)
         """
-        states = self.gpt.hidden_states(tokens.reshape(-1, tokens.shape[-1]))
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        if before is None:
+            return self.gpt.hidden_states(rows).view(*tokens.shape, -1)
+        size, overlap = tokens.shape[-1], before.shape[-1]
+        before = before.reshape(-1, overlap)
+        # A chunk that nothing precedes is put first: what is behind it, causality hides.
+        first = before[:, :1] == NOTHING_BEFORE  # (n, 1)
+        before = before.clamp(min=0)
+        alone, behind = torch.cat([rows, before], dim=1), torch.cat([before, rows], dim=1)
+        states = self.gpt.hidden_states(torch.where(first, alone, behind))  # (n, O + S, C)
+        states = torch.where(first.unsqueeze(-1), states[:, :size], states[:, overlap:])
         return states.view(*tokens.shape, -1)
 
-    def flops_per_token(self, length: int) -> int:
-        """Operations of encoding one token of a chunk of ``length`` tokens."""
-        return matmul_flops(self.gpt.stack) + attention_flops(self.config, length)
+    def flops_per_token(self, length: int, overlap: int = 0) -> int:
+        """Operations of encoding one token of a chunk of ``length`` tokens behind an overlap."""
+        seen = length + overlap
+        per_position = matmul_flops(self.gpt.stack) + attention_flops(self.config, seen)
+        return per_position * seen // length
 
 
 def _cut(gpt: GPT, layers: int) -> None:

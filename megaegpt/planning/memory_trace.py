@@ -125,12 +125,17 @@ def _batch(config: RunConfig) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _encode(encoder: Model | None, decoder: ModelConfig, tokens: Tensor) -> Tensor:
-    """Tokens (B, N, S) -> states (B, N, S, C); zeros where no encoder is known."""
+def _encode(
+    encoder: Model | None, decoder: ModelConfig, tokens: Tensor, before: Tensor | None = None
+) -> Tensor:
+    """Tokens (B, N, S) behind those before (B, N, O) -> states (B, N, S, C); zeros where no encoder
+    is known.
+    """
     if encoder is None:
         return torch.zeros(*tokens.shape, decoder.hidden_size)
-    states = cast(GPT, encoder).hidden_states(tokens.flatten(0, 1))
-    return states.view(*tokens.shape, -1)
+    rows = tokens if before is None else torch.cat([before, tokens], dim=-1)
+    states = cast(GPT, encoder).hidden_states(rows.flatten(0, 1))
+    return states[:, -tokens.shape[-1] :].unflatten(0, tokens.shape[:2])
 
 
 def _frozen_bytes(model: nn.Module) -> int:

@@ -73,9 +73,10 @@ def _fitting_encoder(model: ModelConfig, encoder: ModelConfig, source: str) -> M
         problems.append(f"its hidden_size is {encoder.hidden_size}, model's {model.hidden_size}")
     if encoder.vocab_size != model.vocab_size:
         problems.append(f"its vocab_size is {encoder.vocab_size}, model's {model.vocab_size}")
-    if encoder.max_seq_len < model.egpt.chunk_size:
+    if encoder.max_seq_len < model.egpt.chunk_size + model.encoder.overlap:
+        overlap = f" and an overlap of {model.encoder.overlap}" if model.encoder.overlap else ""
         problems.append(
-            f"it sees {encoder.max_seq_len} tokens, a chunk has {model.egpt.chunk_size}"
+            f"it sees {encoder.max_seq_len} tokens, a chunk has {model.egpt.chunk_size}{overlap}"
         )
     layers = model.encoder.layers or encoder.num_layers
     if layers > encoder.num_layers:
@@ -118,6 +119,7 @@ def store_spec(
         hidden_size=encoder.config.hidden_size,
         dtype=dtype,
         token_states=config.data.token_features == "stored",
+        overlap=config.model.encoder.overlap,
     )
 
 

@@ -46,7 +46,7 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "beta_fast beta_slow attention_factor",
         "model.egpt": "chunk_size features_per_chunk feature_pooling local_attention memory_gate "
         "history token_counts adapter_norm adapter_residual",
-        "model.encoder": "layers",
+        "model.encoder": "layers overlap",
     },
     "data order": {
         "model": "max_seq_len",
@@ -126,6 +126,7 @@ _MAY_CHANGE_AT_THE_START = {
     "model.egpt.local_attention",
     "model.egpt.history",
     "model.encoder.layers",
+    "model.encoder.overlap",
 }
 """What a new run may do otherwise with trained weights on purpose, as it learns to."""
 

@@ -64,7 +64,9 @@ class PretrainingData:
         if config.data.validation:
             held_out = TokenStream(config.data.validation)
             self.streams = {"train": train, "validation": held_out}
-            self.validation = EvaluationWindows(held_out, model.sample_len, self.num_chunks)
+            self.validation = EvaluationWindows(
+                held_out, model.sample_len, self.num_chunks, overlap=model.encoder.overlap
+            )
             if not len(self.validation):
                 raise nothing_to_predict(f"data.validation ({', '.join(config.data.validation)})")
         prefixes = [p for stream in self.streams.values() for p in stream.prefixes]
@@ -95,7 +97,8 @@ def _samples_of(
     model: ModelConfig, stream: TokenStream, seed: int, span: tuple[int, int] | None = None
 ) -> StreamSamples:
     if model.needs_encoder:
-        return ChunkWindows(stream, model.egpt.num_chunks, model.egpt.chunk_size, seed, span)
+        chunks, overlap = model.egpt, model.encoder.overlap
+        return ChunkWindows(stream, chunks.num_chunks, chunks.chunk_size, seed, span, overlap)
     return PretrainingSamples(stream, model.max_seq_len, seed, span)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megaegpt.config import GenerationConfig, ModelConfig
+from megaegpt.config import EncoderConfig, GenerationConfig, ModelConfig
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.generation.generator import TextAssembler, TextGenerator, encode_prompt, sample_text
 from megaegpt.model.decoding import context_start
@@ -28,6 +28,7 @@ from tests.tiny.models import (
     variant,
 )
 
+OVERLAP = EncoderConfig(overlap=3)
 EGPT_VARIANTS = {
     "original": EGPT,
     "features": egpt(features_per_chunk=2),
@@ -41,6 +42,7 @@ EGPT_VARIANTS = {
     "window_rotary": replace(egpt(local_attention=True), window=3, positions="rotary"),
     "grouped_query": replace(EGPT, num_kv_heads=2),
     "latent_local": replace(egpt(local_attention=True), attention="latent", latent_dim=8),
+    "overlap": replace(egpt(local_attention=True), encoder=OVERLAP),
     "olmo2": variant("olmo2", "rotary", egpt(local_attention=True)),
 }
 VARIANTS = {
@@ -55,6 +57,7 @@ VARIANTS = {
     **{f"egpt_{name}": config for name, config in EGPT_VARIANTS.items()},
     "deepgpt": DEEPGPT,
     "deepgpt_rotary": replace(DEEPGPT, positions="rotary"),
+    "deepgpt_overlap": replace(DEEPGPT, encoder=OVERLAP),
 }
 
 

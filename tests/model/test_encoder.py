@@ -8,7 +8,9 @@ import torch
 
 from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
 from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.labels import NOTHING_BEFORE
 from megaegpt.model.build import build_model
+from megaegpt.model.calling import overlapped
 from megaegpt.model.encoder import FrozenEncoder, weights_fingerprint
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -89,3 +91,41 @@ def test_what_cannot_be_an_encoder_is_refused_by_name(tmp_path):
     save_weights(build_model(DECODER, GRID), tmp_path / "decoder", GRID)
     with pytest.raises(ConfigError, match="is of kind egpt; an encoder must be a gpt"):
         FrozenEncoder.from_source(EncoderConfig(source=str(tmp_path / "decoder")), GRID)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_an_overlap_is_seen_and_gives_no_states(positions):
+    """A chunk behind its overlap is the end of the sequence that both make; without one before it,
+    the beginning.
+    """
+    config = replace(TINY, positions=positions, max_seq_len=11)
+    gpt = build_model(config, GRID, seed=9)
+    encoder = FrozenEncoder(gpt)
+    tokens = torch.randint(300, (2, 3, 8))
+    before = torch.randint(300, (2, 3, 3))
+    before[0, 0] = before[1, 2] = NOTHING_BEFORE
+    states = encoder(tokens, before)
+    for row in range(2):
+        for chunk in range(3):
+            own = tokens[row, chunk]
+            if before[row, chunk, 0] == NOTHING_BEFORE:
+                expected = gpt.hidden_states(own[None])[0]
+            else:
+                expected = gpt.hidden_states(torch.cat([before[row, chunk], own])[None])[0, 3:]
+            torch.testing.assert_close(states[row, chunk], expected)
+
+
+def test_the_overlap_of_a_chunk_is_the_end_of_the_chunk_before():
+    tokens = torch.arange(2 * 3 * 8).view(2, 3, 8)
+    before = torch.tensor([[90, 91, 92], [-1, -1, -1]])
+    assert overlapped(tokens, before, 3).tolist() == [
+        [[90, 91, 92], [5, 6, 7], [13, 14, 15]],
+        [[-1, -1, -1], [29, 30, 31], [37, 38, 39]],
+    ]
+    assert (overlapped(tokens, None, 3)[:, 0] == NOTHING_BEFORE).all()
+
+
+def test_an_overlap_costs_its_share_of_the_operations(source):
+    encoder = FrozenEncoder.from_source(EncoderConfig(source=str(source)), GRID)
+    alone, behind = encoder.flops_per_token(8), encoder.flops_per_token(8, overlap=2)
+    assert 1.25 < behind / alone < 1.25**2  # attention sees more keys too

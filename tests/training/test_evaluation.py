@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megaegpt.config import EncoderConfig
 from megaegpt.data.tokens.corpus_manifest import Manifest
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.windows import EvaluationWindows
 from megaegpt.model.build import build_inputs, build_model
-from megaegpt.model.calling import ModelInputs, SequenceInputs
+from megaegpt.model.calling import ModelInputs, SequenceInputs, overlapped
 from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
@@ -71,7 +73,8 @@ def evaluator(
         "token_byte_lengths": BYTES,
     }
     values |= changes
-    windows = EvaluationWindows(TokenStream([split]), WINDOW, values["num_chunks"], stride)
+    overlap = values.pop("overlap", 0)
+    windows = EvaluationWindows(TokenStream([split]), WINDOW, values["num_chunks"], stride, overlap)
     return Evaluator(windows, inputs=inputs, grid=grid, **values)
 
 
@@ -160,19 +163,26 @@ class Store:
         return self.states[ids]
 
 
+@pytest.mark.parametrize("overlap", [0, 3])
 @pytest.mark.parametrize("kind", ["egpt", "deepgpt"])
 def test_stored_features_give_the_online_loss_also_of_the_partial_chunk(
-    split: str, kind: str
+    split: str, kind: str, overlap: int
 ) -> None:
     grid, config = ProcessGrid(), run_config(kind, Path(), Path()).model
-    encoder = FrozenEncoder(build_model(encoder_config(), grid, seed=1))
+    config = dataclasses.replace(config, encoder=EncoderConfig(overlap=overlap))
+    gpt = build_model(encoder_config(max_seq_len=CHUNK + overlap), grid, seed=1)
+    encoder = FrozenEncoder(gpt)
     model = build_model(config, grid, seed=2)
     whole = TokenStream([split]).read(0, LENGTH // CHUNK * CHUNK).astype(np.int64)
-    states = encoder(torch.from_numpy(whole).view(-1, CHUNK))
+    chunks = torch.from_numpy(whole).view(1, -1, CHUNK)
+    before = (overlapped(chunks, None, overlap),) if overlap else ()
+    states = encoder(chunks, *before)[0]
     assert states.shape == (LENGTH // CHUNK, CHUNK, HIDDEN)
     store: Any = Store(states, config.egpt)
     results = [
-        evaluator(split, build_inputs(config, encoder, **stores), grid).evaluate(model)
+        evaluator(split, build_inputs(config, encoder, **stores), grid, overlap=overlap).evaluate(
+            model
+        )
         for stores in ({}, {"history": store}, {"history": store, "token_states": store})
     ]
     for result in results[1:]:

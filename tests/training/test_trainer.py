@@ -16,8 +16,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from megaegpt.config import EncoderConfig
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.errors import CheckpointError, ConfigError, DataError, MegaEGPTError, TrainingError
+from megaegpt.model.build import build_model
+from megaegpt.model.weights import save_weights
+from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training import pretraining
 from megaegpt.training.engine import compiling
 from megaegpt.training.evaluation import Evaluator
@@ -26,8 +30,10 @@ from megaegpt.training.stopping import StopRequests
 from megaegpt.training.trainer import Trainer
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import (
+    CHUNK,
     StopAfter,
     corpus,
+    encoder_config,
     losses,
     records,
     run_config,
@@ -172,13 +178,17 @@ _SOURCES = {
 
 
 def _train_from_each_source(corpus: Path, folder: Path) -> None:
+    encoder = EncoderConfig(source=str(folder / "encoder"), overlap=3, batch_size=4)
     for name, data in _SOURCES.items():
-        _run("egpt", corpus, folder / name, data=data)
+        _run("egpt", corpus, folder / name, data=data, model={"encoder": encoder})
 
 
 def test_stored_and_online_features_give_the_same_losses(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:
+    """Over an encoder that sees three tokens before each chunk."""
+    gpt = build_model(encoder_config(max_seq_len=CHUNK + 3), ProcessGrid(), seed=7)
+    save_weights(gpt, tmp_path / "encoder", ProcessGrid())
     distributed(2, _train_from_each_source, corpus, tmp_path)
     online = tmp_path / "online"
     assert not (online / "features").exists()

@@ -62,6 +62,9 @@ class FeatureSpec:
     """Storage type."""
     token_states: bool = False
     """Whether every token's state is stored too."""
+    overlap: int = 0
+    """Tokens before a chunk that the encoder saw too. A store of an earlier version has none and
+    does not say so."""
     encoder_arithmetic: str = ""
     """What else decides the encoder's states, and no tensor's shape or value: heads, positions. A
     store of an earlier version does not say it."""
@@ -226,7 +229,7 @@ def check_same(folder: Path, found: dict[str, Any], expected: FeatureSpec) -> No
     Raises:
         DataError: names everything that differs.
     """
-    wanted = expected.as_json()
+    wanted, found = expected.as_json(), {"overlap": 0, **found}
     harmless = {"encoder_arithmetic"} - set(found)
     if not expected.token_states:
         harmless.add("token_states")

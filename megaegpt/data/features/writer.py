@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,23 +26,17 @@ from megaegpt.data.features.store import (
     read_json,
     write_json,
 )
+from megaegpt.data.tokens.windows import TokenSource, tokens_before
 from megaegpt.files import naming_failures, publish, sha256_of_file, temporary_name
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import all_gather_object, broadcast_object, raising_together
 
 
-class Stream(Protocol):
-    """The part of a token stream that is needed here."""
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens ``start .. start + length - 1``."""
-
-
 def compute_features(
     folder: str | Path,
     spec: FeatureSpec,
-    stream: Stream,
-    encode: Callable[[Tensor], Tensor],
+    stream: TokenSource,
+    encode: Callable[..., Tensor],
     pool: Callable[[Tensor], Tensor],
     grid: ProcessGrid,
     batch_size: int,
@@ -57,7 +50,8 @@ def compute_features(
     part together and the first of them writes.
 
     Args:
-        encode: the frozen encoder, tokens (n, S) int64 -> states (n, S, C).
+        encode: the frozen encoder, tokens (n, S) int64 -> states (n, S, C); called with the tokens
+            before each chunk (n, O) too where the store has an overlap.
         pool: states (n, S, C) -> memory vectors (n, P, C).
         batch_size: chunks encoded at once.
         title: what the progress bar calls it.
@@ -83,8 +77,8 @@ def compute_features(
 class _Writer:
     folder: Path
     spec: FeatureSpec
-    stream: Stream
-    encode: Callable[[Tensor], Tensor]
+    stream: TokenSource
+    encode: Callable[..., Tensor]
     pool: Callable[[Tensor], Tensor]
     grid: ProcessGrid
     batch_size: int
@@ -160,12 +154,14 @@ class _Writer:
         for start in range(0, len(chunks), self.batch_size):
             batch = chunks[start : start + self.batch_size]
             tokens = np.zeros((len(batch), self.spec.chunk_size), np.int64)  # (n, S)
+            before = np.zeros((len(batch), self.spec.overlap), np.int64)  # (n, O)
             try:
                 if failure is None:
                     tokens[:] = self._read(batch)
+                    before[:] = self._read_before(batch)
             except Exception as error:
                 failure = error
-            states = self._encode(tokens)
+            states = self._encode(tokens, before)
             try:
                 if failure is None:
                     self._append(files, states)
@@ -180,9 +176,14 @@ class _Writer:
         size = self.spec.chunk_size
         return self.stream.read(chunks[0] * size, len(chunks) * size).reshape(-1, size)
 
+    def _read_before(self, chunks: range) -> np.ndarray:
+        size, overlap = self.spec.chunk_size, self.spec.overlap
+        return np.stack([tokens_before(self.stream, chunk * size, overlap) for chunk in chunks])
+
     @torch.no_grad()
-    def _encode(self, tokens: np.ndarray) -> Tensor:
-        return self.encode(torch.from_numpy(tokens).to(self.grid.device))
+    def _encode(self, tokens: np.ndarray, before: np.ndarray) -> Tensor:
+        inputs = [torch.from_numpy(x).to(self.grid.device) for x in (tokens, before)]
+        return self.encode(*inputs) if self.spec.overlap else self.encode(inputs[0])
 
     def _append(self, files: dict[str, _PartFile], states: Tensor) -> None:
         if "features" in files:

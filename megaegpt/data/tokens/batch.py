@@ -7,10 +7,12 @@ tokens   (n, T) int64     what is read
 targets  (n, T) int64     the token after each; -100 where nothing is predicted
 segments (n, T) int64     of packed texts: the number of each token's text, negative at padding
 chunk_ids (n, N) int64    of windows of chunks: each chunk's number in its stream
+before   (n, O) int64     of windows of chunks over an encoder with an overlap: the tokens before
+                          the window; -1 where its text begins
 ======== ================ ===================================================================
 
-The last two are there for samples that have them. What is read of a feature store joins them by the
-names of :mod:`megaegpt.model.calling`.
+The last three are there for samples that have them. What is read of a feature store joins them by
+the names of :mod:`megaegpt.model.calling`.
 """
 
 from __future__ import annotations

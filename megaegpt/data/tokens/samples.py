@@ -16,6 +16,7 @@ import numpy as np
 from megaegpt.data.tokens.batch import Arrays, shifted
 from megaegpt.data.tokens.permutation import EpochOrder
 from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.data.tokens.windows import tokens_before
 from megaegpt.errors import DataError
 
 
@@ -134,6 +135,7 @@ class ChunkWindows:
         seed: of the order.
         span: first token and end of the part of the stream that is used; None: all of it. Chunks
             that begin before it are left out, so that no window reaches over two corpora.
+        overlap: tokens before a window that are in its batch too.
 
     Raises:
         DataError: there are fewer tokens than one window has.
@@ -146,6 +148,7 @@ class ChunkWindows:
         chunk_size: int,
         seed: int,
         span: tuple[int, int] | None = None,
+        overlap: int = 0,
     ) -> None:
         begin, end = span or (0, len(stream))
         self._first_chunk = -(-begin // chunk_size)
@@ -159,6 +162,7 @@ class ChunkWindows:
         self.num_chunks = num_chunks
         self.chunk_size = chunk_size
         self.sample_len = num_chunks * chunk_size
+        self.overlap = overlap
         self._layout = EpochLayout(chunks, num_chunks, seed)
 
     def __len__(self) -> int:
@@ -177,7 +181,11 @@ class ChunkWindows:
         """What :meth:`batch` gives, of windows that begin at ``starts``."""
         batch = shifted(_read_rows(self.stream, starts, self.sample_len + 1))
         ids = starts[:, None] // self.chunk_size + np.arange(self.num_chunks)
-        return batch | {"chunk_ids": ids}
+        batch["chunk_ids"] = ids
+        if self.overlap:
+            rows = [tokens_before(self.stream, start, self.overlap) for start in starts.tolist()]
+            batch["before"] = np.stack(rows)
+        return batch
 
 
 def _read_rows(stream: TokenStream, starts: np.ndarray, length: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from megaegpt.data.tokens.batch import Arrays
-from megaegpt.labels import IGNORE
+from megaegpt.labels import IGNORE, NOTHING_BEFORE
 
 
 class TokenSource(Protocol):
@@ -33,6 +33,13 @@ class Windows(Protocol):
         """Windows by number (n,), padded by token 0 and target -100."""
 
 
+def tokens_before(source: TokenSource, start: int, length: int) -> np.ndarray:
+    """The ``length`` tokens before ``start``; without so many, -1 in the place of each."""
+    if start < length:
+        return np.full(length, NOTHING_BEFORE, np.int64)
+    return source.read(start - length, length).astype(np.int64)
+
+
 class EvaluationWindows:
     """The windows of a text, each ``stride`` tokens after the one before.
 
@@ -46,12 +53,19 @@ class EvaluationWindows:
         sample_len: S, tokens of a window.
         num_chunks: for windows of chunks; divides ``sample_len``.
         stride: 1 to S; a whole number of chunks.
+        overlap: tokens before a window that are in its batch too.
     """
 
     def __init__(
-        self, source: TokenSource, sample_len: int, num_chunks: int = 1, stride: int | None = None
+        self,
+        source: TokenSource,
+        sample_len: int,
+        num_chunks: int = 1,
+        stride: int | None = None,
+        overlap: int = 0,
     ) -> None:
         self.source = source
+        self.overlap = overlap
         self.sample_len = sample_len
         self.num_chunks = num_chunks
         self.stride = sample_len if stride is None else stride
@@ -74,6 +88,7 @@ class EvaluationWindows:
         size = self.sample_len
         tokens = np.zeros((len(numbers), size), np.int64)
         targets = np.full((len(numbers), size), IGNORE, np.int64)
+        before = np.full((len(numbers), self.overlap), NOTHING_BEFORE, np.int64)
         for row, number in enumerate(numbers.tolist()):
             start = number * self.stride
             length = min(size, len(self.source) - 1 - start)
@@ -83,8 +98,9 @@ class EvaluationWindows:
             counted = 0 if number == 0 else size - self.stride
             tokens[row, :length] = span[:-1]
             targets[row, counted:length] = span[1 + counted :]
+            before[row] = tokens_before(self.source, start, self.overlap)
         batch = {"tokens": tokens, "targets": targets}
         if self.num_chunks > 1:
             per_stride = self.stride * self.num_chunks // self.sample_len
             batch["chunk_ids"] = numbers[:, None] * per_stride + np.arange(self.num_chunks)
-        return batch
+        return batch | {"before": before} if self.overlap else batch

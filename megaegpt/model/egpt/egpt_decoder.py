@@ -34,7 +34,8 @@ class EGPTDecoder:
         self._held = egpt.num_chunks - 1
         weight = model.head.weight
         capacity = min(egpt.chunk_size, max_tokens)
-        self._encoder = ChunkEncoder(encoder, batch_size, capacity, steps)
+        self._overlap = config.encoder.overlap
+        self._encoder = ChunkEncoder(encoder, batch_size, capacity, steps, self._overlap)
         self._local_cache = new_cache(model, batch_size, capacity) if egpt.local_attention else None
         self._states = weight.new_empty(batch_size, egpt.chunk_size, config.hidden_size)
         self._features = weight.new_empty(
@@ -55,7 +56,9 @@ class EGPTDecoder:
         # Chunks of a long prompt that its last one does not see are not encoded at all.
         unseen = (tokens.shape[1] - 1) // size - self._held
         if self._offset == 0 and unseen > 0:
-            tokens = tokens[:, unseen * size :]
+            begin = unseen * size
+            self._encoder.reset(tokens[:, begin - self._overlap : begin])
+            tokens = tokens[:, begin:]
         room = size - self._offset
         for piece in (tokens[:, :room], *tokens[:, room:].split(size, dim=1)):
             if piece.shape[1] == 0:
@@ -82,6 +85,7 @@ class EGPTDecoder:
 
     def _finish_chunk(self) -> None:
         """The current chunk becomes features; the oldest chunk leaves a full window."""
+        size = self._model.config.egpt.chunk_size
         features = chunk_features(self._states, self._model.config.egpt).unsqueeze(1)
         held = torch.cat([self._features, features], dim=1)  # (B, n, P, C)
         left = max(held.shape[1] - self._held, 0)
@@ -91,7 +95,7 @@ class EGPTDecoder:
             counts = count_tokens(self._tokens.unsqueeze(1), vocab_size)
             self._counts = torch.cat([self._counts, counts], dim=1)[:, left:]
         self._memory = None
-        self._encoder.reset()
+        self._encoder.reset(self._tokens[:, size - self._overlap :])
         if self._local_cache is not None:
             self._local_cache.reset()
         self._offset = 0

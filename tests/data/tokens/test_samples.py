@@ -93,6 +93,18 @@ def test_windows_start_on_the_chunk_grid_and_do_not_overlap(tmp_path: Path) -> N
     assert phases == {0, 1, 2, 3, 4}
 
 
+def test_windows_bring_the_tokens_before_them(tmp_path: Path) -> None:
+    stream = counting_stream(tmp_path, 1003)
+    plain, behind = (ChunkWindows(stream, 4, 10, seed=1, overlap=overlap) for overlap in (0, 3))
+    batch = behind.batch(np.arange(48))
+    for name, value in plain.batch(np.arange(48)).items():
+        assert np.array_equal(batch[name], value)
+    first = batch["tokens"][:, :1]
+    expected = np.where(first == 0, -1, first + np.arange(-3, 0))
+    assert (first == 0).any()
+    assert np.array_equal(batch["before"], expected)
+
+
 def test_data_of_exactly_one_sample_works_and_less_is_refused(tmp_path: Path) -> None:
     assert len(PretrainingSamples(counting_stream(tmp_path, 9), sample_len=8, seed=1)) == 1
     with pytest.raises(DataError, match="has 8 tokens; one sample needs 9"):

@@ -45,6 +45,13 @@ def test_chunk_numbers_are_those_of_the_text(tmp_path: Path) -> None:
     assert "chunk_ids" not in EvaluationWindows(stream, 30).batch(np.arange(1))
 
 
+def test_the_tokens_before_a_window_are_those_of_the_text(tmp_path: Path) -> None:
+    windows = EvaluationWindows(counting_stream(tmp_path, 83), 30, num_chunks=3, overlap=4)
+    batch = windows.batch(np.arange(4))
+    assert batch["before"].tolist() == [[-1] * 4, [26, 27, 28, 29], [56, 57, 58, 59], [-1] * 4]
+    assert "before" not in EvaluationWindows(windows.source, 30, 3).batch(np.arange(1))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
