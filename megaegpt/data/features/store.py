@@ -35,8 +35,10 @@ from megaegpt.files import sha256_of_file, write_whole
 MANIFEST, PLAN = "manifest.json", "plan.json"
 STORED_AS: dict[str, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16}
 
+AUTO_VERIFY_BYTES = 4 << 30
+"""Bytes of a store that the policy ``auto`` still reads to verify its checksums."""
+
 _FORMAT_VERSION = 1
-_AUTOMATIC_BYTES = 4 << 30
 _MOST_PARTS, _SMALLEST_PART = 256, 16  # parts are the unit of sharing work and of continuing it
 
 
@@ -161,7 +163,7 @@ class FeatureStore:
         Raises:
             DataError: names a damaged part.
         """
-        if policy == "never" or (policy == "auto" and self.spec.num_bytes > _AUTOMATIC_BYTES):
+        if policy == "never" or (policy == "auto" and self.spec.num_bytes > AUTO_VERIFY_BYTES):
             return
         for name in self.spec.part_names()[rank::world_size]:
             path = self.folder / name
