@@ -11,8 +11,8 @@ from megaegpt.data.readers.documents import Problems
 from megaegpt.errors import DataError
 
 MAX_FIELD_CHARACTERS = 1 << 26
-"""Longest field of a row. Python's default, 131,072, is less than a long article or mail. Far beyond
-this one, a quotation mark is missing and the rest of the file is being taken for one field."""
+"""Longest field of a row. Python's default, 131,072, is less than a long article or mail. Far
+beyond this, a quotation mark is missing and the rest of the file is being taken for one field."""
 
 
 def read_rows(
