@@ -16,8 +16,10 @@ _POLL_S = 1.0
 
 
 def end_with_launcher() -> None:
-    """A launcher that is killed must not leave ranks behind that train on: they get SIGTERM, on
-    which a run saves and stops. The kernel sends it at the parent's end (Linux only; prctl(2)).
+    """Have SIGTERM, on which a run saves and stops, sent to this process at its launcher's end.
+
+    The kernel sends it when the parent ends (Linux only; prctl(2)). The ``deepspeed`` command is
+    the parent's parent: a thread watches for its end.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -138,7 +138,7 @@ def train(
 def _open_run(
     config: RunConfig, grid: ProcessGrid, read_data: Callable[[RunConfig], RunData], resume: bool
 ) -> tuple[RunData, CheckpointManager, Precision]:
-    """What can be wrong without a model, checked on all ranks together and between them."""
+    """Read the data and check all that needs no model, on all ranks together and between them."""
     check_ranks_agree(lambda: configuration_facts(config), grid)
     with raising_together(grid):
         validate(config, grid.world_size)

@@ -53,9 +53,9 @@ class Trainer:
     writers: Writers = field(default_factory=dict)
     """Further parts of a checkpoint."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """What the run depends on besides its configuration; kept in checkpoints."""
+    """Facts besides the configuration that decide the run's losses; kept in checkpoints."""
     progress: Callable[[int], Mapping[str, float]] | None = None
-    """What to record of the data, such as a blend's tokens by corpus, after so many samples."""
+    """Number of samples -> values of the data to record, such as a blend's tokens by corpus."""
     best: BestLoss = field(default_factory=BestLoss)
     """The best loss of the evaluations so far."""
     done: int = 0
@@ -194,7 +194,7 @@ class Trainer:
             self.checkpoints.mark_best(self.done, self._grid)
 
     def _report_metrics(self) -> None:
-        """What the model says of itself, such as how far an EGPT's memory gates are open."""
+        """Log the model's metrics, such as how far an EGPT's memory gates are open."""
         metrics = self.model.metrics()
         if metrics:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

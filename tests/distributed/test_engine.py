@@ -128,7 +128,7 @@ def _fp16_finds_its_scale(folder: Path) -> None:
     for stage in (1, 2):
         config = dataclasses.replace(_config(stage, "fp16"), deepspeed=raw)
         with supported:
-            engine, other = make_engine(config, grid_for(1)), make_engine(config, grid_for(1))
+            engine, other = (make_engine(config, grid_for(1), _scaled_nats) for _ in range(2))
         before = _weights(engine)
         results = [_step(engine, config, step) for step in range(12)]
         skipped = [result for result in results if not result.applied]

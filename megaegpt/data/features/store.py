@@ -44,7 +44,7 @@ _MOST_PARTS, _SMALLEST_PART = 256, 16  # parts are the unit of sharing work and 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What a store is of. Two stores of equal specs hold the same numbers."""
+    """The identity of a store's content: two stores of equal specs hold the same numbers."""
 
     encoder: str
     """Fingerprint of the frozen encoder's weights."""
@@ -65,8 +65,8 @@ class FeatureSpec:
     token_states: bool = False
     """Whether every token's state is stored too."""
     encoder_arithmetic: str = ""
-    """What else decides the encoder's states, and no tensor's shape or value: heads, positions. A
-    store of an earlier version does not say it."""
+    """Digest of all that decides the encoder's states besides its weights, such as heads and
+    positions. Empty in stores of earlier versions."""
 
     @property
     def chunks_per_part(self) -> int:
@@ -102,7 +102,7 @@ class FeatureSpec:
         return [part_name(array, part) for part in range(self.num_parts) for array in self.arrays()]
 
     def as_json(self) -> dict[str, Any]:
-        """What plan and manifest say."""
+        """The content of plan and manifest, as JSON values."""
         return {"version": _FORMAT_VERSION, **asdict(self)}
 
 

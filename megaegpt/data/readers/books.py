@@ -94,7 +94,7 @@ BOOKS = {
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is done to a book's body after the licence wrapper is cut off."""
+    """Options of cleaning a book's body, once the licence wrapper is cut off."""
 
     keep_wraps: bool = False
     """Leave hard line breaks instead of joining paragraphs."""

@@ -1,4 +1,4 @@
-"""What the readers share: finding files, ordering them, opening them, and reading them by lines."""
+"""Functions of all readers: find files, order them, open them, and read them by lines."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from megaegpt.errors import DataError
 from megaegpt.files import LFS_POINTER, LFS_POINTER_MESSAGE, is_special
 
 DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
-"""What Python's decompressors raise on truncated or damaged input."""
+"""Exceptions of Python's decompressors on truncated or damaged input."""
 
 MAX_DOCUMENT_BYTES = 1 << 28
 """Longest line, member or field that is taken for a document; more is a sign of damage."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""What some programs write before UTF-8 text."""
+"""Mark that some programs write before UTF-8 text."""
 
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-"""What stands before UTF-16 text, as PowerShell writes it."""
+"""Byte-order marks of UTF-16 text, as PowerShell writes it."""
 
 UTF_16_MESSAGE = "text in UTF-16: convert it (iconv -f UTF-16 -t UTF-8)"
 

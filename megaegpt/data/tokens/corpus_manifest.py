@@ -177,7 +177,7 @@ def _verify_file(path: Path, checksum: str) -> None:
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a manifest says about the tokenizer."""
+    """Make a manifest's entry on the tokenizer."""
     return {
         "name": "gpt2",
         "fingerprint": tokenizer.fingerprint,

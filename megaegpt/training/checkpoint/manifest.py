@@ -21,7 +21,7 @@ _REMEDY = "write the name of another checkpoint into the file `latest`"
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What one file of a checkpoint must be."""
+    """The size and checksum of one file of a checkpoint."""
 
     size: int
     """Bytes."""
@@ -31,7 +31,9 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Topology:
-    """What a checkpoint's layout depends on; it is resumed as it is only under the same."""
+    """The parallelism and precision that decide the layout of a checkpoint's files; to be resumed
+    under another parallelism it is reshaped.
+    """
 
     tensor_parallel: int
     data_parallel: int
@@ -47,7 +49,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is and holds."""
+    """The contents of a checkpoint."""
 
     step: int
     """Optimizer steps done."""

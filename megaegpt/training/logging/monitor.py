@@ -1,4 +1,4 @@
-"""What a run leaves to look at: ``metrics.jsonl``, TensorBoard or W&B, console lines, by rank 0."""
+"""The records of a run, by rank 0: ``metrics.jsonl``, TensorBoard or W&B, and console lines."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Monitor:
             print(text, flush=True)
 
     def configuration(self, config: RunConfig) -> None:
-        """Show what the run is."""
+        """Show the run's configuration in every logger."""
         self._show(lambda logger: logger.configuration(config))
 
     def training(self, step: int, values: Mapping[str, float | None]) -> None:
