@@ -10,8 +10,9 @@ Shapes: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, Protocol
 
@@ -154,8 +155,7 @@ def create_pretraining_dataloader(
 ) -> DataLoader:
     """Batches of ``(inputs, targets)``, both (B, ``max_length``) int64; targets are one token on.
 
-    For a text that fits in memory. Corpora on disk: ``tools/preprocess.py`` and
-    :mod:`megaegpt.data.tokens.samples`.
+    For a text that fits in memory; corpora on disk are read by :mod:`megaegpt.data.tokens.samples`.
 
     Args:
         text: tokenised at once.
@@ -181,28 +181,34 @@ def create_pretraining_dataloader(
         True
     """
     stride = max_length if stride is None else stride
-    for name, size in (("batch_size", batch_size), ("max_length", max_length), ("stride", stride)):
+    _check_positive(batch_size=batch_size, max_length=max_length, stride=stride)
+    ids = text_to_token_ids(text, tokenizer)[0]
+    windows = _windows(ids, max_length, stride, needed=batch_size if drop_last else 1)
+    data = TensorDataset(windows[:, :-1], windows[:, 1:])
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(data, batch_size, shuffle, drop_last=drop_last, generator=order)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{name}={size} must be at least 1")
-    ids = text_to_token_ids(text, tokenizer)[0]
+
+
+def _windows(ids: Tensor, max_length: int, stride: int, needed: int) -> Tensor:
+    """(T,) ids -> (windows, ``max_length`` + 1), a view; at least ``needed`` of them."""
     if len(ids) <= max_length:
         raise DataError(
             f"the text has {len(ids)} tokens; one window needs max_length + 1 = {max_length + 1}"
         )
-    windows = ids.unfold(0, max_length + 1, stride)  # (windows, T + 1), a view
-    if drop_last and len(windows) < batch_size:
+    windows = ids.unfold(0, max_length + 1, stride)
+    if len(windows) < needed:
         raise DataError(
             f"the text has {len(windows)} windows of max_length={max_length}, not the "
-            f"{batch_size} of one batch, and drop_last leaves out what is less: give a longer "
+            f"{needed} of one batch, and drop_last leaves out what is less: give a longer "
             "text, a smaller batch_size, or drop_last=False"
         )
-    return DataLoader(
-        TensorDataset(windows[:, :-1], windows[:, 1:]),
-        batch_size=batch_size,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    return windows
 
 
 def compute_batch_loss(
@@ -246,18 +252,16 @@ def generate_text_autoregressive(
 
     Args:
         model: a :class:`GPTModel`, or any GPT of the package.
-        token_ids: prompts of one length, at least one token; at least one prompt.
+        token_ids: at least one prompt of at least one token, all of one length.
         max_new_tokens: most that are added.
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: draw among the k likeliest only; None: among all.
-        eos_token_id: ends a row; the row is filled up with it while others go on. 50256 for GPT-2;
-            None: nothing ends a row.
+        eos_token_id: ends a row and fills it up while others go on (GPT-2: 50256); None: no id.
         seed: of the draws, row r's is ``seed + r``.
 
     Raises:
         ConfigError: a number is out of range.
-        DataError: there are no prompts, they are empty or of different lengths, or an id is
-            outside the model's vocabulary.
+        DataError: prompts are none, empty or of several lengths, or an id is not the model's.
 
     Example:
         >>> config = create_model_config("gpt2-small (124M)", num_layers=1, hidden_size=24)
@@ -275,16 +279,26 @@ def generate_text_autoregressive(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )
     validate(RunConfig(generation=sampling))
+    with _in_eval_mode(model):
+        rows = TextGenerator(model).generate(prompts.tolist(), sampling, stop=eos_token_id)
+    return torch.cat([prompts, _filled_up(rows, eos_token_id or 0).to(prompts)], dim=1)
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: GPT) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        generator = TextGenerator(model)
-        rows = generator.generate(prompts.tolist(), sampling, stop=eos_token_id)
+        yield
     finally:
         model.train(was_training)
+
+
+def _filled_up(rows: list[list[int]], fill: int) -> Tensor:
+    """Rows of ids -> (B, longest) int64, the shorter ones filled up at their ends."""
     longest = max(map(len, rows))
-    new = prompts.new_tensor([row + [eos_token_id or 0] * (longest - len(row)) for row in rows])
-    return torch.cat([prompts, new.view(len(rows), longest)], dim=1)
+    filled = [row + [fill] * (longest - len(row)) for row in rows]
+    return torch.tensor(filled, dtype=torch.int64).view(len(rows), longest)
 
 
 def _prompts(token_ids: Tensor | Sequence[Sequence[int]], vocab_size: int) -> Tensor:

@@ -28,7 +28,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 LARGEST_SEED = 2**63 - 1
-"""What torch, NumPy and our own generators all take."""
+"""Largest seed that torch, NumPy and the package's own generators all take."""
 
 _MOST = 2**31 - 1
 """Larger counts of anything that a command line asks for are mistakes."""

@@ -1,4 +1,4 @@
-"""What surrounds a program and is the user's to put right: streams, disks, memory, ports, limits.
+"""The surroundings of a program that a user can put right: streams, disks, memory, ports, limits.
 
 :func:`prepare` makes good what can be made good before a program starts; :func:`cause_of` says in
 one line what is wrong around the program, if that is where an exception comes from. Both serve
@@ -44,7 +44,7 @@ _HINTS = {
     errno.ESTALE: "the network disk has lost the file: start again",
     errno.EAGAIN: "this user may start no more processes or threads: `ulimit -u`",
 }
-"""What to do about a failed call of the operating system, whatever it was for."""
+"""Remedies for a failed call of the operating system, by its error number."""
 
 _OF_A_PATH = {
     errno.ENOENT,
@@ -61,7 +61,7 @@ _OF_A_PATH = {
     errno.EBUSY,
     errno.EXDEV,
 }
-"""What is the user's where the error names a path; without one it is a mistake of the program."""
+"""Errors that are the user's where they name a path; without one they are the program's."""
 
 _TEXTS = [
     (r"can't allocate memory|out of memory|ALLOC_FAILED|not enough memory", _OUT_OF_MEMORY),
@@ -136,7 +136,7 @@ def is_other_rank() -> bool:
 
 
 def cause_of(error: BaseException) -> str | None:
-    """What is wrong around the program, in one line; None if the program itself is.
+    """Describe the fault around the program in one line; None if it is the program's own.
 
     Notes on the exception, such as its rank, are part of it.
     """

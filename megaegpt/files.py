@@ -44,7 +44,7 @@ _UNSUPPORTED = {
     errno.ENOTTY,
     errno.EPERM,
 }
-"""What file systems answer to a call that they do not have."""
+"""Error numbers of file systems that do not support a call."""
 
 
 class MissingFeatureWarning(UserWarning):

@@ -18,7 +18,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def default_precision(device_type: str) -> Precision:
-    """What ``auto`` becomes on a kind of device: bf16 on a GPU, fp32 on a CPU."""
+    """Return the precision that ``auto`` stands for: bf16 on a GPU, fp32 on a CPU."""
     return "fp32" if device_type == "cpu" else "bf16"
 
 

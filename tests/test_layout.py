@@ -6,6 +6,7 @@ import ast
 import builtins
 import re
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -154,3 +155,80 @@ def test_every_file_that_a_page_names_is_there(page: Path) -> None:
         and not any(path.as_posix().endswith(f"/{name}") for path in FILES)
     ]
     assert missing == []
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+@cache
+def our_private_names() -> frozenset[str]:
+    """Of functions, classes, variables and attributes of the package and its programs."""
+    found: set[str] = set()
+    for path in [*FILES, *(path for path in PROGRAMS if "tests" not in path.parts)]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and is_self(node.value):
+                found.add(node.attr)
+    return frozenset(filter(is_private, found))
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def is_ours(module: str | None) -> bool:
+    return str(module).split(".")[0] in ("megaegpt", "tools", "launchers")
+
+
+def private_names_used(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and name of each use of a private name that a test does not own: imported, of another
+    object, of a base class, or given by its name to ``setattr`` and the like.
+    """
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and is_ours(n.module)]
+    imported = {alias.asname or alias.name for node in imports for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and is_ours(node.module):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and not is_self(node.value):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Call):
+            function = ast.unparse(node.func).rpartition(".")[2]
+            if re.fullmatch("(set|get|has|del)attr|patch|object", function):
+                words = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                yield from ((node.lineno, str(word).rpartition(".")[2]) for word in words)
+        elif isinstance(node, ast.ClassDef) and {ast.unparse(b) for b in node.bases} & imported:
+            inside = [n for n in ast.walk(node) if isinstance(n, ast.Attribute)]
+            yield from ((n.lineno, n.attr) for n in inside if is_self(n.value))
+            yield from ((n.lineno, n.name) for n in node.body if isinstance(n, ast.FunctionDef))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("from megaegpt.files import _a, b", ["_a"]),
+        ("from megaegpt import files\nfiles._a()", ["_a"]),
+        ("monkeypatch.setattr(files, '_a', 1); getattr(x, '_a'); x._b", ["_a", "_a"]),
+        ("mock.patch.object(files, '_a'); mock.patch('megaegpt.files._a')", ["_a", "_a"]),
+        ("from megaegpt.x import C\nclass D(C):\n    def _a(self): self._a", ["_a", "_a"]),
+        ("class D:\n    def _a(self): self._a; self.a", []),
+        ("x.a; x.__a__; print('_a'); from tests.x import _a", []),
+    ],
+)
+def test_uses_of_private_names_are_found(text: str, names: list[str]) -> None:
+    found = [name for _, name in private_names_used(ast.parse(text)) if name in ("_a", "__a__")]
+    assert [name for name in found if is_private(name)] == names
+
+
+def test_tests_use_no_private_name_of_the_package() -> None:
+    used = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in PROGRAMS
+        if "tests" in path.parts
+        for line, name in private_names_used(ast.parse(path.read_text(encoding="utf-8")))
+        if name in our_private_names()
+    ]
+    assert used == []

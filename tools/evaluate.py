@@ -76,6 +76,29 @@ def _parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="what to evaluate")
+    _add_tasks(parser)
+    parser.add_argument("--encoder", metavar="DIR", help="of an EGPT or DeepGPT, if it was moved")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows at once (default: 4)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU"
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, help="processes a model is cut over"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
+    arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    if arguments.histories and arguments.stride is not None:
+        parser.error("--histories compares windows that do not overlap: leave --stride out")
+    if not (arguments.data or arguments.text) and (arguments.histories or arguments.stride):
+        parser.error("--stride and --histories belong to --data or --text")
+    return arguments
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """What to measure, one of several, and the options of each."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", nargs="+", metavar="PREFIX", help="shards, without .bin and .idx")
     what.add_argument("--text", nargs="+", metavar="FILE", help="text files, or folders of them")
@@ -104,24 +127,6 @@ def _parse_arguments() -> argparse.Namespace:
     harness.add_argument("--tasks-folder", type=Path, metavar="DIR", help="of further tasks' YAML")
     harness.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question")
     harness.add_argument("--limit", type=int, metavar="N", help="first questions of a task only")
-    parser.add_argument("--encoder", metavar="DIR", help="of an EGPT or DeepGPT, if it was moved")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows at once (default: 4)")
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU"
-    )
-    parser.add_argument(
-        "--tensor-parallel-size", type=int, default=1, help="processes a model is cut over"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
-    arguments = parser.parse_args()
-    if arguments.batch_size < 1:
-        parser.error("--batch-size must be at least 1")
-    if arguments.histories and arguments.stride is not None:
-        parser.error("--histories compares windows that do not overlap: leave --stride out")
-    if not (arguments.data or arguments.text) and (arguments.histories or arguments.stride):
-        parser.error("--stride and --histories belong to --data or --text")
-    return arguments
 
 
 def _measure(

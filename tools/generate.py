@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.parallel.grid import ProcessGrid
 
 _DEFAULTS = GenerationConfig(max_new_tokens=256)
-_SAMPLES_AT_ONCE = 32
+SAMPLES_AT_ONCE = 32
 """Any number of samples takes the memory of so many."""
 
 
@@ -87,9 +87,9 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
     tokens = encode_prompt(prompt, tokenizer)
     if grid.is_main:
         _warn_of_unseen(model, len(tokens))
-    writer = _SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main, compiled)
-    for first in range(0, arguments.num_samples, _SAMPLES_AT_ONCE):
-        count = min(_SAMPLES_AT_ONCE, arguments.num_samples - first)
+    writer = SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main, compiled)
+    for first in range(0, arguments.num_samples, SAMPLES_AT_ONCE):
+        count = min(SAMPLES_AT_ONCE, arguments.num_samples - first)
         writer.begin(shown, first, count)
         for step in generator.stream_batch(
             [tokens] * count,
@@ -125,25 +125,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="the trained model; see above"
     )
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument(
-        "--prompt",
-        default=_DEFAULTS.prompt,
-        metavar="TEXT",
-        help="text to continue; '' begins a new document (default: a line break)",
-    )
-    prompt.add_argument(
-        "--prompt-file", metavar="FILE", help="file with the text to continue; - is stdin"
-    )
-    prompt.add_argument(
-        "--instruction",
-        metavar="TEXT",
-        help="a task for a model from launchers/finetune.py, put into the format that it was "
-        "trained with; the answer alone is shown",
-    )
-    parser.add_argument(
-        "--input", default="", metavar="TEXT", help="what the --instruction is about, if anything"
-    )
+    _add_prompt_options(parser)
     _add_sampling_options(parser)
     parser.add_argument(
         "--only-new", action="store_true", help="do not repeat the prompt before its continuation"
@@ -172,6 +154,28 @@ def _parse_arguments() -> argparse.Namespace:
     if arguments.input and arguments.instruction is None:
         parser.error("--input belongs to an --instruction")
     return arguments
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument(
+        "--prompt",
+        default=_DEFAULTS.prompt,
+        metavar="TEXT",
+        help="text to continue; '' begins a new document (default: a line break)",
+    )
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="file with the text to continue; - is stdin"
+    )
+    prompt.add_argument(
+        "--instruction",
+        metavar="TEXT",
+        help="a task for a model from launchers/finetune.py, put into the format that it was "
+        "trained with; the answer alone is shown",
+    )
+    parser.add_argument(
+        "--input", default="", metavar="TEXT", help="what the --instruction is about, if anything"
+    )
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -253,7 +257,7 @@ def _read_text(name: str) -> str:
         raise DataError(f"{name} is not UTF-8: {error.reason} at {error.start}") from None
 
 
-class _SampleWriter:
+class SampleWriter:
     """The first sample of each batch on the terminal as it comes, the batch's others after it; the
     speed at the end.
 

@@ -24,11 +24,12 @@ from megaegpt.errors import exits_cleanly
 @exits_cleanly
 def main() -> None:
     """Run the command line."""
-    arguments = _parse_arguments()
+    arguments = parse_arguments()
     arguments.run(arguments)
 
 
-def _parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line, or end the program with a line on what is wrong with it."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

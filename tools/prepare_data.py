@@ -41,7 +41,7 @@ TOLSTOY = {"train": ("war_and_peace", "anna_karenina"), "validation": ("moby_dic
 @exits_cleanly
 def main() -> None:
     """Prepare the corpus named on the command line and print the files it is in."""
-    arguments = _parse_arguments()
+    arguments = parse_arguments()
     with naming_failures(arguments.output):
         arguments.output.mkdir(parents=True, exist_ok=True)
     with locked_folder(arguments.output):  # downloads are in it too
@@ -50,7 +50,8 @@ def main() -> None:
         print(path)
 
 
-def _parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line, or end the program with a line on what is wrong with it."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

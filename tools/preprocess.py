@@ -32,11 +32,21 @@ _OF_IMPORT = {"from_nanogpt", "inputs", "output", "overwrite", "quiet"}
 @exits_cleanly
 def main() -> None:
     """Run the command line."""
-    arguments = _parse_arguments()
+    arguments = parse_arguments()
     if arguments.from_nanogpt:
         _import_nanogpt(arguments)
         return
-    options = PreprocessOptions(
+    report = preprocess(options_of(arguments), show_progress=not arguments.quiet)
+    _print_report(report, arguments.output)
+
+
+def options_of(arguments: argparse.Namespace) -> PreprocessOptions:
+    """The preprocessing that the command line asks for.
+
+    Raises:
+        ConfigError: a reader option that does not exist, or no reader that would take it.
+    """
+    return PreprocessOptions(
         output=arguments.output,
         inputs=tuple(arguments.inputs),
         validation=tuple(arguments.validation),
@@ -57,13 +67,29 @@ def main() -> None:
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )
-    _print_report(preprocess(options, show_progress=not arguments.quiet), arguments.output)
 
 
-def _parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line, or end the program with a line on what is wrong with it."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    _add_input_options(parser)
+    _add_split_options(parser)
+    _add_choice_of_documents(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace shards of another run")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--from-nanogpt", nargs="+", type=Path, metavar="BIN",
+        help="import nanoGPT token files instead: train.bin, val.bin")  # fmt: skip
+    arguments = parser.parse_args()
+    if bool(arguments.inputs) == bool(arguments.from_nanogpt):
+        parser.error("give inputs, or --from-nanogpt and token files")
+    if arguments.from_nanogpt:
+        _refuse_options_of_text(parser, arguments)
+    return arguments
+
+
+def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="files, folders, globs, or - for stdin")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
@@ -83,8 +109,10 @@ def _parse_arguments() -> argparse.Namespace:
     add("--shards", type=int, default=1, help="shards of each split (default: 1)")
     add("--append-eod", action=argparse.BooleanOptionalAction, default=True,
         help="end every document with <|endoftext|> (default: yes)")  # fmt: skip
-    split = parser.add_argument_group("validation split (at most one of these)")
-    add = split.add_argument
+
+
+def _add_split_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("validation split (at most one of these)").add_argument
     add(
         "--validation",
         nargs="+",
@@ -96,22 +124,14 @@ def _parse_arguments() -> argparse.Namespace:
         help="share of the documents, chosen by a hash of the text")  # fmt: skip
     add("--split-tokens", type=float, metavar="F",
         help="share of the tokens, from the start, that is for training: for one book")  # fmt: skip
-    choice = parser.add_argument_group("choice of documents")
-    add = choice.add_argument
+
+
+def _add_choice_of_documents(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("choice of documents").add_argument
     add("--on-bad-input", choices=["fail", "skip"], default="fail",
         help="stop at the first bad input, or leave it out and count (default: fail)")  # fmt: skip
     add("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
     add("--deduplicate", action="store_true", help="leave out exact repetitions of a document")
-    parser.add_argument("--overwrite", action="store_true", help="replace shards of another run")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--from-nanogpt", nargs="+", type=Path, metavar="BIN",
-        help="import nanoGPT token files instead: train.bin, val.bin")  # fmt: skip
-    arguments = parser.parse_args()
-    if bool(arguments.inputs) == bool(arguments.from_nanogpt):
-        parser.error("give inputs, or --from-nanogpt and token files")
-    if arguments.from_nanogpt:
-        _refuse_options_of_text(parser, arguments)
-    return arguments
 
 
 def _refuse_options_of_text(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

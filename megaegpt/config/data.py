@@ -25,12 +25,12 @@ class InstructionConfig:
     """Several records in a row of full length, unseen by each other (gpt only); false: one a row,
     padded to the longest of the micro-batch."""
     on_bad_record: Literal["fail", "skip"] = "fail"
-    """What a record without an instruction or an answer does: end the run, or be left out."""
+    """Reaction to a record without an instruction or an answer: end the run, or leave it out."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train and validate on."""
+    """The data of training and validation, and how it is read."""
 
     train: tuple[PathText, ...] = ()
     """Shard prefixes (or globs of them), as ``tools/preprocess.py`` prints them."""
@@ -54,4 +54,4 @@ class DataConfig:
     prefetch: PositiveInt = 2
     """Global batches prepared ahead by a background thread."""
     instructions: InstructionConfig = field(default_factory=InstructionConfig)
-    """What ``launchers/finetune.py`` reads instead of shards."""
+    """Records that ``launchers/finetune.py`` reads instead of shards."""

@@ -57,7 +57,7 @@ _POSITIVE_KEYS = (
 
 
 def deepspeed_problems(raw: dict[str, Any]) -> Iterator[Problem]:
-    """What cannot stand in the section ``deepspeed`` of a run's configuration.
+    """Find the keys that cannot stand in the section ``deepspeed`` of a run's configuration.
 
     Keys that are not listed in this module are DeepSpeed's to judge: see
     :func:`megaegpt.training.engine.compat.check_accepted`.

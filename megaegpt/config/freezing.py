@@ -17,7 +17,9 @@ def parse_part(text: str) -> list[str]:
 
 
 def part_problem(text: str, num_layers: int) -> str | None:
-    """What is wrong with an entry; whether the model has a part of that name is seen later."""
+    """Describe the mistake in an entry, None if there is none; whether the model has a part of that
+    name is checked when it is built.
+    """
     if not text.startswith("layer"):
         return None
     match = _LAYERS.fullmatch(text)

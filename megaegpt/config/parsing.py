@@ -117,7 +117,7 @@ def accepts_text(annotation: Any) -> bool:
 
 
 def describe(annotation: Any) -> str:
-    """What a user may write for a field of this type, in words."""
+    """Describe the values that a user may write for a field of this type, in words."""
     if _is_union(annotation):
         return " or ".join(describe(choice) for choice in get_args(annotation))
     if get_origin(annotation) is Literal:

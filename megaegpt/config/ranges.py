@@ -20,7 +20,7 @@ class Range:
     """The finite numbers between two ends."""
 
     rule: str
-    """What is said of a number below the range (and above it, unless ``ceiling``)."""
+    """Words for a number below the range (and above it, unless ``ceiling``), as in an error."""
     low: float
     high: float = math.inf
     low_included: bool = True

@@ -22,7 +22,7 @@ class RunValues:
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
-    """What is said of a dotted key's origin; nothing of those in the run's own file."""
+    """Origin of a dotted key, as messages name it; keys of the run's own file have none."""
     problems: list[Problem] = field(default_factory=list)
 
 

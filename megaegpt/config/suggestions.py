@@ -29,7 +29,8 @@ LIKELY_RUN_KEYS: dict[str, tuple[str, ...]] = {
     "train": ("data.train",),
     "warmup": ("optimizer.warmup_steps",),
 }
-"""What others call a key of a run, or which of several keys of that name is meant most often."""
+"""Keys of a run by the names that other programs give them, and the most usual key where several
+have the same last name."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class TrainingConfig:
     patience: PositiveInt | None = None
     """Evaluations in a row without a better loss after which the run ends. None: never."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a non-finite loss or gradient norm does: stop the run, or skip the step and count it."""
+    """Reaction to a non-finite loss or gradient norm: stop the run, or skip and count the step."""
     initialize_from: PathText | None = None
     """Weights to start from at step 0, given as ``model.encoder.source`` is (to continue a run use
     --resume instead)."""
@@ -100,7 +100,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is shown and recorded."""
+    """The lines, metrics and figures of a run, and where they go."""
 
     directory: PathText = "runs/default"
     """Holds ``metrics.jsonl``, ``config.yaml``, ``tensorboard/`` and ``wandb/``."""

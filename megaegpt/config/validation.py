@@ -165,7 +165,7 @@ def _freezing(config: RunConfig) -> Iterator[Problem]:
 
 
 def _validation_split(config: RunConfig) -> Iterator[Problem]:
-    """What is decided by the validation loss needs one."""
+    """Keys whose decisions depend on the validation loss need a validation split."""
     if not config.data.train or config.data.validation:
         return
     if config.training.patience is not None:

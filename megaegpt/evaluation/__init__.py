@@ -1,1 +1,1 @@
-"""What trained models are worth: texts, multiple choice, continuations, EGPT's history."""
+"""Evaluation of trained models: on texts, multiple choice, continuations, and EGPT's history."""

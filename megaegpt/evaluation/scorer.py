@@ -1,4 +1,4 @@
-"""What a continuation costs a model behind a context, for many pairs at once.
+"""The log-likelihood of continuations behind their contexts, for many pairs at once.
 
 Shapes: B rows, T tokens, C hidden, V vocabulary, m predicted tokens of a batch.
 """
@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
 
 class TextEncoder(Protocol):
-    """What makes tokens of a text."""
+    """A tokenizer, as far as scoring needs one."""
 
     @property
     def eot_token(self) -> int:

@@ -84,10 +84,9 @@ class TextGenerator:
     ) -> Iterator[list[int | None]]:
         """Yield the next token of each prompt at a time, None where its text has ended.
 
-        The prompts of a GPT are run as one batch, shorter ones padded on the left, and go on so
-        when a context is full. Prompts of other models and of compiled steps (and those without a
-        cache) are run in one batch for each length: chunks begin at the prompt's first token, and
-        a compiled step has the same columns in all rows.
+        The prompts of a GPT are run as one batch, shorter ones padded on the left, also past a full
+        context. Those of other models, of compiled steps and without a cache are run in one batch
+        for each length: chunks begin at the first token, compiled steps have the same columns.
 
         Row r draws with a seed of its own, so it becomes what it would become by itself with that
         seed (up to the rounding of products of another size).
@@ -100,16 +99,10 @@ class TextGenerator:
             seeds: one a row, in place of ``config.seed + r``.
 
         Raises:
-            ConfigError: a value of ``config`` or a seed is out of range, or the keys and values of
-                all texts do not fit into memory.
+            ConfigError: a value or a seed is out of range, or memory is too small for the cache.
         """
-        if self._model.training:
-            raise ValueError("the model is in training mode, with dropout: call model.eval()")
         seeds = range(config.seed, config.seed + len(prompts)) if seeds is None else seeds
-        check_sampling(config, seeds)
-        for row, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise ValueError(f"prompt {row} has no tokens: start from the end-of-text token")
+        self._check(prompts, config, seeds)
         groups = self._batches(prompts, use_cache)
         streams = [
             self._stream_rows(
@@ -125,6 +118,16 @@ class TextGenerator:
             if all(token is None for token in step):
                 return
             yield step
+
+    def _check(
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, seeds: Sequence[int]
+    ) -> None:
+        if self._model.training:
+            raise ValueError("the model is in training mode, with dropout: call model.eval()")
+        check_sampling(config, seeds)
+        for row, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {row} has no tokens: start from the end-of-text token")
 
     def _batches(self, prompts: Sequence[Sequence[int]], use_cache: bool) -> list[list[int]]:
         """The numbers of the prompts that are run together."""
@@ -212,7 +215,7 @@ class TextAssembler:
         return self._decoder.decode(self._tokenizer.decode_bytes(tokens))
 
     def end(self) -> str:
-        """What is left of a character that was cut off."""
+        """Return U+FFFD for a character that was cut off at the end, else the empty string."""
         return self._decoder.decode(b"", final=True)
 
 

@@ -40,8 +40,8 @@ class RecomputingDecoder:
         return torch.cat(list(predictions.logits(chosen)))
 
     def _seen(self, tokens: Tensor) -> tuple[Tensor, int]:
-        """What the model is called on, and the place of the newest token in it. Chunks are filled
-        up with tokens that causality hides.
+        """Tokens that the model is called on, (B, T), and the index of the newest one in them. The
+        last chunk is padded with tokens that causality hides.
         """
         config, length = self._model.config, tokens.shape[1]
         if not config.needs_encoder:

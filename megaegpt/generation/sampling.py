@@ -15,7 +15,7 @@ from megaegpt.config.validation import validate
 from megaegpt.errors import ConfigError
 
 _SEEDS = range(2**64)
-"""What torch's generators take and a configuration may say."""
+"""Seeds that torch's generators take and a configuration may have."""
 
 
 def check_sampling(config: GenerationConfig, seeds: Sequence[int]) -> None:

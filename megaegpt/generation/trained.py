@@ -23,7 +23,7 @@ from megaegpt.parallel.matmul import pack
 
 
 class LoadedModel(NamedTuple):
-    """What it takes to write text."""
+    """A trained model with all that generation needs beside it."""
 
     model: Model
     """In eval mode, without gradients, on the grid's device."""

@@ -1,4 +1,4 @@
-"""What every kind of model has in common."""
+"""The base class of every kind of model, and its predictions."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _ROWS_OF_LOGITS = 256
 
 
 class Predictions(NamedTuple):
-    """What a model expects after every token of a batch.
+    """The next-token distributions of a model after every token of a batch.
 
     Shapes: B rows, T tokens of a row (over any number of dimensions), C hidden, V vocabulary.
     """
 
     head: OutputHead
     hidden: Tensor
-    """(B, T..., C), what the head reads."""
+    """(B, T..., C), the input of the head."""
     mixture: Mixture | None = None
-    """What is mixed into the head's distribution."""
+    """A distribution that is mixed into the head's."""
 
     def logits(self, chosen: Tensor) -> Iterator[Tensor]:
         """The logits behind some of the tokens, some hundred at a time.
@@ -78,7 +78,7 @@ class LanguageModel(nn.Module, abc.ABC):
         return count_parameters(self)
 
     def metrics(self) -> dict[str, float]:
-        """What the model reports of itself at an evaluation, by name. Collective over all ranks of
-        a tensor-parallel group.
+        """Measure quantities of the model itself, which an evaluation reports by name. Collective
+        over all ranks of a tensor-parallel group.
         """
         return {}

@@ -38,7 +38,7 @@ class ModelInputs(abc.ABC):
 
     @abc.abstractmethod
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model is called with, but the targets; the batch is on the device."""
+        """Make the model's keyword arguments but ``targets`` of a batch that is on the device."""
 
     def loss(
         self, model: Callable[..., Tensor], batch: Batch, reduction: Reduction = "sum"

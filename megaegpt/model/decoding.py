@@ -1,4 +1,4 @@
-"""What a model remembers of a text while it goes on writing it.
+"""Decoders: the state of a model between the tokens of a text that it generates.
 
 A decoder is fed tokens, the whole prompt first and then one by one, and gives the logits of the
 next. Each kind of model has one, with caches; which, is chosen in :mod:`megaegpt.model.build`.

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
-import signal
-import sys
-import threading
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,15 +14,13 @@ import torch.distributed as dist
 from megaegpt.errors import LaunchError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launcher_variables import is_launched
+from megaegpt.parallel.launcher_watch import end_with_launcher
 from megaegpt.parallel.watch import RankWatch
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits in a step's collective before it takes the others to be stuck. A rank that
 dies is noticed at once, by the rank watch; what one rank does for all while the others wait, such
 as a download, has the longer time of :attr:`ProcessGrid.control_group`."""
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_POLL_S = 1.0
 
 
 @contextmanager
@@ -81,7 +72,7 @@ def init_distributed() -> torch.device:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it even so
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return device
-    _end_with_launcher()
+    end_with_launcher()
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(
@@ -135,57 +126,3 @@ def _of_this_attempt(store: dist.Store) -> dist.Store:
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
         return store
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _end_with_launcher() -> None:
-    """A launcher that is killed must not leave ranks behind that train on: they get SIGTERM, on
-    which a run saves and stops. The kernel sends it at the parent's end (Linux only; prctl(2)).
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before the kernel knew
-        os.kill(os.getpid(), signal.SIGTERM)
-    runner = _deepspeed_runner(parent)
-    if runner is not None:
-        watch = threading.Thread(target=_end_after, args=(parent, runner), daemon=True)
-        watch.start()
-
-
-def _deepspeed_runner(parent: int) -> int | None:
-    """The process of ``deepspeed`` that started ``parent``, if both are DeepSpeed's.
-
-    It waits for ``parent`` to its end. A shell, nohup or tmux in its place may leave at any time
-    and means nothing; on further machines, ``parent`` was started over the network.
-    """
-    runner = _parent_of(parent)
-    if runner is None or "deepspeed.launcher.launch" not in _words_of(parent):
-        return None
-    started_by = [Path(word).name for word in _words_of(runner)[:3]]
-    return runner if {"deepspeed", "ds", "deepspeed.launcher.runner"} & set(started_by) else None
-
-
-def _end_after(parent: int, runner: int) -> None:
-    """SIGTERM to this process once ``runner`` has left its child ``parent`` behind."""
-    while _parent_of(parent) == runner:
-        time.sleep(_POLL_S)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _parent_of(process: int) -> int | None:
-    try:
-        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-        return int(status.rpartition(")")[2].split()[1])  # its name, in (), may hold spaces
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _words_of(process: int) -> list[str]:
-    """A process's command line."""
-    try:
-        content = Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return []
-    return os.fsdecode(content).split("\0")

@@ -1,4 +1,4 @@
-"""What a launcher says in the environment about its processes. Imports no torch.
+"""The environment variables in which a launcher describes its processes. Imports no torch.
 
 ``torchrun``, ``deepspeed`` and a job script under Slurm set RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR and MASTER_PORT. Half of them, left over in a shell or from another program, must not

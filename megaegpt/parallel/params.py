@@ -1,5 +1,5 @@
-"""What each parameter is under tensor parallelism: the one source for initialisation, DeepSpeed's
-marks, the gradient norm, checkpoint reshaping and weight export.
+"""The layout of each parameter under tensor parallelism: the one source for initialisation,
+DeepSpeed's marks, the gradient norm, checkpoint reshaping and weight export.
 """
 
 from __future__ import annotations

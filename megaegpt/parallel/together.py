@@ -35,7 +35,7 @@ def all_reduce_max(values: Sequence[int], grid: ProcessGrid) -> list[int]:
 
 
 def broadcast_object(make: Callable[[], T], grid: ProcessGrid) -> T:
-    """What ``make`` gives on rank 0, the only one that calls it, on every rank. Collective.
+    """Call ``make`` on rank 0 alone and return its result on every rank. Collective.
 
     Raises:
         Exception: whatever ``make`` raises, on every rank as :func:`raising_together` does.

@@ -27,7 +27,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import OtherRankError, broadcast_object, raising_together
 
 GRACE_S = 10.0
-"""What a rank gets to leave by itself after it has heard of another's end."""
+"""Seconds that a rank has to leave by itself after it has heard of another's end."""
 
 _HEARING_S = 5.0  # for a report to rank 0 and its answer
 _CONNECTING_S = 60.0
@@ -125,7 +125,7 @@ class RankWatch:
             _send(peer, {"token": token, "rank": self._grid.rank})
 
     def _listen(self) -> None:
-        """What is heard over all connections, until every one of them has ended."""
+        """React to the messages of all connections, until every one of them has ended."""
         with selectors.DefaultSelector() as selector:
             for peer in self._peers:
                 selector.register(peer, selectors.EVENT_READ, peer)

@@ -1,4 +1,4 @@
-"""What is known of GPUs: their peak operations, and what plans assume of their machines.
+"""Data sheets of GPUs: their peak operations, and the machines that plans assume around them.
 
 Speeds are peaks of data sheets, per GPU and direction. NVLink is counted there in both directions
 together, so half of it is taken; a DGX's network is divided by its GPUs.
@@ -35,7 +35,7 @@ class Accelerator:
         return peak_flops(self.name, precision)
 
     def precision(self, wanted: str) -> Precision:
-        """What ``auto`` becomes there; the rest is taken as it is."""
+        """Resolve ``auto`` for this device; any other precision is returned unchanged."""
         from megaegpt.precision import default_precision  # imports torch, which --help need not
 
         return (
@@ -45,7 +45,7 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class _Device:
-    """What the data sheet of a GPU says."""
+    """The data sheet of a GPU."""
 
     words: str
     """All of them occur in the name that the driver gives."""
@@ -123,7 +123,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def accelerator_names() -> list[str]:
-    """What :func:`find_accelerator` knows."""
+    """List the names that :func:`find_accelerator` takes."""
     return [*_ACCELERATORS, "cpu"]
 
 

@@ -30,13 +30,13 @@ class MemoryEstimate:
     optimizer: int = 0
     """Adam's moments, and fp32 weights where the computation has others."""
     gradients: int = 0
-    """What is kept of them between micro-steps and until the update."""
+    """Gradients that are kept between micro-steps and until the update."""
     buffers: int = 0
     """Gradients in the course of their reduction over data-parallel ranks."""
     frozen: int = 0
     """Weights of the encoder and of frozen parts."""
     activations: int = 0
-    """What a micro-batch keeps for the backward pass, and passing values at the peak."""
+    """Values of a micro-batch kept for the backward pass, and temporary ones at the peak."""
 
     @property
     def total(self) -> int:
@@ -95,7 +95,7 @@ def peak_of_step(
 
 @dataclass(frozen=True)
 class _Zero:
-    """What DeepSpeed's optimizers hold; n: this rank's parameters."""
+    """The memory of DeepSpeed's optimizers; n: this rank's parameters."""
 
     config: RunConfig
     dp_size: int

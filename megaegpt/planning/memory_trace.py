@@ -42,7 +42,7 @@ class MicroStep:
     """Between forward and backward."""
     peak: int
     messages: tuple[int, ...]
-    """What is summed over the tensor-parallel ranks, one collective after the other."""
+    """Bytes of each all-reduce over the tensor-parallel ranks, in order."""
 
 
 class _CountingGroup(dist.ProcessGroup):
@@ -55,7 +55,7 @@ class _CountingGroup(dist.ProcessGroup):
     def allreduce(  # type: ignore[override]
         self, tensors: list[Tensor], options: object = None
     ) -> None:
-        """What ``torch.distributed.all_reduce`` calls."""
+        """Note the bytes of an all-reduce; ``torch.distributed.all_reduce`` calls it."""
         self.messages += [tensor.numel() * tensor.element_size() for tensor in tensors]
 
 

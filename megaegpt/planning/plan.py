@@ -1,4 +1,4 @@
-"""What a run will take on given machines, without them: memory, operations, communication, time."""
+"""The memory, operations, communication and time of a run on given machines, without them."""
 
 from __future__ import annotations
 

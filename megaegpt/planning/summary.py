@@ -1,4 +1,6 @@
-"""What follows from a configuration: sizes, batch, operations, memory. Printed before step 0."""
+"""The quantities derived from a configuration: sizes, batch, operations, memory. Printed before
+step 0.
+"""
 
 from __future__ import annotations
 

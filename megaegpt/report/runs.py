@@ -1,4 +1,4 @@
-"""What a run has left in its folder: its configuration and the records of ``metrics.jsonl``."""
+"""The configuration and the records of ``metrics.jsonl`` that a run has left in its folder."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from megaegpt.training.identity import READ_FROM, flatten, show_value
 
 
 def configuration_facts(config: RunConfig) -> dict[str, Any]:
-    """What all ranks of a run must have been given alike: versions, and every key but places of
-    files, which a machine may have elsewhere.
+    """Collect all that the ranks of a run must have been given alike: versions, and every key but
+    the places of files, which may differ between machines.
     """
     versions = {"megaegpt": megaegpt.__version__, "torch": torch.__version__}
     keys = {key: value for key, value in flatten(config).items() if key not in READ_FROM}
@@ -34,14 +34,14 @@ def configuration_facts(config: RunConfig) -> dict[str, Any]:
 
 
 def corpus_facts(training: str, streams: Mapping[str, TokenStream]) -> dict[str, Any]:
-    """What all ranks must learn from and be evaluated on."""
+    """Collect the fingerprints of the data that all ranks must train on and be evaluated on."""
     splits = {f"the {name} split": stream.fingerprint for name, stream in streams.items()}
     found = {"the training samples": training, **splits}
     return {f"the fingerprint of {name}": fingerprint for name, fingerprint in found.items()}
 
 
 def weights_facts(key: str, weights: str | Path) -> dict[str, Any]:
-    """What all ranks must find in the weights folder that the key ``key`` names."""
+    """Take the checksum that all ranks must find of the weights that the key ``key`` names."""
     return {f"what {key} holds": weights_checksum(weights)}
 
 

@@ -22,7 +22,7 @@ from megaegpt.parallel.grid import ProcessGrid
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a text costs the model."""
+    """The losses of a model on a text."""
 
     loss: float
     """Mean nats per predicted token."""
@@ -41,7 +41,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """What compressing the text by the model would leave of 8 bits; compares tokenizers."""
+        """Bits per UTF-8 byte of the text compressed by the model; comparable across tokenizers."""
         return self.nats_per_byte / math.log(2)
 
     def __str__(self) -> str:

@@ -104,7 +104,7 @@ def store_folder(config: RunConfig, split: str) -> Path:
 def store_spec(
     config: RunConfig, encoder: FrozenEncoder, stream: TokenStream, precision: Precision
 ) -> FeatureSpec:
-    """What the run needs of a store over ``stream``."""
+    """Make the spec of the store over ``stream`` that the run needs."""
     egpt, dtype = config.model.egpt, config.data.feature_dtype
     if dtype == "auto":
         dtype = "bfloat16" if precision == "bf16" else "float32"

@@ -1,4 +1,4 @@
-"""What the programs in ``launchers/`` that train have in common: their options, and how they start.
+"""The options of the programs in ``launchers/`` that train, and how they start.
 
 Imports torch only where a run starts: a wrong command line is reported at once.
 """
@@ -36,7 +36,7 @@ class Train(Protocol):
 
 
 Preview = Callable[[RunConfig], tuple[RunConfig, list[str]]]
-"""What a run would make of its configuration, and lines on its data."""
+"""Configuration -> the one a run would train with, and lines about its data (``--dry-run``)."""
 
 
 def launch(

@@ -138,7 +138,7 @@ def train(
 def _open_run(
     config: RunConfig, grid: ProcessGrid, read_data: Callable[[RunConfig], RunData], resume: bool
 ) -> tuple[RunData, CheckpointManager, Precision]:
-    """What can be wrong without a model, checked on all ranks together and between them."""
+    """Read the data and check all that needs no model, on all ranks together and between them."""
     check_ranks_agree(lambda: configuration_facts(config), grid)
     with raising_together(grid):
         validate(config, grid.world_size)
@@ -328,18 +328,18 @@ def _introduce(
     monitor.configuration(config)
     name = device_name(grid.device)
     for line in describe_run(config, size, grid.dp_size, precision, name):
-        monitor.say(line)
-    monitor.say(f"{'data':<11}{data.describe()}")
+        monitor.log(line)
+    monitor.log(f"{'data':<11}{data.describe()}")
     if (slow := slow_precision_notice(precision, grid.device)) is not None:
         notices = [slow, *notices]
     if config.training.compile and (problem := compile_problem(grid.device.type)):
         notices = [*notices, f"training.compile is off, it does not work here: {problem}"]
     for notice in notices:
-        monitor.say(f"notice: {notice}")
+        monitor.log(f"notice: {notice}")
     if state:
-        monitor.say(f"resuming after step {state['step']}")
+        monitor.log(f"resuming after step {state['step']}")
     elif resume:
-        monitor.say(f"no checkpoint in {config.checkpoint.directory}: starting at step 0")
+        monitor.log(f"no checkpoint in {config.checkpoint.directory}: starting at step 0")
 
 
 # -- resuming --------------------------------------------------------------------------------------

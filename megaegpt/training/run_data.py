@@ -1,4 +1,4 @@
-"""What a run learns from, made of its configuration."""
+"""The data of a run, made of its configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megaegpt.training.evaluation import nothing_to_predict
 
 
 class RunData(Protocol):
-    """What a run learns from; made on every rank alike, without communication."""
+    """The data of a run; made on every rank alike, without communication."""
 
     tokenizer: Tokenizer
     samples: Samples

@@ -53,9 +53,9 @@ class Trainer:
     writers: Writers = field(default_factory=dict)
     """Further parts of a checkpoint."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """What the run depends on besides its configuration; kept in checkpoints."""
+    """Facts besides the configuration that decide the run's losses; kept in checkpoints."""
     progress: Callable[[int], Mapping[str, float]] | None = None
-    """What to record of the data, such as a blend's tokens by corpus, after so many samples."""
+    """Number of samples -> values of the data to record, such as a blend's tokens by corpus."""
     best: BestLoss = field(default_factory=BestLoss)
     """The best loss of the evaluations so far."""
     done: int = 0
@@ -142,7 +142,7 @@ class Trainer:
         finite = [loss for loss in losses if isfinite(loss)]
         mean = sum(finite) / len(finite) if finite else nan
         total = self.config.training.steps
-        self.monitor.say(
+        self.monitor.log(
             log_line(self.done, total, mean, norms[-1], results[-1].lr, speed, self.skipped)
         )
         self.monitor.flush()
@@ -160,7 +160,7 @@ class Trainer:
             progress = {"step": self.done, "skipped": self.skipped, "best": self.best.state()}
             state = {**progress, **self.identity}
             folder = self.checkpoints.save(self.engine, self.done, state, self.writers)
-            self.monitor.say(f"saved {folder} in {time.perf_counter() - began:.1f} s")
+            self.monitor.log(f"saved {folder} in {time.perf_counter() - began:.1f} s")
         self._saved = self.done
 
     def evaluate(self) -> None:
@@ -171,12 +171,12 @@ class Trainer:
                 evaluated = self.evaluator.evaluate(self.model)
                 # Rank 0's, for what follows from it must be the same everywhere, to the last bit.
                 result = broadcast_object(lambda: evaluated, self._grid)
-                self.monitor.say(f"step {self.done}: {result}")
+                self.monitor.log(f"step {self.done}: {result}")
                 self.monitor.validation(self.done, result)
             self._report_metrics()
             if self.sample is not None:
                 text = self.sample()
-                self.monitor.say(f"step {self.done}: sample\n{text}")
+                self.monitor.log(f"step {self.done}: sample\n{text}")
                 self.monitor.text("sample", text, self.done)
             self.monitor.flush()
         if result is not None:
@@ -194,11 +194,11 @@ class Trainer:
             self.checkpoints.mark_best(self.done, self._grid)
 
     def _report_metrics(self) -> None:
-        """What the model says of itself, such as how far an EGPT's memory gates are open."""
+        """Log the model's metrics, such as how far an EGPT's memory gates are open."""
         metrics = self.model.metrics()
         if metrics:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            self.monitor.say(f"step {self.done}: {shown}")
+            self.monitor.log(f"step {self.done}: {shown}")
             self.monitor.training(self.done, metrics)
 
     def _make_up_for_evaluation(self) -> None:
@@ -215,7 +215,7 @@ class Trainer:
         best, reason = self.best, "no validation loss was finite"
         if best.loss is not None:
             reason = f"no validation loss better than {best.loss:.4f}, that of step {best.step},"
-        self.monitor.say(
+        self.monitor.log(
             f"ended after step {self.done} of {self.config.training.steps}: {reason} in "
             f"{best.without} evaluations (training.patience)"
         )
@@ -224,7 +224,7 @@ class Trainer:
         if self._saved != self.done:
             self.save()
         total = self.config.training.steps
-        self.monitor.say(
+        self.monitor.log(
             f"stopped by {reason} after step {self.done} of {total}; go on with --resume"
         )
 
@@ -264,7 +264,7 @@ class Trainer:
     def _on_nonfinite(self, problem: str) -> None:
         """Do what ``training.on_nonfinite`` says: end the run everywhere, or note it and go on."""
         if self.config.training.on_nonfinite == "skip":
-            self.monitor.say(f"skipped: {problem}")
+            self.monitor.log(f"skipped: {problem}")
             return
         latest = broadcast_object(self.checkpoints.latest, self._grid)
         raise _everywhere(

@@ -26,9 +26,9 @@ PROGRAMS: dict[str, ModuleType] = {
 def test_a_command_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, program, *words = shlex.split(command)
     monkeypatch.setattr("sys.argv", [program, *words])
-    arguments = PROGRAMS[program]._parse_arguments()
+    arguments = PROGRAMS[program].parse_arguments()
     if program == "tools/preprocess.py":
-        preprocess._reader_options(arguments)
+        preprocess.options_of(arguments)
 
 
 def test_every_reader_and_option_is_described() -> None:

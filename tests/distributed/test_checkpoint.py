@@ -302,13 +302,12 @@ def _resume_with_other_settings(folder: Path) -> None:
             config = _config(tp=tp, stage=stage, training={"gradient_clipping": 0.5}, **changed)
             engine = make_engine(config, grid_for(tp))
             CheckpointManager(folder, keep=1).load(engine)
-            optimizer = engine._deepspeed.optimizer
-            matrices, vectors = optimizer.param_groups
+            matrices, vectors = engine.optimizer.param_groups
             assert matrices["weight_decay"] == 0.3
             assert vectors["weight_decay"] == 0.0
             assert matrices["betas"] == (0.9, 0.9)
             if stage == 2:
-                assert optimizer.clip_grad == 0.5
+                assert engine.optimizer.clip_grad == 0.5
             engine.close()
 
 

@@ -33,25 +33,29 @@ def _step(engine: Engine, config: RunConfig, step: int, **changes: Any) -> StepR
     batches = micro_batches(step, config, engine.grid)
     if "targets" in changes:
         batches = [{**b, "targets": torch.full_like(b["targets"], -100)} for b in batches]
-    engine._loss_function = changes.get("loss", nats)
+    if "factor" in changes:
+        batches = [{**batch, "factor": torch.tensor(changes["factor"])} for batch in batches]
     return engine.train_step(step, batches)
+
+
+def _scaled_nats(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of a micro-batch, times its ``factor`` if it has one."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "factor"}
+    return nats(model, inputs) * batch.get("factor", 1.0)
 
 
 def _each(configs: list[RunConfig], check: Any) -> None:
     for config in configs:
-        engine = make_engine(config, grid_for(1))
+        engine = make_engine(config, grid_for(1), _scaled_nats)
         check(engine, config)
         engine.assert_replicas_equal()
         engine.close()
 
 
 def _infinite_on_the_last_rank(engine: Engine, config: RunConfig) -> None:
-    def infinite(model: Any, batch: dict[str, Tensor]) -> Tensor:
-        return nats(model, batch) * (torch.inf if engine.grid.dp_rank == 1 else 1.0)
-
     _step(engine, config, 0)
     before = _weights(engine)
-    result = _step(engine, config, 1, loss=infinite)
+    result = _step(engine, config, 1, factor=torch.inf if engine.grid.dp_rank == 1 else 1.0)
     assert not result.applied
     assert result.nonfinite
     assert result.grad_norm.item() == torch.inf
@@ -124,7 +128,7 @@ def _fp16_finds_its_scale(folder: Path) -> None:
     for stage in (1, 2):
         config = dataclasses.replace(_config(stage, "fp16"), deepspeed=raw)
         with supported:
-            engine, other = make_engine(config, grid_for(1)), make_engine(config, grid_for(1))
+            engine, other = (make_engine(config, grid_for(1), _scaled_nats) for _ in range(2))
         before = _weights(engine)
         results = [_step(engine, config, step) for step in range(12)]
         skipped = [result for result in results if not result.applied]
@@ -134,7 +138,7 @@ def _fp16_finds_its_scale(folder: Path) -> None:
         assert engine.loss_scale == 2.0 ** (24 - len(skipped))
         assert any(not before[n].equal(t) for n, t in _weights(engine).items())
 
-        infinite = _step(engine, config, 12, loss=lambda m, b: nats(m, b) * torch.inf)
+        infinite = _step(engine, config, 12, factor=torch.inf)
         assert not infinite.applied
         assert infinite.nonfinite, "but an infinite loss is"
 

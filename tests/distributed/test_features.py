@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaegpt.data.features import writer
-from megaegpt.data.features.store import FeatureStore
+from megaegpt.data.features.store import FeatureSpec, FeatureStore
 from megaegpt.data.features.writer import compute_features
 from megaegpt.errors import DataError
 from megaegpt.model.build import build_model
@@ -98,7 +98,7 @@ def _no_more_files(*_: object) -> None:
     raise OSError(errno.EMFILE, "Too many open files")
 
 
-def _fail_to_append(self: writer._PartFile, values: Tensor) -> None:
+def _fail_to_append(self: writer.PartFile, values: Tensor) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -111,9 +111,9 @@ def _fail_on_rank_0(folder: Path, where: str, tp_size: int) -> str:
     with pytest.MonkeyPatch.context() as patch:
         if grid.rank == 0:
             if where == "opening":
-                patch.setattr(writer._PartFile, "__init__", _no_more_files)
+                patch.setattr(writer.PartFile, "__init__", _no_more_files)
             elif where == "appending":
-                patch.setattr(writer._PartFile, "append", _fail_to_append)
+                patch.setattr(writer.PartFile, "append", _fail_to_append)
             else:
                 stream = _UnreadableStream()
         try:
@@ -138,19 +138,20 @@ def test_a_rank_that_cannot_open_read_or_write_leaves_no_other_waiting(
 def _count_looks(folder: Path) -> list[str]:
     """What this rank looked at in the folder before the store was there."""
     grid, seen = grid_for(1), []
-    claim, look = writer._Writer._claim_folder, writer._Writer._is_there
+    exists, problem = FeatureStore.exists, writer.part_problem
 
-    def counting_claim(self: writer._Writer) -> bool:
-        seen.append("folder")
-        return claim(self)
+    def counting_exists(folder: Path) -> bool:
+        found = exists(folder)
+        seen.extend([] if found else ["folder"])
+        return found
 
-    def counting_look(self: writer._Writer, part: int) -> bool:
+    def counting_problem(folder: Path, spec: FeatureSpec, array: str, part: int) -> str | None:
         seen.append(f"part {part}")
-        return look(self, part)
+        return problem(folder, spec, array, part)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer._Writer, "_claim_folder", counting_claim)
-        patch.setattr(writer._Writer, "_is_there", counting_look)
+        patch.setattr(FeatureStore, "exists", counting_exists)
+        patch.setattr(writer, "part_problem", counting_problem)
         compute_features(folder, spec(), Stream(), encode, pool, grid, batch_size=3)
     return seen
 

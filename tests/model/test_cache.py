@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -221,6 +222,18 @@ def test_a_windows_cache_is_constant_past_the_window():
     assert len({cache.bytes() for cache in caches}) == 1
 
 
+def _tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """All tensors that an object holds, at any depth."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
+    elif hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from _tensors_in(item)
+
+
 @torch.no_grad()
 def test_bytes_count_everything_that_is_kept():
     """What decoding leaves allocated is what bytes() says."""
@@ -231,8 +244,6 @@ def test_bytes_count_everything_that_is_kept():
             model.hidden_states(tokens_of(config, 2, length), cache)
         kept = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for store in cache._layers
-            for tensor in vars(store).values()
-            if isinstance(tensor, torch.Tensor)
+            for tensor in _tensors_in(cache)
         }
         assert sum(kept.values()) == cache.bytes(), attention

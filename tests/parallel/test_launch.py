@@ -1,4 +1,4 @@
-"""How processes join: the launcher's variables in every combination, and whose end is whose."""
+"""How processes join: the launcher's variables in every combination."""
 
 from __future__ import annotations
 
@@ -109,28 +109,6 @@ def test_a_rank_left_over_in_a_shell_does_not_silence_the_only_process(
     assert is_other_rank()
 
 
-@pytest.mark.parametrize(
-    ("grandparent", "parent", "watched"),
-    [
-        ("python /venv/bin/deepspeed --num_gpus 2 train.py", "deepspeed.launcher.launch", True),
-        ("python -m deepspeed.launcher.runner train.py", "deepspeed.launcher.launch", True),
-        ("bash", "deepspeed.launcher.launch", False),
-        ("sshd: user", "deepspeed.launcher.launch", False),
-        ("bash deepspeed.sh", "torch.distributed.run", False),
-        ("nohup torchrun", "torch.distributed.run", False),
-        ("vim /home/me/deepspeed", "bash", False),
-    ],
-)
-def test_only_deepspeeds_own_runner_is_watched(
-    monkeypatch: pytest.MonkeyPatch, grandparent: str, parent: str, watched: bool
-) -> None:
-    """A shell, nohup or tmux may leave at any time."""
-    lines = {10: f"python -u -m {parent} train.py", 1: grandparent}
-    monkeypatch.setattr(launch, "_parent_of", lambda process: 1)
-    monkeypatch.setattr(launch, "_words_of", lambda process: lines[process].split())
-    assert launch._deepspeed_runner(10) == (1 if watched else None)
-
-
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_process_groups_have_a_timeout_and_a_gpus_device(
     monkeypatch: pytest.MonkeyPatch, kind: str
@@ -139,7 +117,7 @@ def test_process_groups_have_a_timeout_and_a_gpus_device(
     store = dist.HashStore()
     monkeypatch.setattr(launch, "is_launched", lambda: True)
     monkeypatch.setattr(launch, "local_device", lambda: device)
-    monkeypatch.setattr(launch, "_end_with_launcher", lambda: None)
+    monkeypatch.setattr(launch, "end_with_launcher", lambda: None)
     monkeypatch.setattr(launch.dist, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
     monkeypatch.setattr(
         launch.dist, "init_process_group", lambda backend, **options: made.update(options)

@@ -98,12 +98,12 @@ class StopAfter(StopRequests):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        self._left = steps
+        self.left = steps
 
     def agreed(self, failed: bool, grid: ProcessGrid) -> tuple[bool, str | None]:
         some_failed, reason = super().agreed(failed, grid)
-        self._left -= 1
-        return some_failed, "the test" if self._left < 0 else reason
+        self.left -= 1
+        return some_failed, "the test" if self.left < 0 else reason
 
 
 @pytest.fixture(scope="session")

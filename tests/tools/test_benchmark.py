@@ -92,8 +92,8 @@ def test_growth_is_of_the_time_per_token_from_4096_on():
         return {"variant": "kind", "length": length, "train": times}
 
     rows = [row(1024, 7.0), row(4096, 1.0), row(8192, 2.0), row(16384, 5.0)]
-    assert attention._growth(rows) == {"kind": pytest.approx(1.25)}
-    assert attention._growth(rows[:2]) == {}
+    assert attention.time_growth(rows) == {"kind": pytest.approx(1.25)}
+    assert attention.time_growth(rows[:2]) == {}
 
 
 def test_data(run, tmp_path):
@@ -142,11 +142,11 @@ def too_large(batch: int) -> Workload:
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_a_failure_is_noted():
-    part = gpu._Part(repetitions=1, on_gpu=False)
-    assert part.measure("work", too_large, 8, unit="tokens").name == "work, batch 2"
-    assert part.problems == []
-    assert part.measure("other work", fails_at, 8, unit="tokens") is None
-    assert part.problems == ["other work failed"]
+    suite = gpu.Suite(repetitions=1, on_gpu=False)
+    assert suite.measure("work", too_large, 8, unit="tokens").name == "work, batch 2"
+    assert suite.problems == []
+    assert suite.measure("other work", fails_at, 8, unit="tokens") is None
+    assert suite.problems == ["other work failed"]
 
 
 def fails_at(batch: int) -> Workload:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tools.convert
+from megaegpt.arguments import ArgumentParser
 from megaegpt.config import EncoderConfig, ModelConfig, ParallelConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import CheckpointError
@@ -73,6 +74,10 @@ def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return _Convert(monkeypatch, capsys)
 
 
+class _Accepted(BaseException):
+    """The command line is right; nothing has been done yet."""
+
+
 def test_what_the_help_and_the_documentation_say_to_type_is_accepted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -80,9 +85,17 @@ def test_what_the_help_and_the_documentation_say_to_type_is_accepted(
     text = f"{tools.convert.__doc__}\n{page}".replace("\\\n", " ")
     commands = re.findall(r"^.*tools/convert\.py (.+)$", text, re.MULTILINE)
     assert len(commands) > 10
+    parse = ArgumentParser.parse_args
+
+    def parse_only(self: ArgumentParser) -> None:
+        parse(self)
+        raise _Accepted
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
     for command in commands:
         monkeypatch.setattr(sys, "argv", ["convert.py", *shlex.split(command, comments=True)])
-        tools.convert._parse_arguments()
+        with pytest.raises(_Accepted):
+            tools.convert.main()
 
 
 def test_export_and_import_are_inverse(convert: _Convert, weights: Path, tmp_path: Path) -> None:

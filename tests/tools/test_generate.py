@@ -176,7 +176,7 @@ def test_samples_beyond_one_batch_are_those_of_their_seeds(
     egpt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together, _ = _run("--checkpoint", egpt, "--prompt", "It", "--num-samples", 3, "--seed", 5)
-    monkeypatch.setattr(generate, "_SAMPLES_AT_ONCE", 2)
+    monkeypatch.setattr(generate, "SAMPLES_AT_ONCE", 2)
     batches, err = _run("--checkpoint", egpt, "--prompt", "It", "--num-samples", 3, "--seed", 5)
     assert batches == together
     assert "36 new tokens" in err
@@ -186,7 +186,7 @@ def test_any_number_of_samples_is_begun_at_once(
     egpt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are written batch by batch; the second one is where this test stops."""
-    begin, begun = generate._SampleWriter.begin, []
+    begin, begun = generate.SampleWriter.begin, []
 
     def stop_at_the_second(self: object, prompt: str, first: int, count: int) -> None:
         begun.append((first, count))
@@ -194,8 +194,8 @@ def test_any_number_of_samples_is_begun_at_once(
             raise KeyboardInterrupt
         begin(self, prompt, first, count)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(generate, "_SAMPLES_AT_ONCE", 2)
-    monkeypatch.setattr(generate._SampleWriter, "begin", stop_at_the_second)
+    monkeypatch.setattr(generate, "SAMPLES_AT_ONCE", 2)
+    monkeypatch.setattr(generate.SampleWriter, "begin", stop_at_the_second)
     with pytest.raises(SystemExit):
         _run("--checkpoint", egpt, "--num-samples", 99999999999)
     assert begun == [(0, 2), (2, 2)]

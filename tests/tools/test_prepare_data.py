@@ -80,7 +80,7 @@ def test_the_book_falls_back_to_the_bible_and_the_choice_stays(
     assert line["text"].endswith("The grace of our Lord Jesus Christ be with you all. Amen.")
     assert line["text"].count("\nChapter ") == 1_189
 
-    monkeypatch.setattr(prepare_data, "_load", lambda *_: pytest.fail("chose again"))
+    monkeypatch.setattr(prepare_data, "load_book", lambda *_, **__: pytest.fail("chose again"))
     prepare(monkeypatch, "book", "--output", tmp_path)
     assert "text: The King James Bible (prepared before)" in capsys.readouterr().out
 
@@ -196,7 +196,7 @@ def test_real_books_have_the_known_number_of_tokens(
     said: list[str] = []
     book = books.BOOKS[name]
     cleaning = books.Cleaning(**options)
-    document = books.load_book(book, cleaning, tmp_path, local=data_dir, say=said.append)
+    document = books.load_book(book, cleaning, tmp_path, local=data_dir, log=said.append)
     assert not any("another edition" in line for line in said)
     assert len(Tokenizer.load().encode(document.text)) == tokens
 

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from megaegpt.config import BatchRampConfig, ModelConfig, RopeScalingConfig, RunConfig
+from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.model_rules import CONDITIONS
 from megaegpt.errors import CheckpointError, ConfigError
-from megaegpt.model import initialization
 from megaegpt.model.build import build_model
+from megaegpt.model.initialization import initialization_problems
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training import identity
 from megaegpt.training.checkpoint.manifest import Manifest
 from megaegpt.training.identity import (
     EFFECTS,
+    READ_FROM,
     check_initialization,
     check_resume,
     flatten,
@@ -49,43 +49,56 @@ def test_every_key_of_a_configuration_has_an_effect_and_no_other_key_has() -> No
     keys = set(flatten(RunConfig()))
     assert keys - set(EFFECTS) == set()
     assert set(EFFECTS) - keys == set()
-    models = {f"model.{name}" for name in {*identity._RESOLVED, *CONDITIONS}}
-    for table in (identity.READ_FROM, identity._PLACES, identity._MAY_CHANGE_AT_THE_START, models):
+    for table in (READ_FROM, {f"model.{name}" for name in CONDITIONS}):
         assert set(table) <= keys
+
+
+def _with_another(section: Any, key: str) -> Any:
+    """A section of a configuration with another value of one key, valid or not."""
+    name, _, rest = key.partition(".")
+    value = getattr(section, name)
+    if rest:
+        other = _with_another(value, rest)
+    elif isinstance(value, str):
+        other = "another"
+    elif isinstance(value, bool):
+        other = not value
+    else:
+        other = 0 if value is None else value + 1
+    return dataclasses.replace(section, **{name: other})
 
 
 def test_what_a_decoder_copies_of_an_encoder_s_blocks_is_judged_by_all_of_their_arithmetic() -> (
     None
 ):
-    copied = {f"model.{name}" for name in initialization._SAME}
-    resolved = {f"model.{v}": f"model.{k}" for k, v in identity._RESOLVED.items()}
-    of_blocks = set(model_arithmetic(ModelConfig(attention="latent", positions="rotary")))
+    encoder = ModelConfig(attention="latent", positions="rotary")
+    assert initialization_problems(encoder, encoder) == []
     elsewhere = {
         "model.kind",
         "model.vocab_size",  # compared for every encoder
         "model.hidden_size",
         "model.num_layers",  # the last ones are copied
-        "model.positions",  # added to the input, which a decoder gets from its encoder
-        "model.rope_base",
-        "model.rope_fraction",
-        "model.rope_pairs",
-        *(f"model.rope_scaling.{key.name}" for key in dataclasses.fields(RopeScalingConfig)),
-        "model.rope_head_dim",
         "model.window",  # of what the decoder attends to
         "model.document_end",
         "model.tied_embeddings",
     }
-    assert of_blocks - elsewhere <= {resolved.get(key, key) for key in copied}
+    for key in model_arithmetic(encoder).keys() - elsewhere:
+        decoder = _with_another(encoder, key.removeprefix("model."))
+        assert initialization_problems(decoder, encoder), key
 
 
 def test_models_that_compute_the_same_have_the_same_arithmetic() -> None:
     plain = encoder_config()
     for same in (
-        {"num_kv_heads": 4, "head_dim": 4, "ffn_hidden_size": 64},
+        {"num_kv_heads": 4, "head_dim": 4, "ffn_hidden_size": 64, "qkv_bias": True},
         {"rope_base": 500.0},
         {"dropout": 0.3, "init_std": 0.1},
     ):
         assert model_arithmetic(encoder_config(**same)) == model_arithmetic(plain), same
+    latent = encoder_config(attention="latent")
+    assert model_arithmetic(dataclasses.replace(latent, latent_dim=latent.latent_size)) == (
+        model_arithmetic(latent)
+    )
     rotary = encoder_config(positions="rotary")
     assert model_arithmetic(dataclasses.replace(rotary, rope_base=5e5)) != model_arithmetic(rotary)
 
@@ -189,14 +202,16 @@ def test_no_more_steps_than_are_done_are_refused(
         _check(_changed(config, training={"steps": steps}), checkpoint)
 
 
+@pytest.mark.parametrize("section", ["checkpoint", "logging"])
 def test_the_checkpoint_of_another_run_is_refused_and_a_moved_run_is_not(
-    config: RunConfig, tmp_path: Path
+    config: RunConfig, tmp_path: Path, section: str
 ) -> None:
     checkpoint = _checkpoint(tmp_path, config)
-    moved = _changed(config, logging={"directory": str(tmp_path / "moved")})
+    moved = _changed(config, **{section: {"directory": str(tmp_path / "moved")}})
     (line,) = _check(moved, checkpoint)
-    assert "logging.directory" in line
-    with pytest.raises(CheckpointError, match=r"is of another run: logging\.directory.*seed is 13"):
+    assert f"{section}.directory" in line
+    reason = rf"is of another run: {section}\.directory.*seed is 13"
+    with pytest.raises(CheckpointError, match=reason):
         _check(_changed(moved, training={"seed": 1}), checkpoint)
 
 
@@ -265,9 +280,11 @@ def test_weights_of_another_arithmetic_are_refused_and_what_may_be_meant_is_name
     for key, value in (("activation", "gelu"), ("num_heads", 2), ("positions", "rotary")):
         with pytest.raises(ConfigError, match=rf"model\.{key} is .* there and {value} here"):
             check_initialization(dataclasses.replace(trained, **{key: value}), tmp_path)
-    meant = dataclasses.replace(trained, window=4, max_seq_len=16)
+    meant = dataclasses.replace(trained, window=4, window_every=2, document_end=3, max_seq_len=16)
     (notice,) = check_initialization(meant, tmp_path)
     assert "model.window null -> 4" in notice
+    assert "model.window_every null -> 2" in notice
+    assert "model.document_end null -> 3" in notice
     assert "model.max_seq_len 8 -> 16" in notice
 
 

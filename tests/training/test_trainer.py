@@ -24,10 +24,10 @@ from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training import pretraining
 from megaegpt.training.engine import compiling
+from megaegpt.training.engine.engine import Engine, StepResult
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.stopping import StopRequests
-from megaegpt.training.trainer import Trainer
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import (
     CHUNK,
@@ -229,18 +229,18 @@ def test_a_checkpoint_precedes_evaluation_which_is_made_up_for_on_resume(
 
 def _stop_by_signal(corpus: Path, folder: Path, number: int) -> tuple[bool, str, bool]:
     before = signal.getsignal(number)
-    original = Trainer._check_finite
+    original = Engine.train_step
 
-    def with_signal(self: Trainer, result: Any) -> None:
-        original(self, result)
-        if self.done == 1 and self._grid.rank == 1:
+    def with_signal(self: Engine, step: int, micro_batches: Any) -> StepResult:
+        if step == 1 and self.grid.rank == 1:
             os.kill(os.getpid(), number)
+        return original(self, step, micro_batches)
 
-    Trainer._check_finite = with_signal  # type: ignore[method-assign]
+    Engine.train_step = with_signal  # type: ignore[method-assign]
     try:
         complete, shown = _run("gpt", corpus, folder)
     finally:
-        Trainer._check_finite = original  # type: ignore[method-assign]
+        Engine.train_step = original  # type: ignore[method-assign]
     return complete, shown, signal.getsignal(number) is before
 
 

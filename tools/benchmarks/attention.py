@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, step, text in zip(configs, trained, decoded, strict=True):
             rows.append(_row(name, length, configs[name], step, text))
         _print(rows[-len(configs) :])
-    growth = _growth(rows)
+    growth = time_growth(rows)
     if arguments.plot is not None:
         _plot(rows, arguments.plot)
         print(f"wrote {arguments.plot}")
@@ -226,7 +226,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print(flush=True)
 
 
-def _growth(rows: list[dict[str, Any]]) -> dict[str, float]:
+def time_growth(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Time per token at the greatest length over that at 4,096 (or the smallest above it).
 
     Processor time where the CPU computes: other programs on the machine disturb it less, and

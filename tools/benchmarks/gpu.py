@@ -46,26 +46,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Check, measure, print, and return the record; its ``problems`` say what failed."""
     began = time.perf_counter()
-    part = _Part(arguments.repetitions, torch.cuda.is_available())
+    suite = Suite(arguments.repetitions, torch.cuda.is_available())
     for name in arguments.parts:
         print(f"\n--- {name}", flush=True)
-        _PARTS[name](part)
+        _PARTS[name](suite)
     print()
-    print(format_table([("", "measured", "target"), *part.summary]))
-    if not part.on_gpu:
+    print(format_table([("", "measured", "target"), *suite.summary]))
+    if not suite.on_gpu:
         print("there is no GPU: these are tiny sizes on the CPU, and say nothing about speed")
     minutes = (time.perf_counter() - began) / 60
     print(f"{minutes:.1f} minutes")
     return {
         "minutes": minutes,
-        "problems": part.problems,
-        "summary": part.summary,
-        "results": [result.as_dict() for result in part.results],
+        "problems": suite.problems,
+        "summary": suite.summary,
+        "results": [result.as_dict() for result in suite.results],
     }
 
 
-class _Part:
-    """What the parts share: how to measure, and what came of it."""
+class Suite:
+    """The measurements of all parts: results, a summary, and the problems on the way."""
 
     def __init__(self, repetitions: int, on_gpu: bool) -> None:
         self.on_gpu = on_gpu
@@ -98,31 +98,31 @@ class _Part:
 # -- parts ----------------------------------------------------------------------------------------
 
 
-def _checks(part: _Part) -> None:
+def _checks(suite: Suite) -> None:
     """The tests marked gpu; without a GPU, the same tests on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = ["-m", "gpu" if part.on_gpu else "not gpu", "-rs", f"--junitxml={report}"]
+        words = ["-m", "gpu" if suite.on_gpu else "not gpu", "-rs", f"--junitxml={report}"]
         command = [sys.executable, "-m", "pytest", "tests/gpu", *words]
         subprocess.run(command, cwd=_ROOT, check=False)
-        suite = ElementTree.parse(report).getroot()[0].attrib
-    failed = int(suite["failures"]) + int(suite["errors"])
-    passed = int(suite["tests"]) - failed - int(suite["skipped"])
-    part.summary.append(("tests passed", str(passed), f"{passed + failed}"))
+        counts = ElementTree.parse(report).getroot()[0].attrib
+    failed = int(counts["failures"]) + int(counts["errors"])
+    passed = int(counts["tests"]) - failed - int(counts["skipped"])
+    suite.summary.append(("tests passed", str(passed), f"{passed + failed}"))
     if failed or not passed:
-        part.problems.append(f"{failed} of {passed + failed} tests failed")
+        suite.problems.append(f"{failed} of {passed + failed} tests failed")
 
 
-def _train(part: _Part) -> None:
-    for shape, batch in _TRAIN.items() if part.on_gpu else {"small": 1}.items():
-        context = 1024 if part.on_gpu else 8
-        result = part.measure(
-            f"training {shape}", _train_step, batch, shape, context, part.on_gpu, unit="tokens"
+def _train(suite: Suite) -> None:
+    for shape, batch in _TRAIN.items() if suite.on_gpu else {"small": 1}.items():
+        context = 1024 if suite.on_gpu else 8
+        result = suite.measure(
+            f"training {shape}", _train_step, batch, shape, context, suite.on_gpu, unit="tokens"
         )
         if result is not None:
             print_mfu([result])
             target = f"{_MFU_TARGETS[shape]:.0%} MFU" if shape in _MFU_TARGETS else ""
-            part.summary.append((f"training {shape}", _with_mfu(result), target))
+            suite.summary.append((f"training {shape}", _with_mfu(result), target))
 
 
 def _with_mfu(result: Result) -> str:
@@ -130,36 +130,36 @@ def _with_mfu(result: Result) -> str:
     return f"{result.rate:,.0f} tokens/s{mfu}"
 
 
-def _egpt(part: _Part) -> None:
+def _egpt(suite: Suite) -> None:
     """Windows of 16 x 1,024 tokens, against a GPT as deep as the encoder over as many tokens."""
-    windows, size = (4, 1024) if part.on_gpu else (1, 4)
-    shape = _EGPT if part.on_gpu else _TINY
+    windows, size = (4, 1024) if suite.on_gpu else (1, 4)
+    shape = _EGPT if suite.on_gpu else _TINY
     rates = {}
     for features in ("online", "stored"):
         name = f"EGPT, {features} features"
-        result = part.measure(
-            name, _egpt_step, windows, shape, size, features, part.on_gpu, unit="tokens"
+        result = suite.measure(
+            name, _egpt_step, windows, shape, size, features, suite.on_gpu, unit="tokens"
         )
         rates[name] = None if result is None else result.rate
     context = shape["chunks"] * size
-    dense = "124M" if part.on_gpu else "small"
+    dense = "124M" if suite.on_gpu else "small"
     name = f"dense {dense} at {context:,}"
-    result = part.measure(name, _train_step, windows, dense, context, part.on_gpu, unit="tokens")
+    result = suite.measure(name, _train_step, windows, dense, context, suite.on_gpu, unit="tokens")
     for egpt_name, rate in rates.items():
         if rate is not None and result is not None:
             ratio = f"{rate:,.0f} tokens/s, {rate / result.rate:.1f} x dense"
-            part.summary.append((egpt_name, ratio, "5 x dense" if "online" in egpt_name else ""))
+            suite.summary.append((egpt_name, ratio, "5 x dense" if "online" in egpt_name else ""))
 
 
-def _decode(part: _Part) -> None:
+def _decode(suite: Suite) -> None:
     for batch in (1, 8):
-        result = part.measure(f"decoding {batch}", _decoding, batch, part.on_gpu, unit="tokens")
+        result = suite.measure(f"decoding {batch}", _decoding, batch, suite.on_gpu, unit="tokens")
         if result is not None:
             target = "1,000 tokens/s" if batch == 1 else ""
-            part.summary.append((f"decoding, batch {batch}", _with_mfu(result), target))
+            suite.summary.append((f"decoding, batch {batch}", _with_mfu(result), target))
 
 
-_PARTS: dict[str, Callable[[_Part], None]] = {
+_PARTS: dict[str, Callable[[Suite], None]] = {
     "checks": _checks,
     "train": _train,
     "egpt": _egpt,

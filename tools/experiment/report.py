@@ -106,20 +106,20 @@ def findings(plan: ExperimentPlan, name: str, corpus: dict[str, Any]) -> list[st
             loss = result["losses"]["true"]
             found.append(
                 f"{name}, {_BUDGETS[budget]}: {variant} "
-                f"{_versus(base, loss, f'the baseline {plan.baseline}')}"
+                f"{compare_losses(base, loss, f'the baseline {plan.baseline}')}"
             )
             control = plan.controls.get(variant)
             if control in variants:
                 other = variants[control]["losses"]["true"]
                 found.append(
                     f"{name}, {_BUDGETS[budget]}: {variant} "
-                    f"{_versus(other, loss, f'its control {control}')}"
+                    f"{compare_losses(other, loss, f'its control {control}')}"
                 )
             if budget == "steps" and "shuffled" in result["losses"]:
                 shuffled = result["losses"]["shuffled"]
                 found.append(
                     f"{name}, {_BUDGETS[budget]}: {variant} with its own features "
-                    f"{_versus(shuffled, loss, 'with those of another window')}"
+                    f"{compare_losses(shuffled, loss, 'with those of another window')}"
                 )
     return found
 
@@ -132,7 +132,7 @@ def _same_runs(budget: str) -> str:
     )
 
 
-def _versus(other: dict[str, Any], loss: dict[str, Any], name: str) -> str:
+def compare_losses(other: dict[str, Any], loss: dict[str, Any], name: str) -> str:
     """``loss`` against ``other``: better, worse, or no difference beyond twice the spread."""
     shown = f"{loss['mean']:.4f} nats/token, {name} {other['mean']:.4f}"
     if loss["sd"] is None or other["sd"] is None:

@@ -35,14 +35,16 @@ from megaegpt.files import sha256_of_file, write_whole
 MANIFEST, PLAN = "manifest.json", "plan.json"
 STORED_AS: dict[str, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16}
 
+AUTO_VERIFY_BYTES = 4 << 30
+"""Bytes of a store that the policy ``auto`` still reads to verify its checksums."""
+
 _FORMAT_VERSION = 1
-_AUTOMATIC_BYTES = 4 << 30
 _MOST_PARTS, _SMALLEST_PART = 256, 16  # parts are the unit of sharing work and of continuing it
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What a store is of. Two stores of equal specs hold the same numbers."""
+    """The identity of a store's content: two stores of equal specs hold the same numbers."""
 
     encoder: str
     """Fingerprint of the frozen encoder's weights."""
@@ -66,8 +68,8 @@ class FeatureSpec:
     """Tokens before a chunk that the encoder saw too. A store of an earlier version has none and
     does not say so."""
     encoder_arithmetic: str = ""
-    """What else decides the encoder's states, and no tensor's shape or value: heads, positions. A
-    store of an earlier version does not say it."""
+    """Digest of all that decides the encoder's states besides its weights, such as heads and
+    positions. Empty in stores of earlier versions."""
 
     @property
     def chunks_per_part(self) -> int:
@@ -103,7 +105,7 @@ class FeatureSpec:
         return [part_name(array, part) for part in range(self.num_parts) for array in self.arrays()]
 
     def as_json(self) -> dict[str, Any]:
-        """What plan and manifest say."""
+        """The content of plan and manifest, as JSON values."""
         return {"version": _FORMAT_VERSION, **asdict(self)}
 
 
@@ -164,7 +166,7 @@ class FeatureStore:
         Raises:
             DataError: names a damaged part.
         """
-        if policy == "never" or (policy == "auto" and self.spec.num_bytes > _AUTOMATIC_BYTES):
+        if policy == "never" or (policy == "auto" and self.spec.num_bytes > AUTO_VERIFY_BYTES):
             return
         for name in self.spec.part_names()[rank::world_size]:
             path = self.folder / name

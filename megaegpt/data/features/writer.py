@@ -136,16 +136,16 @@ class _Writer:
             part_problem(self.folder, self.spec, array, part) for array in self.spec.arrays()
         )
 
-    def _open_part(self, part: int | None, stack: contextlib.ExitStack) -> dict[str, _PartFile]:
+    def _open_part(self, part: int | None, stack: contextlib.ExitStack) -> dict[str, PartFile]:
         """The files of a part, on the one rank of a TP group that writes them."""
         if part is None or self.grid.tp_rank != 0:
             return {}
         return {
-            array: stack.enter_context(_PartFile(self.folder, self.spec, array, part))
+            array: stack.enter_context(PartFile(self.folder, self.spec, array, part))
             for array in self.spec.arrays()
         }
 
-    def _write_part(self, part: int, files: dict[str, _PartFile]) -> None:
+    def _write_part(self, part: int, files: dict[str, PartFile]) -> None:
         """Encode and write one part. The ranks of a TP group encode to the end even if one of them
         cannot read or write: encoding is collective, so the others would wait for it for ever.
         """
@@ -185,7 +185,7 @@ class _Writer:
         inputs = [torch.from_numpy(x).to(self.grid.device) for x in (tokens, before)]
         return self.encode(*inputs) if self.spec.overlap else self.encode(inputs[0])
 
-    def _append(self, files: dict[str, _PartFile], states: Tensor) -> None:
+    def _append(self, files: dict[str, PartFile], states: Tensor) -> None:
         if "features" in files:
             files["features"].append(self.pool(states))
         if "token_states" in files:
@@ -206,7 +206,7 @@ class _Writer:
                 write_json(self.folder / MANIFEST, {**self.spec.as_json(), "parts": parts})
 
 
-class _PartFile:
+class PartFile:
     """One part of one array, written row by row under a temporary name; a context manager.
 
     Ordinary writes, not a writable memory map: on a full disk a map ends the process by a signal.
@@ -236,7 +236,7 @@ class _PartFile:
         os.fsync(self._file.fileno())
         publish(self._temporary, self._path)
 
-    def __enter__(self) -> _PartFile:
+    def __enter__(self) -> PartFile:
         return self
 
     def __exit__(self, *_: object) -> None:

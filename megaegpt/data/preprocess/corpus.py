@@ -54,7 +54,7 @@ class PreprocessOptions:
     validation: tuple[str, ...] = ()
     """The same for the validation split."""
     kind: Kind | None = None
-    """What the input files are; None: by their names."""
+    """Format of the input files; None: by their names."""
     reader_options: Mapping[str, Option] = field(default_factory=dict)
     """Options of the reader, for a kind that is neither JSON Lines nor text."""
     encode: EncodeOptions = field(default_factory=EncodeOptions)

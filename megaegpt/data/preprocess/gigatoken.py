@@ -19,7 +19,9 @@ import numpy as np
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
 
-_GROWTH_BYTES = 128 << 20
+MAX_GROWTH_BYTES = 128 << 20
+"""Growth of the process, in bytes, after which the encoder is built anew to empty its cache."""
+
 _CHECKED_CHARACTERS = 2000
 _STATM = Path("/proc/self/statm")
 _TEXT_PER_ENCODER = 256 << 20  # characters, where the process' size cannot be read
@@ -42,8 +44,8 @@ class GigatokenEncoder:
         self._build()
 
     def _build(self) -> None:
-        self._encoder = _make_encoder(self._tokenizer)
-        self._base_size = _resident_bytes()
+        self._encoder = build_bpe_encoder(self._tokenizer)
+        self._base_size = resident_bytes()
         self._characters = 0
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -77,10 +79,15 @@ class GigatokenEncoder:
     def _has_grown(self) -> bool:
         if self._base_size is None:
             return self._characters > _TEXT_PER_ENCODER
-        return (_resident_bytes() or 0) - self._base_size > _GROWTH_BYTES
+        return (resident_bytes() or 0) - self._base_size > MAX_GROWTH_BYTES
 
 
-def _make_encoder(tokenizer: Tokenizer) -> Any:
+def build_bpe_encoder(tokenizer: Tokenizer) -> Any:
+    """gigatoken's encoder of the same vocabulary: ``encode(text)`` gives ids, uint32 of shape (n,).
+
+    Raises:
+        DataError: the package is not installed.
+    """
     try:
         from gigatoken.gigatoken_rs import BPETokenizer
     except ImportError:
@@ -95,7 +102,8 @@ def _make_encoder(tokenizer: Tokenizer) -> Any:
         return BPETokenizer.from_tiktoken(file.name, "gpt2", {})
 
 
-def _resident_bytes() -> int | None:
+def resident_bytes() -> int | None:
+    """Resident memory of this process; None where the system does not tell it."""
     try:
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):

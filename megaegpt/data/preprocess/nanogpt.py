@@ -15,7 +15,9 @@ from megaegpt.data.tokens.shards import ShardSummary, ShardWriter, bin_path
 from megaegpt.errors import DataError
 from megaegpt.files import LFS_POINTER, LFS_POINTER_MESSAGE, locked_folder, naming_failures
 
-_BLOCK = 1 << 22  # tokens
+BLOCK_TOKENS = 1 << 22
+"""Tokens that are imported at a time."""
+
 _ENOUGH_TO_TELL = 64  # tokens; id 0 is "!", which no text has at every other place
 
 
@@ -94,7 +96,7 @@ def import_tokens(file: Path, prefix: Path) -> ShardSummary:
     if not len(content) or len(content) % 2:
         raise DataError(f"{file} has {len(content)} bytes: it is not a row of uint16 tokens")
     tokens = content.view("<u2")
-    if len(tokens) >= _ENOUGH_TO_TELL and not tokens[1:_BLOCK:2].any():
+    if len(tokens) >= _ENOUGH_TO_TELL and not tokens[1:BLOCK_TOKENS:2].any():
         raise DataError(f"{file} holds ids of 4 bytes: nanoGPT's tokens have 2")
     ends = _document_ends(tokens, file)
     lengths = np.diff(ends, prepend=0)
@@ -102,7 +104,7 @@ def import_tokens(file: Path, prefix: Path) -> ShardSummary:
         first = 0
         while first < len(ends):  # as many whole documents at a time as fit a block, at least one
             start = int(ends[first - 1]) if first else 0
-            last = max(first + 1, int(np.searchsorted(ends, start + _BLOCK, side="right")))
+            last = max(first + 1, int(np.searchsorted(ends, start + BLOCK_TOKENS, side="right")))
             writer.add(tokens[start : int(ends[last - 1])], lengths[first:last])
             first = last
         return writer.finish()
@@ -111,8 +113,8 @@ def import_tokens(file: Path, prefix: Path) -> ShardSummary:
 def _document_ends(tokens: np.ndarray, file: Path) -> np.ndarray:
     """Number of tokens up to the end of each document."""
     ends = []
-    for start in range(0, len(tokens), _BLOCK):
-        block = tokens[start : start + _BLOCK]
+    for start in range(0, len(tokens), BLOCK_TOKENS):
+        block = tokens[start : start + BLOCK_TOKENS]
         if block.max() > END_OF_TEXT_ID:
             raise DataError(
                 f"{file} holds id {block.max()} after token {start:,}: these are not GPT-2 tokens"

@@ -1,4 +1,4 @@
-"""What an unfinished preprocessing run has done so far, so that the same command can go on."""
+"""The progress of an unfinished preprocessing run, so that the same command can go on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def written_into(output: Path) -> Callable[[Path], bool]:
 
 @dataclass
 class Counts:
-    """What has been read, and what has been left out."""
+    """Numbers of documents, tokens and bytes read, and of documents left out."""
 
     documents: int = 0
     tokens: int = 0

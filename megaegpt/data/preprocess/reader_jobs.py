@@ -1,4 +1,4 @@
-"""What a reader yields, in pieces for the workers of preprocessing.
+"""The documents of a reader, in pieces for the workers of preprocessing.
 
 A reader runs in the main process, from the first file to the last; what it yields is tokenised by
 the workers. So the pieces, and the shards they go to, do not depend on the number of workers.

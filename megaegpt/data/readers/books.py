@@ -94,7 +94,7 @@ BOOKS = {
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is done to a book's body after the licence wrapper is cut off."""
+    """Options of cleaning a book's body, once the licence wrapper is cut off."""
 
     keep_wraps: bool = False
     """Leave hard line breaks instead of joining paragraphs."""
@@ -121,7 +121,7 @@ def load_book(
     cleaning: Cleaning,
     downloads: Path,
     local: Path | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Document:
     """The cleaned book: from ``local``, else the folder MEGAEGPT_DATA, else downloaded.
 
@@ -130,7 +130,7 @@ def load_book(
         cleaning: what to do to its text.
         downloads: folder that keeps downloaded files.
         local: the book's file, of any edition, or a folder that holds it.
-        say: told where the text comes from.
+        log: told where the text comes from.
 
     Raises:
         DataError: it is nowhere to be had, or the file is not the whole book.
@@ -141,11 +141,11 @@ def load_book(
     if path is None and local is not None:
         raise DataError(f"{local}: this folder has no {book.file_name}")
     if path is None:
-        path = _download(book, downloads, say)
+        path = _download(book, downloads, log)
     body = _read_body(path)
     if _words_sha256(book, body) != book.words_sha256:
-        say(f"note: {path} is another edition of {book.title} than the one published figures use")
-    say(f"{book.title}: {path}")
+        log(f"note: {path} is another edition of {book.title} than the one published figures use")
+    log(f"{book.title}: {path}")
     return Document(
         cleaning.apply(body),
         str(path),
@@ -197,7 +197,7 @@ def _find_in_environment(book: Book) -> Path | None:
     return _find(book, Path(folder)) if folder else None
 
 
-def _download(book: Book, downloads: Path, say: Callable[[str], None]) -> Path:
+def _download(book: Book, downloads: Path, log: Callable[[str], None]) -> Path:
     """Try each address; only a text with the known words is kept under the book's name."""
     target = downloads / book.file_name
     if target.exists() and _words_sha256(book, _read_body(target)) == book.words_sha256:
@@ -205,7 +205,7 @@ def _download(book: Book, downloads: Path, say: Callable[[str], None]) -> Path:
     failures = []
     for url in book.urls:
         fresh = downloads / f"{book.name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.txt"
-        say(f"downloading {url}")
+        log(f"downloading {url}")
         try:
             download(url, fresh)
             if _words_sha256(book, _read_body(fresh)) == book.words_sha256:

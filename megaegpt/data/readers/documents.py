@@ -1,4 +1,4 @@
-"""What every reader yields, and what happens to input that cannot be used."""
+"""The documents that every reader yields, and the treatment of input that cannot be used."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Problems:
         self.examples = (self.examples + examples)[:_EXAMPLES_KEPT]
 
     def why_nothing(self) -> str:
-        """What has been skipped, in the words that follow "no documents"; empty without any."""
+        """Describe skipped input in words to follow "no documents"; empty if there was none."""
         count = "1 bad input was" if self.count == 1 else f"{self.count:,} bad inputs were"
         return f": {count} skipped, the first {self.examples[0]}" if self.examples else ""
 

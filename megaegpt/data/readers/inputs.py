@@ -1,4 +1,4 @@
-"""What the readers share: finding files, ordering them, opening them, and reading them by lines."""
+"""Functions of all readers: find files, order them, open them, and read them by lines."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from megaegpt.errors import DataError
 from megaegpt.files import LFS_POINTER, LFS_POINTER_MESSAGE, is_special
 
 DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
-"""What Python's decompressors raise on truncated or damaged input."""
+"""Exceptions of Python's decompressors on truncated or damaged input."""
 
 MAX_DOCUMENT_BYTES = 1 << 28
 """Longest line, member or field that is taken for a document; more is a sign of damage."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""What some programs write before UTF-8 text."""
+"""Mark that some programs write before UTF-8 text."""
 
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-"""What stands before UTF-16 text, as PowerShell writes it."""
+"""Byte-order marks of UTF-16 text, as PowerShell writes it."""
 
 UTF_16_MESSAGE = "text in UTF-16: convert it (iconv -f UTF-16 -t UTF-8)"
 
 # Text compresses 3 to 10 times; a file that grows a hundredfold and is large is no text.
 _MAX_EXPANSION = 100
-_EXPANSION_FREE_BYTES = 1 << 26
+EXPANSION_FREE_BYTES = 1 << 26
+"""Decompressed bytes up to which a file may expand by any factor."""
 
 # All that a piece stands for comes out at once. Four bytes can stand for 128 KiB, so these pieces
 # cannot be more than 128 MiB.
@@ -172,7 +173,7 @@ def decompressed(file: IO[bytes], suffix: str, size: int) -> IO[bytes]:
     elif suffix == ".xz":
         plain = cast(IO[bytes], lzma.LZMAFile(file))  # noqa: SIM115  (bounded() closes the file)
     elif suffix == ".zst":
-        plain = cast(IO[bytes], _ZstdStream(file))
+        plain = cast(IO[bytes], ZstdStream(file))
     else:
         return file
     return bounded(plain, size, close=file.close)
@@ -190,7 +191,7 @@ class _BoundedExpansion(io.RawIOBase):
         self._read: Callable[[int], bytes] = getattr(plain, "read1", plain.read)
         self._close = close
         self._unread = memoryview(b"")  # a slice of it copies nothing: pieces are up to 128 MiB
-        self._left = max(_EXPANSION_FREE_BYTES, _MAX_EXPANSION * size)
+        self._left = max(EXPANSION_FREE_BYTES, _MAX_EXPANSION * size)
 
     def readable(self) -> bool:
         return True
@@ -210,8 +211,12 @@ class _BoundedExpansion(io.RawIOBase):
         super().close()
 
 
-class _ZstdStream(io.RawIOBase):
-    """Zstandard frames one after the other; unlike the library's own reader it notices a cut."""
+class ZstdStream(io.RawIOBase):
+    """Zstandard frames one after the other; unlike the library's own reader it notices a cut.
+
+    Reading raises :class:`EOFError` where the last frame is cut off, :class:`OSError` where one is
+    damaged.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__()

@@ -10,9 +10,9 @@ from typing import IO
 from megaegpt.data.readers.documents import Problems
 from megaegpt.errors import DataError
 
-# Python's default, 131,072 characters, is less than a long article or mail. Far beyond this one,
-# a quotation mark is missing and the rest of the file is being taken for one field.
-_MAX_FIELD = 1 << 26
+MAX_FIELD_CHARACTERS = 1 << 26
+"""Longest field of a row. Python's default, 131,072, is less than a long article or mail. Far
+beyond this, a quotation mark is missing and the rest of the file is being taken for one field."""
 
 
 def read_rows(
@@ -30,7 +30,7 @@ def read_rows(
     Raises:
         DataError: a required column is missing.
     """
-    csv.field_size_limit(_MAX_FIELD)
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
     # Undecodable bytes become lone surrogates, so that the row they are in can be named.
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.reader(text, strict=True)

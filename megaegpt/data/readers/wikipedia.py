@@ -161,14 +161,21 @@ def _parser(finish: Callable[[dict[str, str]], None], path: Path) -> expat.XMLPa
             page.clear()
         open_tags.pop()
 
+    parser = _parser_without_entities(path)
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
+    parser.CharacterDataHandler = characters
+    return parser
+
+
+def _parser_without_entities(path: Path) -> expat.XMLParserType:
+    """An expat parser that refuses entities: a few lines of them can expand without end."""
+
     def refuse(*_: object) -> None:
         raise DataError(f"{path}: declares a document type or entities; no Wikipedia dump does")
 
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.buffer_text = True
-    parser.StartElementHandler = start
-    parser.EndElementHandler = end
-    parser.CharacterDataHandler = characters
     parser.StartDoctypeDeclHandler = refuse
     parser.EntityDeclHandler = refuse
     return parser

@@ -73,7 +73,7 @@ def _parser() -> Any:
 
 
 def _prose(tree: Any, nodes: Any) -> Iterator[str]:
-    """What a reader would see of the parsed text, piece by piece."""
+    """Yield the visible text of a parsed article, piece by piece."""
     for node in tree.nodes:
         if isinstance(node, nodes.Text):
             yield node.value

@@ -109,7 +109,7 @@ class Blend:
         return self._cached[1:]
 
     def batch(self, numbers: np.ndarray) -> Arrays:
-        """What the sources' own ``batch`` gives, of samples by global number."""
+        """Samples by global number (n,), in the form of the sources' own ``batch``."""
         sources, inside = self.locate(numbers)
         starts = np.empty(len(numbers), np.int64)
         for source in np.unique(sources).tolist():
@@ -142,6 +142,6 @@ class Blend:
         }
 
     def describe(self, samples: int) -> str:
-        """What a run of ``samples`` samples is made of, on one line."""
+        """One line on the shares and epochs of the corpora in a run of ``samples`` samples."""
         parts = zip(self.names, self.weights, self.epochs_by_source(samples), strict=True)
         return ", ".join(f"{w:.1%} {name} ({epochs:.2f} epochs)" for name, w, epochs in parts)

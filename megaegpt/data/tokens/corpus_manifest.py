@@ -19,8 +19,10 @@ from megaegpt.files import is_special, sha256_of_file, write_whole
 from megaegpt.json_files import conform, read_json
 
 MANIFEST_NAME = "manifest.json"
+AUTO_VERIFY_BYTES = 4 << 30
+"""Bytes of shards that the policy ``auto`` still reads to verify their checksums."""
+
 _FORMAT = 1
-_AUTOMATIC_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def verify_shards(
     listed = [entry for f, m in manifests.items() for entry in m.checksums(f).items()]
     files = [(path, checksum) for path, checksum in listed if path in wanted]
     sizes = [path.stat().st_size for path, _ in files]
-    long = sum(sizes) > _AUTOMATIC_BYTES
+    long = sum(sizes) > AUTO_VERIFY_BYTES
     if policy == "auto" and long:
         return
     largest_first = sorted(range(len(files)), key=lambda number: -sizes[number])
@@ -175,7 +177,7 @@ def _verify_file(path: Path, checksum: str) -> None:
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a manifest says about the tokenizer."""
+    """Make a manifest's entry on the tokenizer."""
     return {
         "name": "gpt2",
         "fingerprint": tokenizer.fingerprint,

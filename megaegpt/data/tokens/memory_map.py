@@ -12,7 +12,9 @@ import numpy as np
 
 from megaegpt.errors import DataError
 
-_RESIDENT_BYTES = 1 << 27
+MAX_RESIDENT_BYTES = 1 << 27
+"""Bytes of memory-mapped files that a process keeps resident before it drops their pages."""
+
 _AROUND_A_READ = 1 << 17  # what the kernel maps beside the pages asked for, roughly
 
 
@@ -44,7 +46,7 @@ class ResidentPages:
     """
 
     def __init__(self, total: int) -> None:
-        self._most = _RESIDENT_BYTES if total > 2 * _RESIDENT_BYTES else None
+        self._most = MAX_RESIDENT_BYTES if total > 2 * MAX_RESIDENT_BYTES else None
         self._resident = 0
 
     def note(self, reads: int, size: int, files: Iterable[np.ndarray]) -> None:
@@ -55,10 +57,10 @@ class ResidentPages:
         if self._resident > self._most:
             self._resident = 0
             for content in files:
-                _drop_pages(content)
+                drop_pages(content)
 
 
-def _drop_pages(content: np.ndarray) -> None:
+def drop_pages(content: np.ndarray) -> None:
     """Take the pages behind an array over a map out of this process' memory."""
     owner: Any = content
     while isinstance(owner, np.ndarray):

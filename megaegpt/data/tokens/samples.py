@@ -21,7 +21,7 @@ from megaegpt.errors import DataError
 
 
 class Samples(Protocol):
-    """What a loader needs to know of its data."""
+    """Samples by global number, as the loader draws them."""
 
     def __len__(self) -> int:
         """Samples an epoch."""
@@ -41,7 +41,7 @@ class StreamSamples(Samples, Protocol):
         """First token (n,), in the stream, of samples by global number."""
 
     def read(self, starts: np.ndarray) -> Arrays:
-        """What ``batch`` gives, of samples that begin at these tokens."""
+        """The batch of the samples that begin at these tokens (n,)."""
 
 
 class EpochLayout:
@@ -178,7 +178,7 @@ class ChunkWindows:
         return (self._layout.starts(numbers) + self._first_chunk) * self.chunk_size
 
     def read(self, starts: np.ndarray) -> Arrays:
-        """What :meth:`batch` gives, of windows that begin at ``starts``."""
+        """The batch (see :meth:`batch`) of the windows that begin at ``starts`` (n,)."""
         batch = shifted(_read_rows(self.stream, starts, self.sample_len + 1))
         ids = starts[:, None] // self.chunk_size + np.arange(self.num_chunks)
         batch["chunk_ids"] = ids

@@ -1,4 +1,4 @@
-"""What a shard set holds: lengths of documents, samples of text, differences between two sets."""
+"""The contents of a shard set: lengths of documents, samples of text, differences of two sets."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ BLOCK = 1 << 20  # index entries handled at once: memory stays constant whatever
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What a finished shard holds; the checksums are of the whole files."""
+    """The counts and checksums of a finished shard; the checksums are of whole files."""
 
     name: str
     documents: int
@@ -236,7 +236,7 @@ class Shard:
         return TYPE_OF_CODE[code], sequences, documents
 
     def _check_ends(self) -> None:
-        """What can be checked without reading the whole index."""
+        """Check the ends of the index's arrays, without reading all of it."""
         lengths, pointers = self.sequence_lengths, self.sequence_pointers
         documents = self._documents
         if not len(documents) or documents[0] != 0 or documents[-1] > len(lengths):
@@ -320,7 +320,7 @@ class Shard:
                 raise self.foreign_id(start + at, int(block[at]), most)
 
     def foreign_id(self, position: int, token: int, vocab_size: int) -> DataError:
-        """What is said of a token that is outside the vocabulary.
+        """Make the error for a token that is outside the vocabulary.
 
         Args:
             position: of the token in the file.

@@ -19,10 +19,14 @@ from megaegpt.data.tokens.memory_map import ResidentPages
 from megaegpt.data.tokens.shards import Shard, state_of
 from megaegpt.errors import DataError
 
+HASHED_BLOCK_BYTES = 1 << 20
+HASHED_BLOCKS = 64
+"""The fingerprint covers so many blocks of a large shard, evenly spread; smaller shards whole."""
+
+MAX_OPEN_FILES = 256
+"""Shards that a stream keeps open to read rows from; those read longest ago are closed."""
+
 _PART_OF = re.compile(r"-(\d{5})-of-(\d{5})$")
-_HASHED_BLOCK = 1 << 20
-_HASHED_BLOCKS = 64
-_OPEN_FILES = 256
 _LOOK_INTERVAL_S = 5.0
 """Seconds between looks at whether shards have changed: few against a run, and rarely a call."""
 
@@ -56,7 +60,7 @@ class TokenStream:
         self._states = [shard.state for shard in self.shards]
         self._next_look = time.monotonic() + _LOOK_INTERVAL_S
         self._vocab_size: int | None = None
-        self._file = lru_cache(_OPEN_FILES)(self._open)
+        self._file = lru_cache(MAX_OPEN_FILES)(self._open)
         tokens_before = [0, *self._ends]
         self.spans = [(tokens_before[a], tokens_before[b]) for a, b in pairwise(bounds)]
         if not self.shards or not self._ends[-1]:
@@ -187,14 +191,14 @@ class TokenStream:
         for shard in self.shards:
             content = shard.tokens.view(np.uint8)
             digest.update(f"{shard.dtype.str} {len(content)};".encode())
-            if len(content) <= _HASHED_BLOCKS * _HASHED_BLOCK:
+            if len(content) <= HASHED_BLOCKS * HASHED_BLOCK_BYTES:
                 digest.update(content.data)
                 continue
-            last = len(content) - _HASHED_BLOCK
-            for block in range(_HASHED_BLOCKS):
-                self._pages.note(1, _HASHED_BLOCK, self._tokens)
-                start = last * block // (_HASHED_BLOCKS - 1)
-                digest.update(content[start : start + _HASHED_BLOCK].data)
+            last = len(content) - HASHED_BLOCK_BYTES
+            for block in range(HASHED_BLOCKS):
+                self._pages.note(1, HASHED_BLOCK_BYTES, self._tokens)
+                start = last * block // (HASHED_BLOCKS - 1)
+                digest.update(content[start : start + HASHED_BLOCK_BYTES].data)
         return digest.hexdigest()
 
 

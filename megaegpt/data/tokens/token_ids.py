@@ -11,7 +11,8 @@ from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
 from megaegpt.data.tokens.shards import Shard
 from megaegpt.data.tokens.stream import TokenStream
 
-_SCANNED_BYTES = 4 << 30  # more would take longer than a start should
+MAX_SCANNED_BYTES = 4 << 30
+"""Bytes of tokens that are read at the start of a run; more would take longer than it should."""
 
 
 def check_ids(stream: TokenStream, vocab_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -31,7 +32,7 @@ def check_ids(stream: TokenStream, vocab_size: int, rank: int = 0, world_size: i
     """
     manifests = _manifests(stream)
     unknown = [s for s in stream.shards if not _is_vouched_for(s, manifests, vocab_size)]
-    if sum(shard.tokens.nbytes for shard in unknown) > _SCANNED_BYTES:
+    if sum(shard.tokens.nbytes for shard in unknown) > MAX_SCANNED_BYTES:
         stream.limit_ids(vocab_size)
         return
     for shard in unknown[rank::world_size]:

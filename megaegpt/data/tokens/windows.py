@@ -24,7 +24,7 @@ class TokenSource(Protocol):
 
 
 class Windows(Protocol):
-    """What an evaluation goes through."""
+    """The windows that an evaluation goes through."""
 
     def __len__(self) -> int:
         """Windows."""

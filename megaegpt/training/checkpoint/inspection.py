@@ -1,4 +1,4 @@
-"""What a run's checkpoints, one checkpoint, or a folder of weights holds, in words."""
+"""Descriptions of a run's checkpoints, of one checkpoint, or of a folder of weights, in words."""
 
 from __future__ import annotations
 

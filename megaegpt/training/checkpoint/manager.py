@@ -18,13 +18,14 @@ import functools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megaegpt.errors import CheckpointError
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import ParamSpec
 from megaegpt.parallel.together import all_gather_object, broadcast_object, raising_together
 from megaegpt.training.checkpoint.folders import CheckpointFolders, named_step, step_folder
 from megaegpt.training.checkpoint.manifest import (
@@ -34,15 +35,33 @@ from megaegpt.training.checkpoint.manifest import (
     describe_files,
     verify_files,
 )
-from megaegpt.training.engine.engine import Engine
 
 TrainerState = dict[str, Any]
-"""What the loop itself remembers; JSON values only."""
+"""State of the training loop; JSON values only."""
 
 Writers = Mapping[str, Callable[[Path], None]]
 """Further parts of a checkpoint: name of a sub-folder -> what fills it, called on every rank."""
 
 STATE = "deepspeed"
+
+
+class SavedEngine(Protocol):
+    """The part of :class:`~megaegpt.training.engine.engine.Engine` that checkpoints need."""
+
+    grid: ProcessGrid
+    topology: Topology
+
+    def parameter_specs(self) -> dict[str, ParamSpec]:
+        """The spec of every trainable parameter by name."""
+
+    def save_state(self, folder: Path) -> list[Path]:
+        """Write weights and optimizer state under ``folder``; returns this rank's files."""
+
+    def load_state(self, folder: Path) -> None:
+        """Restore what was saved under the same topology."""
+
+    def load_reshaped(self, folder: Path, saved: Topology, scratch: Path) -> None:
+        """Restore what was saved under the topology ``saved``, with ``scratch`` for its files."""
 
 
 class CheckpointManager:
@@ -69,7 +88,7 @@ class CheckpointManager:
     # -- saving -----------------------------------------------------------------------------------
 
     def save(
-        self, engine: Engine, step: int, state: TrainerState, writers: Writers | None = None
+        self, engine: SavedEngine, step: int, state: TrainerState, writers: Writers | None = None
     ) -> Path:
         """Save after ``step`` optimizer steps; collective over all ranks.
 
@@ -135,7 +154,7 @@ class CheckpointManager:
 
     def _publish(
         self,
-        engine: Engine,
+        engine: SavedEngine,
         step: int,
         state: TrainerState,
         temporary: Path,
@@ -159,7 +178,7 @@ class CheckpointManager:
 
     # -- loading ----------------------------------------------------------------------------------
 
-    def load(self, engine: Engine, folder: str | Path | None = None) -> TrainerState:
+    def load(self, engine: SavedEngine, folder: str | Path | None = None) -> TrainerState:
         """Restore the engine from ``folder`` (default: :meth:`latest`); collective over all ranks.
 
         Every file is verified first, each by one rank.
@@ -189,7 +208,7 @@ class CheckpointManager:
             self._reshape(engine, chosen, saved)
         return manifest.trainer
 
-    def _reshape(self, engine: Engine, folder: Path, saved: Topology) -> None:
+    def _reshape(self, engine: SavedEngine, folder: Path, saved: Topology) -> None:
         scratch = self._folders.reshaping(folder.name)
         try:
             if engine.grid.is_main:
@@ -211,7 +230,7 @@ def _check_name(manifest: Manifest, folder: Path) -> None:
         )
 
 
-def _check_model(manifest: Manifest, engine: Engine, folder: Path) -> None:
+def _check_model(manifest: Manifest, engine: SavedEngine, folder: Path) -> None:
     ours = {name: list(spec.full_shape) for name, spec in engine.parameter_specs().items()}
     for name in sorted({*ours, *manifest.parameters}):
         saved, wanted = manifest.parameters.get(name), ours.get(name)
@@ -222,7 +241,7 @@ def _check_model(manifest: Manifest, engine: Engine, folder: Path) -> None:
             )
 
 
-def _check_precision(manifest: Manifest, engine: Engine, folder: Path) -> None:
+def _check_precision(manifest: Manifest, engine: SavedEngine, folder: Path) -> None:
     saved = Topology(**manifest.topology)
     if saved.precision != engine.topology.precision:
         raise CheckpointError(

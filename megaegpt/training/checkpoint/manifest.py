@@ -21,7 +21,7 @@ _REMEDY = "write the name of another checkpoint into the file `latest`"
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What one file of a checkpoint must be."""
+    """The size and checksum of one file of a checkpoint."""
 
     size: int
     """Bytes."""
@@ -31,7 +31,9 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Topology:
-    """What a checkpoint's layout depends on; it is resumed as it is only under the same."""
+    """The parallelism and precision that decide the layout of a checkpoint's files; to be resumed
+    under another parallelism it is reshaped.
+    """
 
     tensor_parallel: int
     data_parallel: int
@@ -47,7 +49,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is and holds."""
+    """The contents of a checkpoint."""
 
     step: int
     """Optimizer steps done."""
@@ -65,7 +67,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` durably."""
         body = {**vars(self), "files": {name: vars(e) for name, e in self.files.items()}}
-        content = json.dumps({"format": _FORMAT, "sha256": _digest(body), **body}, indent=1)
+        content = json.dumps({"format": _FORMAT, "sha256": digest_of(body), **body}, indent=1)
         with whole_file(folder / MANIFEST) as temporary:
             temporary.write_text(content, encoding="utf-8")
 
@@ -83,12 +85,13 @@ class Manifest:
         version, digest = body.pop("format", None), body.pop("sha256", None)
         if version != _FORMAT:
             raise CheckpointError(f"{path} has format {version}; this version reads {_FORMAT}")
-        if digest != _digest(body):
+        if digest != digest_of(body):
             raise CheckpointError(f"{path} is damaged (its checksum differs): {_REMEDY}")
         return conform(body, Manifest, str(path), error=CheckpointError, remedy=_REMEDY)
 
 
-def _digest(body: dict[str, Any]) -> str:
+def digest_of(body: dict[str, Any]) -> str:
+    """The sha256 of a manifest's fields, whatever their order and the white space between them."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What this project uses of DeepSpeed that DeepSpeed does not promise: one table of it all.
+"""One table of all that this project uses of DeepSpeed and DeepSpeed does not promise.
 
 Beside this module only ``engine``, ``gradients`` and ``optimizer`` here and ``deepspeed_state`` and
 ``universal`` in ``training.checkpoint`` know of it. A release that lacks one of these is refused by

@@ -132,7 +132,12 @@ class Engine:
             # Nothing is to be averaged: it would copy all gradients to one buffer and back.
             self._deepspeed.enable_backward_allreduce = False
         deepspeed_state.install(self._deepspeed)
-        self.module_norms = ModuleNorms(model, self._deepspeed.optimizer, grid)
+        self.module_norms = ModuleNorms(model, self.optimizer, grid)
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's optimizer, or at stage 0 ours; the keys of a run are in ``param_groups``."""
+        return self._deepspeed.optimizer
 
     @property
     def loss_scale(self) -> float:
@@ -141,7 +146,7 @@ class Engine:
 
     @property
     def _loss_scaler(self) -> Any:
-        return getattr(self._deepspeed.optimizer, "loss_scaler", None)
+        return getattr(self.optimizer, "loss_scaler", None)
 
     def parameter_specs(self) -> dict[str, ParamSpec]:
         """The spec of every trainable parameter by name."""
@@ -158,7 +163,7 @@ class Engine:
         are 0.
         """
         lr = learning_rate(step, self._config.optimizer, self._config.training.steps)
-        for group in self._deepspeed.optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         tokens = self._count_tokens(micro_batches)
         divisor = tokens.clamp(min=1)

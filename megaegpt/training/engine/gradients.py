@@ -50,7 +50,7 @@ class ModuleNorms:
         return squares.sqrt().float() / loss_scale
 
     def _pieces(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """What this rank has of each gradient: with ZeRO its partition's share, else all of it."""
+        """Yield this rank's piece of each gradient: under ZeRO its partition's, else the whole."""
         optimizer = self._optimizer
         if hasattr(optimizer, "averaged_gradients"):
             for number, parameters in enumerate(optimizer.params_in_partition):

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: ``metrics.jsonl``, TensorBoard or W&B, console lines, by rank 0."""
+"""The records of a run, by rank 0: ``metrics.jsonl``, TensorBoard or W&B, and console lines."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class Monitor:
             self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
             self._loggers = open_loggers(config, done)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Show a line on the console."""
         if self._is_main:
             print(text, flush=True)
 
     def configuration(self, config: RunConfig) -> None:
-        """Show what the run is."""
+        """Show the run's configuration in every logger."""
         self._show(lambda logger: logger.configuration(config))
 
     def training(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -94,7 +94,7 @@ class Monitor:
             self._show(lambda logger: logger.image(step, "validation/loss_by_chunk", image))
         elif not self._told_of_images:
             self._told_of_images = True
-            self.say("notice: no image of the loss by chunk: matplotlib is not installed")
+            self.log("notice: no image of the loss by chunk: matplotlib is not installed")
 
     def validation_loss(self, step: int) -> float | None:
         """The loss on record for an evaluation after ``step`` steps; on other ranks than 0 None."""

@@ -87,14 +87,14 @@ def test_a_store_gives_back_the_encoder_s_states_in_any_order(tmp_path: Path, dt
 def test_reading_lets_go_of_pages_and_reads_them_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_map, "_RESIDENT_BYTES", 1)
-    dropped, drop = [], memory_map._drop_pages
+    monkeypatch.setattr(memory_map, "MAX_RESIDENT_BYTES", 1)
+    dropped, drop = [], memory_map.drop_pages
 
     def noting(content: np.ndarray) -> None:
         dropped.append(type(content.base))
         drop(content)
 
-    monkeypatch.setattr(memory_map, "_drop_pages", noting)
+    monkeypatch.setattr(memory_map, "drop_pages", noting)
     store = compute(tmp_path, spec())
     for _ in range(3):
         assert store.history(torch.arange(CHUNKS)).equal(pool(all_states()))
@@ -225,7 +225,7 @@ def test_a_long_store_is_read_whole_only_if_that_is_asked_for(
     with pytest.raises(DataError):
         damaged.verify("auto")
     damaged.verify("always", rank=1, world_size=2)  # the other rank has the damaged part
-    monkeypatch.setattr(feature_store, "_AUTOMATIC_BYTES", spec().num_bytes - 1)
+    monkeypatch.setattr(feature_store, "AUTO_VERIFY_BYTES", spec().num_bytes - 1)
     damaged.verify("auto")
     with pytest.raises(DataError):
         damaged.verify("always")

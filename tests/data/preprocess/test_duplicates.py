@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,9 +22,14 @@ def test_it_says_what_a_python_set_says(batches: list[list[int]]) -> None:
     assert seen.values().tolist() == sorted(expected)
 
 
-def test_many_batches_leave_few_arrays() -> None:
+def test_a_batch_after_many_others_is_looked_up_in_few_arrays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = SeenHashes()
     generator = np.random.default_rng(1)
     for _ in range(500):
         assert seen.add(generator.integers(0, 2**63, 100).astype(np.uint64)).all()
-    assert len(seen._runs) < 20
+    lookups, search = [], np.searchsorted
+    monkeypatch.setattr(np, "searchsorted", lambda *a: lookups.append(1) or search(*a))
+    seen.add(np.zeros(1, np.uint64))
+    assert 0 < len(lookups) < 20

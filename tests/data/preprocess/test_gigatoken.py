@@ -123,24 +123,24 @@ def test_shards_are_the_same_bytes(tmp_path: Path) -> None:
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_difference_stops_the_run() -> None:
+def test_a_difference_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other:
         def encode(self, text: str) -> np.ndarray:
             return np.array([0] * len(text), np.uint32)
 
+    monkeypatch.setattr(gigatoken, "build_bpe_encoder", lambda _: Other())
     encoder = GigatokenEncoder(TOKENIZER)
-    encoder._encoder = Other()
     with pytest.raises(DataError, match="gigatoken and tiktoken disagree on the tokens of 'abc'"):
         encoder.encode_batch(["abc"])
 
 
 def test_memory_is_bounded_on_text_without_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gigatoken, "_GROWTH_BYTES", 24 << 20)
+    monkeypatch.setattr(gigatoken, "MAX_GROWTH_BYTES", 24 << 20)
     built = []
-    make = gigatoken._make_encoder
-    monkeypatch.setattr(gigatoken, "_make_encoder", lambda t: built.append(1) or make(t))
+    build = gigatoken.build_bpe_encoder
+    monkeypatch.setattr(gigatoken, "build_bpe_encoder", lambda t: built.append(1) or build(t))
     encoder = GigatokenEncoder(TOKENIZER)
-    before = gigatoken._resident_bytes()
+    before = gigatoken.resident_bytes()
     if before is None:
         pytest.skip("the size of a process cannot be read here")
     source = random.Random(1)
@@ -148,7 +148,7 @@ def test_memory_is_bounded_on_text_without_repetition(monkeypatch: pytest.Monkey
         words = ("".join(source.choices("abcdefghijklmnop", k=9)) for _ in range(60_000))
         encoder.encode_batch([" ".join(words)])
     assert len(built) > 1
-    assert (gigatoken._resident_bytes() or 0) - before < 96 << 20
+    assert (gigatoken.resident_bytes() or 0) - before < 96 << 20
 
 
 def test_without_the_package_the_error_says_what_to_install(

@@ -19,7 +19,7 @@ from megaegpt.files import LFS_POINTER, locked_folder
 def test_tokens_and_documents_come_back(
     tmp_path: Path, block: int, ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nanogpt, "_BLOCK", block)
+    monkeypatch.setattr(nanogpt, "BLOCK_TOKENS", block)
     documents = [[1, 2, 50256], [50256], [*range(30), 50256], [7, 50256 if ended else 8]]
     tokens = np.array([token for document in documents for token in document], "<u2")
     tokens.tofile(tmp_path / "train.bin")

@@ -100,7 +100,7 @@ def test_both_members_of_the_zip_are_read(tmp_path: Path) -> None:
 def test_a_zip_bomb_and_a_cut_zip_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "_EXPANSION_FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(inputs, "EXPANSION_FREE_BYTES", 1 << 20)
     bomb = tmp_path / "bomb.zip"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.csv", table(*[row(0, "a" * 100_000)] * 100))
@@ -119,7 +119,7 @@ def test_a_field_beyond_the_csv_modules_default_limit_is_read(tmp_path: Path) ->
 
 
 def test_a_field_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_MAX_FIELD", 10_000)
+    monkeypatch.setattr(tables, "MAX_FIELD_CHARACTERS", 10_000)
     path = tmp_path / "a.csv"
     unclosed = table(row(0, "good")) + b'1,"never closed' + b",x\n" * 10_000
     path.write_bytes(unclosed)

@@ -170,7 +170,7 @@ def test_a_truncated_archive_is_named_or_counted(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "_EXPANSION_FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(inputs, "EXPANSION_FREE_BYTES", 1 << 20)
     archive_of(tmp_path / "mail.tgz", "x" * (1 << 22))
     with pytest.raises(DataError, match="expands more than 100-fold"):
         read("enron", tmp_path / "mail.tgz")

@@ -111,7 +111,7 @@ def test_several_zstandard_frames_are_one_file(tmp_path: Path) -> None:
 def test_a_bomb_is_refused_before_it_fills_the_memory(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "_EXPANSION_FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(inputs, "EXPANSION_FREE_BYTES", 1 << 20)
     path = tmp_path / f"bomb.jsonl{suffix}"
     path.write_bytes(COMPRESSORS[suffix](bytes(1 << 24)))
     with pytest.raises(DataError, match=r"bomb.*expands more than 100-fold"):
@@ -147,8 +147,8 @@ def test_a_bad_text_file_is_named_or_counted(tmp_path: Path, content: bytes, wha
 def test_a_zstandard_bomb_comes_out_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four bytes of it can stand for 128 KiB: what is read at once bounds what comes out."""
     bomb = zstandard.compress(bytes(1 << 30))
-    monkeypatch.setattr(inputs, "_EXPANSION_FREE_BYTES", 1 << 40)
-    pieces = inputs._ZstdStream(io.BytesIO(bomb))
+    monkeypatch.setattr(inputs, "EXPANSION_FREE_BYTES", 1 << 40)
+    pieces = inputs.ZstdStream(io.BytesIO(bomb))
     largest = 0
     for _ in range(3):
         largest = max(largest, len(pieces.read()))
@@ -171,11 +171,16 @@ def test_no_line_of_utf_16_is_read_by_luck(tmp_path: Path, encoding: str, bad: i
     assert (documents, problems.count) == ([], bad)
 
 
+class _WholeAtOnce(io.BytesIO):
+    """Like Zstandard's stream, it gives more than was asked for."""
+
+    def read1(self, _: int | None = -1) -> bytes:
+        return self.read()
+
+
 def test_a_piece_of_any_size_is_handed_on_without_copies_of_its_rest() -> None:
     piece = bytes(1 << 24)  # the expansion of a small block
-    stream = inputs.bounded(io.BytesIO(piece), len(piece), lambda: None)
-    pieces = iter([piece, b""])
-    stream.raw._read = lambda _: next(pieces)  # as Zstandard, which gives more than was asked for
+    stream = inputs.bounded(_WholeAtOnce(piece), len(piece), lambda: None)
     tracemalloc.start()
     try:
         length = sum(len(part) for part in iter(lambda: stream.read(1 << 16), b""))

@@ -123,7 +123,7 @@ def test_text_that_is_not_utf8_and_archives_too_deep_are_named_or_counted(tmp_pa
 def test_a_bomb_inside_the_archive_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "_EXPANSION_FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(inputs, "EXPANSION_FREE_BYTES", 1 << 20)
     bomb = lzma.compress(tar({"zeros.txt": bytes(1 << 22)}))
     path = write(tmp_path / "a.tar", outer(bomb))
     with pytest.raises(DataError, match="expands more than 100-fold"):

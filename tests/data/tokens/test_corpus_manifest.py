@@ -81,7 +81,7 @@ def test_large_sets_are_verified_when_asked_for(
 ) -> None:
     flip_a_bit(f"{prefixes[0]}.bin")
     verify_shards(prefixes, "never")
-    monkeypatch.setattr(manifest, "_AUTOMATIC_BYTES", 100)
+    monkeypatch.setattr(manifest, "AUTO_VERIFY_BYTES", 100)
     verify_shards(prefixes, "auto")
     with pytest.raises(DataError, match="has changed"):
         verify_shards(prefixes, "always")

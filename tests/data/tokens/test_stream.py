@@ -65,8 +65,10 @@ def test_the_fingerprint_follows_the_content(
     other = TokenStream([write_shard(tmp_path / "c", [changed])])
     assert first.fingerprint == copy.fingerprint
     assert first.fingerprint != other.fingerprint
-    monkeypatch.setattr(stream_module, "_HASHED_BLOCK", 16)  # large shards are sampled to their end
-    monkeypatch.setattr(stream_module, "_HASHED_BLOCKS", 4)
+    monkeypatch.setattr(
+        stream_module, "HASHED_BLOCK_BYTES", 16
+    )  # large shards are sampled to their end
+    monkeypatch.setattr(stream_module, "HASHED_BLOCKS", 4)
     changed = tokens.copy()
     changed[-1] += 1
     last = TokenStream([write_shard(tmp_path / "d", [changed])])
@@ -113,7 +115,7 @@ def test_spans_are_those_of_the_given_prefixes(tmp_path: Path) -> None:
 def test_rows_come_out_of_many_files_of_several_types(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "_OPEN_FILES", 2)
+    monkeypatch.setattr(stream_module, "MAX_OPEN_FILES", 2)
     same = counting_stream(tmp_path, 100, shard_tokens=7)
     mixed = TokenStream([*same.prefixes, write_shard(tmp_path / "u", [np.arange(100, 120)])])
     starts = np.array([93, 0, 50, 14, 0, 77])

@@ -74,7 +74,7 @@ def test_more_than_a_start_may_read_is_held_against_the_vocabulary_row_by_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = TokenStream([write_shard(tmp_path / "s", [np.arange(300)])])
-    monkeypatch.setattr(token_ids, "_SCANNED_BYTES", 100)
+    monkeypatch.setattr(token_ids, "MAX_SCANNED_BYTES", 100)
     check_ids(stream, 256)
     rows = np.empty((1, 6), np.int64)
     stream.read_rows(np.array([250]), rows)

@@ -22,7 +22,7 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from tests.tiny.runs import CHUNK, CHUNKS, VOCAB, encoder_config, run_config
 from tools.experiment.measure import Text, summarize, token_nats
-from tools.experiment.report import _versus, binned, insert
+from tools.experiment.report import binned, compare_losses, insert
 
 LENGTH = 3 * CHUNK * CHUNKS + 5  # three whole windows, and four targets of a fourth
 
@@ -106,11 +106,11 @@ def _losses(*by_seed: float) -> dict[str, Any]:
     ],
 )
 def test_a_verdict_needs_twice_the_larger_spread(by_seed, words) -> None:
-    assert words in _versus(_losses(3.45, 3.55), _losses(*by_seed), "B")
+    assert words in compare_losses(_losses(3.45, 3.55), _losses(*by_seed), "B")
 
 
 def test_the_spread_of_a_gain_is_that_of_its_seeds() -> None:
-    said = _versus(_losses(4.0, 5.0), _losses(3.0, 4.0), "B")
+    said = compare_losses(_losses(4.0, 5.0), _losses(3.0, 4.0), "B")
     assert "no difference, a gain of +1.0000 where losses vary by 0.7071" in said
     assert "(and the gain itself by 0.0000)" in said
-    assert "one seed says nothing" in _versus(_losses(4.0), _losses(3.0), "B")
+    assert "one seed says nothing" in compare_losses(_losses(4.0), _losses(3.0), "B")

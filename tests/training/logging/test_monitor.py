@@ -13,6 +13,7 @@ from megaegpt.config import LoggingConfig, ModelConfig, RunConfig
 from megaegpt.errors import DataError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation
+from megaegpt.training.logging import monitor as monitor_module
 from megaegpt.training.logging.monitor import Monitor
 from tests.tiny.runs import records
 
@@ -85,10 +86,10 @@ def test_an_evaluation_without_a_finite_loss_is_not_made_again(
     assert run.validation_loss(1) is None
 
 
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = open("/dev/full", "a")  # noqa: SIM115
+    monkeypatch.setattr(monitor_module, "open", lambda *_, **__: full, raising=False)
     run = monitor(tmp_path)
-    run._metrics.close()
-    run._metrics = open("/dev/full", "a")  # noqa: SIM115
     run.training(1, {"loss": 4.0})
     with pytest.raises(DataError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
         run.flush()
