@@ -125,8 +125,11 @@ def _name_the_user() -> None:
 def is_other_rank() -> bool:
     """Whether a launcher started this process as another rank than 0, which leaves speaking to it.
 
-    A RANK that is left over in a shell is none: without its WORLD_SIZE nobody else would speak.
+    A RANK that is left over in a shell is none: without all that launchers set beside it there is
+    no rank 0 that would speak.
     """
+    if not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        return False
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     known = all(text.isascii() and text.isdigit() and len(text) < 10 for text in (rank, size))
     return known and 0 < int(rank) < int(size)
