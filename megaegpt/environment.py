@@ -83,6 +83,9 @@ _TEXTS = [
 ]
 """Patterns in the messages of libraries that hide what the operating system said."""
 
+_QUOTED = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What libraries in C++ report in the words of the operating system, in a RuntimeError."""
+
 _OF_THE_SYSTEM = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust report it
 
 
@@ -161,6 +164,10 @@ def _cause(error: BaseException) -> str | None:
     if found := _OF_THE_SYSTEM.search(text):
         number = int(found[1])
         return _described(number, os.strerror(number), "")
+    if isinstance(error, RuntimeError):
+        for number in _QUOTED:
+            if os.strerror(number) in text:
+                return _described(number, os.strerror(number), "")
     if isinstance(error, OSError | RuntimeError | ValueError):
         for pattern, cause in _TEXTS:
             if re.search(pattern, text, re.IGNORECASE):

@@ -6,6 +6,8 @@ import functools
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +425,42 @@ def test_a_dead_worker_ends_the_run_with_a_message() -> None:
         pytest.raises(DataError, match="a worker process died"),
     ):
         list(pool.map(jobs))
+
+
+_SECOND_WORKER_REFUSED = """
+import errno, os
+from megaegpt.data.preprocess.encode import EncodeOptions
+from megaegpt.data.preprocess.jobs import Job
+from megaegpt.data.preprocess.pool import EncoderPool
+from megaegpt.errors import exits_cleanly
+fork, forks = os.fork, []
+
+def limited():
+    forks.append(0)
+    if len(forks) > 1:
+        raise OSError(errno.EMFILE, "Too many open files")
+    return fork()
+
+@exits_cleanly
+def main():
+    with EncoderPool(EncodeOptions(), workers=2) as pool:
+        list(pool.map([Job(0, 0, None)]))
+
+os.fork = limited
+main()
+"""
+
+
+def test_a_worker_that_the_system_refuses_ends_the_run_with_a_message() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _SECOND_WORKER_REFUSED],
+        capture_output=True,
+        text=True,
+        timeout=120,  # it would wait for the first worker for ever
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "ulimit -n" in done.stderr
 
 
 def test_war_and_peace_has_the_known_number_of_tokens(data_dir: Path, tmp_path: Path) -> None:
