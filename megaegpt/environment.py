@@ -83,6 +83,9 @@ _TEXTS = [
 ]
 """Patterns in the messages of libraries that hide what the operating system said."""
 
+_QUOTED = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What libraries in C++ report in the words of the operating system, in a RuntimeError."""
+
 _OF_THE_SYSTEM = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust report it
 
 
@@ -125,8 +128,11 @@ def _name_the_user() -> None:
 def is_other_rank() -> bool:
     """Whether a launcher started this process as another rank than 0, which leaves speaking to it.
 
-    A RANK that is left over in a shell is none: without its WORLD_SIZE nobody else would speak.
+    A RANK that is left over in a shell is none: without all that launchers set beside it there is
+    no rank 0 that would speak.
     """
+    if not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        return False
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     known = all(text.isascii() and text.isdigit() and len(text) < 10 for text in (rank, size))
     return known and 0 < int(rank) < int(size)
@@ -158,6 +164,10 @@ def _cause(error: BaseException) -> str | None:
     if found := _OF_THE_SYSTEM.search(text):
         number = int(found[1])
         return _described(number, os.strerror(number), "")
+    if isinstance(error, RuntimeError):
+        for number in _QUOTED:
+            if os.strerror(number) in text:
+                return _described(number, os.strerror(number), "")
     if isinstance(error, OSError | RuntimeError | ValueError):
         for pattern, cause in _TEXTS:
             if re.search(pattern, text, re.IGNORECASE):

@@ -75,8 +75,51 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what is no file of bytes that ends: opening a pipe may wait for ever, and a device may
+    have no end.
+
+    Raises:
+        OSError: there is nothing of this name, or it may not be looked at.
+        ValueError: it is a folder, a pipe, a socket or a device; the message says so.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise ValueError("it is a folder")
+    if not stat.S_ISREG(mode):
+        raise ValueError("it is no regular file")
+
+
+def check_tensor_file(path: Path) -> None:
+    """Refuse what safetensors cannot open, or would never come back from; a file that does not
+    exist is left to it.
+
+    Raises:
+        CheckpointError: it is no regular file, or its path is not UTF-8.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{path}: safetensors opens no file whose path is not UTF-8: rename it or its folder"
+        ) from None
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+
+
 def sha256_of_file(path: Path) -> str:
-    """Checksum of a file's content, in hexadecimal."""
+    """Checksum of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):  # there may be no end to it
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

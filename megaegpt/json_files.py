@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import stat
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from megaegpt.errors import DataError, MegaEGPTError
+from megaegpt.files import check_regular
 
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, str]]:
         OSError: the file cannot be read.
         DataError: a line is longer than any of ours.
     """
-    _check_regular(path)
+    check_regular(path)
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES), b""), 1):
             if line.endswith(b"\n"):
@@ -126,20 +126,12 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         OSError, ValueError: it cannot be read, is a folder, a device or a pipe, or too large.
     """
-    _check_regular(path)
+    check_regular(path)
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise ValueError(f"it has over {MOST_BYTES:,} bytes")
     return content
-
-
-def _check_regular(path: Path) -> None:
-    mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
-        raise ValueError("it is a folder")
-    if not stat.S_ISREG(mode):  # reading it may never end
-        raise ValueError("it is no regular file")
 
 
 def _reason(error: Exception) -> str:

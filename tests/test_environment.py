@@ -37,6 +37,8 @@ _EXPECTED = [
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "out of mem"),
     (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "free"),
     (RuntimeError("can't start new thread"), "ulimit -u"),
+    (RuntimeError("[enforce fail at socket.cc:24] rv != -1. Too many open files"), "-n 6"),
+    (RuntimeError("[enforce fail at f.cc:1] No space left on device"), "left on device: free"),
     (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on dev"),
     (RuntimeError("Could not determine home directory."), "set HOME"),
     (ModuleNotFoundError("No module named 'no_such'", name="no_such.part"), "package no_such is"),

@@ -23,9 +23,12 @@ from megaegpt.files import (
     LFS_POINTER,
     LOCK,
     MissingFeatureWarning,
+    check_regular,
+    check_tensor_file,
     is_lfs_pointer,
     is_special,
     locked_folder,
+    sha256_of_file,
     sync_folder,
     whole_file,
     whole_folder,
@@ -285,3 +288,21 @@ def test_a_git_lfs_pointer_is_known(tmp_path: Path) -> None:
     assert is_lfs_pointer(tmp_path / "pointer")
     assert not is_lfs_pointer(tmp_path / "text")
     assert "git lfs pull" in files.LFS_POINTER_MESSAGE
+
+
+def test_what_is_no_file_of_bytes_that_ends_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    (tmp_path / "text").write_text("a")
+    check_regular(tmp_path / "text")
+    check_tensor_file(tmp_path / "text")
+    check_tensor_file(tmp_path / "missing")
+    with pytest.raises(ValueError, match="a folder"):
+        check_regular(tmp_path)
+    for name in ("pipe", "link"):
+        with pytest.raises(ValueError, match="no regular file"):
+            check_regular(tmp_path / name)
+        with pytest.raises(OSError, match="no regular file"):
+            sha256_of_file(tmp_path / name)
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is no regular file"):
+            check_tensor_file(tmp_path / name)

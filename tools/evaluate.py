@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaegpt.arguments import ArgumentParser
+from megaegpt.arguments import ArgumentParser, integer
 from megaegpt.errors import ConfigError, exits_cleanly
 from megaegpt.files import write_whole
 
@@ -78,18 +78,18 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="what to evaluate")
     _add_tasks(parser)
     parser.add_argument("--encoder", metavar="DIR", help="of an EGPT or DeepGPT, if it was moved")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows at once (default: 4)")
+    parser.add_argument(
+        "--batch-size", type=integer(1), default=4, help="rows at once (default: 4)"
+    )
     parser.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU"
     )
     parser.add_argument(
-        "--tensor-parallel-size", type=int, default=1, help="processes a model is cut over"
+        "--tensor-parallel-size", type=integer(1), default=1, help="processes a model is cut over"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
     arguments = parser.parse_args()
-    if arguments.batch_size < 1:
-        parser.error("--batch-size must be at least 1")
     if arguments.histories and arguments.stride is not None:
         parser.error("--histories compares windows that do not overlap: leave --stride out")
     if not (arguments.data or arguments.text) and (arguments.histories or arguments.stride):
@@ -118,15 +118,22 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     )
     text = parser.add_argument_group("for --data and --text")
     text.add_argument(
-        "--stride", type=int, metavar="N", help="tokens from window to window (default: a window)"
+        "--stride",
+        type=integer(1),
+        metavar="N",
+        help="tokens from window to window (default: a window)",
     )
     text.add_argument(
         "--histories", action="store_true", help="of an EGPT: true, shuffled and zero features"
     )
     harness = parser.add_argument_group("for --harness")
     harness.add_argument("--tasks-folder", type=Path, metavar="DIR", help="of further tasks' YAML")
-    harness.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question")
-    harness.add_argument("--limit", type=int, metavar="N", help="first questions of a task only")
+    harness.add_argument(
+        "--num-fewshot", type=integer(0), metavar="N", help="examples before a question"
+    )
+    harness.add_argument(
+        "--limit", type=integer(1), metavar="N", help="first questions of a task only"
+    )
 
 
 def _measure(

@@ -15,6 +15,7 @@ import yaml
 
 from megaegpt.config.parsing import Problem, shorten
 from megaegpt.errors import ConfigError
+from megaegpt.files import check_regular
 
 _MAX_BYTES = 1 << 20
 _MAX_VALUES = 20_000
@@ -160,6 +161,8 @@ def write_yaml(values: dict[str, Any]) -> str:
 
 def _read_text(path: Path) -> str:
     try:
+        if not path.is_relative_to("/dev"):  # such as the /dev/fd/63 of a shell's <(command)
+            check_regular(path)
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
@@ -167,5 +170,6 @@ def _read_text(path: Path) -> str:
         return content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read ({reason})") from None

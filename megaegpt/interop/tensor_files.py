@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megaegpt.errors import CheckpointError
-from megaegpt.files import is_lfs_pointer
+from megaegpt.files import check_tensor_file, is_lfs_pointer
 from megaegpt.json_files import read_json
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -131,6 +131,8 @@ def _check_is_whole(file: Path) -> None:
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        check_tensor_file(file)
     try:
         tensors = load_file(file) if file.suffix == ".safetensors" else _read_pickled(file)
     except CheckpointError:

@@ -16,6 +16,7 @@ from torch import nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.errors import CheckpointError
+from megaegpt.files import check_tensor_file
 from megaegpt.model.weights import WEIGHTS, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import shard, spec_of
@@ -83,6 +84,7 @@ def initialize_from_encoder(model: nn.Module, folder: str | Path, grid: ProcessG
     decoder: ModelConfig = model.config  # type: ignore[assignment]
     skipped = encoder.num_layers - decoder.num_layers
     path = Path(folder) / WEIGHTS
+    check_tensor_file(path)
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -24,7 +24,7 @@ from megaegpt.config import ModelConfig
 from megaegpt.config.loading import model_config_from_dict
 from megaegpt.config.validation import validate_model
 from megaegpt.errors import CheckpointError
-from megaegpt.files import sha256_of_file, whole_file
+from megaegpt.files import check_tensor_file, sha256_of_file, whole_file
 from megaegpt.json_files import conform, read_json
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import full_state, shard, spec_of
@@ -144,14 +144,17 @@ def verify_weights(folder: str | Path) -> None:
         CheckpointError: the file is missing or is not what was saved.
     """
     path = Path(folder) / WEIGHTS
+    check_tensor_file(path)
     try:
+        with safe_open(path, framework="pt"):
+            pass  # whether its length is what its header says, before all of it is read
         wanted = _read_description(folder).sha256.get(WEIGHTS)
         if wanted is not None and wanted != sha256_of_file(path):
             raise CheckpointError(f"{path} is damaged: its checksum differs")
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be verified: {error}") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +193,7 @@ def load_weights(
             a weight is not finite.
     """
     path = Path(folder) / WEIGHTS
+    check_tensor_file(path)
     parameters = dict(model.named_parameters())
     try:
         with safe_open(path, framework="pt") as file:

@@ -53,10 +53,12 @@ class ProcessGrid:
         """Cut the initialised default process group into tp x dp; collective over all ranks.
 
         Raises:
-            LaunchError: the number of processes is not a multiple of ``tp_size``.
+            LaunchError: ``tp_size`` is below 1, or the number of processes is not a multiple of it.
         """
         device = device or torch.device("cpu")
         world = dist.get_world_size() if dist.is_initialized() else 1
+        if tp_size < 1:
+            raise LaunchError(f"parallel.tensor_parallel_size={tp_size} must be at least 1")
         if world < tp_size:
             raise LaunchError(
                 f"parallel.tensor_parallel_size={tp_size} needs {tp_size} processes, not {world}: "

@@ -39,7 +39,8 @@ def joined_processes(tensor_parallel_size: int | None) -> Iterator[ProcessGrid]:
     """
     joins = not dist.is_initialized()
     device = init_distributed() if joins else local_device()
-    grid = ProcessGrid.create(tensor_parallel_size or dist.get_world_size(), device)
+    tp_size = dist.get_world_size() if tensor_parallel_size is None else tensor_parallel_size
+    grid = ProcessGrid.create(tp_size, device)
     try:
         with RankWatch(grid):
             yield grid

@@ -38,8 +38,9 @@ def is_launched() -> bool:
         return False
     if missing := [name for name in _NAMES if name not in given]:
         raise LaunchError(
-            f"{', '.join(given)} set, but not {', '.join(missing)}: start by `torchrun` or "
-            "`deepspeed`, which set all of them, or unset them all to run one process"
+            f"{', '.join(f'{name}={os.environ[name]}' for name in given)} set, but not "
+            f"{', '.join(missing)}: start by `torchrun` or `deepspeed`, which set all of them, or "
+            "unset them all to run one process"
         )
     rank, world_size, port = number("RANK"), number("WORLD_SIZE"), number("MASTER_PORT")
     if not 0 <= rank < world_size:

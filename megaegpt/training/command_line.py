@@ -9,7 +9,7 @@ from megaegpt.arguments import ArgumentParser
 from megaegpt.config.loading import load_config
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import LaunchError, MegaEGPTError
-from megaegpt.parallel.launcher_variables import started_processes
+from megaegpt.parallel.launcher_variables import is_launched, started_processes
 from megaegpt.training.logging.loggers import check_packages
 
 
@@ -37,11 +37,13 @@ class RunParser(ArgumentParser):
         """The arguments, and the configuration they give for this number of processes.
 
         Raises:
-            LaunchError: a wrong command line.
+            LaunchError: a wrong command line, or half of a launcher's variables.
             ConfigError: a wrong configuration, or one that asks for a package that is missing.
         """
         try:
             arguments = self.parse_intermixed_args()
+            if not getattr(arguments, "dry_run", False):  # which WORLD_SIZE alone may describe
+                is_launched()
             config = load_config(arguments.config, arguments.overrides, started_processes())
             check_packages(config.logging)
         except MegaEGPTError as error:

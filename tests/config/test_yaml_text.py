@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,14 @@ def test_what_no_configuration_is_like_is_refused_at_once_in_one_line(
 def test_a_device_that_never_ends_is_refused() -> None:
     with pytest.raises(ConfigError, match="/dev/zero: this is no configuration: it is larger"):
         read_yaml(Path("/dev/zero"))
+
+
+def test_a_pipe_is_refused_without_waiting_and_an_open_one_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match=r"cannot be read \(it is no regular file\)"):
+        read_yaml(tmp_path / "run.yaml")
+    reading, writing = os.pipe()  # as a shell makes for <(command)
+    os.write(writing, b"a: 1")
+    os.close(writing)
+    assert read_yaml(Path(f"/dev/fd/{reading}"))[0] == {"a": 1}
+    os.close(reading)

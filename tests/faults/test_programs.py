@@ -36,6 +36,10 @@ CASES = 60
 HANGING_S = 60.0
 
 OUTPUTS = {"output", "png", "json"}
+WAITING = {*OUTPUTS, "prompt_file"}
+"""Options for which a pipe is waited with, as any program does: for its reader, or its writer."""
+
+SUBCOMMANDS = {"tools.convert", "tools.inspect_shards", "tools.prepare_data"}
 
 COMMANDS: list[tuple[str, list[str]]] = [
     ("tools.report", ["run", "--output", "page.html"]),
@@ -72,6 +76,9 @@ FILES = [
     "text.txt",
 ]
 
+TEXTS = {"docs.jsonl", "text.txt"}
+"""Files of which any size is right."""
+
 VALUES = [
     *("", " ", "-1", "0", "1.5", "x", "nan", "inf", "1e999", str(2**31), str(2**63), str(2**64)),
     *("9" * 5000, "٣", "naïve 🙂", "\udcff", "a\nb", "~", "$HOME", "{", "[", "=", "a=b", "a.b=c"),
@@ -104,14 +111,19 @@ CONTENTS = [
 ]
 
 
+KINDS = ["nothing", "folder", "pipe", "/dev/zero", "/dev/full", "loop", "/proc/self/mem", "huge"]
+"""What may be in a file's place: a path is what a link of its name leads to."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """A command line, and what a file holds instead of what it should."""
+    """A command line, and what a file holds, or what is there, instead of what it should."""
 
     program: str
     arguments: tuple[str, ...]
     file: str | None = None
     content: bytes = b""
+    kind: str = ""
 
 
 def _options(program: str, arguments: list[str]) -> Iterator[tuple[str, ...]]:
@@ -131,11 +143,14 @@ def _options(program: str, arguments: list[str]) -> Iterator[tuple[str, ...]]:
             importlib.import_module(program).main()
     for value in VALUES:
         for action in seen[-1]._actions:
-            waits = value == "pipe" and action.dest in OUTPUTS  # for a reader, as any program does
+            waits = value == "pipe" and action.dest in WAITING
             if action.option_strings and action.nargs != 0 and not waits:
                 yield (*arguments, f"{action.option_strings[-1]}={value}")
         for number, word in enumerate(arguments):
-            if number and not word.startswith("--"):
+            before = arguments[number - 1] if number else ""
+            waits = value == "pipe" and before.removeprefix("--") in WAITING
+            subcommand = number == 0 and program in SUBCOMMANDS
+            if not (word.startswith("--") or subcommand or waits):
                 yield (*arguments[:number], value, *arguments[number + 1 :])
 
 
@@ -149,6 +164,8 @@ def _all_cases() -> list[Case]:
         for file in FILES:
             if any(word.split("/")[0] == file.split("/")[0] for word in arguments):
                 cases += [Case(program, tuple(arguments), file, content) for content in CONTENTS]
+                kinds = KINDS[:-1] if file in TEXTS else KINDS
+                cases += [Case(program, tuple(arguments), file, kind=kind) for kind in kinds]
     return cases
 
 
@@ -220,17 +237,43 @@ def _kept(folder: Path, case: Case) -> Iterator[None]:
     names = {path.name for path in folder.iterdir()}
     whole = {path: path.read_bytes() for path in map(folder.joinpath, FILES)}
     if case.file is not None:
-        (folder / case.file).write_bytes(case.content)
+        _put(folder / case.file, case)
     try:
         yield
     finally:
         for path in folder.iterdir():
             if path.name not in names:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                _remove(path)
         for path, content in whole.items():
-            if not path.is_file() or path.read_bytes() != content:
+            regular = path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 30
+            if not regular or path.read_bytes() != content:
+                _remove(path)
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(content)
+
+
+def _put(path: Path, case: Case) -> None:
+    """Replace a file by what the case has in its place."""
+    if not case.kind:
+        path.write_bytes(case.content)
+        return
+    path.unlink()
+    if case.kind == "folder":
+        path.mkdir()
+    elif case.kind == "pipe":
+        os.mkfifo(path)
+    elif case.kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(8 << 30)  # takes no space on the disk
+    elif case.kind != "nothing":
+        path.symlink_to(path.name if case.kind == "loop" else case.kind)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _check(cases: list[Case], workspace: Path) -> None:

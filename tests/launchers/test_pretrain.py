@@ -126,6 +126,16 @@ def test_wrong_arguments_and_keys_exit_with_2() -> None:
         assert done.stderr.count("\n") == 1
 
 
+def test_a_number_of_processes_left_over_in_a_shell_is_named(corpus: Path, tmp_path: Path) -> None:
+    config = _write_config(tmp_path, "gpt", corpus)  # 4 x 3 sequences would not be its batch
+    command = (sys.executable, "launchers/pretrain.py", "--config", str(config))
+    for rank in ({}, {"RANK": "1"}):
+        done = _run(*command, WORLD_SIZE="3", **rank)
+        assert done.returncode == 2
+        assert "WORLD_SIZE=3 set, but not " in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_a_dry_run_shows_everything_and_starts_nothing(corpus: Path, tmp_path: Path) -> None:
     config = _write_config(tmp_path, "egpt", corpus)
     command = [sys.executable, "launchers/pretrain.py", "--config", str(config), "--dry-run"]

@@ -9,7 +9,12 @@ import torch
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.model.build import build_model, empty_model
-from megaegpt.model.weights import load_weights, read_weights_config, save_weights
+from megaegpt.model.weights import (
+    load_weights,
+    read_weights_config,
+    save_weights,
+    verify_weights,
+)
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import grid_for
 
@@ -73,6 +78,25 @@ def test_damaged_foreign_and_unfitting_folders_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
         load_weights(empty_model(GPT, GRID), tmp_path, GRID)
+
+
+def test_a_sparse_file_of_gigabytes_is_refused_before_it_is_read(tmp_path):
+    save_weights(build_model(GPT, GRID), tmp_path, GRID)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(1 << 40)
+    for check in (verify_weights, lambda path: load_weights(empty_model(GPT, GRID), path, GRID)):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+            check(tmp_path)
+
+
+def test_a_path_that_is_not_utf8_is_named_as_what_is_wrong(tmp_path):
+    folder = tmp_path / "caf\udce9"
+    save_weights(build_model(GPT, GRID), folder, GRID)
+    for check in (verify_weights, lambda path: load_weights(empty_model(GPT, GRID), path, GRID)):
+        with pytest.raises(CheckpointError, match="path is not UTF-8: rename it or its folder"):
+            check(folder)
+    folder.rename(tmp_path / "café")
+    verify_weights(tmp_path / "café")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

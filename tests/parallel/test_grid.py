@@ -28,6 +28,13 @@ def test_tensor_parallelism_without_enough_processes_says_how_to_start_them(dist
     assert joined == _refusal(2)
 
 
+@pytest.mark.parametrize("tp_size", [0, -1])
+def test_a_tensor_parallel_size_that_is_no_number_of_ranks_is_refused(distributed, tp_size):
+    told = f"parallel.tensor_parallel_size={tp_size} must be at least 1"
+    assert _refusal(tp_size) == told
+    assert distributed(1, _refusal, tp_size) == [told]
+
+
 def _describe_grid() -> dict:
     grid = grid_for(2)
     mpu = DeepSpeedMpu(grid)

@@ -64,8 +64,8 @@ def test_empty_variables_are_gone_for_those_who_read_them_as_numbers(
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
-        ({"RANK": "0"}, "RANK set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start by"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE set, but not RANK"),
+        ({"RANK": "0"}, "RANK=0 set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start by"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 set, but not RANK, MASTER_ADDR, MASTER_PORT"),
         ({**_WHOLE, "MASTER_PORT": ""}, "but not MASTER_PORT"),
         ({**_WHOLE, "RANK": "2"}, "RANK=2 is not among the 2 ranks"),
         ({**_WHOLE, "RANK": "-1"}, "RANK=-1 is not a number"),
@@ -106,6 +106,8 @@ def test_a_rank_left_over_in_a_shell_does_not_silence_the_only_process(
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not is_other_rank()
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not is_other_rank()
+    _set(monkeypatch, _WHOLE)
     assert is_other_rank()
 
 

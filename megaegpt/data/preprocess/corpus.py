@@ -42,6 +42,9 @@ from megaegpt.files import locked_folder, naming_failures
 
 TRAIN, VALIDATION = "train", "validation"
 
+_MOST_SHARDS = 99_999  # their names have five digits
+_MOST_WORKERS = 4096  # more than any machine has cores
+
 
 @dataclass(frozen=True)
 class PreprocessOptions:
@@ -93,8 +96,12 @@ class PreprocessOptions:
             raise DataError(f"--split-tokens {self.split_tokens} is not between 0 and 1")
         if self.split_tokens is not None and self.shards > 1:
             raise DataError("--split-tokens makes one shard a split: leave out --shards")
-        if self.shards < 1 or self.workers < 1:
-            raise DataError("--shards and --workers must be at least 1")
+        for name, value, most in (
+            ("--shards", self.shards, _MOST_SHARDS),
+            ("--workers", self.workers, _MOST_WORKERS),
+        ):
+            if not 1 <= value <= most:
+                raise DataError(f"{name} must be from 1 to {most:,}, not {value:,}")
 
     def plan(self, groups: dict[str, list[InputFile]], tokenizer: Tokenizer) -> dict[str, Any]:
         """All that the output depends on, as plain data."""

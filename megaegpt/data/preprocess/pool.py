@@ -45,6 +45,7 @@ class EncoderPool:
         forks = _can_fork()
         self._encoder = Encoder(options, tokenizer) if forks or workers == 1 else None
         self._executor = None
+        self._others = set(multiprocessing.active_children())
         if workers > 1:
             context = multiprocessing.get_context("fork" if forks else "spawn")
             arguments = (options, self._encoder, private if forks else None)
@@ -87,6 +88,10 @@ class EncoderPool:
     ) -> None:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
+            # Where the system refused a worker, those before it wait for jobs, and the end of the
+            # interpreter would wait for them: the executor has not come to know of them.
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
 
 
 _encoder: Encoder | None = None  # of a worker process, which does nothing else

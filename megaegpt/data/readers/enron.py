@@ -113,7 +113,7 @@ def _decode(raw: bytes) -> str:
 
 
 def strip_history(text: str) -> str:
-    """Cut a mail down to its sender's words: no forwarded or answered mail, no lines quoted by ``>``."""
+    """Cut a mail down to its sender's words: no forwarded or answered mail, no quoted lines."""
     history = _HISTORY.search(text)
     return _QUOTED_LINE.sub("", text[: history.start()] if history else text)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megaegpt.errors import DataError
+from megaegpt.files import check_regular
 
 MAX_RESIDENT_BYTES = 1 << 27
 """Bytes of memory-mapped files that a process keeps resident before it drops their pages."""
@@ -27,12 +28,14 @@ def map_bytes(path: Path) -> np.ndarray:
         DataError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        check_regular(path)
+        with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 return np.empty(0, dtype=np.uint8)
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path}: {reason}") from None
 
 
 class ResidentPages:

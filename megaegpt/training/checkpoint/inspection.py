@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from megaegpt.config import ModelConfig
 from megaegpt.errors import CheckpointError
+from megaegpt.files import check_tensor_file
 from megaegpt.interop.gpt2_config import is_huggingface_folder, read_config
 from megaegpt.model.build import empty_model
 from megaegpt.model.weights import WEIGHTS, find_weights, read_weights_config, verify_weights
@@ -102,6 +103,7 @@ def _describe_weights(folder: Path, verify: bool, tensors: bool) -> Iterator[str
         verify_weights(folder)
     yield f"{folder}: weights, whatever the parallelism{', verified' if verify else ''}"
     yield from _describe_model(config, extra)
+    check_tensor_file(folder / WEIGHTS)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

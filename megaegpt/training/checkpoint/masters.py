@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megaegpt.errors import CheckpointError
-from megaegpt.files import whole_folder
+from megaegpt.files import check_tensor_file, whole_folder
 from megaegpt.model.weights import WEIGHTS, read_weights_config, write_weights
 from megaegpt.training.checkpoint.deepspeed_state import loading, make_scratch
 from megaegpt.training.checkpoint.manager import STATE
@@ -53,6 +53,7 @@ def export_masters(checkpoint: Path, output: Path) -> Manifest:
 
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     path = checkpoint / "weights" / WEIGHTS
+    check_tensor_file(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -6,6 +6,8 @@ import functools
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -378,7 +380,10 @@ def test_a_full_disk_names_shard_and_input_and_publishes_nothing(tmp_path: Path)
         ({"validation_fraction": 1.5}, r"is not in \[0, 1\)"),
         ({"split_tokens": 1.0}, "not between 0 and 1"),
         ({"split_tokens": 0.8, "shards": 2}, "one shard a split"),
-        ({"shards": 0}, "at least 1"),
+        ({"shards": 0}, "--shards must be from 1 to 99,999, not 0"),
+        ({"shards": 2**31}, "--shards must be from 1 to 99,999, not 2,147,483,648"),
+        ({"workers": 0}, "--workers must be from 1"),
+        ({"workers": 2**63}, "--workers must be from 1"),
     ],
 )
 def test_contradicting_options_are_refused(
@@ -420,6 +425,42 @@ def test_a_dead_worker_ends_the_run_with_a_message() -> None:
         pytest.raises(DataError, match="a worker process died"),
     ):
         list(pool.map(jobs))
+
+
+_SECOND_WORKER_REFUSED = """
+import errno, os
+from megaegpt.data.preprocess.encode import EncodeOptions
+from megaegpt.data.preprocess.jobs import Job
+from megaegpt.data.preprocess.pool import EncoderPool
+from megaegpt.errors import exits_cleanly
+fork, forks = os.fork, []
+
+def limited():
+    forks.append(0)
+    if len(forks) > 1:
+        raise OSError(errno.EMFILE, "Too many open files")
+    return fork()
+
+@exits_cleanly
+def main():
+    with EncoderPool(EncodeOptions(), workers=2) as pool:
+        list(pool.map([Job(0, 0, None)]))
+
+os.fork = limited
+main()
+"""
+
+
+def test_a_worker_that_the_system_refuses_ends_the_run_with_a_message() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _SECOND_WORKER_REFUSED],
+        capture_output=True,
+        text=True,
+        timeout=120,  # it would wait for the first worker for ever
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "ulimit -n" in done.stderr
 
 
 def test_war_and_peace_has_the_known_number_of_tokens(data_dir: Path, tmp_path: Path) -> None:
