@@ -30,7 +30,8 @@ class Evaluation:
     """Nats over the UTF-8 bytes of the predicted tokens (end-of-text has none); nan where the
     tokenizer is not known."""
     tokens: int
-    """Predicted tokens: all of a split but its first; of instructions, the answers'."""
+    """Predicted tokens: all of a split but its first, and, if so configured, those that follow a
+    document's end; of instructions, the answers'."""
     loss_by_chunk: tuple[float, ...] = ()
     """Nats per token by the chunk's number in its window; empty for gpt, nan without targets."""
 

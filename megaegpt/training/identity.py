@@ -59,7 +59,7 @@ _KEYS: dict[Effect, dict[str, str]] = {
     "optimization": {
         "model": "dropout z_loss",
         "model.egpt": "random_history",
-        "data": "feature_dtype",
+        "data": "feature_dtype mask_after_document_end",
         "training": "steps micro_batch_size precision gradient_clipping on_nonfinite freeze",
         "optimizer": "lr min_lr schedule warmup_steps decay_steps beta1 beta2 eps weight_decay",
         "": "deepspeed",

@@ -12,7 +12,7 @@ from megaegpt.data.tokens.blend import Blend
 from megaegpt.data.tokens.corpus_manifest import verify_shards
 from megaegpt.data.tokens.samples import ChunkWindows, PretrainingSamples, Samples, StreamSamples
 from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.data.tokens.token_ids import check_ids
+from megaegpt.data.tokens.token_ids import check_ids, document_end
 from megaegpt.data.tokens.windows import EvaluationWindows, Windows
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.training.evaluation import nothing_to_predict
@@ -56,16 +56,22 @@ class PretrainingData:
         model = config.model
         self.tokens_per_sample: float = model.sample_len
         self.num_chunks = model.chunks_per_sample
-        self.samples: Samples = _samples_of(model, train, config.training.seed)
+        end = _masked_after(config, train, self.tokenizer)
+        self.samples: Samples = _samples_of(model, train, config.training.seed, end)
         if config.data.weights:
-            self.samples = _blend(config, train)
+            self.samples = _blend(config, train, end)
             self.fingerprint += f" blended {train.spans} {list(config.data.weights)}"
         self.validation: Windows | None = None
         if config.data.validation:
             held_out = TokenStream(config.data.validation)
             self.streams = {"train": train, "validation": held_out}
+            end = _masked_after(config, held_out, self.tokenizer)
             self.validation = EvaluationWindows(
-                held_out, model.sample_len, self.num_chunks, overlap=model.encoder.overlap
+                held_out,
+                model.sample_len,
+                self.num_chunks,
+                overlap=model.encoder.overlap,
+                document_end=end,
             )
             if not len(self.validation):
                 raise nothing_to_predict(f"data.validation ({', '.join(config.data.validation)})")
@@ -93,23 +99,36 @@ class PretrainingData:
         )
 
 
+def _masked_after(config: RunConfig, stream: TokenStream, tokenizer: Tokenizer) -> int | None:
+    """The token whose target is left out, if the configuration wants that."""
+    if not config.data.mask_after_document_end:
+        return None
+    if config.model.document_end is not None:
+        return config.model.document_end
+    return document_end(stream, tokenizer)
+
+
 def _samples_of(
-    model: ModelConfig, stream: TokenStream, seed: int, span: tuple[int, int] | None = None
+    model: ModelConfig,
+    stream: TokenStream,
+    seed: int,
+    end: int | None,
+    span: tuple[int, int] | None = None,
 ) -> StreamSamples:
     if model.needs_encoder:
-        chunks, overlap = model.egpt, model.encoder.overlap
-        return ChunkWindows(stream, chunks.num_chunks, chunks.chunk_size, seed, span, overlap)
-    return PretrainingSamples(stream, model.max_seq_len, seed, span)
+        egpt, overlap = model.egpt, model.encoder.overlap
+        return ChunkWindows(stream, egpt.num_chunks, egpt.chunk_size, seed, span, overlap, end)
+    return PretrainingSamples(stream, model.max_seq_len, seed, span, end)
 
 
-def _blend(config: RunConfig, stream: TokenStream) -> Blend:
+def _blend(config: RunConfig, stream: TokenStream, end: int | None) -> Blend:
     """Each entry of ``data.train`` by its weight, in an order of its own."""
     seed = config.training.seed
-    for prefix, (begin, end) in zip(config.data.train, stream.spans, strict=True):
-        if begin == end:
+    for prefix, (first, stop) in zip(config.data.train, stream.spans, strict=True):
+        if first == stop:
             raise DataError(f"{prefix} has no tokens: leave it and its weight out")
     sources = [
-        _samples_of(config.model, stream, seed + number, span)
+        _samples_of(config.model, stream, seed + number, end, span)
         for number, span in enumerate(stream.spans)
     ]
     return Blend(sources, config.data.weights, seed, config.data.train)

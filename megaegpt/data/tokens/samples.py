@@ -84,6 +84,7 @@ class PretrainingSamples:
         sample_len: tokens predicted in a row.
         seed: of the order.
         span: first token and end of the part of the stream that is used; None: all of it.
+        document_end: token after which nothing is predicted; None: everything is.
 
     Raises:
         DataError: there are fewer tokens than one sample has.
@@ -95,6 +96,7 @@ class PretrainingSamples:
         sample_len: int,
         seed: int,
         span: tuple[int, int] | None = None,
+        document_end: int | None = None,
     ) -> None:
         self._begin, end = span or (0, len(stream))
         tokens = end - self._begin
@@ -102,6 +104,7 @@ class PretrainingSamples:
             name = stream.name_at(self._begin)
             raise DataError(f"{name} has {tokens} tokens; one sample needs {sample_len + 1}")
         self.stream = stream
+        self.document_end = document_end
         self.sample_len = sample_len
         self._layout = EpochLayout(tokens - 1, sample_len, seed)
 
@@ -119,7 +122,8 @@ class PretrainingSamples:
 
     def read(self, starts: np.ndarray) -> Arrays:
         """Tokens and targets (n, T) of samples that begin at ``starts``."""
-        return shifted(_read_rows(self.stream, starts, self.sample_len + 1))
+        rows = _read_rows(self.stream, starts, self.sample_len + 1)
+        return shifted(rows, self.document_end)
 
 
 class ChunkWindows:
@@ -136,6 +140,7 @@ class ChunkWindows:
         span: first token and end of the part of the stream that is used; None: all of it. Chunks
             that begin before it are left out, so that no window reaches over two corpora.
         overlap: tokens before a window that are in its batch too.
+        document_end: token after which nothing is predicted; None: everything is.
 
     Raises:
         DataError: there are fewer tokens than one window has.
@@ -149,6 +154,7 @@ class ChunkWindows:
         seed: int,
         span: tuple[int, int] | None = None,
         overlap: int = 0,
+        document_end: int | None = None,
     ) -> None:
         begin, end = span or (0, len(stream))
         self._first_chunk = -(-begin // chunk_size)
@@ -159,6 +165,7 @@ class ChunkWindows:
                 f"chunks of {chunk_size} needs {num_chunks * chunk_size + 1}"
             )
         self.stream = stream
+        self.document_end = document_end
         self.num_chunks = num_chunks
         self.chunk_size = chunk_size
         self.sample_len = num_chunks * chunk_size
@@ -179,7 +186,8 @@ class ChunkWindows:
 
     def read(self, starts: np.ndarray) -> Arrays:
         """The batch (see :meth:`batch`) of the windows that begin at ``starts`` (n,)."""
-        batch = shifted(_read_rows(self.stream, starts, self.sample_len + 1))
+        span = _read_rows(self.stream, starts, self.sample_len + 1)
+        batch = shifted(span, self.document_end)
         ids = starts[:, None] // self.chunk_size + np.arange(self.num_chunks)
         batch["chunk_ids"] = ids
         if self.overlap:

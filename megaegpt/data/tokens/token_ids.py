@@ -10,6 +10,7 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
 from megaegpt.data.tokens.shards import Shard
 from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.errors import DataError
 
 MAX_SCANNED_BYTES = 4 << 30
 """Bytes of tokens that are read at the start of a run; more would take longer than it should."""
@@ -56,6 +57,33 @@ def known_byte_lengths(
         if named not in (None, tokenizer.fingerprint):
             return None
     return tokenizer.token_byte_lengths
+
+
+def document_end(stream: TokenStream, tokenizer: Tokenizer) -> int:
+    """The token that ends every document of a stream: as the shards' manifests say, and of shards
+    without one this tokenizer's.
+
+    Raises:
+        DataError: a manifest does not say it, or shards say different ones.
+    """
+    manifests = _manifests(stream)
+    found: dict[int, str] = {}
+    for shard in stream.shards:
+        manifest = manifests.get(_name_of(shard))
+        end = tokenizer.eot_token if manifest is None else manifest.tokenizer.get("eot_token")
+        if type(end) is not int:
+            raise DataError(
+                f"{shard.bin_path.parent / MANIFEST_NAME} names no eot_token, the token that ends "
+                "a document: set data.mask_after_document_end to false"
+            )
+        found.setdefault(end, shard.bin_path.name)
+    if len(found) > 1:
+        ends = ", ".join(f"{end} in {name}" for end, name in found.items())
+        raise DataError(
+            f"shards of several tokenizers: their documents end with {ends}; set "
+            "data.mask_after_document_end to false"
+        )
+    return next(iter(found))
 
 
 def _manifests(stream: TokenStream) -> dict[tuple[Path, str], Manifest]:

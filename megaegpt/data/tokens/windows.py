@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megaegpt.data.tokens.batch import Arrays
+from megaegpt.data.tokens.batch import Arrays, mask_after
 from megaegpt.labels import IGNORE, NOTHING_BEFORE
 
 
@@ -54,6 +54,7 @@ class EvaluationWindows:
         num_chunks: for windows of chunks; divides ``sample_len``.
         stride: 1 to S; a whole number of chunks.
         overlap: tokens before a window that are in its batch too.
+        document_end: token after which nothing is predicted; None: everything is.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class EvaluationWindows:
         num_chunks: int = 1,
         stride: int | None = None,
         overlap: int = 0,
+        document_end: int | None = None,
     ) -> None:
         self.source = source
         self.overlap = overlap
         self.sample_len = sample_len
         self.num_chunks = num_chunks
         self.stride = sample_len if stride is None else stride
+        self.document_end = document_end
         chunk_size, rest = divmod(sample_len, num_chunks)
         if rest:
             raise ValueError(f"windows of {sample_len} tokens are not {num_chunks} whole chunks")
@@ -99,6 +102,7 @@ class EvaluationWindows:
             tokens[row, :length] = span[:-1]
             targets[row, counted:length] = span[1 + counted :]
             before[row] = tokens_before(self.source, start, self.overlap)
+        mask_after(self.document_end, tokens, targets)
         batch = {"tokens": tokens, "targets": targets}
         if self.num_chunks > 1:
             per_stride = self.stride * self.num_chunks // self.sample_len

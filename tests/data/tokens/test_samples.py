@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaegpt.data.tokens.samples import ChunkWindows, EpochLayout, PretrainingSamples
+from megaegpt.data.tokens.stream import TokenStream
+from megaegpt.data.tokens.windows import EvaluationWindows
 from megaegpt.errors import DataError
-from tests.data.corpora import counting_stream
+from megaegpt.labels import IGNORE
+from tests.data.corpora import counting_stream, write_shard
 
 
 @settings(max_examples=200, deadline=None)
@@ -113,3 +116,44 @@ def test_data_of_exactly_one_sample_works_and_less_is_refused(tmp_path: Path) ->
     assert windows.batch(np.array([0, 1]))["chunk_ids"].tolist() == [[0, 1, 2, 3]] * 2
     with pytest.raises(DataError, match="has 40 tokens; a window of 4 chunks of 10 needs 41"):
         ChunkWindows(counting_stream(tmp_path, 40), num_chunks=4, chunk_size=10, seed=1)
+
+
+END = 7
+
+
+def _documents(folder: Path) -> TokenStream:
+    """Short documents, empty ones among them, in two shards; each ends with a 7."""
+    rng = np.random.default_rng(5)
+    documents = [np.append(rng.integers(0, END, rng.integers(0, 6)), END) for _ in range(60)]
+    parts = (("a", documents[:40]), ("b", documents[40:]))
+    return TokenStream([write_shard(folder / name, part) for name, part in parts])
+
+
+@pytest.mark.parametrize("kind", ["rows", "chunks", "windows", "chunk_windows", "sliding"])
+def test_nothing_is_predicted_from_a_document_s_end_and_everything_else_is(
+    tmp_path: Path, kind: str
+) -> None:
+    stream = _documents(tmp_path)
+    made = {
+        end: {
+            "rows": PretrainingSamples(stream, 6, seed=1, document_end=end),
+            "chunks": ChunkWindows(stream, 3, 2, seed=1, document_end=end),
+            "windows": EvaluationWindows(stream, 6, document_end=end),
+            "chunk_windows": EvaluationWindows(stream, 6, num_chunks=3, document_end=end),
+            "sliding": EvaluationWindows(stream, 6, stride=2, document_end=end),
+        }[kind]
+        for end in (None, END)
+    }
+    whole, masked = (made[end].batch(np.arange(2 * len(made[end]))) for end in (None, END))
+    at_end = dict.fromkeys(range(6), 0)
+    for tokens, targets, found in zip(
+        whole["tokens"], whole["targets"], masked["targets"], strict=True
+    ):
+        for place in range(6):
+            follows_an_end = tokens[place] == END
+            assert found[place] == (IGNORE if follows_an_end else targets[place])
+            at_end[place] += int(follows_an_end and targets[place] != IGNORE)
+    assert min(at_end.values() if kind != "sliding" else [at_end[5]]) > 0  # the last place too
+    assert END in masked["targets"]  # the end itself is predicted
+    for name in set(whole) - {"targets"}:
+        assert np.array_equal(whole[name], masked[name])

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
-from megaegpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from megaegpt.config import DataConfig, EGPTConfig, ModelConfig, RunConfig, TrainingConfig
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens import token_ids
 from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.data.tokens.token_ids import check_ids, known_byte_lengths
+from megaegpt.data.tokens.token_ids import check_ids, document_end, known_byte_lengths
 from megaegpt.errors import DataError
+from megaegpt.labels import IGNORE
 from megaegpt.training.run_data import PretrainingData
 from tests.data.corpora import write_shard
 
@@ -117,3 +119,52 @@ def test_bytes_of_tokens_are_known_for_the_tokenizer_of_the_shards_alone(tmp_pat
         assert lengths is TOKENIZER.token_byte_lengths
     for stream, vocab_size in [(other, 50257), (foreign, 60000)]:
         assert known_byte_lengths(stream, TOKENIZER, vocab_size) is None
+
+
+def test_what_ends_a_document_is_known_from_the_shards_manifests(tmp_path: Path) -> None:
+    ours = with_manifest(tmp_path / "ours", [1, 50256], describe_tokenizer(TOKENIZER))
+    other = with_manifest(tmp_path / "other", [1, 2], {"eot_token": 2})
+    foreign = TokenStream([write_shard(tmp_path / "foreign", [np.array([1, 50256])])])
+    assert document_end(ours, TOKENIZER) == document_end(foreign, TOKENIZER) == 50256
+    assert document_end(other, TOKENIZER) == 2
+    both = TokenStream([*ours.prefixes, *other.prefixes])
+    with pytest.raises(DataError, match=r"documents end with 50256 in .*, 2 in .*; set data\.mask"):
+        document_end(both, TOKENIZER)
+    silent = with_manifest(tmp_path / "silent", [1, 2], {"vocab_size": 3})
+    with pytest.raises(DataError, match=r"silent/manifest\.json names no eot_token"):
+        document_end(silent, TOKENIZER)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "egpt", "deepgpt"])
+@pytest.mark.parametrize("weights", [(), (1.0, 1.0)])
+def test_a_run_masks_what_follows_a_document_s_end_in_training_and_validation(
+    tmp_path: Path, kind: Literal["gpt", "egpt", "deepgpt"], weights: tuple[float, ...]
+) -> None:
+    for name in ("a", "b", "held_out"):
+        with_manifest(tmp_path / name, [1, 2, 9, 3] * 40, {"eot_token": 9, "vocab_size": 10})
+    config = RunConfig(
+        model=ModelConfig(kind=kind, max_seq_len=16, egpt=EGPTConfig(num_chunks=2, chunk_size=8)),
+        data=DataConfig(
+            train=(f"{tmp_path}/a/train", f"{tmp_path}/b/train"),
+            weights=weights,
+            validation=(f"{tmp_path}/held_out/train",),
+        ),
+        training=TrainingConfig(steps=1),
+    )
+    data = dataclasses.replace(config.data, mask_after_document_end=True)
+    whole, masked = map(PretrainingData, (config, dataclasses.replace(config, data=data)))
+    for unmasked, samples in (
+        (whole.samples, masked.samples),
+        (whole.validation, masked.validation),
+    ):
+        assert unmasked is not None
+        assert samples is not None
+        before, after = (s.batch(np.arange(4)) for s in (unmasked, samples))
+        ends = before["tokens"] == 9
+        assert ends.any()
+        assert np.array_equal(after["targets"], np.where(ends, IGNORE, before["targets"]))
+    model = dataclasses.replace(config.model, document_end=3)
+    if kind == "gpt":  # then the token that attention starts anew after
+        both = PretrainingData(dataclasses.replace(config, data=data, model=model))
+        batch = both.samples.batch(np.arange(4))
+        assert np.array_equal(batch["targets"] == IGNORE, batch["tokens"] == 3)
