@@ -259,11 +259,14 @@ def run_identity(config: RunConfig, encoder: FrozenEncoder | None, corpus: str) 
     }
 
 
-def check_resume(config: RunConfig, identity: Mapping[str, Any], folder: Path) -> list[str]:
+def check_resume(
+    config: RunConfig, identity: Mapping[str, Any], folder: Path, manifest: Manifest
+) -> list[str]:
     """Hold a run against the checkpoint that it is to go on from, before anything is loaded.
 
     Args:
         identity: this run's, of :func:`run_identity`.
+        manifest: the one in ``folder``.
 
     Returns:
         Notices: at most one line that names every key that has changed.
@@ -272,7 +275,6 @@ def check_resume(config: RunConfig, identity: Mapping[str, Any], folder: Path) -
         CheckpointError: the checkpoint is damaged, of another model, encoder or run, or beyond the
             last step.
     """
-    manifest = Manifest.read(folder)
     state = manifest.trainer
     saved = _saved_config(config, manifest, folder)
     changes = _different(flatten(saved), flatten(config))

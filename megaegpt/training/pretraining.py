@@ -95,10 +95,13 @@ def train(
     state: TrainerState = {}
     notices: list[str] = []
     if latest is not None:
-        notices += broadcast_object(lambda: check_resume(config, identity, latest), grid)
-        if broadcast_object(lambda: _says_complete(config, data, latest, notices), grid):
+        saved = broadcast_object(lambda: Manifest.read(latest), grid)
+        notices += broadcast_object(lambda: check_resume(config, identity, latest, saved), grid)
+        if broadcast_object(
+            lambda: _says_complete(config, data, latest, saved.step, notices), grid
+        ):
             return True
-        state = broadcast_object(lambda: Manifest.read(latest).trainer, grid)
+        state = saved.trainer
     compiles = config.training.compile and compile_problem(grid.device.type) is None
     model = _build_model(config, grid, encoder, compiles, notices)
     feed = functools.partial(_inputs, config, grid, data, encoder, precision)
@@ -108,6 +111,7 @@ def train(
         _restore(config, grid, engine, checkpoints, latest)
     size = measure_model(config, None if encoder is None else encoder.config)
     with raising_together(grid):
+        best = BestLoss.restored(state.get("best", {}))
         monitor = Monitor(config.logging, grid, state.get("step", 0))
     _introduce(config, grid, monitor, data, size, precision, state, resume, notices)
     trainer = Trainer(
@@ -124,7 +128,7 @@ def train(
         writers={"weights": functools.partial(_export_weights, model, grid, data, encoder)},
         identity=identity,
         progress=data.samples.progress if isinstance(data.samples, Blend) else None,
-        best=BestLoss(**state.get("best", {})),
+        best=best,
         done=state.get("step", 0),
         skipped=state.get("skipped", 0),
     )
@@ -359,9 +363,10 @@ def _restore(
     checkpoints.load(engine, folder)
 
 
-def _says_complete(config: RunConfig, data: RunData, latest: Path, notices: list[str]) -> bool:
+def _says_complete(
+    config: RunConfig, data: RunData, latest: Path, step: int, notices: list[str]
+) -> bool:
     """Whether nothing is left to do, which lines say then; all files stay as they are."""
-    step = Manifest.read(latest).step
     if step < config.training.steps:
         return False
     evaluates = data.validation is not None and step == config.training.steps

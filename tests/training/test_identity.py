@@ -20,7 +20,7 @@ from megaegpt.model.build import build_model
 from megaegpt.model.initialization import initialization_problems
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.checkpoint.manifest import Manifest
+from megaegpt.training.checkpoint.manifest import Manifest, Topology
 from megaegpt.training.identity import (
     EFFECTS,
     READ_FROM,
@@ -111,7 +111,9 @@ def _checkpoint(folder: Path, config: RunConfig, step: int = 3, **state: Any) ->
     place = folder / f"step_{step:08d}"
     save_weights(build_model(config.model, ProcessGrid()), place / "weights", ProcessGrid())
     known = {"step": step, **run_identity(config, None, _CORPUS)}
-    Manifest(step, {}, {}, {**known, **state}, {}).write(place)
+    Manifest(step, dataclasses.asdict(Topology(1, 1, 0, "fp32")), {}, {**known, **state}, {}).write(
+        place
+    )
     return place
 
 
@@ -123,7 +125,9 @@ def _changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 
 def _check(config: RunConfig, checkpoint: Path, corpus: str = _CORPUS) -> list[str]:
-    return check_resume(config, run_identity(config, None, corpus), checkpoint)
+    return check_resume(
+        config, run_identity(config, None, corpus), checkpoint, Manifest.read(checkpoint)
+    )
 
 
 @pytest.fixture
@@ -222,7 +226,12 @@ def test_an_encoder_of_the_same_weights_and_another_arithmetic_is_refused(
     checkpoint = _checkpoint(tmp_path, config, encoder="e" * 64, encoder_arithmetic=there)
     here = {"encoder": "e" * 64, "encoder_arithmetic": model_arithmetic(encoder_config())}
     with pytest.raises(CheckpointError, match=r"model\.num_heads is 2 there and 4 here"):
-        check_resume(config, {**run_identity(config, None, _CORPUS), **here}, checkpoint)
+        check_resume(
+            config,
+            {**run_identity(config, None, _CORPUS), **here},
+            checkpoint,
+            Manifest.read(checkpoint),
+        )
 
 
 def test_an_older_checkpoint_is_held_against_what_its_run_wrote_down(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megaegpt.config import BatchRampConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.files import sha256_of_file, sync_file, whole_file
 from megaegpt.json_files import conform, read_json
@@ -45,6 +47,22 @@ class Topology:
             f"tensor parallel {self.tensor_parallel} x data parallel {self.data_parallel}, "
             f"ZeRO stage {self.zero_stage}, {self.precision}"
         )
+
+
+@dataclass(frozen=True)
+class _TrainerState:
+    """The types of what a resumed run reads of the loop's state. Earlier versions lack some of it;
+    what else there is, is not read."""
+
+    step: int = 0
+    skipped: int = 0
+    seed: int | None = None
+    global_batch_size: int | None = None
+    batch_ramp: BatchRampConfig | None = None
+    shards: str = ""
+    encoder: str | None = None
+    encoder_arithmetic: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,11 @@ class Manifest:
             raise CheckpointError(f"{path} has format {version}; this version reads {_FORMAT}")
         if digest != digest_of(body):
             raise CheckpointError(f"{path} is damaged (its checksum differs): {_REMEDY}")
-        return conform(body, Manifest, str(path), error=CheckpointError, remedy=_REMEDY)
+        check = functools.partial(conform, error=CheckpointError, remedy=_REMEDY)
+        manifest = check(body, Manifest, str(path))
+        check(manifest.topology, Topology, f"{path}, topology,")
+        check(manifest.trainer, _TrainerState, f"{path}, trainer,", other_keys=True)
+        return manifest
 
 
 def digest_of(body: dict[str, Any]) -> str:

@@ -6,6 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megaegpt.errors import CheckpointError
+from megaegpt.json_files import conform
+
 
 @dataclass
 class BestLoss:
@@ -27,14 +30,12 @@ class BestLoss:
     def count(self, step: int, loss: float) -> None:
         """Take note of an evaluation after ``step`` steps, once.
 
-        A loss that is not finite is never the best, and no obstacle to a later one: checkpoints
-        of earlier versions can hold one.
+        A loss that is not finite is never the best.
         """
         if step <= self.counted:
             return
         self.counted = step
-        beaten = self.loss is None or not math.isfinite(self.loss) or loss < self.loss
-        if math.isfinite(loss) and beaten:
+        if math.isfinite(loss) and (self.loss is None or loss < self.loss):
             self.loss, self.step, self.without = loss, step, 0
         else:
             self.without += 1
@@ -44,5 +45,18 @@ class BestLoss:
         return patience is not None and self.without >= patience
 
     def state(self) -> dict[str, Any]:
-        """For ``BestLoss(**state)``."""
+        """For :meth:`restored`."""
         return asdict(self)
+
+    @staticmethod
+    def restored(state: Any) -> BestLoss:
+        """Go on from a checkpoint's state. In one of an earlier version the best loss may be no
+        finite number, which is none.
+
+        Raises:
+            CheckpointError: it is no such state.
+        """
+        loss = state.get("loss") if isinstance(state, dict) else None
+        if isinstance(loss, float) and not math.isfinite(loss):
+            state = {**state, "loss": None}
+        return conform(state, BestLoss, "the checkpoint's best loss", error=CheckpointError)

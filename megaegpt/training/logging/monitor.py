@@ -11,6 +11,7 @@ from typing import Any
 from megaegpt.config import LoggingConfig, RunConfig
 from megaegpt.errors import DataError
 from megaegpt.files import is_special, naming_failures, write_whole
+from megaegpt.json_files import conform
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.report.figures import can_draw, loss_by_chunk, pixels
 from megaegpt.training.evaluation import Evaluation
@@ -30,7 +31,8 @@ class Monitor:
 
     Raises:
         ConfigError: a logger cannot be opened.
-        DataError: the folder cannot be written; the methods raise it too, of a full disk.
+        DataError: the folder cannot be written, or a loss on record is no number; the methods raise
+            it too, of a full disk.
     """
 
     def __init__(self, config: LoggingConfig, grid: ProcessGrid, done: int = 0) -> None:
@@ -45,9 +47,9 @@ class Monitor:
             folder.mkdir(parents=True, exist_ok=True)
             kept = keep_records(folder / METRICS, done)
         self._validated |= {
-            r["step"]: math.nan if (loss := r["validation_loss"]) is None else loss
-            for r in kept
-            if "validation_loss" in r
+            record["step"]: _validation_loss(record, folder / METRICS)
+            for record in kept
+            if "validation_loss" in record
         }
         with naming_failures(folder):
             self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
@@ -159,6 +161,18 @@ def keep_records(path: Path, step: int) -> list[dict[str, Any]]:
     if kept != lines:
         write_whole(path, b"".join(kept))
     return [records[line] for line in kept]
+
+
+def _validation_loss(record: dict[str, Any], path: Path) -> float:
+    """The loss of an evaluation on record; nan if it was not finite, which earlier versions wrote
+    as NaN.
+    """
+    loss = record["validation_loss"]
+    if loss is None or (isinstance(loss, float) and not math.isfinite(loss)):
+        return math.nan
+    where = f"{path}, the evaluation after step {record['step']},"
+    found = conform({"validation_loss": loss}, dict[str, float], where, remedy="delete its line")
+    return found["validation_loss"]
 
 
 def has_validation(folder: Path, step: int) -> bool:

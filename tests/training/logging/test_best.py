@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megaegpt.errors import ConfigError
+from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.training.checkpoint.manager import CheckpointManager
 from megaegpt.training.evaluation import Evaluation, Evaluator
 from megaegpt.training.logging.best import BestLoss
@@ -36,7 +36,7 @@ def test_patience_counts_evaluations_since_the_best() -> None:
     assert best.lost_patience(2)
     assert not best.lost_patience(3)
     assert not best.lost_patience(None)
-    assert BestLoss(**best.state()) == best
+    assert BestLoss.restored(best.state()) == best
     best.count(5, float("nan"))
     assert (best.loss, best.without) == (2.0, 3)
 
@@ -49,9 +49,16 @@ def test_a_loss_that_is_not_finite_is_never_the_best_and_no_obstacle(bad: float)
     assert best.lost_patience(1)
     best.count(2, 3.0)
     assert (best.loss, best.step, best.without) == (3.0, 2, 0)
-    from_before = BestLoss(loss=bad, step=1, counted=1)  # as earlier versions saved it
+    # As earlier versions saved it.
+    from_before = BestLoss.restored({"loss": bad, "step": 1, "counted": 1, "without": 0})
     from_before.count(2, 3.0)
     assert (from_before.loss, from_before.step) == (3.0, 2)
+
+
+@pytest.mark.parametrize("state", ["2.0", {"loss": "2.0"}, {"step": None}, {"patience": 1}])
+def test_a_best_loss_of_another_form_is_refused(state: Any) -> None:
+    with pytest.raises(CheckpointError, match="the checkpoint's best loss is damaged: "):
+        BestLoss.restored(state)
 
 
 @contextlib.contextmanager

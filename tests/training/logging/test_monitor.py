@@ -86,6 +86,21 @@ def test_an_evaluation_without_a_finite_loss_is_not_made_again(
     assert run.validation_loss(1) is None
 
 
+@pytest.mark.parametrize(
+    ("written", "shown"), [('"3.5"', '"3.5"'), ("[3.5]", "a list"), ("true", "true"), ("{}", "an")]
+)
+def test_a_loss_on_record_that_is_no_number_is_one_line(
+    tmp_path: Path, written: str, shown: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 2, "validation_loss": {written}}}\n')
+    with pytest.raises(DataError) as raised:
+        monitor(tmp_path, done=2)
+    assert f"{tmp_path}/metrics.jsonl, the evaluation after step 2, is damaged: " in str(
+        raised.value
+    )
+    assert f"validation_loss must be a number, not {shown}" in str(raised.value)
+
+
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = open("/dev/full", "a")  # noqa: SIM115
     monkeypatch.setattr(monitor_module, "open", lambda *_, **__: full, raising=False)
