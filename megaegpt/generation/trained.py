@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ def load_for_inference(
     encoder = None
     if config.needs_encoder:
         source = encoder_source or config.encoder.source
-        encoder = _load_encoder(config, source, weights, extra.get("encoder_fingerprint"), grid)
+        encoder = _load_encoder(config, source, weights, extra, grid)
         encoder.to(dtype)
     model = empty_model(config, grid).to(device=grid.device, dtype=dtype)
     load_weights(model, weights, grid)
@@ -90,9 +91,13 @@ def pack_weights(model: nn.Module) -> None:
 
 
 def _load_encoder(
-    config: ModelConfig, source: str | None, weights: Path, wanted: str | None, grid: ProcessGrid
+    config: ModelConfig,
+    source: str | None,
+    weights: Path,
+    extra: Mapping[str, Any],
+    grid: ProcessGrid,
 ) -> FrozenEncoder:
-    if source is None or wanted is None:
+    if source is None or extra.get("encoder_fingerprint") is None:
         raise CheckpointError(f"{weights} does not say which encoder it was trained with")
     try:
         folder = resolve_weights_source(source, grid, beside=weights)
@@ -100,9 +105,8 @@ def _load_encoder(
         raise CheckpointError(f"the encoder of {weights} cannot be loaded: {error}") from None
     encoder_config = dataclasses.replace(config.encoder, source=str(folder))
     encoder = FrozenEncoder.from_source(encoder_config, grid)
-    if encoder.fingerprint != wanted:
+    if (difference := encoder.difference(extra)) is not None:
         raise CheckpointError(
-            f"{source} is not the encoder that {weights} was trained with: its fingerprint is "
-            f"{encoder.fingerprint[:16]}, not {wanted[:16]}"
+            f"{source} is not the encoder that {weights} was trained with: {difference}"
         )
     return encoder

@@ -8,12 +8,15 @@ of it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megaegpt.config import EncoderConfig
+from megaegpt.config.arithmetic import arithmetic_differences, model_arithmetic
 from megaegpt.errors import ConfigError
 from megaegpt.labels import NOTHING_BEFORE
 from megaegpt.model.flops import attention_flops, matmul_flops
@@ -60,6 +63,28 @@ class FrozenEncoder(nn.Module):
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Stays in eval mode whatever is asked."""
         return super().train(False)
+
+    def description(self) -> dict[str, Any]:
+        """What a decoder's weights keep of it, for :meth:`difference`: JSON values."""
+        return {
+            "encoder_fingerprint": self.fingerprint,
+            "encoder_arithmetic": model_arithmetic(self.config),
+        }
+
+    def difference(self, kept: Mapping[str, Any]) -> str | None:
+        """In what it is another encoder than the one of which a description was kept; None: in
+        nothing. Earlier versions kept no arithmetic.
+        """
+        fingerprint, arithmetic = kept.get("encoder_fingerprint"), kept.get("encoder_arithmetic")
+        if fingerprint != self.fingerprint:
+            return f"its fingerprint is {self.fingerprint[:16]}, not {str(fingerprint)[:16]}"
+        if not isinstance(arithmetic, dict):
+            return None
+        found = arithmetic_differences(arithmetic, model_arithmetic(self.config))
+        differences = [
+            f"{k} is {there} there and {here} here" for k, (there, here) in found.items()
+        ]
+        return f"its weights are the same, but {'; '.join(differences)}" if differences else None
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:

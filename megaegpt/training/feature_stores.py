@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.config.arithmetic import arithmetic_digest
 from megaegpt.data.features.store import FeatureSpec, FeatureStore
 from megaegpt.data.features.writer import compute_features
 from megaegpt.data.tokens.stream import TokenStream
@@ -20,7 +21,6 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
 from megaegpt.precision import DTYPES, Precision
 from megaegpt.training.consistency import check_ranks_agree, weights_facts
-from megaegpt.training.identity import arithmetic_digest
 
 
 def find_encoder(config: RunConfig) -> ModelConfig | None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
+from megaegpt.config.arithmetic import (
+    ARITHMETIC_KEYS,
+    RESOLVED,
+    arithmetic_differences,
+    model_arithmetic,
+)
 from megaegpt.config.loading import config_to_dict
-from megaegpt.config.model_rules import has_effect
 from megaegpt.config.parsing import parse_section
 from megaegpt.config.yaml_text import read_yaml
 from megaegpt.errors import CheckpointError, ConfigError
@@ -36,18 +40,7 @@ Effect = Literal["arithmetic", "data order", "optimization", "none"]
 """
 
 _KEYS: dict[Effect, dict[str, str]] = {
-    "arithmetic": {
-        "model": "kind vocab_size hidden_size num_layers num_heads num_kv_heads head_dim "
-        "ffn_hidden_size attention positions rope_base rope_fraction rope_pairs window "
-        "window_every latent_dim query_latent_dim latent_norm rope_head_dim document_end bias "
-        "qkv_bias qk_norm norm norm_placement mlp activation tied_embeddings logit_softcap "
-        "layer_norm_eps",
-        "model.rope_scaling": "kind factor original_max_seq_len low_freq_factor high_freq_factor "
-        "beta_fast beta_slow attention_factor",
-        "model.egpt": "chunk_size features_per_chunk feature_pooling local_attention memory_gate "
-        "history token_counts adapter_norm adapter_residual",
-        "model.encoder": "layers overlap",
-    },
+    "arithmetic": ARITHMETIC_KEYS,
     "data order": {
         "model": "max_seq_len",
         "model.egpt": "num_chunks",
@@ -101,15 +94,6 @@ READ_FROM = {
 _PLACES = {"checkpoint.directory", "logging.directory"}
 """Where a run is; it may be moved."""
 
-_RESOLVED = {
-    "num_kv_heads": "kv_heads",
-    "head_dim": "head_size",
-    "ffn_hidden_size": "ffn_size",
-    "qkv_bias": "has_qkv_bias",
-    "latent_dim": "latent_size",
-}
-"""Keys whose default follows from others, and the property that resolves it."""
-
 _MAY_CHANGE_AT_THE_START = {
     "model.max_seq_len",
     "model.egpt.num_chunks",
@@ -145,29 +129,6 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
     add("", config)
     return flat
-
-
-def model_arithmetic(model: ModelConfig) -> dict[str, Any]:
-    """What decides a model's arithmetic, by key: defaults resolved, without what has no effect in
-    such a model. Equal for two models that compute the same from the same weights.
-    """
-    values = {}
-    for key, effect in EFFECTS.items():
-        section, _, name = key.partition(".")
-        if section != "model" or effect != "arithmetic":
-            continue
-        if has_effect(model, name):
-            value: Any = model
-            for part in _RESOLVED.get(name, name).split("."):
-                value = getattr(value, part)
-            values[key] = value
-    return values
-
-
-def arithmetic_digest(model: ModelConfig) -> str:
-    """One text that changes with :func:`model_arithmetic`."""
-    content = json.dumps(model_arithmetic(model), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _different(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -232,7 +193,7 @@ def _differences_of_models(
     """
     raw = _different(flatten(RunConfig(model=there)), flatten(RunConfig(model=here)))
     found = _different(model_arithmetic(there), model_arithmetic(here))
-    followed = {f"model.{name}" for name in _RESOLVED} - set(raw)
+    followed = {f"model.{name}" for name in RESOLVED} - set(raw)
     named = {key: pair for key, pair in found.items() if key not in followed}
     return {**named, **{key: raw[key] for key in besides if key in raw}}
 
@@ -363,7 +324,9 @@ def _check_same_encoder(
             f"{str(ours)[:12]}): set model.encoder.source to the one it was trained with"
         )
     arithmetic = state.get("encoder_arithmetic")
-    differences = _different(arithmetic, identity["encoder_arithmetic"]) if arithmetic else {}
+    if not arithmetic:  # of an earlier version
+        return
+    differences = arithmetic_differences(arithmetic, identity["encoder_arithmetic"])
     if differences:
         raise CheckpointError(
             f"{folder} was trained over an encoder of the same weights that computes otherwise: "

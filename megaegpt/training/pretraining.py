@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
@@ -198,11 +199,12 @@ def _build_model(
 
 def _check_encoder(weights: Path, encoder: FrozenEncoder | None) -> None:
     """A decoder goes on over the encoder it was trained with."""
-    wanted = read_weights_config(weights)[1].get("encoder_fingerprint")
-    if encoder is not None and wanted not in (None, encoder.fingerprint):
+    kept = read_weights_config(weights)[1]
+    if encoder is None or kept.get("encoder_fingerprint") is None:
+        return
+    if (difference := encoder.difference(kept)) is not None:
         raise CheckpointError(
-            f"{weights} was trained over another encoder (fingerprint {wanted[:12]}, now "
-            f"{encoder.fingerprint[:12]}): set model.encoder.source to that one"
+            f"{weights} was trained over another encoder than model.encoder.source: {difference}"
         )
 
 
@@ -307,9 +309,9 @@ def _export_weights(
     """Write the model for generation, evaluation, conversion, or use as an encoder."""
     if grid.dp_rank != 0:
         return
-    extra = {"tokenizer_fingerprint": data.tokenizer.fingerprint}
+    extra: dict[str, Any] = {"tokenizer_fingerprint": data.tokenizer.fingerprint}
     if encoder is not None:
-        extra["encoder_fingerprint"] = encoder.fingerprint
+        extra |= encoder.description()
     save_weights(model, folder, grid, extra)
 
 

@@ -36,8 +36,7 @@ def save_egpt(folder: Path, encoder: Path, source: str | None = None) -> Path:
         EGPT, **BIG_VOCABULARY, encoder=EncoderConfig(source=source or str(encoder))
     )
     frozen = FrozenEncoder.from_source(EncoderConfig(source=str(encoder)), GRID)
-    extra = {"encoder_fingerprint": frozen.fingerprint}
-    save_weights(build_model(config, GRID, seed=2), folder, GRID, extra)
+    save_weights(build_model(config, GRID, seed=2), folder, GRID, frozen.description())
     return folder
 
 
@@ -101,6 +100,33 @@ def test_another_encoder_is_refused_by_name(tmp_path: Path) -> None:
     save_gpt(tmp_path / "encoder", seed=2)
     with pytest.raises(CheckpointError, match=r"/encoder is not the encoder that .*/egpt was"):
         load_for_inference(egpt, GRID)
+
+
+def test_an_encoder_of_the_same_weights_that_computes_otherwise_is_refused(
+    tmp_path: Path,
+) -> None:
+    save_gpt(tmp_path / "encoder")
+    egpt = save_egpt(tmp_path / "egpt", tmp_path / "encoder")
+    assert load_for_inference(egpt, GRID).encoder is not None
+    save_gpt(tmp_path / "encoder", activation="gelu", layer_norm_eps=1e-3)
+    with pytest.raises(CheckpointError) as raised:
+        load_for_inference(egpt, GRID)
+    assert "model.activation is gelu_tanh there and gelu here" in str(raised.value)
+    assert "model.layer_norm_eps is 1e-05 there and 0.001 here" in str(raised.value)
+
+
+def test_weights_of_an_earlier_version_name_their_encoder_by_its_fingerprint_alone(
+    tmp_path: Path,
+) -> None:
+    frozen = FrozenEncoder.from_source(
+        EncoderConfig(source=str(save_gpt(tmp_path / "encoder"))), GRID
+    )
+    config = replace(
+        EGPT, **BIG_VOCABULARY, encoder=EncoderConfig(source=str(tmp_path / "encoder"))
+    )
+    extra = {"encoder_fingerprint": frozen.fingerprint}
+    save_weights(build_model(config, GRID, seed=2), tmp_path / "egpt", GRID, extra)
+    assert load_for_inference(tmp_path / "egpt", GRID).encoder is not None
 
 
 def test_weights_that_do_not_name_their_encoder_are_refused(tmp_path: Path) -> None:

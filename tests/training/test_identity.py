@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
+from megaegpt.config.arithmetic import RESOLVED, model_arithmetic
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.model_rules import CONDITIONS
 from megaegpt.errors import CheckpointError, ConfigError
@@ -27,7 +28,6 @@ from megaegpt.training.identity import (
     check_initialization,
     check_resume,
     flatten,
-    model_arithmetic,
     run_identity,
 )
 from megaegpt.training.pretraining import pretrain
@@ -49,7 +49,8 @@ def test_every_key_of_a_configuration_has_an_effect_and_no_other_key_has() -> No
     keys = set(flatten(RunConfig()))
     assert keys - set(EFFECTS) == set()
     assert set(EFFECTS) - keys == set()
-    for table in (READ_FROM, {f"model.{name}" for name in CONDITIONS}):
+    models = {f"model.{name}" for name in {*RESOLVED, *CONDITIONS}}
+    for table in (READ_FROM, models):
         assert set(table) <= keys
 
 
@@ -85,22 +86,6 @@ def test_what_a_decoder_copies_of_an_encoder_s_blocks_is_judged_by_all_of_their_
     for key in model_arithmetic(encoder).keys() - elsewhere:
         decoder = _with_another(encoder, key.removeprefix("model."))
         assert initialization_problems(decoder, encoder), key
-
-
-def test_models_that_compute_the_same_have_the_same_arithmetic() -> None:
-    plain = encoder_config()
-    for same in (
-        {"num_kv_heads": 4, "head_dim": 4, "ffn_hidden_size": 64, "qkv_bias": True},
-        {"rope_base": 500.0},
-        {"dropout": 0.3, "init_std": 0.1},
-    ):
-        assert model_arithmetic(encoder_config(**same)) == model_arithmetic(plain), same
-    latent = encoder_config(attention="latent")
-    assert model_arithmetic(dataclasses.replace(latent, latent_dim=latent.latent_size)) == (
-        model_arithmetic(latent)
-    )
-    rotary = encoder_config(positions="rotary")
-    assert model_arithmetic(dataclasses.replace(rotary, rope_base=5e5)) != model_arithmetic(rotary)
 
 
 # -- resuming --------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from megaegpt import json_files
+from megaegpt.config.arithmetic import DIGEST_VERSION
 from megaegpt.config.data import VerifyPolicy
 from megaegpt.data.tokens.memory_map import ResidentPages
 from megaegpt.errors import DataError
@@ -68,8 +69,9 @@ class FeatureSpec:
     """Tokens before a chunk that the encoder saw too. A store of an earlier version has none and
     does not say so."""
     encoder_arithmetic: str = ""
-    """Digest of all that decides the encoder's states besides its weights, such as heads and
-    positions. Empty in stores of earlier versions."""
+    """What else decides the encoder's states, and no tensor's shape or value: heads, positions; see
+    :func:`megaegpt.config.arithmetic.arithmetic_digest`. A store of an earlier version does not say
+    it, or in a form that cannot be compared."""
 
     @property
     def chunks_per_part(self) -> int:
@@ -226,13 +228,15 @@ def part_problem(folder: Path, spec: FeatureSpec, array: str, part: int) -> str 
 
 def check_same(folder: Path, found: dict[str, Any], expected: FeatureSpec) -> None:
     """Compare a plan or manifest with what a run needs; token states may be there unneeded, and the
-    encoder's arithmetic unsaid.
+    encoder's arithmetic unsaid, or said as an earlier version did.
 
     Raises:
         DataError: names everything that differs.
     """
     wanted, found = expected.as_json(), {"overlap": 0, **found}
-    harmless = {"encoder_arithmetic"} - set(found)
+    harmless = set()
+    if not str(found.get("encoder_arithmetic", "")).startswith(DIGEST_VERSION):
+        harmless.add("encoder_arithmetic")
     if not expected.token_states:
         harmless.add("token_states")
     differences = [

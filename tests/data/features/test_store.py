@@ -234,14 +234,17 @@ def test_a_long_store_is_read_whole_only_if_that_is_asked_for(
 def test_a_store_of_an_encoder_that_computes_otherwise_is_refused_and_an_earlier_one_taken(
     tmp_path: Path,
 ) -> None:
-    compute(tmp_path, spec(encoder_arithmetic="a" * 64))
-    with pytest.raises(DataError, match="encoder_arithmetic is aaaa"):
-        compute(tmp_path, spec(encoder_arithmetic="b" * 64))
-    for name in ("manifest.json", "plan.json"):
-        content = json.loads((tmp_path / name).read_text())
-        del content["encoder_arithmetic"]
-        (tmp_path / name).write_text(json.dumps(content))
-    compute(tmp_path, spec(encoder_arithmetic="b" * 64))
+    compute(tmp_path, spec(encoder_arithmetic="2:" + "a" * 64))
+    with pytest.raises(DataError, match="encoder_arithmetic is 2:aaaa"):
+        compute(tmp_path, spec(encoder_arithmetic="2:" + "b" * 64))
+    for earlier in ("a" * 64, None):
+        for name in ("manifest.json", "plan.json"):
+            content = json.loads((tmp_path / name).read_text())
+            content["encoder_arithmetic"] = earlier
+            if earlier is None:
+                del content["encoder_arithmetic"]
+            (tmp_path / name).write_text(json.dumps(content))
+        compute(tmp_path, spec(encoder_arithmetic="2:" + "b" * 64))
 
 
 def test_without_a_manifest_a_store_does_not_open(tmp_path: Path) -> None:
