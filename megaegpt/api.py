@@ -102,7 +102,11 @@ class GPTModel(GPT):
     ) -> Tensor:
         """(B, T) ids -> (B, T, V) logits; with targets (B, T) nats, as of any GPT of the package,
         which never makes the logits and is the way to train.
+
+        Raises:
+            DataError: the ids are no batch, or a text without tokens.
         """
+        _check_batch(tokens)
         if targets is not None:
             return super().forward(tokens, targets, reduction, segments)
         return self.head.full_logits(self.hidden_states(tokens, segments=segments))
@@ -191,8 +195,8 @@ def create_pretraining_dataloader(
 
 def _check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"{name}={size} must be at least 1")
+        if type(size) is not int or size < 1:
+            raise ConfigError(f"{name}={size!r} must be a whole number of at least 1")
 
 
 def _windows(ids: Tensor, max_length: int, stride: int, needed: int) -> Tensor:
@@ -225,6 +229,10 @@ def compute_batch_loss(
         model: a :class:`GPTModel`, or any GPT of the package.
         device: None: the model's.
 
+    Raises:
+        DataError: the ids are no batch, such as those of a text of a single token, which has none
+            that follows; or a target is no token, or the shapes differ.
+
     Example:
         >>> config = create_model_config("gpt2-small (124M)", num_layers=1, hidden_size=24)
         >>> inputs = text_to_token_ids("The capital of France is Paris")
@@ -232,6 +240,7 @@ def compute_batch_loss(
         >>> f"{loss.item():.1f} nats, untrained; ln(50257) = 10.8"
         '10.8 nats, untrained; ln(50257) = 10.8'
     """
+    _check_batch(input_batch)
     device = device or model.embedding.weight.device
     inputs, targets = input_batch.to(device), target_batch.to(device)
     return model(inputs, targets) / (targets != IGNORE).sum().clamp(min=1)
@@ -299,6 +308,16 @@ def _filled_up(rows: list[list[int]], fill: int) -> Tensor:
     longest = max(map(len, rows))
     filled = [row + [fill] * (longest - len(row)) for row in rows]
     return torch.tensor(filled, dtype=torch.int64).view(len(rows), longest)
+
+
+def _check_batch(token_ids: Tensor) -> None:
+    """Refuse what is not (B, T) ids, before it is an error deep inside or a loss of nothing."""
+    if token_ids.dim() != 2 or token_ids.numel() == 0 or token_ids.is_floating_point():
+        kind = str(token_ids.dtype).removeprefix("torch.")
+        raise DataError(
+            f"{kind} of shape {tuple(token_ids.shape)} is no batch: give integer ids, (rows, "
+            "tokens), at least one of each"
+        )
 
 
 def _prompts(token_ids: Tensor | Sequence[Sequence[int]], vocab_size: int) -> Tensor:

@@ -212,7 +212,7 @@ def test_a_text_too_short_for_one_batch_is_named():
         api.create_pretraining_dataloader("x" * 14, 4, 6, tokenizer=BYTES)
     batches = api.create_pretraining_dataloader("x" * 14, 4, 6, tokenizer=BYTES, drop_last=False)
     assert len(list(batches)) == 1
-    with pytest.raises(ConfigError, match="stride=0 must be at least 1"):
+    with pytest.raises(ConfigError, match="stride=0 must be a whole number of at least 1"):
         api.create_pretraining_dataloader("x" * 50, 4, 6, stride=0, tokenizer=BYTES)
 
 
@@ -220,3 +220,31 @@ def test_a_text_too_short_for_one_batch_is_named():
 def test_prompts_outside_the_vocabulary_are_named(model, wrong):
     with pytest.raises(DataError, match=f"the id {wrong}, and the model's are 0 to 89"):
         api.generate_text_autoregressive(model, [[1, wrong]], 3)
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.ones(4, dtype=torch.int64), torch.ones(1, 4), torch.ones(1, 0, dtype=torch.int64)]
+)
+def test_ids_that_are_no_batch_are_named(model, ids):
+    with pytest.raises(DataError, match=r"of shape \(.*\) is no batch: give integer ids"):
+        model(ids)
+    with pytest.raises(DataError, match="is no batch"):
+        api.compute_batch_loss(ids, ids, model)
+
+
+@pytest.mark.parametrize("text", ["", "a"])
+def test_a_text_too_short_to_predict_anything_has_no_loss(model, text):
+    ids = api.text_to_token_ids(text)
+    with pytest.raises(DataError, match=r"shape \(1, 0\) is no batch"):
+        api.compute_batch_loss(ids[:, :-1], ids[:, 1:], model)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True])
+def test_sizes_that_are_no_number_of_tokens_are_named(size):
+    with pytest.raises(ConfigError, match=r"max_length=.* must be a whole number of at least 1"):
+        api.create_pretraining_dataloader("one two three " * 50, max_length=size)
+
+
+def test_a_batch_of_no_records_is_named():
+    with pytest.raises(DataError, match="a batch without items"):
+        api.create_instruction_collate_fn()([])

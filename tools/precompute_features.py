@@ -63,7 +63,14 @@ def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> Non
         if encoder is None:
             raise ConfigError("model.kind=gpt has no chunk features: give an egpt configuration")
     assert encoder is not None
+    chunk_size = config.model.egpt.chunk_size
     for name, stream in streams.items():
+        if len(stream) < chunk_size:  # training encodes it in the loop
+            if grid.is_main:
+                print(
+                    f"{name}: nothing to store, {len(stream):,} of a chunk's {chunk_size:,} tokens"
+                )
+            continue
         store = prepare_store(config, grid, encoder, stream, name, precision)
         with raising_together(grid):
             if verify and grid.is_main:

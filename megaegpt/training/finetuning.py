@@ -20,7 +20,7 @@ from megaegpt.data.tokens.permutation import Permutation
 from megaegpt.data.tokens.samples import Samples
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.windows import Windows
-from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.errors import CheckpointError, ConfigError, DataError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
@@ -151,7 +151,13 @@ class InstructionData:
 
     def _encode(self, records: Sequence[Instruction], name: str) -> InstructionDataset:
         shown = tqdm(records, f"{name} records", disable=not is_main_process(), leave=False)
-        return InstructionDataset(shown, self.tokenizer, self._model.sample_len)
+        dataset = InstructionDataset(shown, self.tokenizer, self._model.sample_len)
+        if not len(dataset):
+            raise DataError(
+                f"no {name} record has a prompt and an answer within {self._model.sample_len} "
+                f"tokens: each of the {len(records):,} has a longer prompt, or no answer"
+            )
+        return dataset
 
     def _rows(self, dataset: InstructionDataset, seed: int) -> InstructionSamples:
         self._datasets.append(dataset)

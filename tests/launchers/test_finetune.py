@@ -32,7 +32,10 @@ def test_a_dry_run_shows_the_weights_model_and_the_records(
     with pytest.raises(SystemExit) as exit_:
         _run(monkeypatch, "--dry-run", *arguments)
     assert exit_.value.code == 2
-    assert "no record has a prompt and an answer within 16 tokens" in capsys.readouterr().err
+    assert (
+        "no training record has a prompt and an answer within 16 tokens: "
+        in capsys.readouterr().err
+    )
     save_gpt(tmp_path / "gpt", max_seq_len=64)
     _run(monkeypatch, "--dry-run", *arguments)
     shown = capsys.readouterr().out

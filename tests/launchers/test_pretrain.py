@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.run import RunConfig
+from tests.data.corpora import write_shard
 from tests.distributed.harness import free_port
 from tests.faults.processes import Ranks, train
 from tests.tiny.runs import corpus, losses, records, run_config
@@ -237,6 +239,10 @@ def test_features_are_computed_by_all_ranks_then_checked_and_others_refused(
     precompute_features.main()
     assert f"{store}: 125 chunks, verified" in capsys.readouterr().out
     assert (store / "manifest.json").stat().st_mtime_ns == manifest
+    short = write_shard(tmp_path / "short", [np.arange(7)])
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], f"data.validation={short}"])
+    precompute_features.main()
+    assert "validation: nothing to store, 7 of a chunk's 8 tokens" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "model.egpt.chunk_size=4"])
     with pytest.raises(SystemExit, match="2"):
         precompute_features.main()

@@ -203,6 +203,8 @@ def create_instruction_collate_fn(
     def collate(
         items: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not items:
+            raise DataError("a batch without items: the records have nothing to learn, or are none")
         longest = max(len(tokens) for tokens, _ in items)
         width = -(-longest // multiple_of) * multiple_of
         tokens = torch.full((len(items), width), pad_token_id, dtype=torch.int64)

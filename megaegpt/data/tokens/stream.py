@@ -64,7 +64,11 @@ class TokenStream:
         tokens_before = [0, *self._ends]
         self.spans = [(tokens_before[a], tokens_before[b]) for a, b in pairwise(bounds)]
         if not self.shards or not self._ends[-1]:
-            raise DataError(f"no tokens in {', '.join(prefixes) or 'an empty list of shards'}")
+            where = ", ".join(prefixes) or "an empty list of shards"
+            raise DataError(
+                f"no tokens in {where}: leave this split out, or make it of a larger share of the "
+                "text"
+            )
 
     def __len__(self) -> int:
         """Tokens."""
