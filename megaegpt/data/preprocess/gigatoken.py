@@ -89,7 +89,8 @@ def _make_encoder(tokenizer: Tokenizer) -> Any:
         ) from None
     with tempfile.NamedTemporaryFile("wb", suffix=".tiktoken") as file:
         for rank, token in enumerate(tokenizer.token_bytes):
-            file.write(base64.b64encode(token) + b" %d\n" % rank)
+            if token:
+                file.write(base64.b64encode(token) + b" %d\n" % rank)
         file.flush()
         # No special tokens: the name of one in a document is ordinary text, as with tiktoken.
         return BPETokenizer.from_tiktoken(file.name, "gpt2", {})
