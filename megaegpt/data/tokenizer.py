@@ -46,7 +46,7 @@ class Tokenizer(ABC):
 
     @staticmethod
     def load(vocabulary: str | Path | None = None) -> Tokenizer:
-        """The tokenizer of a place; see :func:`megaegpt.data.tokenizers.tokenizer_files.load_tokenizer`.
+        """:func:`~megaegpt.data.tokenizers.tokenizer_files.load_tokenizer`, by its other name.
 
         Raises:
             DataError: there is no tokenizer, or it is damaged or of a kind that cannot be used.
