@@ -61,7 +61,11 @@ def main() -> None:
     with joined_processes(arguments.tensor_parallel_size) as grid:
         name = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
         loaded = load_for_inference(
-            arguments.checkpoint, grid, DTYPES[name], encoder_source=arguments.encoder
+            arguments.checkpoint,
+            grid,
+            DTYPES[name],
+            encoder_source=arguments.encoder,
+            vocabulary=arguments.vocabulary,
         )
         shown, numbers = _measure(arguments, loaded, grid, DTYPES[name])
         with raising_together(grid):
@@ -105,6 +109,9 @@ def _parse_arguments() -> argparse.Namespace:
     harness.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question")
     harness.add_argument("--limit", type=int, metavar="N", help="first questions of a task only")
     parser.add_argument("--encoder", metavar="DIR", help="of an EGPT or DeepGPT, if it was moved")
+    parser.add_argument(
+        "--vocabulary", metavar="PLACE", help="the tokenizer, where none lies with the weights"
+    )
     parser.add_argument("--batch-size", type=int, default=4, help="rows at once (default: 4)")
     parser.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU"
@@ -149,6 +156,7 @@ def _measure_text(
     arguments: argparse.Namespace, loaded: LoadedModel, grid: ProcessGrid, dtype: torch.dtype
 ) -> Result:
     from megaegpt.data.tokens.corpus_manifest import verify_shards
+    from megaegpt.data.tokens.shard_tokenizer import check_same_tokenizer
     from megaegpt.data.tokens.stream import TokenStream
     from megaegpt.data.tokens.token_ids import check_ids
     from megaegpt.evaluation.history import compare_histories, history_table
@@ -163,6 +171,8 @@ def _measure_text(
                 print(f"left out {line}", flush=True)
         else:
             source = stream = TokenStream(arguments.data)
+            if loaded.is_own_tokenizer:
+                check_same_tokenizer(stream.prefixes, loaded.tokenizer)
             verify_shards(stream.prefixes, rank=grid.rank, world_size=grid.world_size)
             check_ids(stream, loaded.model.config.vocab_size, grid.rank, grid.world_size)
     if arguments.histories:
@@ -180,7 +190,7 @@ def _measure_text(
     bits = "n/a" if math.isnan(result.bits_per_byte) else f"{result.bits_per_byte:.4f}"
     lines = [f"{result}, {bits} bits/byte"]
     if not loaded.is_own_tokenizer:
-        lines.append("  (the model has another tokenizer than GPT-2's: bytes are not known)")
+        lines.append("  (the model has another tokenizer than this one: bytes are not known)")
     if not math.isfinite(result.loss):
         lines.append("  (the loss is not finite: the model gives no probabilities for this text)")
     lines += [

@@ -36,6 +36,7 @@ class Tokenizer(ABC):
         special_tokens: names and ids of those that stand for no text.
         fingerprint: sha256 over everything that decides the ids of a text.
         runs_on: what computes the ids.
+        is_installed: it comes with the program; the files of others go with shards and weights.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Tokenizer(ABC):
     eot_token: int
     special_tokens: Mapping[str, int]
     runs_on: str
+    is_installed = False
 
     @staticmethod
     def load(vocabulary: str | Path | None = None) -> Tokenizer:

@@ -1,16 +1,15 @@
-"""Byte-level BPE of any vocabulary on tiktoken's core, which is some ten times as fast as the library
-``tokenizers``.
+"""Byte-level BPE of any vocabulary on tiktoken's core, which is some ten times as fast as the
+library ``tokenizers``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tiktoken
 
-from megaegpt.data.tokenizer import whole_characters
+from megaegpt.data.tokenizer import END_OF_TEXT, whole_characters
 
 LONG_BLANK = 100_000
 """Regular expressions with a look-ahead give up on a million blanks in a row, by a panic."""
@@ -34,7 +33,9 @@ class BytePairCore:
             "byte-level BPE",
             pat_str=expression,
             mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-            special_tokens={},
+            # It looks for special tokens that it then takes for text; none at all would be found
+            # at every character.
+            special_tokens={END_OF_TEXT: len(tokens)},
         )
 
     def encode(self, text: str) -> np.ndarray | None:
@@ -45,14 +46,13 @@ class BytePairCore:
         if len(text) > LONG_BLANK and has_long_blank(text):
             return None
         try:
-            ranks: np.ndarray[Any, Any] = self._encoding.encode_to_numpy(
-                text, disallowed_special=()
-            )
+            ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
             return self.encode(whole_characters(text))
         if self._without_id and len(ranks) and int(ranks.min()) < self._without_id:
             return None
-        return self._ids[ranks]
+        ids: np.ndarray = self._ids[ranks]
+        return ids
 
 
 def has_long_blank(text: str) -> bool:

@@ -55,8 +55,8 @@ class TokenizerDefinition:
         for name, token in found.items():
             if type(token) is not int or not 0 <= token < most:
                 raise DataError(
-                    f"{self.where} is damaged: its token {name!r:.40} has the id {token!r:.40}, and "
-                    f"there are {len(found):,} tokens; {_REMEDY}"
+                    f"{self.where} is damaged: its token {name!r:.40} has the id {token!r:.40}, "
+                    f"and there are {len(found):,} tokens; {_REMEDY}"
                 )
         return found
 

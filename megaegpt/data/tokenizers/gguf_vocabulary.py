@@ -65,7 +65,7 @@ def read_gguf_definition(file: Path) -> TokenizerDefinition:
             "add_prefix_space": True,
             "trim_offsets": True,
             "use_regex": True,
-        },  # fmt: skip
+        },
         "model": {
             "type": "BPE",
             "dropout": None,

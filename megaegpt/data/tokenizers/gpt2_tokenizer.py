@@ -52,6 +52,7 @@ class GPT2Tokenizer(Tokenizer):
     eot_token = END_OF_TEXT_ID
     special_tokens: Mapping[str, int] = {END_OF_TEXT: END_OF_TEXT_ID}
     runs_on = "tiktoken"
+    is_installed = True
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding

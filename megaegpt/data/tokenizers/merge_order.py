@@ -1,11 +1,11 @@
-"""When merging bytes by the ranks of tokens, as tiktoken does, gives what Hugging Face's merge rules
-give.
+"""When merging bytes by the ranks of tokens, as tiktoken does, gives what Hugging Face's merge
+rules give.
 
 tiktoken merges two neighbours wherever a token of their bytes exists, the token of lowest rank
-first; Hugging Face merges pairs that are in a list, the first of the list first. For a span of bytes
-that is to become one token, neither sees what is around it: every token has one last pair that it
-can be merged of, whatever the text. So both do the same on every text if every token can be made by
-the rules, and the ranks are in the order of the rules that make them.
+first; Hugging Face merges pairs that are in a list, the first of the list first. While a span of
+bytes becomes one token, neither sees what is around it: every token has one last pair that it can
+be merged of, whatever the text. So both do the same on every text if every token can be made by the
+rules, and the ranks are in the order of the rules that make them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MergeOrder:
     Attributes:
         bytes_without_token: single bytes that no token stands for.
         tokens: single bytes, then the merged ones.
-        whole_words: tokens that no rule makes, and that stand for a word that they are the whole of.
+        whole_words: tokens that no rule makes, and that stand for words that they are all of.
     """
 
     bytes_without_token: list[str]

@@ -29,8 +29,8 @@ def load_tokenizer(place: str | Path | None = None) -> Tokenizer:
         if (path / VOCABULARY_FILE).is_file():
             return GPT2Tokenizer.from_folder(path)
         raise DataError(
-            f"{path / _TOKENIZER_FILE} is missing, and so is {VOCABULARY_FILE}: the folder must hold "
-            "a tokenizer"
+            f"{path / _TOKENIZER_FILE} is missing, and so is {VOCABULARY_FILE}: the folder must "
+            "hold a tokenizer"
         )
     if not path.exists():
         raise DataError(f"{path} does not exist: give a folder with {_TOKENIZER_FILE}, or a file")
