@@ -5,7 +5,7 @@ alphabet), and merge rules are pairs of tokens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def _byte_alphabet() -> dict[int, int]:
@@ -41,15 +41,21 @@ def merges_of(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
         tokens: by rank, which is their place.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    return [last_pair(token, ranks) for token in tokens if len(token) > 1]
+    rules = (merge_rule(token, ranks) for token in tokens if len(token) > 1)
+    return [rule for rule in rules if rule is not None]
 
 
-def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that ``token`` is merged of when tokens of lower rank are made first."""
+def merge_rule(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that ``token`` is merged of when tokens of lower rank are made first; None: it
+    is never made.
+    """
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-        at = pairs.index(min(pairs))
+        lowest = min(pairs)
+        if lowest == len(ranks):
+            return None
+        at = pairs.index(lowest)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     first, second = parts
     return first, second

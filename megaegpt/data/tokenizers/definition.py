@@ -13,6 +13,7 @@ from megaegpt.errors import DataError
 from megaegpt.json_files import read_json
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+TOKENS_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 _SPECIAL_TOKENS_FILE, _GENERATION_FILE = "special_tokens_map.json", "generation_config.json"
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 """Names that end a document by themselves, where no file says which one does."""
@@ -113,6 +114,83 @@ def read_definition(place: Path) -> TokenizerDefinition:
         settings |= _end_from_other_files(folder, content)
     name = settings.get("name_or_path") or folder.resolve().name
     return TokenizerDefinition(Path(str(name)).name, str(file), content, settings)
+
+
+def read_older_definition(folder: Path) -> TokenizerDefinition:
+    """Of a folder with ``vocab.json`` and ``merges.txt``, GPT-2's form.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    file, merges = folder / TOKENS_FILE, folder / MERGES_FILE
+    vocabulary = read_json(file, dict[str, int], remedy=_REMEDY)
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {merges}: {error}") from None
+    rules = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    if any(len(rule) != 2 for rule in rules):
+        raise DataError(f"{merges} is damaged: a rule is not two tokens; {_REMEDY}")
+    settings = _read_if_there(folder / SETTINGS_FILE)
+    named = [token_name(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")]
+    special = {name for name in (*named, END_OF_TEXT) if name in vocabulary}
+    content = byte_level_content(
+        vocabulary,
+        rules,
+        [
+            added_token(vocabulary[name], name)
+            for name in sorted(special, key=lambda n: vocabulary[n])
+        ],
+        byte_level(bool(settings.get("add_prefix_space"))),
+    )
+    name = settings.get("name_or_path") or folder.resolve().name
+    return TokenizerDefinition(Path(str(name)).name, str(file), content, settings)
+
+
+def added_token(number: int, name: str, special: bool = True) -> dict[str, Any]:
+    """An entry of ``added_tokens``."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": name, **flags, "special": special}
+
+
+def byte_level(add_prefix_space: bool = False, use_regex: bool = True) -> dict[str, Any]:
+    """The pre-tokenizer and the decoder ``ByteLevel``; with ``use_regex`` it cuts GPT-2's words."""
+    flags = {"add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "ByteLevel", **flags}
+
+
+def byte_level_content(
+    vocabulary: Mapping[str, int],
+    merges: list[list[str]],
+    added_tokens: list[dict[str, Any]],
+    pre_tokenizer: Mapping[str, Any],
+    *,
+    normalizer: Mapping[str, Any] | None = None,
+    ignore_merges: bool = False,
+) -> dict[str, Any]:
+    """``tokenizer.json`` of a byte-level BPE."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": byte_level(),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": dict(vocabulary),
+            "merges": merges,
+        },
+    }
 
 
 def _read_if_there(file: Path) -> dict[str, Any]:

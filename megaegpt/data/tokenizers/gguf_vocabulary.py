@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megaegpt.data.tokenizers.definition import TokenizerDefinition
+from megaegpt.data.tokenizers.definition import (
+    TokenizerDefinition,
+    added_token,
+    byte_level,
+    byte_level_content,
+)
 from megaegpt.data.tokenizers.split_pattern import (
     LLAMA3_SPLIT,
     O200K_SPLIT,
@@ -50,49 +55,26 @@ def read_gguf_definition(file: Path) -> TokenizerDefinition:
     types = found.get(f"{_KEY}token_type") or [_NORMAL] * len(tokens)
     pre = str(found.get(f"{_KEY}pre") or "default")
     pre_tokenizer, split = _pre_tokenizer(pre, file)
-    content = {
-        "version": "1.0",
-        "added_tokens": [
-            _added(number, token, kind == _CONTROL)
+    content = byte_level_content(
+        {token: number for number, token in enumerate(tokens)},
+        [merge.split(" ", 1) for merge in merges],
+        [
+            added_token(number, token, kind == _CONTROL)
             for number, (token, kind) in enumerate(zip(tokens, types, strict=False))
             if kind in (_CONTROL, _USER_DEFINED)
         ],
-        "normalizer": {"type": "NFC"} if split == QWEN2_SPLIT else None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": True,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": split in _IGNORING_MERGES,
-            "vocab": {token: number for number, token in enumerate(tokens)},
-            "merges": [merge.split(" ", 1) for merge in merges],
-        },
-    }
+        pre_tokenizer,
+        normalizer={"type": "NFC"} if split == QWEN2_SPLIT else None,
+        ignore_merges=split in _IGNORING_MERGES,
+    )
     name = str(found.get("general.name") or file.stem)
     return TokenizerDefinition(name, str(file), content, _settings(found, tokens))
 
 
-def _added(number: int, token: str, special: bool) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": token, **flags, "special": special}
-
-
 def _pre_tokenizer(pre: str, file: Path) -> tuple[dict[str, Any], str | None]:
     """The pre-tokenizer by llama.cpp's name, and the expression of its split."""
-    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if pre in _WORDS.split():
-        return {**words, "use_regex": True}, None
+        return byte_level(), None
     first: dict[str, Any] = {"type": "Digits", "individual_digits": True}
     split = next((s for s, names in _SPLITS.items() if pre in names.split()), None)
     if split is not None:
@@ -103,7 +85,7 @@ def _pre_tokenizer(pre: str, file: Path) -> tuple[dict[str, Any], str | None]:
             f"{file}: its tokenizer cuts texts by the unknown rule {pre!r:.40}: give the folder of "
             "the model's tokenizer.json instead"
         )
-    members = [first, {**words, "use_regex": split is None}]
+    members = [first, byte_level(use_regex=split is None)]
     return {"type": "Sequence", "pretokenizers": members}, split
 
 

@@ -35,7 +35,7 @@ from megaegpt.errors import DataError
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BLANK_MARK = "\u2581"
-_GPT2_DIGEST = "?"
+_GPT2_DIGEST = "5834566ba7a113a3493831eb98ffca7a823466defe0d57779312bf57c98f2739"
 _GPT2_FINGERPRINT = "174dffdb4eee00b0177de2abc4436adbce393a6620dde6188138d5036f0dc622"
 """What shards and weights of GPT-2's tokenizer have always been told by."""
 
@@ -274,16 +274,15 @@ def _types(part: Any) -> set[str]:
     return set().union(*map(_types, part)) if isinstance(part, list) else set()
 
 
-_WITHOUT_EFFECT_ON_IDS = ("trim_offsets",)
-
-
 def _without_defaults(part: Any) -> Any:
-    """A part without what does not change ids, and without values that are off."""
+    """A part without what does not change ids, and without values that mean what their absence
+    means: files of several versions of the library have more or fewer of them.
+    """
     if isinstance(part, Mapping):
         return {
             key: _without_defaults(value)
             for key, value in part.items()
-            if key not in _WITHOUT_EFFECT_ON_IDS and value not in (None, False)
+            if key != "trim_offsets" and value not in (None, key == "use_regex")
         }
     return [_without_defaults(item) for item in part] if isinstance(part, list) else part
 

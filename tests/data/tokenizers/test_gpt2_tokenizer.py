@@ -171,7 +171,7 @@ def test_no_vocabulary_anywhere_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_changed_and_missing_vocabulary_files_are_refused_by_name(
     tmp_path: Path, package_files: dict[str, Path]
 ) -> None:
-    with pytest.raises(DataError, match=r"encoder\.json is missing"):
+    with pytest.raises(DataError, match=r"tokenizer\.json is missing, and so are .* encoder\.json"):
         Tokenizer.load(tmp_path)
     content = package_files["encoder.json"].read_bytes()
     (tmp_path / "encoder.json").write_bytes(content.replace(b'"!": 0', b'"!": 1', 1))
