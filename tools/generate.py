@@ -147,7 +147,9 @@ def _parse_arguments() -> argparse.Namespace:
         help="precision (default: bf16 on a GPU, fp32 on a CPU)",
     )
     parser.add_argument("--encoder", metavar="PATH", help="the frozen encoder, where it was moved")
-    parser.add_argument("--vocabulary", metavar="DIR", help="folder with GPT-2's encoder.json")
+    parser.add_argument(
+        "--vocabulary", metavar="PLACE", help="the tokenizer, where none lies with the weights"
+    )
     arguments = parser.parse_args()
     if arguments.num_samples < 1:
         parser.error("--num-samples must be at least 1")

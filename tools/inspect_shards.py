@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megaegpt.arguments import ArgumentParser
-from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
 from megaegpt.data.tokens.shard_contents import LengthHistogram, first_difference
+from megaegpt.data.tokens.shard_tokenizer import tokenizer_of_shards
 from megaegpt.data.tokens.shards import Shard
 from megaegpt.data.tokens.stream import resolve_prefixes
 from megaegpt.errors import exits_cleanly
@@ -43,11 +43,11 @@ def parse_arguments() -> argparse.Namespace:
         "--tokens", type=_count, default=100, metavar="N", help="of each (%(default)s)"
     )
     show.add_argument("--png", type=Path, metavar="FILE", help="draw the histogram")
-    show.add_argument("--vocabulary", metavar="DIR", help="folder with encoder.json")
+    show.add_argument("--vocabulary", metavar="PLACE", help="tokenizer, if not the shards' own")
     show.set_defaults(run=_show)
     verify = commands.add_parser("verify", help="read everything; checksums where there are some")
     verify.add_argument("prefixes", nargs="+", metavar="PREFIX")
-    verify.add_argument("--vocabulary", metavar="DIR", help="folder with encoder.json")
+    verify.add_argument("--vocabulary", metavar="PLACE", help="tokenizer, if not the shards' own")
     verify.set_defaults(run=_verify)
     compare = commands.add_parser("compare", help="same documents? exit code 1 if not")
     compare.add_argument("first", metavar="PREFIX")
@@ -79,7 +79,7 @@ def _show(arguments: argparse.Namespace) -> None:
     if arguments.png:
         histogram.draw(arguments.png)
         print(f"\nwrote {arguments.png}")
-    tokenizer = Tokenizer.load(arguments.vocabulary)
+    tokenizer = tokenizer_of_shards([s.prefix for s in shards], arguments.vocabulary)
     for number in _spread(arguments.samples, histogram.documents):
         shard, inside = _locate(shards, number)
         tokens = shard.document(inside)
@@ -104,8 +104,8 @@ def _locate(shards: list[Shard], number: int) -> tuple[Shard, int]:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    tokenizer = Tokenizer.load(arguments.vocabulary)
     prefixes = resolve_prefixes(arguments.prefixes)
+    tokenizer = tokenizer_of_shards(prefixes, arguments.vocabulary)
     for prefix in prefixes:
         shard = Shard(prefix)
         shard.verify(tokenizer.vocab_size)

@@ -97,7 +97,11 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add("--text-key", metavar="NAME", help="key or column of the text (default: text)")
     add("--reader-option", action="append", default=[], metavar="NAME[=VALUE]",
         help="option of the format, such as keep_quoted for enron; may be repeated")  # fmt: skip
-    add("--vocabulary", metavar="DIR", help="folder with encoder.json (default: the installed one)")
+    add(
+        "--vocabulary",
+        metavar="PLACE",
+        help="tokenizer: a folder with tokenizer.json, or a .json or .gguf file (default: GPT-2's)",
+    )
     add("--tokenizer-backend", choices=["tiktoken", "gigatoken"], default="tiktoken",
         help="gigatoken (optional package): the same tokens, many times faster")  # fmt: skip
     add(
@@ -176,6 +180,7 @@ def _print_report(report: Report, output: Path) -> None:
         print("\n".join(report.problems.summary().splitlines()[1:]))
     for line in report.problems.left_out.lines():
         print(f"left out    {line}")
+    print(f"tokenizer   {report.tokenizer.name}, on {report.tokenizer.runs_on}")
     if report.meter.counts.documents:
         print(f"speed       {report.meter.rates()}, {report.meter.seconds:.1f} s")
     else:

@@ -45,7 +45,9 @@ class DataConfig:
     """Hold shards and feature stores against their ``manifest.json`` when a run starts; auto: up to
     4 GiB of either."""
     vocabulary: PathText | None = None
-    """Folder with GPT-2's ``encoder.json`` and ``vocab.bpe``; None: the installed ones."""
+    """Tokenizer: a folder with ``tokenizer.json``, such a file, a ``.gguf`` or ``.tiktoken`` file,
+    ``cl100k_base`` or ``o200k_base``, or a folder with GPT-2's ``encoder.json``. None: that of the
+    shards or of the weights, else GPT-2's."""
     features: PathText | None = None
     """Folder of EGPT's chunk-feature stores; None: next to the run's checkpoints."""
     history_features: Literal["stored", "online"] = "stored"

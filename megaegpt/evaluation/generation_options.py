@@ -45,8 +45,11 @@ class GenerationOptions:
         return text
 
 
-def read_options(options: Mapping[str, Any]) -> GenerationOptions:
+def read_options(options: Mapping[str, Any], end_of_text: str = END_OF_TEXT) -> GenerationOptions:
     """The ``generation_kwargs`` of a request.
+
+    Args:
+        end_of_text: the name of the token that ends a document.
 
     Raises:
         ConfigError: one is not known, or has a value that the harness or this program refuses.
@@ -67,7 +70,7 @@ def read_options(options: Mapping[str, Any]) -> GenerationOptions:
         max_new_tokens=_number(int, _LENGTH_NAMES[0], given[0] if given else 256),
         **_sampling(options),
     )
-    return GenerationOptions(config, _until(options.get("until")))
+    return GenerationOptions(config, _until(options.get("until"), end_of_text))
 
 
 def _sampling(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,12 +93,12 @@ def _sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"temperature": temperature, "top_k": top_k or None, "top_p": top_p}
 
 
-def _until(until: Any) -> tuple[str, ...]:
+def _until(until: Any, end_of_text: str) -> tuple[str, ...]:
     """With the end of a document, whose name may also be written in characters."""
     ends = [] if until is None else [until] if isinstance(until, str) else until
     if not isinstance(ends, list) or not all(isinstance(end, str) for end in ends):
         raise ConfigError(f"the task sets until={until!r}: it must be a text or a list of texts")
-    return (*ends,) if END_OF_TEXT in ends else (*ends, END_OF_TEXT)
+    return (*ends,) if end_of_text in ends else (*ends, end_of_text)
 
 
 def _number(kind: type[int] | type[float], name: str, value: Any) -> Any:

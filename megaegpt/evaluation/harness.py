@@ -17,7 +17,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from megaegpt.data.tokenizer import END_OF_TEXT, Tokenizer
+from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.generation_options import GenerationOptions, read_options
 from megaegpt.evaluation.scorer import Pair, Scorer, encode_pair
@@ -29,8 +29,8 @@ from megaegpt.parallel.together import all_gather_object
 
 
 class HarnessTokenizer:
-    """Tokens as the harness' own model has them: ``<|endoftext|>`` in a text is the token that ends
-    a document, where :class:`~megaegpt.data.tokenizer.Tokenizer` takes it for characters.
+    """Tokens as the harness' own model has them: the name of a special token in a text, such as
+    ``<|endoftext|>``, is this token, where other texts take it for characters.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -39,8 +39,7 @@ class HarnessTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``."""
-        first, *others = map(self._tokenizer.encode, text.split(END_OF_TEXT))
-        return first + [token for part in others for token in (self.eot_token, *part)]
+        return self._tokenizer.encode_with_special_tokens(text)
 
 
 class HarnessModel(LM):
@@ -97,7 +96,8 @@ class HarnessModel(LM):
             ConfigError: an option is not known, or not offered.
         """
         grid = self._grid
-        options = [read_options(request.args[1]) for request in requests]
+        end = self._decoding.end_of_text
+        options = [read_options(request.args[1], end) for request in requests]
         prompts = [
             self._prompt(request.args[0], option)
             for request, option in zip(requests, options, strict=True)

@@ -12,6 +12,7 @@ from torch import nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.build import Model, empty_model
@@ -48,7 +49,8 @@ def load_for_inference(
 
     The encoder of an EGPT or DeepGPT is loaded from the source that its configuration names (from
     the working directory, else from beside the weights), or from ``encoder_source``, and must be
-    the very one it was trained with. Collective over all ranks.
+    the very one it was trained with. The tokenizer is that of ``vocabulary``, else the one whose
+    files lie with the weights, else GPT-2's. Collective over all ranks.
 
     Raises:
         CheckpointError: something is missing or damaged, or the encoder is another one.
@@ -57,11 +59,12 @@ def load_for_inference(
     """
     weights = resolve_weights_source(folder, grid)
     config, extra = read_weights_config(weights)
-    tokenizer = Tokenizer.load(vocabulary)
+    tokenizer = load_tokenizer(vocabulary or (weights if has_tokenizer(weights) else None))
     if config.vocab_size < tokenizer.vocab_size:
         raise CheckpointError(
-            f"{weights} has a vocabulary of {config.vocab_size} tokens, GPT-2's tokenizer has "
-            f"{tokenizer.vocab_size}: it was not trained on this tokenizer's text"
+            f"{weights} has a vocabulary of {config.vocab_size} tokens, the tokenizer "
+            f"{tokenizer.name} has {tokenizer.vocab_size}: it was not trained on this tokenizer's "
+            "text; give its own as --vocabulary"
         )
     encoder = None
     if config.needs_encoder:
@@ -74,9 +77,11 @@ def load_for_inference(
     for part in (model, encoder):
         if part is not None:
             pack_weights(part)
-    trained_with = extra.get("tokenizer_fingerprint", tokenizer.fingerprint)
-    like = config.vocab_size <= tokenizer.padded_vocab_size
-    own = trained_with == tokenizer.fingerprint and like
+    trained_with = extra.get("tokenizer_fingerprint")
+    if trained_with is None:
+        own = config.vocab_size <= tokenizer.padded_vocab_size
+    else:
+        own = trained_with == tokenizer.fingerprint
     return LoadedModel(model, encoder, tokenizer, own)
 
 

@@ -15,6 +15,7 @@ from megaegpt.data.instruction.records import Instruction, InstructionDataset, r
 from megaegpt.data.instruction.rows import InstructionSamples, InstructionWindows, trim_padding
 from megaegpt.data.readers.documents import Problems
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.permutation import Permutation
 from megaegpt.data.tokens.samples import Samples
@@ -82,6 +83,8 @@ def finetuning_config(config: RunConfig, grid: ProcessGrid) -> RunConfig:
             )
     # Records have no chunk numbers to store features by.
     data = dataclasses.replace(config.data, history_features="online", token_features="online")
+    if data.vocabulary is None and has_tokenizer(weights):
+        data = dataclasses.replace(data, vocabulary=str(weights))
     return dataclasses.replace(config, model=model, data=data)
 
 
@@ -126,7 +129,8 @@ class InstructionData:
         if self._model.vocab_size < self.tokenizer.vocab_size:
             raise CheckpointError(
                 f"{config.training.initialize_from} has a vocabulary of {self._model.vocab_size} "
-                f"tokens, GPT-2's tokenizer has {self.tokenizer.vocab_size}"
+                f"tokens, the tokenizer {self.tokenizer.name} has {self.tokenizer.vocab_size}: set "
+                "data.vocabulary to the tokenizer of the weights"
             )
         self._problems = Problems(options.on_bad_record, "data.instructions.on_bad_record=skip")
         train = self._read(options.train)

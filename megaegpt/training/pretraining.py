@@ -11,6 +11,7 @@ from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.validation import validate
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.data.tokens.blend import Blend
 from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.data.tokens.token_ids import known_byte_lengths
@@ -313,6 +314,8 @@ def _export_weights(
     if encoder is not None:
         extra |= encoder.description()
     save_weights(model, folder, grid, extra)
+    if grid.tp_rank == 0 and not data.tokenizer.is_installed:
+        save_tokenizer(data.tokenizer, folder)
 
 
 def _introduce(

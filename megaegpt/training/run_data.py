@@ -11,6 +11,11 @@ from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.blend import Blend
 from megaegpt.data.tokens.corpus_manifest import verify_shards
 from megaegpt.data.tokens.samples import ChunkWindows, PretrainingSamples, Samples, StreamSamples
+from megaegpt.data.tokens.shard_tokenizer import (
+    check_model_knows,
+    check_same_tokenizer,
+    tokenizer_of_shards,
+)
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.token_ids import check_ids, document_end
 from megaegpt.data.tokens.windows import EvaluationWindows, Windows
@@ -49,8 +54,10 @@ class PretrainingData:
     def __init__(self, config: RunConfig, rank: int = 0, world_size: int = 1) -> None:
         if not config.data.train:
             raise ConfigError("data.train is empty: give the prefixes of the training shards")
-        self.tokenizer = Tokenizer.load(config.data.vocabulary)
         train = TokenStream(config.data.train)
+        self.tokenizer = tokenizer_of_shards(train.prefixes, config.data.vocabulary)
+        if not self.tokenizer.is_installed:
+            check_model_knows(self.tokenizer, config.model.vocab_size)
         self.fingerprint = train.fingerprint
         self.streams: Mapping[str, TokenStream] = {"train": train}
         model = config.model
@@ -76,6 +83,7 @@ class PretrainingData:
             if not len(self.validation):
                 raise nothing_to_predict(f"data.validation ({', '.join(config.data.validation)})")
         prefixes = [p for stream in self.streams.values() for p in stream.prefixes]
+        check_same_tokenizer(prefixes, self.tokenizer)
         verify_shards(prefixes, config.data.verify_checksums, rank, world_size)
         for stream in self.streams.values():
             check_ids(stream, model.vocab_size, rank, world_size)

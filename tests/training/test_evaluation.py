@@ -74,7 +74,9 @@ def evaluator(
     }
     values |= changes
     overlap = values.pop("overlap", 0)
-    windows = EvaluationWindows(TokenStream([split]), WINDOW, values["num_chunks"], stride, overlap)
+    windows = EvaluationWindows(
+        TokenStream([split]), WINDOW, values["num_chunks"], stride, overlap=overlap
+    )
     return Evaluator(windows, inputs=inputs, grid=grid, **values)
 
 

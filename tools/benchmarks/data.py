@@ -21,7 +21,8 @@ import psutil
 import tiktoken
 
 from megaegpt.arguments import integer
-from megaegpt.data.tokenizer import PUBLISHED_PATTERN, Tokenizer
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.gpt2_tokenizer import PUBLISHED_PATTERN
 from megaegpt.data.tokens.samples import PretrainingSamples
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
@@ -153,7 +154,7 @@ def _python_sources() -> Iterator[str]:
 def raw_tiktoken(corpus: Path) -> Workload:
     """tiktoken's own GPT-2: ``encode_ordinary`` on the corpus' documents, in memory, no files."""
     ours = Tokenizer.load()
-    ranks = {token: rank for rank, token in enumerate(ours.token_bytes)}
+    ranks = {token: rank for rank, token in enumerate(ours.token_bytes[:-1])}
     published = tiktoken.Encoding(
         "gpt2", pat_str=PUBLISHED_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )

@@ -151,6 +151,7 @@ class InstructionDataset(torch.utils.data.Dataset):
     ) -> None:
         self.dropped = 0
         self.cut = 0
+        self.pad_token = tokenizer.eot_token
         self._items: list[tuple[torch.Tensor, torch.Tensor]] = []
         for record in records:
             prompt = tokenizer.encode(record.prompt)

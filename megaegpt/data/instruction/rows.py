@@ -12,7 +12,6 @@ from functools import cached_property
 import numpy as np
 
 from megaegpt.data.instruction.records import InstructionDataset
-from megaegpt.data.tokenizer import END_OF_TEXT_ID
 from megaegpt.data.tokens.batch import Arrays, Batch
 from megaegpt.data.tokens.permutation import EpochOrder, Permutation
 from megaegpt.errors import DataError
@@ -47,6 +46,7 @@ class InstructionSamples:
         ]
         self._sample_len = sample_len
         self._packing = packing
+        self._pad_token = dataset.pad_token
         self._lengths = [len(tokens) + 1 for tokens, _ in self._items]  # with the end
         self.rows = [[item] for item in range(len(dataset))]
         if packing:
@@ -75,7 +75,7 @@ class InstructionSamples:
             learned; and, if rows are packed, ``segments`` (n, T).
         """
         shape = (len(rows), self._sample_len)
-        tokens = np.full((len(rows), self._sample_len + 1), END_OF_TEXT_ID, np.int64)
+        tokens = np.full((len(rows), self._sample_len + 1), self._pad_token, np.int64)
         targets = np.full(shape, IGNORE, np.int64)
         segments = np.full(shape, PADDING, np.int64)
         for row, number in enumerate(rows.tolist()):

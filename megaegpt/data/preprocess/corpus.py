@@ -35,6 +35,7 @@ from megaegpt.data.readers import Option
 from megaegpt.data.readers.documents import BadInputPolicy, LeftOut, Problems
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
+from megaegpt.data.tokens.shard_tokenizer import save_beside_shards
 from megaegpt.data.tokens.shards import ShardSummary, ShardWriter
 from megaegpt.data.tokens.stream import shard_name
 from megaegpt.errors import DataError
@@ -121,11 +122,14 @@ class PreprocessOptions:
 
 @dataclass(frozen=True)
 class Report:
-    """A finished corpus, the bad inputs that were skipped, and what this very run has done."""
+    """A finished corpus, the bad inputs that were skipped, what this very run has done, and by what
+    tokenizer.
+    """
 
     manifest: Manifest
     problems: Problems
     meter: Meter
+    tokenizer: Tokenizer
 
 
 def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Report:
@@ -187,7 +191,7 @@ class _Run:
     def run(self) -> Report:
         """Everything, or what an earlier run has left to do."""
         if self.progress.complete is not None:
-            return Report(self.progress.complete, self.problems, self.meter)
+            return Report(self.progress.complete, self.problems, self.meter, self.tokenizer)
         options = self.options
         names = [f"{group}-{n:05d}" for group in self.groups for n in range(options.shards)]
         finished = self.progress.finished(names)
@@ -207,8 +211,9 @@ class _Run:
         tokenizer = describe_tokenizer(self.tokenizer)
         counts = asdict(self.counts)
         manifest = Manifest(tokenizer, self.progress.plan, counts, self.shards)
+        save_beside_shards(self.tokenizer, options.output)
         self.progress.finish(manifest)
-        return Report(manifest, self.problems, self.meter)
+        return Report(manifest, self.problems, self.meter, self.tokenizer)
 
     def _why_nothing(self) -> str:
         """Why no document is left, as far as it is known."""
@@ -247,9 +252,10 @@ class _Run:
     ) -> dict[str, ShardSummary]:
         """A shard a split from the documents of a part; counts go to ``part``."""
         hashes = [np.empty(0, np.uint64)]
+        dtype = self.tokenizer.dtype
         problems = Problems(self.options.on_bad_input)
         with contextlib.ExitStack() as stack:
-            writers = [stack.enter_context(ShardWriter(prefix)) for prefix in prefixes.values()]
+            writers = [stack.enter_context(ShardWriter(p, dtype)) for p in prefixes.values()]
             for job, encoded in pairs:
                 self._report(job, encoded.problems, problems)
                 part.counts.too_short += encoded.short

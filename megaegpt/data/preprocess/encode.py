@@ -38,7 +38,7 @@ class EncodeOptions:
     hashes: bool = False
     """Give each document's hash, for splitting and for finding duplicates."""
     vocabulary: str | None = None
-    """Folder of the vocabulary; None: the installed one."""
+    """Place of the tokenizer; None: GPT-2's, which is installed."""
     backend: Literal["tiktoken", "gigatoken"] = "tiktoken"
     """What encodes; the ids are the same."""
 
@@ -58,7 +58,7 @@ class Encoded:
     """The documents of a job, D of them.
 
     Attributes:
-        tokens: uint16 ids of all documents back to back, end-of-text included.
+        tokens: ids of all documents back to back, end-of-text included.
         lengths: (D,) int64, tokens of each document.
         sizes: (D,) int64, UTF-8 bytes of each document.
         hashes: (D,) uint64, of the text; empty unless asked for.

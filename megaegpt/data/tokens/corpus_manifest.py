@@ -179,7 +179,7 @@ def _verify_file(path: Path, checksum: str) -> None:
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """Make a manifest's entry on the tokenizer."""
     return {
-        "name": "gpt2",
+        "name": tokenizer.name,
         "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "eot_token": tokenizer.eot_token,

@@ -69,7 +69,7 @@ class ShardWriter:
 
     Args:
         prefix: path of the shard without ``.bin`` and ``.idx``.
-        dtype: integer type of the stored tokens; uint16 holds GPT-2's vocabulary.
+        dtype: integer type of the stored tokens, see ``Tokenizer.dtype``.
 
     Raises:
         DataError: the type has no code in the format, or a file cannot be written.

