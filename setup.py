@@ -12,6 +12,7 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     "plots": ["matplotlib"],
     "wandb": ["wandb"],  # logging.wandb
+    "gguf": ["gguf>=0.17"],  # GGUF files in and out: tools/convert.py
     "gigatoken": ["gigatoken==0.10.0"],  # a faster tokenizer for tools/preprocess.py
 }
 

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
     ("errors", "environment", "labels", "text_tables"),
-    ("arguments", "files", "json_files", "precision"),
+    ("arguments", "files", "json_files", "gguf_files", "precision"),
     ("config",),
     ("data", "parallel"),
     ("model",),
@@ -38,7 +38,7 @@ LIBRARIES = {
         "training/engine/engine.py",
         "training/engine/gradients.py",
     },
-    "transformers": {"interop/huggingface.py"},
+    "gguf": {"interop/gguf_weights.py"},
     "tiktoken": {"data/tokenizer.py"},
     "lm_eval": {"evaluation/harness.py"},
 }

@@ -100,7 +100,10 @@ def test_what_the_help_and_the_documentation_say_to_type_is_accepted(
 
 def test_export_and_import_are_inverse(convert: _Convert, weights: Path, tmp_path: Path) -> None:
     said = convert("export", weights, tmp_path / "theirs")
-    assert said == f"{tmp_path / 'theirs'}: in Hugging Face's form, without GPT-2's tokenizer\n"
+    assert (
+        said
+        == f"{tmp_path / 'theirs'}: in Hugging Face's form, a GPT-2 in fp32, without a tokenizer\n"
+    )
     said = convert("import", tmp_path / "theirs", tmp_path / "back")
     assert f"{tmp_path / 'back'}: weights" in said
     assert "2 layers of width 16, 4 heads" in said
@@ -122,7 +125,7 @@ def test_mistakes_are_one_line(convert: _Convert, weights: Path, tmp_path: Path)
     out = tmp_path / "out"
     assert "describes no model in Hugging Face's form" in convert.fails("import", weights, out)
     assert "no folder of a model in Hugging Face's form" in convert.fails("import", tmp_path, out)
-    assert "absent is no folder" in convert.fails("import", tmp_path / "absent", out)
+    assert "absent is no model in another form" in convert.fails("import", tmp_path / "absent", out)
     assert "holds no weights" in convert.fails("export", tmp_path / "absent", out)
     assert "weights exists already" in convert.fails("export", weights, weights)
     assert "holds no weights" in convert.fails("list", tmp_path / "absent")
