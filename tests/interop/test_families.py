@@ -5,7 +5,10 @@ exported is the same again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from megaegpt.config import GenerationConfig, ModelConfig, RopeScalingConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.generation.generator import TextGenerator
+from megaegpt.interop import foreign_models
 from megaegpt.interop.description import Description
 from megaegpt.interop.export import export_huggingface
 from megaegpt.interop.families import FAMILIES
 from megaegpt.interop.foreign_models import import_model, read_foreign
+from megaegpt.interop.tensor_files import StoredTensor, open_tensors
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.translation import differences, family_of, nearest_family, to_ours, to_theirs
 from megaegpt.model.build import empty_model
@@ -148,6 +153,37 @@ def test_half_precision_is_read_and_written(tmp_path: Path, dtype: torch.dtype) 
     assert kept.keys() == again.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
     assert AutoConfig.from_pretrained(tmp_path / "again").dtype == dtype
+
+
+def _watched(alive: list[int]) -> Callable[[Path], dict[str, StoredTensor]]:
+    """``open_tensors``, with ``alive`` growing by how many of the tensors are there at a time."""
+    there: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+    def read(stored: StoredTensor) -> Tensor:
+        tensor = stored.read().clone()
+        there.add(tensor)
+        alive.append(len(there))
+        return tensor
+
+    def opened(folder: Path) -> dict[str, StoredTensor]:
+        return {
+            name: dataclasses.replace(stored, read=functools.partial(read, stored))
+            for name, stored in open_tensors(folder).items()
+        }
+
+    return opened
+
+
+@pytest.mark.parametrize("case", ["gpt2", "olmo2"])
+def test_one_tensor_at_a_time_is_in_memory(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+    monkeypatch.setattr(foreign_models, "open_tensors", _watched(alive))
+    _saved(case, tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "ours")
+    assert len(alive) > 20
+    assert max(alive) <= 2  # the last one, until the next has its name
 
 
 # -- descriptions ---------------------------------------------------------------------------------

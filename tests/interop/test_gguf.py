@@ -24,7 +24,6 @@ from megaegpt.interop.gguf_weights import (
     LLAMA3_SCALING,
     ROPE_FACTORS,
     gguf_tensors,
-    read_tensor,
 )
 from megaegpt.interop.sources import source_config
 from megaegpt.model.weights import read_weights_config
@@ -310,11 +309,3 @@ def test_a_folder_with_one_gguf_file_stands_for_it(tmp_path: Path) -> None:
     (folder / "b.gguf").write_bytes((folder / "a.gguf").read_bytes())
     with pytest.raises(CheckpointError, match="holds 2 GGUF files: name one"):
         need_foreign(folder)
-
-
-def test_tensors_are_read_one_at_a_time(tmp_path: Path) -> None:
-    header = read_gguf_header(_file("qwen3", tmp_path))
-    entry = header.tensors["token_embd.weight"]
-    first, second = read_tensor(header, entry), read_tensor(header, entry)
-    assert torch.equal(first, second)
-    assert first.data_ptr() != second.data_ptr()

@@ -121,6 +121,25 @@ def test_other_models_are_exported_as_they_are(convert: _Convert, tmp_path: Path
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "weights" / name).read_bytes()
 
 
+def test_a_llama_goes_to_a_gguf_file_and_back(convert: _Convert, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    llama = {"norm": "rms_norm", "mlp": "swiglu", "bias": False, "positions": "rotary"}
+    weights, file = tmp_path / "weights", tmp_path / "model.gguf"
+    save_weights(build_model(ModelConfig(**{**vars(GPT), **llama}), GRID), weights, GRID)
+    said = convert("export", weights, file, "--dtype", "fp32")
+    assert said == f"{file}: a GGUF file in fp32\n"
+    assert f"{file}: a GGUF file, Llama" in convert("list", file)
+    convert("import", file, "--output", tmp_path / "back")
+    first, back = (load_file(f / "model.safetensors") for f in (weights, tmp_path / "back"))
+    assert first.keys() == back.keys()
+    assert all(torch.equal(first[name], back[name]) for name in first)
+    assert "model.gguf exists already" in convert.fails("export", weights, file)
+    other = tmp_path / "other.gguf"
+    assert "is written in fp32 or fp16" in convert.fails("export", weights, other, "--dtype=bf16")
+    assert "name the new folder once" in convert.fails("import", file)
+    assert not other.exists()
+
+
 def test_mistakes_are_one_line(convert: _Convert, weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "describes no model in Hugging Face's form" in convert.fails("import", weights, out)
