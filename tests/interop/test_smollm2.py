@@ -25,10 +25,11 @@ from megaegpt.model.weights import WEIGHTS, load_weights, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 
 GRID = ProcessGrid()
-TEXT = """"Well, Prince, so Genoa and Lucca are now just family estates of the Buonapartes. But I
-warn you, if you don't tell me that this means war, if you still try to defend the infamies and
-horrors perpetrated by that Antichrist, I really believe he is Antichrist, I will have nothing more to do
-with you and you are no longer my friend, no longer my 'faithful slave,' as you call yourself!"""
+TEXT = """"Well, Prince, so Genoa and Lucca are now just family estates of the Buonapartes.
+But I warn you, if you don't tell me that this means war, if you still try to defend the
+infamies and horrors perpetrated by that Antichrist, I really believe he is Antichrist, I will
+have nothing more to do with you and you are no longer my friend, no longer my 'faithful slave,'
+as you call yourself!"""
 
 
 @pytest.fixture(scope="module")
