@@ -12,7 +12,7 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     "plots": ["matplotlib"],
     "wandb": ["wandb"],  # logging.wandb
-    "gguf": ["gguf"],  # tokenizers out of GGUF files
+    "gguf": ["gguf>=0.17"],  # weights and tokenizers in GGUF files
     "gigatoken": ["gigatoken==0.10.0"],  # a faster tokenizer for tools/preprocess.py
 }
 

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
     ("errors", "environment", "labels", "text_tables"),
-    ("arguments", "files", "json_files", "precision"),
+    ("arguments", "files", "json_files", "gguf_files", "precision"),
     ("config",),
     ("data", "parallel"),
     ("model",),
@@ -38,7 +38,7 @@ LIBRARIES = {
         "training/engine/engine.py",
         "training/engine/gradients.py",
     },
-    "transformers": {"interop/huggingface.py"},
+    "gguf": {"interop/gguf_weights.py", "data/tokenizers/gguf_vocabulary.py"},
     "tiktoken": {"data/tokenizers/byte_pair_core.py", "data/tokenizers/gpt2_tokenizer.py"},
     "lm_eval": {"evaluation/harness.py"},
 }

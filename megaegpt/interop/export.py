@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
 from megaegpt.errors import CheckpointError
-from megaegpt.files import whole_folder
-from megaegpt.interop.gpt2_layout import to_theirs
+from megaegpt.files import check_tensor_file, whole_folder
+from megaegpt.interop.families import Family
 from megaegpt.interop.gpt2_vocabulary import write_tokenizer
 from megaegpt.interop.tensor_files import check_finite
-from megaegpt.model.build import empty_model
-from megaegpt.model.weights import WEIGHTS, load_weights, read_weights_config, verify_weights
-from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.interop.tensor_layout import TensorLayout
+from megaegpt.interop.tensor_writer import write_tensors
+from megaegpt.interop.translation import CONFIG, nearest_family, to_theirs
+from megaegpt.interop.vocabulary_files import copy_tokenizer, has_gpt2_vocabulary
+from megaegpt.model.build import meta_model
+from megaegpt.model.weights import WEIGHTS, read_weights_config, verify_weights
 
-_CONFIG = "config.json"
+Read = Callable[[str], Tensor | None]
+"""One of our tensors by its name; None: the model has no such."""
 
 
-def export_weights(weights: str | Path, output: str | Path) -> list[str]:
+def export_weights(
+    weights: str | Path, output: str | Path, dtype: torch.dtype = torch.float32
+) -> list[str]:
     """Write a model of ours, of any kind, as a folder for other programs.
 
-    A GPT-2-shaped one goes into Hugging Face's form (see :func:`export_gpt2`), any other keeps the
-    form it has: full tensors in safetensors, and a ``config.json``.
+    What a family of Hugging Face's computes goes into its form (see :func:`export_huggingface`),
+    any other keeps the form it has: full tensors in safetensors, and a ``config.json``.
 
     Returns:
-        Why it could not be Hugging Face's form; empty if it is.
+        Why it could not be Hugging Face's form, by the family that comes nearest; empty if it is.
 
     Raises:
         CheckpointError: the weights are missing, damaged or not finite, or ``output`` cannot be
@@ -38,82 +48,93 @@ def export_weights(weights: str | Path, output: str | Path) -> list[str]:
     """
     weights = Path(weights)
     config, _ = read_weights_config(weights)
-    verify_weights(weights)
-    differences = not_gpt2_shaped(config)
+    _, differences = nearest_family(config)
     if not differences:
-        export_gpt2(weights, output)
+        export_huggingface(weights, output, dtype)
         return []
-    check_finite(load_file(weights / WEIGHTS), weights)
+    verify_weights(weights)
+    with open_ours(weights, config) as read:
+        for name, _ in meta_model(config).named_parameters():
+            read(name)
     with whole_folder(Path(output)) as folder:
-        for name in (WEIGHTS, _CONFIG):
+        for name in (WEIGHTS, CONFIG):
             shutil.copyfile(weights / name, folder / name)
     return differences
 
 
-def export_gpt2(weights: str | Path, output: str | Path) -> None:
-    """Write a GPT-2-shaped model of ours as a folder that ``AutoModelForCausalLM.from_pretrained``
-    and ``AutoTokenizer.from_pretrained`` load, in fp32.
+def export_huggingface(
+    weights: str | Path, output: str | Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a model of ours as a folder that ``AutoModelForCausalLM.from_pretrained`` and
+    ``AutoTokenizer.from_pretrained`` load; one tensor at a time is in memory.
+
+    Args:
+        dtype: of the tensors: fp32, bf16 or fp16.
 
     Raises:
-        CheckpointError: the model is not GPT-2-shaped, the weights are damaged or not finite, or
-            ``output`` cannot be written.
+        CheckpointError: no family of Hugging Face's computes the model, the weights are damaged or
+            not finite, or ``output`` cannot be written.
     """
     weights, output = Path(weights), Path(output)
     config, _ = read_weights_config(weights)
-    if differences := not_gpt2_shaped(config):
-        raise CheckpointError(f"{weights} is not GPT-2-shaped: {', '.join(differences)}")
-    grid = ProcessGrid()
-    model = empty_model(config, grid)
-    load_weights(model, weights, grid)
-    ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    check_finite(ours, weights)
-    tensors = {
-        _their_full_name(name): t.contiguous() for name, t in to_theirs(ours, config).items()
-    }
-    with whole_folder(output) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps(_their_config(config), indent=2)
-        (folder / _CONFIG).write_text(f"{text}\n", encoding="utf-8")
-        if config.vocab_size > END_OF_TEXT_ID:
+    family, differences = nearest_family(config)
+    if differences:
+        raise CheckpointError(
+            f"{weights} is no model of Hugging Face's: {family.title} has no "
+            f"{', '.join(differences)}"
+        )
+    verify_weights(weights)
+    layout = TensorLayout(config, family, gguf=False)
+    names = {layout.full_name(name): name for name in layout.shapes}
+    shapes = {full: layout.shapes[name] for full, name in names.items()}
+    with open_ours(weights, config) as read, whole_folder(output) as folder:
+        write_tensors(folder / WEIGHTS, shapes, lambda full: layout.give(names[full], read), dtype)
+        text = json.dumps(_description(config, family, dtype), indent=2)
+        (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
+        if has_gpt2_vocabulary(config):
             write_tokenizer(folder, Tokenizer.load(), config.max_seq_len)
+        else:
+            copy_tokenizer(weights, folder)
 
 
-def not_gpt2_shaped(config: ModelConfig) -> list[str]:
-    """What keeps Hugging Face's GPT-2 from computing this model; nothing: it can."""
-    needed: dict[str, Any] = {
-        "kind": "gpt",
-        "attention": "grouped_query",
-        "positions": "learned",
-        "window": None,
-        "kv_heads": config.num_heads,
-        "head_size": config.hidden_size / config.num_heads,
-    }
-    return [
-        f"{key}={getattr(config, key)}" for key, v in needed.items() if getattr(config, key) != v
-    ]
-
-
-def _their_full_name(name: str) -> str:
-    return name if name == "lm_head.weight" else f"transformer.{name}"
-
-
-def _their_config(config: ModelConfig) -> dict[str, Any]:
-    end = END_OF_TEXT_ID if config.vocab_size > END_OF_TEXT_ID else None
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.max_seq_len,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "n_inner": config.ffn_size,
-        "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[config.activation],
-        "tie_word_embeddings": config.tied_embeddings,
-        "layer_norm_epsilon": config.layer_norm_eps,
-        "initializer_range": config.init_std,
-        **{f"{part}_pdrop": config.dropout for part in ("resid", "embd", "attn")},
+def _description(config: ModelConfig, family: Family, dtype: torch.dtype) -> dict[str, Any]:
+    end = END_OF_TEXT_ID if has_gpt2_vocabulary(config) else None
+    return to_theirs(config, family) | {
         "bos_token_id": end,
         "eos_token_id": end,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+@contextlib.contextmanager
+def open_ours(weights: Path, config: ModelConfig) -> Iterator[Read]:
+    """Read the tensors of a weights folder one by one, each checked to be what ``config`` says.
+
+    Raises:
+        CheckpointError: the file is damaged or does not fit, or a value is not finite.
+    """
+    path = weights / WEIGHTS
+    check_tensor_file(path)
+    shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            held = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+            if held != shapes:
+                name = min(n for n in held.keys() | shapes if held.get(n) != shapes.get(n))
+                raise CheckpointError(
+                    f"{path} does not fit its {CONFIG}: {name} has shape {held.get(name)}, not "
+                    f"{shapes.get(name)}"
+                )
+
+            def read(name: str) -> Tensor | None:
+                if name not in held:
+                    return None
+                tensor: Tensor = file.get_tensor(name)
+                check_finite(name, tensor, weights)
+                return tensor
+
+            yield read
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from None

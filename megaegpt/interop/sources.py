@@ -1,8 +1,8 @@
 """From what a user names to a folder of weights that ``model/weights.py`` reads.
 
 A name may be a weights folder, a checkpoint, the checkpoints of a run or the run's own folder
-(whose latest checkpoint is meant), a folder with GPT-2 weights in Hugging Face's form, or the name
-of such a model on the Hugging Face hub. What is Hugging Face's is converted once and kept.
+(whose latest checkpoint is meant), a folder in Hugging Face's form, a GGUF file or the folder of
+one, or the name of such a model. What has another form than ours is converted once and kept.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from megaegpt.config import ModelConfig
 from megaegpt.config.presets import create_model_config
 from megaegpt.errors import CheckpointError
-from megaegpt.interop.gpt2_config import is_huggingface_folder, read_config
-from megaegpt.interop.huggingface import HUB_NAMES, converted, download, is_hub_name
+from megaegpt.interop.foreign_models import find_foreign, read_foreign
+from megaegpt.interop.hub import GPT2_NAMES, converted, find_model, is_model_name
 from megaegpt.model.weights import find_weights, read_weights_config, verify_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
@@ -50,22 +50,24 @@ def source_config(source: str | Path) -> ModelConfig:
             without), or it cannot be used.
     """
     folder = Path(source)
+    if (foreign := find_foreign(folder)) is not None:
+        return read_foreign(foreign).config
     if folder.is_dir():
-        if is_huggingface_folder(folder):
-            return read_config(folder)
         return read_weights_config(find_weights(folder))[0]
-    if source in HUB_NAMES:
+    if source in GPT2_NAMES:
         return create_model_config(str(source))
-    if is_hub_name(str(source)):
-        return read_config(download(str(source), only_here=True))
+    if is_model_name(str(source)):
+        return read_foreign(find_model(str(source), only_here=True)).config
     raise CheckpointError(f"there is no folder {source}")
 
 
 def _resolve(source: str | Path, beside: str | Path | None) -> Path:
     places = [Path(source), *([Path(beside) / source] if beside else [])]
     for folder in places:
+        if (foreign := find_foreign(folder)) is not None:
+            return converted(foreign)
         if folder.is_dir():
-            return converted(folder) if is_huggingface_folder(folder) else find_weights(folder)
-    if is_hub_name(str(source)):
-        return converted(download(str(source)))
+            return find_weights(folder)
+    if is_model_name(str(source)):
+        return converted(find_model(str(source)))
     raise CheckpointError(f"there is no folder {' and no folder '.join(map(str, places))}")

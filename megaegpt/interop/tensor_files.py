@@ -5,15 +5,16 @@ Nothing is unpickled except tensors (``weights_only``), and no tensor is larger 
 
 from __future__ import annotations
 
+import functools
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from megaegpt.errors import CheckpointError
@@ -28,6 +29,25 @@ class _Index:
     """Of several files, which one holds each tensor."""
 
     weight_map: dict[str, str]
+
+
+_SAFETENSORS_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file, read when it is needed."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As torch prints it, or the file's own name of a type that no weights have."""
+    read: Callable[[], Tensor]
+    """Its values, on the CPU, in the precision of the file or in fp32."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -49,17 +69,17 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, in the precision of its files.
+def open_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder by name, none of them read yet.
 
     Raises:
         CheckpointError: a file is missing, damaged or unsafe, holds something other than tensors,
             or is not what its index says.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     holders: dict[str, Path] = {}
     for file in weight_files(folder):
-        for name, tensor in _read_file(file).items():
+        for name, tensor in _open_file(file).items():
             if name in holders:
                 raise CheckpointError(f"{name} is both in {holders[name]} and in {file}")
             tensors[name], holders[name] = tensor, file
@@ -70,18 +90,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
+def check_finite(name: str, tensor: Tensor, source: Path) -> None:
     """Refuse weights with which every computation would give nothing but NaN.
 
     Raises:
-        CheckpointError: a value of a tensor is NaN or infinite.
+        CheckpointError: a value of the tensor is NaN or infinite.
     """
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
-                f"{source}: {count:,} of {tensor.numel():,} values of {name} are NaN or infinite"
-            )
+    if not torch.isfinite(tensor).all():
+        count = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"{source}: {count:,} of {tensor.numel():,} values of {name} are NaN or infinite"
+        )
 
 
 # -- the index of several files -------------------------------------------------------------------
@@ -130,19 +149,36 @@ def _check_is_whole(file: Path) -> None:
         )
 
 
-def _read_file(file: Path) -> dict[str, Tensor]:
+def _open_file(file: Path) -> dict[str, StoredTensor]:
     if file.suffix == ".safetensors":
         check_tensor_file(file)
     try:
-        tensors = load_file(file) if file.suffix == ".safetensors" else _read_pickled(file)
+        return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickled(file)
     except CheckpointError:
         raise
     except Exception as error:  # torch.load and safetensors raise a dozen kinds for damage
         reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise CheckpointError(f"{file} is damaged or unsafe: {reason}") from None
-    for name, tensor in tensors.items():
+
+
+def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    opened = safe_open(file, framework="pt")
+    tensors = {}
+    for name in opened.keys():  # noqa: SIM118, no mapping
+        part = opened.get_slice(name)
+        dtype = _SAFETENSORS_TYPES.get(part.get_dtype(), part.get_dtype())
+        read = functools.partial(opened.get_tensor, name)
+        tensors[name] = StoredTensor(tuple(part.get_shape()), str(dtype), read)
+    return tensors
+
+
+def _open_pickled(file: Path) -> dict[str, StoredTensor]:
+    tensors = {}
+    for name, tensor in _read_pickled(file).items():
         if (problem := _problem_of(tensor)) is not None:
             raise CheckpointError(f"{file}: {str(name)[:200]} {problem}")
+        read = functools.partial(Tensor.detach, tensor)
+        tensors[name] = StoredTensor(tuple(tensor.shape), str(tensor.dtype), read)
     return tensors
 
 

@@ -57,16 +57,23 @@ def write_weights(
 ) -> None:
     """Write whole tensors, by the names that they have in the model of ``config``."""
     folder.mkdir(parents=True, exist_ok=True)
-    document = {
+    with whole_file(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_description(config, folder, extra)
+
+
+def write_description(config: ModelConfig, folder: Path, extra: dict[str, Any] | None) -> None:
+    """Write ``config.json`` beside the tensors of a folder, with their checksum."""
+    document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "model": dataclasses.asdict(config),
         "extra": extra or {},
     }
-    with whole_file(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        checksums = {WEIGHTS: sha256_of_file(temporary), _DESCRIPTION: _digest(document)}
-    document["sha256"] = checksums
+    document["sha256"] = {
+        WEIGHTS: sha256_of_file(folder / WEIGHTS),
+        _DESCRIPTION: _digest(document),
+    }
     with whole_file(folder / _CONFIG) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

@@ -26,7 +26,7 @@ from megaegpt.evaluation.generation_options import read_options
 from megaegpt.evaluation.harness import HarnessModel, measures, rolling_pairs, run_harness
 from megaegpt.generation.sampling import candidates
 from megaegpt.generation.trained import load_for_inference
-from megaegpt.interop.export import export_gpt2
+from megaegpt.interop.export import export_huggingface
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("harness")
     config = replace(GPT, vocab_size=50257, hidden_size=16, num_heads=2, max_seq_len=32)
     save_weights(build_model(config, ProcessGrid(), seed=1), folder / "ours", ProcessGrid())
-    export_gpt2(folder / "ours", folder / "theirs")
+    export_huggingface(folder / "ours", folder / "theirs")
     file = folder / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, QUESTIONS)))
     (folder / "tasks").mkdir()

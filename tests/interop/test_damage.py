@@ -10,7 +10,7 @@ import pytest
 
 from megaegpt.config import ModelConfig
 from megaegpt.errors import MegaEGPTError
-from megaegpt.interop.export import export_gpt2
+from megaegpt.interop.export import export_huggingface
 from megaegpt.interop.sources import resolve_weights_source, source_config
 from megaegpt.model.build import build_model, empty_model
 from megaegpt.model.weights import load_weights, read_weights_config, save_weights
@@ -67,6 +67,6 @@ def test_our_weights(tmp_path: Path) -> None:
 
 def test_huggingface_folders(tmp_path: Path) -> None:
     save_weights(build_model(TINY, GRID), tmp_path / "weights", GRID)
-    export_gpt2(tmp_path / "weights", tmp_path / "theirs")
+    export_huggingface(tmp_path / "weights", tmp_path / "theirs")
     refused = _fuzz(tmp_path / "theirs", tmp_path / "scratch", 120)
     assert all(count > 10 for count in refused.values()), refused

@@ -12,11 +12,18 @@ from transformers import GPT2Config
 
 from megaegpt.config import ModelConfig
 from megaegpt.errors import CheckpointError
-from megaegpt.interop.gpt2_config import convert_config, is_huggingface_folder, read_config
+from megaegpt.interop.description import Description
+from megaegpt.interop.foreign_models import read_foreign
 from megaegpt.interop.sources import source_config
+from megaegpt.interop.translation import family_of, is_huggingface_folder, to_ours
 from tests.tiny.gpt2 import SIZES, random_gpt2
 
 HUGE = 10**9
+
+
+def convert_config(values: dict[str, Any], source: str) -> ModelConfig:
+    theirs = Description(values, source)
+    return to_ours(theirs, family_of(theirs))
 
 
 def test_what_a_file_leaves_out_is_what_transformers_takes() -> None:
@@ -73,13 +80,13 @@ def test_a_description_of_another_form_is_refused(tmp_path: Path, text: str) -> 
     (tmp_path / "config.json").write_text(text)
     assert not is_huggingface_folder(tmp_path)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        read_config(tmp_path)
+        read_foreign(tmp_path)
 
 
 def test_a_description_that_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")  # opening it would wait for a writer
     with pytest.raises(CheckpointError, match=r"config\.json .* it is no regular file"):
-        read_config(tmp_path)
+        read_foreign(tmp_path)
 
 
 @pytest.mark.parametrize(

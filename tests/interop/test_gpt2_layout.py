@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megaegpt.errors import CheckpointError
-from megaegpt.interop.huggingface import import_gpt2
+from megaegpt.interop.foreign_models import import_model
 from tests.tiny.gpt2 import LENGTH, our_logits, random_gpt2, their_logits
 
 CLOSE = 1e-5
@@ -125,7 +125,7 @@ def test_an_untied_gpt2_computes_their_logits(tmp_path: Path, change: Change, wr
 
 
 def _compare(folder: Path, output: Path) -> None:
-    import_gpt2(folder, output)
+    import_model(folder, output)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert (our_logits(output) - their_logits(theirs)).abs().max() < CLOSE
 
@@ -138,7 +138,7 @@ def test_names_of_a_wrapped_model_are_understood(tmp_path: Path, prefix: str) ->
         return {prefix + name: t for name, t in tensors.items()}
 
     for name, change in (("plain", dict), ("wrapped", wrapped)):
-        import_gpt2(_folder(tmp_path / f"{name}-theirs", change, _archive), tmp_path / name)
+        import_model(_folder(tmp_path / f"{name}-theirs", change, _archive), tmp_path / name)
     assert torch.equal(our_logits(tmp_path / "wrapped"), our_logits(tmp_path / "plain"))
 
 
@@ -174,7 +174,7 @@ def _with_nan(tensor: Tensor) -> Tensor:
         (_classifier, "no part of this GPT-2: score.weight"),
         (_twice, "it holds wpe.weight under two names"),
         (_one_bias_less, "the tensor h.1.mlp.c_fc.bias is missing"),
-        (_changed("transformer.wpe.weight", Tensor.int), "wpe.weight is torch.int32, not fp16"),
+        (_changed("transformer.wpe.weight", Tensor.int), "wpe.weight is I32, not fp16"),
         (
             _changed("transformer.h.0.attn.c_attn.weight", Tensor.t),
             r"h.0.attn.c_attn.weight has shape \(96, 32\) in the file, \(32, 96\) by its",
@@ -190,7 +190,7 @@ def test_what_would_be_left_out_or_misread_is_named(
 ) -> None:
     folder = _folder(tmp_path / "theirs", change, _safetensors)
     with pytest.raises(CheckpointError, match=words) as caught:
-        import_gpt2(folder, tmp_path / "ours")
+        import_model(folder, tmp_path / "ours")
     assert str(folder) in str(caught.value)
 
 
@@ -200,4 +200,4 @@ def test_an_untied_model_without_its_head_is_refused(tmp_path: Path) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
     with pytest.raises(CheckpointError, match=r"the tensor lm_head\.weight is missing"):
-        import_gpt2(folder, tmp_path / "ours")
+        import_model(folder, tmp_path / "ours")

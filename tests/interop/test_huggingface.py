@@ -19,12 +19,14 @@ from megaegpt.config import ModelConfig
 from megaegpt.config.presets import create_model_config
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import CheckpointError
-from megaegpt.interop import huggingface
-from megaegpt.interop.export import export_gpt2, export_weights
-from megaegpt.interop.gpt2_config import convert_config
-from megaegpt.interop.gpt2_layout import from_theirs
-from megaegpt.interop.huggingface import import_gpt2
+from megaegpt.interop import hub
+from megaegpt.interop.description import Description
+from megaegpt.interop.export import export_huggingface, export_weights
+from megaegpt.interop.families.gpt2 import GPT2
+from megaegpt.interop.foreign_models import import_model
 from megaegpt.interop.sources import resolve_weights_source, source_config
+from megaegpt.interop.tensor_layout import TensorLayout
+from megaegpt.interop.translation import to_ours
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.weights import read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -74,7 +76,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_imported_gpt2_computes_their_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
     theirs = random_gpt2(**changes)
     theirs.save_pretrained(tmp_path / "theirs")
-    import_gpt2(tmp_path / "theirs", tmp_path / "ours")
+    import_model(tmp_path / "theirs", tmp_path / "ours")
     difference = (our_logits(tmp_path / "ours") - their_logits(theirs)).abs().max()
     assert difference < CLOSE
 
@@ -88,7 +90,7 @@ def test_weights_in_many_files_or_pickled_are_read_too(tmp_path: Path) -> None:
     theirs.config.save_pretrained(pickled)
     torch.save(theirs.transformer.state_dict(), pickled / "pytorch_model.bin")  # the oldest names
     for folder in (tmp_path / "many", pickled):
-        import_gpt2(folder, tmp_path / f"{folder.name}-ours")
+        import_model(folder, tmp_path / f"{folder.name}-ours")
         assert (our_logits(tmp_path / f"{folder.name}-ours") - their_logits(theirs)).abs().max() < (
             CLOSE
         )
@@ -98,7 +100,7 @@ def test_safetensors_are_preferred_to_pickles(tmp_path: Path) -> None:
     theirs = random_gpt2()
     theirs.save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "pytorch_model.bin").write_bytes(b"not a pickle")
-    import_gpt2(tmp_path / "theirs", tmp_path / "ours")
+    import_model(tmp_path / "theirs", tmp_path / "ours")
     assert (our_logits(tmp_path / "ours") - their_logits(theirs)).abs().max() < CLOSE
 
 
@@ -106,7 +108,7 @@ def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(tmp_path: Path) 
     GPT2Config(vocab_size=VOCAB, **SIZES).save_pretrained(tmp_path)
     torch.save({"wte.weight": _Payload(tmp_path / "mark")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged or unsafe"):
-        import_gpt2(tmp_path, tmp_path / "ours")
+        import_model(tmp_path, tmp_path / "ours")
     assert not (tmp_path / "mark").exists()
 
 
@@ -146,13 +148,11 @@ def test_every_tensor_of_the_four_sizes_has_its_place(size: dict[str, int], pres
     """Without weights: their configuration is our preset, their shapes are ours."""
     with torch.device("meta"):
         theirs = GPT2LMHeadModel(GPT2Config(**size))
-    config = convert_config(theirs.config.to_dict(), "config")
+    config = to_ours(Description(theirs.config.to_dict(), "config"), GPT2)
     assert config == create_model_config(preset)
-    ours = from_theirs(theirs.transformer.state_dict(), config)
+    layout = TensorLayout(config, GPT2, gguf=False)
+    assert layout.shapes == {n: tuple(t.shape) for n, t in theirs.transformer.state_dict().items()}
     model = meta_model(config)
-    assert {n: p.shape for n, p in model.named_parameters()} == {
-        n: t.shape for n, t in ours.items()
-    }
     padding = (config.padded_vocab_size - config.vocab_size) * config.hidden_size
     assert model.num_parameters() - padding == theirs.num_parameters()
 
@@ -178,8 +178,8 @@ def test_an_exported_model_computes_our_logits(tmp_path: Path, changes: dict[str
 
 def test_there_and_back_again_is_bit_for_bit(tmp_path: Path) -> None:
     random_gpt2().save_pretrained(tmp_path / "theirs")
-    import_gpt2(tmp_path / "theirs", tmp_path / "ours")
-    export_gpt2(tmp_path / "ours", tmp_path / "again")
+    import_model(tmp_path / "theirs", tmp_path / "ours")
+    export_huggingface(tmp_path / "ours", tmp_path / "again")
     first, again = (load_file(tmp_path / n / "model.safetensors") for n in ("theirs", "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -188,7 +188,7 @@ def test_there_and_back_again_is_bit_for_bit(tmp_path: Path) -> None:
 def test_their_tokenizer_reads_what_is_exported_and_cuts_text_as_ours(tmp_path: Path) -> None:
     model = build_model(ModelConfig(max_seq_len=8, hidden_size=4, num_layers=1, num_heads=1), GRID)
     save_weights(model, tmp_path / "ours", GRID)
-    export_gpt2(tmp_path / "ours", tmp_path / "theirs")
+    export_huggingface(tmp_path / "ours", tmp_path / "theirs")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "theirs"), Tokenizer.load()
     text = "Well, Prince, 1805!\n\n  so Genoa's\tнити 日本語 🙂 é\u0301 \x00 they'll"
     assert theirs(text)["input_ids"] == ours.encode(text)
@@ -202,10 +202,13 @@ def test_their_tokenizer_reads_what_is_exported_and_cuts_text_as_ours(tmp_path: 
 def test_what_gpt2_cannot_compute_keeps_our_form(tmp_path: Path) -> None:
     rotary = dataclasses.replace(OURS, positions="rotary", num_kv_heads=2)
     save_weights(build_model(rotary, GRID, seed=3), tmp_path / "ours", GRID)
-    assert export_weights(tmp_path / "ours", tmp_path / "out") == ["positions=rotary", "kv_heads=2"]
+    assert export_weights(tmp_path / "ours", tmp_path / "out") == [
+        "num_kv_heads=2",
+        "positions=rotary",
+    ]
     assert torch.equal(our_logits(tmp_path / "out"), our_logits(tmp_path / "ours"))
-    with pytest.raises(CheckpointError, match="not GPT-2-shaped: positions=rotary, kv_heads=2"):
-        export_gpt2(tmp_path / "ours", tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match="GPT-2 has no num_kv_heads=2, positions=rotary"):
+        export_huggingface(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path: Path) -> None:
@@ -213,7 +216,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path: Pat
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(CheckpointError, match="taken exists already"):
-        export_gpt2(tmp_path / "ours", tmp_path / "taken")
+        export_huggingface(tmp_path / "ours", tmp_path / "taken")
     weights = tmp_path / "ours" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -277,14 +280,14 @@ def test_a_conversion_is_kept_until_the_folder_changes(tmp_path: Path, own_cache
 def test_two_conversions_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of two machines that share a home: the slower one takes what the quicker one made."""
     random_gpt2().save_pretrained(tmp_path / "theirs")
-    slower = huggingface.import_gpt2
+    slower = hub.import_model
 
     def meanwhile(folder: Path, output: Path) -> None:
-        monkeypatch.setattr(huggingface, "import_gpt2", slower)
+        monkeypatch.setattr(hub, "import_model", slower)
         resolve_weights_source(tmp_path / "theirs", GRID)
         slower(folder, output)
 
-    monkeypatch.setattr(huggingface, "import_gpt2", meanwhile)
+    monkeypatch.setattr(hub, "import_model", meanwhile)
     found = resolve_weights_source(tmp_path / "theirs", GRID)
     assert (our_logits(found) - their_logits(random_gpt2())).abs().max() < CLOSE
     assert [p.name for p in found.parent.iterdir()] == [found.name]
@@ -316,7 +319,8 @@ def test_a_name_of_the_hub_is_downloaded_as_safetensors_where_there_are_any(
     assert (our_logits(folder) - their_logits(theirs)).abs().max() < CLOSE
     resolve_weights_source("hf:somebody/gpt2-variant", GRID)
     assert {name for name, _, _ in asked} == {"gpt2-medium", "somebody/gpt2-variant"}
-    assert {tuple(p) for _, p, _ in asked} == {("config.json", "model*.safetensors*")}
+    assert {p[-1] for _, p, _ in asked} == {"model*.safetensors*"}
+    assert all({"config.json", "tokenizer.json"} <= set(p) for _, p, _ in asked)
     assert not any(only_here for _, _, only_here in asked)
     assert source_config("hf:somebody/gpt2-variant").hidden_size == 32
     assert asked[-1][2], "describing a model must not download it"
@@ -333,7 +337,7 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, "model_type=llama is not supported"),
+        ({"model_type": "bloom"}, "model_type=bloom is not supported, only gpt2, llama"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"activation_function": "relu"}, "activation_function=relu is none of"),
         ({"n_head": 5}, "not divisible by"),

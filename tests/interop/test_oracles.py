@@ -17,7 +17,8 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
 from transformers.models.llama import modeling_llama as llama
 
 from megaegpt.config import ModelConfig
-from megaegpt.interop.gpt2_layout import places, to_theirs
+from megaegpt.interop.families.gpt2 import GPT2 as GPT2_FAMILY
+from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.model.attention import build_attention
 from megaegpt.model.attention.cache import CachedContext, KVCache
 from megaegpt.model.attention.context import CausalContext
@@ -54,7 +55,7 @@ def _their_gpt2(config: ModelConfig) -> nn.Module:
 def test_multi_head_attention_and_learned_positions_are_gpt2():
     """Logits, loss and the gradient of every weight."""
     ours, theirs = build(GPT2), _their_gpt2(GPT2)
-    weights = to_theirs({n: p.detach() for n, p in ours.named_parameters()}, GPT2)
+    weights = _in_their_form({n: p.detach() for n, p in ours.named_parameters()})
     missing = theirs.transformer.load_state_dict(weights, strict=False)
     assert not missing.missing_keys
     assert not missing.unexpected_keys
@@ -70,13 +71,20 @@ def test_multi_head_attention_and_learned_positions_are_gpt2():
     loss.backward()
     ours_loss.backward()
     of_theirs = dict(theirs.transformer.named_parameters())
-    gradients = to_theirs({n: p.grad for n, p in ours.named_parameters()}, GPT2)
+    gradients = _in_their_form({n: p.grad for n, p in ours.named_parameters()})
     assert gradients.keys() == of_theirs.keys()
-    assert len(places(GPT2)) > len(gradients)  # theirs holds queries, keys and values as one
+    assert len(list(ours.parameters())) > len(
+        gradients
+    )  # theirs holds queries, keys and values as one
     largest = max(p.grad.abs().max() for p in of_theirs.values())
     for name, gradient in gradients.items():
         difference = ((gradient - of_theirs[name].grad).abs().max() / largest).item()
         assert difference <= 1e-9, (name, difference)
+
+
+def _in_their_form(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    layout = TensorLayout(GPT2, GPT2_FAMILY, gguf=False)
+    return {name: layout.give(name, ours.get) for name in layout.shapes}
 
 
 # One attention layer

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from megaegpt.errors import CheckpointError
-from megaegpt.interop.tensor_files import read_tensors
+from megaegpt.interop.tensor_files import open_tensors
 
 PICKLED, INDEX = "pytorch_model.bin", "model.safetensors.index.json"
 
@@ -29,7 +29,7 @@ def test_a_training_scripts_checkpoint_is_read_by_its_state_dict(
 ) -> None:
     weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
     _pickled(tmp_path, {"state_dict": {"x": weight}, "epoch": 3}, archive=archive)
-    assert torch.equal(read_tensors(tmp_path)["x"], weight)
+    assert torch.equal(open_tensors(tmp_path)["x"].read(), weight)
 
 
 class _Payload:
@@ -46,7 +46,7 @@ def test_what_would_run_code_is_refused_in_both_of_torchs_formats(
 ) -> None:
     _pickled(tmp_path, {"x": _Payload(tmp_path / "mark")}, archive=archive)
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged or unsafe"):
-        read_tensors(tmp_path)
+        open_tensors(tmp_path)
     assert not (tmp_path / "mark").exists()
 
 
@@ -62,7 +62,7 @@ def test_a_compressed_archive_is_not_unfolded(tmp_path: Path) -> None:
             archive.writestr(entry.filename, whole.read(entry))
     assert (small / PICKLED).stat().st_size < 2**14
     with pytest.raises(CheckpointError, match="is compressed, which torch"):
-        read_tensors(small)
+        open_tensors(small)
 
 
 @pytest.mark.parametrize("archive", [True, False])
@@ -81,20 +81,20 @@ def test_what_is_no_tensor_with_its_values_is_named(
     tmp_path: Path, archive: bool, content: Any, words: str
 ) -> None:
     with pytest.raises(CheckpointError, match=words):
-        read_tensors(_pickled(tmp_path, content, archive=archive))
+        open_tensors(_pickled(tmp_path, content, archive=archive))
 
 
 def test_other_pickles_are_refused(tmp_path: Path) -> None:
     (tmp_path / PICKLED).write_bytes(pickle.dumps({"x": 1}))
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged or unsafe"):
-        read_tensors(tmp_path)
+        open_tensors(tmp_path)
 
 
 def test_a_pointer_of_git_lfs_is_called_so(tmp_path: Path) -> None:
     for name in (PICKLED, "model.safetensors"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n")
         with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
-            read_tensors(tmp_path)
+            open_tensors(tmp_path)
 
 
 # -- several files --------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path: Path, place: object)
     folder = tmp_path / "theirs"
     folder.mkdir()
     with pytest.raises(CheckpointError, match=r"x is said to be in .* no file of this folder"):
-        read_tensors(_indexed(folder, {"weight_map": {"x": place}}, b="x", outside="x"))
+        open_tensors(_indexed(folder, {"weight_map": {"x": place}}, b="x", outside="x"))
 
 
 @pytest.mark.parametrize(
@@ -126,15 +126,15 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path: Path, place: object)
 )
 def test_an_index_of_another_form_is_refused(tmp_path: Path, index: object) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
-        read_tensors(_indexed(tmp_path, index))
+        open_tensors(_indexed(tmp_path, index))
 
 
 def test_files_hold_what_their_index_says(tmp_path: Path) -> None:
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     with pytest.raises(CheckpointError, match=r"a\.safetensors is missing"):
-        read_tensors(_indexed(tmp_path, index, b="y"))
+        open_tensors(_indexed(tmp_path, index, b="y"))
     with pytest.raises(CheckpointError, match=r"a\.safetensors lacks x"):
-        read_tensors(_indexed(tmp_path, index, a="z"))
+        open_tensors(_indexed(tmp_path, index, a="z"))
     with pytest.raises(CheckpointError, match="y is both in"):
-        read_tensors(_indexed(tmp_path, index, a="y"))
-    assert read_tensors(_indexed(tmp_path, index, a="x")).keys() == {"x", "y"}
+        open_tensors(_indexed(tmp_path, index, a="y"))
+    assert open_tensors(_indexed(tmp_path, index, a="x")).keys() == {"x", "y"}

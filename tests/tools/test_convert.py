@@ -100,7 +100,10 @@ def test_what_the_help_and_the_documentation_say_to_type_is_accepted(
 
 def test_export_and_import_are_inverse(convert: _Convert, weights: Path, tmp_path: Path) -> None:
     said = convert("export", weights, tmp_path / "theirs")
-    assert said == f"{tmp_path / 'theirs'}: in Hugging Face's form, without GPT-2's tokenizer\n"
+    assert (
+        said
+        == f"{tmp_path / 'theirs'}: in Hugging Face's form, a GPT-2 in fp32, without a tokenizer\n"
+    )
     said = convert("import", tmp_path / "theirs", tmp_path / "back")
     assert f"{tmp_path / 'back'}: weights" in said
     assert "2 layers of width 16, 4 heads" in said
@@ -118,11 +121,30 @@ def test_other_models_are_exported_as_they_are(convert: _Convert, tmp_path: Path
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "weights" / name).read_bytes()
 
 
+def test_a_llama_goes_to_a_gguf_file_and_back(convert: _Convert, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    llama = {"norm": "rms_norm", "mlp": "swiglu", "bias": False, "positions": "rotary"}
+    weights, file = tmp_path / "weights", tmp_path / "model.gguf"
+    save_weights(build_model(ModelConfig(**{**vars(GPT), **llama}), GRID), weights, GRID)
+    said = convert("export", weights, file, "--dtype", "fp32")
+    assert said == f"{file}: a GGUF file in fp32\n"
+    assert f"{file}: a GGUF file, Llama" in convert("list", file)
+    convert("import", file, "--output", tmp_path / "back")
+    first, back = (load_file(f / "model.safetensors") for f in (weights, tmp_path / "back"))
+    assert first.keys() == back.keys()
+    assert all(torch.equal(first[name], back[name]) for name in first)
+    assert "model.gguf exists already" in convert.fails("export", weights, file)
+    other = tmp_path / "other.gguf"
+    assert "is written in fp32 or fp16" in convert.fails("export", weights, other, "--dtype=bf16")
+    assert "name the new folder once" in convert.fails("import", file)
+    assert not other.exists()
+
+
 def test_mistakes_are_one_line(convert: _Convert, weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "describes no model in Hugging Face's form" in convert.fails("import", weights, out)
     assert "no folder of a model in Hugging Face's form" in convert.fails("import", tmp_path, out)
-    assert "absent is no folder" in convert.fails("import", tmp_path / "absent", out)
+    assert "absent is no model in another form" in convert.fails("import", tmp_path / "absent", out)
     assert "holds no weights" in convert.fails("export", tmp_path / "absent", out)
     assert "weights exists already" in convert.fails("export", weights, weights)
     assert "holds no weights" in convert.fails("list", tmp_path / "absent")

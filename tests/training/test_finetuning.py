@@ -26,7 +26,7 @@ from megaegpt.data.instruction.rows import InstructionSamples, trim_padding
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.generation.generator import sample_text
-from megaegpt.interop.export import export_gpt2
+from megaegpt.interop.export import export_huggingface
 from megaegpt.model.build import build_model
 from megaegpt.model.calling import SequenceInputs
 from megaegpt.model.encoder import FrozenEncoder
@@ -126,7 +126,7 @@ def test_batches_and_losses_do_not_depend_on_the_number_of_ranks(
 def test_weights_of_hugging_face_are_tuned_as_ours(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:
-    export_gpt2(corpus / "gpt", corpus / "theirs")
+    export_huggingface(corpus / "gpt", corpus / "theirs")
     distributed(1, _straight, "gpt", corpus, tmp_path / "ours", True, 1)
     distributed(1, _from_theirs, corpus, tmp_path / "theirs")
     assert losses(tmp_path / "theirs") == losses(tmp_path / "ours")

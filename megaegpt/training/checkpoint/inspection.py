@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from megaegpt.config import ModelConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.files import check_tensor_file
-from megaegpt.interop.gpt2_config import is_huggingface_folder, read_config
+from megaegpt.interop.foreign_models import find_foreign, read_foreign
 from megaegpt.model.build import empty_model
 from megaegpt.model.weights import WEIGHTS, find_weights, read_weights_config, verify_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -39,9 +39,11 @@ def describe_contents(path: Path, verify: bool = False, tensors: bool = True) ->
         if CheckpointFolders(directory).complete():
             yield from _describe_directory(directory, verify)
             return
-    if is_huggingface_folder(path):
-        yield f"{path}: in Hugging Face's form"
-        yield from _describe_model(read_config(path))
+    if (foreign := find_foreign(path)) is not None:
+        model = read_foreign(foreign)
+        form = "in Hugging Face's form" if model.header is None else "a GGUF file"
+        yield f"{foreign}: {form}, {model.family.title}"
+        yield from _describe_model(model.config)
         return
     yield from _describe_weights(find_weights(path), verify, tensors)
 

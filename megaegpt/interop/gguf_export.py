@@ -1,0 +1,133 @@
+"""Models of ours as GGUF files, for llama.cpp and what is built on it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megaegpt.config import ModelConfig
+from megaegpt.errors import CheckpointError
+from megaegpt.files import whole_file
+from megaegpt.interop.export import open_ours
+from megaegpt.interop.families import FAMILIES, Family
+from megaegpt.interop.gguf_weights import (
+    ROPE_FACTORS,
+    SCALING_KEYS,
+    gguf_package,
+    llama3_factors,
+)
+from megaegpt.interop.tensor_layout import TensorLayout
+from megaegpt.interop.translation import differences, to_theirs
+from megaegpt.model.weights import read_weights_config, verify_weights
+
+_TYPES = {torch.float32: np.float32, torch.float16: np.float16}
+
+
+def export_gguf(
+    weights: str | Path, output: str | Path, dtype: torch.dtype = torch.float16
+) -> None:
+    """Write a model of ours as a GGUF file; one tensor at a time is in memory.
+
+    Args:
+        output: the file.
+        dtype: fp32 or fp16, of matrices; vectors are fp32, as llama.cpp wants them.
+
+    Raises:
+        CheckpointError: llama.cpp does not compute the model, the weights are damaged or not
+            finite, ``output`` exists or cannot be written, or the package ``gguf`` is missing.
+    """
+    weights, output = Path(weights), Path(output)
+    if dtype not in _TYPES:
+        raise CheckpointError(f"{output}: a GGUF file is written in fp32 or fp16, not in {dtype}")
+    config, _ = read_weights_config(weights)
+    family = _family_of(config, weights)
+    gguf = gguf_package()
+    if output.exists():
+        raise CheckpointError(f"{output} exists already: remove it, or name another file")
+    verify_weights(weights)
+    layout = TensorLayout(config, family, gguf=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with open_ours(weights, config) as read, whole_file(output) as temporary:
+            writer = gguf.GGUFWriter(temporary, family.gguf)
+            _add_metadata(writer, config, family)
+            vectors = {}
+            if config.rope_scaling.kind == "llama3":
+                vectors[ROPE_FACTORS] = llama3_factors(config).numpy()
+            for name, shape in layout.shapes.items():
+                kind = np.dtype(_TYPES[dtype] if len(shape) > 1 else np.float32)
+                size = int(np.prod(shape)) * kind.itemsize
+                writer.add_tensor_info(name, shape, kind, size)
+            for name, values in vectors.items():
+                writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, shape in layout.shapes.items():
+                tensor = layout.give(name, read).to(dtype if len(shape) > 1 else torch.float32)
+                writer.write_tensor_data(tensor.contiguous().numpy())
+            for values in vectors.values():
+                writer.write_tensor_data(values)
+            writer.close()
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be written: {error.strerror or error}") from None
+
+
+def _family_of(config: ModelConfig, weights: Path) -> Family:
+    """The family that llama.cpp computes this model as."""
+    found = [
+        (family, _differences(config, family)) for family in FAMILIES if family.gguf is not None
+    ]
+    family, lacking = min(found, key=lambda pair: len(pair[1]))
+    if lacking:
+        raise CheckpointError(
+            f"{weights} is no model of llama.cpp's: {family.title} has no {', '.join(lacking)} "
+            "there"
+        )
+    return family
+
+
+def _differences(config: ModelConfig, family: Family) -> list[str]:
+    """What keeps llama.cpp from computing a model: besides what its family lacks, windows, and
+    activations that its architectures do not choose.
+    """
+    lacking = differences(config, family)
+    if config.window is not None and not any(text.startswith("window=") for text in lacking):
+        lacking.append(f"window={config.window}")
+    if config.mlp == "geglu" and not any(text.startswith("mlp=") for text in lacking):
+        lacking.append("mlp=geglu")
+    if config.mlp == "gelu" and config.activation == "gelu":
+        lacking.append("activation=gelu")
+    return lacking
+
+
+def _add_metadata(writer: Any, config: ModelConfig, family: Family) -> None:
+    theirs = to_theirs(config, family)
+    for key, name in family.gguf_keys.items():
+        _add(writer, f"{family.gguf}.{key}", theirs[name])
+    scaling = theirs.get("rope_scaling") or {}
+    if "rope_theta" in theirs:
+        _add(writer, f"{family.gguf}.rope.dimension_count", config.rope_size)
+        _add(writer, f"{family.gguf}.attention.value_length", config.head_size)
+    if scaling.get("rope_type") in ("linear", "yarn"):
+        for key, name in SCALING_KEYS.items():
+            if name in scaling:
+                _add(writer, f"{family.gguf}.rope.scaling.{key}", scaling[name])
+    if "attention_factor" in scaling:  # llama.cpp multiplies it with YaRN's own
+        own = 0.1 * math.log(scaling["factor"]) + 1
+        strength = scaling["attention_factor"] / own
+        _add(writer, f"{family.gguf}.rope.scaling.attn_factor", strength)
+    _add(writer, f"{family.gguf}.vocab_size", config.vocab_size)
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_uint32(key, value)

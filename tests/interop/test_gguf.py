@@ -1,0 +1,311 @@
+"""GGUF files: read as transformers reads them, written for llama.cpp, refused where they are not
+what they seem.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megaegpt.errors import CheckpointError, MegaEGPTError
+from megaegpt.gguf_files import read_gguf_header
+from megaegpt.interop.export import export_huggingface
+from megaegpt.interop.foreign_models import find_foreign, import_model, need_foreign, read_foreign
+from megaegpt.interop.gguf_export import export_gguf
+from megaegpt.interop.gguf_weights import (
+    LLAMA3_SCALING,
+    ROPE_FACTORS,
+    gguf_tensors,
+)
+from megaegpt.interop.sources import source_config
+from megaegpt.model.weights import read_weights_config
+from tests.damage import damaged
+from tests.tiny.families import random_model
+
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+
+WRITTEN = """
+    gpt2 llama_with_biases llama_yarn llama_linear mistral_without_window qwen2 qwen3 olmo2
+""".split()  # noqa: SIM905
+
+
+def _ours(case: str, folder: Path, **changes: Any) -> Path:
+    random_model(case, **changes).save_pretrained(folder / "theirs")
+    import_model(folder / "theirs", folder / "ours")
+    return folder / "ours"
+
+
+def _file(case: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    export_gguf(_ours(case, folder), folder / "model.gguf", dtype)
+    return folder / "model.gguf"
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def _assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+# -- there and back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, case: str) -> None:
+    import_model(_file(case, tmp_path), tmp_path / "again")
+    _assert_equal(_tensors(tmp_path / "again"), _tensors(tmp_path / "ours"))
+    for name in ("ours", "again"):
+        export_huggingface(tmp_path / name, tmp_path / f"{name}_theirs")
+    texts = [(tmp_path / f"{n}_theirs" / "config.json").read_text() for n in ("ours", "again")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama_tied", "qwen2", "qwen3"])
+def test_transformers_reads_what_is_written(tmp_path: Path, case: str) -> None:
+    """Its own reader undoes llama.cpp's order of rows."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    model = random_model(case)
+    path = _file(case, tmp_path)
+    found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    expected = {n: t for n, t in model.state_dict().items() if n in found}
+    assert len(found) >= len(list(model.parameters()))
+    _assert_equal(found, expected)
+
+
+def test_half_precision_rounds_matrices_alone(tmp_path: Path) -> None:
+    path = _file("qwen3", tmp_path, torch.float16)
+    import_model(path, tmp_path / "again")
+    ours = _tensors(tmp_path / "ours")
+    rounded = {n: t.half().float() if t.dim() > 1 else t for n, t in ours.items()}
+    _assert_equal(_tensors(tmp_path / "again"), rounded)
+    kinds = {t.type_number for t in read_gguf_header(path).tensors.values()}
+    assert kinds == {0, 1}
+
+
+def test_llama3s_scaling_is_a_tensor_there(tmp_path: Path) -> None:
+    """It has no key of metadata."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, **LLAMA3_SCALING}
+    longest = {"max_position_embeddings": 131072, "rope_parameters": scaling}
+    weights = _ours("llama", tmp_path, **longest)
+    export_gguf(weights, tmp_path / "model.gguf", torch.float32)
+    import_model(tmp_path / "model.gguf", tmp_path / "again")
+    ours, again = (read_weights_config(folder)[0] for folder in (weights, tmp_path / "again"))
+    assert again.rope_scaling == ours.rope_scaling
+    assert again.rope_base == ours.rope_base
+
+
+def test_only_the_published_scaling_of_llama3_is_known_by_its_tensor(tmp_path: Path) -> None:
+    header = read_gguf_header(_file("llama3", tmp_path))
+    assert header.tensors[ROPE_FACTORS].shape == (3,)
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight is not the scaling of Llama"):
+        import_model(tmp_path / "model.gguf", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("mistral", "no window=7"),
+        ("qwen2_with_windows", "Qwen 2 has no window=7"),
+        ("llama_geglu", "Llama has no mlp=geglu"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, case: str, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        _file(case, tmp_path)
+    assert not (tmp_path / "model.gguf").exists()
+
+
+# -- quantised tensors ----------------------------------------------------------------------------
+
+QUANTISED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "BF16"]
+
+
+def _one_tensor(path: Path, kind: Any, rows: int = 3, blocks: int = 2) -> np.ndarray:
+    """A file of one tensor with random blocks whose scales are finite."""
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(0).integers(0, 0x70, (rows, blocks * size), dtype=np.uint8)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("x", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return data
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_tensors_are_what_the_package_makes_of_them(tmp_path: Path, name: str) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+    data = _one_tensor(tmp_path / "x.gguf", kind)
+    found = gguf_tensors(read_gguf_header(tmp_path / "x.gguf"))["x"]
+    values = found.read()
+    assert values.dtype == torch.float32
+    assert tuple(values.shape) == found.shape
+    assert np.array_equal(values.numpy(), gguf.dequantize(data, kind))
+    assert values.isfinite().all()
+
+
+def test_a_quantisation_that_is_not_read_is_named(tmp_path: Path) -> None:
+    _one_tensor(tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q8_1)
+    header = read_gguf_header(tmp_path / "x.gguf")
+    with pytest.raises(CheckpointError, match="x is Q8_1, which the gguf package does not"):
+        gguf_tensors(header)
+    content = (tmp_path / "x.gguf").read_bytes()
+    number = int(gguf.GGMLQuantizationType.Q8_1)
+    at = content.index(struct.pack("<IQ", number, 0))
+    (tmp_path / "y.gguf").write_bytes(content[:at] + struct.pack("<I", 777) + content[at + 4 :])
+    header = read_gguf_header(tmp_path / "y.gguf")
+    with pytest.raises(CheckpointError, match="x is of ggml's type 777, which"):
+        gguf_tensors(header)
+
+
+def test_a_file_without_its_end_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    path = _file("qwen2", tmp_path)
+    whole = path.read_bytes()
+    for length in (0, 3, 20, 100, len(whole) // 2, len(whole) - 40):
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.gguf.*(cut short|beyond its end|damaged)"):
+            import_model(tmp_path / "cut.gguf", tmp_path / "again")
+
+
+# -- headers --------------------------------------------------------------------------------------
+
+
+def _header(*parts: bytes, version: int = 3, tensors: int = 0, keys: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + b"".join(parts)
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+HUGE = 2**60
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "damaged or no GGUF file"),
+        (b"PK\3\4" + bytes(30), "does not begin with GGUF"),
+        (_header(version=1), "its version is 1; this program reads 2 and 3"),
+        (_header(version=3 << 24), "a big-endian file"),
+        (_header(tensors=HUGE), "a length of 1,152,921,504,606,846,976 at byte 8 is beyond"),
+        (_header(keys=HUGE), "a length of 1,152,921,504,606,846,976 at byte 16 is beyond"),
+        (_header(struct.pack("<Q", HUGE), bytes(20), keys=1), "at byte 24 is beyond its end"),
+        (_header(_text("a"), struct.pack("<IQ", 8, HUGE), keys=1), "a length of 1,152,9"),
+        (_header(_text("a"), struct.pack("<IIQ", 9, 0, HUGE), keys=1), "a length of 1,152,9"),
+        (_header(_text("a"), struct.pack("<IIQ", 9, 8, HUGE), keys=1), "a length of 1,152,9"),
+        (_header(_text("a"), struct.pack("<I", 13), bytes(9), keys=1), "a value of type 13"),
+        (_header(_text("a"), b"\4\0\0\0\0\0\0\0" * 2, keys=1), ""),
+        (
+            _header(*[_text("a") + struct.pack("<II", 4, 1)] * 2, keys=2),
+            "the key a occurs twice",
+        ),
+        (
+            _header(_text("t"), struct.pack("<IQQIQ", 2, HUGE, HUGE, 0, 0), tensors=1),
+            r"the tensor t has shape \(1152921504606846976, 1152921504606846976\)",
+        ),
+        (
+            _header(_text("t"), struct.pack("<IQIQ", 1, 4, 0, HUGE), bytes(64), tensors=1),
+            "it is cut short: the tensor t is beyond its end",
+        ),
+        (
+            _header(_text("t"), struct.pack("<I", 5), bytes(80), tensors=1),
+            "the tensor t has 5 dimensions",
+        ),
+    ],
+)
+def test_a_header_that_lies_is_refused_without_taking_its_word(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    if not words:
+        read_gguf_header(tmp_path / "x.gguf")
+        return
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read_gguf_header(tmp_path / "x.gguf")
+    assert str(tmp_path / "x.gguf") in str(caught.value)
+
+
+def test_damage_is_a_line_and_nothing_else(tmp_path: Path) -> None:
+    whole = _file("qwen3", tmp_path).read_bytes()
+    draw, refused = random.Random(3), []
+    path = tmp_path / "damaged.gguf"
+    for _ in range(120):
+        path.write_bytes(damaged(whole, draw))
+        try:
+            read_foreign(path)
+            import_model(path, tmp_path / "again")
+        except MegaEGPTError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert all(str(path) in said and "\n" not in said for said in refused)
+
+
+# -- metadata -------------------------------------------------------------------------------------
+
+
+def _with_metadata(path: Path, arch: str = "qwen3", **changes: Any) -> Path:
+    """The file again with other metadata; None leaves a key out."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(path.with_name("changed.gguf"), arch)
+    values = {key: field.contents() for key, field in reader.fields.items() if "." in key}
+    changes = {f"qwen3.{key.replace('__', '.')}": value for key, value in changes.items()}
+    for key, value in (values | changes).items():
+        if not key.startswith(("GGUF.", "general.")) and value is not None:
+            kinds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+            kinds.get(type(value), writer.add_array)(key, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.with_name("changed.gguf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arch": "gptneox"}, "general.architecture=gptneox is not supported, only gpt2, llama"),
+        ({"block_count": None}, "block_count is missing"),
+        ({"block_count": 3}, "it holds 2 layers, block_count is 3"),
+        ({"embedding_length": "24"}, "hidden_size must be an integer"),
+        ({"attention__head_count_kv": [2, 2]}, "num_key_value_heads must be an integer or null"),
+        ({"expert_count": 4}, "expert_count=4 is not supported"),
+        ({"attention__value_length": 4}, "attention.value_length=4 is not supported, only 10"),
+        ({"rope__dimension_count": 4}, "rope.dimension_count=4 is not supported, only 10"),
+        ({"rope__scaling__type": "longrope"}, "rope_type=longrope is none of"),
+        ({"feed_forward_length": 45}, "has shape"),
+    ],
+)
+def test_metadata_of_another_model_is_refused_by_its_name(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    path = _with_metadata(_file("qwen3", tmp_path), **changes)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        import_model(path, tmp_path / "again")
+    assert str(path) in str(caught.value)
+
+
+def test_a_folder_with_one_gguf_file_stands_for_it(tmp_path: Path) -> None:
+    path = _file("qwen3", tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path.rename(folder / "a.gguf")
+    assert find_foreign(folder) == folder / "a.gguf"
+    assert source_config(folder) == source_config(folder / "a.gguf")
+    (folder / "b.gguf").write_bytes((folder / "a.gguf").read_bytes())
+    with pytest.raises(CheckpointError, match="holds 2 GGUF files: name one"):
+        need_foreign(folder)

