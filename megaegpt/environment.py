@@ -84,7 +84,7 @@ _TEXTS = [
 """Patterns in the messages of libraries that hide what the operating system said."""
 
 _QUOTED = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""What libraries in C++ report in the words of the operating system, in a RuntimeError."""
+"""Errors of the operating system that libraries in C++ quote in a RuntimeError."""
 
 _OF_THE_SYSTEM = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust report it
 

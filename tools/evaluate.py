@@ -105,7 +105,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    """What to measure, one of several, and the options of each."""
+    """Add the evaluations, of which one is chosen, and the options of each."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", nargs="+", metavar="PREFIX", help="shards, without .bin and .idx")
     what.add_argument("--text", nargs="+", metavar="FILE", help="text files, or folders of them")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megaegpt.config.run import RunConfig
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.engines import (
     Curve,
+    advance,
     distance,
     largest_difference,
+    make_engine,
     run_config,
     train,
     train_plainly,
@@ -71,6 +75,38 @@ def test_gradients_reduced_during_the_backward_pass_are_those_of_plain_adamw(
     for curves in distributed(2, _train_all, configs):
         for config, curve in zip(configs, curves, strict=True):
             assert largest_difference(curve, plain) <= _ROUNDING, config.parallel
+
+
+def _elements_reduced(stage: int, micro_batch_size: int) -> int:
+    """Elements of gradients that this rank sends into reductions in one optimizer step."""
+    sent = []
+
+    def noting(reduce: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            sent.append(tensor.numel())
+            return reduce(tensor, *args, **kwargs)
+
+        return noted
+
+    config = run_config(
+        parallel={"zero_stage": stage}, training={"micro_batch_size": micro_batch_size}
+    )
+    engine = make_engine(config, grid_for(1))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "reduce"):
+            patch.setattr(dist, name, noting(getattr(dist, name)))
+        advance(engine, config, range(1))
+    engine.close()
+    return sum(number for number in sent if number > 1)  # others are counts, losses and norms
+
+
+def test_stage_1_reduces_gradients_once_a_step_and_stage_2_after_each_micro_step(
+    distributed: Distributed, plain: Curve
+) -> None:
+    once = sum(weights.numel() for weights in plain.weights.values())
+    for stage, micro_batch_size, reductions in [(1, 4, 1), (1, 1, 1), (2, 4, 1), (2, 1, 4)]:
+        for sent in distributed(2, _elements_reduced, stage, micro_batch_size):
+            assert reductions * once <= sent < 1.1 * reductions * once, (stage, micro_batch_size)
 
 
 def _small(kind: str, tp: int, ranks: int, stage: int = 2) -> RunConfig:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
 from megaegpt.config import EncoderConfig
@@ -253,6 +254,38 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     assert f"stopped by {name} after step 2 of 6; go on with --resume" in results[0][1]
     assert results[1][1] == ""  # one rank speaks
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000002"
+
+
+class _Counted(StopRequests):
+    """Notes the devices of the values that ranks agree on, one entry a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.agreements: list[str] = []
+
+    def agreed(self, failed: bool, grid: ProcessGrid) -> tuple[bool, str | None]:
+        reduce = dist.all_reduce
+
+        def noting(tensor: torch.Tensor, **options: Any) -> Any:
+            self.agreements.append(tensor.device.type)
+            assert options["group"] is grid.control_group
+            return reduce(tensor, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_reduce", noting)
+            return super().agreed(failed, grid)
+
+
+def _count_agreements(corpus: Path, folder: Path) -> list[str]:
+    stops = _Counted()
+    assert _run("gpt", corpus, folder, stops=stops)[0]
+    return stops.agreements
+
+
+def test_ranks_agree_on_the_cpu_once_a_step_whether_to_go_on(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    assert distributed(2, _count_agreements, corpus, tmp_path) == [["cpu"] * 6] * 2
 
 
 def _stop_by_time(corpus: Path, folder: Path) -> tuple[bool, str]:

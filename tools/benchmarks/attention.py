@@ -42,7 +42,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "sliding-window": ("window",),
     "sliding-window grouped-query": ("window", "grouped"),
 }
-"""What each is made of; :func:`_config` says what that means for the sizes at hand."""
+"""Settings of each variant; :func:`_config` turns them into keys for the sizes at hand."""
 
 _LONG = 4096
 """Tokens from which on the growth of time per token is attention's alone."""

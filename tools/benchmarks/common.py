@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: options, tables, and the description of the machine."""
+"""The common parts of the benchmarks: options, tables, and the description of the machine."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def print_mfu(results: Sequence[Result]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader must know to read the figures."""
+    """Describe the machine and the versions that the figures depend on."""
     versions = {}
     for package in ("torch", "deepspeed", "transformers", "tiktoken"):
         try:

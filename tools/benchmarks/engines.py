@@ -52,7 +52,7 @@ def build_engine(
 
 
 def facts(engine: Engine, model_config: ModelConfig) -> dict[str, Any]:
-    """What MFU follows from, for the record."""
+    """Record the quantities that MFU follows from."""
     counts = meta_model(model_config)
     return {
         "parameters": counts.num_parameters(),

@@ -127,7 +127,7 @@ def _spec(
 def _computation(
     shape: dict[str, int], folder: Path, states: bool
 ) -> tuple[FeatureSpec, Callable[[Path], Any]]:
-    """What is computed, and the computation into a folder."""
+    """Return the spec of the store, and the function that computes it into a folder."""
     encoder, stream = _encoder(shape), TokenStream([str(folder / "corpus")])
     spec = _spec(shape, encoder, stream, states)
     pool = functools.partial(chunk_features, config=EGPTConfig(chunk_size=shape["chunk_size"]))

@@ -26,7 +26,7 @@ _SECONDS_TO_END = 5
 
 @dataclass
 class Workload:
-    """What a candidate runs again and again."""
+    """The work that a candidate repeats."""
 
     run: Callable[[], None]
     """One repetition."""
@@ -51,7 +51,7 @@ class Candidate:
 
 @dataclass
 class Result:
-    """What was measured of a candidate."""
+    """The measurements of a candidate."""
 
     name: str
     units: int

@@ -1,4 +1,4 @@
-"""What an experiment is: corpora, an encoder, variants of a decoder, and the runs they make."""
+"""The plan of an experiment: corpora, an encoder, variants of a decoder, and their runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class EncoderPlan:
     source: str | None = None
     """Weights, as ``model.encoder.source`` takes them. None: a GPT is pretrained first."""
     texts: tuple[str, ...] = ()
-    """What it is pretrained on: books by name, text files, JSON Lines."""
+    """Texts of its pretraining: books by name, text files, JSON Lines."""
     documents: PositiveInt | None = None
     """The first ones only. None: all."""
     run: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class ExperimentPlan:
     controls: dict[str, str] = field(default_factory=dict)
     """Variants, by the name of the one that each is compared with besides the baseline."""
     budgets: tuple[str, ...] = ("steps",)
-    """What is equal: ``steps`` always is one; ``flops``, ``time``: further runs of the variants."""
+    """Equal budgets: always ``steps``; ``flops``, ``time``: further runs of the variants."""
     encoder: EncoderPlan = field(default_factory=EncoderPlan)
     """The frozen encoder."""
     run: dict[str, Any] = field(default_factory=dict)

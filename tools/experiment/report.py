@@ -1,4 +1,4 @@
-"""What the runs of an experiment have shown: one JSON, and sentences and tables made of it."""
+"""The report of an experiment: one JSON, and sentences and tables made of it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def findings(plan: ExperimentPlan, name: str, corpus: dict[str, Any]) -> list[str]:
-    """What the numbers of a corpus say, for or against EGPT."""
+    """Compare the losses on a corpus in sentences, for or against EGPT."""
     found = []
     for budget in plan.budgets:
         if not corpus[budget]:

@@ -82,7 +82,7 @@ class Experiment:
     # -- the encoder ------------------------------------------------------------------------------
 
     def _prepare_encoder(self) -> str:
-        """What ``model.encoder.source`` is; pretrained here if the plan names no weights."""
+        """Return the weights for ``model.encoder.source``; pretrain them if the plan names none."""
         encoder = self.plan.encoder
         if encoder.source is not None:
             return str(resolve_weights_source(encoder.source, self._grid))
@@ -193,7 +193,7 @@ class Experiment:
         return {"losses": measured, "gates": list(loaded.model.metrics().values())}
 
     def _training_figures(self, config: RunConfig) -> dict[str, Any]:
-        """What the run cost."""
+        """Collect the figures of a run: its tokens, operations, speed and memory."""
         records = read_metrics(Path(config.logging.directory))
         size = measure_model(config, find_encoder(config))
         speeds = [r["tokens_per_second"] for r in records if "tokens_per_second" in r]
@@ -252,7 +252,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Losses:
-    """What :func:`tools.experiment.measure.summarize` gives."""
+    """The summary of :func:`tools.experiment.measure.summarize`."""
 
     loss: float
     nats_per_byte: float
@@ -264,7 +264,7 @@ class _Losses:
 
 @dataclass(frozen=True)
 class _Result:
-    """What the report reads of a result."""
+    """The part of a result that the report reads."""
 
     machine: str
     losses: dict[str, _Losses]
@@ -274,7 +274,7 @@ class _Result:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """What was published of a run.
+    """Read the published result of a run.
 
     Raises:
         DataError: nothing was, or it is damaged.

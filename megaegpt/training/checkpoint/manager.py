@@ -9,6 +9,11 @@
         manifest.json         step, topology, the loop's state, every file's size and sha256
         deepspeed/            weights and optimizer state, cut by rank
         weights/              whatever the caller's writers add, such as TP-independent safetensors
+
+Each part has one owner: the engine writes and reads ``deepspeed/``, the caller's writers their own
+folders, :mod:`~megaegpt.training.checkpoint.manifest` lists and verifies the files, and
+:mod:`~megaegpt.training.checkpoint.folders` names and removes whole checkpoints. This module has
+the order of these steps, and ends each of them on all ranks when it fails on one.
 """
 
 from __future__ import annotations
@@ -102,19 +107,18 @@ class CheckpointManager:
         grid = engine.grid
         name = step_folder(step)
         temporary = self._folders.saving(name)
-        together = functools.partial(self._together, grid, step)
+        on_all = functools.partial(self._run_on_all, grid, step)
+        on_main = on_all if grid.is_main else lambda *_: on_all(_nothing)
         try:
-            prepare = functools.partial(self._folders.prepare, temporary)
-            together(prepare if grid.is_main else None)
-            own = together(functools.partial(engine.save_state, temporary / STATE))
+            on_main(self._folders.prepare, temporary)
+            own = on_all(engine.save_state, temporary / STATE)
             for part, write in (writers or {}).items():
-                together(functools.partial(write, temporary / part))
-            entries = together(functools.partial(describe_files, own, temporary))
+                on_all(write, temporary / part)
+            entries = on_all(describe_files, own, temporary)  # each rank hashes what it wrote
             written = {
                 n: entry for part in all_gather_object(entries, grid) for n, entry in part.items()
             }
-            finish = functools.partial(self._publish, engine, step, state, temporary, written)
-            together(finish if grid.is_main else None)
+            on_main(self._publish, engine, step, state, temporary, written)
         except BaseException:
             if grid.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -137,11 +141,13 @@ class CheckpointManager:
                         f"{self.directory}/best cannot be written: {error.strerror}"
                     ) from error
 
-    def _together(self, grid: ProcessGrid, step: int, action: Callable[[], Any] | None) -> Any:
-        """Run this rank's ``action``; if it fails on one rank, fail on all."""
+    def _run_on_all(
+        self, grid: ProcessGrid, step: int, action: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """Call this rank's ``action``; if it fails on one rank, fail on all."""
         with raising_together(grid):
             try:
-                return action() if action else None
+                return action(*arguments)
             except (OSError, SafetensorError) as error:
                 previous = self.latest()
                 rest = f"{previous.name} is untouched" if previous else "there is no earlier one"
@@ -220,6 +226,10 @@ class CheckpointManager:
                 dist.barrier()
             if engine.grid.is_main:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _nothing() -> None:
+    """The action of a rank that only waits for the main one."""
 
 
 def _check_name(manifest: Manifest, folder: Path) -> None:

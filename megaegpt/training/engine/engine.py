@@ -136,7 +136,7 @@ class Engine:
 
     @property
     def optimizer(self) -> Any:
-        """DeepSpeed's optimizer, or at stage 0 ours; the keys of a run are in ``param_groups``."""
+        """DeepSpeed's optimizer; ``param_groups`` hold learning rate, betas and weight decay."""
         return self._deepspeed.optimizer
 
     @property

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,14 +66,36 @@ def test_the_fingerprint_follows_the_content(
     other = TokenStream([write_shard(tmp_path / "c", [changed])])
     assert first.fingerprint == copy.fingerprint
     assert first.fingerprint != other.fingerprint
-    monkeypatch.setattr(
-        stream_module, "HASHED_BLOCK_BYTES", 16
-    )  # large shards are sampled to their end
+    monkeypatch.setattr(stream_module, "HASHED_BLOCK_BYTES", 16)  # to the end of large shards
     monkeypatch.setattr(stream_module, "HASHED_BLOCKS", 4)
     changed = tokens.copy()
     changed[-1] += 1
     last = TokenStream([write_shard(tmp_path / "d", [changed])])
     assert TokenStream([str(tmp_path / "a")]).fingerprint != last.fingerprint
+
+
+def test_of_a_large_shard_the_fingerprint_reads_64_mib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stream_module.HASHED_BLOCKS * stream_module.HASHED_BLOCK_BYTES == 64 << 20
+    monkeypatch.setattr(stream_module, "HASHED_BLOCK_BYTES", 16)
+    monkeypatch.setattr(stream_module, "HASHED_BLOCKS", 4)
+    pieces = []
+
+    class Noting:
+        def update(self, data: Any) -> None:
+            pieces.append(len(memoryview(data)))
+
+        def hexdigest(self) -> str:
+            return ""
+
+    stream = TokenStream([write_shard(tmp_path / name, [np.arange(1000)]) for name in ("a", "b")])
+    monkeypatch.setattr(stream_module.hashlib, "sha256", Noting)
+    _ = stream.fingerprint
+    header, *blocks = pieces[: len(pieces) // 2]  # of the first shard
+    assert header < 16
+    assert blocks == [16] * 4
+    assert pieces[len(pieces) // 2 :] == pieces[: len(pieces) // 2]
 
 
 def test_patterns_name_a_shard_a_set_or_a_glob(tmp_path: Path) -> None:
