@@ -7,6 +7,7 @@ name when an engine is built, rather than found out in the middle of a run.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Iterator
@@ -87,6 +88,9 @@ def _missing(place: Any, names: tuple[str, ...]) -> Iterator[str]:
             found = getattr(found, part)
 
 
+_REFUSED = "DeepSpeed refuses the keys under deepspeed"
+
+
 def check_accepted(options: dict[str, Any]) -> None:
     """Let DeepSpeed read ``options`` before any memory is spent on them.
 
@@ -108,4 +112,22 @@ def check_accepted(options: dict[str, Any]) -> None:
         text = " ".join(str(error).split())
     else:
         return
-    raise ConfigError(f"DeepSpeed refuses the keys under deepspeed: {text}")
+    raise ConfigError(f"{_REFUSED}: {text}")
+
+
+@contextlib.contextmanager
+def naming_raw_keys(raw: dict[str, Any]) -> Iterator[None]:
+    """What DeepSpeed refuses only once it has the model, such as a combination of keys.
+
+    Args:
+        raw: the section ``deepspeed`` of the configuration.
+
+    Raises:
+        ConfigError: an assertion of DeepSpeed failed, and there are raw keys.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        if not raw:
+            raise
+        raise ConfigError(f"{_REFUSED} ({', '.join(raw)}): {error}") from None

@@ -35,7 +35,12 @@ from megaegpt.precision import resolve_precision
 from megaegpt.training.checkpoint import deepspeed_state
 from megaegpt.training.checkpoint.manifest import Topology
 from megaegpt.training.checkpoint.universal import convert
-from megaegpt.training.engine.compat import check_accepted, check_compatible, quieten
+from megaegpt.training.engine.compat import (
+    check_accepted,
+    check_compatible,
+    naming_raw_keys,
+    quieten,
+)
 from megaegpt.training.engine.gradients import ModuleNorms
 from megaegpt.training.engine.host_memory import keep_freed_memory
 from megaegpt.training.engine.optimizer import build_adamw, build_clipped_adamw
@@ -120,7 +125,8 @@ class Engine:
         options = deepspeed_config(config, grid.dp_size, self.precision, trainable)
         check_accepted(options)
         quieten()
-        with contextlib.redirect_stdout(None):  # its optimizers print memory figures
+        with contextlib.redirect_stdout(None), naming_raw_keys(config.deepspeed):
+            # Its optimizers print memory figures.
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, mpu=DeepSpeedMpu(grid), config=options
             )

@@ -5,17 +5,19 @@ some of it fails here, by name.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from megaegpt.errors import LaunchError
+from megaegpt.errors import ConfigError, LaunchError
 from megaegpt.training.engine import compat
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.engines import make_engine, run_config
@@ -145,6 +147,21 @@ def test_an_engine_of_every_stage_and_precision_has_what_is_needed(
     distributed(1, _build, [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
     scaler = DynamicLossScaler(1, 2, 2, 1, 1, False, True)
     assert [name for name in compat.LOSS_SCALER if not hasattr(scaler, name)] == []
+
+
+def _refusal(raw: dict[str, Any]) -> str:
+    config = dataclasses.replace(run_config(parallel={"zero_stage": 2}), deepspeed=raw)
+    with pytest.raises(ConfigError) as refused:
+        make_engine(config, grid_for(1))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["prescale_gradients", "gradient_predivide_factor"])
+def test_raw_keys_that_deepspeed_refuses_once_it_has_the_model_are_named(
+    distributed: Distributed, key: str
+) -> None:
+    [told] = distributed(1, _refusal, {key: 2})
+    assert told.startswith(f"DeepSpeed refuses the keys under deepspeed ({key}): ")
 
 
 def test_a_release_without_something_is_refused_by_name() -> None:
