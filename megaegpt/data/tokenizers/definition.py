@@ -18,6 +18,7 @@ _SPECIAL_TOKENS_FILE, _GENERATION_FILE = "special_tokens_map.json", "generation_
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 """Names that end a document by themselves, where no file says which one does."""
 
+_ANY_ID = 1 << 19
 _REMEDY = "download or copy it again"
 
 
@@ -52,7 +53,8 @@ class TokenizerDefinition:
         else:
             raise DataError(f"{self.where} is damaged: its model has no vocabulary; {_REMEDY}")
         found = dict(pairs) | {token["content"]: token["id"] for token in self.added_tokens}
-        most = 2 * len(found) + 1000  # some ids may be left out, but a table of all must be small
+        # Some ids may be left out, but tables of all ids must fit into memory.
+        most = max(2 * len(found), _ANY_ID)
         for name, token in found.items():
             if type(token) is not int or not 0 <= token < most:
                 raise DataError(

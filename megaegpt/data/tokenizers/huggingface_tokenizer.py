@@ -59,8 +59,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, definition: TokenizerDefinition) -> None:
         self.definition, self.name = definition, definition.name
-        self._library = _library_of(definition)
         self._vocabulary = definition.vocabulary
+        self._library = _library_of(definition)
         self.vocab_size = max(self._vocabulary.values()) + 1
         end = definition.end_of_text(self._vocabulary)
         self.eot_token = self._vocabulary[end]

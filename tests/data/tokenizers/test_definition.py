@@ -1,0 +1,113 @@
+"""Tokenizer files that are missing, damaged or of another kind are one line that names them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
+from megaegpt.errors import DataError
+from tests.tiny.tokenizers import trained_definition, trained_tokenizer
+
+
+def write(folder: Path, content: Any, **settings: Any) -> Path:
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def _wordpiece(content: dict[str, Any]) -> None:
+    content["model"] = {"type": "WordPiece", "vocab": {"a": 0, "</s>": 1}, "unk_token": "a"}
+
+
+def _no_decoder(content: dict[str, Any]) -> None:
+    content["decoder"] = content["pre_tokenizer"] = None
+
+
+def _model_of(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["model"].update(changes)
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "kind": (_wordpiece, "is of the kind 'WordPiece'"),
+    "decoder": (_no_decoder, "is of an unknown kind: neither byte-level"),
+    "no model": (lambda content: content.pop("model"), "is damaged: it has no model"),
+    "no vocabulary": (_model_of(vocab=3), "is damaged"),
+    "huge id": (
+        lambda content: content["model"]["vocab"].update(a=1 << 31),
+        "has the id 2147483648",
+    ),
+    "negative id": (lambda content: content["model"]["vocab"].update(a=-1), "has the id -1"),
+    "unknown merge": (_model_of(merges=[["qqq", "zzz"]]), "is damaged"),
+    "merge of three": (_model_of(merges=[["a", "b", "c"]]), "is damaged"),
+    "added token": (lambda content: content.update(added_tokens=[3]), "is damaged"),
+    "part": (lambda content: content.update(pre_tokenizer={"type": "?"}), "is damaged, or newer"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
+    damage, message = DAMAGE[name]
+    content = copy.deepcopy(trained_definition().content)
+    damage(content)
+    with pytest.raises(DataError) as error:
+        load_tokenizer(write(tmp_path, content))
+    assert f"{tmp_path}/tokenizer.json" in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_and_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tokenizer\.json is missing"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match=r"nowhere does not exist: give a folder"):
+        load_tokenizer(tmp_path / "nowhere")
+    content = json.dumps(trained_definition().content)
+    (tmp_path / "tokenizer.json").write_text(content[:-100], encoding="utf-8")
+    with pytest.raises(DataError, match=r"tokenizer\.json is damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_end_of_documents_is_what_the_files_name(tmp_path: Path) -> None:
+    content = trained_definition().content
+    named = {"content": "<|im_start|>", "lstrip": False}
+    assert load_tokenizer(write(tmp_path, content, eos_token=named)).eot_token == 1
+    write(tmp_path, content)
+    assert load_tokenizer(tmp_path).eot_token == 0  # by its well-known name
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 0]}')
+    assert load_tokenizer(tmp_path).eot_token == 1
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
+    assert load_tokenizer(tmp_path).eot_token == 0
+    write(tmp_path, content, eos_token="<none>")
+    with pytest.raises(DataError, match="its eos_token '<none>' is no token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_of_the_older_form_is_read(tmp_path: Path) -> None:
+    model = trained_definition().content["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, model["merges"]), ""]
+    (tmp_path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    older, ours = load_tokenizer(tmp_path), trained_tokenizer()
+    text = "Shards, tokens\n\n and 12  words"
+    assert older.encode(text) == ours.encode(text)
+    (tmp_path / "merges.txt").write_text("a b c\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"merges\.txt is damaged: a rule is not two tokens"):
+        load_tokenizer(tmp_path)
+
+
+def test_ids_out_of_range_are_refused_by_name() -> None:
+    for token in (700, -1):
+        with pytest.raises(DataError, match=f"outside the vocabulary of 700: {token}"):
+            trained_tokenizer().decode([5, token])
+
+
+def test_saving_tells_the_length_of_the_model(tmp_path: Path) -> None:
+    save_tokenizer(trained_tokenizer(), tmp_path, max_length=128)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert (settings["model_max_length"], settings["eos_token"]) == (128, "<|endoftext|>")
