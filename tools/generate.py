@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaegpt.arguments import ArgumentParser
+from megaegpt.arguments import ArgumentParser, integer, path
 from megaegpt.config import GenerationConfig
 from megaegpt.errors import DataError, exits_cleanly
 
@@ -123,7 +123,11 @@ def _parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="the trained model; see above"
+        "--checkpoint",
+        required=True,
+        type=path,
+        metavar="PATH",
+        help="the trained model; see above",
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
@@ -167,8 +171,6 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--encoder", metavar="PATH", help="the frozen encoder, where it was moved")
     parser.add_argument("--vocabulary", metavar="DIR", help="folder with GPT-2's encoder.json")
     arguments = parser.parse_args()
-    if arguments.num_samples < 1:
-        parser.error("--num-samples must be at least 1")
     if arguments.input and arguments.instruction is None:
         parser.error("--input belongs to an --instruction")
     return arguments
@@ -208,7 +210,11 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=_DEFAULTS.seed, help="of the sampling (default: %(default)s)"
     )
     parser.add_argument(
-        "--num-samples", type=int, default=1, metavar="N", help="continuations (default: 1)"
+        "--num-samples",
+        type=integer(1, 1_000_000),
+        default=1,
+        metavar="N",
+        help="continuations (default: 1)",
     )
 
 
