@@ -77,7 +77,7 @@ def test_two_hyphens_are_no_value(capsys: pytest.CaptureFixture[str]) -> None:
         ["tools.generate", "--checkpoint=", "--prompt=a"],
         ["tools.evaluate", "--checkpoint=", "--text=a"],
         ["tools.convert", "masters", "", "out"],
-        ["tools.generate", "--checkpoint=a", "--prompt=a", "--num-samples=2147483647"],
+        ["tools.generate", "--checkpoint=a", "--prompt=a", "--num-samples=0"],
         ["tools.evaluate", "--checkpoint=a", "--text=a", "--limit=1"],
         ["tools.evaluate", "--checkpoint=a", "--text=a", "--tensor-parallel-size=0"],
     ],

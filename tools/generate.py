@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaegpt.arguments import ArgumentParser, integer, path
+from megaegpt.arguments import ArgumentParser, path
 from megaegpt.config import GenerationConfig
 from megaegpt.errors import DataError, exits_cleanly
 
@@ -171,6 +171,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--encoder", metavar="PATH", help="the frozen encoder, where it was moved")
     parser.add_argument("--vocabulary", metavar="DIR", help="folder with GPT-2's encoder.json")
     arguments = parser.parse_args()
+    if arguments.num_samples < 1:
+        parser.error("--num-samples must be at least 1")
     if arguments.input and arguments.instruction is None:
         parser.error("--input belongs to an --instruction")
     return arguments
@@ -211,7 +213,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--num-samples",
-        type=integer(1, 1_000_000),
+        type=int,
         default=1,
         metavar="N",
         help="continuations (default: 1)",

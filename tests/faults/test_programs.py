@@ -147,6 +147,8 @@ def _options(program: str, arguments: list[str]) -> Iterator[tuple[str, ...]]:
     for value in VALUES:
         for action in seen[-1]._actions:
             waits = value == "pipe" and action.dest in WAITING
+            if action.dest == "num_samples" and len(value) > 9:
+                continue  # as many as are asked for, each shown as it comes
             if action.option_strings and action.nargs != 0 and not waits:
                 yield (*arguments, f"{action.option_strings[-1]}={value}")
         for number, word in enumerate(arguments):
