@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,3 +67,27 @@ def test_two_hyphens_are_no_value(capsys: pytest.CaptureFixture[str]) -> None:
         parser.parse_args(["--seed=--"])
     assert "--seed needs a value, not '--'" in capsys.readouterr().err
     assert parser.parse_args(["--seed=3"]).seed == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["tools.preprocess", "a.txt", "--output="],
+        ["tools.prepare_data", "text", "--output="],
+        ["tools.generate", "--checkpoint=", "--prompt=a"],
+        ["tools.evaluate", "--checkpoint=", "--text=a"],
+        ["tools.convert", "masters", "", "out"],
+        ["tools.generate", "--checkpoint=a", "--prompt=a", "--num-samples=0"],
+        ["tools.evaluate", "--checkpoint=a", "--text=a", "--limit=1"],
+        ["tools.evaluate", "--checkpoint=a", "--text=a", "--tensor-parallel-size=0"],
+    ],
+    ids=lambda line: " ".join(line),
+)
+def test_programs_refuse_empty_names_senseless_counts_and_options_of_no_use(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(line[0]).main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("error: ") == 1

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.benchmarks
 
-from megaegpt.arguments import ArgumentParser
+from megaegpt.arguments import ArgumentParser, path
 from megaegpt.errors import MegaEGPTError, exits_cleanly
 from megaegpt.files import write_whole
 
@@ -52,7 +52,7 @@ def new_parser(words: Sequence[str]) -> argparse.ArgumentParser:
             continue
         module = importlib.import_module(f"tools.benchmarks.{name}")
         module.add_arguments(subparser)
-        subparser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+        subparser.add_argument("--json", type=path, metavar="FILE", help="write the record here")
         subparser.set_defaults(run=module.run)
     return parser
 

@@ -77,9 +77,9 @@ def _parse_arguments() -> argparse.Namespace:
 
     command = commands.add_parser("masters", help="fp32 weights, for further training")
     command.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a checkpoint, or a run: its latest one"
+        "source", type=path, metavar="SOURCE", help="a checkpoint, or a run: its latest one"
     )
-    command.add_argument("output", type=Path, metavar="FOLDER", help="a new folder")
+    command.add_argument("output", type=path, metavar="FOLDER", help="a new folder")
     command.set_defaults(run=_masters)
 
     command = commands.add_parser("list", help="what a run, checkpoint or weights folder holds")

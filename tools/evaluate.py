@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaegpt.arguments import ArgumentParser, integer
+from megaegpt.arguments import ArgumentParser, integer, path
 from megaegpt.errors import ConfigError, exits_cleanly
 from megaegpt.files import write_whole
 
@@ -79,7 +79,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="what to evaluate")
+    parser.add_argument(
+        "--checkpoint", required=True, type=path, metavar="DIR", help="what to evaluate"
+    )
     _add_tasks(parser)
     parser.add_argument("--encoder", metavar="DIR", help="of an EGPT or DeepGPT, if it was moved")
     parser.add_argument(
@@ -94,11 +96,17 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tensor-parallel-size", type=integer(1), default=1, help="processes a model is cut over"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
     arguments = parser.parse_args()
     if arguments.histories and arguments.stride is not None:
         parser.error("--histories compares windows that do not overlap: leave --stride out")
+    if arguments.harness is None and (
+        arguments.tasks_folder is not None
+        or arguments.num_fewshot is not None
+        or arguments.limit is not None
+    ):
+        parser.error("--tasks-folder, --num-fewshot and --limit belong to --harness")
     if not (arguments.data or arguments.text) and (arguments.histories or arguments.stride):
         parser.error("--stride and --histories belong to --data or --text")
     return arguments
@@ -110,11 +118,11 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--data", nargs="+", metavar="PREFIX", help="shards, without .bin and .idx")
     what.add_argument("--text", nargs="+", metavar="FILE", help="text files, or folders of them")
     what.add_argument(
-        "--lambada", type=Path, metavar="FILE", help='last words: {"text": ...} a line'
+        "--lambada", type=path, metavar="FILE", help='last words: {"text": ...} a line'
     )
     what.add_argument(
         "--hellaswag",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="endings: activity_label, ctx_a, ctx_b, endings and label a line",
     )
@@ -134,7 +142,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         "--histories", action="store_true", help="of an EGPT: true, shuffled and zero features"
     )
     harness = parser.add_argument_group("for --harness")
-    harness.add_argument("--tasks-folder", type=Path, metavar="DIR", help="of further tasks' YAML")
+    harness.add_argument("--tasks-folder", type=path, metavar="DIR", help="of further tasks' YAML")
     harness.add_argument(
         "--num-fewshot", type=integer(0), metavar="N", help="examples before a question"
     )

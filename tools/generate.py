@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaegpt.arguments import ArgumentParser
+from megaegpt.arguments import ArgumentParser, path
 from megaegpt.config import GenerationConfig
 from megaegpt.errors import DataError, exits_cleanly
 
@@ -123,7 +123,11 @@ def _parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="the trained model; see above"
+        "--checkpoint",
+        required=True,
+        type=path,
+        metavar="PATH",
+        help="the trained model; see above",
     )
     _add_prompt_options(parser)
     _add_sampling_options(parser)
@@ -214,7 +218,11 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=_DEFAULTS.seed, help="of the sampling (default: %(default)s)"
     )
     parser.add_argument(
-        "--num-samples", type=int, default=1, metavar="N", help="continuations (default: 1)"
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="continuations (default: 1)",
     )
 
 

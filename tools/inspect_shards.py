@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megaegpt.arguments import ArgumentParser
+from megaegpt.arguments import ArgumentParser, path
 from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
 from megaegpt.data.tokens.shard_contents import LengthHistogram, first_difference
 from megaegpt.data.tokens.shard_tokenizer import tokenizer_of_shards
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     show.add_argument(
         "--tokens", type=_count, default=100, metavar="N", help="of each (%(default)s)"
     )
-    show.add_argument("--png", type=Path, metavar="FILE", help="draw the histogram")
+    show.add_argument("--png", type=path, metavar="FILE", help="draw the histogram")
     show.add_argument("--vocabulary", metavar="PLACE", help="tokenizer, if not the shards' own")
     show.set_defaults(run=_show)
     verify = commands.add_parser("verify", help="read everything; checksums where there are some")

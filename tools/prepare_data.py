@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megaegpt.arguments import ArgumentParser
+from megaegpt.arguments import ArgumentParser, path
 from megaegpt.data.readers import READERS, parse_reader_options, read_documents
 from megaegpt.data.readers.books import BOOKS, Cleaning, king_james_bible, load_book
 from megaegpt.data.readers.documents import Document, LeftOut, Problems
@@ -46,8 +46,8 @@ def main() -> None:
         arguments.output.mkdir(parents=True, exist_ok=True)
     with locked_folder(arguments.output):  # downloads are in it too
         paths = _prepare(arguments)
-    for path in paths:
-        print(path)
+    for made in paths:
+        print(made)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,9 +57,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     names = [*BOOKS, "king_james_bible", "book", "tolstoy", *READERS]
     parser.add_argument("name", choices=names, help="corpus; 'book': the best one to be had here")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="output folder")
     parser.add_argument(
-        "--input", type=Path, metavar="PATH", help="file or folder to read instead of downloading"
+        "--input", type=path, metavar="PATH", help="file or folder to read instead of downloading"
     )
     parser.add_argument(
         "--keep-wraps", action="store_true", help="keep a book's hard line breaks at 70 columns"

@@ -19,7 +19,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megaegpt.arguments import ArgumentParser
+from megaegpt.arguments import ArgumentParser, path
 from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preprocess
 from megaegpt.data.preprocess.encode import EncodeOptions
 from megaegpt.data.preprocess.nanogpt import import_files
@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     _add_choice_of_documents(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace shards of another run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--from-nanogpt", nargs="+", type=Path, metavar="BIN",
+    parser.add_argument("--from-nanogpt", nargs="+", type=path, metavar="BIN",
         help="import nanoGPT token files instead: train.bin, val.bin")  # fmt: skip
     arguments = parser.parse_args()
     if bool(arguments.inputs) == bool(arguments.from_nanogpt):
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="files, folders, globs, or - for stdin")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    add("--output", type=path, required=True, metavar="DIR", help="folder of the shards")
     add("--format", choices=READERS, help="of the inputs (default: text or jsonl by their names)")
     add("--text-key", metavar="NAME", help="key or column of the text (default: text)")
     add("--reader-option", action="append", default=[], metavar="NAME[=VALUE]",

@@ -171,7 +171,11 @@ class Program:
             row.count(what, False, "it hangs")
         elif code == -signal.SIGKILL:
             row.count(what, False, "")
-        elif code not in (0, 2) or "Traceback" in text or (code and text.count("error: ") != 1):
+        elif (
+            code not in (0, 2)
+            or "Traceback" in text
+            or (code and len(re.findall("^(?:.*py: )?error: ", text, re.MULTILINE)) != 1)
+        ):
             row.count(what, False, f"exit code {code}: {text[-1500:]}")
         else:
             row.count(what, code == 2, "")
@@ -419,7 +423,7 @@ def test_full_disks_lose_nothing_that_was_complete(
     table: Table, corpus: Path, texts: Path, tmp_path: Path
 ) -> None:
     row = table.row("full disks (limits of file sizes)")
-    for size in (0, 100, 5_000, 40_000, 150_000):
+    for size in (5_000, 150_000):  # what the programs print is below it, and limited too
         folder = tmp_path / str(size)
         folder.mkdir()
         lines = _writers(corpus, texts, folder)
@@ -494,7 +498,7 @@ def test_too_few_file_descriptors_are_one_line(
 ) -> None:
     row = table.row("too few file descriptors")
     lines = _writers(corpus, texts, tmp_path)
-    for limit in (6, 9, 12, 15, 18, 24):
+    for limit in (9, 15, 24):
         for line in lines:
             Program(line, tmp_path, "descriptors", limit).ended(row)
     _check(row)
