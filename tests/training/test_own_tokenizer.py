@@ -34,7 +34,7 @@ def test_the_tokenizer_goes_from_shards_to_weights_and_on(
     vocabulary, text = tmp_path / "vocabulary", tmp_path / "text.txt"
     vocabulary.mkdir()
     save_tokenizer(trained_tokenizer(), vocabulary)
-    text.write_text("The tokens of a text and the weights of a run.\n" * 60)
+    text.write_text("The tokens of a text and the weights of a run.\n" * 200)
     encode = EncodeOptions(vocabulary=str(vocabulary))
     options = PreprocessOptions(tmp_path / "corpus", (str(text),), encode=encode, split_tokens=0.8)
     preprocess(options)
@@ -42,9 +42,9 @@ def test_the_tokenizer_goes_from_shards_to_weights_and_on(
         "gpt",
         tmp_path / "corpus",
         tmp_path / "run",
-        model={"vocab_size": VOCAB_SIZE},
-        training={"steps": 1, "eval_interval": 1},
-        checkpoint={"interval": 1},
+        model={"vocab_size": VOCAB_SIZE, "max_seq_len": 256},
+        training={"steps": 3, "eval_interval": 3},
+        checkpoint={"interval": 3},
     )
     distributed(1, _pretrain, config)
     loaded = load_for_inference(tmp_path / "run", ProcessGrid())
@@ -53,7 +53,7 @@ def test_the_tokenizer_goes_from_shards_to_weights_and_on(
     record = json.dumps({"instruction": "Say it.", "input": "", "output": "The tokens."})
     (tmp_path / "records.jsonl").write_text(f"{record}\n" * 4)
     instructions = InstructionConfig(train=(str(tmp_path / "records.jsonl"),))
-    start = {"initialize_from": str(tmp_path / "run"), "steps": 1}
+    start = {"initialize_from": str(tmp_path / "run"), "steps": 3}
     tuned = run_config(
         "gpt",
         tmp_path,
