@@ -59,7 +59,8 @@ def load_for_inference(
     """
     weights = resolve_weights_source(folder, grid)
     config, extra = read_weights_config(weights)
-    tokenizer = load_tokenizer(vocabulary or (weights if has_tokenizer(weights) else None))
+    lies_beside = vocabulary is None and has_tokenizer(weights)
+    tokenizer = load_tokenizer(weights if lies_beside else vocabulary)
     if config.vocab_size < tokenizer.vocab_size:
         raise CheckpointError(
             f"{weights} has a vocabulary of {config.vocab_size} tokens, the tokenizer "
@@ -79,7 +80,7 @@ def load_for_inference(
             pack_weights(part)
     trained_with = extra.get("tokenizer_fingerprint")
     if trained_with is None:
-        own = config.vocab_size <= tokenizer.padded_vocab_size
+        own = lies_beside or config.vocab_size <= tokenizer.padded_vocab_size
     else:
         own = trained_with == tokenizer.fingerprint
     return LoadedModel(model, encoder, tokenizer, own)

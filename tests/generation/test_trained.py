@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megaegpt.config import EncoderConfig, ModelConfig
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.trained import load_for_inference
@@ -18,6 +19,7 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from tests.tiny.models import EGPT, GPT, SAMPLING_24
+from tests.tiny.tokenizers import trained_tokenizer
 
 GRID = ProcessGrid()
 BIG_VOCABULARY = {"vocab_size": 50257, "hidden_size": 16, "num_heads": 2}
@@ -140,6 +142,17 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path: Path) -> 
     save_weights(build_model(GPT, GRID), tmp_path, GRID)
     with pytest.raises(CheckpointError, match="vocabulary of 90 tokens"):
         load_for_inference(tmp_path, GRID)
+
+
+def test_a_tokenizer_that_lies_with_the_weights_is_the_models_own(tmp_path: Path) -> None:
+    """Other programs' models have more rows than their tokenizers have ids."""
+    save_gpt(tmp_path, vocab_size=1000)
+    with pytest.raises(CheckpointError, match="the tokenizer gpt2 has 50257"):
+        load_for_inference(tmp_path, GRID)
+    save_tokenizer(trained_tokenizer(), tmp_path)
+    loaded = load_for_inference(tmp_path, GRID)
+    assert loaded.tokenizer.fingerprint == trained_tokenizer().fingerprint
+    assert loaded.is_own_tokenizer
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokenizers.gpt2_tokenizer import VOCABULARY_FILE, GPT2Tokenizer
 from megaegpt.errors import DataError
+from megaegpt.files import whole_file
 
 if TYPE_CHECKING:
     from megaegpt.data.tokenizers.definition import TokenizerDefinition
@@ -89,4 +90,5 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int | None = 
         if name == _SETTINGS_FILE and max_length is not None:
             settings = {**json.loads(content), "model_max_length": max_length}
             content = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
-        (folder / name).write_bytes(content)
+        with whole_file(folder / name) as temporary:
+            temporary.write_bytes(content)

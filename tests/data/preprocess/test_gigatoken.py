@@ -19,7 +19,9 @@ from megaegpt.data.preprocess.encode import EncodeOptions
 from megaegpt.data.preprocess.gigatoken import GigatokenEncoder
 from megaegpt.data.readers.inputs import open_bytes
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from megaegpt.errors import DataError
+from tests.tiny.tokenizers import changed, trained_definition, trained_tokenizer
 
 pytest.importorskip("gigatoken", reason="pip install gigatoken==0.10.0 to test the fast backend")
 
@@ -157,3 +159,22 @@ def test_without_the_package_the_error_says_what_to_install(
     monkeypatch.setitem(__import__("sys").modules, "gigatoken.gigatoken_rs", None)
     with pytest.raises(DataError, match="pip install gigatoken"):
         GigatokenEncoder(TOKENIZER)
+
+
+def test_another_byte_level_bpe_has_tiktokens_ids() -> None:
+    tokenizer = trained_tokenizer()
+    encoder = GigatokenEncoder(tokenizer)
+    source = random.Random(2)
+    texts = ["".join(source.choices(PIECES, k=12)) for _ in range(2000)]
+    for found, wanted in zip(
+        encoder.encode_batch(texts), tokenizer.encode_batch(texts), strict=True
+    ):
+        assert np.array_equal(found, wanted)
+
+
+def test_a_vocabulary_that_it_cannot_run_is_refused_in_a_line() -> None:
+    content = trained_definition().content["model"]
+    without = {name: number for name, number in content["vocab"].items() if name != "Ā"}
+    tokenizer = HuggingFaceTokenizer(changed(model={"vocab": without}))
+    with pytest.raises(DataError, match=r"gigatoken cannot run the tokenizer pages .*single-byte"):
+        GigatokenEncoder(tokenizer)
