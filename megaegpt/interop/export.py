@@ -14,16 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
-from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
+from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.files import check_tensor_file, whole_folder
 from megaegpt.interop.families import Family
-from megaegpt.interop.gpt2_vocabulary import write_tokenizer
 from megaegpt.interop.tensor_files import check_finite
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.tensor_writer import write_tensors
 from megaegpt.interop.translation import CONFIG, nearest_family, to_theirs
-from megaegpt.interop.vocabulary_files import copy_tokenizer, has_gpt2_vocabulary
+from megaegpt.interop.vocabulary_files import tokenizer_beside
 from megaegpt.model.build import meta_model
 from megaegpt.model.weights import WEIGHTS, read_weights_config, verify_weights
 
@@ -89,16 +89,17 @@ def export_huggingface(
     shapes = {full: layout.shapes[name] for full, name in names.items()}
     with open_ours(weights, config) as read, whole_folder(output) as folder:
         write_tensors(folder / WEIGHTS, shapes, lambda full: layout.give(names[full], read), dtype)
-        text = json.dumps(_description(config, family, dtype), indent=2)
+        tokenizer = tokenizer_beside(weights, config)
+        text = json.dumps(_description(config, family, dtype, tokenizer), indent=2)
         (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
-        if has_gpt2_vocabulary(config):
-            write_tokenizer(folder, Tokenizer.load(), config.max_seq_len)
-        else:
-            copy_tokenizer(weights, folder)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, folder, config.max_seq_len)
 
 
-def _description(config: ModelConfig, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    end = END_OF_TEXT_ID if has_gpt2_vocabulary(config) else None
+def _description(
+    config: ModelConfig, family: Family, dtype: torch.dtype, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    end = None if tokenizer is None else tokenizer.eot_token
     return to_theirs(config, family) | {
         "bos_token_id": end,
         "eos_token_id": end,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.gguf_files import SUFFIX, GGUFHeader, read_gguf_header
 from megaegpt.interop.families import Family
@@ -36,7 +37,7 @@ from megaegpt.interop.translation import (
     read_description,
     to_ours,
 )
-from megaegpt.interop.vocabulary_files import copy_tokenizer, has_gpt2_vocabulary
+from megaegpt.interop.vocabulary_files import has_gpt2_vocabulary, tokenizer_beside
 from megaegpt.model.weights import WEIGHTS, write_description
 
 _ROPE_PRECISION = 1e-4
@@ -172,9 +173,13 @@ def import_model(source: str | Path, output: str | Path) -> None:
         return _read_finite(name, layout, found, model.source)
 
     write_tensors(output / WEIGHTS, shapes, read)
-    if header is None and not has_gpt2_vocabulary(model.config):
-        copy_tokenizer(model.source, output)
-    write_description(model.config, output, {"imported_from": str(source)})
+    extra = {"imported_from": str(source)}
+    tokenizer = tokenizer_beside(model.source, model.config)
+    if tokenizer is not None:
+        extra["tokenizer_fingerprint"] = tokenizer.fingerprint
+        if not has_gpt2_vocabulary(model.config):
+            save_tokenizer(tokenizer, output)
+    write_description(model.config, output, extra)
 
 
 def _read_finite(

@@ -1,12 +1,14 @@
-"""The files of a tokenizer in Hugging Face's form, which travel with the weights."""
+"""The tokenizer that travels with a model's weights, from one form of them to another."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from megaegpt.config import ModelConfig
-from megaegpt.data.tokenizer import END_OF_TEXT_ID
+from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer
+from megaegpt.errors import DataError
+from megaegpt.gguf_files import SUFFIX
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -15,21 +17,22 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "tokenizer.model",
     "chat_template.jinja",
 )
+"""What is downloaded with a model."""
 
 
-def copy_tokenizer(source: Path, folder: Path) -> bool:
-    """Copy what ``source`` has of a tokenizer's files; whether it has any.
-
-    Raises:
-        OSError: a file cannot be read or written.
+def tokenizer_beside(source: Path, config: ModelConfig) -> Tokenizer | None:
+    """The tokenizer that a folder of weights or a GGUF file has; GPT-2's for its vocabulary where
+    there is none; None: there is none, or one that cannot be used.
     """
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-    return bool(files)
+    if source.suffix == SUFFIX or has_tokenizer(source):
+        try:
+            return load_tokenizer(source)
+        except DataError as error:
+            print(f"notice: no tokenizer goes with the weights: {error}")
+            return None
+    return load_tokenizer() if has_gpt2_vocabulary(config) else None
 
 
 def has_gpt2_vocabulary(config: ModelConfig) -> bool:

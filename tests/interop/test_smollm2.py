@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from megaegpt.config import GenerationConfig
+from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.generation.generator import TextGenerator
+from megaegpt.interop.export import export_huggingface
 from megaegpt.interop.families.llama import LLAMA
 from megaegpt.interop.foreign_models import import_model
 from megaegpt.interop.hub import find_model
@@ -114,3 +116,15 @@ def test_its_greedy_text_is_theirs(ours: GPT, theirs: LlamaForCausalLM, prompt: 
         prompt, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert text == expected[0, prompt.shape[1] :].tolist()
+
+
+def test_its_tokenizer_goes_in_and_out_with_it(
+    file: Path, imported: Path, tmp_path: Path, prompt: Tensor
+) -> None:
+    tokenizer = load_tokenizer(imported)
+    assert tokenizer.encode(TEXT) == prompt[0].tolist()
+    assert read_weights_config(imported)[1]["tokenizer_fingerprint"] == tokenizer.fingerprint
+    export_huggingface(imported, tmp_path / "theirs", torch.float16)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert theirs(TEXT)["input_ids"] == prompt[0].tolist()
+    assert theirs.model_max_length == 8192
