@@ -34,7 +34,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from tests.report.test_runs import RECORDS, make_run
 
 ROOT = Path(__file__).parents[2]
-CASES, LONG_CASES = 60, 1000
+CASES, LONG_CASES = 60, 700
 HANGING_S = 300.0
 """Far more than any program takes here on the busiest machine."""
 
