@@ -108,6 +108,7 @@ def test_its_logits_and_loss_are_theirs(
 
 
 @torch.no_grad()
+@pytest.mark.long
 def test_its_greedy_text_is_theirs(ours: GPT, theirs: LlamaForCausalLM, prompt: Tensor) -> None:
     """200 tokens, each under a cache."""
     greedy = GenerationConfig(max_new_tokens=200, temperature=0.0)
