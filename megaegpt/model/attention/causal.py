@@ -144,7 +144,9 @@ def causal_attention(
     if window is not None and length > (block := max(_SMALLEST_BLOCK, window // 2)):
         return banded_attention(*tokens, window=window, block=block, dropout=dropout, masks=masks)
     if window is None and segments is None and length in (1, k.shape[2]):
-        return scaled_dot_product(q, tokens.k, tokens.v, is_causal=length > 1, dropout=dropout)
+        # A compiler's symbolic comparison is no bool for torch's attention: the graph would break.
+        causal = True if length > 1 else False  # noqa: SIM210
+        return scaled_dot_product(q, tokens.k, tokens.v, is_causal=causal, dropout=dropout)
     mask = masks.get(("all", name), lambda: _mask(tokens, window))
     return scaled_dot_product(q, tokens.k, tokens.v, mask, dropout=dropout)
 
