@@ -55,6 +55,10 @@ def deepspeed_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device every step
     }
+    if stage == 1 and precision != "fp32":
+        # It would cast the gradients that it accumulated in fp32 down to send them, and back. They
+        # are sent once a step here; at stage 2 they are sent as the backward pass makes them.
+        generated["communication_data_type"] = "fp32"
     return _merge(generated, config.deepspeed)
 
 

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, C hidden, V vocabulary, m predicted tokens of a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -84,7 +85,8 @@ class Scorer:
         self._inputs = inputs_of(loaded, dtype)
         config = loaded.model.config
         self.max_len = config.sample_len
-        self._multiple_of = config.length_multiple
+        few_shapes = 128 if grid.device.type == "cuda" else 1  # a kernel may be made for each
+        self._multiple_of = math.lcm(config.length_multiple, few_shapes)
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[Pair], title: str | None = None) -> list[Score]:
@@ -119,7 +121,7 @@ class Scorer:
         device = self._grid.device
         rows = [[*context, *continuation][-self.max_len - 1 :] for context, continuation in pairs]
         longest = max(map(len, rows)) - 1
-        width = -(-longest // self._multiple_of) * self._multiple_of
+        width = min(-(-longest // self._multiple_of) * self._multiple_of, self.max_len)
         tokens = torch.zeros(len(rows), width, dtype=torch.int64)
         targets = torch.full((len(rows), width), IGNORE)
         for number, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):

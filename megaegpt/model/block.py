@@ -65,7 +65,19 @@ class Block(nn.Module):
         self.mlp_norm = block_norm(config, grid)
         self.mlp = build_mlp(config, grid)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, selective: bool = False) -> Tensor:
+        """(B, T, C) -> (B, T, C); with ``selective``, cheap results are computed again in the
+        backward pass.
+
+        The block checkpoints by itself, so that a compiled block holds the checkpoint: from
+        outside, the policy sees no operator of compiled code, and every product would run again.
+        """
+        if selective:
+            policy = functools.partial(create_selective_checkpoint_contexts, _keep)
+            return checkpoint(self._add, x, context, use_reentrant=False, context_fn=policy)
+        return self._add(x, context)
+
+    def _add(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         if self.norm_first:
             attended = self.attention(self.attention_norm(x), context)
@@ -88,16 +100,21 @@ class BlockStack(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C), after the final norm"""
         for block in self.blocks:
-            if self.training and self.recompute != "none":
-                x = checkpoint(block, x, context, use_reentrant=False, **self._policy())
+            if self.training and self.recompute == "full":
+                x = checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(x, context)
+                x = block(x, context, self.training and self.recompute == "selective")
         return self.norm(x)
 
-    def _policy(self) -> dict[str, Any]:
-        if self.recompute == "full":
-            return {}
-        return {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep)}
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block, with ``options`` for :func:`torch.compile`; equal blocks share code.
+
+        Widths, windows, training and evaluation take a version each, and what exceeds torch's limit
+        of versions would run uncompiled: it is raised.
+        """
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in self.blocks:
+            block.compile(**options)
 
 
 def _keep(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

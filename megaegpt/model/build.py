@@ -45,8 +45,7 @@ def build_model(
     initialize(model, seed, grid)
     model.stack.recompute = activation_checkpointing
     if compile_blocks:
-        for block in model.stack.blocks:
-            block.compile()
+        model.stack.compile_blocks()
     return model.to(grid.device)
 
 

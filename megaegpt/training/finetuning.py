@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from megaegpt.config import ModelConfig, RunConfig
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from megaegpt.training.pretraining import SampleText
     from megaegpt.training.stopping import StopRequests
 
-_WIDTH_MULTIPLE = 8  # of a gpt's rows: few different shapes, and whole tiles on a GPU
+_WIDTH_MULTIPLE = 8  # of a gpt's rows; 128 on CUDA, where a kernel may be made for each width
 
 
 def finetune(
@@ -169,8 +170,10 @@ class InstructionData:
 
     def trim(self, batch: Batch) -> Batch:
         """Without the padding behind the longest answer."""
-        multiple = self._model.length_multiple if self._model.needs_encoder else _WIDTH_MULTIPLE
-        return trim_padding(batch, multiple)
+        few_shapes = 128 if torch.cuda.is_available() else _WIDTH_MULTIPLE
+        if self._model.needs_encoder:  # rows of whole chunks
+            few_shapes = self._model.length_multiple
+        return trim_padding(batch, few_shapes)
 
     def describe(self) -> str:
         """One line on the records."""

@@ -172,8 +172,7 @@ def _build_model(
     be known of these weights is added to ``notices``.
     """
     if encoder is not None and compiles:
-        for block in encoder.gpt.stack.blocks:
-            block.compile()
+        encoder.gpt.stack.compile_blocks()
     training = config.training
     model = build_model(
         config.model,

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from megaegpt.config.run import RunConfig
 from tests.distributed.harness import Distributed, grid_for
@@ -18,6 +20,7 @@ from tests.tiny.engines import (
     distance,
     largest_difference,
     make_engine,
+    micro_batches,
     run_config,
     train,
     train_plainly,
@@ -153,3 +156,38 @@ def test_bf16_stays_as_close_to_fp32_as_plain_bf16_with_master_weights(
     for curve in distributed(2, _train_all, configs)[0]:
         assert distance(curve, plain) <= allowed
         assert curve.losses == pytest.approx(plain.losses, rel=2**-9)
+
+
+def _share_of_rounded_gradients(stage: int, precision: str) -> float:
+    """Of what AdamW is given, the share that the half precision holds without a loss."""
+    training = {"precision": precision, "global_batch_size": 16, "micro_batch_size": 1}
+    config = run_config(
+        parallel={"zero_stage": stage}, training={**training, "gradient_clipping": 0.0}
+    )
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    rounded: list[Tensor] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    gradient = p.grad[p.grad != 0]
+                    rounded.append(gradient.to(half).float() == gradient)
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        engine = make_engine(config, grid_for(1))
+        engine.train_step(0, micro_batches(0, config, engine.grid))
+        engine.close()
+    finally:
+        hook.remove()
+    return torch.cat(rounded).float().mean().item()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_gradients_accumulated_in_fp32_reach_adamw_in_fp32(
+    distributed: Distributed, stage: int
+) -> None:
+    """Those of 16 micro-batches; a sum is a bf16 number by chance now and then."""
+    (share,) = distributed(1, _share_of_rounded_gradients, stage, "bf16")
+    assert share < 0.2

@@ -72,6 +72,14 @@ def test_ranks_get_their_place_and_the_commands_arguments(job, tmp_path: Path) -
     assert _calls(tmp_path) == []
 
 
+def test_ranks_get_the_cores_of_the_job(job, tmp_path: Path) -> None:
+    """srun has not taken them over from the job since Slurm 22.05, but reads a variable."""
+    looking = '#!/bin/bash\necho "$SRUN_CPUS_PER_TASK $OMP_NUM_THREADS $1" > cores\n'
+    _write(tmp_path / "bin" / "srun", looking)
+    assert job(SLURM_CPUS_PER_TASK="8").wait(30) == 0
+    assert (tmp_path / "cores").read_text().split() == ["8", "8", "--distribution=block"]
+
+
 def test_near_the_limit_ranks_are_told_and_the_job_is_requeued(job, tmp_path: Path) -> None:
     running = job(code=9, lives=1000)
     while not (tmp_path / "rank.pid").exists():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaegpt.model.attention.cache import KVCache
@@ -357,3 +358,29 @@ def test_dropout_acts_on_attention_weights_in_training_only():
         assert torch.equal(
             model.hidden_states(context_tokens), model.hidden_states(context_tokens)
         ), attention
+
+
+@pytest.mark.parametrize(
+    ("length", "masked", "trains", "cudnn"),
+    [
+        (32, False, True, True),
+        (32, False, False, False),
+        (32, True, True, False),
+        (1, False, True, False),
+    ],
+)
+def test_cudnn_serves_training_without_masks_alone(monkeypatch, length, masked, trains, cudnn):
+    """On CUDA tensors without memory: which kernels torch may choose from when it is called."""
+    allowed = []
+
+    def fake(q, *_, **__):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fake)
+    with FakeTensorMode(), torch.set_grad_enabled(trains):
+        q = torch.empty(1, 4, length, 16, device="cuda")
+        k = torch.empty(1, 4, 32, 16, device="cuda")
+        mask = torch.empty(length, 32, dtype=torch.bool, device="cuda") if masked else None
+        scaled_dot_product(q, k, k, mask, is_causal=not masked and length > 1)
+    assert allowed == [cudnn]

@@ -10,17 +10,24 @@ block, r tokens of the blocks before that a block reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megaegpt.labels import PADDING
 from megaegpt.model.segments import same_segment
 
 Made = TypeVar("Made")
 
+_WITHOUT_CUDNN = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 _SMALLEST_BLOCK = 64  # smaller ones cost more in calls than they save in masked-out products
 
 
@@ -78,7 +85,7 @@ def scaled_dot_product(
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and (q.shape[2] == 1 or (mask is not None and q.is_cuda)):
         return _grouped_as_rows(q, k, v, mask, dropout)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=groups > 1)
+    return _fused(q, k, v, mask, dropout, is_causal, grouped=groups > 1)
 
 
 def _grouped_as_rows(
@@ -92,8 +99,29 @@ def _grouped_as_rows(
     q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, K, G * T, D)
     if mask is not None:
         mask = mask.repeat([1] * (mask.dim() - 2) + [heads // k.shape[1], 1])
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    y = _fused(q, k, v, mask, dropout)
     return y.unflatten(2, (-1, length)).flatten(1, 2)  # (B, H, T, D)
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool = False,
+    grouped: bool = False,
+) -> Tensor:
+    """torch's attention, with cuDNN's kernel for training without a mask alone.
+
+    cuDNN is the first choice on Hopper and the fastest there. But it builds a plan for each new
+    shape, for up to a second, which decoding and evaluation have many of; and with a mask its
+    gradients can be NaN where the length is 64 more than a multiple of 128
+    (https://github.com/pytorch/pytorch/issues/196678).
+    """
+    use_any = mask is None and q.shape[2] > 1 and torch.is_grad_enabled()
+    with nullcontext() if use_any or not q.is_cuda else sdpa_kernel(_WITHOUT_CUDNN):
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=grouped)
 
 
 class _Tokens(NamedTuple):
@@ -144,7 +172,9 @@ def causal_attention(
     if window is not None and length > (block := max(_SMALLEST_BLOCK, window // 2)):
         return banded_attention(*tokens, window=window, block=block, dropout=dropout, masks=masks)
     if window is None and segments is None and length in (1, k.shape[2]):
-        return scaled_dot_product(q, tokens.k, tokens.v, is_causal=length > 1, dropout=dropout)
+        # A compiler's symbolic comparison is no bool for torch's attention: the graph would break.
+        causal = True if length > 1 else False  # noqa: SIM210
+        return scaled_dot_product(q, tokens.k, tokens.v, is_causal=causal, dropout=dropout)
     mask = masks.get(("all", name), lambda: _mask(tokens, window))
     return scaled_dot_product(q, tokens.k, tokens.v, mask, dropout=dropout)
 

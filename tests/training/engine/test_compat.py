@@ -49,6 +49,7 @@ IMPORTED = [
     "deepspeed.utils.tensor_fragment.fragment_address",
 ]
 PRIVATE_IN_TORCH = {
+    "torch._dynamo.config.recompile_limit",
     "torch._dynamo.mark_static_address",
     "torch._foreach_mul_",
     "torch._foreach_norm",
