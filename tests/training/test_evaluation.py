@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from megaegpt.config import EncoderConfig
-from megaegpt.data.tokens.corpus_manifest import Manifest
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.windows import EvaluationWindows
@@ -22,7 +21,6 @@ from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.evaluation import Evaluation, Evaluator
-from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import (
     CHUNK,
@@ -30,9 +28,7 @@ from tests.tiny.runs import (
     HIDDEN,
     VOCAB,
     encoder_config,
-    records,
     run_config,
-    write_corpus,
 )
 
 LENGTH, WINDOW = 500, CHUNK * CHUNKS
@@ -190,24 +186,3 @@ def test_stored_features_give_the_online_loss_also_of_the_partial_chunk(
     for result in results[1:]:
         assert result.loss == pytest.approx(results[0].loss, rel=1e-6)
         assert result.loss_by_chunk == pytest.approx(results[0].loss_by_chunk, rel=1e-6)
-
-
-def _validate(corpus: Path, folder: Path) -> None:
-    training = {"steps": 3, "eval_interval": 3}
-    pretrain(run_config("gpt", corpus, folder, training=training), grid_for(1))
-
-
-def test_bytes_are_not_told_of_a_corpus_whose_manifest_names_another_tokenizer(
-    tmp_path: Path, distributed: Distributed
-) -> None:
-    write_corpus(tmp_path)
-    with ShardWriter(tmp_path / "validation") as writer:
-        writer.add_document(np.arange(WINDOW) % VOCAB)
-        summary = writer.finish()
-    told = []
-    for run, tokenizer in (("ours", {}), ("theirs", {"fingerprint": "another"})):
-        Manifest(tokenizer, {}, {}, {"validation": [summary]}).save(tmp_path)
-        distributed(1, _validate, tmp_path, tmp_path / run)
-        (found,) = (r for r in records(tmp_path / run) if "validation_loss" in r)
-        told.append(found["validation_nats_per_byte"] is not None)
-    assert told == [True, False]
