@@ -52,7 +52,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a file says before its data."""
+    """The header of a file."""
 
     path: Path
     metadata: dict[str, Any]

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from megaegpt.arguments import ArgumentParser, integer, path
 from megaegpt.errors import ConfigError, exits_cleanly
@@ -54,7 +55,13 @@ def _parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_other_programs(commands)
+    _add_checkpoints(commands)
+    return parser.parse_args()
 
+
+def _add_other_programs(commands: Any) -> None:
+    """Add the commands on weights of other programs."""
     command = commands.add_parser("import", help="weights in Hugging Face's form or a GGUF file")
     command.add_argument("source", metavar="SOURCE", help="a name, a folder, or a GGUF file")
     command.add_argument("folder", nargs="?", type=path, metavar="FOLDER", help="a new folder")
@@ -75,6 +82,9 @@ def _parse_arguments() -> argparse.Namespace:
     )
     command.set_defaults(run=_export)
 
+
+def _add_checkpoints(commands: Any) -> None:
+    """Add the commands on checkpoints of our own."""
     command = commands.add_parser("masters", help="fp32 weights, for further training")
     command.add_argument(
         "source", type=path, metavar="SOURCE", help="a checkpoint, or a run: its latest one"
@@ -108,7 +118,6 @@ def _parse_arguments() -> argparse.Namespace:
     )
     command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
     command.set_defaults(run=_reshape)
-    return parser.parse_args()
 
 
 def _import(arguments: argparse.Namespace) -> None:

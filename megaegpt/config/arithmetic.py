@@ -38,13 +38,13 @@ RESOLVED = {
 """Keys whose default follows from others, and the property that resolves it."""
 
 DIGEST_VERSION = "2:"
-"""What digests begin with. Those of version 1, which begin with nothing, changed with every key
+"""Prefix of digests. Those of version 1, which begin with nothing, changed with every key
 that was added, and cannot be compared."""
 
 
 def model_arithmetic(model: ModelConfig) -> dict[str, Any]:
-    """What decides a model's arithmetic, by key: defaults resolved, without what has no effect in
-    such a model. Equal for two models that compute the same from the same weights.
+    """Return the values that decide a model's arithmetic, by key: defaults resolved, without what
+    has no effect in such a model. Equal for two models that compute the same from the same weights.
     """
     names = [
         f"{section}.{name}".partition(".")[2]
@@ -84,7 +84,7 @@ def arithmetic_digest(model: ModelConfig) -> str:
 
 
 def _usual(model: ModelConfig, key: str) -> Any:
-    """What ``model`` would have if nothing were said about a key."""
+    """Return the value that ``model`` would have without a key."""
     name = _name(key)
     if name in RESOLVED:
         unsaid: dict[str, Any] = {name: None}

@@ -1,4 +1,4 @@
-"""What a model is: sizes, attention, positions, and the EGPT and encoder parts."""
+"""A model's configuration: sizes, attention, positions, and the EGPT and encoder parts."""
 
 from __future__ import annotations
 
@@ -130,8 +130,9 @@ class ModelConfig:
     rope_fraction: Probability = 1.0
     """Share of a head's width that is rotated, from its start; the rest knows no position."""
     rope_pairs: Literal["halves", "interleaved"] = "halves"
-    """What is rotated together: columns i and i + half of the width (GPT-NeoX, Llama in Hugging
-    Face's form), or 2i and 2i + 1 (GPT-J, Llama as Meta publishes it)."""
+    """Columns that are rotated together: columns i and i + half of the width (GPT-NeoX, Llama in
+    Hugging Face's form), or 2i and 2i + 1 (GPT-J, Llama as Meta publishes it).
+    """
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     """Rotary frequencies beyond the trained length."""
     window: PositiveInt | None = None
@@ -245,7 +246,7 @@ class ModelConfig:
 
     @property
     def length_multiple(self) -> int:
-        """What the length of a text that the model is called on must be a multiple of."""
+        """Number that divides the length of every text the model is called on."""
         return self.egpt.chunk_size if self.needs_encoder else 1
 
     @property

@@ -1,4 +1,4 @@
-"""What the rest of the package knows of a tokenizer: ids of a text, bytes of ids, what ends a
+"""The interface of a tokenizer to the rest of the package: ids of a text, bytes of ids, what ends a
 document, and a fingerprint to tell it from others.
 
 The implementations are in :mod:`megaegpt.data.tokenizers`.

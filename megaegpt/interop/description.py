@@ -10,7 +10,7 @@ from megaegpt.json_files import conform
 
 
 class Description:
-    """What a ``config.json`` or the metadata of a GGUF file says of a model."""
+    """A model's description: its ``config.json`` or the metadata of its GGUF file."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         """``source`` begins every message."""
@@ -58,7 +58,7 @@ class Description:
         return Description(inside or {}, f"{self.source}: {key}")
 
     def error(self, problem: str) -> CheckpointError:
-        """What to raise for a problem with the values."""
+        """Return the error to raise for a problem with the values."""
         return CheckpointError(f"{self.source}: {problem}")
 
     def _typed(self, key: str, kind: type, nullable: bool) -> Any:

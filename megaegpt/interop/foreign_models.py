@@ -88,7 +88,7 @@ def need_foreign(source: Path) -> Path:
 
 
 def read_foreign(source: Path) -> ForeignModel:
-    """What model a folder of Hugging Face's, or a GGUF file, holds.
+    """Read the configuration of the model in a folder of Hugging Face's or a GGUF file.
 
     Raises:
         CheckpointError: it is damaged, describes a model that computes something else, or one that

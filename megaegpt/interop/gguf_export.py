@@ -92,7 +92,7 @@ def _family_of(config: ModelConfig, weights: Path) -> Family:
 
 
 def _differences(config: ModelConfig, family: Family) -> list[str]:
-    """What keeps llama.cpp from computing a model: besides what its family lacks, windows, and
+    """Return why llama.cpp cannot compute a model: besides what its family lacks, windows, and
     activations that its architectures do not choose.
     """
     lacking = differences(config, family)

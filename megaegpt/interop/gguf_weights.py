@@ -23,7 +23,7 @@ from megaegpt.interop.tensor_files import StoredTensor
 from megaegpt.model.rotary import rotary_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""What Llama 3's frequencies are divided by: its scaling, which has no key of metadata."""
+"""Tensor of the divisors of Llama 3's rotary frequencies: its scaling has no key of metadata."""
 LLAMA3_SCALING: dict[str, float | int] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -130,7 +130,7 @@ def _rope_scaling(
 
 
 def llama3_factors(config: ModelConfig) -> Tensor:
-    """What Llama 3's scaling divides each rotary frequency by, in fp32: (rotated columns / 2,)."""
+    """Return Llama 3's divisor of each rotary frequency in fp32, (rotated columns / 2,)."""
     device = torch.device("cpu")
     plain = dataclasses.replace(config, rope_scaling=RopeScalingConfig())
     return (rotary_frequencies(plain, device) / rotary_frequencies(config, device)).float()

@@ -183,7 +183,7 @@ def _open_pickled(file: Path) -> dict[str, StoredTensor]:
 
 
 def _read_pickled(file: Path) -> dict[str, Any]:
-    """What ``torch.save`` wrote: a zip archive since torch 1.6, a bare pickle before."""
+    """Read a file of ``torch.save``: a zip archive since torch 1.6, a bare pickle before."""
     is_archive = zipfile.is_zipfile(file)
     if is_archive:
         with zipfile.ZipFile(file) as archive:
@@ -202,7 +202,7 @@ def _read_pickled(file: Path) -> dict[str, Any]:
 
 
 def _problem_of(value: object) -> str | None:
-    """What keeps a value of a file from being used as weights, if anything."""
+    """Return why a value of a file cannot be used as weights; None if it can."""
     if not isinstance(value, Tensor):
         return f"is no tensor, but a {type(value).__name__}"
     if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:

@@ -23,7 +23,7 @@ from megaegpt.interop.tensor_files import StoredTensor
 from megaegpt.model.build import meta_model
 
 _WRAPPERS = r"(module\.|_orig_mod\.)*"
-"""What DistributedDataParallel and ``torch.compile`` put before a name."""
+"""Prefixes that DistributedDataParallel and ``torch.compile`` give to names."""
 _VOCABULARY = ("embedding.weight", "head.weight")
 _PARTS = 3
 _TYPES = {f"torch.{name}" for name in ("float16", "bfloat16", "float32", "float64")}

@@ -21,7 +21,7 @@ _NOT_COMPUTED = {"dropout", "init_std", "z_loss", "document_end"}
 
 
 def read_description(folder: Path) -> Description:
-    """What a folder's ``config.json`` says.
+    """Read a folder's ``config.json``.
 
     Raises:
         CheckpointError: it is missing, damaged, or no JSON object.
@@ -113,7 +113,7 @@ def to_theirs(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def differences(config: ModelConfig, family: Family) -> list[str]:
-    """What keeps ``family`` from computing a model of ours; nothing: it computes it."""
+    """Return the reasons why ``family`` cannot compute a model of ours; none: it can."""
     if config.kind != "gpt":
         return [f"kind={config.kind}"]
     theirs = _translate(Description(to_theirs(config, family), family.title), family)

@@ -19,7 +19,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""What is downloaded with a model."""
+"""Files of a tokenizer that are downloaded with a model."""
 
 
 def tokenizer_beside(source: Path, config: ModelConfig) -> Tokenizer | None:

@@ -86,8 +86,8 @@ def new_decoder(
     max_tokens: int,
     steps: DecodingSteps | None = None,
 ) -> Decoder:
-    """What writes on with ``model``, at most ``max_tokens`` tokens a row; EGPT and DeepGPT need
-    their encoder.
+    """Return the decoder that continues texts with ``model``, at most ``max_tokens`` tokens a row;
+    EGPT and DeepGPT need their encoder.
 
     ``steps`` are compiled ones, of a GPT with its head, of another model's encoder without it.
     """
@@ -101,7 +101,7 @@ def new_decoder(
 
 
 def gpt_of(model: Model, encoder: FrozenEncoder | None) -> GPT:
-    """What reads the tokens: a GPT itself, or another model's encoder."""
+    """Return the GPT that reads the tokens: the model itself, or another model's encoder."""
     if isinstance(model, GPT):
         return model
     if encoder is None:

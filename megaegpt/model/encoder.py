@@ -65,7 +65,7 @@ class FrozenEncoder(nn.Module):
         return super().train(False)
 
     def description(self) -> dict[str, Any]:
-        """What a decoder's weights keep of it, for :meth:`difference`: JSON values."""
+        """Return what a decoder's weights record of it, for :meth:`difference`: JSON values."""
         return {
             "encoder_fingerprint": self.fingerprint,
             "encoder_arithmetic": model_arithmetic(self.config),

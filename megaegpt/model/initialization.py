@@ -48,7 +48,7 @@ _SAME = (
     "logit_softcap",
     "layer_norm_eps",
 )
-"""What decides the shapes and the meaning of a block's weights."""
+"""Fields that decide the shapes and the meaning of a block's weights."""
 
 
 def initialization_problems(decoder: ModelConfig, encoder: ModelConfig) -> list[str]:

@@ -166,7 +166,7 @@ def verify_weights(folder: str | Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Description:
-    """What ``config.json`` holds besides ``format`` and ``version``."""
+    """Return the contents of ``config.json`` besides ``format`` and ``version``."""
 
     model: dict[str, Any]
     extra: dict[str, Any]

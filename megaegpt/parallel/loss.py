@@ -37,7 +37,7 @@ class LossOptions:
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's sum, which is in the gradients only."""
     backward_scale: Tensor | None = None
-    """What the loss will be multiplied by for its backward pass, from :func:`power_of_two`.
+    """Factor on the loss in its backward pass, from :func:`power_of_two`.
 
     The gradients are ready, and rounded to the weights' type, before autograd knows of that
     multiplication. In fp16 numbers below 6e-8 are lost then, although a loss scale would have saved

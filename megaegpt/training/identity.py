@@ -1,4 +1,4 @@
-"""What a run is: which keys of its configuration decide what it computes, and which do not.
+"""A run's identity: the keys of its configuration that decide what it computes.
 
 Every key belongs to one :data:`Effect`. A resumed run is held against its checkpoint by them, and a
 new run against the weights it starts from.
@@ -29,7 +29,7 @@ from megaegpt.model.weights import read_weights_config
 from megaegpt.training.checkpoint.manifest import Manifest
 
 Effect = Literal["arithmetic", "data order", "optimization", "none"]
-"""What a key decides of a run that has begun.
+"""The effect of a key on a run that has begun.
 
 - ``arithmetic``: what the model computes from its weights. Trained weights mean nothing under
   another one, and most of it shows in no tensor's shape.
@@ -112,7 +112,7 @@ _MAY_CHANGE_AT_THE_START = {
     "model.encoder.layers",
     "model.encoder.overlap",
 }
-"""What a new run may do otherwise with trained weights on purpose, as it learns to."""
+"""Keys that a new run may change on purpose when it starts from trained weights."""
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _differences_of_models(
 
 
 def run_identity(config: RunConfig, encoder: FrozenEncoder | None, corpus: str) -> dict[str, Any]:
-    """What a checkpoint keeps of the run that made it, for :func:`check_resume`.
+    """Return what a checkpoint records of its run, for :func:`check_resume`.
 
     Args:
         encoder: the frozen one of an EGPT or DeepGPT.
@@ -278,7 +278,7 @@ def _saved_config(config: RunConfig, manifest: Manifest, folder: Path) -> RunCon
 def _changed_corpus(
     there: str, here: str, changes: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """What the run learns from, by fingerprints: a digest, and of a blend how it is mixed."""
+    """Return fingerprints of the run's data: a digest, and of a blend how it is mixed."""
     pair = there.partition(" "), here.partition(" ")
     mixed_otherwise = pair[0][0] == pair[1][0] and "data.weights" in changes
     if there in ("", here) or mixed_otherwise:

@@ -69,9 +69,10 @@ class FeatureSpec:
     """Tokens before a chunk that the encoder saw too. A store of an earlier version has none and
     does not say so."""
     encoder_arithmetic: str = ""
-    """What else decides the encoder's states, and no tensor's shape or value: heads, positions; see
-    :func:`megaegpt.config.arithmetic.arithmetic_digest`. A store of an earlier version does not say
-    it, or in a form that cannot be compared."""
+    """Digest of all else that decides the encoder's states, and no tensor's shape or value: heads,
+    positions; see :func:`megaegpt.config.arithmetic.arithmetic_digest`. A store of an earlier
+    version does not say it, or in a form that cannot be compared.
+    """
 
     @property
     def chunks_per_part(self) -> int:

@@ -1,4 +1,4 @@
-"""What a worker of preprocessing does: read a job's documents, clean them out, tokenise them."""
+"""The work of a preprocessing worker: read a job's documents, clean them out, tokenise them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EncodeOptions:
     vocabulary: str | None = None
     """Place of the tokenizer; None: GPT-2's, which is installed."""
     backend: Literal["tiktoken", "gigatoken"] = "tiktoken"
-    """What encodes; the ids are the same."""
+    """The program that encodes; the ids are the same."""
 
 
 @dataclass

@@ -24,7 +24,7 @@ _REMEDY = "download or copy it again"
 
 @dataclass(frozen=True)
 class TokenizerDefinition:
-    """What ``tokenizer.json`` and the files beside it say.
+    """The contents of ``tokenizer.json`` and the files beside it.
 
     Attributes:
         name: for people and manifests.

@@ -90,7 +90,7 @@ def _pre_tokenizer(pre: str, file: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _settings(found: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """What ``tokenizer_config.json`` says beside such a tokenizer."""
+    """Return the ``tokenizer_config.json`` that belongs to such a tokenizer."""
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         number = found.get(f"{_KEY}{theirs}_token_id")
@@ -104,7 +104,7 @@ def _settings(found: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    """What a GGUF file says of its tokenizer; the tensors are not read."""
+    """Read a GGUF file's metadata of its tokenizer; the tensors are not read."""
     try:
         from gguf import GGUFReader
     except ImportError:

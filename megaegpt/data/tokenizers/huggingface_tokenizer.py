@@ -37,7 +37,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BLANK_MARK = "\u2581"
 _GPT2_DIGEST = "5834566ba7a113a3493831eb98ffca7a823466defe0d57779312bf57c98f2739"
 _GPT2_FINGERPRINT = "174dffdb4eee00b0177de2abc4436adbce393a6620dde6188138d5036f0dc622"
-"""What shards and weights of GPT-2's tokenizer have always been told by."""
+"""The fingerprint in all shards and weights of GPT-2's tokenizer."""
 
 SAMPLE = (
     "Hello world, it's 1999 and they'LL pay  12,345.67 €!\r\n\r\n\tdef f(x):\n        return x\n",

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""What Hugging Face's ``ByteLevel`` pre-tokenizer cuts by."""
+"""The pattern of Hugging Face's ``ByteLevel`` pre-tokenizer."""
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,4 +1,5 @@
-"""What a family of models is, as data: its configuration's keys, and the names of its tensors.
+"""The description of a family of models as data: its configuration's keys, and the names of its
+tensors.
 
 A family is described once, by :class:`Family`; :mod:`megaegpt.interop.translation` turns its
 configurations into ours and back, :mod:`megaegpt.interop.tensor_layout` its tensors.
@@ -21,7 +22,7 @@ class Key:
     theirs: str
     ours: str
     default: int | float | bool | None
-    """What transformers takes where a file says nothing."""
+    """The value that transformers takes where a file has none."""
     kind: type = int
     other: str = ""
     """Another name under which transformers reads the same value."""

@@ -1,4 +1,4 @@
-"""What the families of Hugging Face's that descend from Llama have in common."""
+"""Keys and places that the families of Llama's descent share in Hugging Face's form."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ QK_NORM_PLACES = {
     f"{_BLOCK}.attention.key_norm": Place(f"{_THEIRS}.self_attn.k_norm", f"{_GGUF}.attn_k_norm"),
 }
 ROTARY_BUFFERS = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-"""What versions of transformers before 4.32 saved besides the weights."""
+"""Buffers that versions of transformers before 4.32 saved besides the weights."""
 
 GGUF_KEYS = {
     "context_length": "max_position_embeddings",

@@ -52,7 +52,7 @@ class OncePerPass:
         self._made: dict[Hashable, Any] = {}
 
     def get(self, name: Hashable, make: Callable[[], Made]) -> Made:
-        """What ``make`` gave the first time for ``name``."""
+        """Return the result of the first ``make`` for ``name``."""
         if torch.compiler.is_compiling():
             return make()
         if name not in self._made:
@@ -235,7 +235,9 @@ def _block_segments(segments: Segments, block: int, reach: int, padding: int) ->
 
 
 def _spans(x: Tensor, block: int, reach: int) -> Tensor:
-    """What each block of queries reads: (B, K, r + n * b, ...) -> (B * n, K, r + b, ...)"""
+    """Cut the keys or values that each block of queries reads: (B, K, r + n * b, ...) -> (B * n, K,
+    r + b, ...)
+    """
     blocks = x.unflatten(2, (-1, block)).transpose(1, 2)  # (B, r / b + n, K, b, ...)
     before = reach // block
     count = blocks.shape[1] - before

@@ -18,7 +18,7 @@ from megaegpt.model.rotary import RotaryTable
 
 
 class AttentionContext(Protocol):
-    """What the layers of one forward pass share about the tokens they are given."""
+    """Knowledge about the tokens that all layers of one forward pass share."""
 
     rotary: RotaryTable | None
     """Rotations of this pass's tokens; None unless positions are rotary."""

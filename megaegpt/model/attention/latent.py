@@ -96,7 +96,9 @@ class LatentAttention(nn.Module):
         return q, q_rope if context.rotary is None else context.rotary.rotate(q_rope)
 
     def _latents(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """What is cached: latents with the shared rotary key behind them, (B, 1, T, L + R)."""
+        """Compute the cached vectors: latents with the shared rotary key behind them, (B, 1, T, L +
+        R).
+        """
         latents = self.latent(x).unsqueeze(1)
         if self.rope_key is not None and context.rotary is not None:
             rope_key = context.rotary.rotate(self.rope_key(x).unsqueeze(1))

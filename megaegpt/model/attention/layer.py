@@ -1,4 +1,5 @@
-"""What a layer is to an attention context, and what the attention kinds share about their heads.
+"""The description of a layer for an attention context, and the handling of heads that all kinds
+share.
 
 Shapes: B batch, T tokens, H this rank's heads, D head dim.
 """

@@ -38,7 +38,7 @@ Recorded = list[tuple[Tensor, Tensor]]
 
 
 def chunk_features(token_states: Tensor, config: EGPTConfig) -> Tensor:
-    """What later chunks see of a chunk: (..., S, C) encoder states -> (..., P, C).
+    """Pool a chunk's encoder states into its features: (..., S, C) -> (..., P, C).
 
     The chunk is cut into P equal spans; a span's feature is its last state, or the mean of its
     states.
@@ -178,8 +178,8 @@ class EGPT(LanguageModel):
     def mixture(
         self, hidden: Tensor, features: Tensor, earlier_tokens: Tensor, cut: Tensor | None = None
     ) -> Mixture:
-        """What token counts add to the head's prediction: hidden states (B, N, S, C) of a window
-        and what its earlier chunks hold (see :meth:`forward`) -> T = N * S.
+        """Return the mixture of token counts with the head's prediction: hidden states (B, N, S, C)
+        of a window and what its earlier chunks hold (see :meth:`forward`) -> T = N * S.
         """
         check_tokens(earlier_tokens.clamp(min=0), self.config.vocab_size)
         _, chunks, size, _ = hidden.shape

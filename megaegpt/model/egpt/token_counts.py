@@ -37,7 +37,7 @@ def count_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 class Mixture(NamedTuple):
-    """What stands beside the head's distribution at each token."""
+    """The distribution that is mixed with the head's at each token."""
 
     log_keep: Tensor
     """(B, T): log of the head's share, ``log(1 - g)``."""

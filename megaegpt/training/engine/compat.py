@@ -117,7 +117,7 @@ def check_accepted(options: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def naming_raw_keys(raw: dict[str, Any]) -> Iterator[None]:
-    """What DeepSpeed refuses only once it has the model, such as a combination of keys.
+    """Name keys that DeepSpeed refuses only once it has the model, such as a combination of them.
 
     Args:
         raw: the section ``deepspeed`` of the configuration.
