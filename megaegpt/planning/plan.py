@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.config.validation import find_problems, validate
@@ -146,14 +148,16 @@ def count_communication(
     """Tensors that a rank hands to collectives in a step; single numbers are not counted.
 
     DeepSpeed 0.19.8 sums whole buckets of gradients over all data-parallel ranks, at stage 2 after
-    every micro-step and otherwise once a step, and gathers the updated weights from stage 1 on.
+    every micro-step in the weights' type and otherwise once a step in fp32, and gathers the updated
+    weights from stage 1 on.
     """
     micro_steps = config.gradient_accumulation(dp_size)
     stage = effective_zero_stage(config.parallel.zero_stage, precision)
     weights = step.parameters * DTYPES[precision].itemsize
+    gradients = weights * micro_steps if stage == 2 else step.parameters * torch.float32.itemsize
     return Communication(
         tensor_parallel=sum(step.messages) * micro_steps,
-        gradients=weights * (micro_steps if stage == 2 else 1) if dp_size > 1 else 0,
+        gradients=gradients if dp_size > 1 else 0,
         weights=weights if stage > 0 and dp_size > 1 else 0,
     )
 

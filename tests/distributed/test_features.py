@@ -130,7 +130,7 @@ def test_a_rank_that_cannot_open_read_or_write_leaves_no_other_waiting(
     reasons = {"opening": "Too many open files", "reading": "Input", "appending": "No space left"}
     for where, reason in reasons.items():
         folder = tmp_path / where
-        errors = distributed(ranks, _fail_on_rank_0, folder, where, 2, timeout=60)
+        errors = distributed(ranks, _fail_on_rank_0, folder, where, 2, timeout=240)
         assert all(reason in error for error in errors), errors
         assert not (folder / "features-00000.npy").exists()
 

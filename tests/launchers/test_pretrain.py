@@ -166,7 +166,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: P
     process = _start("torchrun", "--config", str(config), "--resume")
     _wait_for(tmp_path / "run" / "metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
-    shown, _ = process.communicate(timeout=120)
+    shown, _ = process.communicate(timeout=600)
     assert "stopped by SIGTERM after step" in shown
     latest = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
     done = int(latest.removeprefix("step_"))
@@ -195,7 +195,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_run_goes_on_at_once(
     assert f"resuming after step {done}\n" in ranks.shown(0)
     steps = [record["step"] for record in records(tmp_path / "run") if "loss" in record]
     assert steps == list(range(1, done + 1))
-    _, alive = psutil.wait_procs(started, timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=600)
     assert not alive
 
 
@@ -213,7 +213,7 @@ def test_torchrun_starts_all_ranks_again_when_one_was_killed(corpus: Path, tmp_p
         if child.environ().get("RANK") == "1"
     ]
     victim.kill()
-    shown, errors = process.communicate(timeout=120)
+    shown, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert errors.count("error: rank 1 of 2 ended without a message") == 1, errors
     assert "resuming after step" in shown

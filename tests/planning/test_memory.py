@@ -158,7 +158,7 @@ def test_estimate_is_what_the_process_takes() -> None:
         [sys.executable, "-c", _RESIDENT],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
         env=environment,
     )

@@ -456,7 +456,7 @@ def test_a_worker_that_the_system_refuses_ends_the_run_with_a_message() -> None:
         [sys.executable, "-c", _SECOND_WORKER_REFUSED],
         capture_output=True,
         text=True,
-        timeout=120,  # it would wait for the first worker for ever
+        timeout=600,  # it would wait for the first worker for ever
         check=False,
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
