@@ -31,7 +31,7 @@ class OutputHead(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.vocab_size, self.softcap = config.vocab_size, config.logit_softcap
+        self.vocab_size = config.vocab_size
         self.loss_options = LossOptions(softcap=config.logit_softcap, z_loss=config.z_loss)
         self.weight = tied_to if tied_to is not None else _untied_weight(config, grid)
 
@@ -65,8 +65,8 @@ class OutputHead(nn.Module):
         TP.
         """
         logits = linear(hidden, self.weight, packed=self.packed)
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if (softcap := self.loss_options.softcap) is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         first = self.grid.tp_rank * logits.shape[-1]
         real = min(max(self.vocab_size - first, 0), logits.shape[-1])
         return F.pad(logits[..., :real], (0, logits.shape[-1] - real), value=-torch.inf)

@@ -174,14 +174,14 @@ class Engine:
         tokens = self._count_tokens(micro_batches)
         divisor = tokens.clamp(min=1)
         scale = self.grid.dp_size / divisor  # DeepSpeed averages over data-parallel ranks
+        for head in self._heads:
+            head.expect_backward_scale(scale * self.loss_scale)  # which changes between steps only
         norms, losses = None, []
         seed = self._config.training.seed
         for micro_step, micro_batch in enumerate(micro_batches):
             seed_micro_step(seed, step, micro_step, self.grid.dp_rank)
             last = micro_step + 1 == len(micro_batches)
             self._deepspeed.set_gradient_accumulation_boundary(last)
-            for head in self._heads:
-                head.expect_backward_scale(scale * self.loss_scale)
             loss = self._loss_function(self._deepspeed, micro_batch)
             self._deepspeed.backward(loss * scale, scale_wrt_gas=False)
             if last and self._config.logging.measures_parts(step):
