@@ -16,8 +16,11 @@ every token has at least the rest of a window before it. A file of --text begins
 end-of-text token, so every byte of it counts. Losses compare between models on the same text; bits
 per byte compare between tokenizers too.
 
---histories shows an EGPT's loss by chunk of the window with the features of the chunks before it,
-with those of another window half the text away, and with zeros.
+--histories shows an EGPT's loss by chunk of the window with what is kept of the chunks before it,
+with what is kept of another window half the text away, and with nothing.
+
+--memory-tokens lets the token memory of an EGPT go on over the whole text: it holds the last N
+tokens before a window, and the oldest chunks leave. It says how much that is.
 
 Processes share the work; the result does not depend on their number.
 """
@@ -101,14 +104,20 @@ def _parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.histories and arguments.stride is not None:
         parser.error("--histories compares windows that do not overlap: leave --stride out")
+    if arguments.memory_dtype is not None and arguments.memory_tokens is None:
+        parser.error("--memory-dtype belongs to --memory-tokens")
+    if arguments.memory_tokens and (arguments.histories or arguments.stride):
+        parser.error("--memory-tokens goes on over windows that do not overlap: leave the rest out")
     if arguments.harness is None and (
         arguments.tasks_folder is not None
         or arguments.num_fewshot is not None
         or arguments.limit is not None
     ):
         parser.error("--tasks-folder, --num-fewshot and --limit belong to --harness")
-    if not (arguments.data or arguments.text) and (arguments.histories or arguments.stride):
-        parser.error("--stride and --histories belong to --data or --text")
+    if not (arguments.data or arguments.text) and (
+        arguments.histories or arguments.stride or arguments.memory_tokens
+    ):
+        parser.error("--stride, --histories and --memory-tokens belong to --data or --text")
     return arguments
 
 
@@ -140,6 +149,17 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument(
         "--histories", action="store_true", help="of an EGPT: true, shuffled and zero features"
+    )
+    text.add_argument(
+        "--memory-tokens",
+        type=integer(1),
+        metavar="N",
+        help="of an EGPT with token_memory: tokens held before a window, also of earlier windows",
+    )
+    text.add_argument(
+        "--memory-dtype",
+        choices=("fp32", "fp16", "int8"),
+        help="of its keys",
     )
     harness = parser.add_argument_group("for --harness")
     harness.add_argument("--tasks-folder", type=path, metavar="DIR", help="of further tasks' YAML")
@@ -175,40 +195,26 @@ def _measure(
 def _measure_text(
     arguments: argparse.Namespace, loaded: LoadedModel, grid: ProcessGrid, dtype: torch.dtype
 ) -> Result:
-    from megaegpt.data.tokens.corpus_manifest import verify_shards
-    from megaegpt.data.tokens.shard_tokenizer import check_same_tokenizer
-    from megaegpt.data.tokens.stream import TokenStream
-    from megaegpt.data.tokens.token_ids import check_ids
+    from megaegpt.evaluation.carried_memory import evaluate_with_memory
     from megaegpt.evaluation.history import compare_histories, history_table
-    from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
-    from megaegpt.parallel.together import raising_together
+    from megaegpt.evaluation.text import evaluate_text, inputs_of
+    from megaegpt.model.egpt.held_tokens import MemoryLimits
 
-    source: TokenSource
-    with raising_together(grid):
-        if arguments.text:
-            source = text = TextTokens(arguments.text, loaded.tokenizer)
-            for line in text.left_out.lines() if grid.is_main else ():
-                print(f"left out {line}", flush=True)
-        else:
-            source = stream = TokenStream(arguments.data)
-            if loaded.is_own_tokenizer:
-                check_same_tokenizer(stream.prefixes, loaded.tokenizer)
-            verify_shards(stream.prefixes, rank=grid.rank, world_size=grid.world_size)
-            check_ids(stream, loaded.model.config.vocab_size, grid.rank, grid.world_size)
+    source = _source(arguments, loaded, grid)
     if arguments.histories:
         results = compare_histories(loaded, source, grid, arguments.batch_size, dtype)
         numbers = {name: _numbers(result) for name, result in results.items()}
         return history_table(results), numbers
-    result = evaluate_text(
-        loaded,
-        source,
-        inputs_of(loaded, dtype),
-        grid,
-        arguments.batch_size,
-        arguments.stride,
-    )
+    more = []
+    if arguments.memory_tokens is not None:
+        limits = MemoryLimits(arguments.memory_tokens, arguments.memory_dtype)
+        result, held = evaluate_with_memory(loaded, source, grid, dtype, limits)
+        more.append(f"  token memory at the end: {held.size()}")
+    else:
+        inputs, stride = inputs_of(loaded, dtype), arguments.stride
+        result = evaluate_text(loaded, source, inputs, grid, arguments.batch_size, stride)
     bits = "n/a" if math.isnan(result.bits_per_byte) else f"{result.bits_per_byte:.4f}"
-    lines = [f"{result}, {bits} bits/byte"]
+    lines = [f"{result}, {bits} bits/byte", *more]
     if not loaded.is_own_tokenizer:
         lines.append("  (the model has another tokenizer than this one: bytes are not known)")
     if not math.isfinite(result.loss):
@@ -219,6 +225,29 @@ def _measure_text(
         if math.isfinite(loss)
     ]
     return "\n".join(lines), _numbers(result)
+
+
+def _source(arguments: argparse.Namespace, loaded: LoadedModel, grid: ProcessGrid) -> TokenSource:
+    """The text that is evaluated, checked on all ranks together."""
+    from megaegpt.data.tokens.corpus_manifest import verify_shards
+    from megaegpt.data.tokens.shard_tokenizer import check_same_tokenizer
+    from megaegpt.data.tokens.stream import TokenStream
+    from megaegpt.data.tokens.token_ids import check_ids
+    from megaegpt.evaluation.text import TextTokens
+    from megaegpt.parallel.together import raising_together
+
+    with raising_together(grid):
+        if arguments.text:
+            text = TextTokens(arguments.text, loaded.tokenizer)
+            for line in text.left_out.lines() if grid.is_main else ():
+                print(f"left out {line}", flush=True)
+            return text
+        stream = TokenStream(arguments.data)
+        if loaded.is_own_tokenizer:
+            check_same_tokenizer(stream.prefixes, loaded.tokenizer)
+        verify_shards(stream.prefixes, rank=grid.rank, world_size=grid.world_size)
+        check_ids(stream, loaded.model.config.vocab_size, grid.rank, grid.world_size)
+        return stream
 
 
 def _numbers(result: Evaluation) -> dict[str, Any]:

@@ -31,14 +31,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaegpt.arguments import ArgumentParser, path
+from megaegpt.arguments import ArgumentParser, integer, path
 from megaegpt.config import GenerationConfig
-from megaegpt.errors import DataError, exits_cleanly
+from megaegpt.errors import ConfigError, DataError, exits_cleanly
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.data.tokenizer import Tokenizer
     from megaegpt.generation.generator import TextAssembler
     from megaegpt.model.build import Model
+    from megaegpt.model.egpt.held_tokens import MemoryLimits
     from megaegpt.model.encoder import FrozenEncoder
     from megaegpt.parallel.grid import ProcessGrid
 
@@ -82,7 +83,10 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
     )
     model, encoder, tokenizer = loaded.model, loaded.encoder, loaded.tokenizer
     compiled = arguments.compile and _can_compile(model, encoder, grid, arguments)
-    generator = TextGenerator(model, encoder, tokenizer.vocab_size, compiled=compiled)
+    limits = _memory_limits(arguments, model, grid)
+    generator = TextGenerator(
+        model, encoder, tokenizer.vocab_size, compiled=compiled, limits=limits
+    )
     answers = arguments.instruction is not None
     shown = "" if arguments.only_new or answers else prompt
     tokens = encode_prompt(prompt, tokenizer)
@@ -102,6 +106,32 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
             writer.add(step)
         writer.end()
     writer.report(len(tokens))
+
+
+def _memory_limits(arguments: argparse.Namespace, model: Model, grid: ProcessGrid) -> MemoryLimits:
+    """What a token memory may hold, which is shown.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    from megaegpt.model.egpt.egpt import EGPT
+    from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, HeldTokens, MemoryLimits
+
+    limits = MemoryLimits(arguments.memory_tokens, arguments.memory_dtype)
+    memory = model.token_memory if isinstance(model, EGPT) else None
+    if memory is None:
+        if limits != AS_IN_TRAINING:
+            raise ConfigError(
+                "--memory-tokens and --memory-dtype are for an egpt with token_memory"
+            )
+        return limits
+    if arguments.no_cache and limits != AS_IN_TRAINING:
+        raise ConfigError("--no-cache recomputes a training window: leave --memory-tokens out")
+    held = HeldTokens(memory, 1, model.head.weight, limits)
+    if grid.is_main:
+        size = held.size(held.most_chunks * memory.chunk_size)
+        print(f"token memory: up to {size} of earlier text", file=sys.stderr)
+    return limits
 
 
 def _warn_of_unseen(model: Model, prompt_tokens: int) -> None:
@@ -150,6 +180,18 @@ def _parse_arguments() -> argparse.Namespace:
         "--dtype",
         choices=("bf16", "fp16", "fp32"),
         help="precision (default: bf16 on a GPU, fp32 on a CPU)",
+    )
+    parser.add_argument(
+        "--memory-tokens",
+        type=integer(1),
+        metavar="N",
+        help="of an EGPT with token_memory: tokens of earlier chunks that it holds, the newest "
+        "(default: as many as a training window shows)",
+    )
+    parser.add_argument(
+        "--memory-dtype",
+        choices=("fp32", "fp16", "int8"),
+        help="of their keys (default: the model's)",
     )
     parser.add_argument("--encoder", metavar="PATH", help="the frozen encoder, where it was moved")
     parser.add_argument(

@@ -23,7 +23,8 @@ ARITHMETIC_KEYS = {
     "model.rope_scaling": "kind factor original_max_seq_len low_freq_factor high_freq_factor "
     "beta_fast beta_slow attention_factor",
     "model.egpt": "chunk_size features_per_chunk feature_pooling local_attention memory_gate "
-    "history token_counts adapter_norm adapter_residual",
+    "history token_counts token_memory memory_dim memory_pointers memory_chunks adapter_norm "
+    "adapter_residual",
     "model.encoder": "layers overlap",
 }
 """By section of a run's configuration."""

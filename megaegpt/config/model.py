@@ -66,6 +66,16 @@ class EGPTConfig:
     token_counts: bool = False
     """Token frequencies of earlier chunks are mixed into the prediction, by a gate: a unigram cache
     whose chunks are chosen by their features."""
+    token_memory: bool = False
+    """Each token of an earlier chunk leaves a key of its encoder state and the token behind it;
+    what followed similar states is mixed into the prediction, by learned shares."""
+    memory_dim: TensorSize = 64
+    """Numbers in a key of the token memory."""
+    memory_pointers: TensorSize = 1
+    """Pointers into the token memory, each with projections and a share of its own."""
+    memory_chunks: TensorSize | None = None
+    """Earlier chunks whose keys a token is compared with, those of the most similar mean key; None:
+    all."""
     adapter_norm: bool = False
     """A norm, as the blocks have it, before the MLP that encoder states go through first."""
     adapter_residual: bool = False

@@ -19,6 +19,9 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
     "window_every": lambda model: model.window is not None,
     "tied_embeddings": lambda model: model.kind == "gpt",
     "egpt.chunk_size": lambda model: model.kind != "gpt",
+    "egpt.memory_dim": lambda model: model.kind == "egpt" and model.egpt.token_memory,
+    "egpt.memory_pointers": lambda model: model.kind == "egpt" and model.egpt.token_memory,
+    "egpt.memory_chunks": lambda model: model.kind == "egpt" and model.egpt.token_memory,
     "encoder.layers": lambda model: model.kind != "gpt",
     "encoder.overlap": lambda model: model.kind != "gpt",
 }
@@ -231,12 +234,18 @@ def _chunks_and_encoder(model: ModelConfig) -> Iterator[Problem]:
             f"model.encoder.overlap={model.encoder.overlap} is more than a chunk of "
             f"model.egpt.chunk_size={chunks.chunk_size}",
         )
-    for name in ("memory_gate", "random_history", "token_counts"):
+    for name in ("memory_gate", "random_history", "token_counts", "token_memory"):
         if not chunks.history and getattr(chunks, name):
             yield Problem(
                 (f"model.egpt.{name}", "model.egpt.history"),
                 f"model.egpt.{name}=true has no effect with model.egpt.history=false",
             )
+    if chunks.token_counts and chunks.token_memory:
+        yield Problem(
+            ("model.egpt.token_counts", "model.egpt.token_memory"),
+            "model.egpt.token_counts and model.egpt.token_memory are two memories of the same "
+            "tokens: leave one out",
+        )
     if not model.encoder.source:
         yield Problem(
             ("model.kind", "model.encoder.source"),

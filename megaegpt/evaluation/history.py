@@ -40,7 +40,7 @@ class ZeroHistory(EGPTInputs):
 
 
 class ShuffledHistory(EGPTInputs):
-    """A window sees the features, and token counts, of the window half the text away, which in a
+    """A window sees the features, and the tokens, of the window half the text away, which in a
     text of several documents is another document's.
 
     Raises:
@@ -63,15 +63,16 @@ class ShuffledHistory(EGPTInputs):
         return (window + self._whole // 2) % self._whole
 
     def prepare(self, batch: Batch) -> Batch:
-        """Adds the other windows' tokens, (B, N - 1, S)."""
+        """Adds the other windows' tokens, and those behind them, (B, N - 1, S) each."""
         prepared = dict(super().prepare(batch))
         chunks, size = self._egpt.num_chunks, self._egpt.chunk_size
         firsts = [
             self.donor(first // chunks) * chunks for first in chunk_ids_of(batch)[:, 0].tolist()
         ]
-        rows = [self._source.read(first * size, (chunks - 1) * size) for first in firsts]
-        donors = torch.from_numpy(np.stack(rows).astype(np.int64))
-        prepared |= {"donors": donors.unflatten(1, (chunks - 1, size))}
+        rows = [self._source.read(first * size, (chunks - 1) * size + 1) for first in firsts]
+        text = torch.from_numpy(np.stack(rows).astype(np.int64))
+        for name, tokens in (("donors", text[:, :-1]), ("behind_donors", text[:, 1:])):
+            prepared |= {name: tokens.unflatten(1, (chunks - 1, size))}
         if overlap := self._config.encoder.overlap:
             before = [tokens_before(self._source, first * size, overlap) for first in firsts]
             prepared |= {"before_donors": torch.from_numpy(np.stack(before))}
@@ -81,8 +82,11 @@ class ShuffledHistory(EGPTInputs):
         states = self._encoded(batch["donors"], batch.get("before_donors"))
         features = chunk_features(states, self._egpt)
         arguments = super().arguments({**batch, "features": features})
-        if "earlier_tokens" in arguments:
+        if self._egpt.token_counts:
             arguments["earlier_tokens"] = batch["donors"]
+        elif self._egpt.token_memory:
+            arguments["earlier_states"] = states
+            arguments["earlier_tokens"] = batch["behind_donors"]
         return arguments
 
 

@@ -23,6 +23,7 @@ from megaegpt.generation.recomputing import RecomputingDecoder
 from megaegpt.generation.sampling import Sampler, check_sampling
 from megaegpt.model.build import Model, gpt_of, new_decoder
 from megaegpt.model.decoding import Decoder
+from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, MemoryLimits
 from megaegpt.model.encoder import FrozenEncoder
 
 
@@ -40,6 +41,7 @@ class TextGenerator:
             which takes its time with the first text of a batch size and of a length, and on CUDA
             recorded as a graph; :func:`~megaegpt.generation.compiled.uncompilable` says what cannot
             be.
+        limits: of what an EGPT's token memory holds of a text.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class TextGenerator:
         vocab_size: int | None = None,
         *,
         compiled: bool = False,
+        limits: MemoryLimits = AS_IN_TRAINING,
     ) -> None:
-        self._model, self._encoder = model, encoder
+        self._model, self._encoder, self._limits = model, encoder, limits
         self._steps = None
         if compiled:
             self._steps = CompiledSteps(gpt_of(model, encoder), with_head=encoder is None)
@@ -192,7 +195,9 @@ class TextGenerator:
         if not use_cache:
             return RecomputingDecoder(self._model, self._encoder)
         length = lengths[0] + max_new_tokens
-        return new_decoder(self._model, self._encoder, len(prompts), length, self._steps)
+        return new_decoder(
+            self._model, self._encoder, len(prompts), length, self._steps, self._limits
+        )
 
     @torch.inference_mode()
     def _next_tokens(self, decoder: Decoder, sampler: Sampler, tokens: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.model.block import BlockStack
-from megaegpt.model.egpt.token_counts import Mixture
 from megaegpt.model.head import OutputHead
+from megaegpt.model.mixture import Mixture
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import count_parameters
 
@@ -46,11 +46,9 @@ class Predictions(NamedTuple):
             return
         rows = zip(self.hidden.flatten(1, -2), chosen.flatten(1), strict=True)
         for row, (hidden, mask) in enumerate(rows):  # each row has a mixture of its own
-            mixture = self.mixture.of_row(row, mask)
-            for start in range(0, int(mask.sum()), _ROWS_OF_LOGITS):
-                part = slice(start, start + _ROWS_OF_LOGITS)
-                logits = self.head.full_logits(hidden[mask][part]).unsqueeze(0)
-                yield mixture.at(part).log_probabilities(logits).squeeze(0)
+            for places in mask.nonzero()[:, 0].split(_ROWS_OF_LOGITS):
+                logits = self.head.full_logits(hidden[places])
+                yield self.mixture.log_probabilities(logits, row, places)
 
 
 class LanguageModel(nn.Module, abc.ABC):

@@ -19,6 +19,7 @@ from megaegpt.model.deepgpt import DeepGPT
 from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.egpt.egpt_decoder import EGPTDecoder
 from megaegpt.model.egpt.egpt_inputs import EGPTInputs
+from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, MemoryLimits
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.gpt import GPT
 from megaegpt.parallel.grid import ProcessGrid
@@ -85,18 +86,20 @@ def new_decoder(
     batch_size: int,
     max_tokens: int,
     steps: DecodingSteps | None = None,
+    limits: MemoryLimits = AS_IN_TRAINING,
 ) -> Decoder:
     """Return the decoder that continues texts with ``model``, at most ``max_tokens`` tokens a row;
     EGPT and DeepGPT need their encoder.
 
-    ``steps`` are compiled ones, of a GPT with its head, of another model's encoder without it.
+    ``steps`` are compiled ones, of a GPT with its head, of another model's encoder without it;
+    ``limits`` are those of an EGPT's token memory.
     """
     if isinstance(model, GPT):
         return GPTDecoder(model, batch_size, max_tokens, steps)
     if encoder is None:
         raise ValueError("EGPT and DeepGPT decode the states of an encoder: pass it")
     if isinstance(model, EGPT):
-        return EGPTDecoder(model, encoder, batch_size, max_tokens, steps)
+        return EGPTDecoder(model, encoder, batch_size, max_tokens, steps, limits)
     return DeepGPTDecoder(model, encoder, batch_size, max_tokens, steps)
 
 

@@ -18,6 +18,7 @@ CONFIGS = {
     "gpt": GPT,
     "egpt": EGPT,
     "egpt_counts": egpt(token_counts=True),
+    "egpt_memory": egpt(token_memory=True, memory_dim=8),
     "deepgpt": DEEPGPT,
 }
 

@@ -23,9 +23,11 @@ from megaegpt.model.egpt.chunk_memory import (
     RecordingContext,
     on_one_side,
 )
-from megaegpt.model.egpt.token_counts import Mixture, TokenCounts, count_tokens
+from megaegpt.model.egpt.token_counts import CountMixture, TokenCounts, count_tokens
+from megaegpt.model.egpt.token_memory import MemoryMixture, TokenMemory
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
+from megaegpt.model.mixture import Mixture
 from megaegpt.model.mlp import MLP
 from megaegpt.model.positions import AddedPositions
 from megaegpt.model.rotary import RotaryTable, rotary_table
@@ -67,6 +69,7 @@ class EGPT(LanguageModel):
                 block.get_submodule("attention").register_parameter("gate", gate)
         self.head = OutputHead(config, grid)
         self.counts = TokenCounts(config, grid) if chunks.token_counts else None
+        self.token_memory = TokenMemory(config, grid) if chunks.token_memory else None
 
     def _embed(self, states: Tensor, chunk: Tensor, offset: Tensor) -> Tensor:
         """Encoder states (B, T, C) with chunk numbers and offsets (T,) -> decoder inputs (B, T,
@@ -148,40 +151,73 @@ class EGPT(LanguageModel):
         features: Tensor,
         targets: Tensor,
         reduction: Literal["sum", "none"] = "sum",
-        earlier_tokens: Tensor | None = None,
+        **earlier: Tensor,
     ) -> Tensor:
         """States (B, N, S, C), features (B, N - 1, P, C), targets (B, N, S) -> nats.
 
-        ``earlier_tokens`` (B, N - 1, S), the ids of the chunks that features are of (-1: none),
-        are needed with ``token_counts``.
+        ``earlier``: what :meth:`predictions` needs besides.
         """
-        _, hidden, mixture = self.predictions(token_states, features, earlier_tokens)
+        _, hidden, mixture = self.predictions(token_states, features, **earlier)
         if mixture is None:
             return self.head.loss(hidden, targets, reduction)
         check_targets(targets, hidden.shape[:-1], self.config.vocab_size)  # they are looked up
-        added = mixture.of(targets.flatten(1)).view(targets.shape)
-        log_keep = mixture.log_keep.view(targets.shape)
+        log_keep, added = (x.view(targets.shape) for x in mixture.of(targets.flatten(1)))
         return self.head.loss(hidden, targets, reduction, (log_keep, added))
 
     def predictions(  # type: ignore[override]
-        self, token_states: Tensor, features: Tensor, earlier_tokens: Tensor | None = None
+        self,
+        token_states: Tensor,
+        features: Tensor,
+        earlier_tokens: Tensor | None = None,
+        earlier_states: Tensor | None = None,
+        **past: Tensor,
     ) -> Predictions:
+        """Predict the token behind each.
+
+        Args:
+            token_states: (B, N, S, C).
+            features: (B, N - 1, P, C).
+            earlier_tokens: with ``token_counts`` the ids of the chunks that features are of, (B, N
+                - 1, S); with ``token_memory`` the ids behind them, that is, their targets. -1: none
+                is known.
+            earlier_states: encoder states of those chunks (B, N - 1, S, C); None: ``token_states``
+                holds them.
+            past: with ``token_memory`` what is held of chunks before the window, ``past_keys`` (B,
+                H, J, D) and ``past_successors`` (B, J).
+        """
         cut = self._history_cut(token_states)
         hidden = self.hidden_states(token_states, features, cut)
-        if self.counts is None:
+        if self.counts is None and self.token_memory is None:
             return Predictions(self.head, hidden)
         if earlier_tokens is None:
-            raise ValueError("model.egpt.token_counts needs the tokens of the earlier chunks")
-        mixture = self.mixture(hidden, features, earlier_tokens, cut)
+            raise ValueError("token_counts and token_memory need the tokens of earlier chunks")
+        check_tokens(earlier_tokens.clamp(min=0), self.config.vocab_size)
+        if self.token_memory is None:
+            mixture: Mixture = self.mixture(hidden, features, earlier_tokens, cut)
+            return Predictions(self.head, hidden, mixture)
+        if earlier_states is None:
+            earlier_states = token_states[:, :-1]
+        query = self.token_memory.ask(token_states.flatten(1, 2), hidden.flatten(1, 2))
+        keys = self.token_memory.keys(earlier_states.flatten(1, 2))
+        successors = earlier_tokens.flatten(1)
+        first_chunk, from_chunk = 0, None
+        if past:
+            first_chunk = past["past_successors"].shape[1] // self.config.egpt.chunk_size
+            keys = torch.cat([past["past_keys"], keys], dim=2)
+            successors = torch.cat([past["past_successors"], successors], dim=1)
+        if cut is not None:
+            chunk = torch.arange(hidden.shape[1], device=cut.device)
+            from_chunk = torch.where(chunk >= cut.unsqueeze(1), cut.unsqueeze(1), 0)
+        memory = self.token_memory.memory(keys, successors)
+        mixture = MemoryMixture(self.token_memory, query, memory, first_chunk, from_chunk)
         return Predictions(self.head, hidden, mixture)
 
     def mixture(
         self, hidden: Tensor, features: Tensor, earlier_tokens: Tensor, cut: Tensor | None = None
-    ) -> Mixture:
+    ) -> CountMixture:
         """Return the mixture of token counts with the head's prediction: hidden states (B, N, S, C)
         of a window and what its earlier chunks hold (see :meth:`forward`) -> T = N * S.
         """
-        check_tokens(earlier_tokens.clamp(min=0), self.config.vocab_size)
         _, chunks, size, _ = hidden.shape
         earlier, chunk = (
             torch.arange(n, device=hidden.device) for n in (features.shape[1], chunks)
@@ -198,7 +234,7 @@ class EGPT(LanguageModel):
             visible.repeat_interleave(size, dim=1),
         )
 
-    def next_mixture(self, hidden: Tensor, features: Tensor, counts: Tensor) -> Mixture:
+    def next_mixture(self, hidden: Tensor, features: Tensor, counts: Tensor) -> CountMixture:
         """The same for one token (B, C) behind n chunks with features (B, n, P, C) and token
         counts (B, n, V) -> T = 1.
         """
@@ -263,4 +299,8 @@ class EGPT(LanguageModel):
         forward = positions * per_position + attention_flops(config, visible)
         if self.counts is not None:
             forward += matmul_flops(self.counts)
+        if self.token_memory is not None:
+            seen = (egpt.num_chunks - 1) * egpt.chunk_size / 2  # on average over a window
+            forward += matmul_flops(self.token_memory)
+            forward += 2 * seen * egpt.memory_dim * egpt.memory_pointers
         return int(3 * (forward + 2 * config.vocab_size * config.hidden_size))

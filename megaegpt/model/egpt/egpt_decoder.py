@@ -10,15 +10,18 @@ from torch import Tensor
 
 from megaegpt.model.decoding import ChunkEncoder, DecodingSteps, new_cache
 from megaegpt.model.egpt.egpt import EGPT, Recorded, chunk_features
+from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, HeldTokens, MemoryLimits
 from megaegpt.model.egpt.token_counts import count_tokens
 from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.mixture import Mixture
 
 
 class EGPTDecoder:
     """The current chunk's encoder cache and states, and what is seen of the chunks before it.
 
     A token costs one encoder and one decoder position, however long the text; the first of a chunk
-    adds the ``(N - 1) * P`` positions of its memory.
+    adds the ``(N - 1) * P`` positions of its memory. With a token memory it is also compared with
+    the keys of as many tokens of earlier chunks as ``limits`` allow.
     """
 
     def __init__(
@@ -28,6 +31,7 @@ class EGPTDecoder:
         batch_size: int,
         max_tokens: int,
         steps: DecodingSteps | None = None,
+        limits: MemoryLimits = AS_IN_TRAINING,
     ) -> None:
         egpt, config = model.config.egpt, model.config
         self._model = model
@@ -48,13 +52,17 @@ class EGPTDecoder:
         self._counts = torch.empty(  # (B, n, V) of the chunks before, where they are mixed in
             batch_size, 0, config.padded_vocab_size, device=weight.device
         )
+        self._held_tokens: HeldTokens | None = None
+        if model.token_memory is not None:
+            self._held_tokens = HeldTokens(model.token_memory, batch_size, weight, limits)
         self._offset = 0  # tokens of the current chunk
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
         size = self._model.config.egpt.chunk_size
         # Chunks of a long prompt that its last one does not see are not encoded at all.
-        unseen = (tokens.shape[1] - 1) // size - self._held
+        held = self._held if self._held_tokens is None else self._held_tokens.most_chunks
+        unseen = (tokens.shape[1] - 1) // size - max(held, self._held)
         if self._offset == 0 and unseen > 0:
             begin = unseen * size
             self._encoder.reset(tokens[:, begin - self._overlap : begin])
@@ -64,14 +72,25 @@ class EGPTDecoder:
             if piece.shape[1] == 0:
                 continue
             if self._offset == size:
-                self._finish_chunk()
+                self._finish_chunk(piece[:, 0])
             states = self._encode(piece)
         hidden = self._decode(states)
         logits = self._model.head.full_logits(hidden)
-        if self._model.counts is None:
+        mixture = self._mixture(hidden)
+        if mixture is None:
             return logits
-        mixture = self._model.next_mixture(hidden, self._features, self._counts)
-        return mixture.log_probabilities(logits.unsqueeze(1)).squeeze(1)
+        place = torch.zeros(1, dtype=torch.long, device=logits.device)
+        rows = [mixture.log_probabilities(logits[n : n + 1], n, place) for n in range(len(logits))]
+        return torch.cat(rows)
+
+    def _mixture(self, hidden: Tensor) -> Mixture | None:
+        """What is mixed with the head's prediction from (B, C)."""
+        if self._held_tokens is not None:
+            newest = self._states[:, self._offset - 1 : self._offset]
+            return self._held_tokens.mixture(newest, hidden.unsqueeze(1))
+        if self._model.counts is not None:
+            return self._model.next_mixture(hidden, self._features, self._counts)
+        return None
 
     def _encode(self, tokens: Tensor) -> Tensor:
         """The encoder's states of the current chunk's next tokens: (B, T) -> (B, T, C)."""
@@ -83,8 +102,10 @@ class EGPTDecoder:
         self._offset = end
         return states
 
-    def _finish_chunk(self) -> None:
-        """The current chunk becomes features; the oldest chunk leaves a full window."""
+    def _finish_chunk(self, behind: Tensor) -> None:
+        """The current chunk becomes features, and the oldest one leaves a full window; ``behind``
+        it are the tokens (B,).
+        """
         size = self._model.config.egpt.chunk_size
         features = chunk_features(self._states, self._model.config.egpt).unsqueeze(1)
         held = torch.cat([self._features, features], dim=1)  # (B, n, P, C)
@@ -94,6 +115,9 @@ class EGPTDecoder:
             vocab_size = self._model.config.padded_vocab_size
             counts = count_tokens(self._tokens.unsqueeze(1), vocab_size)
             self._counts = torch.cat([self._counts, counts], dim=1)[:, left:]
+        if self._held_tokens is not None:
+            successors = torch.cat([self._tokens[:, 1:], behind.unsqueeze(1)], dim=1)
+            self._held_tokens.append(self._states, successors)
         self._memory = None
         self._encoder.reset(self._tokens[:, size - self._overlap :])
         if self._local_cache is not None:

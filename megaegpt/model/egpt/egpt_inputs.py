@@ -55,4 +55,14 @@ class EGPTInputs(ChunkInputs):
             arguments["features"] = chunk_features(states[:, :-1], self._config.egpt)
         if self._config.egpt.token_counts:
             arguments["earlier_tokens"] = batch["tokens"][:, :-1]
+        elif self._config.egpt.token_memory:
+            arguments["earlier_tokens"] = following(batch["tokens"])
         return arguments
+
+
+def following(tokens: Tensor) -> Tensor:
+    """Tokens of chunks (B, N, S) -> those behind each token of all chunks but the last, (B, N - 1,
+    S).
+    """
+    chunks, size = tokens.shape[1:]
+    return tokens.flatten(1)[:, 1 : (chunks - 1) * size + 1].unflatten(1, (chunks - 1, size))

@@ -36,7 +36,7 @@ def count_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
     return counts.scatter_add_(2, tokens.clamp(min=0), (tokens >= 0).float())
 
 
-class Mixture(NamedTuple):
+class CountMixture(NamedTuple):
     """The distribution that is mixed with the head's at each token."""
 
     log_keep: Tensor
@@ -46,27 +46,21 @@ class Mixture(NamedTuple):
     counts: Tensor
     """(B, M, V): ``n_c``."""
 
-    def of(self, targets: Tensor) -> Tensor:
-        """(B, T) ids, negative where there is none -> (B, T) what the counts add to their
-        probability.
+    def of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) ids, negative where there is none -> (B, T) each: the log of the head's share, and
+        what the counts add to their probability.
         """
         ids = targets.clamp(min=0).unsqueeze(1).expand(-1, self.shares.shape[2], -1)  # (B, M, T)
-        return (self.shares * self.counts.gather(2, ids).transpose(1, 2)).sum(-1)
+        return self.log_keep, (self.shares * self.counts.gather(2, ids).transpose(1, 2)).sum(-1)
 
-    def log_probabilities(self, logits: Tensor) -> Tensor:
-        """The head's (B, T, V) logits, with or without padding -> log-probabilities."""
-        by_head = logits.to(self.log_keep.dtype).log_softmax(-1) + self.log_keep.unsqueeze(-1)
-        by_counts = self.shares @ self.counts[..., : logits.shape[-1]].to(self.shares.dtype)
+    def log_probabilities(self, logits: Tensor, row: int, places: Tensor) -> Tensor:
+        """The head's logits (m, V), with or without padding, of a row's tokens at places (m,) ->
+        log-probabilities.
+        """
+        log_keep, shares = self.log_keep[row, places], self.shares[row, places]
+        by_head = logits.to(log_keep.dtype).log_softmax(-1) + log_keep.unsqueeze(-1)
+        by_counts = shares @ self.counts[row, :, : logits.shape[-1]].to(shares.dtype)
         return torch.logaddexp(by_head, by_counts.log())
-
-    def of_row(self, row: int, places: Tensor) -> Mixture:
-        """Of one row, at ``places``, a mask (T,)."""
-        one = (x[row : row + 1] for x in self)
-        return Mixture(*one).at(places)
-
-    def at(self, places: slice | Tensor) -> Mixture:
-        """At some of the tokens."""
-        return Mixture(self.log_keep[:, places], self.shares[:, places], self.counts)
 
 
 class TokenCounts(nn.Module):
@@ -88,7 +82,7 @@ class TokenCounts(nn.Module):
         counts: Tensor,
         distance: Tensor,
         visible: Tensor,
-    ) -> Mixture:
+    ) -> CountMixture:
         """Choose chunks, and how much of them.
 
         Args:
@@ -110,4 +104,4 @@ class TokenCounts(nn.Module):
         weights = scores.masked_fill(~visible, -torch.inf).masked_fill(nothing, 0.0).softmax(-1)
         shares = (gate.sigmoid() * weights / sizes.clamp(min=1)).masked_fill(nothing, 0.0)
         log_keep = F.logsigmoid(-gate).masked_fill(nothing, 0.0).squeeze(-1)
-        return Mixture(log_keep, shares, counts)
+        return CountMixture(log_keep, shares, counts)

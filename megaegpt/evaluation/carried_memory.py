@@ -1,0 +1,100 @@
+"""An EGPT whose token memory goes on over a whole text, and does not end with each window.
+
+Shapes: N chunks of a window, S chunk size, C hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megaegpt.data.tokens.batch import Batch
+from megaegpt.data.tokens.windows import TokenSource
+from megaegpt.errors import ConfigError
+from megaegpt.evaluation.text import evaluate_text
+from megaegpt.generation.trained import LoadedModel
+from megaegpt.model.calling import Encode, chunk_ids_of
+from megaegpt.model.egpt.egpt import EGPT
+from megaegpt.model.egpt.egpt_inputs import EGPTInputs
+from megaegpt.model.egpt.held_tokens import HeldTokens, MemoryLimits
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.evaluation import Evaluation
+
+
+class CarriedMemory(EGPTInputs):
+    """Windows of one text in order, one by one; each also sees the chunks before it.
+
+    Args:
+        model: with a token memory.
+        encode: its frozen encoder.
+        dtype: what the model computes in.
+        limits: what is held before a window; the oldest chunks leave.
+    """
+
+    def __init__(
+        self, model: EGPT, encode: Encode, dtype: torch.dtype, limits: MemoryLimits
+    ) -> None:
+        super().__init__(model.config, encode, dtype)
+        self._model, self._limits = model, limits
+        self._held, self._next_chunk = self._nothing(), 0
+
+    def _nothing(self) -> HeldTokens:
+        memory = self._model.token_memory
+        if memory is None:
+            raise ConfigError("a memory is carried on by an egpt with token_memory only")
+        return HeldTokens(memory, 1, self._model.head.weight, self._limits)
+
+    @property
+    def held(self) -> HeldTokens:
+        """What is held now."""
+        return self._held
+
+    def loss(
+        self, model: object, batch: Batch, reduction: Literal["sum", "none"] = "sum"
+    ) -> Tensor:
+        """The loss of a window, which is held afterwards.
+
+        Raises:
+            ValueError: not one window, or not the one behind that before.
+        """
+        first, *_ = numbers = chunk_ids_of(batch).flatten().tolist()
+        if first == 0:
+            self._held, self._next_chunk = self._nothing(), 0
+        if len(batch["tokens"]) != 1 or first != self._next_chunk:
+            raise ValueError("a memory is carried over windows in order, one at a time")
+        arguments = self.arguments(batch)
+        past = {"past_keys": self._held.precise_keys(), "past_successors": self._held.successors}
+        targets = batch["targets"]
+        nats = self._model(**arguments, **past, targets=targets, reduction=reduction)
+        for states, successors in zip(
+            arguments["token_states"].unbind(1), targets.clamp(min=-1).unbind(1), strict=True
+        ):
+            self._held.append(states, successors)
+        self._next_chunk += len(numbers)
+        return nats
+
+
+def evaluate_with_memory(
+    loaded: LoadedModel,
+    source: TokenSource,
+    grid: ProcessGrid,
+    dtype: torch.dtype,
+    limits: MemoryLimits,
+) -> tuple[Evaluation, HeldTokens]:
+    """Loss on a text, window after window, and what was held at its end.
+
+    Raises:
+        ConfigError: the model has no token memory, or there are several data-parallel ranks: the
+            windows follow one another.
+    """
+    if not isinstance(loaded.model, EGPT) or loaded.encoder is None:
+        raise ConfigError("--memory-tokens is for an egpt with token_memory")
+    if grid.dp_size > 1:
+        raise ConfigError(
+            "--memory-tokens carries a memory from window to window, which is one process's work: "
+            "start one, or as many as --tensor-parallel-size"
+        )
+    inputs = CarriedMemory(loaded.model, loaded.encoder, dtype, limits)
+    return evaluate_text(loaded, source, inputs, grid, batch_size=1), inputs.held

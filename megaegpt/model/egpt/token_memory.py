@@ -1,0 +1,162 @@
+"""A memory of tokens: what followed earlier tokens at which the encoder was in a similar state.
+
+A feature says what a chunk is about, not what was said. So each token of an earlier chunk leaves a
+key, a few numbers made of its encoder state, and the id of the token behind it. A later token's
+query is compared with all keys, and the tokens behind the similar ones are predicted again:
+
+    p(y) = g_0 p_head(y) + sum_h g_h sum_j a_hj [x_j+1 = y]
+
+with pointers h (:mod:`megaegpt.model.egpt.copy_attention`), whose scores are a learned scale times
+the cosine of query and key and a bias by the distance in chunks. Their shares g are a softmax over
+the head and the pointers (as in pointer-sentinel mixtures, Merity et al., arXiv 1609.07843), chosen
+by the hidden state and by how sure each pointer is. A new memory is a continuous cache (Grave et
+al., arXiv 1612.04426): queries and keys are one projection, the scale is high, the share small.
+
+Shapes: B batch, T tokens, N chunks, M earlier chunks, S chunk size, J = M * S, C hidden, H
+pointers, D key width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaegpt.config import ModelConfig
+from megaegpt.model.block import block_norm
+from megaegpt.model.egpt.copy_attention import Keys, Pointers, point, pointed_at
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import new_parameter
+
+_SCALE = 30.0
+"""Factor on cosines in a new memory."""
+_SHARE = 0.08
+"""Of all pointers together in a new memory; near the best constant share."""
+_SURENESS = 10.0
+"""Factor that gives ``log_sum / scale``, which is like a cosine, the size of ``peak``."""
+
+
+class Query(NamedTuple):
+    """What tokens ask a memory, and by what they weigh its answer."""
+
+    queries: Tensor
+    """(B, H, T, D), scaled."""
+    gates: Tensor
+    """(B, H, T): logits of the pointers' shares beside the head's 0, by the hidden state alone."""
+
+
+class TokenMemory(nn.Module):
+    """Projections, scale, distances and gates. Replicated over TP ranks."""
+
+    def __init__(self, config: ModelConfig, grid: ProcessGrid) -> None:
+        super().__init__()
+        egpt, std = config.egpt, config.init_std
+        self.pointers, self.dim = egpt.memory_pointers, egpt.memory_dim
+        self.chunk_size = egpt.chunk_size
+        self.window_tokens = (egpt.num_chunks - 1) * egpt.chunk_size
+        self.most_chunks = egpt.memory_chunks
+        pointers, width = self.pointers, config.hidden_size
+        self.norm = block_norm(config, grid)
+        projection = (pointers * self.dim, width)
+        self.query = new_parameter(projection, grid, std=std)
+        self.key = new_parameter(projection, grid, std=std)
+        self.log_scale = new_parameter((pointers,), grid, mean=math.log(_SCALE))
+        self.distance = new_parameter((pointers, max(egpt.num_chunks - 1, 1)), grid)
+        self.gate = new_parameter((pointers, width), grid)
+        bias = math.log(_SHARE / (1 - _SHARE) / pointers)
+        self.gate_bias = new_parameter((pointers,), grid, mean=bias)
+        self.by_peak = new_parameter((pointers,), grid)
+        self.by_log_sum = new_parameter((pointers,), grid)
+
+    def keys(self, states: Tensor) -> Tensor:
+        """Encoder states (B, J, C) -> keys (B, H, J, D) of unit length."""
+        return self._projected(states, self.key)
+
+    def ask(self, states: Tensor, hidden: Tensor) -> Query:
+        """Encoder states (B, T, C) and what the head reads of the same tokens (B, T, C)."""
+        scale = self.log_scale.to(torch.promote_types(hidden.dtype, torch.float32)).exp()
+        unit = self._projected(states, self.query)
+        queries = unit.to(scale.dtype) * scale.view(1, -1, 1, 1)
+        gates = F.linear(hidden, self.gate, self.gate_bias).transpose(1, 2)
+        return Query(queries, gates.to(scale.dtype))
+
+    def _projected(self, states: Tensor, weight: Tensor) -> Tensor:
+        projected = F.linear(self.norm(states), weight).unflatten(-1, (self.pointers, -1))
+        return F.normalize(projected, dim=-1).transpose(1, 2)
+
+    def memory(self, keys: Tensor, successors: Tensor) -> Keys:
+        """Make keys (B, H, J, D) and the tokens behind them (B, J) what queries are compared
+        with.
+        """
+        return Keys(keys, successors, self.distance, self.chunk_size, self.most_chunks)
+
+    def log_shares(self, query: Query, found: Pointers) -> Tensor:
+        """Log of the shares of the head and the pointers, (B, 1 + H, T)."""
+        nothing = found.log_sum == -torch.inf
+        log_sum = found.log_sum.masked_fill(nothing, 0.0) / self.log_scale.exp().unsqueeze(1)
+        gates = query.gates + found.peak * self.by_peak.unsqueeze(1)
+        gates = gates + _SURENESS * log_sum * self.by_log_sum.unsqueeze(1)
+        gates = gates.masked_fill(nothing, -torch.inf)
+        return F.pad(gates, (0, 0, 1, 0)).log_softmax(1)  # the head's logit is 0
+
+
+class MemoryMixture:
+    """The mixture of the head's predictions with those of a memory.
+
+    Args:
+        module: the memory's parameters.
+        query: of T tokens.
+        memory: of J keys.
+        first_chunk: number of the first token's chunk, counted from that of the first key.
+        from_chunk: see :func:`~megaegpt.model.egpt.copy_attention.point`.
+    """
+
+    def __init__(
+        self,
+        module: TokenMemory,
+        query: Query,
+        memory: Keys,
+        first_chunk: int,
+        from_chunk: Tensor | None = None,
+    ) -> None:
+        self._module, self._query, self._memory = module, query, memory
+        self._first_chunk, self._from_chunk = first_chunk, from_chunk
+
+    def of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) ids, negative where there is none -> (B, T) each: the log of the head's share, and
+        what the memory adds to their probability.
+        """
+        queries = self._query.queries
+        found = point(queries, self._memory, targets, self._first_chunk, self._from_chunk)
+        log_shares = self._module.log_shares(self._query, found)
+        return log_shares[:, 0], (log_shares[:, 1:].exp() * found.probability).sum(1)
+
+    def log_probabilities(self, logits: Tensor, row: int, places: Tensor) -> Tensor:
+        """The head's logits (m, V), with or without padding, of a row's tokens at places (m,),
+        ascending -> log-probabilities.
+        """
+        chunks = self._first_chunk + places // self._memory.chunk_size
+        parts = []
+        for chunk in chunks.unique_consecutive().tolist():
+            chosen = chunks == chunk
+            parts.append(self._of_chunk(logits[chosen], row, places[chosen], chunk))
+        return torch.cat(parts)
+
+    def _of_chunk(self, logits: Tensor, row: int, places: Tensor, chunk: int) -> Tensor:
+        """The same for tokens of one chunk."""
+        query = Query(*(x[row : row + 1, :, places] for x in self._query))
+        count = chunk * self._memory.chunk_size
+        memory = self._memory._replace(
+            keys=self._memory.keys[row : row + 1, :, :count],
+            successors=self._memory.successors[row : row + 1, :count],
+        )
+        weights, found = pointed_at(query.queries, memory, chunk)  # (1, H, m, J)
+        log_shares = self._module.log_shares(query, found)[0]  # (1 + H, m)
+        by_key = (weights[0] * log_shares[1:].exp().unsqueeze(-1)).sum(0)  # (m, J)
+        ids = memory.successors.clamp(min=0).expand(len(places), -1)
+        by_memory = torch.zeros_like(logits, dtype=by_key.dtype).scatter_add_(1, ids, by_key)
+        by_head = logits.to(by_key.dtype).log_softmax(-1) + log_shares[0].unsqueeze(-1)
+        return torch.logaddexp(by_head, by_memory.log())
