@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaegpt.config import EncoderConfig
+from megaegpt.config import EncoderConfig, ModelConfig
 from megaegpt.config.arithmetic import arithmetic_differences, model_arithmetic
 from megaegpt.errors import ConfigError
 from megaegpt.labels import NOTHING_BEFORE
+from megaegpt.model.block import BlockStack
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.gpt import GPT
 from megaegpt.model.weights import load_weights, read_weights_config
@@ -111,11 +112,14 @@ class FrozenEncoder(nn.Module):
         states = torch.where(first.unsqueeze(-1), states[:, :size], states[:, overlap:])
         return states.view(*tokens.shape, -1)
 
-    def flops_per_token(self, length: int, overlap: int = 0) -> int:
-        """Operations of encoding one token of a chunk of ``length`` tokens behind an overlap."""
-        seen = length + overlap
-        per_position = matmul_flops(self.gpt.stack) + attention_flops(self.config, seen)
-        return per_position * seen // length
+
+def encoding_flops(encoder: ModelConfig, length: int, overlap: int = 0) -> int:
+    """Operations of encoding one token of a chunk of ``length`` tokens behind an overlap."""
+    with torch.device("meta"):
+        stack = BlockStack(encoder, ProcessGrid())
+    seen = length + overlap
+    per_position = matmul_flops(stack) + attention_flops(encoder, seen)
+    return per_position * seen // length
 
 
 def _cut(gpt: GPT, layers: int) -> None:

@@ -1,5 +1,5 @@
-"""A decoder that starts as the end of its encoder: the encoder's last blocks, final norm and
-head.
+"""What starts as the encoder is: a decoder as the encoder's last blocks, final norm and head, a
+token memory as a cache of its states.
 
 Over an encoder cut by as many blocks as the decoder has (``model.encoder.layers``), a DeepGPT is
 then the whole pretrained GPT at step 0, and so is an EGPT with local attention, a residual adapter
@@ -11,15 +11,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.files import check_tensor_file
+from megaegpt.model.egpt.egpt import EGPT
+from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import WEIGHTS, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import shard, spec_of
+from megaegpt.parallel.together import broadcast_object
 
 _SAME_ROTARY = (
     "positions",
@@ -94,6 +98,53 @@ def initialize_from_encoder(model: nn.Module, folder: str | Path, grid: ProcessG
                 parameter.copy_(shard(full, spec_of(parameter), grid))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot initialise the decoder: {error}") from None
+
+
+def initialize_token_memory(
+    model: EGPT, encoder: FrozenEncoder, folder: str | Path, tokens: Tensor
+) -> None:
+    """Let the keys and queries of a new token memory be the principal directions of its encoder's
+    states, so that it is a continuous cache before it has learned anything: a random projection of
+    a few numbers tells too little of two states. Collective over all ranks, which end with the same
+    numbers.
+
+    Over a cut encoder states first go through the whole one's final norm, which weighs their
+    columns as its head does.
+
+    Args:
+        model: with a token memory.
+        encoder: cut as the model's configuration says.
+        folder: the encoder's weights.
+        tokens: (n, S) of a few chunks, the same on every rank.
+
+    Raises:
+        CheckpointError: the weights are missing or damaged.
+    """
+    memory, grid = model.token_memory, model.grid
+    assert memory is not None
+    if model.config.encoder.layers is not None and model.config.norm == encoder.config.norm:
+        _copy_final_norm(memory.norm, Path(folder) / WEIGHTS)
+    with torch.no_grad():
+        states = encoder(tokens.to(grid.device)).flatten(0, 1).float()  # (n * S, C)
+        directions = F.normalize(memory.norm(states), dim=-1).double()
+        covariance = directions.T.cov()  # (C, C)
+        basis = torch.linalg.eigh(covariance).eigenvectors.flip(1).T  # (C, C), largest first
+        largest = basis.abs().argmax(1, keepdim=True)
+        basis = basis * basis.gather(1, largest).sign()  # the sign is arbitrary otherwise
+        wanted = basis[: memory.dim].repeat(memory.pointers, 1).cpu()
+        wanted = broadcast_object(lambda: wanted, grid)
+        for parameter in (memory.query, memory.key):
+            parameter.copy_(wanted)
+
+
+def _copy_final_norm(norm: nn.Module, path: Path) -> None:
+    check_tensor_file(path)
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name, parameter in norm.named_parameters():
+                parameter.copy_(file.get_tensor(f"stack.norm.{name}"))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot initialise the token memory: {error}") from None
 
 
 def _source_name(name: str, skipped: int, tied: bool) -> str:

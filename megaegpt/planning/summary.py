@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.model.build import meta_model
-from megaegpt.model.flops import attention_flops, matmul_flops
+from megaegpt.model.encoder import encoding_flops
 from megaegpt.model.parts import freeze
 from megaegpt.planning.memory import MemoryEstimate
 from megaegpt.precision import Precision
@@ -44,8 +44,7 @@ def measure_model(config: RunConfig, encoder: ModelConfig | None = None) -> Mode
         return ModelSize(model.num_parameters() - frozen, flops, frozen)
     gpt = meta_model(encoder)
     if config.data.token_features == "online":
-        flops += matmul_flops(gpt.stack)
-        flops += attention_flops(encoder, config.model.egpt.chunk_size)
+        flops += encoding_flops(encoder, config.model.egpt.chunk_size, config.model.encoder.overlap)
     return ModelSize(model.num_parameters() - frozen, flops, frozen, gpt.num_parameters())
 
 

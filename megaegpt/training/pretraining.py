@@ -17,13 +17,10 @@ from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.data.tokens.token_ids import known_byte_lengths
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.files import write_whole
-from megaegpt.interop.sources import resolve_weights_source
-from megaegpt.model.build import Model, build_inputs, build_model
+from megaegpt.model.build import Model, build_inputs
 from megaegpt.model.calling import ModelInputs
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.initialization import initialize_from_encoder
-from megaegpt.model.parts import freeze
-from megaegpt.model.weights import load_weights, read_weights_config, save_weights
+from megaegpt.model.weights import load_weights, save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import broadcast_object, raising_together
 from megaegpt.planning.hardware import peak_flops
@@ -35,18 +32,18 @@ from megaegpt.training.consistency import (
     check_ranks_agree,
     configuration_facts,
     corpus_facts,
-    weights_facts,
 )
 from megaegpt.training.engine.compiling import compile_problem
 from megaegpt.training.engine.deterministic import make_deterministic
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
-from megaegpt.training.identity import check_initialization, check_resume, run_identity
+from megaegpt.training.identity import check_resume, run_identity
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, device_name
 from megaegpt.training.logging.monitor import Monitor, has_validation
 from megaegpt.training.run_data import PretrainingData, RunData
+from megaegpt.training.starting_model import starting_model
 from megaegpt.training.stopping import StopRequests
 from megaegpt.training.trainer import Trainer
 
@@ -105,7 +102,7 @@ def train(
             return True
         state = saved.trainer
     compiles = config.training.compile and compile_problem(grid.device.type) is None
-    model = _build_model(config, grid, encoder, compiles, notices)
+    model = starting_model(config, grid, data, encoder, compiles, notices, new=latest is None)
     feed = functools.partial(_inputs, config, grid, data, encoder, precision)
     inputs = feed("train")
     engine = Engine(model, grid, config, inputs.loss)
@@ -158,54 +155,7 @@ def _open_run(
     return data, checkpoints, precision
 
 
-# -- the model and what it is fed with -------------------------------------------------------------
-
-
-def _build_model(
-    config: RunConfig,
-    grid: ProcessGrid,
-    encoder: FrozenEncoder | None,
-    compiles: bool,
-    notices: list[str],
-) -> Model:
-    """The model as it is at step 0: random, or from weights, or from its encoder's end. What should
-    be known of these weights is added to ``notices``.
-    """
-    if encoder is not None and compiles:
-        encoder.gpt.stack.compile_blocks()
-    training = config.training
-    model = build_model(
-        config.model,
-        grid,
-        seed=training.seed,
-        activation_checkpointing=training.activation_checkpointing,
-        compile_blocks=compiles,
-    )
-    if encoder is not None and config.model.encoder.initialize_decoder:
-        source = resolve_weights_source(str(config.model.encoder.source), grid)
-        with raising_together(grid):
-            initialize_from_encoder(model, source, grid)
-    if training.initialize_from is not None:
-        weights = resolve_weights_source(training.initialize_from, grid)
-        check_ranks_agree(lambda: weights_facts("training.initialize_from", weights), grid)
-        with raising_together(grid):
-            _check_encoder(weights, encoder)
-            notices += check_initialization(config.model, weights)
-            load_weights(model, weights, grid)
-    with raising_together(grid):
-        freeze(model, training.freeze)
-    return model
-
-
-def _check_encoder(weights: Path, encoder: FrozenEncoder | None) -> None:
-    """A decoder goes on over the encoder it was trained with."""
-    kept = read_weights_config(weights)[1]
-    if encoder is None or kept.get("encoder_fingerprint") is None:
-        return
-    if (difference := encoder.difference(kept)) is not None:
-        raise CheckpointError(
-            f"{weights} was trained over another encoder than model.encoder.source: {difference}"
-        )
+# -- what the model is fed with -------------------------------------------------------------
 
 
 def _inputs(

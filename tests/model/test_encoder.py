@@ -11,7 +11,7 @@ from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.labels import NOTHING_BEFORE
 from megaegpt.model.build import build_model
 from megaegpt.model.calling import overlapped
-from megaegpt.model.encoder import FrozenEncoder, weights_fingerprint
+from megaegpt.model.encoder import FrozenEncoder, encoding_flops, weights_fingerprint
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 
@@ -127,5 +127,5 @@ def test_the_overlap_of_a_chunk_is_the_end_of_the_chunk_before():
 
 def test_an_overlap_costs_its_share_of_the_operations(source):
     encoder = FrozenEncoder.from_source(EncoderConfig(source=str(source)), GRID)
-    alone, behind = encoder.flops_per_token(8), encoder.flops_per_token(8, overlap=2)
+    alone, behind = encoding_flops(encoder.config, 8), encoding_flops(encoder.config, 8, overlap=2)
     assert 1.25 < behind / alone < 1.25**2  # attention sees more keys too

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
 from megaegpt.errors import ConfigError
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model
 from megaegpt.model.egpt.egpt import chunk_features
-from megaegpt.model.encoder import FrozenEncoder, weights_fingerprint
-from megaegpt.model.initialization import initialization_problems, initialize_from_encoder
+from megaegpt.model.encoder import FrozenEncoder, encoding_flops, weights_fingerprint
+from megaegpt.model.initialization import (
+    initialization_problems,
+    initialize_from_encoder,
+    initialize_token_memory,
+)
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
@@ -79,7 +84,7 @@ def test_a_cut_encoder_has_a_fingerprint_and_costs_of_its_own(tmp_path):
         _cut(source, 2, ProcessGrid()),
     )
     assert cut.fingerprint == weights_fingerprint(cut.gpt) != whole.fingerprint
-    assert cut.flops_per_token(S) == whole.flops_per_token(S) / 2
+    assert encoding_flops(cut.config, S) == encoding_flops(whole.config, S) / 2
     with pytest.raises(ConfigError, match=r"model\.encoder\.layers=5: the encoder has 4 blocks"):
         _cut(source, 5, ProcessGrid())
 
@@ -135,3 +140,30 @@ def test_what_cannot_start_as_the_encoder_is_refused_by_name(changes, words):
     assert any(
         words in problem for problem in initialization_problems(replace(EGPT, **changes), GPT)
     )
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+def test_a_token_memory_begins_as_a_cache_over_the_encoders_states(tmp_path, layers):
+    """Keys and queries are the states' principal directions; a cut encoder's pass its norm."""
+    source = save_encoder(tmp_path, LLAMA)
+    with torch.no_grad():
+        whole = build_model(LLAMA, ProcessGrid(), seed=9)
+        whole.stack.norm.weight.copy_(torch.linspace(0.5, 1.5, 16))
+        save_weights(whole, tmp_path, ProcessGrid())
+    egpt = replace(EGPT.egpt, token_memory=True, memory_dim=5, memory_pointers=2)
+    config = replace(
+        LLAMA, kind="egpt", num_layers=1, egpt=egpt, encoder=EncoderConfig(source, layers)
+    )
+    encoder = FrozenEncoder.from_source(config.encoder, ProcessGrid())
+    model = build_model(config, ProcessGrid())
+    tokens = torch.randint(300, (12, S), generator=torch.Generator().manual_seed(2))
+    initialize_token_memory(model, encoder, source, tokens)
+    states = encoder(tokens).flatten(0, 1)
+    weight = whole.stack.norm.weight if layers else torch.ones(16)
+    directions = F.normalize(F.rms_norm(states, (16,), weight, config.layer_norm_eps), dim=-1)
+    _, _, expected = torch.linalg.svd(directions - directions.mean(0))
+    memory = model.token_memory
+    assert torch.equal(memory.query, memory.key)
+    for rows in memory.query.split(5):
+        similar = (rows @ expected[:5].T).abs()
+        torch.testing.assert_close(similar, torch.eye(5), rtol=0, atol=1e-3)

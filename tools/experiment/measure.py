@@ -15,11 +15,14 @@ import torch
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.windows import EvaluationWindows, TokenSource
 from megaegpt.errors import DataError
+from megaegpt.evaluation.carried_memory import CarriedMemory
 from megaegpt.evaluation.history import ShuffledHistory, ZeroHistory
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.labels import IGNORE
 from megaegpt.model.build import build_inputs
 from megaegpt.model.calling import ModelInputs, SequenceInputs
+from megaegpt.model.egpt.egpt import EGPT
+from megaegpt.model.egpt.held_tokens import MemoryLimits
 
 
 class Text:
@@ -70,8 +73,12 @@ def token_nats(
         dtype: the model computes in it.
         features: of an EGPT: one of ``megaegpt.evaluation.history.HISTORIES``.
     """
-    inputs, device = _inputs(loaded, text, dtype, features), loaded.model.grid.device
-    rows = []
+    return _nats(loaded, text, _inputs(loaded, text, dtype, features), batch_size)
+
+
+def _nats(loaded: LoadedModel, text: Text, inputs: ModelInputs, batch_size: int) -> np.ndarray:
+    """Feed the text's windows in order."""
+    device, rows = loaded.model.grid.device, []
     for first in range(0, len(text.windows), batch_size):
         numbers = np.arange(first, min(first + batch_size, len(text.windows)))
         windows = text.windows.batch(numbers)
@@ -81,6 +88,18 @@ def token_nats(
             nats = inputs.loss(loaded.model, on_device, "none")
         rows.append(nats.double().cpu().reshape(-1, text.num_chunks, text.chunk_size))
     return torch.cat(rows).numpy()
+
+
+def nats_with_memory(
+    loaded: LoadedModel, text: Text, dtype: torch.dtype, limits: MemoryLimits
+) -> np.ndarray:
+    """Nats of each target, (W, N, S) float64, of an EGPT whose token memory goes on over the whole
+    text.
+    """
+    assert isinstance(loaded.model, EGPT)
+    assert loaded.encoder is not None
+    inputs = CarriedMemory(loaded.model, loaded.encoder, dtype, limits)
+    return _nats(loaded, text, inputs, 1)
 
 
 def _inputs(loaded: LoadedModel, text: Text, dtype: torch.dtype, features: str) -> ModelInputs:

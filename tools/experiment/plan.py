@@ -45,6 +45,18 @@ class EncoderPlan:
 
 
 @dataclass(frozen=True)
+class ReadingPlan:
+    """One way in which the encoder reads the reported text by itself, with nothing trained."""
+
+    context: PositiveInt | None = None
+    """Tokens that it reads at once, whole chunks; None: one chunk."""
+    overlap: int = 0
+    """Tokens before those that it sees too."""
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    """Keys of ``model.rope_scaling``, to read more than it was trained on."""
+
+
+@dataclass(frozen=True)
 class ExperimentPlan:
     """Every variant, with every seed, on every corpus, within every budget."""
 
@@ -54,6 +66,8 @@ class ExperimentPlan:
     """By name, each with the keys of a corpus."""
     max_characters: PositiveInt | None = None
     """Of every text, from its start. None: all."""
+    train_tokens: PositiveInt | None = None
+    """The last so many of the training text. None: all."""
     selection_share: float = 0.3
     """Share of the held-out tokens, from their start, that checkpoints are chosen on; the rest is
     reported."""
@@ -71,6 +85,11 @@ class ExperimentPlan:
     """Equal budgets: always ``steps``; ``flops``, ``time``: further runs of the variants."""
     encoder: EncoderPlan = field(default_factory=EncoderPlan)
     """The frozen encoder."""
+    readings: dict[str, Any] = field(default_factory=dict)
+    """By name, ways in which the encoder reads alone, besides chunk by chunk."""
+    memory_tokens: PositiveInt | None = None
+    """Variants with a token memory are measured once more with a memory that goes on over the whole
+    reported text and holds so many tokens. None: they are not."""
     run: dict[str, Any] = field(default_factory=dict)
     """Sections of a run's configuration, the same for all variants."""
     variants: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +98,10 @@ class ExperimentPlan:
     def corpus(self, name: str) -> CorpusPlan:
         """A corpus by name (``load_plan`` has checked it)."""
         return parse_section(CorpusPlan, self.corpora[name], "", [])
+
+    def reading(self, name: str) -> ReadingPlan:
+        """A way of reading by name (``load_plan`` has checked it)."""
+        return parse_section(ReadingPlan, self.readings[name], "", [])
 
 
 def load_plan(path: str | Path) -> ExperimentPlan:
@@ -91,6 +114,8 @@ def load_plan(path: str | Path) -> ExperimentPlan:
     plan = parse_section(ExperimentPlan, values, "", problems)
     for name, corpus in plan.corpora.items():
         parse_section(CorpusPlan, corpus, f"corpora.{name}.", problems)
+    for name, reading in plan.readings.items():
+        parse_section(ReadingPlan, reading, f"readings.{name}.", problems)
     problems += [*range_problems(plan), *_problems(plan)]
     if not problems:
         for name in plan.variants:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megaegpt.evaluation.history import HISTORIES
-from tools.experiment.report import binned
+from tools.experiment.report import binned, readings_of
+from tools.experiment.runs import CARRIED
 
 _LINES = {"true": "-", "shuffled": "--", "zero": ":"}
 
@@ -17,7 +18,9 @@ def write_plots(report: dict[str, Any], folder: Path) -> list[str]:
     if not importlib.util.find_spec("matplotlib"):
         print("notice: no plots: they need matplotlib (pip install matplotlib)")
         return []
-    return [_plot(name, corpus, folder) for name, corpus in report["corpora"].items()]
+    corpora = report["corpora"].items()
+    plots = [_plot(name, corpus, folder) for name, corpus in corpora]
+    return plots + [_frontier(name, corpus, folder) for name, corpus in corpora]
 
 
 def _plot(name: str, corpus: dict[str, Any], folder: Path) -> str:
@@ -28,7 +31,7 @@ def _plot(name: str, corpus: dict[str, Any], folder: Path) -> str:
     _totals(totals, corpus)
     chunks.set(xlabel="earlier chunks there are", ylabel="nats/token", title="by chunk")
     positions.set(xlabel="position in the chunk", title="by position inside the chunk")
-    results = {"encoder alone": corpus["encoder"], **corpus["steps"]}
+    results = {**readings_of(corpus), **corpus["steps"]}
     for number, (variant, result) in enumerate(results.items()):
         for kind in HISTORIES:
             if (losses := result["losses"].get(kind)) is None:
@@ -46,9 +49,37 @@ def _plot(name: str, corpus: dict[str, Any], folder: Path) -> str:
     return path
 
 
+def _frontier(name: str, corpus: dict[str, Any], folder: Path) -> str:
+    """Loss against what reading a token costs, in operations and in bytes kept."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    by_flops, by_bytes = figure.subplots(1, 2, sharey=True)
+    alone, trained = readings_of(corpus), corpus["steps"]
+    for axes, cost in ((by_flops, "forward_flops"), (by_bytes, "cache_bytes")):
+        for results, marker in ((alone, "s"), (trained, "o")):
+            shown = {n: r for n, r in results.items() if r.get("cost")}
+            x = [r["cost"][cost] for r in shown.values()]
+            y = [r["losses"]["true"]["mean"] for r in shown.values()]
+            axes.plot(x, y, marker, label="trained" if results is trained else "encoder alone")
+            for label, *at in zip(shown, x, y, strict=True):
+                axes.annotate(label, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            carried = [r["losses"].get(CARRIED) for r in shown.values()]
+            points = [(a, c["mean"]) for a, c in zip(x, carried, strict=True) if c]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), "k^", fillstyle="none")
+        axes.grid(alpha=0.3)
+    by_flops.set(xlabel="operations of a forward pass, by token", ylabel="nats/token")
+    by_bytes.set(xlabel="bytes kept, by token of a window", xscale="log")
+    by_flops.legend(fontsize=8, title="triangles: memory of the whole text", title_fontsize=7)
+    figure.suptitle(f"{name}: loss against cost")
+    path = f"{name}_frontier.png"
+    figure.savefig(folder / path, dpi=110)
+    return path
+
+
 def _totals(axes: Any, corpus: dict[str, Any]) -> None:
     """Every budget's losses with their spread over seeds."""
-    rows = [("encoder alone", corpus["encoder"])]
+    rows = list(readings_of(corpus).items())
     for budget in ("steps", "flops", "time"):
         for variant, result in corpus.get(budget, {}).items():
             suffix = "" if budget == "steps" else f" ({budget})"

@@ -9,7 +9,7 @@ from typing import Any
 
 from megaegpt.errors import DataError
 from tools.experiment.plan import ExperimentPlan
-from tools.experiment.runs import RESULT, read_result
+from tools.experiment.runs import CARRIED, READINGS, RESULT, read_result
 
 _BUDGETS = {"steps": "equal steps", "flops": "equal training FLOPs", "time": "equal training time"}
 
@@ -41,6 +41,10 @@ def _machines(folder: Path) -> list[str]:
 
 def _corpus(plan: ExperimentPlan, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"encoder": _over_seeds([folder / "encoder"])}
+    readings = {name: folder / READINGS / name for name in plan.readings}
+    result["readings"] = {
+        name: _over_seeds([run]) for name, run in readings.items() if (run / RESULT).exists()
+    }
     if not any((folder / "steps").glob(f"*/*/{RESULT}")):
         raise DataError(f"{folder}: no variant is finished; train before it is reported")
     for budget in plan.budgets:
@@ -62,6 +66,7 @@ def _over_seeds(runs: list[Path]) -> dict[str, Any]:
         "bytes": first["losses"]["true"]["bytes"],
         "parameters": first["parameters"],
         "gates": [mean(layer) for layer in zip(*(r["gates"] for r in results), strict=True)],
+        "cost": first.get("cost"),
         "chosen_steps": [r["chosen_step"] for r in results if "chosen_step" in r],
         **{
             name: mean(t[name] for t in training)
@@ -193,7 +198,9 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
         "## What was found",
         "\n".join(f"- {sentence}." for sentence in report["findings"]),
         "A difference counts as one if it exceeds twice the larger standard deviation over seeds. "
-        "The encoder alone was not trained on the corpus; all others were.",
+        "The encoder alone was not trained on the corpus; all others were. MFLOP and bytes are "
+        "what reading costs by token of a window: operations of a forward pass, and what is kept "
+        "in numbers of two bytes; `document`: with a token memory over the whole text.",
     ]
     for name, corpus in report["corpora"].items():
         parts += [f"## {name}", _sizes(corpus)]
@@ -206,22 +213,34 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def readings_of(corpus: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The encoder alone, chunk by chunk, and in other ways."""
+    return {"encoder alone": corpus["encoder"], **corpus.get("readings", {})}
+
+
 def _sizes(corpus: dict[str, Any]) -> str:
     encoder = corpus["encoder"]
     return f"{encoder['tokens']:,} tokens ({encoder['bytes']:,} bytes) are reported."
 
 
 def _main_table(corpus: dict[str, Any], budget: str) -> str:
-    rows = {"encoder alone": corpus["encoder"], **corpus["steps"], **corpus[budget]}
-    header = ["", "seeds", "nats/token", "sd", "nats/byte", "shuffled", "zero", "steps", "GFLOP",
-              "parameters", "tokens/s", "GiB", "gates"]  # fmt: skip
+    rows = {**readings_of(corpus), **corpus["steps"], **corpus[budget]}
+    header = ["", "seeds", "nats/token", "sd", "nats/byte", "shuffled", "zero", "document",
+              "MFLOP/token", "bytes/token", "steps", "GFLOP", "parameters", "tokens/s", "GiB",
+              "gates"]  # fmt: skip
     return _table(header, [[name, *_cells(result)] for name, result in rows.items()])
 
 
 def _cells(result: dict[str, Any]) -> list[str]:
     losses = result["losses"]
     loss = losses["true"]
-    others = [f"{losses[k]['mean']:.4f}" if k in losses else "" for k in ("shuffled", "zero")]
+    others = [
+        f"{losses[k]['mean']:.4f}" if k in losses else "" for k in ("shuffled", "zero", CARRIED)
+    ]
+    if reading := result.get("cost"):
+        others += [f"{reading['forward_flops'] / 1e6:,.0f}", f"{reading['cache_bytes']:,.0f}"]
+    else:
+        others += ["", ""]
     cost = ["", "", f"{result['parameters']:,}", "", ""]
     if "flops" in result:
         cost = [
@@ -252,7 +271,7 @@ def _by_position(corpus: dict[str, Any]) -> str:
 
 def _lines(corpus: dict[str, Any], what: str) -> dict[str, list[float]]:
     """A series of numbers for every line of the table of equal steps."""
-    found = {"encoder alone": corpus["encoder"]["losses"]["true"][what]}
+    found = {n: reading["losses"]["true"][what] for n, reading in readings_of(corpus).items()}
     for name, result in corpus["steps"].items():
         for kind, losses in result["losses"].items():
             found[name if kind == "true" else f"{name}, {kind}"] = losses[what]

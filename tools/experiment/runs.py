@@ -14,7 +14,7 @@ import torch
 
 from megaegpt.config import RunConfig
 from megaegpt.config.loading import config_to_dict, config_to_yaml, load_config
-from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import CheckpointError, DataError
 from megaegpt.evaluation.history import HISTORIES
@@ -22,6 +22,7 @@ from megaegpt.files import locked_folder, write_whole
 from megaegpt.generation.trained import load_for_inference
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.json_files import conform, read_json
+from megaegpt.model.egpt.held_tokens import MemoryLimits
 from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.summary import measure_model
@@ -30,12 +31,16 @@ from megaegpt.report.runs import read_run
 from megaegpt.training.feature_stores import find_encoder
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.stopping import StopRequests
-from tools.experiment.measure import Text, summarize, token_nats
+from tools.experiment.costs import reading_cost, variant_cost
+from tools.experiment.measure import Text, nats_with_memory, summarize, token_nats
 from tools.experiment.place import describe_machine
-from tools.experiment.plan import Budget, ExperimentPlan, decoder_values, make_run
+from tools.experiment.plan import Budget, ExperimentPlan, ReadingPlan, decoder_values, make_run
+from tools.experiment.readings import load_reader, reading_nats
 from tools.experiment.texts import prepare_corpus, prepare_encoder_texts
 
-RESULT = "result.json"
+RESULT, READINGS = "result.json", "readings"
+CARRIED = "document"
+"""Losses with a token memory that goes on over the whole reported text."""
 
 
 class StoppedError(Exception):
@@ -54,7 +59,12 @@ class Experiment:
     def __init__(self, plan: ExperimentPlan, grid: ProcessGrid, stops: StopRequests) -> None:
         self.plan, self._grid, self._stops = plan, grid, stops
         self.folder = Path(plan.output)
-        self._tokenizer = Tokenizer.load()
+        self._source: Path | None = None  # the encoder's weights, where the plan names some
+        if plan.encoder.source is not None:
+            self._source = resolve_weights_source(plan.encoder.source, grid)
+        own = self._source is not None and has_tokenizer(self._source)
+        self._vocabulary = str(self._source) if own else None
+        self._tokenizer = load_tokenizer(self._vocabulary)
 
     def run(self) -> None:
         """Texts, encoder, and every run.
@@ -73,6 +83,8 @@ class Experiment:
         self._encoder = self._prepare_encoder()
         for name in self.plan.corpora:
             self._measure_encoder(name)
+            for reading in self.plan.readings:
+                self._measure_reading(name, reading)
             for budget in self.plan.budgets:
                 steps = self._steps(name, budget)  # type: ignore[arg-type]
                 for seed in range(1, self.plan.seeds + 1):
@@ -84,8 +96,8 @@ class Experiment:
     def _prepare_encoder(self) -> str:
         """Return the weights for ``model.encoder.source``; pretrain them if the plan names none."""
         encoder = self.plan.encoder
-        if encoder.source is not None:
-            return str(resolve_weights_source(encoder.source, self._grid))
+        if self._source is not None:
+            return str(self._source)
         data, folder = self.folder / "data" / "encoder", self.folder / "encoder"
         prepare_encoder_texts(self.plan, data, self._tokenizer)
         held_out = self.folder / "data" / next(iter(self.plan.corpora)) / "selection"
@@ -111,23 +123,51 @@ class Experiment:
         gpt = read_weights_config(self._encoder)[0]
         values = {"model": {**config_to_dict(gpt), "kind": "gpt"}}
         parameters = measure_model(make_run(values, folder)).parameters
-        self._finish(folder, config, {**result, "parameters": parameters, "training": {}})
+        cost = reading_cost(gpt, ReadingPlan(), config.model)
+        figures = {"parameters": parameters, "training": {}, "cost": cost}
+        self._finish(folder, config, {**result, **figures})
+
+    def _measure_reading(self, corpus: str, name: str) -> None:
+        """The encoder alone in another way."""
+        folder = self.folder / "runs" / corpus / READINGS / name
+        config = self._config(corpus, self.plan.baseline, folder, 1, None)
+        if self._is_done(folder, config):
+            return
+        print(f"\n=== {corpus}: the encoder alone, {name}", flush=True)
+        reading = self.plan.reading(name)
+        dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
+        gpt = load_reader(self._encoder, reading, self._grid, dtype)
+        text = self._reported(config)
+        nats = reading_nats(gpt, text, reading)
+        losses = summarize(nats, text, self._tokenizer.token_byte_lengths)
+        result = {
+            "losses": {"true": losses},
+            "gates": [],
+            "parameters": gpt.num_parameters(),
+            "training": {},
+            "cost": reading_cost(gpt.config, reading, config.model),
+        }
+        self._finish(folder, config, result)
 
     # -- the decoders -----------------------------------------------------------------------------
 
     def _config(
         self, corpus: str, variant: str, folder: Path, seed: int, steps: int | None
     ) -> RunConfig:
-        data = self.folder / "data" / corpus
+        data, values = self.folder / "data" / corpus, decoder_values(self.plan, variant)
         training = {"seed": seed} if steps is None else {"seed": seed, "steps": steps}
+        encoder = values["model"]["encoder"]
+        store = f"{encoder.get('layers') or 'all'}_layers_overlap_{encoder.get('overlap', 0)}"
         return make_run(
-            decoder_values(self.plan, variant),
+            values,
             folder,
             model={"encoder": {"source": self._encoder}},
             data={
                 "train": [str(data / "train")],
                 "validation": [str(data / "selection")],
+                "vocabulary": self._vocabulary,
                 "history_features": "online",
+                "features": str(data / "features" / store),
             },
             training=training,
         )
@@ -165,7 +205,9 @@ class Experiment:
         kinds = HISTORIES if config.model.has_history else ("true",)
         result = self._measure(config, str(weights), kinds)
         shutil.copytree(weights, folder / "weights", dirs_exist_ok=True)
-        figures = self._training_figures(config)
+        gpt = find_encoder(config)
+        assert gpt is not None
+        figures = {**self._training_figures(config), "cost": variant_cost(gpt, config.model)}
         self._finish(folder, config, {**result, **figures, "chosen_step": chosen})
 
     # -- one run ----------------------------------------------------------------------------------
@@ -181,16 +223,22 @@ class Experiment:
         """Losses on the reported part."""
         dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
         loaded = load_for_inference(weights, self._grid, dtype)
-        egpt = config.model.egpt
-        prefix = Path(config.data.validation[0]).with_name("report")
-        text = Text(TokenStream([str(prefix)]), egpt.num_chunks, egpt.chunk_size)
+        text = self._reported(config)
         byte_lengths = self._tokenizer.token_byte_lengths
         batch_size = config.training.micro_batch_size
         measured = {
             kind: summarize(token_nats(loaded, text, batch_size, dtype, kind), text, byte_lengths)
             for kind in kinds
         }
+        if config.model.egpt.token_memory and self.plan.memory_tokens is not None:
+            nats = nats_with_memory(loaded, text, dtype, MemoryLimits(self.plan.memory_tokens))
+            measured[CARRIED] = summarize(nats, text, byte_lengths)
         return {"losses": measured, "gates": list(loaded.model.metrics().values())}
+
+    def _reported(self, config: RunConfig) -> Text:
+        """The part of the held-out text that losses are reported of."""
+        prefix, egpt = Path(config.data.validation[0]).with_name("report"), config.model.egpt
+        return Text(TokenStream([str(prefix)]), egpt.num_chunks, egpt.chunk_size)
 
     def _training_figures(self, config: RunConfig) -> dict[str, Any]:
         """Collect the figures of a run: its tokens, operations, speed and memory."""

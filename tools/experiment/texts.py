@@ -34,12 +34,14 @@ def prepare_corpus(plan: ExperimentPlan, name: str, folder: Path, tokenizer: Tok
     """
     corpus = plan.corpus(name)
     cut = [plan.max_characters, plan.selection_share, plan.selection_tokens, plan.report_tokens]
+    if plan.train_tokens is not None:
+        cut.append(plan.train_tokens)
     made_of = {"corpus": plan.corpora[name], "cut": cut, "tokenizer": tokenizer.fingerprint}
     if _is_done(folder, made_of):
         return
     parts = _split(plan, corpus, tokenizer, folder)
     for part, tokens in zip(PARTS, parts, strict=True):
-        _write(folder / part, [tokens])
+        _write(folder / part, [tokens], tokenizer.dtype)
         print(f"{folder / part}: {len(tokens):,} tokens", flush=True)
     _mark_done(folder, made_of)
 
@@ -60,7 +62,8 @@ def prepare_encoder_texts(plan: ExperimentPlan, folder: Path, tokenizer: Tokeniz
     if _is_done(folder, made_of):
         return
     texts = itertools.islice(_texts(encoder.texts, plan, folder), encoder.documents)
-    count = _write(folder / "train", (_encode(text, tokenizer) for text in texts))
+    documents = (_encode(text, tokenizer) for text in texts)
+    count = _write(folder / "train", documents, tokenizer.dtype)
     print(f"{folder / 'train'}: {count:,} tokens", flush=True)
     _mark_done(folder, made_of)
 
@@ -79,6 +82,7 @@ def _split(
     else:
         train, held_out = np.split(train, [int(len(train) * corpus.train_share)])
     selection, report = np.split(held_out, [int(len(held_out) * plan.selection_share)])
+    train = train[-(plan.train_tokens or len(train)) :]
     return train, selection[: plan.selection_tokens], report[: plan.report_tokens]
 
 
@@ -116,12 +120,12 @@ def _find(name: str) -> Path:
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    return np.append(tokenizer.encode_numpy(text), tokenizer.eot_token).astype(np.uint16)
+    return np.append(tokenizer.encode_numpy(text), tokenizer.eot_token)
 
 
-def _write(prefix: Path, documents: Iterable[np.ndarray]) -> int:
+def _write(prefix: Path, documents: Iterable[np.ndarray], dtype: np.dtype[Any]) -> int:
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with ShardWriter(prefix) as writer:
+    with ShardWriter(prefix, dtype) as writer:
         for tokens in documents:
             writer.add_document(tokens)
         return writer.finish().tokens

@@ -80,13 +80,16 @@ def test_every_variant_is_measured_with_every_seed(report):
     assert list(corpus["steps"]) == ["deepgpt", "egpt_no_history", "egpt", "egpt_improved"]
     for name, result in corpus["steps"].items():
         kinds = ["true", "shuffled", "zero"] if name in ("egpt", "egpt_improved") else ["true"]
+        kinds += ["document"] if name == "egpt_improved" else []  # it has a token memory
         assert list(result["losses"]) == kinds
+        assert result["cost"]["forward_flops"] > 0 < result["cost"]["cache_bytes"]
         losses = result["losses"]["true"]
         assert len(set(losses["by_seed"])) == 2
         assert len(losses["by_chunk"]) == 4
         assert len(losses["by_position"]) == 16
         assert losses["mean"] < math.log(50257)
         assert result["tokens"] == corpus["encoder"]["tokens"]
+    assert list(corpus["readings"]) == ["behind_8", "dense"]
     assert corpus["steps"]["deepgpt"]["parameters"] < corpus["steps"]["egpt"]["parameters"]
     assert corpus["steps"]["egpt_improved"]["gates"][0] > 0
 
@@ -125,8 +128,9 @@ def test_the_chosen_checkpoint_is_the_best_on_the_selection_part(report, output)
 
 def test_the_page_has_a_verdict_for_every_variant_and_a_figure(report, output):
     plots = write_plots(report, output)
-    assert plots == ["bible.png"]
-    assert (output / "bible.png").read_bytes().startswith(b"\x89PNG")
+    assert plots == ["bible.png", "bible_frontier.png"]
+    for plot in plots:
+        assert (output / plot).read_bytes().startswith(b"\x89PNG")
     page = markdown(report, plots)
     for words in ("egpt_improved", "encoder alone", "![bible.png]", "By position", "8-15"):
         assert words in page

@@ -1,0 +1,98 @@
+"""The model of a run as it is at step 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megaegpt.config import RunConfig
+from megaegpt.errors import CheckpointError
+from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.model.build import Model, build_model
+from megaegpt.model.egpt.egpt import EGPT
+from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.initialization import initialize_from_encoder, initialize_token_memory
+from megaegpt.model.parts import freeze
+from megaegpt.model.weights import load_weights, read_weights_config
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.together import raising_together
+from megaegpt.training.consistency import check_ranks_agree, weights_facts
+from megaegpt.training.identity import check_initialization
+from megaegpt.training.run_data import RunData
+
+MEMORY_SAMPLE = 8192
+"""Tokens of the training text on whose states a token memory begins."""
+
+
+def starting_model(
+    config: RunConfig,
+    grid: ProcessGrid,
+    data: RunData,
+    encoder: FrozenEncoder | None,
+    compiles: bool,
+    notices: list[str],
+    new: bool,
+) -> Model:
+    """Return the model as it is at step 0: random, or from weights, or from its encoder's end.
+    Collective over all ranks.
+
+    Args:
+        compiles: its blocks, and the encoder's.
+        notices: what should be known of these weights is added.
+        new: no checkpoint will overwrite the weights.
+
+    Raises:
+        ConfigError: ``training.freeze`` does not fit the model.
+        CheckpointError: weights that it starts from are missing, damaged or do not fit.
+    """
+    if encoder is not None and compiles:
+        encoder.gpt.stack.compile_blocks()
+    training = config.training
+    model = build_model(
+        config.model,
+        grid,
+        seed=training.seed,
+        activation_checkpointing=training.activation_checkpointing,
+        compile_blocks=compiles,
+    )
+    if encoder is not None and config.model.encoder.initialize_decoder:
+        source = resolve_weights_source(str(config.model.encoder.source), grid)
+        with raising_together(grid):
+            initialize_from_encoder(model, source, grid)
+    if encoder is not None and new and config.model.egpt.token_memory:
+        _initialize_memory(config, grid, data, encoder, model)
+    if training.initialize_from is not None:
+        weights = resolve_weights_source(training.initialize_from, grid)
+        check_ranks_agree(lambda: weights_facts("training.initialize_from", weights), grid)
+        with raising_together(grid):
+            _check_encoder(weights, encoder)
+            notices += check_initialization(config.model, weights)
+            load_weights(model, weights, grid)
+    with raising_together(grid):
+        freeze(model, training.freeze)
+    return model
+
+
+def _initialize_memory(
+    config: RunConfig, grid: ProcessGrid, data: RunData, encoder: FrozenEncoder, model: Model
+) -> None:
+    """Begin a token memory on the states of the first chunks of the training text."""
+    assert isinstance(model, EGPT)
+    stream, size = data.streams["train"], config.model.egpt.chunk_size
+    chunks = min(len(stream) // size, max(1, MEMORY_SAMPLE // size))
+    tokens = torch.from_numpy(stream.read(0, chunks * size).astype(np.int64)).view(-1, size)
+    source = resolve_weights_source(str(config.model.encoder.source), grid)
+    initialize_token_memory(model, encoder, source, tokens)
+
+
+def _check_encoder(weights: Path, encoder: FrozenEncoder | None) -> None:
+    """A decoder goes on over the encoder it was trained with."""
+    kept = read_weights_config(weights)[1]
+    if encoder is None or kept.get("encoder_fingerprint") is None:
+        return
+    if (difference := encoder.difference(kept)) is not None:
+        raise CheckpointError(
+            f"{weights} was trained over another encoder than model.encoder.source: {difference}"
+        )

@@ -1,0 +1,67 @@
+"""Nats of every token of a text by the frozen encoder alone: with an overlap, or densely over more
+than a chunk.
+
+Shapes: W windows, N chunks, S chunk size, L tokens read at once, O overlap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megaegpt.config import RopeScalingConfig
+from megaegpt.data.tokens.windows import EvaluationWindows, tokens_before
+from megaegpt.errors import ConfigError
+from megaegpt.labels import IGNORE
+from megaegpt.model.build import empty_model
+from megaegpt.model.gpt import GPT
+from megaegpt.model.weights import load_weights, read_weights_config
+from megaegpt.parallel.grid import ProcessGrid
+from tools.experiment.measure import Text
+from tools.experiment.plan import ReadingPlan
+
+
+def load_reader(weights: str, reading: ReadingPlan, grid: ProcessGrid, dtype: torch.dtype) -> GPT:
+    """The encoder as a GPT, in eval mode, with the reading's rotary scaling.
+
+    Raises:
+        ConfigError: the reading is longer than the encoder's context.
+    """
+    config = read_weights_config(weights)[0]
+    if reading.rope_scaling:
+        scaling = RopeScalingConfig(**reading.rope_scaling)
+        longer = int(config.max_seq_len * scaling.factor)
+        config = dataclasses.replace(config, rope_scaling=scaling, max_seq_len=longer)
+    length = (reading.context or 0) + reading.overlap
+    if length > config.max_seq_len:
+        raise ConfigError(f"{weights} sees {config.max_seq_len} tokens, a reading needs {length}")
+    model = empty_model(config, grid).to(device=grid.device, dtype=dtype)
+    load_weights(model, weights, grid)
+    assert isinstance(model, GPT)
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def reading_nats(gpt: GPT, text: Text, reading: ReadingPlan) -> np.ndarray:
+    """Nats of each target, (W, N, S) float64; 0 where there is none."""
+    length, overlap = reading.context or text.chunk_size, reading.overlap
+    windows = EvaluationWindows(text.source, length)
+    nats = np.zeros(text.targets.size)
+    for number in tqdm(range(len(windows)), "the encoder alone", unit="window"):
+        batch = windows.batch(np.array([number]))
+        before = tokens_before(text.source, number * length, overlap)
+        if number * length < overlap:  # nothing, or not enough, is before it
+            before = before[:0]
+        tokens = np.concatenate([before, batch["tokens"][0]])
+        targets = np.concatenate([np.full(len(before), IGNORE), batch["targets"][0]])
+        found = gpt(
+            *(torch.from_numpy(x)[None].to(gpt.grid.device) for x in (tokens, targets)),
+            reduction="none",
+        )
+        own = found[0, len(before) :].double().cpu().numpy()
+        part = slice(number * length, min((number + 1) * length, nats.size))
+        nats[part] = own[: part.stop - part.start]
+    return nats.reshape(text.targets.shape)
