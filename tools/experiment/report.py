@@ -11,6 +11,7 @@ from megaegpt.errors import DataError
 from tools.experiment.plan import ExperimentPlan
 from tools.experiment.runs import CARRIED, READINGS, RESULT, read_result
 
+_READING_COST = ("document", "MFLOP/token", "bytes/token")
 _BUDGETS = {"steps": "equal steps", "flops": "equal training FLOPs", "time": "equal training time"}
 
 
@@ -225,10 +226,13 @@ def _sizes(corpus: dict[str, Any]) -> str:
 
 def _main_table(corpus: dict[str, Any], budget: str) -> str:
     rows = {**readings_of(corpus), **corpus["steps"], **corpus[budget]}
-    header = ["", "seeds", "nats/token", "sd", "nats/byte", "shuffled", "zero", "document",
-              "MFLOP/token", "bytes/token", "steps", "GFLOP", "parameters", "tokens/s", "GiB",
-              "gates"]  # fmt: skip
-    return _table(header, [[name, *_cells(result)] for name, result in rows.items()])
+    header = ["", "seeds", "nats/token", "sd", "nats/byte", "shuffled", "zero", *_READING_COST,
+              "steps", "GFLOP", "parameters", "tokens/s", "GiB", "gates"]  # fmt: skip
+    cells = [header, *([name, *_cells(result)] for name, result in rows.items())]
+    counted = any(result.get("cost") for result in rows.values())  # a report of old has no costs
+    shown = [n for n, title in enumerate(header) if counted or title not in _READING_COST]
+    header, *lines = [[row[n] for n in shown] for row in cells]
+    return _table(header, lines)
 
 
 def _cells(result: dict[str, Any]) -> list[str]:
