@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -39,29 +38,35 @@ MODELS = {
     "gpt_untied": replace(GPT, tied_embeddings=False),
     "egpt": EGPT,
     "egpt_improved": IMPROVED,
+    "egpt_memory": replace(
+        EGPT,
+        egpt=replace(EGPT.egpt, token_memory=True, memory_dim=8, memory_pointers=2),
+    ),
     "deepgpt": replace(EGPT, kind="deepgpt"),
 }
 STEPS, VARIANT_STEPS = 20, 10
 
 
-def _batch(config: ModelConfig, step: int, dtype: torch.dtype) -> tuple[Any, ...]:
+def _batch(config: ModelConfig, step: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     if config.kind == "gpt":
         tokens = torch.randint(config.vocab_size, (2, 13), generator=generator)
-        return tokens[:, :-1], tokens[:, 1:].clone()
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:].clone()}
     egpt = config.egpt
     shape = (2, egpt.num_chunks, egpt.chunk_size)
     states = torch.randn(*shape, 32, generator=generator, dtype=torch.float64).to(dtype)
     targets = torch.randint(config.vocab_size, shape, generator=generator)
     targets[0, 0, :2] = -100
+    batch = {"token_states": states, "targets": targets}
     if config.kind == "deepgpt":
-        return states, targets
+        return batch
     features = torch.randn(2, 2, egpt.features_per_chunk, 32, generator=generator)
-    if not egpt.token_counts:
-        return states, features.to(dtype), targets
+    batch["features"] = features.to(dtype)
+    if not (egpt.token_counts or egpt.token_memory):
+        return batch
     earlier = torch.randint(config.vocab_size, (2, 2, egpt.chunk_size), generator=generator)
     earlier[:, 0] = targets[:, 2].clamp(min=0)  # some come again
-    return states, features.to(dtype), targets, "sum", earlier
+    return batch | {"earlier_tokens": earlier}
 
 
 def _global_norm(model: torch.nn.Module, grid: ProcessGrid) -> float:
@@ -78,11 +83,11 @@ def _run(config: ModelConfig, grid: ProcessGrid, dtype: torch.dtype, steps: int)
     """
     model = build_model(config, grid).to(dtype)
     batch = _batch(config, 0, dtype)
-    loss = model(*batch)
+    loss = model(**batch)
     loss.backward()
     with torch.no_grad():
-        inputs = batch[: 1 if config.kind != "egpt" else 2]  # what comes before the targets
-        logits = model.head.full_logits(model.hidden_states(*inputs))
+        inputs = {n: x for n, x in batch.items() if n in ("tokens", "token_states", "features")}
+        logits = model.head.full_logits(model.hidden_states(**inputs))
     result = {
         "loss": loss.item(),
         "logits": logits,
@@ -93,20 +98,21 @@ def _run(config: ModelConfig, grid: ProcessGrid, dtype: torch.dtype, steps: int)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     for step in range(steps):
         optimizer.zero_grad()
-        loss = model(*_batch(config, step, dtype)) / 24
+        loss = model(**_batch(config, step, dtype)) / 24
         loss.backward()
         optimizer.step()
         result["losses"].append(loss.item())
-    return result | {"cached": _cached_logits(model, batch[0])}
+    return result | {"cached": _cached_logits(model, batch)}
 
 
 @torch.no_grad()
-def _cached_logits(model: Model, tokens: torch.Tensor) -> torch.Tensor:
+def _cached_logits(model: Model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """A GPT's logits, read from the cache in pieces; nothing of other models."""
     if model.config.kind != "gpt":
         return torch.zeros(1)
     cache = KVCache(model.config, model.grid, 2, 12, dtype=model.head.weight.dtype)
-    states = [model.hidden_states(piece, cache) for piece in tokens.split([7, 4, 1], dim=1)]
+    pieces = batch["tokens"].split([7, 4, 1], dim=1)
+    states = [model.hidden_states(piece, cache) for piece in pieces]
     return model.head.full_logits(torch.cat(states, dim=1))
 
 
@@ -198,7 +204,7 @@ def _dropout_gradients(recompute: str) -> dict[str, torch.Tensor]:
     config = replace(GPT, dropout=0.3)
     model = build_model(config, grid, activation_checkpointing=recompute)
     torch.manual_seed(5)
-    model(*_batch(config, 0, torch.float32)).backward()
+    model(**_batch(config, 0, torch.float32)).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -224,7 +230,7 @@ def _compiled_differences() -> float:
         for block in compiled.stack.blocks:
             block.compile(backend="eager", fullgraph=True)
         for model in (kept, compiled):
-            model(*_batch(config, 0, torch.float32)).backward()
+            model(**_batch(config, 0, torch.float32)).backward()
         pairs = zip(kept.parameters(), compiled.parameters(), strict=True)
         largest = max(largest, *((a.grad - b.grad).abs().max().item() for a, b in pairs))
     return largest

@@ -53,7 +53,8 @@ def naive(kind: str) -> dict[str, list[float]]:
         features = chunk_features(states[:, :-1], model.config.egpt)
         donor = (window + 2) % 4
         others = tokens[donor * WINDOW : (donor + 1) * WINDOW].view(shape)
-        foreign = chunk_features(encoder(others)[:, :-1], model.config.egpt)
+        states_of = {"true": states, "shuffled": encoder(others), "zero": states}
+        foreign = chunk_features(states_of["shuffled"][:, :-1], model.config.egpt)
         own = inputs.view(shape)
         histories = {
             "true": (features, own),
@@ -61,8 +62,13 @@ def naive(kind: str) -> dict[str, list[float]]:
             "zero": (torch.zeros_like(features), torch.full_like(own, -1)),
         }
         for name, (history, earlier) in histories.items():
-            counts_of = [earlier[:, :-1]] if model.config.egpt.token_counts else []
-            nats = model(states, history, targets.view(shape), "none", *counts_of)
+            more = {}
+            if model.config.egpt.token_counts:
+                more = {"earlier_tokens": earlier[:, :-1]}
+            if model.config.egpt.token_memory:
+                behind = earlier.flatten(1)[:, 1 : WINDOW - CHUNK + 1].view(1, CHUNKS - 1, CHUNK)
+                more = {"earlier_tokens": behind, "earlier_states": states_of[name][:, :-1]}
+            nats = model(states, history, targets.view(shape), "none", **more)
             sums[name] += nats.double().sum((0, 2))
         counts += (targets.view(shape) >= 0).sum((0, 2))
     return {name: (sums[name] / counts).tolist() for name in HISTORIES}
@@ -73,7 +79,7 @@ def _compare(kind: str, tp_size: int) -> dict[str, Evaluation]:
     return compare_histories(load(kind, grid), Text(), grid, 2, torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["egpt", "egpt_counts"])
+@pytest.mark.parametrize("kind", ["egpt", "egpt_counts", "egpt_memory"])
 def test_the_report_is_that_of_a_loop_over_windows_on_any_ranks(
     distributed: Distributed, kind: str
 ) -> None:
