@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 
 from tests.distributed.harness import Distributed
 
+settings.register_profile("any machine", deadline=None)  # how fast an example runs is its matter
+settings.load_profile("any machine")
 torch.set_num_threads(1)  # more would wait for the other test process and for the ranks
 
 

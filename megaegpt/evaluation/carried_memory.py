@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megaegpt.data.features.store import FeatureStore
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.windows import TokenSource
 from megaegpt.errors import ConfigError
@@ -31,12 +32,18 @@ class CarriedMemory(EGPTInputs):
         encode: its frozen encoder.
         dtype: what the model computes in.
         limits: what is held before a window; the oldest chunks leave.
+        token_states: store of the text's encoder states; None: it is encoded.
     """
 
     def __init__(
-        self, model: EGPT, encode: Encode, dtype: torch.dtype, limits: MemoryLimits
+        self,
+        model: EGPT,
+        encode: Encode,
+        dtype: torch.dtype,
+        limits: MemoryLimits,
+        token_states: FeatureStore | None = None,
     ) -> None:
-        super().__init__(model.config, encode, dtype)
+        super().__init__(model.config, encode, dtype, token_states)
         self._model, self._limits = model, limits
         self._held, self._next_chunk = self._nothing(), 0
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megaegpt.data.features.store import FeatureStore
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.windows import TokenSource, tokens_before
 from megaegpt.errors import ConfigError, DataError
@@ -47,9 +48,15 @@ class ShuffledHistory(EGPTInputs):
         DataError: the text has no second whole window.
     """
 
-    def __init__(self, loaded: LoadedModel, dtype: torch.dtype, source: TokenSource) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        dtype: torch.dtype,
+        source: TokenSource,
+        token_states: FeatureStore | None = None,
+    ) -> None:
         config = loaded.model.config
-        super().__init__(config, _encoder(loaded), dtype)
+        super().__init__(config, _encoder(loaded), dtype, token_states)
         self._egpt, self._source = config.egpt, source
         self._whole = len(source) // config.sample_len
         if self._whole < 2:
@@ -73,13 +80,19 @@ class ShuffledHistory(EGPTInputs):
         text = torch.from_numpy(np.stack(rows).astype(np.int64))
         for name, tokens in (("donors", text[:, :-1]), ("behind_donors", text[:, 1:])):
             prepared |= {name: tokens.unflatten(1, (chunks - 1, size))}
-        if overlap := self._config.encoder.overlap:
+        if self._token_states is not None:
+            chunk_ids = np.array(firsts)[:, None] + np.arange(chunks - 1)
+            prepared |= {"states_of_donors": self._token_states.token_states(chunk_ids)}
+        elif overlap := self._config.encoder.overlap:
             before = [tokens_before(self._source, first * size, overlap) for first in firsts]
             prepared |= {"before_donors": torch.from_numpy(np.stack(before))}
         return prepared
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
-        states = self._encoded(batch["donors"], batch.get("before_donors"))
+        if "states_of_donors" in batch:
+            states = batch["states_of_donors"].to(self._dtype)
+        else:
+            states = self._encoded(batch["donors"], batch.get("before_donors"))
         features = chunk_features(states, self._egpt)
         arguments = super().arguments({**batch, "features": features})
         if self._egpt.token_counts:

@@ -74,7 +74,7 @@ def _probabilities(model: EGPT, query, memory, hidden: torch.Tensor) -> torch.Te
     scores = query.queries[0, 0] @ memory.keys[0, 0].T + memory.distance_bias[0, distance]
     weights = scores.softmax(-1)
     pointed = torch.zeros_like(by_head).index_add_(1, memory.successors[0], weights)
-    gate = query.gates[0, 0] + model.token_memory.by_peak * weights.amax(-1).log()
+    gate = query.gates[0, 0]  # a new memory's, which is not moved by how sure it is
     share = gate.sigmoid().unsqueeze(-1)
     return (1 - share) * by_head + share * pointed
 

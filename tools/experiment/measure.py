@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megaegpt.data.features.store import FeatureStore
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.windows import EvaluationWindows, TokenSource
 from megaegpt.errors import DataError
@@ -62,7 +63,12 @@ class ChunksApart(SequenceInputs):
 
 
 def token_nats(
-    loaded: LoadedModel, text: Text, batch_size: int, dtype: torch.dtype, features: str = "true"
+    loaded: LoadedModel,
+    text: Text,
+    batch_size: int,
+    dtype: torch.dtype,
+    features: str = "true",
+    store: FeatureStore | None = None,
 ) -> np.ndarray:
     """Nats of each target, (W, N, S) float64; 0 where there is none.
 
@@ -72,8 +78,9 @@ def token_nats(
         batch_size: windows at once.
         dtype: the model computes in it.
         features: of an EGPT: one of ``megaegpt.evaluation.history.HISTORIES``.
+        store: the text's encoder states; None: they are computed.
     """
-    return _nats(loaded, text, _inputs(loaded, text, dtype, features), batch_size)
+    return _nats(loaded, text, _inputs(loaded, text, dtype, features, store), batch_size)
 
 
 def _nats(loaded: LoadedModel, text: Text, inputs: ModelInputs, batch_size: int) -> np.ndarray:
@@ -91,24 +98,31 @@ def _nats(loaded: LoadedModel, text: Text, inputs: ModelInputs, batch_size: int)
 
 
 def nats_with_memory(
-    loaded: LoadedModel, text: Text, dtype: torch.dtype, limits: MemoryLimits
+    loaded: LoadedModel,
+    text: Text,
+    dtype: torch.dtype,
+    limits: MemoryLimits,
+    store: FeatureStore | None = None,
 ) -> np.ndarray:
     """Nats of each target, (W, N, S) float64, of an EGPT whose token memory goes on over the whole
     text.
     """
     assert isinstance(loaded.model, EGPT)
     assert loaded.encoder is not None
-    inputs = CarriedMemory(loaded.model, loaded.encoder, dtype, limits)
+    inputs = CarriedMemory(loaded.model, loaded.encoder, dtype, limits, store)
     return _nats(loaded, text, inputs, 1)
 
 
-def _inputs(loaded: LoadedModel, text: Text, dtype: torch.dtype, features: str) -> ModelInputs:
+def _inputs(
+    loaded: LoadedModel, text: Text, dtype: torch.dtype, features: str, store: FeatureStore | None
+) -> ModelInputs:
     if loaded.encoder is None:
         return ChunksApart(text.chunk_size)
     if features == "shuffled":
-        return ShuffledHistory(loaded, dtype, text.source)
-    make = ZeroHistory if features == "zero" else build_inputs
-    return make(loaded.model.config, loaded.encoder, dtype)
+        return ShuffledHistory(loaded, dtype, text.source, store)
+    if features == "zero":
+        return ZeroHistory(loaded.model.config, loaded.encoder, dtype, store)
+    return build_inputs(loaded.model.config, loaded.encoder, dtype, token_states=store)
 
 
 def summarize(nats: np.ndarray, text: Text, byte_lengths: np.ndarray) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from megaegpt.files import locked_folder, write_whole
 from megaegpt.generation.trained import load_for_inference
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.json_files import conform, read_json
+from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.egpt.held_tokens import MemoryLimits
 from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.summary import measure_model
 from megaegpt.precision import DTYPES, resolve_precision
 from megaegpt.report.runs import read_run
-from megaegpt.training.feature_stores import find_encoder
+from megaegpt.training.feature_stores import find_encoder, prepare_store
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.stopping import StopRequests
 from tools.experiment.costs import reading_cost, variant_cost
@@ -83,13 +84,13 @@ class Experiment:
         self._encoder = self._prepare_encoder()
         for name in self.plan.corpora:
             self._measure_encoder(name)
-            for reading in self.plan.readings:
-                self._measure_reading(name, reading)
             for budget in self.plan.budgets:
                 steps = self._steps(name, budget)  # type: ignore[arg-type]
                 for seed in range(1, self.plan.seeds + 1):
                     for variant in steps:
                         self._run_variant(name, variant, budget, seed, steps[variant])
+            for reading in self.plan.readings:
+                self._measure_reading(name, reading)
 
     # -- the encoder ------------------------------------------------------------------------------
 
@@ -223,15 +224,21 @@ class Experiment:
         """Losses on the reported part."""
         dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
         loaded = load_for_inference(weights, self._grid, dtype)
-        text = self._reported(config)
+        text, store = self._reported(config), None
+        if loaded.encoder is not None and config.data.token_features == "stored":
+            precision = resolve_precision(config.training.precision, self._grid.device)
+            source = text.source
+            assert isinstance(source, TokenStream)
+            store = prepare_store(config, self._grid, loaded.encoder, source, "report", precision)
         byte_lengths = self._tokenizer.token_byte_lengths
-        batch_size = config.training.micro_batch_size
-        measured = {
-            kind: summarize(token_nats(loaded, text, batch_size, dtype, kind), text, byte_lengths)
-            for kind in kinds
-        }
-        if config.model.egpt.token_memory and self.plan.memory_tokens is not None:
-            nats = nats_with_memory(loaded, text, dtype, MemoryLimits(self.plan.memory_tokens))
+        measured = {}
+        for kind in kinds:
+            nats = token_nats(loaded, text, config.training.micro_batch_size, dtype, kind, store)
+            measured[kind] = summarize(nats, text, byte_lengths)
+        remembers = isinstance(loaded.model, EGPT) and loaded.model.token_memory is not None
+        if remembers and self.plan.memory_tokens is not None:
+            limits = MemoryLimits(self.plan.memory_tokens)
+            nats = nats_with_memory(loaded, text, dtype, limits, store)
             measured[CARRIED] = summarize(nats, text, byte_lengths)
         return {"losses": measured, "gates": list(loaded.model.metrics().values())}
 

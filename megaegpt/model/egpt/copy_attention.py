@@ -42,14 +42,17 @@ class Keys(NamedTuple):
 
 
 class Pointers(NamedTuple):
-    """What the pointers say of each query's target."""
+    """What the pointers say of each query's target, and how sure they are."""
 
     probability: Tensor
     """(B, H, T) of the target; 0 where nothing is seen."""
-    log_sum: Tensor
-    """(B, H, T): log of the sum of exponentials of the scores; -inf where nothing is seen."""
+    largest: Tensor
+    """(B, H, T): the largest score, without a gradient; -inf where nothing is seen."""
     peak: Tensor
-    """(B, H, T): log of the largest weight, without a gradient; 0 where nothing is seen."""
+    """(B, H, T): log of its weight, without a gradient; 0 where nothing is seen."""
+    agreement: Tensor
+    """(B, H, T): log of the weight of all keys with its successor, without a gradient; 0 where
+    nothing is seen."""
 
 
 class _Block(NamedTuple):
@@ -124,8 +127,25 @@ def _weights(scores: Tensor, log_sum: Tensor) -> Tensor:
     return scores.sub_(log_sum.masked_fill(nothing, 0.0).unsqueeze(-1)).exp_()
 
 
+def _weigh(
+    scores: Tensor, successors: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Weights, in place of the scores (B, H, rows, num_keys), their log_sum (B, H, rows), and how
+    sure they are: ``largest``, ``peak`` and ``agreement``, see :class:`Pointers`.
+    """
+    log_sum = scores.logsumexp(-1)
+    largest, nearest = scores.max(-1)  # (B, H, rows)
+    nothing = largest == -torch.inf
+    weights = _weights(scores, log_sum)
+    known = successors[:, : scores.shape[-1]]  # (B, num_keys)
+    likeliest = known.gather(1, nearest.flatten(1)).view_as(nearest)
+    agrees = known[:, None, None] == likeliest.unsqueeze(-1)
+    agreement = (weights * agrees).sum(-1).log().masked_fill(nothing, 0.0)
+    return weights, log_sum, (largest, (largest - log_sum).masked_fill(nothing, 0.0), agreement)
+
+
 class _CopyAttention(torch.autograd.Function):
-    """Probability and log_sum are differentiable by queries, keys and distance_bias."""
+    """The probability is differentiable by queries, keys and distance_bias."""
 
     @staticmethod
     def forward(
@@ -137,29 +157,28 @@ class _CopyAttention(torch.autograd.Function):
         targets: Tensor,
         first_chunk: int,
         from_chunk: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         precise = torch.promote_types(queries.dtype, torch.float32)
         memory = memory._replace(keys=keys, distance_bias=distance_bias)
         shape, device = queries.shape[:3], queries.device
-        probability = torch.zeros(shape, dtype=precise, device=device)
-        log_sum = torch.full(shape, -torch.inf, dtype=precise, device=device)
-        peak = torch.zeros(shape, dtype=precise, device=device)
+        probability, log_sum, peak, agreement = (
+            torch.zeros(shape, dtype=precise, device=device) for _ in range(4)
+        )
+        largest = torch.full(shape, -torch.inf, dtype=precise, device=device)
         for block in _blocks(queries, memory, first_chunk):
             part = (..., block.rows)
             scores = _scores(queries[:, :, block.rows], memory, block, _row(from_chunk, block))
-            log_sum[part] = scores.logsumexp(-1)
-            largest = scores.amax(-1)
-            peak[part] = torch.where(largest == -torch.inf, 0.0, largest - log_sum[part])
-            weights = _weights(scores, log_sum[part])
+            weights, log_sum[part], sureness = _weigh(scores, memory.successors)
+            largest[part], peak[part], agreement[part] = sureness
             probability[part] = weights.mul_(_hits(memory, targets, block)).sum(-1)
         ctx.save_for_backward(queries, keys, distance_bias, targets, probability, log_sum)
         ctx.memory, ctx.first_chunk, ctx.from_chunk = memory, first_chunk, from_chunk
-        ctx.mark_non_differentiable(peak)
-        return probability, log_sum, peak
+        ctx.mark_non_differentiable(largest, peak, agreement)
+        return probability, largest, peak, agreement
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        by_probability, by_log_sum, _ = grads
+        by_probability = grads[0]
         queries, keys, distance_bias, targets, probability, log_sum = ctx.saved_tensors
         memory: Keys = ctx.memory._replace(keys=keys, distance_bias=distance_bias)
         by_queries = torch.zeros_like(queries, dtype=log_sum.dtype)
@@ -170,10 +189,9 @@ class _CopyAttention(torch.autograd.Function):
             rows = queries[:, :, block.rows]
             scores = _scores(rows, memory, block, _row(ctx.from_chunk, block))
             weights = _weights(scores, log_sum[part])
-            factor = torch.where(
-                _hits(memory, targets, block), by_probability[part].unsqueeze(-1), 0.0
-            )
-            factor += (by_log_sum[part] - by_probability[part] * probability[part]).unsqueeze(-1)
+            hits = _hits(memory, targets, block).to(weights.dtype)
+            factor = hits - probability[part].unsqueeze(-1)
+            factor *= by_probability[part].unsqueeze(-1)
             by_scores = weights.mul_(factor)  # (B, H, rows, num_keys)
             seen = slice(0, block.num_keys)
             by_queries[:, :, block.rows] = by_scores @ keys[:, :, seen].to(by_scores.dtype)
@@ -234,10 +252,9 @@ def pointed_at(queries: Tensor, memory: Keys, chunk: int) -> tuple[Tensor, Point
     first key's, and the pointers, without any target. No gradient.
     """
     count = memory.keys.shape[2]
+    zeros = queries.new_zeros(queries.shape[:3], dtype=torch.float32)
     if count == 0:
-        empty = queries.new_zeros(queries.shape[:3], dtype=torch.float32)
-        return empty.unsqueeze(-1)[..., :0], Pointers(empty, empty - torch.inf, empty)
+        return zeros.unsqueeze(-1)[..., :0], Pointers(zeros, zeros - torch.inf, zeros, zeros)
     scores = _scores(queries, memory, _Block(slice(0, queries.shape[2]), count, chunk), None)
-    log_sum, largest = scores.logsumexp(-1), scores.amax(-1)
-    peak = torch.where(largest == -torch.inf, 0.0, largest - log_sum)
-    return _weights(scores, log_sum), Pointers(torch.zeros_like(peak), log_sum, peak)
+    weights, _, sureness = _weigh(scores, memory.successors)
+    return weights, Pointers(zeros, *sureness)

@@ -35,8 +35,8 @@ _SCALE = 30.0
 """Factor on cosines in a new memory."""
 _SHARE = 0.08
 """Of all pointers together in a new memory; near the best constant share."""
-_SURENESS = 10.0
-"""Factor that gives ``log_sum / scale``, which is like a cosine, the size of ``peak``."""
+_NEAR, _NEARNESS = 0.8, 10.0
+"""Cosines of near keys, and the factor that gives their differences the size of logs of weights."""
 
 
 class Query(NamedTuple):
@@ -68,8 +68,7 @@ class TokenMemory(nn.Module):
         self.gate = new_parameter((pointers, width), grid)
         bias = math.log(_SHARE / (1 - _SHARE) / pointers)
         self.gate_bias = new_parameter((pointers,), grid, mean=bias)
-        self.by_peak = new_parameter((pointers,), grid)
-        self.by_log_sum = new_parameter((pointers,), grid)
+        self.by_sureness = new_parameter((pointers, 3), grid)
 
     def keys(self, states: Tensor) -> Tensor:
         """Encoder states (B, J, C) -> keys (B, H, J, D) of unit length."""
@@ -95,10 +94,11 @@ class TokenMemory(nn.Module):
 
     def log_shares(self, query: Query, found: Pointers) -> Tensor:
         """Log of the shares of the head and the pointers, (B, 1 + H, T)."""
-        nothing = found.log_sum == -torch.inf
-        log_sum = found.log_sum.masked_fill(nothing, 0.0) / self.log_scale.exp().unsqueeze(1)
-        gates = query.gates + found.peak * self.by_peak.unsqueeze(1)
-        gates = gates + _SURENESS * log_sum * self.by_log_sum.unsqueeze(1)
+        nothing = found.largest == -torch.inf
+        cosine = found.largest.masked_fill(nothing, 0.0) / self.log_scale.detach().exp()[:, None]
+        nearness = _NEARNESS * (cosine - _NEAR)
+        sureness = torch.stack([nearness, found.peak, found.agreement], dim=-1)  # (B, H, T, 3)
+        gates = query.gates + (sureness * self.by_sureness.unsqueeze(1)).sum(-1)
         gates = gates.masked_fill(nothing, -torch.inf)
         return F.pad(gates, (0, 0, 1, 0)).log_softmax(1)  # the head's logit is 0
 

@@ -129,8 +129,10 @@ def naive_probabilities(
                     gates.append(
                         memory.gate[h] @ h_t
                         + memory.gate_bias[h]
-                        + memory.by_peak[h] * weights.detach().max().log()
-                        + memory.by_log_sum[h] * 10 * scores.logsumexp(0) / scale
+                        + memory.by_sureness[h, 0] * 10 * (scores.max() / scale - 0.8).detach()
+                        + memory.by_sureness[h, 1] * weights.max().log().detach()
+                        + memory.by_sureness[h, 2]
+                        * pointed[successors[b, seen[int(weights.argmax())]]].log().detach()
                     )
                     predictions.append(pointed)
                 shares = F.softmax(torch.stack(gates), -1)
