@@ -119,10 +119,10 @@ def _train_and_look_at_the_encoder(corpus: Path, folder: Path) -> None:
         return building
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("load_encoder", "build_model"):
+        for name in ("load_encoder", "starting_model"):
             patch.setattr(pretraining, name, watched(name, getattr(pretraining, name)))
         _run("egpt", corpus, folder)
-    encoder, model = built["load_encoder"], built["build_model"]
+    encoder, model = built["load_encoder"], built["starting_model"]
     from megaegpt.model.encoder import weights_fingerprint
 
     assert weights_fingerprint(encoder.gpt) == encoder.fingerprint

@@ -1,0 +1,89 @@
+"""Runs of an EGPT with a token memory: any ranks, stored or online, stopped or not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+
+from megaegpt.config import EGPTConfig, EncoderConfig
+from megaegpt.model.build import build_model
+from megaegpt.model.weights import save_weights
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.pretraining import pretrain
+from tests.distributed.harness import Distributed, grid_for
+from tests.tiny.runs import (
+    CHUNK,
+    CHUNKS,
+    StopAfter,
+    corpus,
+    encoder_config,
+    losses,
+    run_config,
+    validation_losses,
+)
+
+__all__ = ["corpus"]
+
+MEMORY = EGPTConfig(
+    num_chunks=CHUNKS,
+    chunk_size=CHUNK,
+    local_attention=True,
+    token_memory=True,
+    memory_dim=6,
+    memory_pointers=2,
+)
+
+
+def _train(corpus: Path, folder: Path, tp: int = 1, stop: int | None = None, stored=False) -> None:
+    corpus: Path, folder: Path, tp: int = 1, stop: int | None = None, stored: bool = False
+) -> None:
+    """Stopped after some steps, and gone on with, if ``stop`` is given."""
+    encoder = EncoderConfig(source=str(folder.parent / "encoder"), overlap=2, batch_size=4)
+    kept = "stored" if stored else "online"
+    config = run_config(
+        "egpt",
+        corpus,
+        folder,
+        model={"egpt": MEMORY, "encoder": encoder, "dropout": 0.0},
+        data={"history_features": kept, "token_features": kept},
+        parallel={"tensor_parallel_size": tp, "zero_stage": 2},
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        if stop is not None:
+            assert not pretrain(config, grid_for(tp), stops=StopAfter(stop))
+        assert pretrain(config, grid_for(tp), resume=stop is not None)
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory, distributed: Distributed) -> Path:
+    """The run on one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    gpt = build_model(encoder_config(max_seq_len=CHUNK + 2), ProcessGrid(), seed=7)
+    save_weights(gpt, folder / "encoder", ProcessGrid())
+    distributed(1, _train, corpus, folder / "alone")
+    return folder / "alone"
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "tp", "stored"),
+    [("tensor_parallel", 2, 2, False), ("data_parallel", 2, 1, False), ("stored", 1, 1, True)],
+)
+def test_losses_are_those_of_one_process(
+    corpus: Path, alone: Path, distributed: Distributed, name, ranks, tp, stored
+) -> None:
+    folder = alone.with_name(name)
+    distributed(ranks, _train, corpus, folder, tp, None, stored)
+    assert losses(folder) == pytest.approx(losses(alone), rel=1e-5)
+    assert validation_losses(folder) == pytest.approx(validation_losses(alone), rel=1e-5)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    corpus: Path, alone: Path, distributed: Distributed
+) -> None:
+    folder = alone.with_name("resumed")
+    distributed(1, _train, corpus, folder, 1, 2)
+    assert losses(folder) == losses(alone)
+    assert validation_losses(folder) == validation_losses(alone)
