@@ -13,6 +13,8 @@ import torch.distributed as dist
 from tests.distributed.harness import Distributed
 
 torch.set_num_threads(1)  # more would wait for the other test process and for the ranks
+if not torch.cuda.is_available():  # programs would refuse a GPU that this torch cannot use
+    os.environ.setdefault("MEGAEGPT_DEVICE", "cpu")
 
 
 @pytest.fixture(autouse=True)

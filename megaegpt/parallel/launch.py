@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megaegpt.errors import LaunchError
+from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launcher_variables import is_launched
 from megaegpt.parallel.launcher_watch import end_with_launcher
@@ -60,7 +61,7 @@ def init_distributed() -> torch.device:
 
     Raises:
         LaunchError: the launcher's variables are incomplete or contradict each other, the address
-            cannot be used, or there are more processes on this machine than it has GPUs.
+            cannot be used, or as for :func:`~megaegpt.parallel.devices.local_device`.
     """
     launched = is_launched()
     device = local_device()
@@ -86,25 +87,6 @@ def init_distributed() -> torch.device:
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise LaunchError(_describe_unreachable(error)) from None
-    return device
-
-
-def local_device() -> torch.device:
-    """The GPU of this process's local rank, made the current one; the CPU where there is none.
-
-    Raises:
-        LaunchError: more processes on this machine than it has GPUs.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise LaunchError(
-            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are "
-            "visible; start as many processes as GPUs"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
     return device
 
 

@@ -100,6 +100,7 @@ def _dry_run(config: RunConfig, world_size: int, preview: Preview) -> None:
     import torch
 
     from megaegpt.errors import CheckpointError
+    from megaegpt.parallel.devices import device_type
     from megaegpt.planning.memory import estimate_memory
     from megaegpt.planning.summary import describe_run, measure_model
     from megaegpt.precision import resolve_precision
@@ -107,7 +108,7 @@ def _dry_run(config: RunConfig, world_size: int, preview: Preview) -> None:
     from megaegpt.training.logging.metrics import device_name
 
     config, lines = preview(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_type())
     precision = resolve_precision(config.training.precision, device)
     print(config_to_yaml(config))
     encoder = None

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if not torch.cuda.is_available():  # DeepSpeed looks for devices, and warns, as it is imported
+if not torch.cuda.is_available() or os.environ.get("MEGAEGPT_DEVICE") == "cpu":
+    # DeepSpeed looks for devices, and warns, as it is imported.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 
