@@ -16,6 +16,7 @@ from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launcher_variables import is_launched
 from megaegpt.parallel.launcher_watch import end_with_launcher
+from megaegpt.parallel.network import interface_to_others
 from megaegpt.parallel.watch import RankWatch
 
 TIMEOUT = timedelta(minutes=10)
@@ -76,10 +77,15 @@ def init_distributed() -> torch.device:
         return device
     end_with_launcher()
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        found, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = _of_this_attempt(found)
+        if interface := interface_to_others(store, world_size):
+            # Gloo would take the network that this machine's own name stands for: on Debian its
+            # loopback address, on a cluster perhaps a network for its administration.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         dist.init_process_group(
             backend,
-            store=_of_this_attempt(store),
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=TIMEOUT,
