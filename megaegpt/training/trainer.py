@@ -66,6 +66,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._grid = self.engine.grid
         self._watch = Stopwatch()
+        self._upcoming: tuple[list[Batch], Exception | None] | None = None
         self._unreported: list[StepResult] = []
         self._skips_in_a_row = 0
         self._saved = self.done
@@ -102,17 +103,30 @@ class Trainer:
         return at_interval or self.done == self.config.training.steps
 
     def _next_batch(self) -> tuple[list[Batch], str | None]:
-        """The step's micro-batches, or why all stop here. One rank's failure is raised on all."""
+        """The step's micro-batches, or why all stop here. One rank's failure is raised on all.
+
+        Ranks are asked about a step while the one before runs: round all of them, the answers take
+        longer than a small model's kernels would wait for.
+        """
+        batch, error = self._upcoming or self._draw_batch()
+        failed, reason = self.stops.answer()
+        if failed:
+            raise_together(error, self._grid)
+        self._upcoming = None
+        if reason is None and self.done + 1 < self.config.training.steps:
+            self._upcoming = self._draw_batch()
+        return batch, reason
+
+    def _draw_batch(self) -> tuple[list[Batch], Exception | None]:
+        """Take the next batch from the loader, and ask all ranks whether theirs is there."""
         batch: list[Batch] = []
         error: Exception | None = None
         try:
             batch = next(self.loader)
         except Exception as caught:
             error = caught
-        failed, reason = self.stops.agreed(error is not None, self._grid)
-        if failed:
-            raise_together(error, self._grid)
-        return batch, reason
+        self.stops.ask(error is not None, self._grid)
+        return batch, error
 
     # -- what happens between steps ---------------------------------------------------------------
 
@@ -210,6 +224,7 @@ class Trainer:
             self._judge(loss)
 
     def _end_early(self) -> None:
+        self.stops.answer()  # about a step that is not taken
         if self._saved != self.done:
             self.save()
         best, reason = self.best, "no validation loss was finite"
