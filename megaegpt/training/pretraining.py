@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
@@ -39,7 +39,6 @@ from megaegpt.training.consistency import (
 )
 from megaegpt.training.engine.compiling import compile_problem
 from megaegpt.training.engine.deterministic import make_deterministic
-from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
 from megaegpt.training.identity import check_initialization, check_resume, run_identity
@@ -49,6 +48,9 @@ from megaegpt.training.logging.monitor import Monitor, has_validation
 from megaegpt.training.run_data import PretrainingData, RunData
 from megaegpt.training.stopping import StopRequests
 from megaegpt.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from megaegpt.training.engine.engine import Engine
 
 SampleText = Callable[[Model, FrozenEncoder | None, Tokenizer, GenerationConfig], str]
 """Writes a text with the model in training; ``megaegpt.generation`` has it."""
@@ -108,6 +110,8 @@ def train(
     model = _build_model(config, grid, encoder, compiles, notices)
     feed = functools.partial(_inputs, config, grid, data, encoder, precision)
     inputs = feed("train")
+    from megaegpt.training.engine.engine import Engine  # DeepSpeed: seconds, and all is checked
+
     engine = Engine(model, grid, config, inputs.loss)
     if latest is not None:
         _restore(config, grid, engine, checkpoints, latest)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite, nan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,12 +25,14 @@ from megaegpt.parallel.together import (
     raise_together,
 )
 from megaegpt.training.checkpoint.manager import CheckpointManager, Writers
-from megaegpt.training.engine.engine import Engine, StepResult
 from megaegpt.training.evaluation import Evaluation, Evaluator
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, Stopwatch, log_line
 from megaegpt.training.logging.monitor import Monitor
 from megaegpt.training.stopping import StopRequests
+
+if TYPE_CHECKING:  # DeepSpeed is imported when an engine is made
+    from megaegpt.training.engine.engine import Engine, StepResult
 
 _MOST_SKIPS_IN_A_ROW = 100
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
-from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
@@ -33,10 +32,11 @@ PARTITIONED = (
     "averaged_gradients",  # this rank's share, by group
     "params_in_partition",
     "clip_grad",
+    "update_lp_params",  # gathers the weights after loading; put off until no rank has failed
 )
 """Attributes of the optimizer of ZeRO stages 1 and 2, but of bf16 at stage 1."""
 
-BF16_STAGE_1 = ("bf16_groups", "fp32_groups_gradients", "clip_grad")
+BF16_STAGE_1 = ("bf16_groups", "fp32_groups_gradients", "clip_grad", "update_lp_params")
 """Attributes of the optimizer of ZeRO stage 1 in bf16."""
 
 LOSS_SCALER = ("cur_scale", "min_scale", "raise_error_at_min_scale")
@@ -46,12 +46,16 @@ READ_BY_DEEPSPEED = ("_global_grad_norm", "overflow")
 """Attributes that the engine reads of our own optimizer at stage 0."""
 
 
-def quieten() -> None:
-    """Keep DeepSpeed from telling what it does, and from compiling an operator for CPUs (45 s, with
+def quieten(device_type: str) -> None:
+    """Keep DeepSpeed from telling what it does, and on a CPU from compiling an operator (45 s, with
     a compiler) that only its inference uses.
+
+    On a GPU the table of operators is not touched: whoever reads it first has all of them probed,
+    with a dozen warnings where there is no CUDA toolkit.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed_ops["deepspeed_shm_comm"] = False
+    if device_type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_compatible(engine: Any, stage: int, precision: str) -> None:

@@ -135,6 +135,14 @@ def test_private_attributes_of_deepspeed_are_in_the_table() -> None:
             assert private <= table, file
 
 
+def test_deepspeeds_operators_are_probed_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    compat.quieten("cuda")
+    assert "__compatible_ops__" not in vars(deepspeed.ops)
+    compat.quieten("cpu")
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
 def _build(stages: list[tuple[int, str]]) -> None:
     """An engine looks for all of it as it is made."""
     for stage, precision in stages:
