@@ -22,6 +22,9 @@ DRIVER = Path("/proc/driver/nvidia/version")
 DEVICE_FILES = "/dev/nvidia[0-9]*"
 """Pattern of the files of NVIDIA's GPUs, one for each."""
 
+AMD_DRIVER = Path("/dev/kfd")
+"""Exists where AMD's driver for computing is loaded, beside the graphics of an ordinary CPU too."""
+
 _CHOICE = "MEGAEGPT_DEVICE"
 _ON_PURPOSE = f"or set {_CHOICE}=cpu to compute on the CPU on purpose"
 _NO_DEVICES = ("", "NoDevFiles")  # the second is Slurm's
@@ -79,6 +82,8 @@ def _why_no_gpu_is_used() -> str | None:
             f"the GPU here is one for torch's back-end {other.type}, which is not supported: use a "
             "machine with NVIDIA GPUs, or AMD's and a build of torch for ROCm"
         )
+    if torch.version.hip is not None and AMD_DRIVER.exists():
+        return f"torch {torch.__version__} cannot use AMD's GPU ({AMD_DRIVER}): {_failure()}"
     files = sorted(glob.glob(DEVICE_FILES))
     sign = _sign_of_gpus(files)
     if sign is None:
@@ -96,7 +101,7 @@ def _why_no_gpu_is_used() -> str | None:
             f"{sign}, but there is no /dev/nvidia0: give this container GPUs (docker run --gpus "
             "all, apptainer exec --nv), or this job (srun --gpus-per-node)"
         )
-    return f"{sign}, but torch {torch.__version__} cannot use it: {_failure_of_cuda()}"
+    return f"{sign}, but torch {torch.__version__} cannot use it: {_failure()}"
 
 
 def _sign_of_gpus(files: list[str]) -> str | None:
@@ -111,8 +116,8 @@ def _sign_of_gpus(files: list[str]) -> str | None:
     return None
 
 
-def _failure_of_cuda() -> str:
-    """What CUDA itself says, in one line, with the remedy where it is the driver's age."""
+def _failure() -> str:
+    """What CUDA or ROCm itself says, in one line, with the remedy where it is the driver's age."""
     try:
         torch.cuda.init()
     except Exception as error:  # RuntimeError, or whatever a driver's library raises

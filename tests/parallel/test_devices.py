@@ -28,6 +28,7 @@ class Machine:
         self._folder, self._patch = folder, monkeypatch
         monkeypatch.setattr(devices, "DRIVER", folder / "version")
         monkeypatch.setattr(devices, "DEVICE_FILES", str(folder / "nvidia[0-9]*"))
+        monkeypatch.setattr(devices, "AMD_DRIVER", folder / "kfd")
         for name in _GPU_VARIABLES:
             monkeypatch.delenv(name, raising=False)
         self.has_torch_for(None, usable=0)
@@ -40,6 +41,12 @@ class Machine:
         for number in range(count):
             (self._folder / f"nvidia{number}").touch()
         (self._folder / "nvidiactl").touch()
+
+    def has_an_amd_gpu(self) -> None:
+        (self._folder / "kfd").touch()
+
+    def has_torch_for_rocm(self) -> None:
+        self._patch.setattr(torch.version, "hip", "6.4")
 
     def has_torch_for(self, cuda: str | None, usable: int) -> None:
         self._patch.setattr(torch.version, "cuda", cuda)
@@ -69,6 +76,8 @@ def test_without_a_gpu_the_cpu_is_used(machine: Machine) -> None:
     assert device_type() == "cpu"
     machine.sets(CUDA_VISIBLE_DEVICES="")
     assert local_device() == torch.device("cpu")
+    machine.has_an_amd_gpu()  # it may be the graphics of the CPU, which torch for CUDA leaves alone
+    assert device_type() == "cpu"
 
 
 def test_each_local_rank_has_a_gpu_of_its_own(machine: Machine) -> None:
@@ -115,6 +124,12 @@ def _container(machine: Machine) -> None:
     machine.has_torch_for("13.0", usable=0)
 
 
+def _amd(machine: Machine) -> None:
+    machine.has_an_amd_gpu()
+    machine.has_torch_for_rocm()
+    machine.fails_with("No HIP GPUs are available")
+
+
 def _slurm(machine: Machine) -> None:
     machine.sets(SLURM_JOB_GPUS="0,1")
 
@@ -126,6 +141,7 @@ CAUSES: dict[str, tuple[Callable[[Machine], None], str]] = {
     "hidden by -1": (_hidden_by_a_negative_number, "CUDA_VISIBLE_DEVICES=-1 hides all GPUs"),
     "another number": (_wrong_number, r"No CUDA GPUs are available \(CUDA_VISIBLE_DEVICES=7\)"),
     "a container": (_container, "there is no /dev/nvidia0: give this container GPUs"),
+    "ROCm": (_amd, r"cannot use AMD's GPU \(.*kfd\): No HIP GPUs are available"),
     "a job of Slurm": (_slurm, r"\(SLURM_JOB_GPUS=0,1\), but torch .* is not built for CUDA"),
 }
 
