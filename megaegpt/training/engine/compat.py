@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
@@ -56,6 +58,21 @@ def quieten(device_type: str) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device_type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, for which it asks whatever the optimizer is, without compiling it.
+
+    That brings all of torch's compiler in: a second or two of every start, for functions that are
+    not used here. What asks for it later finds the module imported.
+    """
+    compile_ = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):  # an earlier or later release
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_
 
 
 def check_compatible(engine: Any, stage: int, precision: str) -> None:

@@ -39,6 +39,7 @@ from megaegpt.training.checkpoint.universal import convert
 from megaegpt.training.engine.compat import (
     check_accepted,
     check_compatible,
+    import_muon_uncompiled,
     naming_raw_keys,
     quieten,
 )
@@ -126,6 +127,7 @@ class Engine:
         options = deepspeed_config(config, grid.dp_size, self.precision, trainable)
         check_accepted(options)
         quieten(grid.device.type)
+        import_muon_uncompiled()
         with contextlib.redirect_stdout(None), naming_raw_keys(config.deepspeed):
             # Its optimizers print memory figures.
             self._deepspeed, *_ = deepspeed.initialize(
