@@ -50,7 +50,9 @@ def device_type() -> str:
             return "cuda"
         problem = _why_no_gpu_is_used()
     if problem is not None:
-        raise LaunchError(f"{socket.gethostname()}: {problem}, {_ON_PURPOSE}")
+        error = LaunchError(f"{socket.gethostname()}: {problem}, {_ON_PURPOSE}")
+        error.on_whole_machine = True
+        raise error
     return "cpu"
 
 
