@@ -107,8 +107,8 @@ class Trainer:
     def _next_batch(self) -> tuple[list[Batch], str | None]:
         """The step's micro-batches, or why all stop here. One rank's failure is raised on all.
 
-        Ranks are asked about a step while the one before runs: round all of them, the answers take
-        longer than a small model's kernels would wait for.
+        The ranks agree on a step while the one before runs: gloo's messages go round all of them
+        one after the other, which takes milliseconds where there are many.
         """
         batch, error = self._upcoming or self._draw_batch()
         failed, reason = self.stops.answer()
