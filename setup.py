@@ -30,6 +30,7 @@ setup(
         # Minor releases remove keys and move defaults; see megaegpt/training/engine/engine.py.
         "deepspeed>=0.19.8,<0.20",
         "numpy",
+        "psutil",
         "pyyaml",
         "safetensors",
         "tensorboard",

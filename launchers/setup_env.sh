@@ -4,6 +4,10 @@
 #
 # A stamp is written last, so a set-up that was killed is taken up again, and a finished one costs nothing.
 # PYTHON chooses the interpreter (3.11 or newer); everything goes through pip as this machine configures it.
+#
+# MEGAEGPT_TORCH chooses the build of torch: cpu, gpu (that of the package index, for CUDA), or one by its
+# name, such as cu126 for an older driver of NVIDIA's. Without it, a machine with a GPU gets gpu, and one
+# without, such as a cluster's login node, has cpu installed, or keeps the build that is there.
 
 TORCH_VERSION=2.13.0
 MEGATRON_VERSION=0.16.1 # the reference reader and writer of shards; optional, for tests only
@@ -27,12 +31,46 @@ _has_nvidia_gpu() {
     command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep '^GPU' >/dev/null # to its end: -q may break the pipe
 }
 
-_install_torch() { # first and alone: other packages would pull in whichever build they find
-    if ! _has_nvidia_gpu; then
-        "$1" -m pip install "torch==${TORCH_VERSION}+cpu" && return
-        echo "no CPU-only build of torch ${TORCH_VERSION} is to be had here: taking the general one"
+_installed_torch() { # its build, as MEGAEGPT_TORCH names it; nothing where there is no torch
+    local found
+    for found in "$root"/.venv/lib/python3*/site-packages/torch-*.dist-info; do
+        case $found in
+            *"/torch-${TORCH_VERSION}+"*) found=${found##*+} && printf '%s\n' "${found%.dist-info}" ;;
+            *"/torch-${TORCH_VERSION}.dist-info") echo gpu ;;
+        esac
+    done
+}
+
+_has_the_torch_it_needs() {
+    local installed
+    installed=$(_installed_torch)
+    [ -n "$installed" ] || return 1
+    if [ -n "${MEGAEGPT_TORCH:-}" ]; then
+        [ "$installed" = "$MEGAEGPT_TORCH" ]
+    else
+        [ "$installed" != cpu ] || ! _has_nvidia_gpu
     fi
-    "$1" -m pip install "torch==${TORCH_VERSION}"
+}
+
+_install_torch() { # first and alone: other packages would pull in whichever build they find
+    local python=$1 build=${MEGAEGPT_TORCH:-}
+    if _has_the_torch_it_needs; then return; fi
+    if [ -z "$build" ]; then
+        build=gpu
+        if ! _has_nvidia_gpu; then
+            "$python" -m pip install "torch==${TORCH_VERSION}+cpu" && return
+            echo "no CPU-only build of torch ${TORCH_VERSION} is to be had here: taking the general one"
+        fi
+    fi
+    if [ "$build" != gpu ]; then
+        "$python" -m pip install "torch==${TORCH_VERSION}+${build}" ||
+            "$python" -m pip install --extra-index-url "https://download.pytorch.org/whl/${build}" \
+                "torch==${TORCH_VERSION}+${build}"
+        return
+    fi
+    # To pip, a build with a name is as good as the one without.
+    [ -z "$(_installed_torch)" ] || "$python" -m pip uninstall -y torch || return 1
+    "$python" -m pip install "torch==${TORCH_VERSION}"
 }
 
 _install_all() { # python, extra
@@ -57,12 +95,12 @@ set_up_environment() {
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     wanted=$(cat "$root/setup.py" "$root/launchers/setup_env.sh" | cksum)" $root"
     stamp=$root/.venv/.ready-$extra
-    if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+    if ! _is_ready; then
         exec 9>"$root/.venv.lock"
         if command -v flock >/dev/null 2>&1; then
             flock -n 9 || { echo "waiting for another set-up of .venv" && flock 9; }
         fi
-        if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+        if ! _is_ready; then
             base=$(_find_python) || return 1
             echo "setting up $root/.venv ($("$base" --version), extras: $extra)"
             _discard_unusable "$root/.venv"
@@ -78,6 +116,10 @@ set_up_environment() {
         exec 9>&-
     fi
     export PATH="$root/.venv/bin:$PATH" VIRTUAL_ENV="$root/.venv"
+}
+
+_is_ready() { # what the stamp says, and a torch that this machine and MEGAEGPT_TORCH accept
+    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && _has_the_torch_it_needs
 }
 
 _discard_unusable() { # an environment whose Python is gone or half made, or that was made in another place

@@ -138,6 +138,11 @@ def is_other_rank() -> bool:
     return known and 0 < int(rank) < int(size)
 
 
+def is_other_local_rank() -> bool:
+    """Whether a launcher started this process as another than the first rank of its machine."""
+    return is_other_rank() and os.environ.get("LOCAL_RANK", "") not in ("", "0")
+
+
 # -- after a failure -------------------------------------------------------------------------------
 
 

@@ -25,6 +25,9 @@ class MegaEGPTError(Exception):
     on_every_rank = False
     """Every rank of a distributed run raises it, so rank 0 alone shows it."""
 
+    on_whole_machine = False
+    """Every rank of a machine raises it, so the first of them alone shows it."""
+
 
 class ConfigError(MegaEGPTError):
     """A configuration file, override or combination of values that cannot be run."""
@@ -62,7 +65,9 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
         try:
             _run(main)
         except MegaEGPTError as error:
-            if error.on_every_rank and environment.is_other_rank():
+            if (error.on_every_rank and environment.is_other_rank()) or (
+                error.on_whole_machine and environment.is_other_local_rank()
+            ):
                 time.sleep(_RANK_0_SPEAKS_S)
                 sys.exit(2)
             _fail(str(error))

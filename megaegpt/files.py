@@ -18,8 +18,9 @@ import socket
 import stat
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -122,6 +123,24 @@ def sha256_of_file(path: Path) -> str:
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+NETWORK_DELAY_S = 60.0
+"""How long a machine may not see what another one has written: NFS keeps the list of a folder, and
+that a name is not in it, for as long (``acdirmax`` in nfs(5))."""
+
+
+def wait_for_files(paths: Iterable[Path]) -> None:
+    """Wait until this machine sees files that others have published, for :data:`NETWORK_DELAY_S` at
+    most: whoever reads them then says what is missing.
+    """
+    deadline, pause = time.monotonic() + NETWORK_DELAY_S, 0.01
+    for path in paths:
+        while not path.exists() and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                os.listdir(path.parent)  # has the folder's list fetched anew
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
 
 
 # -- writing ---------------------------------------------------------------------------------------

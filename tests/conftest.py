@@ -16,6 +16,8 @@ from tests.distributed.harness import Distributed
 settings.register_profile("any machine", deadline=None)  # how fast an example runs is its matter
 settings.load_profile("any machine")
 torch.set_num_threads(1)  # more would wait for the other test process and for the ranks
+if not torch.cuda.is_available():  # programs would refuse a GPU that this torch cannot use
+    os.environ.setdefault("MEGAEGPT_DEVICE", "cpu")
 
 
 @pytest.fixture(autouse=True)

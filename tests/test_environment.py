@@ -9,6 +9,7 @@ import os
 import pwd
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 
 from megaegpt import environment
 from megaegpt.environment import cause_of
-from megaegpt.errors import DataError, exits_cleanly
+from megaegpt.errors import DataError, LaunchError, exits_cleanly
 
 _EXPECTED = [
     (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: free some"),
@@ -93,6 +94,32 @@ def test_the_line_goes_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[
     assert capsys.readouterr() == ("", "error: /proc/none: No such file or directory\n")
 
 
+@pytest.mark.parametrize(("rank", "local_rank", "shown"), [(0, 0, 1), (3, 1, 0), (2, 0, 1)])
+def test_what_ails_a_whole_machine_is_told_by_its_first_rank(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    local_rank: int,
+    shown: int,
+) -> None:
+    """The machine need not be that of rank 0, which would not know of it."""
+    launched = {"WORLD_SIZE": 4, "MASTER_ADDR": "node-01", "MASTER_PORT": 29500}
+    for name, value in {**launched, "RANK": rank, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    @exits_cleanly
+    def program() -> None:
+        error = LaunchError("no GPU here")
+        error.on_whole_machine = True
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        program()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("no GPU here") == shown
+
+
 def test_a_working_directory_that_is_gone_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +174,7 @@ def test_a_user_without_an_entry_has_a_name_and_a_home(
 
 _PRINTING = """
 import sys
+import time
 from megaegpt.errors import exits_cleanly
 
 @exits_cleanly

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--verify", action="store_true", help="compare every file with its checksum"
     )
-    arguments, config = parser.parse_run()
+    arguments, config = parser.parse_run(trains=False)
     _compute(config, arguments.verify)
 
 

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from megaegpt.errors import LaunchError
+from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launcher_variables import is_launched
 from megaegpt.parallel.launcher_watch import end_with_launcher
+from megaegpt.parallel.network import interface_to_others
 from megaegpt.parallel.watch import RankWatch
 
 TIMEOUT = timedelta(minutes=10)
@@ -60,7 +62,7 @@ def init_distributed() -> torch.device:
 
     Raises:
         LaunchError: the launcher's variables are incomplete or contradict each other, the address
-            cannot be used, or there are more processes on this machine than it has GPUs.
+            cannot be used, or as for :func:`~megaegpt.parallel.devices.local_device`.
     """
     launched = is_launched()
     device = local_device()
@@ -75,10 +77,15 @@ def init_distributed() -> torch.device:
         return device
     end_with_launcher()
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        found, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = _of_this_attempt(found)
+        if interface := interface_to_others(store, world_size):
+            # Gloo would take the network that this machine's own name stands for: on Debian its
+            # loopback address, on a cluster perhaps a network for its administration.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         dist.init_process_group(
             backend,
-            store=_of_this_attempt(store),
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=TIMEOUT,
@@ -86,25 +93,6 @@ def init_distributed() -> torch.device:
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise LaunchError(_describe_unreachable(error)) from None
-    return device
-
-
-def local_device() -> torch.device:
-    """The GPU of this process's local rank, made the current one; the CPU where there is none.
-
-    Raises:
-        LaunchError: more processes on this machine than it has GPUs.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise LaunchError(
-            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are "
-            "visible; start as many processes as GPUs"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
     return device
 
 

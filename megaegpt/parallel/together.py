@@ -27,11 +27,25 @@ class OtherRankError(RuntimeError):
 
 def all_reduce_max(values: Sequence[int], grid: ProcessGrid) -> list[int]:
     """The element-wise maximum over all ranks. Collective, on the CPU: no device is waited for."""
-    if grid.world_size == 1:
-        return list(values)
+    return start_all_reduce_max(values, grid)()
+
+
+def start_all_reduce_max(values: Sequence[int], grid: ProcessGrid) -> Callable[[], list[int]]:
+    """Begin :func:`all_reduce_max`, which goes on beside whatever this process does.
+
+    Returns:
+        What waits for the end and gives the result; every rank must call it.
+    """
     largest = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=grid.control_group)
-    return largest.tolist()
+    if grid.world_size == 1:
+        return largest.tolist
+    work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=grid.control_group, async_op=True)
+
+    def result() -> list[int]:
+        work.wait()
+        return largest.tolist()
+
+    return result
 
 
 def broadcast_object(make: Callable[[], T], grid: ProcessGrid) -> T:

@@ -24,6 +24,7 @@ from typing import Any
 
 from megaegpt.errors import LaunchError, MegaEGPTError
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.network import address_towards
 from megaegpt.parallel.together import OtherRankError, broadcast_object, raising_together
 
 GRACE_S = 10.0
@@ -101,7 +102,9 @@ class RankWatch:
             dualstack_ipv6=family == socket.AF_INET6,
             backlog=self._grid.world_size,
         )
-        broadcast_object(lambda: (_own_address(), server.getsockname()[1], token), self._grid)
+        # Where torchrun's rendezvous is on another machine, MASTER_ADDR is not that of rank 0.
+        own = address_towards(os.environ["MASTER_ADDR"]) or socket.gethostname()
+        broadcast_object(lambda: (own, server.getsockname()[1], token), self._grid)
         server.settimeout(_CONNECTING_S)
         with server, raising_together(self._grid):
             while len(self._peers) < self._grid.world_size - 1:
@@ -207,19 +210,6 @@ def _end_process() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
-
-
-def _own_address() -> str:
-    """The address of this machine in the network of the master address.
-
-    The two differ where torchrun's rendezvous is on another machine than rank 0.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing
-        except OSError:
-            return socket.gethostname()
-        return str(probe.getsockname()[0])
 
 
 def _first_connection(addresses: Iterable[str], port: int) -> socket.socket:

@@ -33,8 +33,11 @@ class RunParser(ArgumentParser):
         """Instead of printing the usage and exiting."""
         raise LaunchError(f"{message} (see --help)")
 
-    def parse_run(self) -> tuple[argparse.Namespace, RunConfig]:
+    def parse_run(self, trains: bool = True) -> tuple[argparse.Namespace, RunConfig]:
         """The arguments, and the configuration they give for this number of processes.
+
+        Args:
+            trains: the program takes training steps, whose batch the processes must share evenly.
 
         Raises:
             LaunchError: a wrong command line, or half of a launcher's variables.
@@ -44,7 +47,8 @@ class RunParser(ArgumentParser):
             arguments = self.parse_intermixed_args()
             if not getattr(arguments, "dry_run", False):  # which WORLD_SIZE alone may describe
                 is_launched()
-            config = load_config(arguments.config, arguments.overrides, started_processes())
+            world_size = started_processes() if trains else None
+            config = load_config(arguments.config, arguments.overrides, world_size)
             check_packages(config.logging)
         except MegaEGPTError as error:
             error.on_every_rank = True  # all read the same

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from megaegpt.config import ModelConfig, RunConfig
@@ -25,6 +24,7 @@ from megaegpt.data.tokens.windows import Windows
 from megaegpt.errors import CheckpointError, ConfigError, DataError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.weights import read_weights_config
+from megaegpt.parallel.devices import device_type
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launcher_variables import is_main_process
 from megaegpt.parallel.together import raising_together
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from megaegpt.training.pretraining import SampleText
     from megaegpt.training.stopping import StopRequests
 
-_WIDTH_MULTIPLE = 8  # of a gpt's rows; 128 on CUDA, where a kernel may be made for each width
+_WIDTH_MULTIPLES = {"cpu": 8, "cuda": 128}  # of a gpt's rows; CUDA may make a kernel for each width
 
 
 def finetune(
@@ -150,6 +150,9 @@ class InstructionData:
         self.streams: Mapping[str, TokenStream] = {}
         self.num_chunks = 1
         self._epochs = config.batches.samples_before(config.training.steps) / len(self.samples)
+        self._width_multiple = _WIDTH_MULTIPLES[device_type()]
+        if self._model.needs_encoder:  # rows of whole chunks
+            self._width_multiple = self._model.length_multiple
 
     def _read(self, files: Sequence[str]) -> list[Instruction]:
         return [r for file in files for r in read_instructions(Path(file), self._problems)]
@@ -170,10 +173,7 @@ class InstructionData:
 
     def trim(self, batch: Batch) -> Batch:
         """Without the padding behind the longest answer."""
-        few_shapes = 128 if torch.cuda.is_available() else _WIDTH_MULTIPLE
-        if self._model.needs_encoder:  # rows of whole chunks
-            few_shapes = self._model.length_multiple
-        return trim_padding(batch, few_shapes)
+        return trim_padding(batch, self._width_multiple)
 
     def describe(self) -> str:
         """One line on the records."""

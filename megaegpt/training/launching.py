@@ -100,21 +100,24 @@ def _dry_run(config: RunConfig, world_size: int, preview: Preview) -> None:
     import torch
 
     from megaegpt.errors import CheckpointError
+    from megaegpt.parallel.devices import device_type
     from megaegpt.planning.memory import estimate_memory
     from megaegpt.planning.summary import describe_run, measure_model
     from megaegpt.precision import resolve_precision
-    from megaegpt.training.feature_stores import find_encoder
     from megaegpt.training.logging.metrics import device_name
 
     config, lines = preview(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_type())
     precision = resolve_precision(config.training.precision, device)
     print(config_to_yaml(config))
     encoder = None
-    try:
-        encoder = find_encoder(config)
-    except CheckpointError as error:
-        print(f"notice: the encoder is left out of the numbers below: {error}")
+    if config.model.needs_encoder:
+        from megaegpt.training.feature_stores import find_encoder  # and all forms of weights
+
+        try:
+            encoder = find_encoder(config)
+        except CheckpointError as error:
+            print(f"notice: the encoder is left out of the numbers below: {error}")
     dp_size = world_size // config.parallel.tensor_parallel_size
     size = measure_model(config, encoder)
     memory = estimate_memory(config, dp_size, precision, encoder, device.type)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
@@ -35,7 +35,6 @@ from megaegpt.training.consistency import (
 )
 from megaegpt.training.engine.compiling import compile_problem
 from megaegpt.training.engine.deterministic import make_deterministic
-from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
 from megaegpt.training.identity import check_resume, run_identity
@@ -46,6 +45,9 @@ from megaegpt.training.run_data import PretrainingData, RunData
 from megaegpt.training.starting_model import starting_model
 from megaegpt.training.stopping import StopRequests
 from megaegpt.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from megaegpt.training.engine.engine import Engine
 
 SampleText = Callable[[Model, FrozenEncoder | None, Tokenizer, GenerationConfig], str]
 """Writes a text with the model in training; ``megaegpt.generation`` has it."""
@@ -105,6 +107,8 @@ def train(
     model = starting_model(config, grid, data, encoder, compiles, notices, new=latest is None)
     feed = functools.partial(_inputs, config, grid, data, encoder, precision)
     inputs = feed("train")
+    from megaegpt.training.engine.engine import Engine  # DeepSpeed: seconds, and all is checked
+
     engine = Engine(model, grid, config, inputs.loss)
     if latest is not None:
         _restore(config, grid, engine, checkpoints, latest)

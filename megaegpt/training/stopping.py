@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.together import all_reduce_max
+from megaegpt.parallel.together import start_all_reduce_max
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -26,6 +27,7 @@ class StopRequests:
         self._started = time.monotonic() if started is None else started
         self._signal = 0
         self._previous: dict[int, Any] = {}
+        self._answers: Callable[[], list[int]] = lambda: [0, 0, 0]
 
     def __enter__(self) -> StopRequests:
         for number in _SIGNALS:
@@ -39,11 +41,26 @@ class StopRequests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
 
-    def agreed(self, failed: bool, grid: ProcessGrid) -> tuple[bool, str | None]:
-        """Ask all ranks: has one of them failed, and why should the run stop (None: go on)?"""
-        minutes = (time.monotonic() - self._started) / 60
-        late = self._limit is not None and minutes >= self._limit
-        some_failed, number, some_late = all_reduce_max([failed, self._signal, late], grid)
+    def ask(self, failed: bool, grid: ProcessGrid) -> None:
+        """Begin to ask all ranks: has one of them failed, and is there a reason to stop?
+
+        Collective; the answers travel while this process does something else.
+        """
+        if grid.world_size == 1:
+            self._answers = lambda: self._own_answer(failed)  # the latest
+        else:
+            self._answers = start_all_reduce_max(self._own_answer(failed), grid)
+
+    def answer(self) -> tuple[bool, str | None]:
+        """Whether some rank had failed when all were asked last, and why the run should stop (None:
+        go on). Waits for the slowest rank to be asked.
+        """
+        some_failed, number, some_late = self._answers()
         if number:
             return bool(some_failed), signal.Signals(number).name
         return bool(some_failed), f"--exit-minutes {self._limit:g}" if some_late else None
+
+    def _own_answer(self, failed: bool) -> list[int]:
+        minutes = (time.monotonic() - self._started) / 60
+        late = self._limit is not None and minutes >= self._limit
+        return [failed, self._signal, late]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite, nan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,12 +25,14 @@ from megaegpt.parallel.together import (
     raise_together,
 )
 from megaegpt.training.checkpoint.manager import CheckpointManager, Writers
-from megaegpt.training.engine.engine import Engine, StepResult
 from megaegpt.training.evaluation import Evaluation, Evaluator
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, Stopwatch, log_line
 from megaegpt.training.logging.monitor import Monitor
 from megaegpt.training.stopping import StopRequests
+
+if TYPE_CHECKING:  # DeepSpeed is imported when an engine is made
+    from megaegpt.training.engine.engine import Engine, StepResult
 
 _MOST_SKIPS_IN_A_ROW = 100
 
@@ -66,6 +68,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._grid = self.engine.grid
         self._watch = Stopwatch()
+        self._upcoming: tuple[list[Batch], Exception | None] | None = None
         self._unreported: list[StepResult] = []
         self._skips_in_a_row = 0
         self._saved = self.done
@@ -102,17 +105,30 @@ class Trainer:
         return at_interval or self.done == self.config.training.steps
 
     def _next_batch(self) -> tuple[list[Batch], str | None]:
-        """The step's micro-batches, or why all stop here. One rank's failure is raised on all."""
+        """The step's micro-batches, or why all stop here. One rank's failure is raised on all.
+
+        The ranks agree on a step while the one before runs: gloo's messages go round all of them
+        one after the other, which takes milliseconds where there are many.
+        """
+        batch, error = self._upcoming or self._draw_batch()
+        failed, reason = self.stops.answer()
+        if failed:
+            raise_together(error, self._grid)
+        self._upcoming = None
+        if reason is None and self.done + 1 < self.config.training.steps:
+            self._upcoming = self._draw_batch()
+        return batch, reason
+
+    def _draw_batch(self) -> tuple[list[Batch], Exception | None]:
+        """Take the next batch from the loader, and ask all ranks whether theirs is there."""
         batch: list[Batch] = []
         error: Exception | None = None
         try:
             batch = next(self.loader)
         except Exception as caught:
             error = caught
-        failed, reason = self.stops.agreed(error is not None, self._grid)
-        if failed:
-            raise_together(error, self._grid)
-        return batch, reason
+        self.stops.ask(error is not None, self._grid)
+        return batch, error
 
     # -- what happens between steps ---------------------------------------------------------------
 
@@ -210,6 +226,7 @@ class Trainer:
             self._judge(loss)
 
     def _end_early(self) -> None:
+        self.stops.answer()  # about a step that is not taken
         if self._saved != self.done:
             self.save()
         best, reason = self.best, "no validation loss was finite"

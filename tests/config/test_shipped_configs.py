@@ -19,6 +19,7 @@ from megaegpt.config.metadata import leaves
 from megaegpt.config.parsing import annotation_of, describe
 from megaegpt.config.presets import create_model_config
 from megaegpt.model.build import meta_model
+from megaegpt.planning.memory import estimate_memory
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -39,6 +40,30 @@ def test_there_are_configurations_for_every_model():
 def test_it_loads_and_fits_one_and_two_processes(path):
     for world_size in (1, 2):
         load_config(path, world_size=world_size)
+
+
+FOR_SOME_RANKS = re.compile(r"deepspeed --num_(?:gpus|accelerators) (\d+)|at most (\d+) GPUs")
+
+
+def ranks_of(path: Path) -> list[int]:
+    """The numbers of ranks that a file is for: those that it says, or one, a node and two nodes."""
+    header = path.read_text(encoding="utf-8").partition("extends:")[0].partition("model:")[0]
+    said = FOR_SOME_RANKS.search(header)
+    return [int(said[1] or said[2])] if said else [1, 8, 16]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=names)
+def test_it_trains_on_a_node_and_on_two_or_says_on_how_many_gpus(path):
+    for world_size in ranks_of(path):
+        load_config(path, world_size=world_size)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", CONFIGS, ids=names)
+def test_it_fits_the_memory_of_the_gpus_that_it_is_for(path):
+    config = load_config(path)
+    peak = estimate_memory(config, ranks_of(path)[0], "bf16", device_type="cuda").total
+    assert peak < 72 * 2**30  # of 80
 
 
 def test_every_one_dry_runs():

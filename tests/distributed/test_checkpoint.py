@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import CheckpointError
@@ -18,7 +19,7 @@ from megaegpt.training.checkpoint.manager import CheckpointManager
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny import runs as tiny
-from tests.tiny.engines import Curve, advance, make_engine, run_config
+from tests.tiny.engines import Curve, advance, make_engine, micro_batches, run_config
 from tests.tiny.models import ATTENTION
 from tests.tiny.runs import corpus
 
@@ -316,6 +317,39 @@ def test_settings_of_this_run_win_over_the_checkpoints(
 ) -> None:
     distributed(2, _train_all, [_config()], tmp_path, _SAVED)
     distributed(2, _resume_with_other_settings, tmp_path / "0")
+
+
+def _one_rank_cannot_read(folder: Path) -> list[str]:
+    """What each way of loading raises on this rank."""
+    engine, errors = make_engine(_config(), grid_for(1)), []
+    engine.train_step(0, micro_batches(0, _config(), engine.grid))
+    engine.save_state(folder / "state")
+    dist.barrier()
+
+    def unreadable(path: str, **_: object) -> None:
+        raise OSError("this disk is lost")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not engine.grid.is_main:
+            patch.setattr(torch, "load", unreadable)
+        for load in (
+            lambda: engine.load_state(folder / "state"),
+            lambda: engine.load_reshaped(folder / "state", engine.topology, folder / "scratch"),
+        ):
+            with pytest.raises(CheckpointError) as raised:
+                load()
+            errors.append(str(raised.value))
+    engine.close()
+    return errors
+
+
+def test_what_one_rank_cannot_read_is_told_on_every_rank_at_once(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    """None is left behind to wait for a rank that has gone."""
+    told = distributed(2, _one_rank_cannot_read, tmp_path)
+    assert all(error.endswith("this disk is lost") for errors in told for error in errors)
+    assert all(error.startswith("rank 1: ") for error in told[0])
 
 
 class _Payload:

@@ -30,6 +30,7 @@ from megaegpt.config import (
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.model.attention.causal import causal_attention
 from megaegpt.model.build import build_model
+from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
 
 GPU = pytest.param(
@@ -51,6 +52,12 @@ VARIANTS = {
     "latent_rotary": {"attention": "latent", "positions": "rotary", "rope_head_dim": 8},
 }
 variants = pytest.mark.parametrize("name", VARIANTS)
+
+
+@both
+def test_a_process_computes_on_the_gpu_where_there_is_one(device):
+    if device == "cuda" or not torch.cuda.is_available():
+        assert local_device().type == device
 
 
 def grid_on(device: str) -> ProcessGrid:

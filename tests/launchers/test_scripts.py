@@ -20,7 +20,15 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 if [[ -n "${FAILS_AT:-}" && "$*" =~ $FAILS_AT ]]; then exit 1; fi
 if [[ "$1 $2" == "-m venv" ]]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+site=$(dirname "$0")/../lib/python3.11/site-packages
+if [[ "$*" =~ install.*[[:space:]]torch==([^[:space:]]+)$ ]]; then
+    mkdir -p "$site"
+    rm -rf "$site"/torch-* && mkdir "$site/torch-${BASH_REMATCH[1]}.dist-info"
+elif [[ "$*" =~ uninstall ]]; then
+    rm -rf "$site"/torch-*
+fi
 """
+NVIDIA_SMI = '#!/usr/bin/env bash\necho "GPU 0: NVIDIA H100 (UUID: GPU-0)"\n'
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -51,15 +59,27 @@ class Checkout:
         self.python = folder / "fake_python"
         self.python.write_text(FAKE_PYTHON)
         self.python.chmod(0o755)
+        self.bin = folder / "bin"
+        self.bin.mkdir()
 
-    def set_up(self, extra: str = "test", fails_at: str = "") -> tuple[int, list[str]]:
+    def get_a_gpu(self) -> None:
+        """Or be seen from a machine that has one."""
+        (self.bin / "nvidia-smi").write_text(NVIDIA_SMI)
+        (self.bin / "nvidia-smi").chmod(0o755)
+
+    def lose_the_gpu(self) -> None:
+        (self.bin / "nvidia-smi").unlink()
+
+    def set_up(
+        self, extra: str = "test", fails_at: str = "", torch: str = ""
+    ) -> tuple[int, list[str]]:
         """Exit code, and what pip was asked to install."""
         self.calls.write_text("")
         done = subprocess.run(
             ["bash", "-c", f"set -euo pipefail; source {self.folder}/launchers/setup_env.sh; "
              f"set_up_environment {extra}"],
-            env={"PATH": os.environ["PATH"], "PYTHON": str(self.python),
-                 "CALLS": str(self.calls), "FAILS_AT": fails_at},
+            env={"PATH": f"{self.bin}:{os.environ['PATH']}", "PYTHON": str(self.python),
+                 "CALLS": str(self.calls), "FAILS_AT": fails_at, "MEGAEGPT_TORCH": torch},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         lines = self.calls.read_text().splitlines()
@@ -71,7 +91,12 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path / "project")
 
 
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a GPU wants another torch")
+WITHOUT_A_GPU = pytest.mark.skipif(
+    shutil.which("nvidia-smi") is not None, reason="a GPU wants another torch"
+)
+
+
+@WITHOUT_A_GPU
 def test_torch_comes_first_as_a_cpu_build_where_one_is_to_be_had(checkout):
     code, installed = checkout.set_up()
     assert code == 0
@@ -86,6 +111,41 @@ def test_the_general_build_serves_where_there_is_no_cpu_build(checkout):
     code, installed = checkout.set_up(fails_at=r"\+cpu$")
     assert code == 0
     assert any(re.search(r"torch==[\d.]+$", line) for line in installed)
+
+
+def _torch_of(calls: list[str]) -> list[str]:
+    """The builds of torch that pip was asked for."""
+    return re.findall(r" torch==[\d.]+(\S*)$", "\n".join(calls), re.MULTILINE)
+
+
+@WITHOUT_A_GPU
+def test_a_gpu_machine_gets_its_torch_where_a_login_node_has_installed_one_for_cpus(checkout):
+    assert _torch_of(checkout.set_up()[1]) == ["+cpu"]
+    checkout.get_a_gpu()
+    assert _torch_of(checkout.set_up()[1]) == [""]
+    assert "uninstall -y torch" in checkout.calls.read_text()
+    assert checkout.set_up() == (0, [])
+    checkout.lose_the_gpu()  # the login node again, which must not take it away
+    assert checkout.set_up() == (0, [])
+
+
+@WITHOUT_A_GPU
+def test_the_build_of_torch_may_be_chosen(checkout):
+    """On a login node for the compute nodes, or for an older driver."""
+    assert _torch_of(checkout.set_up(torch="gpu")[1]) == [""]
+    assert checkout.set_up() == (0, [])
+    assert _torch_of(checkout.set_up(torch="cu126")[1]) == ["+cu126"]
+    assert checkout.set_up(torch="cu126") == (0, [])
+    checkout.get_a_gpu()
+    assert checkout.set_up() == (0, [])
+
+
+def test_a_build_that_the_package_index_lacks_is_looked_for_at_its_source(checkout):
+    code, installed = checkout.set_up(torch="cu126", fails_at=r"pip install torch==.*\+cu126$")
+    assert code == 0
+    assert "--extra-index-url https://download.pytorch.org/whl/cu126 torch==" in installed[1]
+    code, _ = checkout.set_up("quickstart", torch="cu128", fails_at=r"\+cu128$")
+    assert code != 0
 
 
 def test_the_second_set_up_does_nothing(checkout):

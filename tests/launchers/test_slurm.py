@@ -80,6 +80,15 @@ def test_ranks_get_the_cores_of_the_job(job, tmp_path: Path) -> None:
     assert (tmp_path / "cores").read_text().split() == ["8", "8", "--distribution=block"]
 
 
+def test_a_rank_that_is_stuck_leaves_its_collectives_where_the_log_is(job, tmp_path: Path) -> None:
+    looking = '#!/bin/bash\necho "$TORCH_FR_BUFFER_SIZE $TORCH_NCCL_DUMP_ON_TIMEOUT" > seen\n'
+    looking += 'echo "$TORCH_FR_DUMP_TEMP_FILE" >> seen\n'
+    _write(tmp_path / "bin" / "srun", looking)
+    assert job().wait(30) == 0
+    expected = ["2000 1", f"{tmp_path}/megaegpt-41234-collectives-"]
+    assert (tmp_path / "seen").read_text().splitlines() == expected
+
+
 def test_near_the_limit_ranks_are_told_and_the_job_is_requeued(job, tmp_path: Path) -> None:
     running = job(code=9, lives=1000)
     while not (tmp_path / "rank.pid").exists():

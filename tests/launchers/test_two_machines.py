@@ -6,7 +6,9 @@ A minute or two, so only with ``MEGAEGPT_NODES=1``, and where namespaces may be 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ __all__ = ["corpus"]
 
 ROOT = Path(__file__).parents[2]
 NODES = {"megaegpt-a": "10.213.7.1", "megaegpt-b": "10.213.7.2"}
+HOSTS = Path("/etc/netns")  # files in its folder NAME stand over those of /etc in namespace NAME
 STEPS, ENDING_S = 60, 60
 
 
@@ -31,13 +34,18 @@ def _ip(*arguments: str) -> None:
 
 @pytest.fixture
 def network() -> Iterator[None]:
-    """Two namespaces with a cable between them."""
+    """Two namespaces with a cable between them. As on Debian, the name of each machine is one for
+    its loopback address, which leads to no other machine.
+    """
     if not os.environ.get("MEGAEGPT_NODES"):
         pytest.skip("set MEGAEGPT_NODES=1 to train over two network namespaces")
     first, second = NODES
     try:
         for name in NODES:
             _ip("netns", "add", name)
+            (HOSTS / name).mkdir(parents=True)
+            hosts = f"127.0.0.1 localhost\n127.0.1.1 {socket.gethostname()}\n"
+            (HOSTS / name / "hosts").write_text(hosts)
         _ip(
             "link", "add", "egpt0", "netns", first, "type", "veth", "peer", "egpt0", "netns", second
         )
@@ -56,6 +64,7 @@ def _remove() -> None:
     for name in NODES:
         _lose(name)
         subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        shutil.rmtree(HOSTS / name, ignore_errors=True)
 
 
 def _lose(node: str) -> None:
@@ -79,7 +88,6 @@ def _start(
         "deepspeed": ["deepspeed", "--hostfile", str(hosts), "--no_ssh", *at],
     }[launcher]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment |= {"GLOO_SOCKET_IFNAME": "egpt0", "TP_SOCKET_IFNAME": "egpt0"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     program = ["launchers/pretrain.py", "--config", str(config), "--resume"]
     return subprocess.Popen(

@@ -384,3 +384,53 @@ def test_cudnn_serves_training_without_masks_alone(monkeypatch, length, masked, 
         mask = torch.empty(length, 32, dtype=torch.bool, device="cuda") if masked else None
         scaled_dot_product(q, k, k, mask, is_causal=not masked and length > 1)
     assert allowed == [cudnn]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "grouped"), [(torch.float32, 4, False), (torch.bfloat16, 2, True)]
+)
+def test_grouped_heads_in_fp32_reach_a_kernel_for_cuda_as_heads_of_their_own(
+    monkeypatch, dtype, kv_heads, grouped
+):
+    """In fp32 no fused kernel of CUDA's knows groups: torch would hold all weights in memory."""
+    called = []
+
+    def fake(q, k, *_, enable_gqa):
+        called.append((k.shape[1], enable_gqa))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fake)
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 32, 16, device="cuda", dtype=dtype)
+        k = torch.empty(1, 2, 32, 16, device="cuda", dtype=dtype)
+        scaled_dot_product(q, k, k, is_causal=True)
+    assert called == [(kv_heads, grouped)]
+
+
+class _NotingKernels(torch.fx.Interpreter):
+    """Runs a graph and notes at its attention whether torch may choose cuDNN's kernel."""
+
+    allowed: list[bool]
+
+    def call_function(self, target, args, kwargs):
+        if target.__name__ == "scaled_dot_product_attention":
+            self.allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return super().call_function(target, args, kwargs)
+
+
+def test_a_compiled_step_of_decoding_on_cuda_is_one_graph_without_cudnn():
+    allowed = []
+
+    def backend(graph, inputs):
+        interpreter = _NotingKernels(graph)
+        interpreter.allowed = allowed
+        return interpreter.run
+
+    with FakeTensorMode(), torch.no_grad():
+        q = torch.empty(1, 4, 1, 16, device="cuda")
+        k = torch.empty(1, 4, 32, 16, device="cuda")
+        mask = torch.empty(1, 32, dtype=torch.bool, device="cuda")
+        step = torch.compile(scaled_dot_product, backend=backend, fullgraph=True)
+        assert step(q, k, k, mask).shape == q.shape
+    assert allowed == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -115,15 +116,37 @@ def test_a_rank_left_over_in_a_shell_does_not_silence_the_only_process(
 def test_process_groups_have_a_timeout_and_a_gpus_device(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    device, made = torch.device(kind, 0), {}
+    device = torch.device(kind, 0)
+    made = _join(monkeypatch, device)
+    assert made["timeout"] == timedelta(minutes=10)
+    assert made["device_id"] == (device if kind == "cuda" else None)
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "ib0"), ("eth3", "eth3")])
+def test_gloo_takes_the_network_to_the_other_machines_unless_one_is_given(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # to have it restored
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    if given is not None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
+    monkeypatch.setattr(launch, "interface_to_others", lambda store, world_size: "ib0")
+    assert _join(monkeypatch, torch.device("cpu"))["GLOO_SOCKET_IFNAME"] == used
+
+
+def _join(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> dict[str, Any]:
+    """What the process group is made with, in options and environment."""
+    made: dict[str, Any] = {}
+
+    def init_process_group(backend: str, **options: Any) -> None:
+        made.update(options, GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME"))
+
     store = dist.HashStore()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(launch, "is_launched", lambda: True)
     monkeypatch.setattr(launch, "local_device", lambda: device)
     monkeypatch.setattr(launch, "end_with_launcher", lambda: None)
-    monkeypatch.setattr(launch.dist, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
-    monkeypatch.setattr(
-        launch.dist, "init_process_group", lambda backend, **options: made.update(options)
-    )
+    monkeypatch.setattr(launch.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+    monkeypatch.setattr(launch.dist, "init_process_group", init_process_group)
     assert launch.init_distributed() == device
-    assert made["timeout"] == timedelta(minutes=10)
-    assert made["device_id"] == (device if kind == "cuda" else None)
+    return made

@@ -7,11 +7,17 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megaegpt.errors import DataError
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.together import all_gather_object, all_reduce_max, broadcast_object
+from megaegpt.parallel.together import (
+    all_gather_object,
+    all_reduce_max,
+    broadcast_object,
+    start_all_reduce_max,
+)
 from tests.distributed.harness import Distributed, grid_for
 
 
@@ -46,6 +52,23 @@ def test_a_value_of_rank_0s_is_made_there_alone_and_so_is_its_error(
     assert first[2] == ("the disk is gone", True)
     assert second[2] == ("rank 0: the disk is gone", True)
     assert first[3] == second[3] == [1, 0]
+
+
+def _ask_before_the_other_rank() -> list[int]:
+    grid = grid_for(1)
+    token = torch.zeros(1)
+    if grid.is_main:
+        answers = start_all_reduce_max([3, 4], grid)
+        dist.send(token, 1)
+    else:
+        dist.recv(token, 0)  # comes if rank 0 does not wait for this one
+        answers = start_all_reduce_max([5, 2], grid)
+    return answers()
+
+
+def test_a_rank_goes_on_while_the_others_have_not_been_asked(distributed: Distributed) -> None:
+    assert distributed(2, _ask_before_the_other_rank) == [[5, 4], [5, 4]]
+    assert start_all_reduce_max([1, 2], ProcessGrid())() == [1, 2]
 
 
 def test_alone_nothing_is_sent() -> None:

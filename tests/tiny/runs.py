@@ -100,8 +100,8 @@ class StopAfter(StopRequests):
         super().__init__()
         self.left = steps
 
-    def agreed(self, failed: bool, grid: ProcessGrid) -> tuple[bool, str | None]:
-        some_failed, reason = super().agreed(failed, grid)
+    def answer(self) -> tuple[bool, str | None]:
+        some_failed, reason = super().answer()
         self.left -= 1
         return some_failed, "the test" if self.left < 0 else reason
 

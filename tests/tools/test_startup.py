@@ -59,7 +59,8 @@ def test_help_needs_neither_torch_nor_deepspeed() -> None:
     assert imported == {program: [] for program in PROGRAMS}
 
 
-def test_a_dry_run_does_not_need_deepspeed(tmp_path: Path) -> None:
+def test_only_an_engine_needs_deepspeed(tmp_path: Path) -> None:
+    """Neither a dry run does, nor what a run reads and checks before it builds one."""
     weights, records = tmp_path / "weights", tmp_path / "records.json"
     grid = ProcessGrid()
     gpt = ModelConfig(max_seq_len=64, hidden_size=4, num_layers=1, num_heads=1)
@@ -78,5 +79,7 @@ def test_a_dry_run_does_not_need_deepspeed(tmp_path: Path) -> None:
         ["launchers/pretrain.py", "--config", "configs/gpt2_124m.yaml", *small],
         ["launchers/finetune.py", "--config", "configs/finetune_instructions.yaml", *finetune],
     ]
-    imported = _imported(commands, "deepspeed", "transformers")
-    assert imported == {"launchers/pretrain.py": [], "launchers/finetune.py": []}
+    commands += [["megaegpt/training/pretraining.py"], ["megaegpt/training/finetuning.py"]]
+    imported = _imported(commands, "deepspeed", "transformers", "megaegpt.interop")
+    weights_are_read = {program: ["megaegpt.interop"] for program, *_ in commands}
+    assert imported == {**weights_are_read, "launchers/pretrain.py": []}

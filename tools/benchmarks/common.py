@@ -14,6 +14,7 @@ import torch
 
 from megaegpt.arguments import integer
 from megaegpt.errors import ConfigError
+from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.text_tables import format_table
 from tools.benchmarks.processes import Result
@@ -74,7 +75,7 @@ def add_sizes(parser: argparse.ArgumentParser, sizes: dict[str, tuple[int, str]]
 
 def single_grid() -> ProcessGrid:
     """One process, on the GPU if there is one."""
-    return ProcessGrid(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return ProcessGrid(device=local_device())
 
 
 def print_results(title: str, unit: str, results: Sequence[Result]) -> None:

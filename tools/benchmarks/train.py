@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megaegpt.arguments import integer
+from megaegpt.parallel.devices import local_device
 from tools.benchmarks import peers
 from tools.benchmarks.common import (
     add_profile,
@@ -112,7 +113,7 @@ def ours(shape: dict[str, Any], options: dict[str, Any]) -> Workload:
 
 def peer(name: str, folder: Path | None, shape: dict[str, Any], compiled: bool) -> Workload:
     """The peer's model with torch's fused AdamW and clipping, as its own training script has it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     model = peers.build(name, folder, shape).to(device)
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -27,7 +27,13 @@ from megaegpt.data.features.store import (
     write_json,
 )
 from megaegpt.data.tokens.windows import TokenSource, tokens_before
-from megaegpt.files import naming_failures, publish, sha256_of_file, temporary_name
+from megaegpt.files import (
+    naming_failures,
+    publish,
+    sha256_of_file,
+    temporary_name,
+    wait_for_files,
+)
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import all_gather_object, broadcast_object, raising_together
 
@@ -67,6 +73,8 @@ def compute_features(
         writer.write_missing_parts(title)
         writer.publish()
     with raising_together(grid):
+        if not complete:
+            writer.wait_for_all()
         store = FeatureStore.open(folder, spec)
         if complete:
             store.verify(verify, grid.rank, grid.world_size)
@@ -196,7 +204,9 @@ class _Writer:
         names = self.spec.part_names()
         own: dict[str, str] = {}
         with raising_together(self.grid), naming_failures(self.folder):
-            for name in names[self.grid.rank :: self.grid.world_size]:
+            share = names[self.grid.rank :: self.grid.world_size]
+            wait_for_files(self.folder / name for name in share)
+            for name in share:
                 own[name] = sha256_of_file(self.folder / name)
         shares = all_gather_object(own, self.grid)
         with raising_together(self.grid), naming_failures(self.folder):
@@ -204,6 +214,10 @@ class _Writer:
                 checksums = {name: share[name] for share in shares for name in share}
                 parts = {name: checksums[name] for name in names}
                 write_json(self.folder / MANIFEST, {**self.spec.as_json(), "parts": parts})
+
+    def wait_for_all(self) -> None:
+        """Let this machine see what the others have written."""
+        wait_for_files(self.folder / name for name in (*self.spec.part_names(), MANIFEST))
 
 
 class PartFile:

@@ -85,6 +85,11 @@ def scaled_dot_product(
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and (q.shape[2] == 1 or (mask is not None and q.is_cuda)):
         return _grouped_as_rows(q, k, v, mask, dropout)
+    if groups > 1 and q.is_cuda and q.dtype == torch.float32:
+        # Of CUDA's kernels only those for half precision know groups. Copies of the keys are small
+        # beside the (T, S) weights of all heads, which the unfused products would hold.
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        groups = 1
     return _fused(q, k, v, mask, dropout, is_causal, grouped=groups > 1)
 
 

@@ -26,6 +26,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from megaegpt.errors import CheckpointError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import ParamSpec
+from megaegpt.parallel.together import raising_together
 from megaegpt.training.checkpoint.universal import load_replicated, universal_info
 
 _TRUSTED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
@@ -101,7 +102,7 @@ def save(engine: Any, folder: Path, specs: dict[str, ParamSpec]) -> list[Path]:
 
 
 def load(engine: Any, folder: Path) -> None:
-    """Restore what :func:`save` wrote, under the same topology; collective.
+    """Restore what :func:`save` wrote, under the same topology; each rank reads alone.
 
     Raises:
         CheckpointError: a file is missing, holds more than tensors, or is of another model.
@@ -183,21 +184,25 @@ def load_universal(engine: Any, folder: Path, grid: ProcessGrid) -> None:
     """Restore from the universal checkpoint ``folder``, whatever topology it came from; collective.
 
     Raises:
-        CheckpointError: as for :func:`load`.
+        CheckpointError: as for :func:`load`, on every rank.
     """
-    with loading(folder), _settings_kept(engine):
+    with raising_together(grid), loading(folder), _settings_kept(engine):
         if not engine.zero_optimization():
             load_replicated(engine.module, engine.optimizer, folder, grid)
             return
         engine._config.load_universal_checkpoint = True
+        # The gathering of weights that ends DeepSpeed's loading would wait for a rank that fails.
+        engine.optimizer.update_lp_params = lambda: None
         try:
             engine.load_checkpoint(
                 str(folder.parent), tag=folder.name, load_module_strict=_all_trainable(engine)
             )
         finally:
+            del engine.optimizer.update_lp_params
             engine._config.load_universal_checkpoint = False
         for parameter, state in engine.optimizer.state.items():
             state["step"] = state["step"].to(parameter.device)  # DeepSpeed leaves it on the CPU
+    engine.optimizer.update_lp_params()
 
 
 def as_os_error(error: Exception, path: str | Path) -> OSError:

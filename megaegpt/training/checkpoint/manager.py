@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megaegpt.errors import CheckpointError
@@ -63,10 +62,12 @@ class SavedEngine(Protocol):
         """Write weights and optimizer state under ``folder``; returns this rank's files."""
 
     def load_state(self, folder: Path) -> None:
-        """Restore what was saved under the same topology."""
+        """Restore what was saved under the same topology. All ranks raise, or none."""
 
     def load_reshaped(self, folder: Path, saved: Topology, scratch: Path) -> None:
-        """Restore what was saved under the topology ``saved``, with ``scratch`` for its files."""
+        """Restore what was saved under the topology ``saved``, with ``scratch`` for its files. All
+        ranks raise, or none.
+        """
 
 
 class CheckpointManager:
@@ -221,9 +222,7 @@ class CheckpointManager:
                 print(f"{folder.name}: from {saved} to {engine.topology}", flush=True)
                 shutil.rmtree(scratch, ignore_errors=True)
             engine.load_reshaped(folder / STATE, saved, scratch)
-        finally:
-            if engine.grid.world_size > 1:
-                dist.barrier()
+        finally:  # no rank reads there any more: all have succeeded, or all have raised
             if engine.grid.is_main:
                 shutil.rmtree(scratch, ignore_errors=True)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
-from deepspeed.ops import __compatible_ops__ as deepspeed_ops
+from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
@@ -33,10 +34,11 @@ PARTITIONED = (
     "averaged_gradients",  # this rank's share, by group
     "params_in_partition",
     "clip_grad",
+    "update_lp_params",  # gathers the weights after loading; put off until no rank has failed
 )
 """Attributes of the optimizer of ZeRO stages 1 and 2, but of bf16 at stage 1."""
 
-BF16_STAGE_1 = ("bf16_groups", "fp32_groups_gradients", "clip_grad")
+BF16_STAGE_1 = ("bf16_groups", "fp32_groups_gradients", "clip_grad", "update_lp_params")
 """Attributes of the optimizer of ZeRO stage 1 in bf16."""
 
 LOSS_SCALER = ("cur_scale", "min_scale", "raise_error_at_min_scale")
@@ -46,12 +48,31 @@ READ_BY_DEEPSPEED = ("_global_grad_norm", "overflow")
 """Attributes that the engine reads of our own optimizer at stage 0."""
 
 
-def quieten() -> None:
-    """Keep DeepSpeed from telling what it does, and from compiling an operator for CPUs (45 s, with
+def quieten(device_type: str) -> None:
+    """Keep DeepSpeed from telling what it does, and on a CPU from compiling an operator (45 s, with
     a compiler) that only its inference uses.
+
+    On a GPU the table of operators is not touched: whoever reads it first has all of them probed,
+    with a dozen warnings where there is no CUDA toolkit.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed_ops["deepspeed_shm_comm"] = False
+    if device_type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, for which it asks whatever the optimizer is, without compiling it.
+
+    That brings all of torch's compiler in: a second or two of every start, for functions that are
+    not used here. What asks for it later finds the module imported.
+    """
+    compile_ = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):  # an earlier or later release
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_
 
 
 def check_compatible(engine: Any, stage: int, precision: str) -> None:

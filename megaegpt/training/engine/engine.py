@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if not torch.cuda.is_available():  # DeepSpeed looks for devices, and warns, as it is imported
+if not torch.cuda.is_available() or os.environ.get("MEGAEGPT_DEVICE") == "cpu":
+    # DeepSpeed looks for devices, and warns, as it is imported.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 
@@ -38,6 +39,7 @@ from megaegpt.training.checkpoint.universal import convert
 from megaegpt.training.engine.compat import (
     check_accepted,
     check_compatible,
+    import_muon_uncompiled,
     naming_raw_keys,
     quieten,
 )
@@ -124,7 +126,8 @@ class Engine:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         options = deepspeed_config(config, grid.dp_size, self.precision, trainable)
         check_accepted(options)
-        quieten()
+        quieten(grid.device.type)
+        import_muon_uncompiled()
         with contextlib.redirect_stdout(None), naming_raw_keys(config.deepspeed):
             # Its optimizers print memory figures.
             self._deepspeed, *_ = deepspeed.initialize(
@@ -238,9 +241,10 @@ class Engine:
         """Restore what :meth:`save_state` wrote under the same topology. Collective.
 
         Raises:
-            CheckpointError: the files do not fit this model.
+            CheckpointError: the files do not fit this model, on some rank: raised on every one.
         """
-        deepspeed_state.load(self._deepspeed, folder)
+        with raising_together(self.grid):
+            deepspeed_state.load(self._deepspeed, folder)
 
     def load_reshaped(self, folder: Path, saved: Topology, scratch: Path) -> None:
         """Restore what :meth:`save_state` wrote under the topology ``saved``. Collective.
@@ -249,7 +253,8 @@ class Engine:
         rank makes and every rank sees, and that the caller removes.
 
         Raises:
-            CheckpointError: the files do not fit this model, or there is no room for ``scratch``.
+            CheckpointError: the files do not fit this model, or there is no room for ``scratch``,
+                on some rank: raised on every one.
         """
         universal = scratch / "universal"
         shapes = {name: spec.full_shape for name, spec in self.parameter_specs().items()}

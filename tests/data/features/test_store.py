@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaegpt import files
 from megaegpt.data.features import store as feature_store
+from megaegpt.data.features import writer
 from megaegpt.data.features.store import FeatureSpec, FeatureStore
 from megaegpt.data.features.writer import compute_features
 from megaegpt.data.tokens import memory_map
@@ -275,6 +278,29 @@ def encode(tokens):
     return t.encode(tokens)
 t.compute(Path(sys.argv[1]), t.spec(), encode)
 """
+
+
+def test_parts_that_another_machine_s_disk_shows_late_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS may say for a minute that a file is not there which another machine has written."""
+
+    def publish_late(temporary: Path, path: Path) -> None:
+        unseen = temporary.rename(path.with_suffix(".unseen"))
+        threading.Timer(0.2, unseen.rename, [path]).start()
+
+    monkeypatch.setattr(writer, "publish", publish_late)
+    store = compute(tmp_path / "store", spec(token_states=True))
+    assert torch.equal(store.token_states(np.arange(CHUNKS)), all_states())
+
+
+def test_a_part_that_never_comes_is_named_after_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "NETWORK_DELAY_S", 0.1)
+    monkeypatch.setattr(writer, "publish", lambda temporary, path: temporary.unlink())
+    with pytest.raises(DataError, match="No such file"):
+        compute(tmp_path / "store", spec())
 
 
 def test_a_killed_computation_goes_on_where_it_stopped(tmp_path: Path) -> None:

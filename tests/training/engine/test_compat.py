@@ -7,10 +7,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -33,6 +35,8 @@ IMPORTED = [
     "deepspeed.runtime.config.DeepSpeedConfig",
     "deepspeed.runtime.config.DeepSpeedConfigError",
     "deepspeed.ops.__compatible_ops__",
+    "deepspeed.runtime.compiler",
+    "deepspeed.runtime.compiler.compile",
     "deepspeed.checkpoint.ds_to_universal.main",
     "deepspeed.checkpoint.constants.CAT_DIM",
     "deepspeed.checkpoint.constants.DS_VERSION",
@@ -133,6 +137,26 @@ def test_private_attributes_of_deepspeed_are_in_the_table() -> None:
             chains = [n.split(".") for n in used if n.startswith(("engine.", "optimizer."))]
             private = {part for chain in chains for part in chain[1:] if part.startswith("_")}
             assert private <= table, file
+
+
+def test_deepspeeds_operators_are_probed_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    compat.quieten("cuda")
+    assert "__compatible_ops__" not in vars(deepspeed.ops)
+    compat.quieten("cpu")
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+def test_deepspeeds_muon_is_imported_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes longer to import than torch."""
+    name, compile_ = "deepspeed.runtime.zero.muon.original_muon", deepspeed.runtime.compiler.compile
+    compiled = mock.Mock()
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    compat.import_muon_uncompiled()
+    assert name in sys.modules
+    assert not compiled.called
+    assert deepspeed.runtime.compiler.compile is compile_
 
 
 def _build(stages: list[tuple[int, str]]) -> None:

@@ -1,0 +1,135 @@
+"""The device that a process computes on: a GPU, or the CPU where there is none.
+
+A GPU that is there and that torch cannot use is an error: a job that computes on the CPU beside it,
+a hundred times slower, would lose its allocation before anybody notices.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import socket
+import warnings
+from pathlib import Path
+
+import torch
+
+from megaegpt.errors import LaunchError
+
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Exists where NVIDIA's driver is loaded, in a container without GPUs too."""
+
+DEVICE_FILES = "/dev/nvidia[0-9]*"
+"""Pattern of the files of NVIDIA's GPUs, one for each."""
+
+AMD_DRIVER = Path("/dev/kfd")
+"""Exists where AMD's driver for computing is loaded, beside the graphics of an ordinary CPU too."""
+
+_CHOICE = "MEGAEGPT_DEVICE"
+_ON_PURPOSE = f"or set {_CHOICE}=cpu to compute on the CPU on purpose"
+_NO_DEVICES = ("", "NoDevFiles")  # the second is Slurm's
+
+
+def device_type() -> str:
+    """``cuda`` if torch has a GPU (NVIDIA's, or AMD's with a build for ROCm, which goes by the same
+    name), else ``cpu``. The environment variable ``MEGAEGPT_DEVICE=cpu`` leaves GPUs alone.
+
+    Raises:
+        LaunchError: this machine or job has a GPU that torch cannot use; names the cause.
+    """
+    choice = os.environ.get(_CHOICE, "")
+    if choice not in ("", "cpu"):
+        raise LaunchError(
+            f"{_CHOICE}={choice} is not known: cpu means the CPU, and unset any GPU that torch has"
+        )
+    if choice == "cpu":
+        return "cpu"
+    with warnings.catch_warnings():  # torch warns of what the error below says
+        warnings.simplefilter("ignore")
+        if torch.cuda.is_available():
+            return "cuda"
+        problem = _why_no_gpu_is_used()
+    if problem is not None:
+        error = LaunchError(f"{socket.gethostname()}: {problem}, {_ON_PURPOSE}")
+        error.on_whole_machine = True
+        raise error
+    return "cpu"
+
+
+def local_device() -> torch.device:
+    """The GPU of this process's local rank, made the current one; the CPU where there is none.
+
+    Raises:
+        LaunchError: as for :func:`device_type`, or there are more processes on this machine than it
+            has GPUs.
+    """
+    if device_type() == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are "
+            "visible; start as many processes as GPUs"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _why_no_gpu_is_used() -> str | None:
+    """What keeps torch from a GPU that is there, and the remedy; None: there is none."""
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if other is not None:
+        return (
+            f"the GPU here is one for torch's back-end {other.type}, which is not supported: use a "
+            "machine with NVIDIA GPUs, or AMD's and a build of torch for ROCm"
+        )
+    if torch.version.hip is not None and AMD_DRIVER.exists():
+        return f"torch {torch.__version__} cannot use AMD's GPU ({AMD_DRIVER}): {_failure()}"
+    files = sorted(glob.glob(DEVICE_FILES))
+    sign = _sign_of_gpus(files)
+    if sign is None:
+        return None
+    if torch.version.cuda is None:
+        return (
+            f"{sign}, but torch {torch.__version__} is not built for CUDA: install a build that is "
+            "(MEGAEGPT_TORCH=gpu bash launchers/quickstart.sh does)"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and (visible in _NO_DEVICES or visible.startswith("-")):
+        return f"{sign}, but CUDA_VISIBLE_DEVICES={visible} hides all GPUs: unset the variable"
+    if not files:
+        return (
+            f"{sign}, but there is no /dev/nvidia0: give this container GPUs (docker run --gpus "
+            "all, apptainer exec --nv), or this job (srun --gpus-per-node)"
+        )
+    return f"{sign}, but torch {torch.__version__} cannot use it: {_failure()}"
+
+
+def _sign_of_gpus(files: list[str]) -> str | None:
+    """How it shows that there is an NVIDIA GPU for this process; None: there is no sign of one."""
+    if files:
+        return f"there is an NVIDIA GPU ({files[0]})"
+    if DRIVER.exists():
+        return f"NVIDIA's driver is loaded ({DRIVER})"
+    for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):
+        if os.environ.get(name):
+            return f"Slurm has given the job GPUs ({name}={os.environ[name]})"
+    return None
+
+
+def _failure() -> str:
+    """What CUDA or ROCm itself says, in one line, with the remedy where it is the driver's age."""
+    try:
+        torch.cuda.init()
+    except Exception as error:  # RuntimeError, or whatever a driver's library raises
+        said = " ".join(str(error).split()).partition(". ")[0]
+    else:
+        said = "it counts no GPUs"
+    if "too old" in said:
+        return (
+            f"{said}; install a newer driver, or a build of torch for this one "
+            "(MEGAEGPT_TORCH=cu126 bash launchers/quickstart.sh)"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return said if visible is None else f"{said} (CUDA_VISIBLE_DEVICES={visible})"
