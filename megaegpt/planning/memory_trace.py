@@ -87,8 +87,11 @@ def trace_micro_step(
             frozen.requires_grad_(False)
         gc.collect()
         before = meter.live
-        rows = ROWS_AT_ONCE.get(device_type)
-        model.head.loss_options = dataclasses.replace(model.head.loss_options, rows=rows)
+        model.head.loss_options = dataclasses.replace(
+            model.head.loss_options,
+            rows=ROWS_AT_ONCE.get(device_type),
+            fused=device_type == "cuda",
+        )
         inputs = build_inputs(
             config.model, functools.partial(_encode, frozen, config.model), DTYPES[precision]
         )

@@ -24,6 +24,7 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.initialization import initialize_from_encoder
 from megaegpt.model.parts import freeze
 from megaegpt.model.weights import load_weights, read_weights_config, save_weights
+from megaegpt.parallel.compiling import compile_problem
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import broadcast_object, raising_together
 from megaegpt.planning.hardware import peak_flops
@@ -37,7 +38,6 @@ from megaegpt.training.consistency import (
     corpus_facts,
     weights_facts,
 )
-from megaegpt.training.engine.compiling import compile_problem
 from megaegpt.training.engine.deterministic import make_deterministic
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.evaluation import Evaluator
@@ -340,8 +340,11 @@ def _introduce(
     monitor.log(f"{'data':<11}{data.describe()}")
     if (slow := slow_precision_notice(precision, grid.device)) is not None:
         notices = [slow, *notices]
-    if config.training.compile and (problem := compile_problem(grid.device.type)):
-        notices = [*notices, f"training.compile is off, it does not work here: {problem}"]
+    on_gpu = grid.device.type == "cuda"  # where the head's loss is compiled in any case
+    if (config.training.compile or on_gpu) and (problem := compile_problem(grid.device.type)):
+        slower = "; the head's loss is slower for it" if on_gpu else ""
+        off = f"training.compile is off, it does not work here: {problem}{slower}"
+        notices = [*notices, off]
     for notice in notices:
         monitor.log(f"notice: {notice}")
     if state:
