@@ -298,10 +298,12 @@ def _scale(grad: Tensor, factor: Tensor) -> None:
 
 
 def _added(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total + a @ b`` in ``dtype``, in place."""
+    """``total + a @ b`` in ``dtype``, in place; a first product stays in the type that it has."""
     if total is None:
-        return (a @ b).to(dtype)
-    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
+        return a @ b
+    if a.dtype == dtype:
+        return total.addmm_(a, b)
+    return total.to(dtype).add_(a @ b)
 
 
 def linear_cross_entropy(
