@@ -150,9 +150,8 @@ def _bytes(name: str, tensors: list[Tensor]) -> float:
     """What an operator reads and writes, each of its tensors once."""
     if name in _TOUCHES_FEW:
         indices = [x for x in tensors if x.dtype == torch.int64]
-        tensors = [*indices, min(tensors, key=lambda x: x.numel()), tensors[-1]]
-        if name == "scatter_add_":
-            tensors = indices * 3
+        others = [x for x in tensors if x.dtype != torch.int64] or tensors
+        tensors = [*indices, *[min(others, key=lambda x: x.numel())] * 2]
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
