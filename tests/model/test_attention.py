@@ -384,3 +384,30 @@ def test_cudnn_serves_training_without_masks_alone(monkeypatch, length, masked, 
         mask = torch.empty(length, 32, dtype=torch.bool, device="cuda") if masked else None
         scaled_dot_product(q, k, k, mask, is_causal=not masked and length > 1)
     assert allowed == [cudnn]
+
+
+class Places(TorchDispatchMode):
+    """Counts what masks are made of, places in a row, and comparisons."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("arange", "ge", "lt", "eq")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("options", [{"window": 5}, {"window": 5, "document_end": 7}])
+def test_a_pass_makes_a_mask_once_for_all_layers(options, cached):
+    counts = []
+    for layers in (1, 4):
+        model = build(replace(BASE, num_layers=layers, **options))
+        cache = KVCache(model.config, ProcessGrid(), 2, 48, dtype=torch.float64) if cached else None
+        with Places() as places, torch.no_grad():
+            model.hidden_states(tokens_of(model.config, 2, 30), cache)
+        counts.append(places.count)
+    ring = 2 * 3 * cached  # where a layer's own store has its places
+    assert counts[1] - counts[0] <= 3 * ring
+    assert counts[0] > 0
