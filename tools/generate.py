@@ -275,8 +275,8 @@ def _can_compile(
     """Say so if not."""
     from megaegpt.generation.compiled import uncompilable
     from megaegpt.model.build import gpt_of
+    from megaegpt.parallel import compiling
     from megaegpt.parallel.matmul import MOST_GENERATED_ROWS
-    from megaegpt.training.engine import compiling
 
     problem = uncompilable(gpt_of(model, encoder)) or compiling.compile_problem(grid.device.type)
     if grid.device.type == "cpu" and arguments.num_samples > MOST_GENERATED_ROWS:

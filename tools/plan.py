@@ -2,11 +2,13 @@
 
     python tools/plan.py --config configs/gpt2_124m.yaml --gpu h100 --gpus 8
     python tools/plan.py --config X.yaml --gpu a100 --gpus 64 --alternatives model.num_layers=48
+    python tools/plan.py --gpu h100 --gpus 1 --roofline
 
 Parameters and operations are counted, and memory and communication follow from a micro-step played
 through with tensors that have no memory. Time is an estimate: the computation at a share of the
 GPU's peak, and the communication at the data sheet's speed, one after the other. What follows the
-options as section.key=value replaces values of the configuration.
+options as section.key=value replaces values of the configuration. --roofline gives the least time
+that the operators of a step can take, and the most MFU; without --config of the sizes of GPT-2.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ def main() -> None:
     arguments = _parse_arguments()
     from megaegpt.planning.plan import Machines, alternatives, make_plan
 
+    if arguments.config is None:
+        for line in gpt2_ceilings(arguments.gpu):
+            print(line)
+        return
     config = load_config(arguments.config, arguments.overrides, arguments.gpus)
     encoder, notices = _find_encoder(config)
     per_node = arguments.per_node or min(arguments.gpus, _GPUS_OF_A_MACHINE)
@@ -50,6 +56,9 @@ def main() -> None:
     plan = replan(config)
     for line in [*notices, *describe(plan, arguments.efficiency)]:
         print(line)
+    if arguments.roofline:
+        for line in roofline_of(plan, encoder):
+            print(line)
     if arguments.alternatives or not plan.fits:
         for line in compare(alternatives(plan, replan)):
             print(line)
@@ -59,7 +68,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run")
+    parser.add_argument("--config", metavar="FILE", help="YAML of the run")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(accelerator_names())}")
     parser.add_argument(
         "--gpus", required=True, type=integer(1, _MOST_GPUS), help="of all machines together"
@@ -82,9 +91,15 @@ def _parse_arguments() -> argparse.Namespace:
         "--alternatives", action="store_true", help="other ways to run it, though this one fits"
     )
     parser.add_argument(
+        "--roofline", action="store_true", help="the least time of a step, by its operators"
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values that differ from the file"
     )
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.config is None and (not arguments.roofline or arguments.overrides):
+        parser.error("the following arguments are required: --config")
+    return arguments
 
 
 def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:
@@ -130,6 +145,40 @@ def describe(plan: Plan, efficiency: float) -> Iterator[str]:
             f"{_gib(machines.accelerator.memory)}: lower training.micro_batch_size, recompute by "
             "training.activation_checkpointing, or raise parallel.tensor_parallel_size or --gpus"
         )
+
+
+def roofline_of(plan: Plan, encoder: ModelConfig | None) -> Iterator[str]:
+    """The parts of a step, and the most that it can reach."""
+    from megaegpt.planning.roofline import assumptions, describe_roofline, make_roofline
+
+    roofline = make_roofline(plan, encoder)
+    yield "the least time of a step on a rank:"
+    yield format_table(describe_roofline(roofline), names=1)
+    yield (
+        f"a micro-step reaches at most {roofline.mfu(compiled=False, fused=False):.1%} MFU with "
+        f"nothing compiled, {roofline.mfu(fused=False):.1%} with compiled blocks, "
+        f"{roofline.mfu():.1%} with the head's operators compiled too: bytes a logit between the "
+        f"head's products {roofline.bytes_a_logit(fused=False):.0f}, compiled "
+        f"{roofline.bytes_a_logit():.1f}"
+    )
+    yield assumptions()
+
+
+def gpt2_ceilings(gpu: str) -> Iterator[str]:
+    """The sizes of GPT-2 on one GPU."""
+    from megaegpt.planning.plan import Machines, make_plan
+    from megaegpt.planning.roofline import (
+        assumptions,
+        compare_rooflines,
+        gpt2_runs,
+        make_roofline,
+    )
+
+    machines = Machines(find_accelerator(gpu, 1), 1, 1)
+    rooflines = {n: make_roofline(make_plan(run, machines)) for n, run in gpt2_runs().items()}
+    yield f"the most MFU on one {machines.accelerator.name}, by what is compiled, and its parts:"
+    yield format_table(compare_rooflines(rooflines), names=1)
+    yield assumptions()
 
 
 def compare(plans: list[Plan]) -> Iterator[str]:

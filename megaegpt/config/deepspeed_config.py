@@ -59,7 +59,19 @@ def deepspeed_config(
         # It would cast the gradients that it accumulated in fp32 down to send them, and back. They
         # are sent once a step here; at stage 2 they are sent as the backward pass makes them.
         generated["communication_data_type"] = "fp32"
+    if stage == 2 or (stage == 1 and precision != "bf16"):
+        # It sums whole buckets in any case. Told so, it copies no gradient to another buffer and
+        # back; and what is divided by the number of ranks first cannot overflow in fp16.
+        generated["zero_optimization"]["reduce_scatter"] = False
+        generated["prescale_gradients"] = not _is_scaled_otherwise(config.deepspeed)
     return _merge(generated, config.deepspeed)
+
+
+def _is_scaled_otherwise(raw: dict[str, Any]) -> bool:
+    """Whether raw keys ask for what DeepSpeed cannot do if it divides before it sums."""
+    zero = raw.get("zero_optimization")
+    scatters = isinstance(zero, dict) and bool(zero.get("reduce_scatter"))
+    return scatters or "gradient_predivide_factor" in raw
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

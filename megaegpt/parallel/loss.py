@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaegpt.labels import IGNORE
+from megaegpt.parallel.compiling import compile_problem
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.head_operators import into_gradient, softmax_sums
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.vocabulary import check_targets
 
-ROWS_AT_ONCE = {"cpu": 128, "cuda": 4096}
+ROWS_AT_ONCE = {"cpu": 128, "cuda": 8192}
 """Rows of logits that exist at once, by device type."""
 
 _ELEMENTS_AT_ONCE = 1 << 20
@@ -32,6 +34,9 @@ class LossOptions:
 
     rows: int | None = None
     """Positions computed at once; None: as many as suit the device."""
+    fused: bool | None = None
+    """Whether the operators of ``parallel.head_operators`` compute what is between the products;
+    None: on CUDA, where something can be compiled for it."""
     softcap: float | None = None
     """Logits become ``softcap * tanh(logits / softcap)``."""
     z_loss: float = 0.0
@@ -68,6 +73,58 @@ class _Rows(NamedTuple):
     slope: Tensor | None
     """(n, V/tp), derivative of the soft cap; None without one"""
 
+    def by_logits(self, by_nats: Tensor, by_z: Tensor | None) -> Tensor:
+        """Gradient by the logits, (n, V/tp), in place of the exponentials.
+
+        Args:
+            by_nats: (n,) the loss's gradient by the nats of each row.
+            by_z: (n,) what z-loss adds to the gradient by the log of each row's sum.
+        """
+        grad = self.exponentials.div_(self.sums)
+        held, column = self.column >= 0, self.column.clamp(min=0)
+        if by_z is None:
+            grad.scatter_add_(1, column, -held.to(grad.dtype))
+            grad.mul_(by_nats.unsqueeze(1))
+        else:
+            grad.mul_((by_nats + by_z).unsqueeze(1))
+            grad.scatter_add_(1, column, -by_nats.unsqueeze(1) * held)
+        return grad if self.slope is None else grad.mul_(self.slope)
+
+
+class _FusedRows(NamedTuple):
+    """The same from the operators of ``head_operators``, which leave the logits as they are."""
+
+    nats: Tensor
+    """(n,)"""
+    logits: Tensor
+    """(n, V/tp), as the product has given them"""
+    largest: Tensor
+    """(n, 1), the row's largest logit over the whole vocabulary"""
+    sums: Tensor
+    """(n, 1), of exp(logit - largest) over the whole vocabulary"""
+    log_sums: Tensor
+    """(n, 1), log of the sum of exp(logit)"""
+    column: Tensor
+    """(n, 1), this rank's column of each target; -1 where another rank holds it or there is none"""
+    real: int
+    """Columns from here on are padding."""
+    softcap: float | None
+
+    def by_logits(self, by_nats: Tensor, by_z: Tensor | None) -> Tensor:
+        """Gradient by the logits, (n, V/tp), in place of them; arguments as of ``_Rows``."""
+        by_log_sums = by_nats if by_z is None else by_nats + by_z
+        into_gradient(
+            self.logits,
+            self.column,
+            self.largest,
+            self.sums,
+            by_nats.unsqueeze(1),
+            by_log_sums.unsqueeze(1),
+            self.real,
+            self.softcap,
+        )
+        return self.logits
+
 
 def _rows(
     logits: Tensor, targets: Tensor, grid: ProcessGrid, vocab_size: int, softcap: float | None
@@ -88,36 +145,47 @@ def _rows(
     if grid.tp_group is not None:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=grid.tp_group)
     logits.sub_(largest)
-    column = targets.unsqueeze(1) - first  # (n, 1)
-    column = column.masked_fill((column < 0) | (column >= columns), -1)
+    column = _column_of(targets, first, columns)
     at_target = logits.gather(1, column.clamp(min=0)).masked_fill(column < 0, 0.0)  # (n, 1)
     exponentials = logits.exp_()
     sums = exponentials.sum(dim=1, keepdim=True)  # (n, 1)
     if grid.tp_group is not None:
-        both = torch.cat([sums, at_target], dim=1)
-        dist.all_reduce(both, group=grid.tp_group)
-        sums, at_target = both.split(1, dim=1)
+        sums, at_target = _summed(sums, at_target, grid)
     log_sums = sums.log()
     nats = (log_sums - at_target).squeeze(1).masked_fill(targets == IGNORE, 0.0)
     return _Rows(nats, exponentials, sums, log_sums + largest, column, slope)
 
 
-def _by_logits(rows: _Rows, by_nats: Tensor, by_z: Tensor | None) -> Tensor:
-    """Gradient by the logits, (n, V/tp), in place of the exponentials.
+def _fused_rows(
+    logits: Tensor, targets: Tensor, grid: ProcessGrid, vocab_size: int, softcap: float | None
+) -> _FusedRows:
+    """The same from logits in their own type."""
+    columns = logits.shape[1]
+    first = grid.tp_rank * columns
+    real = min(max(vocab_size - first, 0), columns)
+    column = _column_of(targets, first, columns)
+    largest, sums, at_target = softmax_sums(logits, column, real, softcap)  # (n, 1) each
+    if grid.tp_group is not None:
+        own = largest
+        largest = own.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=grid.tp_group)
+        sums, at_target = _summed(sums * (own - largest).exp(), at_target, grid)
+    log_sums = sums.log()
+    nats = (log_sums - (at_target - largest)).squeeze(1).masked_fill(targets == IGNORE, 0.0)
+    return _FusedRows(nats, logits, largest, sums, log_sums + largest, column, real, softcap)
 
-    Args:
-        by_nats: (n,) the loss's gradient by the nats of each row.
-        by_z: (n,) what z-loss adds to the gradient by the log of each row's sum.
-    """
-    grad = rows.exponentials.div_(rows.sums)
-    held, column = rows.column >= 0, rows.column.clamp(min=0)
-    if by_z is None:
-        grad.scatter_add_(1, column, -held.to(grad.dtype))
-        grad.mul_(by_nats.unsqueeze(1))
-    else:
-        grad.mul_((by_nats + by_z).unsqueeze(1))
-        grad.scatter_add_(1, column, -by_nats.unsqueeze(1) * held)
-    return grad if rows.slope is None else grad.mul_(rows.slope)
+
+def _column_of(targets: Tensor, first: int, columns: int) -> Tensor:
+    """Targets (n,) -> (n, 1) where they are among the columns from ``first`` on; else -1."""
+    column = targets.unsqueeze(1) - first
+    return column.masked_fill((column < 0) | (column >= columns), -1)
+
+
+def _summed(sums: Tensor, at_target: Tensor, grid: ProcessGrid) -> tuple[Tensor, ...]:
+    """Two of (n, 1), each added up over the tensor-parallel ranks in one message."""
+    both = torch.cat([sums, at_target], dim=1)
+    dist.all_reduce(both, group=grid.tp_group)
+    return both.split(1, dim=1)
 
 
 def _mix(nats: Tensor, targets: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +227,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         expected = None if weight.dtype == precise else options.backward_scale
         for part in _parts(hidden, options):
             x, y = hidden[part], targets[part]
-            rows = _rows(linear(x, weight).to(precise), y, grid, vocab_size, options.softcap)
+            rows = _rows_of(x, weight, y, grid, vocab_size, options)
             nats, real = rows.nats, (y != IGNORE).to(precise)
             by_nats = real
             if mixture is not None and grad_mixture is not None:
@@ -171,7 +239,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             if expected is not None:
                 by_nats = by_nats * expected
                 by_z = None if by_z is None else by_z * expected
-            grad = _by_logits(rows, by_nats, by_z).to(weight.dtype)
+            grad = rows.by_logits(by_nats, by_z).to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = linear(grad, weight.t())
             if need_weight:
@@ -194,6 +262,24 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return grad_hidden, grad_weight, None, grad_mixture, None, None, None
 
 
+def _rows_of(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    grid: ProcessGrid,
+    vocab_size: int,
+    options: LossOptions,
+) -> _Rows | _FusedRows:
+    """The rows of some positions, hidden (n, C), targets (n,)."""
+    logits, fused = linear(hidden, weight), options.fused
+    if fused is None:
+        fused = logits.is_cuda and compile_problem("cuda") is None
+    if fused:
+        return _fused_rows(logits, targets, grid, vocab_size, options.softcap)
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    return _rows(logits.to(precise), targets, grid, vocab_size, options.softcap)
+
+
 def _parts(hidden: Tensor, options: LossOptions) -> list[slice]:
     """The rows (n, C) that are computed together."""
     size = options.rows or ROWS_AT_ONCE.get(hidden.device.type, 1024)
@@ -212,10 +298,12 @@ def _scale(grad: Tensor, factor: Tensor) -> None:
 
 
 def _added(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total + a @ b`` in ``dtype``, in place."""
+    """``total + a @ b`` in ``dtype``, in place; a first product stays in the type that it has."""
     if total is None:
-        return (a @ b).to(dtype)
-    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
+        return a @ b
+    if a.dtype == dtype:
+        return total.addmm_(a, b)
+    return total.to(dtype).add_(a @ b)
 
 
 def linear_cross_entropy(
@@ -275,6 +363,6 @@ def _nats_of_rows(
     precise = torch.promote_types(hidden.dtype, torch.float32)
     nats = torch.empty(len(hidden), dtype=precise, device=hidden.device)
     for part in _parts(hidden, options):
-        logits = linear(hidden[part], weight).to(precise)
-        nats[part] = _rows(logits, targets[part], grid, vocab_size, options.softcap).nats
+        rows = _rows_of(hidden[part], weight, targets[part], grid, vocab_size, options)
+        nats[part] = rows.nats
     return nats

@@ -1,7 +1,8 @@
 """Data sheets of GPUs: their peak operations, and the machines that plans assume around them.
 
-Speeds are peaks of data sheets, per GPU and direction. NVLink is counted there in both directions
-together, so half of it is taken; a DGX's network is divided by its GPUs.
+Speeds are peaks of data sheets, per GPU and direction; the memory's is of reads and writes
+together. NVLink is counted there in both directions together, so half of it is taken; a DGX's
+network is divided by its GPUs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Accelerator:
     network_bandwidth: float
     """Bytes per second to other machines."""
     device_type: str = "cuda"
+    memory_bandwidth: float | None = None
+    """Bytes per second between the GPU and its own memory; None where it is not known."""
 
     def peak_flops(self, precision: Precision) -> float | None:
         """Dense matrix FLOP/s; None where it is not known."""
@@ -62,41 +65,75 @@ _TEN_GIGABIT, _HUNDRED_GIGABIT = 1.25 * _GB, 12.5 * _GB  # an assumption: no ven
 
 
 def _planned(
-    words: str, tflops: float, option: str, name: str, memory: float, node: float, network: float
+    words: str,
+    tflops: float,
+    option: str,
+    name: str,
+    memory: float,
+    speed: float,
+    node: float,
+    network: float,
 ) -> _Device:
-    accelerator = Accelerator(name, int(memory), node, network)
+    accelerator = Accelerator(name, int(memory), node, network, memory_bandwidth=speed)
     return _Device(words, tflops, option, accelerator)
 
 
 _DEVICES = (  # the first whose words all occur in a device's name counts
     # NVIDIA DGX B200 data sheet: 1,440 GB over 8 GPUs, NVLink 14.4 TB/s in all, 8 x 400 Gb/s
-    _planned("B200", 2250.0, "b200", "NVIDIA B200", 180 * _GB, 900 * _GB, 50 * _GB),
+    _planned("B200", 2250.0, "b200", "NVIDIA B200", 180 * _GB, 8000 * _GB, 900 * _GB, 50 * _GB),
     _Device("GH200", 989.0),
     # NVIDIA H200 data sheet: 141 GB, NVLink 900 GB/s; DGX H200: 8 x 400 Gb/s
-    _planned("H200", 989.0, "h200", "NVIDIA H200", 141 * _GB, 450 * _GB, 50 * _GB),
+    _planned("H200", 989.0, "h200", "NVIDIA H200", 141 * _GB, 4800 * _GB, 450 * _GB, 50 * _GB),
     _Device("H100 PCIe", 756.0),
     _Device("H100 NVL", 835.0),
     # NVIDIA H100 data sheet (SXM): 80 GB, NVLink 900 GB/s; DGX H100: 8 x 400 Gb/s
-    _planned("H100", 989.0, "h100", "NVIDIA H100 80GB HBM3", 80 * _GIB, 450 * _GB, 50 * _GB),
+    _planned(
+        "H100", 989.0, "h100", "NVIDIA H100 80GB HBM3", 80 * _GIB, 3350 * _GB, 450 * _GB, 50 * _GB
+    ),
     # NVIDIA A100 data sheet (SXM): 80 or 40 GB, NVLink 600 GB/s; DGX A100: 8 x 200 Gb/s
     _planned(
-        "A100 40GB", 312.0, "a100-40gb", "NVIDIA A100-SXM4-40GB", 40 * _GIB, 300 * _GB, 25 * _GB
+        "A100 40GB",
+        312.0,
+        "a100-40gb",
+        "NVIDIA A100-SXM4-40GB",
+        40 * _GIB,
+        1555 * _GB,
+        300 * _GB,
+        25 * _GB,
     ),
-    _planned("A100", 312.0, "a100", "NVIDIA A100-SXM4-80GB", 80 * _GIB, 300 * _GB, 25 * _GB),
+    _planned(
+        "A100", 312.0, "a100", "NVIDIA A100-SXM4-80GB", 80 * _GIB, 2039 * _GB, 300 * _GB, 25 * _GB
+    ),
     # NVIDIA L40S data sheet: 48 GB, PCIe 4.0 x16
-    _planned("L40S", 362.0, "l40s", "NVIDIA L40S", 48 * _GIB, _PCIE_4, _HUNDRED_GIGABIT),
+    _planned("L40S", 362.0, "l40s", "NVIDIA L40S", 48 * _GIB, 864 * _GB, _PCIE_4, _HUNDRED_GIGABIT),
     _Device("L4", 121.0),
     _Device("A10G", 70.0),
     # NVIDIA A10 data sheet: 24 GB, PCIe 4.0 x16
-    _planned("A10", 125.0, "a10", "NVIDIA A10", 24 * _GIB, _PCIE_4, _HUNDRED_GIGABIT),
+    _planned("A10", 125.0, "a10", "NVIDIA A10", 24 * _GIB, 600 * _GB, _PCIE_4, _HUNDRED_GIGABIT),
     # NVIDIA V100 data sheet (SXM2): 32 GB, NVLink 300 GB/s; DGX-1: 4 x 100 Gb/s for 8 GPUs
-    _planned("V100", 125.0, "v100", "Tesla V100-SXM2-32GB", 32 * _GIB, 150 * _GB, 6.25 * _GB),
+    _planned(
+        "V100", 125.0, "v100", "Tesla V100-SXM2-32GB", 32 * _GIB, 900 * _GB, 150 * _GB, 6.25 * _GB
+    ),
     # NVIDIA Ada and Ampere architecture papers: 24 GB, PCIe 4.0 x16
     _planned(
-        "RTX 4090", 165.2, "rtx4090", "NVIDIA GeForce RTX 4090", 24 * _GIB, _PCIE_4, _TEN_GIGABIT
+        "RTX 4090",
+        165.2,
+        "rtx4090",
+        "NVIDIA GeForce RTX 4090",
+        24 * _GIB,
+        1008 * _GB,
+        _PCIE_4,
+        _TEN_GIGABIT,
     ),
     _planned(
-        "RTX 3090", 71.0, "rtx3090", "NVIDIA GeForce RTX 3090", 24 * _GIB, _PCIE_4, _TEN_GIGABIT
+        "RTX 3090",
+        71.0,
+        "rtx3090",
+        "NVIDIA GeForce RTX 3090",
+        24 * _GIB,
+        936 * _GB,
+        _PCIE_4,
+        _TEN_GIGABIT,
     ),
     _Device("MI300X", 1307.4),
     _Device("MI250X", 383.0),

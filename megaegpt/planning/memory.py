@@ -139,7 +139,7 @@ class _Zero:
         part, bucket = 4 * n // self.dp_size, self._bucket(n)
         early = self.several or bucket < n  # reduced gradients exist before the pass has ended
         buckets = item * bucket * (2 if self.config.parallel.overlap_comm else 1)
-        flat = item * bucket + (4 * self.passed.largest_parameter if item < 4 else 0)
+        widened = 4 * self.passed.largest_parameter if item < 4 else 0
         left = int(self.passed.kept * (1 - bucket / n))  # when the first full bucket is reduced
         return [
             dataclasses.replace(
@@ -148,7 +148,7 @@ class _Zero:
                 buffers=buckets,
                 activations=self.passed.peak,
             ),
-            dataclasses.replace(base, gradients=part, buffers=buckets + flat, activations=left),
+            dataclasses.replace(base, gradients=part, buffers=buckets + widened, activations=left),
         ]
 
     def _bucket(self, n: int) -> int:

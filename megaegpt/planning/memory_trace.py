@@ -6,11 +6,12 @@ the real modules under any attention, window, recomputation and tensor-parallel 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -65,6 +66,8 @@ def trace_micro_step(
     encoder: ModelConfig | None,
     device_type: str,
     keeps_gradients: bool,
+    observed_by: AbstractContextManager[object] | None = None,
+    fused_head: bool | None = None,
 ) -> MicroStep:
     """Forward and backward by the CPU's operators; fused attention keeps what a GPU's does.
 
@@ -74,6 +77,8 @@ def trace_micro_step(
         encoder: the frozen GPT under egpt and deepgpt; None: it is left out.
         device_type: ``cuda`` or ``cpu``, which compute in different portions.
         keeps_gradients: whether gradients stay with the parameters during the backward pass.
+        observed_by: is active during the forward and the backward pass.
+        fused_head: see ``LossOptions.fused``; None: as the device has it.
     """
     tp_size = config.parallel.tensor_parallel_size
     group = _CountingGroup(tp_size)
@@ -87,16 +92,20 @@ def trace_micro_step(
             frozen.requires_grad_(False)
         gc.collect()
         before = meter.live
-        rows = ROWS_AT_ONCE.get(device_type)
-        model.head.loss_options = dataclasses.replace(model.head.loss_options, rows=rows)
+        model.head.loss_options = dataclasses.replace(
+            model.head.loss_options,
+            rows=ROWS_AT_ONCE.get(device_type),
+            fused=device_type == "cuda" if fused_head is None else fused_head,
+        )
         inputs = build_inputs(
             config.model, functools.partial(_encode, frozen, config.model), DTYPES[precision]
         )
-        loss = inputs.loss(model, _batch(config))
-        kept = meter.live - before
         if not keeps_gradients:
             _drop_gradients(model)
-        loss.backward()
+        with observed_by or contextlib.nullcontext():
+            loss = inputs.loss(model, _batch(config))
+            kept = meter.live - before
+            loss.backward()
         peak = meter.peak - before
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     frozen_bytes = _frozen_bytes(model) + (0 if frozen is None else _frozen_bytes(frozen))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from megaegpt.data.tokens.batch import Batch
+from megaegpt.data.tokens.loader import DeviceMover
 from megaegpt.data.tokens.windows import Windows
 from megaegpt.errors import DataError
 from megaegpt.labels import IGNORE
@@ -113,10 +114,11 @@ class Evaluator:
         counts = torch.zeros((2, *shape), dtype=torch.int64)  # tokens, bytes
         was_training = model.training
         model.eval()
+        mover = DeviceMover(device)
         for first in self._first_windows():
             rows = slice(first, min(first + self._batch_size, len(self._windows)))
             batch = self._batch(np.arange(rows.start, rows.stop))
-            on_device = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+            on_device = mover.finish(mover.start(batch))  # no copy from pageable memory: it waits
             losses = self._inputs.loss(model, on_device, "none")
             nats[rows] = self._by_chunk(losses.double())
             targets = batch["targets"]

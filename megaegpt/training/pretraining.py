@@ -21,6 +21,7 @@ from megaegpt.model.build import Model, build_inputs
 from megaegpt.model.calling import ModelInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import load_weights, save_weights
+from megaegpt.parallel.compiling import compile_problem
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import broadcast_object, raising_together
 from megaegpt.planning.hardware import peak_flops
@@ -33,7 +34,6 @@ from megaegpt.training.consistency import (
     configuration_facts,
     corpus_facts,
 )
-from megaegpt.training.engine.compiling import compile_problem
 from megaegpt.training.engine.deterministic import make_deterministic
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
@@ -294,8 +294,11 @@ def _introduce(
     monitor.log(f"{'data':<11}{data.describe()}")
     if (slow := slow_precision_notice(precision, grid.device)) is not None:
         notices = [slow, *notices]
-    if config.training.compile and (problem := compile_problem(grid.device.type)):
-        notices = [*notices, f"training.compile is off, it does not work here: {problem}"]
+    on_gpu = grid.device.type == "cuda"  # where the head's loss is compiled in any case
+    if (config.training.compile or on_gpu) and (problem := compile_problem(grid.device.type)):
+        slower = "; the head's loss is slower for it" if on_gpu else ""
+        off = f"training.compile is off, it does not work here: {problem}{slower}"
+        notices = [*notices, off]
     for notice in notices:
         monitor.log(f"notice: {notice}")
     if state:

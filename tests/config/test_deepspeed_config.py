@@ -40,6 +40,25 @@ def test_raw_keys_are_merged_beside_the_generated_ones() -> None:
 
 
 @pytest.mark.parametrize(
+    ("raw", "divides_first"),
+    [
+        ({}, True),
+        ({"zero_optimization": {"reduce_scatter": True}}, False),
+        ({"gradient_predivide_factor": 2.0}, False),
+        ({"prescale_gradients": False}, False),
+    ],
+)
+def test_gradients_are_divided_before_they_are_summed_where_that_is_possible(
+    raw: dict[str, Any], divides_first: bool
+) -> None:
+    options = _generate(raw)
+    scatters = "zero_optimization" in raw
+    assert options["zero_optimization"]["reduce_scatter"] is scatters
+    assert options["prescale_gradients"] is divides_first
+    check_accepted(options)
+
+
+@pytest.mark.parametrize(
     ("overlap", "parameters", "bucket"),
     [(False, 124_000_000, 124_000_000), (True, 124_000_000, 25_000_000), (True, 1001, 1002)],
 )

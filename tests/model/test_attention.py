@@ -434,3 +434,30 @@ def test_a_compiled_step_of_decoding_on_cuda_is_one_graph_without_cudnn():
         assert step(q, k, k, mask).shape == q.shape
     assert allowed == [False]
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+class Places(TorchDispatchMode):
+    """Counts what masks are made of, places in a row, and comparisons."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("arange", "ge", "lt", "eq")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("options", [{"window": 5}, {"window": 5, "document_end": 7}])
+def test_a_pass_makes_a_mask_once_for_all_layers(options, cached):
+    counts = []
+    for layers in (1, 4):
+        model = build(replace(BASE, num_layers=layers, **options))
+        cache = KVCache(model.config, ProcessGrid(), 2, 48, dtype=torch.float64) if cached else None
+        with Places() as places, torch.no_grad():
+            model.hidden_states(tokens_of(model.config, 2, 30), cache)
+        counts.append(places.count)
+    ring = 2 * 3 * cached  # where a layer's own store has its places
+    assert counts[1] - counts[0] <= 3 * ring
+    assert counts[0] > 0

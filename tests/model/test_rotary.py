@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megaegpt.config import ModelConfig, RopeScalingConfig
+from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.rotary import RotaryTable, rotary_factor, rotary_frequencies, rotary_table
 from megaegpt.model.segments import padding_segments
-from tests.tiny.models import build, tokens_of, variant
+from tests.tiny.models import build, of_kind, tokens_of, variant
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that read numbers in fp64, as rotary tables are made in."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_doubles = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if any(x.dtype == torch.float64 for x in leaves):
+            self.of_doubles[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def forward(model):
+    """One pass over two rows."""
+    config = model.config
+    if config.kind == "gpt":
+        model.hidden_states(tokens_of(config, 2, 24))
+        return
+    egpt = config.egpt
+    states = torch.randn(2, egpt.num_chunks, egpt.chunk_size, config.hidden_size)
+    if config.kind == "deepgpt":
+        model.hidden_states(states)
+    else:
+        model.hidden_states(states, chunk_features(states[:, :-1], egpt))
+
 
 CPU = torch.device("cpu")
 HEAD_64 = ModelConfig(max_seq_len=8192, hidden_size=256, num_heads=4, positions="rotary")
@@ -165,3 +198,17 @@ def test_the_original_length_follows_from_the_factor_where_it_is_not_given(kind)
         for length in (2048, None)
     )
     assert torch.equal(given, left_out)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "egpt", "deepgpt"])
+def test_a_pass_makes_and_rounds_one_table_for_all_layers(kind):
+    """In every layer that would be a fifth of the elementwise work of a block on a GPU."""
+    counts = []
+    for layers in (1, 4):
+        config = replace(variant("grouped", "rotary"), num_layers=layers)
+        model = build(of_kind(config, kind) if kind != "gpt" else config).float()
+        with Operators() as operators, torch.no_grad():
+            forward(model)
+        counts.append(operators.of_doubles)
+    assert counts[0] == counts[1]
+    assert {"cos": 1, "sin": 1, "_to_copy": 2}.items() <= counts[0].items()

@@ -3,13 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor import metrics
 
 from megaegpt.errors import DataError
 from megaegpt.labels import IGNORE
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.head_operators import compute_gradient, compute_softmax_sums
 from megaegpt.parallel.loss import LossOptions, linear_cross_entropy, power_of_two
+from megaegpt.parallel.params import ParamSpec, unshard
+from tests.distributed.harness import grid_for
 
 VOCAB, PADDED, HIDDEN, ROWS = 300, 384, 16, 37
+
+both = pytest.mark.parametrize("fused", [False, True])
+"""Operator by operator, and by the two operators that are compiled on CUDA."""
 
 
 def _problem(dtype=torch.float64):
@@ -26,12 +33,12 @@ def _reference(hidden, weight, targets, reduction="sum"):
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 
+@both
 @pytest.mark.parametrize("rows", [1, 8, 64])
-def test_sum_and_gradients_equal_torchs_on_full_logits(rows):
+def test_sum_and_gradients_equal_torchs_on_full_logits(rows, fused):
     hidden, weight, targets = _problem()
-    loss = linear_cross_entropy(
-        hidden, weight, targets, ProcessGrid(), VOCAB, options=LossOptions(rows)
-    )
+    options = LossOptions(rows, fused)
+    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, options=options)
     grads = torch.autograd.grad(3.0 * loss, (hidden, weight))
     expected = _reference(hidden, weight, targets)
     expected_grads = torch.autograd.grad(3.0 * expected, (hidden, weight))
@@ -44,7 +51,8 @@ def test_sum_and_gradients_equal_torchs_on_full_logits(rows):
     "options", [{"softcap": 1.5}, {"z_loss": 0.3}, {"softcap": 2.0, "z_loss": 1.0}]
 )
 @pytest.mark.parametrize("mixed", [False, True])
-def test_soft_caps_and_z_loss_are_their_definitions(options, mixed):
+@both
+def test_soft_caps_and_z_loss_are_their_definitions(options, mixed, fused):
     """The z-loss is in the gradients and not in the number."""
     hidden, weight, targets = _problem()
     generator = torch.Generator().manual_seed(1)
@@ -56,7 +64,7 @@ def test_soft_caps_and_z_loss_are_their_definitions(options, mixed):
         targets,
         ProcessGrid(),
         VOCAB,
-        options=LossOptions(8, **options),
+        options=LossOptions(8, fused, **options),
         mixed_with=(log_keep, added) if mixed else None,
     )
     grads = torch.autograd.grad(3.0 * loss, (hidden, weight))
@@ -75,38 +83,42 @@ def test_soft_caps_and_z_loss_are_their_definitions(options, mixed):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
 
 
-def test_padding_rows_of_the_head_get_no_gradient():
+@both
+def test_padding_rows_of_the_head_get_no_gradient(fused):
     hidden, weight, targets = _problem()
-    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB)
+    options = LossOptions(fused=fused)
+    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, options=options)
     (grad,) = torch.autograd.grad(loss, weight)
     assert grad[VOCAB:].abs().max() == 0
 
 
-def test_each_positions_nats_are_zero_where_nothing_is_predicted():
+@both
+def test_each_positions_nats_are_zero_where_nothing_is_predicted(fused):
     hidden, weight, targets = _problem()
-    nats = linear_cross_entropy(
-        hidden, weight, targets, ProcessGrid(), VOCAB, "none", LossOptions(8)
-    )
+    options = LossOptions(8, fused)
+    nats = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, "none", options)
     torch.testing.assert_close(nats, _reference(hidden, weight, targets, "none").detach())
     assert not nats.requires_grad
     assert (nats[::5] == 0).all()
 
 
-def test_a_batch_without_a_valid_target_costs_nothing_and_is_not_nan():
+@both
+def test_a_batch_without_a_valid_target_costs_nothing_and_is_not_nan(fused):
     hidden, weight, targets = _problem()
-    loss = linear_cross_entropy(
-        hidden, weight, torch.full_like(targets, IGNORE), ProcessGrid(), VOCAB
-    )
+    targets, options = torch.full_like(targets, IGNORE), LossOptions(fused=fused)
+    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, options=options)
     (grad,) = torch.autograd.grad(loss, hidden)
     assert loss.item() == 0
     assert (grad == 0).all()
 
 
-def test_bf16_inputs_are_summed_in_fp32():
+@both
+def test_bf16_inputs_are_summed_in_fp32(fused):
     hidden, weight, targets = (
         t.detach().to(torch.bfloat16) if t.is_floating_point() else t for t in _problem()
     )
-    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB)
+    options = LossOptions(fused=fused)
+    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, options=options)
     logits = (hidden @ weight[:VOCAB].t()).float()
     expected = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     assert loss.dtype == torch.float32
@@ -121,13 +133,15 @@ def _mixture():
     return keep.log().requires_grad_(), added.requires_grad_()
 
 
+@both
 @pytest.mark.parametrize("rows", [8, 64])
-def test_a_mixture_is_that_of_the_probabilities(rows):
+def test_a_mixture_is_that_of_the_probabilities(rows, fused):
     hidden, weight, targets = _problem()
     log_keep, added = _mixture()
     inputs = (hidden, weight, log_keep, added)
     arguments = (hidden, weight, targets, ProcessGrid(), VOCAB)
-    loss = linear_cross_entropy(*arguments, options=LossOptions(rows), mixed_with=(log_keep, added))
+    options, mixed = LossOptions(rows, fused), (log_keep, added)
+    loss = linear_cross_entropy(*arguments, options=options, mixed_with=mixed)
     grads = torch.autograd.grad(3.0 * loss, inputs)
     probabilities = (hidden @ weight[:VOCAB].t()).softmax(-1)
     real = targets != IGNORE
@@ -140,18 +154,20 @@ def test_a_mixture_is_that_of_the_probabilities(rows):
     added_to = (added > 0) & real  # elsewhere the factor is left out, as it may overflow
     torch.testing.assert_close(grads[3][added_to], expected_grads[3][added_to])
     assert (grads[3][~added_to] == 0).all()
-    each = linear_cross_entropy(*arguments, "none", LossOptions(8), mixed_with=(log_keep, added))
+    each = linear_cross_entropy(*arguments, "none", LossOptions(8, fused), mixed_with=mixed)
     torch.testing.assert_close(each[real], nats.detach())
     assert (each[~real] == 0).all()
 
 
-def test_a_target_that_the_head_rules_out_is_finite_where_something_is_added():
+@both
+def test_a_target_that_the_head_rules_out_is_finite_where_something_is_added(fused):
     hidden, weight, targets = _problem()
     log_keep, added = _mixture()
     with torch.no_grad():
         hidden *= 1e4
-    mixed = (log_keep, added)
-    loss = linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB, mixed_with=mixed)
+    arguments = (hidden, weight, targets, ProcessGrid(), VOCAB)
+    options, mixed = LossOptions(fused=fused), (log_keep, added)
+    loss = linear_cross_entropy(*arguments, options=options, mixed_with=mixed)
     grads = torch.autograd.grad(loss, (hidden, weight, log_keep, added))
     assert all(torch.isfinite(x).all() for x in (loss, *grads))
 
@@ -160,13 +176,12 @@ def _narrow(dtype):
     return (t.detach().to(dtype) if t.is_floating_point() else t for t in _problem())
 
 
-def _gradients(hidden, weight, targets, factor, known=None):
+def _gradients(hidden, weight, targets, factor, known=None, fused=False):
     """Of the loss times ``factor``, which the forward pass is told as ``known``."""
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     scale = None if known is None else power_of_two(torch.tensor(known))
-    loss = linear_cross_entropy(
-        *leaves, targets, ProcessGrid(), VOCAB, options=LossOptions(backward_scale=scale)
-    )
+    options = LossOptions(fused=fused, backward_scale=scale)
+    loss = linear_cross_entropy(*leaves, targets, ProcessGrid(), VOCAB, options=options)
     return torch.autograd.grad(loss * factor, leaves)
 
 
@@ -191,7 +206,8 @@ def test_an_expected_scale_rounds_nothing():
             assert all(map(torch.equal, told, untold)), (known, factor)
 
 
-def test_small_fp16_gradients_survive_under_an_expected_loss_scale():
+@both
+def test_small_fp16_gradients_survive_under_an_expected_loss_scale(fused):
     """All tokens are predicted but for 1e-8: less than the smallest number of fp16."""
     hidden = torch.eye(HIDDEN, dtype=torch.float16) * 4
     weight = torch.zeros(PADDED, HIDDEN, dtype=torch.float16)
@@ -199,7 +215,7 @@ def test_small_fp16_gradients_survive_under_an_expected_loss_scale():
     targets, factor = torch.arange(HIDDEN), 2.0**16
     wide = _gradients(hidden.float(), weight.float(), targets, factor)
     for grad, expected in zip(
-        _gradients(hidden, weight, targets, factor, factor), wide, strict=True
+        _gradients(hidden, weight, targets, factor, factor, fused), wide, strict=True
     ):
         error = (grad[:HIDDEN].float() - expected[:HIDDEN]).norm() / expected[:HIDDEN].norm()
         assert error < 0.01
@@ -227,3 +243,62 @@ def test_targets_of_another_shape_are_refused(shape):
     targets = torch.zeros(shape, dtype=torch.int64)
     with pytest.raises(DataError, match=rf"targets of shape \({shape[0]}.*of shape \({ROWS},\)"):
         linear_cross_entropy(hidden, weight, targets, ProcessGrid(), VOCAB)
+
+
+def _on_a_rank(fused, softcap, vocab):
+    """Loss, and gradients by the hidden states and by the whole weight."""
+    grid = grid_for(2)
+    hidden, weight, targets = _problem()
+    targets = targets.masked_fill(targets >= vocab, IGNORE)
+    own = weight.detach().chunk(2)[grid.tp_rank].clone().requires_grad_()
+    mixed = _mixture()
+    options = LossOptions(8, fused, softcap=softcap, z_loss=0.1)
+    loss = linear_cross_entropy(
+        hidden, own, targets, grid, vocab, options=options, mixed_with=mixed
+    )
+    by_hidden, by_own, *by_mixture = torch.autograd.grad(loss, (hidden, own, *mixed))
+    spec = ParamSpec((PADDED, HIDDEN), tp_dim=0)
+    return [loss.detach(), by_hidden, unshard(by_own, spec, grid), *by_mixture]
+
+
+@both
+@pytest.mark.parametrize(("softcap", "vocab"), [(None, VOCAB), (2.0, 180)])
+def test_ranks_that_share_the_vocabulary_compute_what_one_does(distributed, fused, softcap, vocab):
+    """Of 192 columns a rank, the last one's are partly padding, or nothing else."""
+    hidden, weight, targets = _problem()
+    targets = targets.masked_fill(targets >= vocab, IGNORE)
+    mixed = _mixture()
+    options = LossOptions(softcap=softcap, z_loss=0.1)
+    arguments = (hidden, weight, targets, ProcessGrid(), vocab)
+    loss = linear_cross_entropy(*arguments, options=options, mixed_with=mixed)
+    expected = [loss.detach(), *torch.autograd.grad(loss, (hidden, weight, *mixed))]
+    for found in distributed(2, _on_a_rank, fused, softcap, vocab):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("softcap", "most"), [(None, 6.1), (30.0, 10.1)])
+def test_the_compiler_reads_logits_once_for_each_of_the_two_operators(softcap, most):
+    """Bytes a bf16 logit that go between inductor's kernels and memory, by its own count."""
+    torch.compiler.reset()
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, real = 64, 4096, 4000
+    logits = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
+    column = torch.randint(-1, real, (rows, 1), generator=generator)
+    by_nats = torch.rand(rows, 1, generator=generator)
+    torch._logging.set_logs(inductor_metrics=True)  # or it does not count
+    try:
+        metrics.reset()
+        sums = torch.compile(compute_softmax_sums)(logits, column, real, softcap)
+        plain = compute_softmax_sums(logits, column, real, softcap)
+        torch.testing.assert_close(sums, plain)
+        gradient, expected = logits.clone(), logits.clone()
+        more = (column, *plain[:2], by_nats, by_nats, real, softcap)
+        torch.compile(compute_gradient)(gradient, *more)
+        compute_gradient(expected, *more)
+        torch.testing.assert_close(gradient, expected)
+        assert 6 <= metrics.num_bytes_accessed / logits.numel() <= most
+    finally:
+        torch._logging.set_logs()
+        torch.compiler.reset()

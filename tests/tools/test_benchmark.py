@@ -122,9 +122,20 @@ def test_checkpoint(run):
     assert saved["bytes"] > 4 * 4 * 50304 * 16  # weights twice, and Adam's moments
 
 
-def test_gpu_without_one(run, capsys):
-    record = run("gpu", "--parts", "train", "egpt", "decode")
+def test_gpu_without_one(run, capsys, tmp_path):
+    page = tmp_path / "page.md"
+    parts = ("facts", "train", "egpt", "decode", "remedies")
+    record = run("gpu", "--page", str(page), "--parts", *parts)
     assert record["problems"] == []
+    assert len(record["checks"]) > 20
+    assert all(holds for *_, holds in record["checks"])
+    first, *without = record["remedies"]
+    assert first[2] == "1.00 x"
+    assert len(without) == 6
+    text = page.read_text()
+    titles = ("# One GPU", "There was no GPU", "## Checks", "## Speed", "## Remedies")
+    assert all(title in text for title in titles)
+    assert "## Problems" not in text
     assert [name for name, *_ in record["summary"]] == [
         "training small",
         "EGPT, online features",
@@ -133,6 +144,20 @@ def test_gpu_without_one(run, capsys):
         "decoding, batch 8",
     ]
     assert "there is no GPU" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_is_a_problem_and_not_the_end():
+    def fails(suite: gpu.Suite) -> None:
+        raise RuntimeError("device assertion")
+
+    suite = gpu.Suite(repetitions=1, on_gpu=False)
+    suite.attempt("facts", fails)
+    suite.note("cuDNN", "1", "from 2 on", False)
+    assert suite.problems == [
+        "facts: RuntimeError: device assertion",
+        "cuDNN is 1, not from 2 on",
+    ]
+    assert "| cuDNN | 1 | from 2 on | NO |" in suite.page(1.0)
 
 
 def too_large(batch: int) -> Workload:
@@ -173,7 +198,7 @@ def test_unknown_peers_are_refused(value, message):
 
 def test_every_benchmark_is_a_subcommand():
     folder = Path(benchmark.__file__).parent / "benchmarks"
-    parts = {"common", "processes", "engines", "peers", "shapes"}
+    parts = {"common", "processes", "engines", "peers", "shapes", "device_checks"}
     modules = {path.stem for path in folder.glob("[!_]*.py")} - parts
     assert modules == set(benchmark.SUBCOMMANDS)
 

@@ -14,8 +14,8 @@ import torch
 from megaegpt.data.instruction.records import Instruction
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import read_weights_config, save_weights
+from megaegpt.parallel import compiling
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.engine import compiling
 from tests.distributed.harness import Distributed
 from tests.generation.test_trained import save_egpt, save_gpt
 from tools import generate

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 
+from megaegpt.config import ModelConfig
+from megaegpt.planning import roofline
 from tools import plan
 
 SMALL = ["model.num_layers=1", "model.hidden_size=64", "model.num_heads=2", "model.vocab_size=500"]
@@ -65,3 +68,30 @@ def test_a_speed_that_is_not_known_is_asked_for(monkeypatch, capsys) -> None:
 def test_wrong_arguments_exit_with_2(monkeypatch, capsys, arguments: list[str], words: str) -> None:
     assert run(monkeypatch, *arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_roofline_has_the_parts_of_a_step_and_what_it_assumes(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--gpu", "h100", "--gpus", "2", "--roofline") == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "products with weights",
+        "attention",
+        "head between its products",
+        "optimizer",
+        "communication",
+        "MFU with nothing compiled",
+        "assumed, not measured",
+    ):
+        assert words in shown
+
+
+def test_the_sizes_of_gpt2_need_no_configuration(monkeypatch, capsys) -> None:
+    small = {"tiny": roofline.gpt2_runs()["GPT-2 124M"]}
+    tiny = ModelConfig(vocab_size=500, hidden_size=64, num_layers=1, num_heads=2)
+    small["tiny"] = replace(small["tiny"], model=tiny)
+    monkeypatch.setattr(roofline, "gpt2_runs", lambda: small)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--gpu", "h100", "--gpus", "1", "--roofline"])
+    plan.main()
+    shown = capsys.readouterr().out
+    assert "the most MFU on one NVIDIA H100" in shown
+    assert "65,536" in shown

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from megaegpt.config import EncoderConfig
+from megaegpt.data.tokens.batch import Batch
+from megaegpt.data.tokens.loader import DeviceMover, Moving
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.windows import EvaluationWindows
@@ -20,6 +22,7 @@ from megaegpt.model.calling import ModelInputs, SequenceInputs, overlapped
 from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training import evaluation
 from megaegpt.training.evaluation import Evaluation, Evaluator
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import (
@@ -123,6 +126,23 @@ def test_sliding_perplexity_is_that_of_a_loop_over_the_tokens(split: str, stride
             logits = model.logits(text[None, start:t])[0, -1, :VOCAB]
             total -= logits.log_softmax(-1)[text[t]].item()
     assert measure.evaluate(model).loss == pytest.approx(total / (LENGTH - 1), rel=1e-5)
+
+
+def test_batches_are_brought_to_the_device_as_training_brings_them(
+    split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU from pinned memory, beside what it computes."""
+    moved: list[int] = []
+
+    class Mover(DeviceMover):
+        def start(self, batch: Batch) -> Moving:
+            moved.append(len(batch["targets"]))
+            return super().start(batch)
+
+    monkeypatch.setattr(evaluation, "DeviceMover", Mover)
+    made = evaluator(split, TargetsAsNats(), ProcessGrid())
+    made.evaluate(nn.Identity())
+    assert sum(moved) == -(-LENGTH // WINDOW)
 
 
 def _evaluate(kind: str, split: str, tp_size: int) -> Evaluation:

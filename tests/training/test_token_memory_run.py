@@ -37,7 +37,7 @@ MEMORY = EGPTConfig(
 )
 
 
-def _train(corpus: Path, folder: Path, tp: int = 1, stop: int | None = None, stored=False) -> None:
+def _train(
     corpus: Path, folder: Path, tp: int = 1, stop: int | None = None, stored: bool = False
 ) -> None:
     """Stopped after some steps, and gone on with, if ``stop`` is given."""

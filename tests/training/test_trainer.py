@@ -22,9 +22,9 @@ from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.errors import CheckpointError, ConfigError, DataError, MegaEGPTError, TrainingError
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
+from megaegpt.parallel import compiling
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training import pretraining
-from megaegpt.training.engine import compiling
 from megaegpt.training.engine.engine import Engine, StepResult
 from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.pretraining import pretrain

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from megaegpt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launch import init_distributed
 from megaegpt.planning.hardware import peak_flops
+from megaegpt.training.engine import engine as training_engine
 from megaegpt.training.engine.engine import Engine, LossFunction, call_model
 from megaegpt.training.logging.metrics import device_name
 
@@ -27,7 +31,8 @@ def build_engine(
     Args:
         model_config: of the trainable model.
         batch: samples a step over all processes, in one micro-step.
-        options: as :data:`PLAIN`.
+        options: as :data:`PLAIN`; and, to measure what they are worth, ``fused_head``,
+            ``fewer_operators`` and ``cudnn`` (its attention), which are on unless they are false.
         loss_function: how the model is called; with its inputs and targets by default.
     """
     grid = ProcessGrid.create(1, init_distributed())
@@ -42,12 +47,18 @@ def build_engine(
         ),
         optimizer=OptimizerConfig(warmup_steps=0),
     )
+    if not options.get("fewer_operators", True):
+        training_engine.use_fewer_operators = lambda optimizer, grid: None
+        config = replace(config, deepspeed={"zero_optimization": {"reduce_scatter": True}})
+    torch.backends.cuda.enable_cudnn_sdp(options.get("cudnn", True))
     model = build_model(
         model_config,
         grid,
         activation_checkpointing=options["recompute"],
         compile_blocks=options["compile"],
     )
+    if not options.get("fused_head", True):
+        model.head.loss_options = replace(model.head.loss_options, fused=False)
     return Engine(model, grid, config, loss_function)
 
 

@@ -1,31 +1,48 @@
-"""One GPU in ten minutes: the tests for GPUs, then the speed of training, EGPT and decoding.
+"""The first hour on one GPU, in less: facts beside what they should be and the tests for GPUs, then
+the speed of training, EGPT and decoding beside the aims, then what each remedy is worth.
 
-Without a GPU the same path runs on the CPU at sizes that say nothing about speed.
+A part that fails is noted, and the next one runs. Without a GPU the same path runs on the CPU at
+sizes that say nothing about speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import torch
 
+from megaegpt.arguments import path
 from megaegpt.errors import LaunchError
+from megaegpt.files import write_whole
 from megaegpt.text_tables import format_table
-from tools.benchmarks import egpt, generate, train
-from tools.benchmarks.common import add_repetitions, print_mfu, print_results
+from tools.benchmarks import device_checks, egpt, generate, train
+from tools.benchmarks.common import add_repetitions, machine, print_mfu, print_results
+from tools.benchmarks.device_checks import Check
 from tools.benchmarks.processes import Candidate, Result, Workload, compare
 
 _ROOT = Path(__file__).parents[2]
 _OPTIONS = {"zero": 0, "precision": "auto", "recompute": "none", "compile": True}
 _WARMUP = 3
+_WITHOUT: dict[str, dict[str, Any]] = {
+    "ZeRO-1, all remedies": {},
+    "blocks not compiled": {"compile": False},
+    "the head operator by operator": {"fused_head": False},
+    "attention without cuDNN": {"cudnn": False},
+    "ZeRO-1 by DeepSpeed's own methods": {"fewer_operators": False},
+    "ZeRO-2": {"zero": 2},
+    "ZeRO-2 by DeepSpeed's own methods": {"zero": 2, "fewer_operators": False},
+}
+"""Options of ``engines.build_engine`` that differ from the first."""
 
 _TRAIN = {"124M": 64, "355M": 32, "774M": 16, "1558M": 8}
 """Sequences of 1,024 tokens in a step; halved until they fit."""
@@ -40,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=_PARTS, default=list(_PARTS), help="default: all of them"
     )
+    parser.add_argument(
+        "--page", type=path, metavar="FILE", help="write the tables here, as Markdown"
+    )
     add_repetitions(parser, default=10)
 
 
@@ -49,17 +69,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     suite = Suite(arguments.repetitions, torch.cuda.is_available())
     for name in arguments.parts:
         print(f"\n--- {name}", flush=True)
-        _PARTS[name](suite)
+        suite.attempt(name, _PARTS[name])
     print()
-    print(format_table([("", "measured", "target"), *suite.summary]))
+    for rows in suite.tables().values():
+        print(format_table(rows))
+        print()
     if not suite.on_gpu:
         print("there is no GPU: these are tiny sizes on the CPU, and say nothing about speed")
     minutes = (time.perf_counter() - began) / 60
     print(f"{minutes:.1f} minutes")
+    if arguments.page is not None:
+        write_whole(arguments.page, suite.page(minutes).encode())
+        print(f"wrote {arguments.page}")
     return {
         "minutes": minutes,
         "problems": suite.problems,
+        "checks": suite.checks,
         "summary": suite.summary,
+        "remedies": suite.remedies,
         "results": [result.as_dict() for result in suite.results],
     }
 
@@ -70,7 +97,9 @@ class Suite:
     def __init__(self, repetitions: int, on_gpu: bool) -> None:
         self.on_gpu = on_gpu
         self.problems: list[str] = []
+        self.checks: list[Check] = []
         self.summary: list[tuple[str, str, str]] = []
+        self.remedies: list[tuple[str, str, str]] = []
         self.results: list[Result] = []
         self._repetitions = repetitions
 
@@ -94,23 +123,93 @@ class Suite:
             print_results(name, unit, [result])
             return result
 
+    def attempt(self, name: str, part: Callable[[Suite], None]) -> None:
+        """Run a part; what goes wrong in it is a problem, and not the end."""
+        try:
+            part(self)
+        except Exception as error:
+            traceback.print_exc()
+            self.problems.append(f"{name}: {type(error).__name__}: {error}")
+
+    def inspect(self, factory: Callable[..., Workload], *more: Any) -> None:
+        """Note the checks of a workload of ``device_checks``."""
+        candidate = Candidate(factory.__name__, factory, (self.on_gpu, *more))
+        try:
+            (result,) = compare([candidate], 1, warmup=0)
+        except LaunchError as error:
+            print(error)
+            self.problems.append(f"{candidate.name} failed")
+            return
+        for check in result.info["checks"]:
+            self.note(*check)
+
+    def note(self, what: str, found: str, expected: str, holds: bool) -> None:
+        """Note a check, and the problem if it does not hold."""
+        print(f"{'ok  ' if holds else 'FAIL'} {what}: {found} (expected: {expected})", flush=True)
+        self.checks.append((what, found, expected, holds))
+        if not holds:
+            self.problems.append(f"{what} is {found}, not {expected}")
+
+    def tables(self) -> dict[str, list[tuple[str, ...]]]:
+        """By title, headings first; those that have rows."""
+        verdicts = [(a, b, c, "yes" if holds else "NO") for a, b, c, holds in self.checks]
+        tables: dict[str, list[tuple[str, ...]]] = {
+            "Checks": [("", "found", "expected", "holds"), *verdicts],
+            "Speed": [("", "measured", "target"), *self.summary],
+            "Remedies": [("training 124M", "measured", "of the first"), *self.remedies],
+        }
+        return {title: rows for title, rows in tables.items() if len(rows) > 1}
+
+    def page(self, minutes: float) -> str:
+        """All of it, as Markdown."""
+        facts = ", ".join(f"{k} {v}" for k, v in machine().items() if v not in (None, "absent"))
+        lines = ["# One GPU", "", f"{facts}. {minutes:.1f} minutes.", ""]
+        if not self.on_gpu:
+            lines += ["There was no GPU: sizes are tiny, and say nothing about speed.", ""]
+        for title, (heading, *rows) in self.tables().items():
+            lines += [f"## {title}", "", *map(_line, [heading, ("---",) * len(heading), *rows]), ""]
+        if self.problems:
+            lines += ["## Problems", "", *(f"- {problem}" for problem in self.problems), ""]
+        return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
 
 # -- parts ----------------------------------------------------------------------------------------
 
 
-def _checks(suite: Suite) -> None:
-    """The tests marked gpu; without a GPU, the same tests on the CPU."""
+def _facts(suite: Suite) -> None:
+    suite.inspect(device_checks.environment)
+    suite.inspect(device_checks.attention)
+    suite.inspect(device_checks.graphs)
+    for zero in (1, 2):
+        suite.inspect(device_checks.waits, zero)
+
+
+def _tests(suite: Suite) -> None:
+    """The tests marked gpu; without a GPU, the same tests on the CPU. Again with cuDNN's attention
+    behind the others.
+    """
+    _run_tests(suite, "tests", {})
+    if suite.on_gpu:
+        _run_tests(
+            suite, "tests without cuDNN's attention", {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+        )
+
+
+def _run_tests(suite: Suite, name: str, variables: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = ["-m", "gpu" if suite.on_gpu else "not gpu", "-rs", f"--junitxml={report}"]
-        command = [sys.executable, "-m", "pytest", "tests/gpu", *words]
-        subprocess.run(command, cwd=_ROOT, check=False)
+        words = ["-m", "gpu" if suite.on_gpu else "not gpu and not long", "-rs"]
+        command = [sys.executable, "-m", "pytest", "tests/gpu", *words, f"--junitxml={report}"]
+        subprocess.run(command, cwd=_ROOT, env=os.environ | variables, check=False)
         counts = ElementTree.parse(report).getroot()[0].attrib
     failed = int(counts["failures"]) + int(counts["errors"])
     passed = int(counts["tests"]) - failed - int(counts["skipped"])
-    suite.summary.append(("tests passed", str(passed), f"{passed + failed}"))
-    if failed or not passed:
-        suite.problems.append(f"{failed} of {passed + failed} tests failed")
+    holds = passed > 0 and not failed
+    suite.note(f"{name} passed", str(passed), str(passed + failed), holds)
 
 
 def _train(suite: Suite) -> None:
@@ -159,20 +258,41 @@ def _decode(suite: Suite) -> None:
             suite.summary.append((f"decoding, batch {batch}", _with_mfu(result), target))
 
 
+def _remedies(suite: Suite) -> None:
+    """What each is worth: training with all of them, and without one at a time."""
+    shape, batch, context = ("124M", 32, 1024) if suite.on_gpu else ("small", 1, 8)
+    first: Result | None = None
+    for name, changes in _WITHOUT.items():
+        options = _OPTIONS | {"zero": 1, "compile": suite.on_gpu, **changes}
+        if not suite.on_gpu:
+            options["compile"] = False
+        work = (shape, context, suite.on_gpu, options)
+        result = suite.measure(name, _train_step, batch, *work, unit="tokens")
+        if result is None:
+            continue
+        print_mfu([result])
+        first = first or result
+        suite.remedies.append((name, _with_mfu(result), f"{result.rate / first.rate:.2f} x"))
+
+
 _PARTS: dict[str, Callable[[Suite], None]] = {
-    "checks": _checks,
+    "facts": _facts,
+    "tests": _tests,
     "train": _train,
     "egpt": _egpt,
     "decode": _decode,
+    "remedies": _remedies,
 }
 
 
 # -- workloads ------------------------------------------------------------------------------------
 
 
-def _train_step(batch: int, shape: str, context: int, compiled: bool) -> Workload:
+def _train_step(
+    batch: int, shape: str, context: int, compiled: bool, options: dict[str, Any] | None = None
+) -> Workload:
     sizes = train.SHAPES[shape] | {"context": context, "batch": batch, "vocab": train.VOCAB}
-    return train.ours(sizes, _OPTIONS | {"compile": compiled})
+    return train.ours(sizes, options or _OPTIONS | {"compile": compiled})
 
 
 def _egpt_step(

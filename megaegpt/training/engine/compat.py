@@ -1,8 +1,9 @@
 """One table of all that this project uses of DeepSpeed and DeepSpeed does not promise.
 
-Beside this module only ``engine``, ``gradients`` and ``optimizer`` here and ``deepspeed_state`` and
-``universal`` in ``training.checkpoint`` know of it. A release that lacks one of these is refused by
-name when an engine is built, rather than found out in the middle of a run.
+Beside this module only ``engine``, ``fewer_operators``, ``gradients`` and ``optimizer`` here and
+``deepspeed_state`` and ``universal`` in ``training.checkpoint`` know of it. A release that lacks
+one of these is refused by name when an engine is built, rather than found out in the middle of a
+run.
 """
 
 from __future__ import annotations
@@ -35,10 +36,21 @@ PARTITIONED = (
     "params_in_partition",
     "clip_grad",
     "update_lp_params",  # gathers the weights after loading; put off until no rank has failed
+    "has_overflow",  # replaced, as is the next
+    "get_grad_norm_direct",
 )
 """Attributes of the optimizer of ZeRO stages 1 and 2, but of bf16 at stage 1."""
 
-BF16_STAGE_1 = ("bf16_groups", "fp32_groups_gradients", "clip_grad", "update_lp_params")
+BF16_STAGE_1 = (
+    "bf16_groups",
+    "fp32_groups_gradients",
+    "fp32_groups_gradient_flat_partition",
+    "fp32_groups_has_gradients",
+    "clip_grad",
+    "update_lp_params",
+    "update_hp_grads",  # replaced, as is the next
+    "get_grads_for_norm",
+)
 """Attributes of the optimizer of ZeRO stage 1 in bf16."""
 
 LOSS_SCALER = ("cur_scale", "min_scale", "raise_error_at_min_scale")

@@ -43,6 +43,7 @@ from megaegpt.training.engine.compat import (
     naming_raw_keys,
     quieten,
 )
+from megaegpt.training.engine.fewer_operators import use_fewer_operators
 from megaegpt.training.engine.gradients import ModuleNorms
 from megaegpt.training.engine.host_memory import keep_freed_memory
 from megaegpt.training.engine.optimizer import build_adamw, build_clipped_adamw
@@ -134,6 +135,7 @@ class Engine:
                 model=model, optimizer=optimizer, mpu=DeepSpeedMpu(grid), config=options
             )
         check_compatible(self._deepspeed, stage, self.precision)
+        use_fewer_operators(self.optimizer, grid)
         if self.precision == "fp16" and self._loss_scaler is not None:
             # DeepSpeed would end the run with a bare Exception; train_step reports it instead.
             self._loss_scaler.raise_error_at_min_scale = False

@@ -55,8 +55,10 @@ IMPORTED = [
 PRIVATE_IN_TORCH = {
     "torch._dynamo.config.recompile_limit",
     "torch._dynamo.mark_static_address",
+    "torch._foreach_add_",
     "torch._foreach_mul_",
     "torch._foreach_norm",
+    "torch._foreach_zero_",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.ops.aten._scaled_dot_product_cudnn_attention",
     "torch.ops.aten._scaled_dot_product_efficient_attention",
@@ -185,8 +187,9 @@ def _refusal(raw: dict[str, Any]) -> str:
 def test_raw_keys_that_deepspeed_refuses_once_it_has_the_model_are_named(
     distributed: Distributed, key: str
 ) -> None:
-    [told] = distributed(1, _refusal, {key: 2})
-    assert told.startswith(f"DeepSpeed refuses the keys under deepspeed ({key}): ")
+    [told] = distributed(1, _refusal, {key: 2, "zero_optimization": {"reduce_scatter": True}})
+    keys = f"{key}, zero_optimization"
+    assert told.startswith(f"DeepSpeed refuses the keys under deepspeed ({keys}): ")
 
 
 def test_a_release_without_something_is_refused_by_name() -> None:

@@ -1,0 +1,356 @@
+"""The least time of a training step on a GPU, from what its operators compute and move.
+
+A micro-step is played through with tensors that have no memory. Each operator of it takes as long
+as its operations at a reachable share of the GPU's peak, or its bytes at one of the memory's speed,
+whichever is longer; the sum is what no implementation with these operators can be faster than. What
+is assumed beside the data sheets stands below, and is not measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from megaegpt.config import ModelConfig, RunConfig, TrainingConfig
+from megaegpt.errors import ConfigError
+from megaegpt.planning.memory_trace import trace_micro_step
+from megaegpt.planning.plan import Plan
+from megaegpt.precision import DTYPES
+
+REACHED_FLOPS = 0.65
+"""Share of the peak that matrix products reach, at widths of 768 to 1,600."""
+REACHED_BANDWIDTH = 0.85
+"""Share of the memory's speed that kernels reach which only read and write."""
+ATTENTION_FLOPS = 0.22
+"""Share of the peak that fused attention reaches, forward and backward, at 64 columns a head and
+1,024 tokens, where the half that causality hides is not counted."""
+COMPILED = 0.4
+"""Share of the bytes of a block's norms and elementwise operators that is left in compiled code."""
+SHORTEST = 2e-6
+"""Seconds of the smallest kernel."""
+
+_NOTHING_COMPUTED = {
+    "alias",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "lift_fresh",
+    "new_empty",
+    "_unsafe_view",
+}
+_TOUCHES_FEW = {"embedding", "gather", "index", "scatter_add_"}
+"""Operators that read or write a few rows or places of a tensor."""
+
+BYTES_OF_ADAMW = 36
+"""Of a parameter in a rank's share of the optimizer: weight and both moments read and written in
+fp32 (24), gradient read for the norm and the update (8), and the weight rounded (4)."""
+
+
+@dataclass
+class Cost:
+    """Operators of one kind, together."""
+
+    kernels: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    seconds: float = 0.0
+    """At the reachable rates of a GPU."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Reachable rates of a GPU, per second."""
+
+    flops: float
+    attention_flops: float
+    bytes: float
+
+    @staticmethod
+    def of(peak: float, bandwidth: float) -> Rates:
+        """From the data sheet's peak and the speed of its memory."""
+        return Rates(peak * REACHED_FLOPS, peak * ATTENTION_FLOPS, bandwidth * REACHED_BANDWIDTH)
+
+
+class OperatorCosts(TorchDispatchMode):
+    """Adds up operators while it is active, by kind: ``products``, ``attention``, ``head`` (between
+    its products) and ``rest``.
+
+    Args:
+        vocabulary: columns of the logits, by which the head's operators are known.
+        rates: of the GPU.
+    """
+
+    def __init__(self, vocabulary: int, rates: Rates) -> None:
+        super().__init__()
+        self.costs: defaultdict[str, Cost] = defaultdict(Cost)
+        self.names: Counter[str] = Counter()
+        self._vocabulary = vocabulary
+        self._rates = rates
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operator, then count it."""
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name in _NOTHING_COMPUTED or func.namespace in ("prim", "c10d")):
+            self.names[name] += 1
+            self._count(func, name, args, kwargs or {}, result)
+        return result
+
+    def _count(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> None:
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        tensors += _overwritten(func, args)
+        size = _bytes(name, tensors)
+        rates = self._rates
+        if "scaled_dot_product" in name:
+            kind, flops, rate = "attention", _attention_flops(name, args), rates.attention_flops
+        else:
+            formula = flop_registry.get(func.overloadpacket)
+            flops = formula(*args, **kwargs, out_val=result) if formula else 0
+            kind, rate = ("products" if flops else self._kind(name, tensors)), rates.flops
+        cost = self.costs[kind]
+        cost.kernels += 1
+        cost.flops += flops
+        cost.bytes += size
+        cost.seconds += max(flops / rate, size / rates.bytes, SHORTEST)
+
+    def _kind(self, name: str, tensors: list[Tensor]) -> str:
+        """Whether an operator without products is the head's."""
+        of_head = "embedding" not in name and any(self._vocabulary in x.shape for x in tensors)
+        return "head" if of_head else "rest"
+
+
+def _overwritten(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """Arguments that an operator changes, of which it returns nothing."""
+    if func._schema.returns:
+        return []
+    changed = (a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info)
+    return [x for x in changed if isinstance(x, Tensor)]
+
+
+def _bytes(name: str, tensors: list[Tensor]) -> float:
+    """What an operator reads and writes, each of its tensors once."""
+    if name in _TOUCHES_FEW:
+        indices = [x for x in tensors if x.dtype == torch.int64]
+        others = [x for x in tensors if x.dtype != torch.int64] or tensors
+        tensors = [*indices, *[min(others, key=lambda x: x.numel())] * 2]
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _attention_flops(name: str, args: tuple[Any, ...]) -> float:
+    """Of fused attention: two products forward, five backward; half of them where it is causal."""
+    first = 1 if "backward" in name else 0
+    q, k = args[first : first + 2]
+    products = 5 if "backward" in name else 2
+    causal = any(x is True for x in args)
+    return 2 * products * math.prod(q.shape) * k.shape[2] * (0.5 if causal else 1.0)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A step of one rank."""
+
+    plan: Plan
+    micro_steps: int
+    products: Cost
+    attention: Cost
+    head: Cost
+    """Between its products, by the operators of ``parallel.head_operators``."""
+    head_unfused: Cost
+    """The same operator by operator."""
+    rest: Cost
+    """Norms, elementwise operators, copies and look-ups, operator by operator."""
+    optimizer: float
+    """Seconds of the update, and of the gradients' way to it."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a rank in a micro-step."""
+        return self.plan.config.training.micro_batch_size * self.plan.config.model.sample_len
+
+    @property
+    def communication(self) -> float:
+        """Seconds of a step at the data sheets' speed, none of it hidden."""
+        time = self.plan.time
+        return 0.0 if time is None else time.total - time.compute
+
+    def seconds(self, *, compiled: bool = True, fused: bool = True) -> float:
+        """Of a micro-step, forward and backward.
+
+        Args:
+            compiled: blocks are compiled.
+            fused: the head's operators are those that CUDA has compiled.
+        """
+        head = self.head if fused else self.head_unfused
+        rest = self.rest.seconds * (COMPILED if compiled else 1.0)
+        return self.products.seconds + self.attention.seconds + head.seconds + rest
+
+    def mfu(self, *, compiled: bool = True, fused: bool = True) -> float:
+        """The most that a micro-step can reach; arguments as for :meth:`seconds`."""
+        tp = self.plan.config.parallel.tensor_parallel_size
+        work = self.tokens * self.plan.size.flops_per_token / tp
+        return work / peak_of(self.plan) / self.seconds(compiled=compiled, fused=fused)
+
+    def bytes_a_logit(self, *, fused: bool = True) -> float:
+        """What the head moves between its products."""
+        columns = self.plan.config.model.padded_vocab_size
+        columns //= self.plan.config.parallel.tensor_parallel_size
+        return (self.head if fused else self.head_unfused).bytes / (self.tokens * columns)
+
+
+def peak_of(plan: Plan) -> float:
+    """Operations per second.
+
+    Raises:
+        ConfigError: the data sheet's peak, or the memory's speed, is not in the table.
+    """
+    peak = plan.machines.accelerator.peak_flops(plan.precision)
+    if peak is None or plan.machines.accelerator.memory_bandwidth is None:
+        name = plan.machines.accelerator.name
+        raise ConfigError(
+            f"--roofline needs a GPU and a precision of the table, not {name} in {plan.precision}"
+        )
+    return peak
+
+
+def make_roofline(plan: Plan, encoder: ModelConfig | None = None) -> Roofline:
+    """Count the operators of a plan's micro-step.
+
+    Args:
+        encoder: the frozen GPT under egpt and deepgpt; None: it is left out.
+
+    Raises:
+        ConfigError: a GPU whose peak is not known.
+    """
+    bandwidth = plan.machines.accelerator.memory_bandwidth
+    rates = Rates.of(peak_of(plan), bandwidth or math.inf)
+    costs = _trace(plan, plan.config, encoder, rates, fused=True)
+    one_block = dataclasses.replace(plan.config.model, num_layers=1)
+    short = dataclasses.replace(plan.config, model=one_block)
+    unfused = _trace(plan, short, encoder, rates, fused=False)
+    return Roofline(
+        plan,
+        plan.config.gradient_accumulation(plan.dp_size),
+        costs["products"],
+        costs["attention"],
+        costs["head"],
+        unfused["head"],
+        costs["rest"],
+        _update_bytes(plan) / rates.bytes,
+    )
+
+
+def _trace(
+    plan: Plan, config: RunConfig, encoder: ModelConfig | None, rates: Rates, fused: bool
+) -> defaultdict[str, Cost]:
+    model = config.model
+    columns = model.padded_vocab_size // config.parallel.tensor_parallel_size
+    counter = OperatorCosts(columns, rates)
+    trace_micro_step(
+        config, plan.precision, encoder, "cuda", False, observed_by=counter, fused_head=fused
+    )
+    return counter.costs
+
+
+def _update_bytes(plan: Plan) -> float:
+    """A rank's, in a step: AdamW over its share, and gradients copied and added up on the way."""
+    tp = plan.config.parallel.tensor_parallel_size
+    parameters = plan.size.parameters / tp
+    item = DTYPES[plan.precision].itemsize
+    copied = 2 * item + (item + 8) / plan.dp_size  # to the bucket, and from there to the fp32 sum
+    micro_steps = plan.config.gradient_accumulation(plan.dp_size)
+    return parameters * (BYTES_OF_ADAMW / plan.dp_size + copied * micro_steps)
+
+
+def describe_roofline(roofline: Roofline) -> list[tuple[str, ...]]:
+    """A table: parts of a step, their milliseconds, kernels and bytes."""
+    steps = roofline.micro_steps
+    rows: list[tuple[str, ...]] = [("part of a step", "ms", "kernels", "GB moved")]
+    parts: dict[str, Cost] = {
+        "products with weights": roofline.products,
+        "attention": roofline.attention,
+        "head between its products": roofline.head,
+        "the same, operator by operator": roofline.head_unfused,
+        "norms and elementwise, operator by operator": roofline.rest,
+    }
+    for name, cost in parts.items():
+        moved = f"{cost.bytes * steps / 1e9:.1f}"
+        rows.append((name, _ms(cost.seconds * steps), str(cost.kernels * steps), moved))
+    rows.append(("the same, compiled", _ms(roofline.rest.seconds * steps * COMPILED), "", ""))
+    rows.append(("optimizer", _ms(roofline.optimizer), "", ""))
+    rows.append(("communication, if nothing hides it", _ms(roofline.communication), "", ""))
+    return rows
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}"
+
+
+GPT2 = {
+    "GPT-2 124M": (12, 12, 768, 64),
+    "GPT-2 355M": (24, 16, 1024, 32),
+    "GPT-2 774M": (36, 20, 1280, 16),
+    "GPT-2 1558M": (48, 25, 1600, 8),
+}
+"""Layers, heads, width, and the micro-batch at 1,024 tokens that fits on 80 GB."""
+
+
+def gpt2_runs() -> dict[str, RunConfig]:
+    """The sizes of GPT-2, each as a run on one GPU."""
+    runs = {}
+    for name, (layers, heads, width, batch) in GPT2.items():
+        model = ModelConfig(num_layers=layers, num_heads=heads, hidden_size=width)
+        training = TrainingConfig(micro_batch_size=batch, global_batch_size=batch)
+        runs[name] = RunConfig(model=model, training=training)
+    return runs
+
+
+def compare_rooflines(rooflines: Mapping[str, Roofline]) -> list[tuple[str, ...]]:
+    """A table: the most that each run can reach as the pieces are compiled, and where time goes."""
+    rows: list[tuple[str, ...]] = [
+        ("", "tokens", "nothing compiled", "blocks", "blocks and head", *_BOUND_BY)
+    ]
+    for name, roofline in rooflines.items():
+        ceilings = [
+            roofline.mfu(compiled=False, fused=False),
+            roofline.mfu(fused=False),
+            roofline.mfu(),
+        ]
+        parts = [roofline.products, roofline.attention, roofline.head, roofline.rest]
+        seconds = [cost.seconds for cost in parts]
+        seconds[-1] *= COMPILED
+        shares = [f"{1e3 * x:.0f} ms" for x in seconds]
+        mfu = [f"{x:.1%}" for x in ceilings]
+        rows.append((name, f"{roofline.tokens:,}", *mfu, *shares))
+    return rows
+
+
+_BOUND_BY = ("products", "attention", "head", "rest")
+
+
+def assumptions() -> str:
+    """What a roofline rests on beside data sheets, as a sentence."""
+    return (
+        f"assumed, not measured: products reach {REACHED_FLOPS:.0%} of the peak, attention "
+        f"{ATTENTION_FLOPS:.0%}, memory {REACHED_BANDWIDTH:.0%} of its speed; compiled blocks move "
+        f"{COMPILED:.0%} of the bytes of their norms and elementwise operators; no kernel is "
+        f"shorter than {1e6 * SHORTEST:.0f} us; the host is never waited for"
+    )

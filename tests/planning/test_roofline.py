@@ -1,0 +1,114 @@
+"""The least time of a step: what it counts, and what it says of the sizes of GPT-2."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig, TrainingConfig
+from megaegpt.config.run import RunConfig
+from megaegpt.errors import ConfigError
+from megaegpt.planning.hardware import find_accelerator
+from megaegpt.planning.plan import Machines, make_plan
+from megaegpt.planning.roofline import (
+    SHORTEST,
+    OperatorCosts,
+    Rates,
+    Roofline,
+    gpt2_runs,
+    make_roofline,
+)
+
+_RATES = Rates.of(1e15, 3e12)
+
+
+def _roofline(config: RunConfig, gpus: int = 1) -> Roofline:
+    return make_roofline(make_plan(config, Machines(find_accelerator("h100", 8), gpus, 8)))
+
+
+def _gpt(rows: int = 2, **model: Any) -> RunConfig:
+    """Of 32 tokens a row."""
+    sizes = {"vocab_size": 1000, "max_seq_len": 32, "hidden_size": 64, "num_layers": 2}
+    return RunConfig(
+        model=ModelConfig(
+            **{**sizes, "num_heads": 4, "encoder": EncoderConfig(source="not read"), **model}
+        ),
+        training=TrainingConfig(micro_batch_size=rows, global_batch_size=8),
+    )
+
+
+def test_an_operator_costs_its_operations_or_its_bytes() -> None:
+    counter = OperatorCosts(1000, _RATES)
+    a, b = (torch.zeros(512, 512) for _ in range(2))
+    logits = torch.zeros(4096, 1000, dtype=torch.bfloat16)
+    columns = torch.zeros(4096, 1, dtype=torch.int64)
+    with counter:
+        (a @ b).view(-1)
+        a + b
+        logits.mul_(2)
+        logits.gather(1, columns)
+    products, head = counter.costs["products"], counter.costs["head"]
+    assert (products.kernels, products.flops, products.bytes) == (1, 2 * 512**3, 3 * a.nbytes)
+    assert counter.costs["rest"].bytes == 3 * a.nbytes
+    assert head.kernels == 2
+    assert head.bytes == 2 * logits.nbytes + 4096 * (8 + 2 + 2)
+    moved = 2 * logits.nbytes / _RATES.bytes
+    assert head.seconds == pytest.approx(moved + SHORTEST)
+
+
+def test_products_and_attention_have_the_operations_of_the_model() -> None:
+    """By the model's own count causal attention counts in full, and forward only once."""
+    config = _gpt()
+    roofline = _roofline(config)
+    attention = 3 * 2 * 32 * 2 * 64 * 2 * 64  # passes, products, keys, layers, width, tokens
+    counted = roofline.plan.size.flops_per_token * roofline.tokens
+    padded = config.model.padded_vocab_size - config.model.vocab_size
+    products = counted - attention + 3 * 2 * padded * 64 * roofline.tokens
+    assert roofline.products.flops == products
+    assert roofline.attention.flops == pytest.approx(attention * (7 / 6) / 2)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"z_loss": 1e-4, "logit_softcap": 30.0},
+        {"kind": "egpt", "tied_embeddings": False, "egpt": EGPTConfig(token_counts=True)},
+    ],
+)
+def test_the_head_moves_few_bytes_a_logit_between_its_products(model: dict[str, Any]) -> None:
+    """Each of its operators reads bf16 logits once, and the second writes them: 6 bytes. What is
+    above is by row, and by weight: it is added up over portions of rows.
+    """
+    config = _gpt(**{"vocab_size": 50257, "max_seq_len": 1024, "num_layers": 1, **model})
+    roofline = _roofline(config)
+    assert roofline.bytes_a_logit(fused=False) > 50
+    assert 6 < roofline.bytes_a_logit() < 10
+
+
+def test_ranks_that_share_the_vocabulary_move_as_few_bytes_a_logit() -> None:
+    config = _gpt(8, vocab_size=50257, max_seq_len=1024)
+    parallel = dataclasses.replace(config.parallel, tensor_parallel_size=4)
+    roofline = _roofline(dataclasses.replace(config, parallel=parallel), 4)
+    assert roofline.bytes_a_logit(fused=False) > 50
+    assert 6 < roofline.bytes_a_logit() < 10
+
+
+@pytest.mark.long
+def test_ceilings_of_gpt2_are_above_what_is_aimed_at() -> None:
+    aims = {"124M": 0.45, "355M": 0.50, "774M": 0.52, "1558M": 0.50}
+    least = {"124M": 0.49, "355M": 0.525, "774M": 0.545, "1558M": 0.56}
+    for name, config in gpt2_runs().items():
+        roofline = _roofline(config)
+        size = name.removeprefix("GPT-2 ")
+        assert roofline.mfu(compiled=False, fused=False) < aims[size]
+        assert roofline.mfu() > least[size] > aims[size]
+
+
+def test_a_gpu_whose_speed_is_not_known_is_refused() -> None:
+    plan = make_plan(_gpt(), Machines(find_accelerator("cpu", 1), 1, 1))
+    with pytest.raises(ConfigError, match="--roofline needs a GPU and a precision of the table"):
+        make_roofline(plan)
