@@ -19,7 +19,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megaegpt.arguments import ArgumentParser, path
+from megaegpt.arguments import ArgumentParser, path, seed
 from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preprocess
 from megaegpt.data.preprocess.encode import EncodeOptions
 from megaegpt.data.preprocess.nanogpt import import_files
@@ -66,6 +66,7 @@ def options_of(arguments: argparse.Namespace) -> PreprocessOptions:
         on_bad_input=arguments.on_bad_input,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
+        shuffle_seed=arguments.shuffle_documents,
     )
 
 
@@ -77,6 +78,9 @@ def parse_arguments() -> argparse.Namespace:
     _add_input_options(parser)
     _add_split_options(parser)
     _add_choice_of_documents(parser)
+    parser.add_argument("--shuffle-documents", type=seed, metavar="SEED",
+        help="write the documents of each split in the random order of this seed, over all shards; "
+        "needs the space of the shards twice (default: the order of the input)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace shards of another run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--from-nanogpt", nargs="+", type=path, metavar="BIN",
@@ -184,7 +188,7 @@ def _print_report(report: Report, output: Path) -> None:
     if report.meter.counts.documents:
         print(f"speed       {report.meter.rates()}, {report.meter.seconds:.1f} s")
     else:
-        print("speed       nothing to do: the shards were complete")
+        print("speed       nothing to do: all documents were encoded before")
     for split, shards in report.manifest.splits.items():
         tokens = sum(shard.tokens for shard in shards)
         print(f"{split:11} {output / split}: {tokens:,} tokens in {len(shards)} shard(s)")

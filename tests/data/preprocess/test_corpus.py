@@ -380,6 +380,7 @@ def test_a_full_disk_names_shard_and_input_and_publishes_nothing(tmp_path: Path)
         ({"validation_fraction": 1.5}, r"is not in \[0, 1\)"),
         ({"split_tokens": 1.0}, "not between 0 and 1"),
         ({"split_tokens": 0.8, "shards": 2}, "one shard a split"),
+        ({"split_tokens": 0.8, "shuffle_seed": 1}, "--shuffle-documents would mix"),
         ({"shards": 0}, "--shards must be from 1 to 99,999, not 0"),
         ({"shards": 2**31}, "--shards must be from 1 to 99,999, not 2,147,483,648"),
         ({"workers": 0}, "--workers must be from 1"),
