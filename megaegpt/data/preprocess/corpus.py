@@ -28,6 +28,7 @@ from megaegpt.data.preprocess.jobs import (
     Kind,
     LineCounter,
     LineSpan,
+    check_text_key,
     find_inputs,
     make_jobs,
 )
@@ -162,6 +163,8 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
         for split, inputs in wanted.items()
         if split == TRAIN or inputs
     }
+    if options.encode.text_key != EncodeOptions.text_key:
+        check_text_key(options.encode.text_key, [f for files in groups.values() for f in files])
     with naming_failures(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
     with locked_folder(options.output) as lock:
