@@ -2,6 +2,7 @@
 
     python tools/preprocess.py book.txt --output data/book --split-tokens 0.8
     python tools/preprocess.py corpus/ --output data/web --shards 8 --validation-fraction 0.001
+    python tools/preprocess.py pages_by_date.jsonl --output data/pages --shuffle-documents 1
     zcat pages.jsonl.gz | python tools/preprocess.py - --output data/pages --text-key content
     python tools/preprocess.py --from-nanogpt train.bin val.bin --output data/openwebtext
 
