@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     parser.add_argument("--insert-into", type=path, metavar="PAGE", help="a Markdown page")
     arguments = parser.parse_args()
+    if arguments.report_only and arguments.exit_minutes is not None:
+        parser.error("--exit-minutes stops training, and --report-only trains nothing: give one")
     plan = load_plan(arguments.config)
     if arguments.output is not None:
         plan = dataclasses.replace(plan, output=str(arguments.output))

@@ -28,7 +28,6 @@ import io
 import itertools
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaegpt.arguments import ArgumentParser, integer, path
@@ -300,8 +299,11 @@ def _read_prompt(arguments: argparse.Namespace, grid: ProcessGrid) -> str:
 
 
 def _read_text(name: str) -> str:
+    from megaegpt.data.readers.inputs import MAX_DOCUMENT_BYTES, read_whole
+
     try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        with sys.stdin.buffer if name == "-" else open(name, "rb") as file:
+            content = read_whole(file, name, MAX_DOCUMENT_BYTES)
         text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read()  # line ends become LF
         return text.removesuffix("\n")
     except OSError as error:

@@ -80,7 +80,24 @@ def parse_arguments() -> argparse.Namespace:
         help="option of a corpus' reader, such as text_column=maintext; may be repeated",
     )
     parser.add_argument("--on-bad-input", choices=["fail", "skip"], default="fail")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    _refuse_useless(parser, arguments)
+    return arguments
+
+
+def _refuse_useless(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """What would change nothing for this corpus must not pass unused."""
+    name = arguments.name
+    useless = ["reader_option", "on_bad_input"]
+    if name in READERS:
+        useless = ["keep_wraps", "straight_quotes", "doubled_newlines"]
+    elif name == "king_james_bible":
+        useless += ["keep_wraps", "straight_quotes", "doubled_newlines", "input"]
+    given = [key for key in useless if getattr(arguments, key) != parser.get_default(key)]
+    if given:
+        options = ", ".join("--" + key.replace("_", "-") for key in given)
+        hint = "; its reader has options of its own (--reader-option)" if name in READERS else ""
+        parser.error(f"{options} would change nothing for {name}: leave it out{hint}")
 
 
 def _prepare(arguments: argparse.Namespace) -> list[Path]:

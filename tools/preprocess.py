@@ -2,6 +2,7 @@
 
     python tools/preprocess.py book.txt --output data/book --split-tokens 0.8
     python tools/preprocess.py corpus/ --output data/web --shards 8 --validation-fraction 0.001
+    python tools/preprocess.py pages_by_date.jsonl --output data/pages --shuffle-documents 1
     zcat pages.jsonl.gz | python tools/preprocess.py - --output data/pages --text-key content
     python tools/preprocess.py --from-nanogpt train.bin val.bin --output data/openwebtext
 
@@ -19,7 +20,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megaegpt.arguments import ArgumentParser, path
+from megaegpt.arguments import ArgumentParser, path, seed
 from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preprocess
 from megaegpt.data.preprocess.encode import EncodeOptions
 from megaegpt.data.preprocess.nanogpt import import_files
@@ -66,6 +67,7 @@ def options_of(arguments: argparse.Namespace) -> PreprocessOptions:
         on_bad_input=arguments.on_bad_input,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
+        shuffle_seed=arguments.shuffle_documents,
     )
 
 
@@ -77,6 +79,9 @@ def parse_arguments() -> argparse.Namespace:
     _add_input_options(parser)
     _add_split_options(parser)
     _add_choice_of_documents(parser)
+    parser.add_argument("--shuffle-documents", type=seed, metavar="SEED",
+        help="write the documents of each split in the random order of this seed, over all shards; "
+        "needs the space of the shards twice (default: the order of the input)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace shards of another run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--from-nanogpt", nargs="+", type=path, metavar="BIN",
@@ -184,7 +189,7 @@ def _print_report(report: Report, output: Path) -> None:
     if report.meter.counts.documents:
         print(f"speed       {report.meter.rates()}, {report.meter.seconds:.1f} s")
     else:
-        print("speed       nothing to do: the shards were complete")
+        print("speed       nothing to do: all documents were encoded before")
     for split, shards in report.manifest.splits.items():
         tokens = sum(shard.tokens for shard in shards)
         print(f"{split:11} {output / split}: {tokens:,} tokens in {len(shards)} shard(s)")

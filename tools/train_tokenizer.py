@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from megaegpt.arguments import ArgumentParser, integer, path
-from megaegpt.data.preprocess.jobs import find_inputs
+from megaegpt.data.preprocess.jobs import check_text_key, find_inputs
 from megaegpt.data.readers import READERS, Option, parse_reader_options, read_documents
 from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.tokenizers.bpe_training import train_byte_level_bpe
@@ -93,6 +93,8 @@ class _Texts:
         self._files = find_inputs(
             arguments.inputs, arguments.format, self._options, problems.left_out
         )
+        if arguments.text_key is not None:
+            check_text_key(arguments.text_key, self._files)
         self._problems, self._quiet = problems, arguments.quiet
         self.documents = 0
         self.bytes = 0
@@ -123,8 +125,10 @@ def _reader_options(arguments: argparse.Namespace) -> dict[str, Option]:
     assignments = list(arguments.reader_option)
     if arguments.text_key is not None:
         assignments.append(f"text_column={arguments.text_key}")
-    if kind == "text" and assignments:
-        raise ConfigError("--text-key and --reader-option are not for text files: leave them out")
+    if kind == "text":  # its --text-key is refused with the inputs
+        if arguments.reader_option:
+            raise ConfigError("--reader-option is not for text files: leave it out")
+        return {}
     return parse_reader_options(kind, assignments)
 
 

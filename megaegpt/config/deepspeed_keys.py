@@ -12,6 +12,7 @@ OWNED_KEYS: dict[str, str] = {
     "amp": "training.precision",
     "bf16.bf16_master_weights_and_grads": "training.precision",
     "bf16.enabled": "training.precision",
+    "bfloat16": "training.precision",
     "checkpoint": "checkpoint",
     "data_types.grad_accum_dtype": "training.precision",
     "elasticity": "training.global_batch_size",
@@ -35,8 +36,13 @@ OWNED_KEYS: dict[str, str] = {
 """Raw keys that something else in a run decides, and what does."""
 
 _OFFLOAD = "offloading needs DeepSpeed's own optimizer, and AdamW here is torch's"
+_LOADER = "DeepSpeed's data loader, which it is for, is not used"
 _STAGE_3 = "it belongs to ZeRO stage 3, which is not supported"
 _UNSUPPORTED_KEYS: dict[str, str] = {
+    "autotuning": "it is for DeepSpeed's autotuner, which starts runs of its own",
+    "data_efficiency": _LOADER,
+    "dataloader_drop_last": _LOADER,
+    "pipeline": "it is for DeepSpeed's pipeline engine, which is not used",
     "zero_optimization.cpu_offload": _OFFLOAD,
     "zero_optimization.cpu_offload_param": _OFFLOAD,
     "zero_optimization.cpu_offload_use_pin_memory": _OFFLOAD,
@@ -59,10 +65,10 @@ _POSITIVE_KEYS = (
 def deepspeed_problems(raw: dict[str, Any]) -> Iterator[Problem]:
     """Find the keys that cannot stand in the section ``deepspeed`` of a run's configuration.
 
-    Keys that are not listed in this module are DeepSpeed's to judge: see
-    :func:`megaegpt.training.engine.compat.check_accepted`.
+    Keys that are not listed in this module are DeepSpeed's to judge, which refuses those that it
+    does not know: see :func:`megaegpt.training.engine.compat.check_accepted`.
     """
-    given = dict(_dotted(raw))
+    given = dict(dotted_keys(raw))
     for key, value in given.items():
         name = f"deepspeed.{key}"
         if key in OWNED_KEYS:
@@ -75,12 +81,12 @@ def deepspeed_problems(raw: dict[str, Any]) -> Iterator[Problem]:
             yield Problem((name,), f"{name}={value} must be an integer greater than 0")
 
 
-def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted_keys(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of nested mappings, those that hold mappings too, with its value."""
     for key, value in section.items():
         yield f"{prefix}{key}", value
         if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
+            yield from dotted_keys(value, f"{prefix}{key}.")
 
 
 def _is_positive_integer(value: Any) -> bool:

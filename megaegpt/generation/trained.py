@@ -13,7 +13,7 @@ from torch import nn
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer
-from megaegpt.errors import CheckpointError
+from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.build import Model, empty_model
 from megaegpt.model.encoder import FrozenEncoder
@@ -54,11 +54,16 @@ def load_for_inference(
 
     Raises:
         CheckpointError: something is missing or damaged, or the encoder is another one.
-        ConfigError: the weights' description is not valid.
+        ConfigError: the weights' description is not valid, or ``encoder_source`` is given for a
+            model that has no encoder.
         DataError: the tokenizer's vocabulary cannot be had.
     """
     weights = resolve_weights_source(folder, grid)
     config, extra = read_weights_config(weights)
+    if encoder_source is not None and not config.needs_encoder:
+        raise ConfigError(
+            f"{weights} is a plain gpt, without an encoder: leave the encoder {encoder_source} out"
+        )
     lies_beside = vocabulary is None and has_tokenizer(weights)
     tokenizer = load_tokenizer(weights if lies_beside else vocabulary)
     if config.vocab_size < tokenizer.vocab_size:

@@ -108,12 +108,23 @@ def find_weights(folder: str | Path) -> Path:
         if latest := folder_named_by(checkpoints / "latest"):
             candidates.append(checkpoints / latest.name / "weights")
     for candidate in candidates:
-        if (candidate / _CONFIG).is_file():
+        if os.path.isfile(candidate / _CONFIG):  # false for a name that no file can have
             return candidate
+    for latest in (place / "latest", place / "checkpoints" / "latest"):
+        if named := folder_named_by(latest):
+            raise CheckpointError(f"{folder} holds no weights: {latest} {_why_unnamed(named)}")
     raise CheckpointError(
         f"{folder} holds no weights: give a folder with {_CONFIG} and {WEIGHTS}, a checkpoint, "
         "a run, or its checkpoints"
     )
+
+
+def _why_unnamed(named: Path) -> str:
+    """What is wrong with a file or link that names no checkpoint."""
+    name = named.name
+    if not name.isprintable() or len(name) >= _LONGEST_NAME:
+        return "is damaged: it does not hold the name of a checkpoint"
+    return f"names {name!r}, and there is no such checkpoint; give one that is there"
 
 
 def read_weights_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:

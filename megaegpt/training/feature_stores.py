@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -18,9 +19,10 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.initialization import initialization_problems
 from megaegpt.model.weights import read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.together import raising_together
+from megaegpt.parallel.together import broadcast_object, raising_together
 from megaegpt.precision import DTYPES, Precision
 from megaegpt.training.consistency import check_ranks_agree, weights_facts
+from megaegpt.training.run_lock import locked_folders
 
 
 def find_encoder(config: RunConfig) -> ModelConfig | None:
@@ -131,20 +133,30 @@ def prepare_store(
     split: str,
     precision: Precision,
 ) -> FeatureStore:
-    """Open the store of a split, computing what is missing of it. Collective over all ranks."""
+    """Open the store of a split, computing what is missing of it. Collective over all ranks.
+
+    Several runs may read one store, and one at a time writes it.
+
+    Raises:
+        FolderInUseError: it is not complete, and another process is writing it.
+        DataError: it is of something else, damaged, or cannot be written.
+    """
     folder = store_folder(config, split)
     spec = store_spec(config, encoder, stream, precision)
     if grid.is_main and not FeatureStore.exists(folder):
         size = f"{spec.num_bytes / 2**20:,.1f} MiB"
         print(f"features of {spec.num_chunks:,} chunks -> {folder} ({size})", flush=True)
-    return compute_features(
-        folder,
-        spec,
-        stream,
-        encode=encoder,
-        pool=functools.partial(chunk_features, config=config.model.egpt),
-        grid=grid,
-        batch_size=config.model.encoder.batch_size,
-        title=f"{split} features",
-        verify=config.data.verify_checksums,
-    )
+    complete = broadcast_object(lambda: FeatureStore.exists(folder), grid)
+    remedy = "let it end, its features are for this run too"
+    with contextlib.nullcontext() if complete else locked_folders([folder], grid, remedy):
+        return compute_features(
+            folder,
+            spec,
+            stream,
+            encode=encoder,
+            pool=functools.partial(chunk_features, config=config.model.egpt),
+            grid=grid,
+            batch_size=config.model.encoder.batch_size,
+            title=f"{split} features",
+            verify=config.data.verify_checksums,
+        )

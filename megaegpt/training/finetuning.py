@@ -63,7 +63,7 @@ def finetuning_config(config: RunConfig, grid: ProcessGrid) -> RunConfig:
 
     Raises:
         ConfigError: there is nothing to start from or to learn, or the configuration describes
-            another model.
+            another model, or data that is not read.
         CheckpointError: the weights cannot be had.
     """
     source = config.training.initialize_from
@@ -72,6 +72,12 @@ def finetuning_config(config: RunConfig, grid: ProcessGrid) -> RunConfig:
             raise ConfigError(
                 "training.initialize_from is not set: give a run, a folder of weights or gpt2"
             )
+        for name in ("train", "validation", "weights"):
+            if getattr(config.data, name):
+                raise ConfigError(
+                    f"data.{name} is for pretraining, and would not be read: leave it out; records "
+                    "are given by data.instructions"
+                )
         if not config.data.instructions.train:
             raise ConfigError("data.instructions.train is empty: give files of records")
     weights = resolve_weights_source(str(source), grid)

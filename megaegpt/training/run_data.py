@@ -54,6 +54,11 @@ class PretrainingData:
     def __init__(self, config: RunConfig, rank: int = 0, world_size: int = 1) -> None:
         if not config.data.train:
             raise ConfigError("data.train is empty: give the prefixes of the training shards")
+        if config.data.instructions.train or config.data.instructions.validation:
+            raise ConfigError(
+                "data.instructions is for fine-tuning, and would not be read: leave it out, or "
+                "start launchers/finetune.py"
+            )
         train = TokenStream(config.data.train)
         self.tokenizer = tokenizer_of_shards(train.prefixes, config.data.vocabulary)
         if not self.tokenizer.is_installed:

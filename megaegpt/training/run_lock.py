@@ -18,12 +18,20 @@ WAIT_S = 60.0
 _POLL_S = 0.2
 
 
+_OTHER_FOLDERS = "let it end, or set logging.directory and checkpoint.directory to new folders"
+
+
 @contextlib.contextmanager
-def locked_folders(folders: Sequence[str | Path], grid: ProcessGrid) -> Iterator[None]:
+def locked_folders(
+    folders: Sequence[str | Path], grid: ProcessGrid, remedy: str = _OTHER_FOLDERS
+) -> Iterator[None]:
     """Hold the locks of ``folders``, which are made where they are missing, inside the block; rank
     0 does it for all. Collective at the block's beginning.
 
     Folders that were made and are still empty in the end are removed again.
+
+    Args:
+        remedy: what the user can do where another process goes on for longer than that.
 
     Raises:
         FolderInUseError: another process holds one of them still after :data:`WAIT_S`.
@@ -34,11 +42,11 @@ def locked_folders(folders: Sequence[str | Path], grid: ProcessGrid) -> Iterator
             if grid.is_main:
                 for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
                     held.enter_context(_made(folder))
-                    _lock(folder, held)
+                    _lock(folder, held, remedy)
         yield
 
 
-def _lock(folder: Path, held: contextlib.ExitStack) -> None:
+def _lock(folder: Path, held: contextlib.ExitStack, remedy: str) -> None:
     deadline, told = time.monotonic() + WAIT_S, False
     while True:
         try:
@@ -46,10 +54,7 @@ def _lock(folder: Path, held: contextlib.ExitStack) -> None:
             return
         except FolderInUseError as error:
             if time.monotonic() >= deadline:
-                raise FolderInUseError(
-                    f"{error}: let it end, or set logging.directory and checkpoint.directory to "
-                    "new folders"
-                ) from None
+                raise FolderInUseError(f"{error}: {remedy}") from None
             if not told:
                 print(f"notice: {error}: waiting {WAIT_S:.0f} s for its end", flush=True)
                 told = True

@@ -33,10 +33,12 @@ def test_clipping_is_always_explicit() -> None:
 
 
 def test_raw_keys_are_merged_beside_the_generated_ones() -> None:
-    options = _generate({"zero_optimization": {"round_robin_gradients": True}, "prescale": 1})
+    options = _generate(
+        {"zero_optimization": {"round_robin_gradients": True}, "prescale_gradients": True}
+    )
     assert options["zero_optimization"]["round_robin_gradients"] is True
     assert options["zero_optimization"]["stage"] == 2
-    assert options["prescale"] == 1
+    assert options["prescale_gradients"] is True
 
 
 @pytest.mark.parametrize(
@@ -73,12 +75,21 @@ def test_overlapped_reduction_has_buckets_that_a_backward_pass_fills_several_tim
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        ({"zero_optimization": {"reduce_scater": False}}, "reduce_scater: Extra inputs are not"),
+        (
+            {"zero_optimization": {"reduce_scater": False}},
+            "; did you mean deepspeed.zero_optimization.reduce_scatter?",
+        ),
         ({"zero_optimization": {"reduce_scatter": 3}}, "reduce_scatter: Input should be a valid"),
         ({"zero_optimization": None}, "DeepSpeed refuses"),
         ({"fp16": {"initial_scale_power": "much"}}, "initial_scale_power: Input should be a valid"),
         ({"communication_data_type": "fp12"}, "Invalid communication_data_type"),
         ({"timers": 3}, "DeepSpeed refuses"),
+        ({"nosuch": 1}, "deepspeed.nosuch is no key of DeepSpeed"),
+        ({"seed": 1}, "; did you mean training.seed or generation.seed?"),
+        ({"prescale": True}, "; did you mean deepspeed.prescale_gradients?"),
+        ({"aio": {"block_siz": 1}}, "; did you mean deepspeed.aio.block_size?"),
+        ({"csv_monitor": {"job_nam": ""}}, "; did you mean deepspeed.csv_monitor.job_name?"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "; did you mean training.precision?"),
     ],
 )
 def test_what_deepspeed_does_not_accept_is_one_line(raw: dict[str, Any], expected: str) -> None:
@@ -87,6 +98,27 @@ def test_what_deepspeed_does_not_accept_is_one_line(raw: dict[str, Any], expecte
         check_accepted(_generate(raw))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"zero_optimization": {"ignore_unused_parameters": True, "elastic_checkpoint": False}},
+        {"zero_optimization": {"parameter_alignment": False, "compute_grad_norm": True}},
+        {"fp16": {"initial_scale_power": 8, "loss_scale_window": 9, "hysteresis": 2}},
+        {"communication_data_type": "fp16", "gradient_predivide_factor": 2.0},
+        {"wall_clock_breakdown": True, "memory_breakdown": False, "dump_state": False},
+        {"timers": {"throughput": {"enabled": True, "synchronized": False}}},
+        {"flops_profiler": {"enabled": True, "profile_step": 5, "top_modules": 1}},
+        {"comms_logger": {"enabled": True, "prof_all": True, "debug": False}},
+        {"csv_monitor": {"enabled": False, "output_path": "x", "job_name": "y"}},
+        {"aio": {"block_size": 1048576, "queue_depth": 8}, "compile": {"deepcompile": False}},
+        {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False},
+        {"disable_allgather": False, "log_level": "warning", "data_types": {}},
+    ],
+)
+def test_keys_that_deepspeed_reads_pass(raw: dict[str, Any]) -> None:
+    check_accepted(_generate(raw))
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1), ("fp16", 1)])

@@ -28,6 +28,11 @@ def _zero(**options: Any) -> dict[str, Any]:
         (_zero(stage=2), "deepspeed.zero_optimization.stage is set by parallel.zero_stage"),
         (_zero(offload_optimizer={"device": "cpu"}), "offload_optimizer cannot be used: offload"),
         (_zero(offload_param={"device": "cpu"}), "offload_param cannot be used: offloading needs"),
+        (
+            {"data_efficiency": {"enabled": True}},
+            "DeepSpeed's data loader, which it is for, is not",
+        ),
+        ({"pipeline": {"seed_layers": True}}, "it is for DeepSpeed's pipeline engine"),
         (_zero(stage3_max_live_parameters=1), "it belongs to ZeRO stage 3, which is not supported"),
         (_zero(reduce_bucket_size=-1), "reduce_bucket_size=-1 must be an integer greater than 0"),
         (_zero(reduce_bucket_size=0), "reduce_bucket_size=0 must be an integer greater than 0"),

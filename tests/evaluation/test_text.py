@@ -48,6 +48,13 @@ def test_texts_are_documents_and_bad_ones_are_named(tmp_path: Path) -> None:
         TextTokens([str(tmp_path)], TOKENIZER)
 
 
+def test_a_text_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(8 << 30)
+    with pytest.raises(DataError, match=r"a\.txt: longer than 4,294,967,296 bytes, too long"):
+        TextTokens([str(tmp_path / "a.txt")], TOKENIZER)
+
+
 def test_a_stride_that_does_not_fit_is_refused() -> None:
     class Counting:
         def __len__(self) -> int:

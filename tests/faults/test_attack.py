@@ -34,12 +34,15 @@ import yaml
 import zstandard
 
 from megaegpt.config.loading import config_to_dict
+from megaegpt.model.build import build_model
+from megaegpt.model.weights import save_weights
+from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.checkpoint.manager import CheckpointManager
 from tests.damage import damaged
 from tests.distributed.harness import CONTEXT
 from tests.faults.test_programs import COMMANDS, FILES, Case, kept, run, workspace
 from tests.faults.test_random_kills import KilledRun
-from tests.tiny.runs import corpus, run_config
+from tests.tiny.runs import corpus, encoder_config, run_config
 
 __all__ = ["corpus", "workspace"]
 
@@ -407,16 +410,32 @@ def test_malicious_files_are_refused_and_run_nothing(
 
 def _writers(corpus: Path, texts: Path, folder: Path) -> list[list[str]]:
     """Programs that write, one for each kind of output, each below ``folder``."""
+    speaking = corpus / "speaking"
+    if not speaking.exists():  # with the tokenizer's vocabulary, which evaluation asks for
+        grid = ProcessGrid()
+        save_weights(build_model(encoder_config(vocab_size=50257), grid, seed=1), speaking, grid)
     run = _write_run(folder, "gpt", corpus, training={"steps": 6}, checkpoint={"keep": 3})
     return [
         ["tools.preprocess", str(texts), "--output", "shards", "--workers", "1", "--quiet"],
         ["tools.convert", "export", str(corpus / "encoder"), "exported"],
         [
-            *("tools.evaluate", "--checkpoint", str(corpus / "encoder")),
+            *("tools.evaluate", "--checkpoint", str(speaking)),
             *("--data", str(corpus / "validation"), "--json", "numbers.json"),
         ],
         ["launchers.pretrain", "--config", str(run), "--resume"],
     ]
+
+
+def test_each_writer_ends_well_where_nothing_is_in_its_way(
+    table: Table, corpus: Path, texts: Path, tmp_path: Path
+) -> None:
+    """So that what refuses it below is the limit, and not its command line."""
+    row = table.row("writers without a limit")
+    for line in _writers(corpus, texts, tmp_path):
+        assert Program(line, tmp_path).ended(row) == 0
+    for name in ("shards", "exported", "numbers.json", "run"):
+        assert (tmp_path / name).exists()
+    _check(row)
 
 
 def test_full_disks_lose_nothing_that_was_complete(

@@ -11,7 +11,7 @@ import torch
 
 from megaegpt.config import EncoderConfig, ModelConfig
 from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
-from megaegpt.errors import CheckpointError
+from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.trained import load_for_inference
 from megaegpt.model.build import build_model
@@ -51,6 +51,12 @@ def test_a_loaded_model_writes_what_the_saved_one_wrote(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     texts = [TextGenerator(m).generate([[1, 2]], SAMPLING_24) for m in (model, loaded.model)]
     assert texts[0] == texts[1]
+
+
+def test_an_encoder_for_a_model_without_one_is_refused(tmp_path: Path) -> None:
+    save_gpt(tmp_path / "gpt")
+    with pytest.raises(ConfigError, match="gpt is a plain gpt, without an encoder: leave the enc"):
+        load_for_inference(tmp_path / "gpt", GRID, encoder_source="elsewhere")
 
 
 @pytest.mark.parametrize("given", ["step_00000007/weights", "step_00000007", ".", ".."])

@@ -174,7 +174,9 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: P
     assert max(losses(tmp_path / "run")) == done
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("torchrun", marks=pytest.mark.long), "deepspeed"]
+)
 def test_a_killed_launcher_takes_its_ranks_along_and_the_run_goes_on_at_once(
     corpus: Path, tmp_path: Path, launcher: str
 ) -> None:
@@ -199,6 +201,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_run_goes_on_at_once(
     assert not alive
 
 
+@pytest.mark.long
 def test_torchrun_starts_all_ranks_again_when_one_was_killed(corpus: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "training": {"steps": 20, "eval_interval": 20},

@@ -10,6 +10,7 @@ from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.model.build import build_model, empty_model
 from megaegpt.model.weights import (
+    find_weights,
     load_weights,
     read_weights_config,
     save_weights,
@@ -87,6 +88,25 @@ def test_a_sparse_file_of_gigabytes_is_refused_before_it_is_read(tmp_path):
     for check in (verify_weights, lambda path: load_weights(empty_model(GPT, GRID), path, GRID)):
         with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
             check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "content", "message"),
+    [
+        (3 << 30, b"", "latest is damaged: it does not hold the name of a checkpoint"),
+        (300, b"a" * 300, "latest is damaged: it does not hold the name of a checkpoint"),
+        (14, b"step_00000007\n", "latest names 'step_00000007', and there is no such checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("deeper", [False, True])
+def test_a_file_latest_that_names_no_checkpoint_is_named(tmp_path, size, content, message, deeper):
+    place = tmp_path / "checkpoints"
+    place.mkdir()
+    with (place / "latest").open("wb") as file:
+        file.write(content)
+        file.truncate(size)
+    with pytest.raises(CheckpointError, match=f"holds no weights: {place}/{message}"):
+        find_weights(place if deeper else tmp_path)
 
 
 def test_a_path_that_is_not_utf8_is_named_as_what_is_wrong(tmp_path):

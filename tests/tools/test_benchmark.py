@@ -196,6 +196,20 @@ def test_unknown_peers_are_refused(value, message):
         parse_peers([value], ("nanogpt", "hf"))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --kv-heads 2", "--kv-heads is for --family llama"),
+        ("generate --egpt --compile", "--egpt measures EGPT alone"),
+        ("data --input a.jsonl --megabytes 3", "--megabytes is for a corpus that is made"),
+    ],
+)
+def test_options_that_change_nothing_are_refused(line, message):
+    arguments = benchmark.new_parser(line.split()).parse_args(line.split())
+    with pytest.raises(ConfigError, match=message):
+        arguments.run(arguments)
+
+
 def test_every_benchmark_is_a_subcommand():
     folder = Path(benchmark.__file__).parent / "benchmarks"
     parts = {"common", "processes", "engines", "peers", "shapes", "device_checks"}

@@ -149,6 +149,8 @@ def test_mistakes_are_one_line(convert: _Convert, weights: Path, tmp_path: Path)
     assert "weights exists already" in convert.fails("export", weights, weights)
     assert "holds no weights" in convert.fails("list", tmp_path / "absent")
     assert not out.exists()
+    convert("export", weights, out)
+    assert "have no checksums to verify" in convert.fails("list", out, "--verify")
 
 
 def test_list_finds_damaged_weights(convert: _Convert, weights: Path) -> None:

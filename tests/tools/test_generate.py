@@ -139,6 +139,17 @@ def test_what_cannot_be_is_refused_in_a_line(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_prompt_without_end_is_refused(
+    egpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompt"
+    with file.open("wb") as sparse:
+        sparse.truncate(8 << 30)
+    with pytest.raises(SystemExit):
+        _run_visibly(egpt, "--prompt-file", str(file))
+    assert f"{file}: longer than 268,435,456 bytes, too long for" in capsys.readouterr().err
+
+
 def test_a_prompt_that_is_no_text_is_refused(
     egpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -247,6 +248,31 @@ def test_a_folder_that_is_input_and_output_is_read_without_what_was_written(
         assert "1 not read, names of no known kind" in capsys.readouterr().out
         [line] = lines(tmp_path / "jsonl.jsonl")
         assert line == {"text": "one", "meta": {"id": "\udce9"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("enron", ("--keep-wraps",), "--keep-wraps would change nothing for enron: .*--reader-opt"),
+        ("jsonl", ("--straight-quotes",), "--straight-quotes would change nothing for jsonl"),
+        ("moby_dick", ("--reader-option", "a=b"), "--reader-option would change nothing for moby"),
+        ("tolstoy", ("--on-bad-input", "skip"), "--on-bad-input would change nothing for tolstoy"),
+        ("king_james_bible", ("--input", "x", "--doubled-newlines"), "--doubled-newlines, --input"),
+    ],
+)
+def test_options_that_change_nothing_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        prepare(monkeypatch, name, "--output", tmp_path / "out", *options)
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_where_everything_is_bad_the_reason_is_given(

@@ -96,7 +96,8 @@ def test_forked_workers_change_nothing(corpus: Path, tmp_path: Path) -> None:
     outputs = []
     for workers in (1, 2, 3):
         output = tmp_path / str(workers)
-        result = run(corpus, "--output", output, "--shards", 3, "--workers", workers)
+        options = ("--shards", 3, "--shuffle-documents", 1, "--workers", workers)
+        result = run(corpus, "--output", output, *options)
         assert result.returncode == 0, result.stderr.decode()
         outputs.append({path.name: path.read_bytes() for path in sorted(output.iterdir())})
     assert outputs[0] == outputs[1] == outputs[2]
@@ -123,6 +124,7 @@ print(_can_fork())
 def test_a_killed_run_is_repeated_to_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     """MEGAEGPT_KILLS says how many kills; one at least falls between a run's start and end."""
     options = ["--shards", 8, "--workers", 2, "--deduplicate", "--validation-fraction", 0.1]
+    options += ["--shuffle-documents", 1]
     began = time.monotonic()
     assert run(corpus, "--output", tmp_path / "expected", *options).returncode == 0
     duration = time.monotonic() - began

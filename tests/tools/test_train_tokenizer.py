@@ -43,6 +43,15 @@ def test_the_folder_is_loaded_by_transformers_and_by_us(tmp_path: Path) -> None:
     assert "out exists already" in again.stderr
 
 
+def test_options_that_change_nothing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(WORDS)
+    options = ("--vocab-size", 300, "--output", tmp_path / "out", "--text-key", "content")
+    found = run(tmp_path / "a.txt", *options)
+    assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+    assert "--text-key content is for JSON Lines and tables" in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_texts_give_the_same_tokenizer() -> None:
     texts = [WORDS, WORDS[::-1], "a b a b c d c d"]
     first, second = (train_byte_level_bpe(texts, "x", 290).content for _ in range(2))

@@ -33,6 +33,7 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.finetuning import finetune, finetuning_config, hold_out
+from megaegpt.training.run_data import PretrainingData
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import StopAfter, losses, run_config, validation_losses
 
@@ -182,6 +183,8 @@ def test_the_model_is_that_of_the_weights(corpus: Path, tmp_path: Path) -> None:
         ({"model": ModelConfig(hidden_size=32)}, "model.hidden_size=32, the weights have 16"),
         ({"training": {"initialize_from": None}}, "training.initialize_from is not set"),
         ({"data": DataConfig()}, "data.instructions.train is empty"),
+        ({"data": {"train": ("shards",)}}, "data.train is for pretraining, and would not be read"),
+        ({"data": {"weights": (1.0,)}}, "data.weights is for pretraining, and would not be read"),
     ],
 )
 def test_what_cannot_be_fine_tuned_is_refused(
@@ -194,6 +197,13 @@ def test_what_cannot_be_fine_tuned_is_refused(
         config = dataclasses.replace(config, **{name: value})
     with pytest.raises(ConfigError, match=message):
         finetune(config, ProcessGrid())
+
+
+def test_records_are_not_for_pretraining(corpus: Path, tmp_path: Path) -> None:
+    config = _config("gpt", corpus, tmp_path)
+    data = dataclasses.replace(config.data, train=("shards",))
+    with pytest.raises(ConfigError, match=r"data\.instructions is for fine-tuning"):
+        PretrainingData(dataclasses.replace(config, data=data))
 
 
 def test_packing_is_for_a_gpt(corpus: Path, tmp_path: Path) -> None:

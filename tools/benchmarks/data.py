@@ -26,7 +26,7 @@ from megaegpt.data.tokenizers.gpt2_tokenizer import PUBLISHED_PATTERN
 from megaegpt.data.tokens.samples import PretrainingSamples
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.errors import LaunchError
+from megaegpt.errors import ConfigError, LaunchError
 from tools.benchmarks.common import add_repetitions, parse_peers, print_results
 from tools.benchmarks.processes import Candidate, Result, Workload, compare
 
@@ -40,7 +40,7 @@ _BYTES_PER_UNIT = 1000  # rates are printed in thousands of bytes: kB/s
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``benchmark.py data``."""
     parser.add_argument("--input", type=Path, help="JSON Lines (default: made of Python sources)")
-    parser.add_argument("--megabytes", type=integer(1), default=100, help="to make (%(default)s)")
+    parser.add_argument("--megabytes", type=integer(1), help="to make, without --input (100)")
     parser.add_argument("--workers", type=integer(1), default=2, help="processes (%(default)s)")
     parser.add_argument(
         "--tokens", type=integer(1), default=42_800_000, help="in the loader's shard"
@@ -53,10 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return the record."""
+    if arguments.input is not None and arguments.megabytes is not None:
+        raise ConfigError("--megabytes is for a corpus that is made: leave it out with --input")
     peers = parse_peers(arguments.peer, ("megatron",))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus = arguments.input or _make_corpus(folder / "corpus.jsonl", arguments.megabytes)
+        corpus = arguments.input or _make_corpus(
+            folder / "corpus.jsonl", arguments.megabytes or 100
+        )
         with open(corpus, "rb") as file:
             (folder / "one.jsonl").write_bytes(file.readline())
         programs = _programs(folder, peers, arguments.workers)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megaegpt.config import EGPTConfig, GenerationConfig
+from megaegpt.errors import ConfigError
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.trained import pack_weights
 from megaegpt.model.build import build_model, meta_model
@@ -63,6 +64,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = ("hidden", "layers", "heads", "batch", "tokens", "dtype")
     shape = with_family({key: getattr(arguments, key) for key in keys}, arguments)
     if arguments.egpt:
+        if arguments.peer or arguments.compile or arguments.profile:
+            raise ConfigError("--egpt measures EGPT alone: leave --peer, --compile, --profile out")
         return {"shape": shape, "egpt": _egpt_by_context(shape, arguments.repetitions)}
     candidates = [Candidate("megaegpt", ours, (shape,), threads=arguments.threads)]
     if arguments.compile:

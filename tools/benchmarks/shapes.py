@@ -7,6 +7,7 @@ from typing import Any
 
 from megaegpt.arguments import integer
 from megaegpt.config import ModelConfig
+from megaegpt.errors import ConfigError
 
 
 def add_family(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,8 @@ def add_family(parser: argparse.ArgumentParser) -> None:
 def with_family(shape: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """The sizes with what the family adds to them."""
     if arguments.family == "gpt2":
+        if arguments.kv_heads is not None:
+            raise ConfigError("--kv-heads is for --family llama: leave it out")
         return shape
     shape = shape | {"family": "llama", "kv_heads": arguments.kv_heads or shape["heads"]}
     return shape | {"ffn": model_config(shape | {"ffn": None}).ffn_size}

@@ -3,6 +3,10 @@
 The output depends on the input and the options alone, never on the number of workers. A run that
 was interrupted goes on after its last finished shard. ``manifest.json`` comes last: with it the
 corpus is complete.
+
+Documents are shuffled in a second pass over finished shards: which documents there are, and how
+long each is, is only known when all are encoded (bad input, repetitions and short texts are left
+out), compressed input cannot be read out of order, and one pass over the text serves any seed.
 """
 
 from __future__ import annotations
@@ -24,12 +28,14 @@ from megaegpt.data.preprocess.jobs import (
     Kind,
     LineCounter,
     LineSpan,
+    check_text_key,
     find_inputs,
     make_jobs,
 )
 from megaegpt.data.preprocess.pool import EncoderPool
 from megaegpt.data.preprocess.progress import Counts, Part, Progress, written_into
 from megaegpt.data.preprocess.progress_bar import Meter
+from megaegpt.data.preprocess.shuffle import ShuffledDocuments
 from megaegpt.data.preprocess.split import cut_shard
 from megaegpt.data.readers import Option
 from megaegpt.data.readers.documents import BadInputPolicy, LeftOut, Problems
@@ -77,6 +83,8 @@ class PreprocessOptions:
     """Processes that tokenise."""
     overwrite: bool = False
     """Replace shards that other inputs or options have made."""
+    shuffle_seed: int | None = None
+    """Seed of the order of the documents of each split; None: they stay in the input's order."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -97,6 +105,11 @@ class PreprocessOptions:
             raise DataError(f"--split-tokens {self.split_tokens} is not between 0 and 1")
         if self.split_tokens is not None and self.shards > 1:
             raise DataError("--split-tokens makes one shard a split: leave out --shards")
+        if self.split_tokens is not None and self.shuffle_seed is not None:
+            raise DataError(
+                "--split-tokens cuts the text as it stands, which --shuffle-documents would mix: "
+                "use --validation-fraction"
+            )
         for name, value, most in (
             ("--shards", self.shards, _MOST_SHARDS),
             ("--workers", self.workers, _MOST_WORKERS),
@@ -106,6 +119,8 @@ class PreprocessOptions:
 
     def plan(self, groups: dict[str, list[InputFile]], tokenizer: Tokenizer) -> dict[str, Any]:
         """All that the output depends on, as plain data."""
+        # Corpora that were made before documents could be shuffled have no such entry.
+        shuffle = {} if self.shuffle_seed is None else {"shuffle_documents": self.shuffle_seed}
         return {
             "inputs": {name: [asdict(file) for file in files] for name, files in groups.items()},
             "tokenizer": tokenizer.fingerprint,
@@ -117,6 +132,7 @@ class PreprocessOptions:
             "split_tokens": self.split_tokens,
             "deduplicate": self.deduplicate,
             "on_bad_input": self.on_bad_input,
+            **shuffle,
         }
 
 
@@ -147,6 +163,8 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
         for split, inputs in wanted.items()
         if split == TRAIN or inputs
     }
+    if options.encode.text_key != EncodeOptions.text_key:
+        check_text_key(options.encode.text_key, [f for files in groups.values() for f in files])
     with naming_failures(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
     with locked_folder(options.output) as lock:
@@ -159,7 +177,12 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
 
 
 class _Run:
-    """The state of one run: what has been counted and seen so far."""
+    """The state of one run: what has been counted and seen so far.
+
+    Attributes:
+        encoded: folder of the shards in the order of the input: the output, or, where their
+            documents are still to be shuffled, one out of sight.
+    """
 
     def __init__(
         self,
@@ -180,13 +203,16 @@ class _Run:
             for number in range(options.shards)
         ]
         self.progress = Progress(options.output, plan, names, options.overwrite)
+        shuffles = options.shuffle_seed is not None
+        self.encoded = self.progress.folder if shuffles else options.output
         self.counts = Counts()
         self.shards: dict[str, list[ShardSummary]] = {}
         self.problems = Problems(options.on_bad_input, left_out=left_out)
         self.seen = SeenHashes() if options.deduplicate else None
         self.lines = LineCounter()
         total = sum(file.size for files in groups.values() for file in files)
-        self.meter = Meter(total, show_progress and self.progress.complete is None)
+        self.show_progress = show_progress and self.progress.complete is None
+        self.meter = Meter(total, self.show_progress)
 
     def run(self) -> Report:
         """Everything, or what an earlier run has left to do."""
@@ -194,7 +220,7 @@ class _Run:
             return Report(self.progress.complete, self.problems, self.meter, self.tokenizer)
         options = self.options
         names = [f"{group}-{n:05d}" for group in self.groups for n in range(options.shards)]
-        finished = self.progress.finished(names)
+        finished = self.progress.finished(names, self.encoded)
         for part in finished:
             self._take(part)
         done = {part.name for part in finished}
@@ -208,9 +234,12 @@ class _Run:
         if not self.counts.tokens:
             self.progress.clear()  # nothing to go on from
             raise DataError(f"no documents in {', '.join(options.inputs)}{self._why_nothing()}")
+        shards = (
+            self.shards if options.shuffle_seed is None else self._shuffle(options.shuffle_seed)
+        )
         tokenizer = describe_tokenizer(self.tokenizer)
         counts = asdict(self.counts)
-        manifest = Manifest(tokenizer, self.progress.plan, counts, self.shards)
+        manifest = Manifest(tokenizer, self.progress.plan, counts, shards)
         save_beside_shards(self.tokenizer, options.output)
         self.progress.finish(manifest)
         return Report(manifest, self.problems, self.meter, self.tokenizer)
@@ -236,7 +265,7 @@ class _Run:
             else:
                 splits = [group, VALIDATION] if self.options.validation_fraction else [group]
                 prefixes = {
-                    split: self.options.output / shard_name(split, number, self.options.shards)
+                    split: self.encoded / shard_name(split, number, self.options.shards)
                     for split in splits
                 }
                 part.shards = self._write(part, pairs, before, prefixes)
@@ -296,6 +325,25 @@ class _Run:
         prefixes = [self.options.output / split for split in (TRAIN, VALIDATION)]
         head, tail = cut_shard(whole, self.options.split_tokens, *prefixes)
         return {TRAIN: head, VALIDATION: tail}
+
+    def _shuffle(self, seed: int) -> dict[str, list[ShardSummary]]:
+        """The shards of each split once more, its documents in the order of the seed. The order is
+        one over all shards of the split, whatever their number; each gets as many documents."""
+        total = self.options.shards
+        shuffled: dict[str, list[ShardSummary]] = {}
+        for key, (split, ordered) in enumerate(self.shards.items()):
+            prefixes = [self.encoded / shard.name for shard in ordered]
+            documents = ShuffledDocuments(prefixes, (seed, key))
+            names = [f"shuffled-{split}-{number:05d}" for number in range(total)]
+            finished = self.progress.finished(names, self.options.output)
+            shuffled[split] = [part.shards[split] for part in finished]
+            for number in range(len(finished), total):
+                first, last = (documents.documents * n // total for n in (number, number + 1))
+                prefix = self.options.output / shard_name(split, number, total)
+                shard = documents.write(first, last, prefix, self.show_progress)
+                self.progress.record(Part(names[number], shards={split: shard}))
+                shuffled[split].append(shard)
+        return shuffled
 
     def _report(self, job: Job, found: list[Problem], problems: Problems) -> None:
         for problem in found:

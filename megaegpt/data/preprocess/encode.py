@@ -16,9 +16,8 @@ from megaegpt.data.preprocess.progress import Counts
 from megaegpt.data.preprocess.reader_jobs import CollectedProblems, Documents
 from megaegpt.data.readers.inputs import (
     BYTE_ORDER_MARK,
-    DECOMPRESSION_ERRORS,
     normalize_newlines,
-    open_bytes,
+    read_bytes,
 )
 from megaegpt.data.readers.json_lines import parse_object, text_of
 from megaegpt.data.tokenizer import Tokenizer
@@ -212,10 +211,9 @@ def _read_span(span: LineSpan) -> bytes:
 
 def _read_text_file(path: str, problems: list[Problem]) -> str | None:
     try:
-        with open_bytes(Path(path)) as file:
-            raw = file.read().removeprefix(BYTE_ORDER_MARK)
-    except DECOMPRESSION_ERRORS as error:
-        problems.append(Problem(path, None, f"truncated or damaged ({error})"))
+        raw = read_bytes(Path(path)).removeprefix(BYTE_ORDER_MARK)
+    except DataError as error:
+        problems.append(Problem(path, None, str(error).removeprefix(f"{path}: ")))
         return None
     try:
         text = normalize_newlines(raw.decode())

@@ -156,6 +156,19 @@ def find_inputs(
     ]
 
 
+def check_text_key(text_key: str, files: Sequence[InputFile]) -> None:
+    """Refuse the name of a column where no input has columns.
+
+    Raises:
+        DataError: all of ``files`` are plain texts.
+    """
+    if all(file.kind == "text" for file in files):
+        raise DataError(
+            f"--text-key {text_key} is for JSON Lines and tables, and all inputs are text files: "
+            "leave it out"
+        )
+
+
 def _matches(pattern: str, left_out: LeftOut) -> Iterator[str]:
     if pattern == STDIN:
         yield STDIN

@@ -131,7 +131,7 @@ class Progress:
                 "or give --overwrite to replace them"
             )
         shards = [shard for split in manifest.splits.values() for shard in split]
-        if all(self._is_there(shard) for shard in shards):
+        if all(_is_there(self.output, shard) for shard in shards):
             self.complete = manifest
             shutil.rmtree(self.folder, ignore_errors=True)  # a kill can fall between the two
         else:
@@ -169,8 +169,8 @@ class Progress:
             idx_path(self.output / name).unlink(missing_ok=True)
             bin_path(self.output / name).unlink(missing_ok=True)
 
-    def finished(self, names: Iterable[str]) -> list[Part]:
-        """The leading parts of ``names`` that are recorded and whose shards are there.
+    def finished(self, names: Iterable[str], folder: Path) -> list[Part]:
+        """The leading parts of ``names`` that are recorded and whose shards are in ``folder``.
 
         Parts follow each other (a duplicate is known by what came before it), so the first one that
         is missing ends the list.
@@ -181,7 +181,7 @@ class Progress:
             if not record.exists():
                 break
             part = self._read(record)
-            if not all(self._is_there(shard) for shard in part.shards.values()):
+            if not all(_is_there(folder, shard) for shard in part.shards.values()):
                 break
             parts.append(part)
         return parts
@@ -223,6 +223,7 @@ class Progress:
         except Exception as error:  # NumPy fails on a damaged header in any way
             raise DataError(f"{record} is damaged ({error}): remove {self.folder}") from None
 
-    def _is_there(self, shard: ShardSummary) -> bool:
-        prefix = self.output / shard.name
-        return idx_path(prefix).is_file() and bin_path(prefix).is_file()
+
+def _is_there(folder: Path, shard: ShardSummary) -> bool:
+    prefix = folder / shard.name
+    return idx_path(prefix).is_file() and bin_path(prefix).is_file()

@@ -16,9 +16,11 @@ from pathlib import Path
 from megaegpt.data.readers.archives import is_tar_name, read_members, read_small
 from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import (
+    MAX_DOCUMENT_BYTES,
     expand,
     normalize_newlines,
     open_bytes,
+    read_whole,
     reporting_damage,
 )
 from megaegpt.data.readers.tables import read_rows
@@ -129,7 +131,8 @@ def _messages(paths: Iterable[Path], problems: Problems) -> Iterator[tuple[str, 
             problems.left_out.add(str(path), _NOT_MAIL_REASON)
         else:
             try:
-                yield str(path), "", path.read_bytes()
+                with path.open("rb") as file:
+                    yield str(path), "", read_whole(file, str(path), MAX_DOCUMENT_BYTES)
             except OSError as error:
                 raise DataError(f"{path}: {error.strerror or error}") from error
 

@@ -28,6 +28,9 @@ DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.B
 MAX_DOCUMENT_BYTES = 1 << 28
 """Longest line, member or field that is taken for a document; more is a sign of damage."""
 
+MAX_TEXT_BYTES = 1 << 32
+"""Longest file that is read whole: a text that is one document, or a JSON array of records."""
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Mark that some programs write before UTF-8 text."""
 
@@ -40,6 +43,8 @@ UTF_16_MESSAGE = "text in UTF-16: convert it (iconv -f UTF-16 -t UTF-8)"
 _MAX_EXPANSION = 100
 EXPANSION_FREE_BYTES = 1 << 26
 """Decompressed bytes up to which a file may expand by any factor."""
+
+_PIECE_BYTES = 1 << 20
 
 # All that a piece stands for comes out at once. Four bytes can stand for 128 KiB, so these pieces
 # cannot be more than 128 MiB.
@@ -273,13 +278,34 @@ def read_bytes(path: Path) -> bytes:
     """A whole file, decompressed.
 
     Raises:
-        DataError: as for :func:`open_bytes`, or it is truncated or damaged.
+        DataError: as for :func:`open_bytes`, or it is truncated, damaged or too long.
     """
     try:
         with open_bytes(path) as file:
-            return file.read()
+            if path.stat().st_size > MAX_TEXT_BYTES:
+                raise _too_long(str(path), MAX_TEXT_BYTES)
+            return read_whole(file, str(path), MAX_TEXT_BYTES)
     except DECOMPRESSION_ERRORS as error:
         raise DataError(f"{path}: truncated or damaged ({error})") from error
+
+
+def read_whole(file: IO[bytes], where: str, most: int) -> bytes:
+    """All that is left of ``file``, of at most ``most`` bytes: a file may be larger than memory,
+    and standard input have no end.
+
+    Raises:
+        DataError: it is longer.
+    """
+    content = io.BytesIO()
+    while piece := file.read(_PIECE_BYTES):
+        if content.tell() + len(piece) > most:
+            raise _too_long(where, most)
+        content.write(piece)
+    return content.getvalue()
+
+
+def _too_long(where: str, most: int) -> DataError:
+    return DataError(f"{where}: longer than {most:,} bytes, too long for one text: cut it up")
 
 
 def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, bytes]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megaegpt.data.tokenizer import END_OF_TEXT
 from megaegpt.errors import DataError
-from megaegpt.json_files import read_json
+from megaegpt.json_files import read_bytes, read_json
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 TOKENS_FILE, MERGES_FILE = "vocab.json", "merges.txt"
@@ -127,8 +127,8 @@ def read_older_definition(folder: Path) -> TokenizerDefinition:
     file, merges = folder / TOKENS_FILE, folder / MERGES_FILE
     vocabulary = read_json(file, dict[str, int], remedy=_REMEDY)
     try:
-        lines = merges.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bytes(merges).decode().replace("\r\n", "\n").split("\n")
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read {merges}: {error}") from None
     rules = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     if any(len(rule) != 2 for rule in rules):

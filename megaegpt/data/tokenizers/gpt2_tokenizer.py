@@ -22,6 +22,7 @@ import tiktoken
 from megaegpt.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, Tokenizer, whole_characters
 from megaegpt.data.tokenizers.byte_alphabet import BYTE_OF_CHARACTER, merges_of, spell
 from megaegpt.errors import DataError
+from megaegpt.json_files import read_bytes
 
 VOCABULARY_FILE = "encoder.json"
 VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -150,9 +151,10 @@ def _installed_vocabulary() -> Path | None:
 def _encoding_from(file: Path) -> tiktoken.Encoding:
     """The encoding of a verified ``encoder.json``, whose ids are the merge ranks as well."""
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from None
+        content = read_bytes(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {file}: {reason}") from None
     if hashlib.sha256(content).hexdigest() != VOCABULARY_SHA256:
         raise DataError(f"{file} is not GPT-2's vocabulary: its sha256 is not {VOCABULARY_SHA256}")
     ranks = {

@@ -24,6 +24,7 @@ from megaegpt.data.tokenizers.definition import (
     byte_level_content,
 )
 from megaegpt.errors import DataError
+from megaegpt.json_files import read_bytes
 
 _URL = "https://openaipublic.blob.core.windows.net/encodings/"
 
@@ -95,9 +96,10 @@ def read_tiktoken_definition(file: Path) -> TokenizerDefinition:
         DataError: it cannot be read, or is no published encoding's.
     """
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from None
+        content = read_bytes(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {file}: {reason}") from None
     digest = hashlib.sha256(content).hexdigest()
     name = next((name for name, known in ENCODINGS.items() if known.sha256 == digest), None)
     if name is None:

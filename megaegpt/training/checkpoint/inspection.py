@@ -30,7 +30,7 @@ def describe_contents(path: Path, verify: bool = False, tensors: bool = True) ->
         tensors: with a line for each.
 
     Raises:
-        CheckpointError: it is none of these, or damaged.
+        CheckpointError: it is none of these, or damaged, or has no checksums to ``verify``.
     """
     if (path / MANIFEST).is_file():
         yield from _describe_checkpoint(path, verify, tensors)
@@ -40,6 +40,8 @@ def describe_contents(path: Path, verify: bool = False, tensors: bool = True) ->
             yield from _describe_directory(directory, verify)
             return
     if (foreign := find_foreign(path)) is not None:
+        if verify:
+            raise CheckpointError(f"{foreign}: other programs' files have no checksums to verify")
         model = read_foreign(foreign)
         form = "in Hugging Face's form" if model.header is None else "a GGUF file"
         yield f"{foreign}: {form}, {model.family.title}"

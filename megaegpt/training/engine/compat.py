@@ -21,6 +21,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
 from megaegpt.errors import ConfigError, LaunchError
+from megaegpt.training.engine.unknown_keys import NotedMapping, say_refused, say_unknown
 
 ENGINE = (
     "checkpoint_engine",  # writes and reads the files of a checkpoint; replaced by ours
@@ -131,19 +132,22 @@ def check_accepted(options: dict[str, Any]) -> None:
         options: what :func:`~megaegpt.config.deepspeed_config.deepspeed_config` gives.
 
     Raises:
-        ConfigError: one line for each value that DeepSpeed does not accept.
+        ConfigError: DeepSpeed does not accept a value, or does not know a key; names all of them.
     """
     # The micro-batch alone agrees with any number of ranks, which DeepSpeed does not know yet.
     batch = ("train_batch_size", "gradient_accumulation_steps")
     read = {key: copy.deepcopy(value) for key, value in options.items() if key not in batch}
+    noted = NotedMapping(read)
     try:
-        DeepSpeedConfig(read)
+        DeepSpeedConfig(noted)
     except ValidationError as error:
-        found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        text = "; ".join(found)
+        text = "; ".join(say_refused(error, options))
     except (AssertionError, AttributeError, DeepSpeedConfigError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
     else:
+        unknown = [say_unknown(key, known) for key, known in noted.unknown()]
+        if unknown:
+            raise ConfigError("; ".join(unknown))
         return
     raise ConfigError(f"{_REFUSED}: {text}")
 

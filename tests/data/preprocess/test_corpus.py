@@ -19,6 +19,7 @@ from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preproces
 from megaegpt.data.preprocess.encode import EncodeOptions
 from megaegpt.data.preprocess.jobs import Damage, Job
 from megaegpt.data.preprocess.pool import EncoderPool
+from megaegpt.data.readers import inputs as input_files
 from megaegpt.data.readers.gutenberg import cut_wrapper
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.corpus_manifest import Manifest
@@ -184,6 +185,22 @@ def test_a_bad_text_file_stops_the_run_or_is_counted(
     assert report.manifest.counts["bad_inputs"] == 1
 
 
+def test_a_text_that_is_too_long_is_a_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its size where it is plain, piece by piece where it is compressed."""
+    monkeypatch.setattr(input_files, "MAX_TEXT_BYTES", 1000)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a" * 1001)
+    (tmp_path / "in" / "b.txt.gz").write_bytes(gzip.compress(b"b" * 1001))
+    (tmp_path / "in" / "c.txt").write_text("c" * 1000)
+    with pytest.raises(DataError, match=r"a\.txt: longer than 1,000 bytes"):
+        run(tmp_path / "fail", tmp_path / "in")
+    report = run(tmp_path / "skip", tmp_path / "in", on_bad_input="skip")
+    assert documents(tmp_path / "skip" / "train") == ["c" * 1000]
+    assert "b.txt.gz: longer than 1,000 bytes" in report.problems.summary()
+
+
 @pytest.mark.parametrize(("suffix", "workers"), [(".gz", 1), (".zst", 1), (".gz", 2)])
 def test_a_truncated_archive_is_a_problem_with_a_place(
     tmp_path: Path, suffix: str, workers: int
@@ -227,6 +244,15 @@ def test_options_choose_key_length_and_ends(tmp_path: Path) -> None:
     stream = TokenStream([f"{tmp_path}/out/train"])
     assert TOKENIZER.decode(stream.read(0, len(stream))) == "bbccc"
     assert report.manifest.counts["too_short"] == 1
+
+
+def test_a_text_key_for_text_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match="--text-key content is for JSON Lines and tables"):
+        run(tmp_path / "out", tmp_path / "a.txt", encode={"text_key": "content"})
+    (tmp_path / "b.jsonl").write_bytes(jsonl(["line"], key="content"))
+    run(tmp_path / "out", tmp_path, encode={"text_key": "content"})
+    assert documents(tmp_path / "out" / "train") == ["text", "line"]
 
 
 def test_the_document_split_keeps_copies_together_and_ignores_order(tmp_path: Path) -> None:
@@ -380,6 +406,7 @@ def test_a_full_disk_names_shard_and_input_and_publishes_nothing(tmp_path: Path)
         ({"validation_fraction": 1.5}, r"is not in \[0, 1\)"),
         ({"split_tokens": 1.0}, "not between 0 and 1"),
         ({"split_tokens": 0.8, "shards": 2}, "one shard a split"),
+        ({"split_tokens": 0.8, "shuffle_seed": 1}, "--shuffle-documents would mix"),
         ({"shards": 0}, "--shards must be from 1 to 99,999, not 0"),
         ({"shards": 2**31}, "--shards must be from 1 to 99,999, not 2,147,483,648"),
         ({"workers": 0}, "--workers must be from 1"),

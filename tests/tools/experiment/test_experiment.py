@@ -10,11 +10,13 @@ import io
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launchers import experiment
 from megaegpt.errors import CheckpointError, DataError
 from megaegpt.files import locked_folder
 from megaegpt.training.stopping import StopRequests
@@ -159,3 +161,16 @@ def test_the_tables_replace_what_was_between_the_marks_of_a_page(report):
     assert insert(once, report, "smoke") == once
     with pytest.raises(DataError, match="lacks the lines <!-- experiment other -->"):
         insert(page, report, "other")
+
+
+def test_a_time_limit_for_a_report_alone_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--config", str(CONFIGS / "smoke.yaml"), "--report-only", "--exit-minutes", "3"]
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *options])
+    with pytest.raises(SystemExit) as exit_:
+        experiment.main()
+    assert exit_.value.code == 2
+    assert (
+        "--exit-minutes stops training, and --report-only trains nothing" in capsys.readouterr().err
+    )
