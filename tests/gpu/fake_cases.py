@@ -53,6 +53,14 @@ EGPTS: dict[str, dict[str, Any]] = {
     },
     "gate_random_history": {"memory_gate": True, "random_history": True},
     "no_history": {"history": False},
+    "token_memory": {
+        "local_attention": True,
+        "random_history": True,
+        "token_memory": True,
+        "memory_dim": 16,
+        "memory_pointers": 2,
+    },
+    "token_memory_chunks": {"token_memory": True, "memory_dim": 16, "memory_chunks": 1},
 }
 
 Case = Callable[[], object]
@@ -176,8 +184,9 @@ def short_cases() -> dict[str, Case]:
     for name, options in EGPTS.items():
         config = _of_kind("egpt", options)
         cases[f"egpt {name} trains"] = functools.partial(train, config)
-    config = _of_kind("egpt", EGPTS["improved"])
-    cases["egpt improved decodes"] = functools.partial(decode, config)
+    for name in ("improved", "token_memory"):
+        config = _of_kind("egpt", EGPTS[name])
+        cases[f"egpt {name} decodes"] = functools.partial(decode, config)
     cases["deepgpt trains"] = functools.partial(train, _of_kind("deepgpt", {}))
     cases["deepgpt decodes"] = functools.partial(decode, _of_kind("deepgpt", {}))
     cases["encoder"] = encode

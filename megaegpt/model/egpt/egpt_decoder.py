@@ -13,7 +13,6 @@ from megaegpt.model.egpt.egpt import EGPT, Recorded, chunk_features
 from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, HeldTokens, MemoryLimits
 from megaegpt.model.egpt.token_counts import count_tokens
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.mixture import Mixture
 
 
 class EGPTDecoder:
@@ -76,21 +75,15 @@ class EGPTDecoder:
             states = self._encode(piece)
         hidden = self._decode(states)
         logits = self._model.head.full_logits(hidden)
-        mixture = self._mixture(hidden)
-        if mixture is None:
+        if self._held_tokens is not None:
+            newest = self._states[:, self._offset - 1 : self._offset]
+            return self._held_tokens.mix(newest, hidden.unsqueeze(1), logits.unsqueeze(1))[:, 0]
+        if self._model.counts is None:
             return logits
+        mixture = self._model.next_mixture(hidden, self._features, self._counts)
         place = torch.zeros(1, dtype=torch.long, device=logits.device)
         rows = [mixture.log_probabilities(logits[n : n + 1], n, place) for n in range(len(logits))]
         return torch.cat(rows)
-
-    def _mixture(self, hidden: Tensor) -> Mixture | None:
-        """What is mixed with the head's prediction from (B, C)."""
-        if self._held_tokens is not None:
-            newest = self._states[:, self._offset - 1 : self._offset]
-            return self._held_tokens.mixture(newest, hidden.unsqueeze(1))
-        if self._model.counts is not None:
-            return self._model.next_mixture(hidden, self._features, self._counts)
-        return None
 
     def _encode(self, tokens: Tensor) -> Tensor:
         """The encoder's states of the current chunk's next tokens: (B, T) -> (B, T, C)."""

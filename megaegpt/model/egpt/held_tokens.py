@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megaegpt.model.egpt.token_memory import MemoryMixture, TokenMemory
+from megaegpt.model.egpt.token_memory import TokenMemory, mixed
 
 KeyType = Literal["fp32", "fp16", "int8"]
 KEY_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
@@ -66,14 +66,18 @@ class HeldTokens:
         self.keys = torch.cat([self.keys, keys], dim=2)[:, :, start:]
         self.successors = torch.cat([self.successors, successors], dim=1)[:, start:]
 
-    def mixture(self, states: Tensor, hidden: Tensor) -> MemoryMixture:
-        """What the memory says of tokens of the chunk behind those held: encoder states and what
-        the head reads of them, (B, T, C) each.
+    def mix(self, states: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Log-probabilities (B, T, V) of what is behind tokens of the chunk after those held.
+
+        Args:
+            states: (B, T, C) of the encoder.
+            hidden: (B, T, C), what the head reads.
+            logits: (B, T, V) of the head.
         """
         query = self._module.ask(states, hidden)
         memory = self._module.memory(self.keys, self.successors)
-        chunks = self.successors.shape[1] // self._module.chunk_size
-        return MemoryMixture(self._module, query, memory, chunks)
+        chunk = self.num_tokens // self._module.chunk_size
+        return mixed(self._module, query, memory, chunk, logits)
 
     def precise_keys(self) -> Tensor:
         """The keys (B, H, J, D) as numbers in at least fp32, whatever they are held in."""

@@ -153,10 +153,17 @@ class MemoryMixture:
             keys=self._memory.keys[row : row + 1, :, :count],
             successors=self._memory.successors[row : row + 1, :count],
         )
-        weights, found = pointed_at(query.queries, memory, chunk)  # (1, H, m, J)
-        log_shares = self._module.log_shares(query, found)[0]  # (1 + H, m)
-        by_key = (weights[0] * log_shares[1:].exp().unsqueeze(-1)).sum(0)  # (m, J)
-        ids = memory.successors.clamp(min=0).expand(len(places), -1)
-        by_memory = torch.zeros_like(logits, dtype=by_key.dtype).scatter_add_(1, ids, by_key)
-        by_head = logits.to(by_key.dtype).log_softmax(-1) + log_shares[0].unsqueeze(-1)
-        return torch.logaddexp(by_head, by_memory.log())
+        return mixed(self._module, query, memory, chunk, logits.unsqueeze(0)).squeeze(0)
+
+
+def mixed(module: TokenMemory, query: Query, memory: Keys, chunk: int, logits: Tensor) -> Tensor:
+    """Log-probabilities of tokens of one chunk, whose number is counted from the first key's: the
+    head's logits (B, T, V), with or without padding, mixed with what all keys say.
+    """
+    weights, found = pointed_at(query.queries, memory, chunk)  # (B, H, T, J)
+    log_shares = module.log_shares(query, found)  # (B, 1 + H, T)
+    by_key = (weights * log_shares[:, 1:].exp().unsqueeze(-1)).sum(1)  # (B, T, J)
+    ids = memory.successors.clamp(min=0).unsqueeze(1).expand_as(by_key)
+    by_memory = torch.zeros_like(logits, dtype=by_key.dtype).scatter_add_(2, ids, by_key)
+    by_head = logits.to(by_key.dtype).log_softmax(-1) + log_shares[:, 0].unsqueeze(-1)
+    return torch.logaddexp(by_head, by_memory.log())

@@ -110,11 +110,12 @@ def test_log_probabilities_are_those_of_the_definition():
     mixture = model.mixture(hidden, batch["features"], batch["earlier_tokens"])
     logits = model.head.full_logits(hidden).flatten(1, 2)
     expected = naive_probabilities(model, batch, [0, 0]).flatten(1, 2)
-    torch.testing.assert_close(mixture.log_probabilities(logits).exp(), expected)
-    places = torch.zeros(N * S, dtype=torch.bool)
-    places[[3, 9, 20]] = True
-    of_row = mixture.of_row(1, places).log_probabilities(logits[1:, places])
-    torch.testing.assert_close(of_row.exp(), expected[1:, places])
+    for row in range(B):
+        found = mixture.log_probabilities(logits[row], row, torch.arange(N * S))
+        torch.testing.assert_close(found.exp(), expected[row])
+    places = torch.tensor([3, 9, 20])
+    some = mixture.log_probabilities(logits[1, places], 1, places)
+    torch.testing.assert_close(some.exp(), expected[1, places])
 
 
 def test_chunks_without_tokens_are_not_seen():
@@ -129,7 +130,7 @@ def test_chunks_without_tokens_are_not_seen():
 def test_their_tokens_are_asked_for():
     batch = _batch()
     del batch["earlier_tokens"]
-    with pytest.raises(ValueError, match="needs the tokens of the earlier chunks"):
+    with pytest.raises(ValueError, match="need the tokens of earlier chunks"):
         _model()(**batch)
 
 
