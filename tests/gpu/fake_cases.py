@@ -173,25 +173,23 @@ def _of_kind(kind: str, chunks: Mapping[str, Any], **options: Any) -> ModelConfi
 
 
 def short_cases() -> dict[str, Case]:
-    """Every kind of model and of attention once or twice."""
+    """Every kind of model, and each way to attend and to decode once."""
     cases: dict[str, Case] = {}
-    for name, options in GPTS.items():
-        config = replace(SMALL, **options)
-        recompute = {"gpt2": "selective", "llama": "full"}.get(name, "none")
-        cases[f"{name} trains, recomputing {recompute}"] = functools.partial(
-            train, config, recompute
-        )
-    for name, options in EGPTS.items():
-        config = _of_kind("egpt", options)
+    recomputing = {"gpt2": "selective", "llama": "full", "window_multi_query": "none"}
+    for name, recompute in (recomputing | {"documents": "none"}).items():
+        config = replace(SMALL, **GPTS[name])
+        case = functools.partial(train, config, recompute)
+        cases[f"{name} trains, recomputing {recompute}"] = case
+    for name in ("improved", "gate_random_history"):
+        config = _of_kind("egpt", EGPTS[name])
         cases[f"egpt {name} trains"] = functools.partial(train, config)
     for name in ("improved", "token_memory"):
         config = _of_kind("egpt", EGPTS[name])
         cases[f"egpt {name} decodes"] = functools.partial(decode, config)
     cases["deepgpt trains"] = functools.partial(train, _of_kind("deepgpt", {}))
-    cases["deepgpt decodes"] = functools.partial(decode, _of_kind("deepgpt", {}))
     cases["encoder"] = encode
-    for name in ("gpt2", "window_multi_query", "latent_rotary"):
-        cases[f"{name} decodes"] = functools.partial(decode, replace(SMALL, **GPTS[name]))
+    config = replace(SMALL, **GPTS["latent_rotary"])
+    cases["latent_rotary decodes"] = functools.partial(decode, config)
     cases["llama decodes, compiled"] = functools.partial(decode, replace(SMALL, **LLAMA), True)
     return cases
 
@@ -236,7 +234,6 @@ def rank_cases() -> dict[str, Case]:
 
     egpt = replace(wide, kind="egpt", egpt=CHUNKS, tied_embeddings=False)
     return {
-        "gpt2 on 8 x 8 ranks": functools.partial(of, wide),
         "llama with 2 key heads on 8 x 8 ranks": functools.partial(
             of, replace(wide, **LLAMA), "full"
         ),

@@ -74,7 +74,6 @@ def test_products_and_attention_have_the_operations_of_the_model() -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        {},
         {"z_loss": 1e-4, "logit_softcap": 30.0},
         {"kind": "egpt", "tied_embeddings": False, "egpt": EGPTConfig(token_counts=True)},
     ],

@@ -33,7 +33,7 @@ from tools.benchmarks.processes import Candidate, Result, Workload, compare
 _ROOT = Path(__file__).parents[2]
 _OPTIONS = {"zero": 0, "precision": "auto", "recompute": "none", "compile": True}
 _WARMUP = 3
-_WITHOUT: dict[str, dict[str, Any]] = {
+REMEDIES: dict[str, dict[str, Any]] = {
     "ZeRO-1, all remedies": {},
     "blocks not compiled": {"compile": False},
     "the head operator by operator": {"fused_head": False},
@@ -184,7 +184,7 @@ def _facts(suite: Suite) -> None:
     suite.inspect(device_checks.environment)
     suite.inspect(device_checks.attention)
     suite.inspect(device_checks.graphs)
-    for zero in (1, 2):
+    for zero in (1, 2) if suite.on_gpu else (1,):
         suite.inspect(device_checks.waits, zero)
 
 
@@ -262,7 +262,7 @@ def _remedies(suite: Suite) -> None:
     """What each is worth: training with all of them, and without one at a time."""
     shape, batch, context = ("124M", 32, 1024) if suite.on_gpu else ("small", 1, 8)
     first: Result | None = None
-    for name, changes in _WITHOUT.items():
+    for name, changes in REMEDIES.items():
         options = _OPTIONS | {"zero": 1, "compile": suite.on_gpu, **changes}
         if not suite.on_gpu:
             options["compile"] = False

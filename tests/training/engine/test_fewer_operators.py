@@ -58,12 +58,12 @@ def test_operators_of_a_step_are_few_and_grow_slowly_with_the_model(
     distributed: Distributed, stage: int, precision: str, a_parameter: float
 ) -> None:
     """DeepSpeed by itself has 19 a parameter at stage 2, 4 at stage 1 in bf16, 4 in fp32."""
-    configs = [_run(blocks, stage, precision) for blocks in (12, 24)]
+    configs = [_run(blocks, stage, precision) for blocks in (6, 12)]
     ((small, large),) = distributed(1, _operators, configs)
-    assert small[0] <= 1300
-    assert small[0] - small[1] <= 120 + a_parameter * 16 * 12
+    assert large[0] <= 1300
+    assert large[0] - large[1] <= 120 + a_parameter * 16 * 12
     growth = (large[0] - large[1]) - (small[0] - small[1])
-    assert growth <= a_parameter * 16 * 12
+    assert growth <= a_parameter * 16 * 6
 
 
 def _train(configs: list[RunConfig], by_deepspeed: bool) -> list[Curve]:
@@ -75,7 +75,7 @@ def _train(configs: list[RunConfig], by_deepspeed: bool) -> list[Curve]:
                 raw = {"zero_optimization": {"reduce_scatter": True}}
                 config = dataclasses.replace(config, deepspeed=raw)
             engine = make_engine(config, grid_for(config.parallel.tensor_parallel_size))
-        curve = advance(engine, config, range(4))
+        curve = advance(engine, config, range(3))
         curve.weights = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
         engine.close()
         curves.append(curve)
@@ -85,8 +85,7 @@ def _train(configs: list[RunConfig], by_deepspeed: bool) -> list[Curve]:
 def test_steps_are_those_of_deepspeed_itself_to_the_bit(distributed: Distributed) -> None:
     configs = [
         run_config(parallel={"zero_stage": stage}, training={"precision": precision})
-        for stage in (1, 2)
-        for precision in ("fp32", "bf16")
+        for stage, precision in [(1, "bf16"), (2, "bf16"), (2, "fp32")]
     ]
     ours, theirs = (distributed(2, _train, configs, given) for given in (False, True))
     for rank in range(2):
@@ -110,11 +109,10 @@ def test_tensor_parallel_steps_are_those_of_deepspeed_itself(distributed: Distri
         assert a.norms == pytest.approx(b.norms, rel=1e-6)
 
 
-def _spoil_one_rank(stage: int, precision: str) -> tuple[bool, float]:
+def _spoil_one_rank() -> tuple[bool, float]:
     """One gradient of a replicated parameter is infinite, on the second rank alone."""
     config = run_config(
-        parallel={"zero_stage": stage, "tensor_parallel_size": 2},
-        training={"precision": precision},
+        parallel={"zero_stage": 2, "tensor_parallel_size": 2}, training={"precision": "bf16"}
     )
     engine = make_engine(config, grid_for(2))
     if engine.grid.tp_rank == 1:
@@ -125,8 +123,7 @@ def _spoil_one_rank(stage: int, precision: str) -> tuple[bool, float]:
     return result.applied, result.grad_norm.item()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
-    distributed: Distributed, precision: str
+    distributed: Distributed,
 ) -> None:
-    assert distributed(2, _spoil_one_rank, 2, precision) == [(False, float("inf"))] * 2
+    assert distributed(2, _spoil_one_rank) == [(False, float("inf"))] * 2
