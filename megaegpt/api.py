@@ -289,7 +289,8 @@ def generate_text_autoregressive(
     )
     validate(RunConfig(generation=sampling))
     with _in_eval_mode(model):
-        rows = TextGenerator(model).generate(prompts.tolist(), sampling, stop=eos_token_id)
+        ends = () if eos_token_id is None else (eos_token_id,)
+        rows = TextGenerator(model).generate(prompts.tolist(), sampling, stop=ends)
     return torch.cat([prompts, _filled_up(rows, eos_token_id or 0).to(prompts)], dim=1)
 
 

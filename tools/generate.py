@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: ProcessGrid) -> None:
-    from megaegpt.generation.generator import TextGenerator, encode_prompt
+    from megaegpt.generation.generator import TextGenerator
     from megaegpt.generation.trained import load_for_inference
     from megaegpt.precision import DTYPES
 
@@ -88,7 +88,7 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
     )
     answers = arguments.instruction is not None
     shown = "" if arguments.only_new or answers else prompt
-    tokens = encode_prompt(prompt, tokenizer)
+    tokens = tokenizer.encode_prompt(prompt)
     if grid.is_main:
         _warn_of_unseen(model, len(tokens))
     writer = SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main, compiled)
@@ -98,7 +98,7 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
         for step in generator.stream_batch(
             [tokens] * count,
             config,
-            stop=tokenizer.eot_token,
+            stop=tokenizer.end_tokens,
             use_cache=not arguments.no_cache,
             seeds=range(config.seed + first, config.seed + first + count),
         ):

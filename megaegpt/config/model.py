@@ -30,8 +30,8 @@ class EncoderConfig:
 
     source: PathText | None = None
     """Weights of the frozen encoder, required for egpt and deepgpt: a run's folder (its latest
-    checkpoint), a checkpoint, a weights folder, or GPT-2 in Hugging Face's form (its folder, or its
-    name on the hub)."""
+    checkpoint), a checkpoint, a weights folder, or a published model: a folder in Hugging
+    Face's form, a GGUF file, or its name (``gpt2``, ``smollm2-135m``, ``hf:OWNER/NAME``)."""
     layers: LayerCount | None = None
     """Blocks that are run; their output is taken as it is. None: all, then the final norm."""
     overlap: NonNegativeInt = 0

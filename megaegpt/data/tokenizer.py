@@ -33,6 +33,10 @@ class Tokenizer(ABC):
         name: for people and manifests.
         vocab_size: number of ids, special ones included: the largest id and 1.
         eot_token: the id that ends a document.
+        bos_token: the id that is named as the begin of a text; None: none is.
+        adds_bos: ``bos_token`` is put before every text, by the tokenizer's own rule. Ids of a text
+            are without it: whoever has a whole text, and not a part of one, asks for
+            :meth:`encode_prompt`.
         special_tokens: names and ids of those that stand for no text.
         fingerprint: sha256 over everything that decides the ids of a text.
         runs_on: what computes the ids.
@@ -44,6 +48,8 @@ class Tokenizer(ABC):
     eot_token: int
     special_tokens: Mapping[str, int]
     runs_on: str
+    bos_token: int | None = None
+    adds_bos = False
     is_installed = False
 
     @staticmethod
@@ -91,6 +97,26 @@ class Tokenizer(ABC):
     def padded_vocab_size(self) -> int:
         """``vocab_size`` rounded up to the rows of an embedding."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids at which a model stops to write; ``eot_token`` is one of them."""
+        return frozenset({self.eot_token})
+
+    @property
+    def first_token(self) -> int:
+        """What is before a text: ``bos_token`` by the tokenizer's own rule, else the id that ended
+        another.
+        """
+        adds = self.adds_bos and self.bos_token is not None
+        return self.bos_token if adds and self.bos_token is not None else self.eot_token
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of the first part of a text, behind ``bos_token`` where that is the rule; without
+        text, what is before a new one.
+        """
+        ids = self.encode(text)
+        return [self.first_token, *ids] if self.adds_bos or not ids else ids
 
     @cached_property
     def end_of_text(self) -> str:

@@ -35,11 +35,22 @@ class HarnessTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.eot_token = tokenizer.eot_token
+        named = tokenizer.bos_token
+        self.first_token = tokenizer.eot_token if named is None else named
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``."""
         return self._tokenizer.encode_with_special_tokens(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of ``text`` as the begin of a whole one: behind a BOS where that is the tokenizer's
+        rule and the text has none itself.
+        """
+        ids = self.encode(text)
+        return [self.first_token, *ids] if self._adds_bos(ids) else ids
+
+    def _adds_bos(self, ids: list[int]) -> bool:
+        return self._tokenizer.adds_bos and ids[:1] != [self.first_token]
 
 
 class HarnessModel(LM):
@@ -77,8 +88,8 @@ class HarnessModel(LM):
         pairs: list[Pair] = []
         pieces = []
         for request in requests:
-            tokens = self._tokenizer.encode(request.args[0])
-            windows = rolling_pairs(tokens, self._tokenizer.eot_token, self._scorer.max_len)
+            tokens = self._tokenizer.encode_prompt(request.args[0])
+            windows = rolling_pairs(tokens, self._tokenizer.first_token, self._scorer.max_len)
             pairs += windows
             pieces.append(len(windows))
         scores = iter(self._scorer.score(pairs, "windows"))
@@ -124,7 +135,7 @@ class HarnessModel(LM):
                 f"{longest} with the context: give the task a smaller max_gen_toks, in a copy of "
                 "its file in --tasks-folder"
             )
-        tokens = self._tokenizer.encode(context) or [self._tokenizer.eot_token]
+        tokens = self._tokenizer.encode_prompt(context) or [self._tokenizer.first_token]
         return tokens[new - longest :]
 
     def _batches(
@@ -154,7 +165,7 @@ class HarnessModel(LM):
         for step in self._generator.stream_batch(
             prompts,
             options.config,
-            stop=self._tokenizer.eot_token,
+            stop=self._decoding.end_tokens,
             seeds=[seed + number for number in numbers],
         ):
             for row in sorted(running):

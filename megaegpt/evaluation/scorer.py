@@ -38,12 +38,16 @@ class TextEncoder(Protocol):
     """A tokenizer, as far as scoring needs one."""
 
     @property
-    def eot_token(self) -> int:
-        """The id that ends a document."""
+    def first_token(self) -> int:
+        """The id before a text."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``."""
+        """Ids of ``text``, a part of one."""
+        ...
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of ``text``, the begin of one."""
         ...
 
 
@@ -51,17 +55,17 @@ def encode_pair(tokenizer: TextEncoder, context: str, continuation: str) -> Pair
     """Tokens of two texts as they are in the one text that they make.
 
     Spaces at the context's end belong to the continuation, as they do for GPT-2's tokens. Without a
-    context it is an end of text. A continuation that would be swallowed by the context's last token
-    is encoded by itself.
+    context it is what is before a text. A continuation that would be swallowed by the context's
+    last token is encoded by itself.
     """
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     if not context:
         ids = tokenizer.encode(continuation)
-        begins = ids[:1] == [tokenizer.eot_token]  # then it is not put before them once more
-        return [tokenizer.eot_token], ids[1:] if begins else ids
-    whole, first = tokenizer.encode(context + continuation), tokenizer.encode(context)
+        begins = ids[:1] == [tokenizer.first_token]  # then it is not put before them once more
+        return [tokenizer.first_token], ids[1:] if begins else ids
+    whole, first = tokenizer.encode_prompt(context + continuation), tokenizer.encode_prompt(context)
     return first, whole[len(first) :] or tokenizer.encode(continuation)
 
 

@@ -21,7 +21,8 @@ from megaegpt.training.evaluation import Evaluation, Evaluator
 
 
 class TextTokens:
-    """Text files, each behind an end-of-text token: every byte of them is predicted.
+    """Text files, each behind an end-of-text token, or behind a BOS where that is the tokenizer's
+    rule: every byte of them is predicted.
 
     Args:
         paths: UTF-8 text files, compressed or not, or folders of them. Line ends become LF.
@@ -35,10 +36,10 @@ class TextTokens:
     """
 
     def __init__(self, paths: Sequence[str], tokenizer: Tokenizer) -> None:
-        end = np.array([tokenizer.eot_token], np.int64)
+        first = np.array([tokenizer.first_token], np.int64)
         problems = Problems("fail", "leaving it out of the list")
         documents = plain.read(map(Path, paths), problems)
-        parts = [part for d in documents for part in (end, tokenizer.encode_numpy(d.text))]
+        parts = [part for d in documents for part in (first, tokenizer.encode_numpy(d.text))]
         self._tokens = np.concatenate(parts).astype(np.int64)
         self.left_out = problems.left_out
 

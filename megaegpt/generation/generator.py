@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -64,13 +64,13 @@ class TextGenerator:
         prompt: Sequence[int],
         config: GenerationConfig,
         *,
-        stop: int | None = None,
+        stop: Collection[int] = (),
         use_cache: bool = True,
     ) -> Iterator[int]:
         """Yield up to ``config.max_new_tokens`` tokens that continue ``prompt`` as they are drawn.
 
-        ``stop`` ends the text and is not part of it. ``use_cache=False`` computes every token
-        from the beginning; the tokens are the same.
+        Each of ``stop`` ends the text and is not part of it. ``use_cache=False`` computes every
+        token from the beginning; the tokens are the same.
         """
         for (token,) in self.stream_batch([prompt], config, stop=stop, use_cache=use_cache):
             assert token is not None  # a batch ends when all its rows have
@@ -81,7 +81,7 @@ class TextGenerator:
         prompts: Sequence[Sequence[int]],
         config: GenerationConfig,
         *,
-        stop: int | None = None,
+        stop: Collection[int] = (),
         use_cache: bool = True,
         seeds: Sequence[int] | None = None,
     ) -> Iterator[list[int | None]]:
@@ -97,7 +97,7 @@ class TextGenerator:
         Args:
             prompts: at least one token each.
             config: its ``prompt`` is not read.
-            stop: ends a text and is not part of it.
+            stop: ids, each of which ends a text and is not part of it.
             use_cache: False computes every token from the beginning; the tokens are the same.
             seeds: one a row, in place of ``config.seed + r``.
 
@@ -147,7 +147,7 @@ class TextGenerator:
         prompts: Sequence[Sequence[int]],
         config: GenerationConfig,
         *,
-        stop: int | None = None,
+        stop: Collection[int] = (),
         use_cache: bool = True,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
@@ -165,7 +165,7 @@ class TextGenerator:
         prompts: list[Sequence[int]],
         seeds: list[int],
         config: GenerationConfig,
-        stop: int | None,
+        stop: Collection[int],
         use_cache: bool,
     ) -> Iterator[list[int | None]]:
         """:meth:`stream_batch` for the prompts of one batch."""
@@ -179,7 +179,7 @@ class TextGenerator:
         while True:
             drawn = self._next_tokens(decoder, sampler, tokens)
             ids = drawn.tolist()  # the only wait for the device
-            running = [on and token != stop for on, token in zip(running, ids, strict=True)]
+            running = [on and token not in stop for on, token in zip(running, ids, strict=True)]
             if not any(running):
                 return
             yield [token if on else None for on, token in zip(running, ids, strict=True)]
@@ -224,11 +224,6 @@ class TextAssembler:
         return self._decoder.decode(b"", final=True)
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a prompt; without text, the end of a document, after which a new one starts."""
-    return tokenizer.encode(text) or [tokenizer.eot_token]
-
-
 def sample_text(
     model: Model, encoder: FrozenEncoder | None, tokenizer: Tokenizer, config: GenerationConfig
 ) -> str:
@@ -242,8 +237,8 @@ def sample_text(
     try:
         with torch.compiler.set_stance("force_eager"):
             generator = TextGenerator(model, encoder, tokenizer.vocab_size)
-            prompt = encode_prompt(config.prompt, tokenizer)
-            (tokens,) = generator.generate([prompt], config, stop=tokenizer.eot_token)
+            prompt = tokenizer.encode_prompt(config.prompt)
+            (tokens,) = generator.generate([prompt], config, stop=tokenizer.end_tokens)
     finally:
         model.train(was_training)
     return config.prompt + tokenizer.decode(tokens)

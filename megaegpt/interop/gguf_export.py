@@ -1,4 +1,4 @@
-"""Models of ours as GGUF files, for llama.cpp and what is built on it."""
+"""Models of ours, with their tokenizers, as GGUF files, for llama.cpp and what is built on it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megaegpt.config import ModelConfig
+from megaegpt.data.tokenizers.gguf_vocabulary import gguf_vocabulary
 from megaegpt.errors import CheckpointError
 from megaegpt.files import whole_file
 from megaegpt.interop.export import open_ours
@@ -22,6 +23,7 @@ from megaegpt.interop.gguf_weights import (
 )
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.translation import differences, to_theirs
+from megaegpt.interop.vocabulary_files import tokenizer_beside
 from megaegpt.model.weights import read_weights_config, verify_weights
 
 _TYPES = {torch.float32: np.float32, torch.float16: np.float16}
@@ -30,7 +32,10 @@ _TYPES = {torch.float32: np.float32, torch.float16: np.float16}
 def export_gguf(
     weights: str | Path, output: str | Path, dtype: torch.dtype = torch.float16
 ) -> None:
-    """Write a model of ours as a GGUF file; one tensor at a time is in memory.
+    """Write a model of ours and its tokenizer as a GGUF file; one tensor at a time is in memory.
+
+    A tokenizer that the file cannot hold, or none, is said in a line: llama.cpp computes such a
+    file from token ids alone.
 
     Args:
         output: the file.
@@ -55,6 +60,10 @@ def export_gguf(
         with open_ours(weights, config) as read, whole_file(output) as temporary:
             writer = gguf.GGUFWriter(temporary, family.gguf)
             _add_metadata(writer, config, family)
+            writer.add_name(output.stem)
+            writer.add_file_type(int(dtype == torch.float16))  # of ggml's: all F32, mostly F16
+            for key, value in _vocabulary(weights, config).items():
+                _add(writer, key, value)
             vectors = {}
             if config.rope_scaling.kind == "llama3":
                 vectors[ROPE_FACTORS] = llama3_factors(config).numpy()
@@ -124,9 +133,28 @@ def _add_metadata(writer: Any, config: ModelConfig, family: Family) -> None:
     _add(writer, f"{family.gguf}.vocab_size", config.vocab_size)
 
 
+def _vocabulary(weights: Path, config: ModelConfig) -> dict[str, Any]:
+    """The keys of the tokenizer beside the weights, without which llama.cpp opens no file."""
+    tokenizer = tokenizer_beside(weights, config)
+    found = None if tokenizer is None else gguf_vocabulary(tokenizer, config.vocab_size)
+    if found is not None:
+        return found
+    why = (
+        "none lies with the weights"
+        if tokenizer is None
+        else f"{tokenizer.name} is of a kind, or cuts texts by a rule, that its keys do not have"
+    )
+    print(f"notice: the GGUF file is without a tokenizer: {why}; it is run on token ids alone")
+    return {"tokenizer.ggml.model": "no_vocab"}
+
+
 def _add(writer: Any, key: str, value: Any) -> None:
     if isinstance(value, str):
         writer.add_string(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     else:

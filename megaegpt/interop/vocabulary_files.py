@@ -18,6 +18,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "generation_config.json",
 )
 """Files of a tokenizer that are downloaded with a model."""
 

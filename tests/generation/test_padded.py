@@ -72,7 +72,7 @@ def test_a_row_that_has_ended_changes_no_other() -> None:
     free = TextGenerator(model).generate(prompts, config)
     stop = free[1][3]
     expected = [text[: text.index(stop)] if stop in text else text for text in free]
-    assert TextGenerator(model).generate(prompts, config, stop=stop) == expected
+    assert TextGenerator(model).generate(prompts, config, stop={stop}) == expected
 
 
 def test_what_is_allocated_is_bounded_by_the_context_and_not_by_the_tokens_asked_for() -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
 from megaegpt.errors import CheckpointError, MegaEGPTError
 from megaegpt.gguf_files import read_gguf_header
 from megaegpt.interop.export import export_huggingface
@@ -29,6 +30,7 @@ from megaegpt.interop.sources import source_config
 from megaegpt.model.weights import read_weights_config
 from tests.damage import damaged
 from tests.tiny.families import random_model
+from tests.tiny.tokenizers import trained_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
@@ -124,6 +126,33 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, case: str, w
     with pytest.raises(CheckpointError, match=words):
         _file(case, tmp_path)
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_llama_cpp_finds_the_tokenizer_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It opens no file that does not say which one there is, and wants a token for every row."""
+    weights = _ours("llama", tmp_path, vocab_size=704)
+    tokenizer = trained_tokenizer()
+    save_tokenizer(tokenizer, weights)
+    export_gguf(weights, tmp_path / "model.gguf", torch.float32)
+    found = read_gguf_header(tmp_path / "model.gguf").metadata
+    assert found["general.file_type"] == 0
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == 704 == reader.tensors[0].shape[1]
+    assert load_tokenizer(tmp_path / "model.gguf").fingerprint == tokenizer.fingerprint
+    import_model(tmp_path / "model.gguf", tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").fingerprint == tokenizer.fingerprint
+    assert "notice" not in capsys.readouterr().out
+
+
+def test_a_file_without_a_tokenizer_is_for_token_ids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _file("llama", tmp_path)
+    assert read_gguf_header(path).metadata["tokenizer.ggml.model"] == "no_vocab"
+    assert "without a tokenizer: none lies with the weights" in capsys.readouterr().out
 
 
 # -- quantised tensors ----------------------------------------------------------------------------

@@ -154,7 +154,7 @@ class InstructionDataset(torch.utils.data.Dataset):
         self.pad_token = tokenizer.eot_token
         self._items: list[tuple[torch.Tensor, torch.Tensor]] = []
         for record in records:
-            prompt = tokenizer.encode(record.prompt)
+            prompt = tokenizer.encode_prompt(record.prompt)
             answer = tokenizer.encode(record.response)
             ids = [*prompt, *answer, tokenizer.eot_token]
             if not answer or len(prompt) > max_seq_len:

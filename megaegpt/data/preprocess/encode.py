@@ -96,6 +96,7 @@ class Encoder:
         loaded = tokenizer or Tokenizer.load(options.vocabulary)
         gigatoken = options.backend == "gigatoken"
         self.tokenizer = GigatokenEncoder(loaded) if gigatoken else loaded
+        self._first = loaded.bos_token if loaded.adds_bos else None
 
     def __call__(self, content: Content) -> Encoded:
         """Read and tokenise a job. Bad input is listed, never raised.
@@ -120,8 +121,10 @@ class Encoder:
             texts.append(text)
             raw_texts.append(raw)
         tokens, lengths = self.tokenizer.encode_batch(texts)
+        if self._first is not None:
+            tokens, lengths = _with_each(tokens, lengths, self._first, at_end=False)
         if self.options.append_eod:
-            tokens, lengths = _end_each(tokens, lengths, self.tokenizer.eot_token)
+            tokens, lengths = _with_each(tokens, lengths, self.tokenizer.eot_token, at_end=True)
         hashed = raw_texts if self.options.hashes else []
         return Encoded(
             tokens,
@@ -138,13 +141,16 @@ def hash_of(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _end_each(tokens: np.ndarray, lengths: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
-    """``token`` put after each document."""
-    ended = np.full(len(tokens) + len(lengths), token, tokens.dtype)
-    keep = np.ones(len(ended), bool)
-    keep[np.cumsum(lengths + 1) - 1] = False
-    ended[keep] = tokens
-    return ended, lengths + 1
+def _with_each(
+    tokens: np.ndarray, lengths: np.ndarray, token: int, *, at_end: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """``token`` put before or after each document."""
+    longer = np.full(len(tokens) + len(lengths), token, tokens.dtype)
+    keep = np.ones(len(longer), bool)
+    ends = np.cumsum(lengths + 1)
+    keep[ends - 1 if at_end else ends - (lengths + 1)] = False
+    longer[keep] = tokens
+    return longer, lengths + 1
 
 
 def _read(

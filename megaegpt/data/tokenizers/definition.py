@@ -14,7 +14,8 @@ from megaegpt.json_files import read_bytes, read_json
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 TOKENS_FILE, MERGES_FILE = "vocab.json", "merges.txt"
-_SPECIAL_TOKENS_FILE, _GENERATION_FILE = "special_tokens_map.json", "generation_config.json"
+GENERATION_FILE = "generation_config.json"
+_SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 """Names that end a document by themselves, where no file says which one does."""
 
@@ -31,12 +32,15 @@ class TokenizerDefinition:
         where: file, for messages.
         content: of ``tokenizer.json``.
         settings: of ``tokenizer_config.json``: names of special tokens, the chat template.
+        ends: ids at which a model stops to write, by ``generation_config.json``; those that are no
+            tokens do not count.
     """
 
     name: str
     where: str
     content: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -115,7 +119,9 @@ def read_definition(place: Path) -> TokenizerDefinition:
     if token_name(settings.get("eos_token")) is None:
         settings |= _end_from_other_files(folder, content)
     name = settings.get("name_or_path") or folder.resolve().name
-    return TokenizerDefinition(Path(str(name)).name, str(file), content, settings)
+    return TokenizerDefinition(
+        Path(str(name)).name, str(file), content, settings, _ends_of_texts(folder)
+    )
 
 
 def read_older_definition(folder: Path) -> TokenizerDefinition:
@@ -204,11 +210,17 @@ def _end_from_other_files(folder: Path, content: Mapping[str, Any]) -> dict[str,
     named = token_name(_read_if_there(folder / _SPECIAL_TOKENS_FILE).get("eos_token"))
     if named is not None:
         return {"eos_token": named}
-    ends = _read_if_there(folder / _GENERATION_FILE).get("eos_token_id")
-    first = ends[0] if isinstance(ends, list) and ends else ends
+    first = _ends_of_texts(folder)[:1]
     added = content.get("added_tokens") or []
-    names = [t.get("content") for t in added if isinstance(t, dict) and t.get("id") == first]
+    names = [t.get("content") for t in added if isinstance(t, dict) and t.get("id") in first]
     return {"eos_token": names[0]} if names else {}
+
+
+def _ends_of_texts(folder: Path) -> tuple[int, ...]:
+    """Ids in ``generation_config.json``, which names one or several."""
+    ends = _read_if_there(folder / GENERATION_FILE).get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [ends]
+    return tuple(end for end in listed if type(end) is int)
 
 
 def serialized(content: Mapping[str, Any]) -> bytes:

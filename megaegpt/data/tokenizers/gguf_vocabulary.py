@@ -1,38 +1,53 @@
-"""The tokenizer inside a GGUF file, as llama.cpp writes it, in Hugging Face's form."""
+"""The tokenizer inside a GGUF file, in the keys that llama.cpp reads and writes."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokenizers.definition import (
     TokenizerDefinition,
     added_token,
     byte_level,
     byte_level_content,
+    read_older_definition,
+    token_name,
 )
+from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from megaegpt.data.tokenizers.split_pattern import (
     LLAMA3_SPLIT,
     O200K_SPLIT,
     QWEN2_SPLIT,
     TEKKEN_SPLIT,
+    split_expression,
 )
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import DataError
 
 _KEY = "tokenizer.ggml."
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 _SPLITS = {
-    LLAMA3_SPLIT: "llama3 llama-v3 llama-bpe falcon3 dbrx smaug-bpe pixtral lfm2",
+    LLAMA3_SPLIT: "llama-bpe llama3 llama-v3 falcon3 dbrx smaug-bpe pixtral lfm2",
     QWEN2_SPLIT: "qwen2 deepseek-r1-qwen megrez kormo",
     O200K_SPLIT: "gpt-4o llama4",
     TEKKEN_SPLIT: "tekken",
 }
-_WORDS = "default gpt-2 gpt2 mpt olmo jais phi-2 roberta-bpe trillion granite-docling"
+_WORDS = "gpt-2 default gpt2 mpt olmo jais phi-2 roberta-bpe trillion granite-docling"
 _WORDS_AND_DIGITS = "smollm starcoder refact command-r codeshell exaone minerva-7b"
-"""llama.cpp's names of the ways to cut a text: GPT-2's, and GPT-2's with each digit by itself."""
+"""llama.cpp's names of the ways to cut a text: GPT-2's, and GPT-2's with each digit by itself.
+The first of each is written."""
 
 _IGNORING_MERGES = {LLAMA3_SPLIT, TEKKEN_SPLIT}
+_ADDING_BOS = ["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"]
+"""Rules with which llama.cpp begins texts with a BOS where no key says whether."""
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""Kinds of special tokens in ``tokenizer_config.json``, and in the keys of a GGUF file."""
+
+# -- reading --------------------------------------------------------------------------------------
 
 
 def read_gguf_definition(file: Path) -> TokenizerDefinition:
@@ -42,7 +57,10 @@ def read_gguf_definition(file: Path) -> TokenizerDefinition:
         DataError: the package ``gguf`` is missing, the file is damaged, or its tokenizer is of
             another kind.
     """
-    found = _metadata(file)
+    return _definition(_metadata(file), file)
+
+
+def _definition(found: Mapping[str, Any], file: Path) -> TokenizerDefinition:
     kind = found.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise DataError(
@@ -56,7 +74,11 @@ def read_gguf_definition(file: Path) -> TokenizerDefinition:
     pre = str(found.get(f"{_KEY}pre") or "default")
     pre_tokenizer, split = _pre_tokenizer(pre, file)
     content = byte_level_content(
-        {token: number for number, token in enumerate(tokens)},
+        {
+            token: number
+            for number, (token, kind) in enumerate(zip(tokens, types, strict=False))
+            if kind != _UNUSED
+        },
         [merge.split(" ", 1) for merge in merges],
         [
             added_token(number, token, kind == _CONTROL)
@@ -68,7 +90,12 @@ def read_gguf_definition(file: Path) -> TokenizerDefinition:
         ignore_merges=split in _IGNORING_MERGES,
     )
     name = str(found.get("general.name") or file.stem)
-    return TokenizerDefinition(name, str(file), content, _settings(found, tokens))
+    ends = tuple(
+        end
+        for kind in ("eos", "eot", "eom")
+        if type(end := found.get(f"{_KEY}{kind}_token_id")) is int
+    )
+    return TokenizerDefinition(name, str(file), content, _settings(found, tokens), ends)
 
 
 def _pre_tokenizer(pre: str, file: Path) -> tuple[dict[str, Any], str | None]:
@@ -89,16 +116,17 @@ def _pre_tokenizer(pre: str, file: Path) -> tuple[dict[str, Any], str | None]:
     return {"type": "Sequence", "pretokenizers": members}, split
 
 
-def _settings(found: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+def _settings(found: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
     """Return the ``tokenizer_config.json`` that belongs to such a tokenizer."""
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    for ours, theirs in _SPECIAL.items():
         number = found.get(f"{_KEY}{theirs}_token_id")
         if isinstance(number, int) and 0 <= number < len(tokens):
             settings[f"{ours}_token"] = tokens[number]
     if isinstance(template := found.get("tokenizer.chat_template"), str):
         settings["chat_template"] = template
-    if isinstance(adds := found.get(f"{_KEY}add_bos_token"), bool):
+    adds = found.get(f"{_KEY}add_bos_token", found.get(f"{_KEY}pre") in _ADDING_BOS)
+    if isinstance(adds, bool):
         settings["add_bos_token"] = adds
     return settings
 
@@ -115,3 +143,79 @@ def _metadata(file: Path) -> dict[str, Any]:
         return {key: fields[key].contents() for key in wanted}
     except Exception as error:  # the package has no errors of its own
         raise DataError(f"{file} is damaged or no GGUF file: {str(error)[:200]}") from None
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def gguf_vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any] | None:
+    """The metadata by which llama.cpp, and :func:`read_gguf_definition`, have ``tokenizer``.
+
+    Args:
+        rows: of the model's embedding: llama.cpp wants as many tokens, and those without a token
+            here are unused.
+
+    Returns:
+        None where the keys cannot say it: it is no byte-level BPE, or cuts texts by a rule without
+        a name there.
+    """
+    definition = _definition_of(tokenizer)
+    model, splits = definition.content["model"], definition.content.get("pre_tokenizer")
+    rule = _name_of_rule(splits)
+    if rule is None or model.get("type", "BPE") != "BPE" or tokenizer.vocab_size > rows:
+        return None
+    kinds = dict.fromkeys(definition.vocabulary, _NORMAL)
+    kinds |= {token["content"]: _USER_DEFINED for token in definition.added_tokens}
+    kinds |= dict.fromkeys(tokenizer.special_tokens, _CONTROL)
+    names = {number: name for name, number in definition.vocabulary.items()}
+    tokens = [names.get(number, f"[PAD{number}]") for number in range(rows)]
+    merges = [rule if isinstance(rule, str) else " ".join(rule) for rule in model["merges"]]
+    found = {
+        "tokenizer.ggml.model": "gpt2",
+        f"{_KEY}pre": rule,
+        f"{_KEY}tokens": tokens,
+        f"{_KEY}token_type": [kinds.get(token, _UNUSED) for token in tokens],
+        f"{_KEY}merges": merges,
+        **_special_tokens(definition, tokenizer),
+    }
+    try:
+        again = HuggingFaceTokenizer(_definition(found, Path("vocabulary.gguf")))
+    except DataError:
+        return None
+    return found if again.fingerprint == tokenizer.fingerprint else None
+
+
+def _definition_of(tokenizer: Tokenizer) -> TokenizerDefinition:
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.definition
+    with tempfile.TemporaryDirectory() as folder:  # GPT-2's, in its files of Hugging Face's
+        save_tokenizer(tokenizer, Path(folder))
+        return read_older_definition(Path(folder))
+
+
+def _name_of_rule(pre_tokenizer: Any) -> str | None:
+    """llama.cpp's name of the way in which a pre-tokenizer cuts texts; None: it has none."""
+    wanted = split_expression(pre_tokenizer)
+    for name in (_WORDS, _WORDS_AND_DIGITS, *_SPLITS.values()):
+        first = name.split()[0]
+        if wanted is not None and split_expression(_pre_tokenizer(first, Path())[0]) == wanted:
+            return first
+    return None
+
+
+def _special_tokens(definition: TokenizerDefinition, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Ids of special tokens, whether a text begins with one, and the chat template."""
+    settings, ids = definition.settings, definition.vocabulary
+    named = {kind: token_name(settings.get(f"{kind}_token")) for kind in _SPECIAL}
+    found: dict[str, Any] = {
+        f"{_KEY}{_SPECIAL[kind]}_token_id": ids[name]
+        for kind, name in named.items()
+        if name is not None and name in ids
+    }
+    found[f"{_KEY}eos_token_id"] = tokenizer.eot_token
+    if tokenizer.bos_token is not None:
+        found[f"{_KEY}bos_token_id"] = tokenizer.bos_token
+    found[f"{_KEY}add_bos_token"] = tokenizer.adds_bos
+    if isinstance(template := settings.get("chat_template"), str):
+        found["tokenizer.chat_template"] = template
+    return found

@@ -50,7 +50,7 @@ class GPT2Tokenizer(Tokenizer):
 
     name = "gpt2"
     vocab_size = END_OF_TEXT_ID + 1
-    eot_token = END_OF_TEXT_ID
+    eot_token = bos_token = END_OF_TEXT_ID
     special_tokens: Mapping[str, int] = {END_OF_TEXT: END_OF_TEXT_ID}
     runs_on = "tiktoken"
     is_installed = True

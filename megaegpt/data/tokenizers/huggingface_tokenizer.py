@@ -24,10 +24,12 @@ from megaegpt.data.tokenizer import Tokenizer, whole_characters
 from megaegpt.data.tokenizers.byte_alphabet import unspell
 from megaegpt.data.tokenizers.byte_pair_core import BytePairCore
 from megaegpt.data.tokenizers.definition import (
+    GENERATION_FILE,
     SETTINGS_FILE,
     TOKENIZER_FILE,
     TokenizerDefinition,
     serialized,
+    token_name,
 )
 from megaegpt.data.tokenizers.merge_order import MergeOrder, merge_order
 from megaegpt.data.tokenizers.split_pattern import split_expression
@@ -66,10 +68,32 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eot_token = self._vocabulary[end]
         special = [t["content"] for t in definition.added_tokens if t.get("special")]
         self.special_tokens = {name: self._vocabulary[name] for name in (*special, end)}
+        named = token_name(definition.settings.get("bos_token"))
+        self.bos_token = self._vocabulary.get(named or "")
+        self._find_rule_of_bos()
         self._is_byte_level = _is_byte_level(definition)
         self._order = self._merge_order() if self._is_byte_level else None
         self._normalizes = definition.content.get("normalizer") is not None
         self._core, self.runs_on = self._fastest()
+
+    def _find_rule_of_bos(self) -> None:
+        """Texts begin with a BOS where ``add_bos_token`` in the settings says so, else where the
+        file's post-processor does.
+        """
+        said = self.definition.settings.get("add_bos_token")
+        if isinstance(said, bool):
+            self.adds_bos = said and self.bos_token is not None
+            return
+        whole = self._library.encode("a").ids
+        part = self._library.encode("a", add_special_tokens=False).ids
+        if whole[:1] != part[:1]:
+            self.bos_token, self.adds_bos = whole[0], True
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids at which a model stops to write."""
+        known = set(self._vocabulary.values())
+        return frozenset({self.eot_token, *known.intersection(self.definition.ends)})
 
     # -- encoding ----------------------------------------------------------------------------------
 
@@ -211,17 +235,23 @@ class HuggingFaceTokenizer(Tokenizer):
         return _GPT2_FINGERPRINT if digest == _GPT2_DIGEST else digest
 
     def files(self) -> dict[str, bytes]:
-        """``tokenizer.json`` and ``tokenizer_config.json``."""
+        """``tokenizer.json`` and ``tokenizer_config.json``; ``generation_config.json``, where texts
+        end at several tokens.
+        """
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self.definition.settings,
             "eos_token": self.end_of_text,
             "name_or_path": self.name,
         }
-        return {
+        files = {
             TOKENIZER_FILE: serialized(self.definition.content),
             SETTINGS_FILE: serialized(settings),
         }
+        ends = [self.eot_token, *sorted(self.end_tokens - {self.eot_token})]
+        if len(ends) > 1:
+            files[GENERATION_FILE] = serialized({"eos_token_id": ends})
+        return files
 
 
 def _library_of(definition: TokenizerDefinition) -> tokenizers.Tokenizer:

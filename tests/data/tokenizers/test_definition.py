@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
 from megaegpt.errors import DataError
@@ -86,6 +87,21 @@ def test_the_end_of_documents_is_what_the_files_name(tmp_path: Path) -> None:
     write(tmp_path, content, eos_token="<none>")
     with pytest.raises(DataError, match="its eos_token '<none>' is no token"):
         load_tokenizer(tmp_path)
+
+
+def test_all_ends_of_a_text_are_known_and_travel_with_the_tokenizer(tmp_path: Path) -> None:
+    """Llama 3.1 has three."""
+    folder = write(tmp_path, trained_definition().content, eos_token="<|im_start|>")
+    assert load_tokenizer(folder).end_tokens == {1}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 1, 99999]}')
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eot_token, tokenizer.end_tokens) == (1, {1, 5})
+    (tmp_path / "saved").mkdir()
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    saved = load_tokenizer(tmp_path / "saved")
+    assert (saved.eot_token, saved.end_tokens) == (1, {1, 5})
+    theirs = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert theirs.eos_token_id == [1, 5]
 
 
 def test_a_folder_of_the_older_form_is_read(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from megaegpt.data.tokenizers.gguf_vocabulary import read_gguf_definition
+from megaegpt.data.tokenizers.definition import byte_level
+from megaegpt.data.tokenizers.gguf_vocabulary import gguf_vocabulary, read_gguf_definition
 from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from megaegpt.data.tokenizers.split_pattern import LLAMA3_SPLIT, QWEN2_SPLIT
 from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer
 from megaegpt.errors import DataError
 from tests.tiny.tokenizers import changed, trained_definition, trained_tokenizer
@@ -29,6 +31,8 @@ def write(file: Path, pre: str, model: str = "gpt2", **changes: Any) -> Path:
     writer.add_token_merges(changes.get("merges", [" ".join(rule) for rule in content["merges"]]))
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
     writer.add_eos_token_id(changes.get("eos", 0))
+    if "bos" in changes:
+        writer.add_bos_token_id(changes["bos"])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -67,6 +71,78 @@ def test_other_kinds_and_damaged_files_are_refused_by_name(tmp_path: Path) -> No
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"a\.gguf is damaged or no GGUF file"):
             load_tokenizer(file)
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def _split(expression: str) -> dict[str, Any]:
+    """A pre-tokenizer that cuts texts by an expression."""
+    cut = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated"}
+    return {
+        "type": "Sequence",
+        "pretokenizers": [{**cut, "invert": False}, byte_level(False, False)],
+    }
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+RULES = {
+    "gpt-2": {},
+    "smollm": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, byte_level()]}},
+    "llama-bpe": {"pre_tokenizer": _split(LLAMA3_SPLIT), "model": {"ignore_merges": True}},
+    "qwen2": {"pre_tokenizer": _split(QWEN2_SPLIT), "normalizer": {"type": "NFC"}},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_tokenizer_is_written_in_the_words_of_llama_cpp(tmp_path: Path, rule: str) -> None:
+    """Read again it is the same, with a model of more rows too."""
+    gguf = pytest.importorskip("gguf", reason="pip install gguf to read tokenizers of GGUF files")
+    tokenizer = HuggingFaceTokenizer(changed(**RULES[rule]))
+    found = gguf_vocabulary(tokenizer, 710)
+    assert found is not None
+    assert found["tokenizer.ggml.pre"] == rule
+    assert found["tokenizer.ggml.tokens"][699:702] == [
+        *found["tokenizer.ggml.tokens"][699:700],
+        "[PAD700]",
+        "[PAD701]",
+    ]
+    assert found["tokenizer.ggml.token_type"][:3] == [3, 3, 1]
+    assert found["tokenizer.ggml.token_type"][-10:] == [5] * 10
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    for key, value in found.items():
+        kinds = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+        kinds.get(type(value), writer.add_array)(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    again = load_tokenizer(tmp_path / "a.gguf")
+    assert again.fingerprint == tokenizer.fingerprint
+    assert (again.eot_token, again.bos_token, again.adds_bos) == (0, 0, False)
+
+
+def test_gpt2s_own_tokenizer_is_written_too() -> None:
+    found = gguf_vocabulary(load_tokenizer(), 50257)
+    assert found is not None
+    assert len(found["tokenizer.ggml.merges"]) == 50000
+    assert found["tokenizer.ggml.eos_token_id"] == 50256
+
+
+def test_a_tokenizer_that_the_keys_do_not_have_is_not_written() -> None:
+    """A rule without a name there, a normalizer, fewer rows than tokens."""
+    assert (
+        gguf_vocabulary(HuggingFaceTokenizer(changed(pre_tokenizer=_split(r"\p{L}+|."))), 700)
+        is None
+    )
+    assert gguf_vocabulary(HuggingFaceTokenizer(changed(normalizer={"type": "NFD"})), 700) is None
+    assert gguf_vocabulary(trained_tokenizer(), 699) is None
+
+
+def test_llama_3s_texts_begin_with_a_bos_where_no_key_says_so(tmp_path: Path) -> None:
+    """llama.cpp's rule."""
+    found = load_tokenizer(write(tmp_path / "a.gguf", "llama-bpe", bos=1))
+    assert (found.bos_token, found.adds_bos) == (1, True)
+    assert load_tokenizer(write(tmp_path / "a.gguf", "gpt-2", bos=1)).adds_bos is False
 
 
 def test_without_the_package_the_error_says_what_to_install(

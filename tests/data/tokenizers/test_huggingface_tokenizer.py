@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megaegpt.data.instruction.records import Instruction, InstructionDataset
+from megaegpt.data.preprocess.encode import EncodeOptions, Encoder, Texts
 from megaegpt.data.readers.inputs import open_bytes
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokenizers import byte_pair_core
@@ -25,6 +27,8 @@ from megaegpt.data.tokenizers.definition import byte_level
 from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from megaegpt.data.tokenizers.split_pattern import LLAMA3_SPLIT, O200K_SPLIT, QWEN2_SPLIT
 from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
+from megaegpt.evaluation.scorer import encode_pair
+from megaegpt.evaluation.text import TextTokens
 from tests.tiny.tokenizers import HARD_TEXT, changed, trained_definition, trained_tokenizer
 
 
@@ -304,3 +308,79 @@ def test_marks_for_blanks_are_blanks_in_bytes() -> None:
     assert tokenizer.token_byte_lengths.tolist() == [5, 0, 1, 1, 1, 1, 2]
     assert tokenizer.end_of_text == "</s>"
     assert "no byte-level BPE" in tokenizer.runs_on
+
+
+# -- the begin of a text --------------------------------------------------------------------------
+
+BOS_FIRST = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {
+        "<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}
+    },
+}
+
+
+def with_bos(**settings: Any) -> HuggingFaceTokenizer:
+    """Texts begin with ``<|im_start|>`` by the post-processor, as Llama 3's do by theirs."""
+    definition = changed(post_processor=BOS_FIRST)
+    return HuggingFaceTokenizer(
+        dataclasses.replace(definition, settings=definition.settings | settings)
+    )
+
+
+def test_texts_begin_with_a_bos_where_the_tokenizers_own_rule_says_so(tmp_path: Path) -> None:
+    """As for transformers; ids of a part of a text are without it."""
+    tokenizer = with_bos(bos_token="<|im_start|>")
+    assert (tokenizer.bos_token, tokenizer.adds_bos, tokenizer.first_token) == (1, True, 1)
+    save_tokenizer(tokenizer, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Shards of tokens", ""):
+        assert tokenizer.encode_prompt(text) == theirs(text)["input_ids"]
+        assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert load_tokenizer(tmp_path).adds_bos
+
+
+def test_the_settings_have_the_last_word_on_a_bos() -> None:
+    without = with_bos(bos_token="<|im_start|>", add_bos_token=False)
+    assert (without.bos_token, without.adds_bos) == (1, False)
+    assert without.encode_prompt("a") == without.encode("a")
+    plain = trained_definition()
+    adding = {"bos_token": "<|im_start|>", "add_bos_token": True}
+    assert HuggingFaceTokenizer(dataclasses.replace(plain, settings=adding)).encode_prompt("") == [
+        1
+    ]
+
+
+def test_a_bos_that_is_named_alone_is_before_no_text() -> None:
+    """As in GPT-2's, SmolLM2's and Qwen's."""
+    tokenizer = trained_tokenizer()
+    assert (tokenizer.bos_token, tokenizer.adds_bos) == (0, False)
+    assert tokenizer.encode_prompt("a") == tokenizer.encode("a")
+    assert tokenizer.encode_prompt("") == [tokenizer.eot_token]
+
+
+def test_whatever_reads_whole_texts_puts_the_bos_before_them(tmp_path: Path) -> None:
+    """Shards, evaluated texts, pairs of a task and instructions: what a model sees in one place it
+    was trained on in the other.
+    """
+    tokenizer = with_bos(bos_token="<|im_start|>")
+    texts = tmp_path / "a.txt", tmp_path / "b.txt"
+    for path in texts:
+        path.write_text("Shards")
+    word = tokenizer.encode("Shards")
+    encoded = Encoder(EncodeOptions(), tokenizer)(Texts(tuple(map(str, texts))))
+    assert encoded.tokens.tolist() == [1, *word, 0, 1, *word, 0]
+    assert encoded.lengths.tolist() == [len(word) + 2] * 2
+    source = TextTokens(list(map(str, texts)), tokenizer)
+    assert source.read(0, len(source)).tolist() == [1, *word, 1, *word]
+    assert encode_pair(tokenizer, "Shards", " of") == ([1, *word], tokenizer.encode(" of"))
+    assert encode_pair(tokenizer, "", "Shards") == ([1], word)
+    record = Instruction("Name one.", "", "Shards")
+    tokens, targets = InstructionDataset([record], tokenizer, 500)[0]
+    assert tokens[: -len(word)].tolist() == tokenizer.encode_prompt(record.prompt)
+    assert targets[targets != -100].tolist() == [*word, 0]
