@@ -78,13 +78,13 @@ stage "3/7 a small GPT, to be the frozen encoder"
 train gpt_encoder_cpu encoder
 
 stage "4/7 features of every chunk, computed by the frozen encoder"
-launch tools/precompute_features.py --config configs/egpt_war_and_peace_cpu.yaml
+launch tools/precompute_features.py --config configs/egpt_memory_cpu.yaml
 
-stage "5/7 EGPT: sees earlier chunks through their features"
-train egpt_war_and_peace_cpu egpt
+stage "5/7 EGPT: remembers what followed where in earlier chunks"
+train egpt_memory_cpu egpt
 
 stage "6/7 DeepGPT, its baseline: sees the current chunk only"
-train deepgpt_war_and_peace_cpu deepgpt
+train deepgpt_memory_cpu deepgpt
 
 stage "7/7 results"
 text=$(python -c 'import json, sys; print(json.loads(open(sys.argv[1], encoding="utf-8").readline())["meta"]["title"])' "$data/book.jsonl")
@@ -94,6 +94,10 @@ case $text in
     *Peace*) prompt="Prince Andrew looked at" ;;
     *) prompt="And the LORD said unto" ;;
 esac
+echo
+echo "EGPT with its own history, another text's, and none, by earlier chunks there are:"
+python tools/evaluate.py --checkpoint "$runs/egpt" --data "$data/validation" --histories --batch-size 16
+echo
 echo "a text by EGPT, beyond the end of its first chunks:"
 echo
 python tools/generate.py --checkpoint "$runs/egpt" --prompt "$prompt" --max-new-tokens 200 --top-k 50

@@ -74,7 +74,11 @@ def _probabilities(model: EGPT, query, memory, hidden: torch.Tensor) -> torch.Te
     scores = query.queries[0, 0] @ memory.keys[0, 0].T + memory.distance_bias[0, distance]
     weights = scores.softmax(-1)
     pointed = torch.zeros_like(by_head).index_add_(1, memory.successors[0], weights)
-    gate = query.gates[0, 0]  # a new memory's, which is not moved by how sure it is
+    best = weights.argmax(-1, keepdim=True)
+    agreement = pointed.gather(1, memory.successors[0][best])[:, 0]
+    nearness = 10 * (scores.amax(-1) / model.token_memory.scale - 0.8)
+    gate = query.gates[0, 0] + 0.4 * nearness  # a new memory's
+    gate = gate + 0.05 * weights.amax(-1).log() + 0.1 * agreement.log()
     share = gate.sigmoid().unsqueeze(-1)
     return (1 - share) * by_head + share * pointed
 

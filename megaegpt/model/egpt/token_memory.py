@@ -31,10 +31,15 @@ from megaegpt.model.egpt.copy_attention import Keys, Pointers, point, pointed_at
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import new_parameter
 
-_SCALE = 30.0
+_SCALE = 35.0
 """Factor on cosines in a new memory."""
 _SHARE = 0.08
 """Of all pointers together in a new memory; near the best constant share."""
+_SURENESS = (0.4, 0.05, 0.1)
+"""What nearness, peak and agreement add to a gate in a new memory."""
+_RATE = 8.0
+"""Scales, distances and what sureness adds are parameters times this: few numbers that must move as
+far in a run as the scores they are added to, not as weights do."""
 _NEAR, _NEARNESS = 0.8, 10.0
 """Cosines of near keys, and the factor that gives their differences the size of logs of weights."""
 
@@ -63,12 +68,14 @@ class TokenMemory(nn.Module):
         projection = (pointers * self.dim, width)
         self.query = new_parameter(projection, grid, std=std)
         self.key = new_parameter(projection, grid, std=std)
-        self.log_scale = new_parameter((pointers,), grid, mean=math.log(_SCALE))
+        self.log_scale = new_parameter((pointers,), grid, mean=math.log(_SCALE) / _RATE)
         self.distance = new_parameter((pointers, max(egpt.num_chunks - 1, 1)), grid)
         self.gate = new_parameter((pointers, width), grid)
         bias = math.log(_SHARE / (1 - _SHARE) / pointers)
         self.gate_bias = new_parameter((pointers,), grid, mean=bias)
-        self.by_sureness = new_parameter((pointers, 3), grid)
+        self.by_nearness, self.by_peak, self.by_agreement = (
+            new_parameter((pointers,), grid, mean=mean / _RATE) for mean in _SURENESS
+        )
 
     def keys(self, states: Tensor) -> Tensor:
         """Encoder states (B, J, C) -> keys (B, H, J, D) of unit length."""
@@ -76,11 +83,17 @@ class TokenMemory(nn.Module):
 
     def ask(self, states: Tensor, hidden: Tensor) -> Query:
         """Encoder states (B, T, C) and what the head reads of the same tokens (B, T, C)."""
-        scale = self.log_scale.to(torch.promote_types(hidden.dtype, torch.float32)).exp()
+        scale = self.scale.to(torch.promote_types(hidden.dtype, torch.float32))
         unit = self._projected(states, self.query)
         queries = unit.to(scale.dtype) * scale.view(1, -1, 1, 1)
         gates = F.linear(hidden, self.gate, self.gate_bias).transpose(1, 2)
         return Query(queries, gates.to(scale.dtype))
+
+    @property
+    def scale(self) -> Tensor:
+        """(H,): the factor on cosines."""
+        precise = torch.promote_types(self.log_scale.dtype, torch.float32)
+        return (_RATE * self.log_scale.to(precise)).exp()
 
     def _projected(self, states: Tensor, weight: Tensor) -> Tensor:
         projected = F.linear(self.norm(states), weight).unflatten(-1, (self.pointers, -1))
@@ -90,15 +103,21 @@ class TokenMemory(nn.Module):
         """Make keys (B, H, J, D) and the tokens behind them (B, J) what queries are compared
         with.
         """
-        return Keys(keys, successors, self.distance, self.chunk_size, self.most_chunks)
+        bias = _RATE * self.distance
+        return Keys(keys, successors, bias, self.chunk_size, self.most_chunks)
 
     def log_shares(self, query: Query, found: Pointers) -> Tensor:
         """Log of the shares of the head and the pointers, (B, 1 + H, T)."""
         nothing = found.largest == -torch.inf
-        cosine = found.largest.masked_fill(nothing, 0.0) / self.log_scale.detach().exp()[:, None]
+        cosine = found.largest.masked_fill(nothing, 0.0) / self.scale.detach().unsqueeze(1)
         nearness = _NEARNESS * (cosine - _NEAR)
-        sureness = torch.stack([nearness, found.peak, found.agreement], dim=-1)  # (B, H, T, 3)
-        gates = query.gates + (sureness * self.by_sureness.unsqueeze(1)).sum(-1)
+        gates = query.gates
+        for how_sure, weight in (
+            (nearness, self.by_nearness),
+            (found.peak, self.by_peak),
+            (found.agreement, self.by_agreement),
+        ):
+            gates = gates + how_sure * (_RATE * weight).unsqueeze(1)
         gates = gates.masked_fill(nothing, -torch.inf)
         return F.pad(gates, (0, 0, 1, 0)).log_softmax(1)  # the head's logit is 0
 

@@ -17,6 +17,7 @@ from megaegpt.model.egpt.egpt_inputs import following
 from megaegpt.parallel.grid import ProcessGrid
 
 N, S, C, B, VOCAB, D, H = 4, 6, 16, 2, 40, 5, 2
+RATE = 8  # times the parameters: what scales, distances and sureness are
 CONFIG = ModelConfig(
     kind="egpt",
     vocab_size=VOCAB,
@@ -38,7 +39,9 @@ def _model(config: ModelConfig = CONFIG) -> EGPT:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        model.token_memory.log_scale.fill_(1.5)
+        for name in ("distance", "by_nearness", "by_peak", "by_agreement"):
+            getattr(model.token_memory, name).mul_(1 / RATE)
+        model.token_memory.log_scale.fill_(1.5 / RATE)
     return model
 
 
@@ -97,7 +100,7 @@ def naive_probabilities(
                 for h in range(H):
                     query, scale = (
                         unit(memory.query, states[b, n * S + t], h),
-                        memory.log_scale[h].exp(),
+                        (RATE * memory.log_scale[h]).exp(),
                     )
                     chunks = [c for c in range(n) if (c >= first[b]) == (n >= first[b])]
                     chunks = [*range(before), *(before + c for c in chunks)]
@@ -116,7 +119,8 @@ def naive_probabilities(
                     scores = torch.stack(
                         [
                             scale * query @ keys[h][j]
-                            + memory.distance[
+                            + RATE
+                            * memory.distance[
                                 h, min(n + before - j // S - 1, memory.distance.shape[1] - 1)
                             ]
                             for j in seen
@@ -129,9 +133,10 @@ def naive_probabilities(
                     gates.append(
                         memory.gate[h] @ h_t
                         + memory.gate_bias[h]
-                        + memory.by_sureness[h, 0] * 10 * (scores.max() / scale - 0.8).detach()
-                        + memory.by_sureness[h, 1] * weights.max().log().detach()
-                        + memory.by_sureness[h, 2]
+                        + RATE * memory.by_nearness[h] * 10 * (scores.max() / scale - 0.8).detach()
+                        + RATE * memory.by_peak[h] * weights.max().log().detach()
+                        + RATE
+                        * memory.by_agreement[h]
                         * pointed[successors[b, seen[int(weights.argmax())]]].log().detach()
                     )
                     predictions.append(pointed)
