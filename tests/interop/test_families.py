@@ -86,15 +86,20 @@ def test_logits_loss_and_every_gradient_are_theirs(tmp_path: Path, case: str) ->
         ), name
 
 
-@pytest.mark.parametrize("case", ["llama3", "llama_yarn", "mistral", "qwen2", "qwen3", "olmo2"])
-def test_greedy_text_under_the_cache_is_theirs(tmp_path: Path, case: str) -> None:
-    theirs = _saved(case, tmp_path / "theirs")
+GREEDY = [(case, 35) for case in ("llama3", "llama_yarn", "mistral", "qwen2", "qwen3", "olmo2")]
+GREEDY_LONG = [pytest.param(case, 200, marks=pytest.mark.long) for case in CASES]
+
+
+@pytest.mark.parametrize(("case", "new"), [*GREEDY, *GREEDY_LONG])
+def test_greedy_text_under_the_cache_is_theirs(tmp_path: Path, case: str, new: int) -> None:
+    longest = "n_positions" if case == "gpt2" else "max_position_embeddings"
+    theirs = _saved(case, tmp_path / "theirs", **{longest: new + 5})
     ours = _imported(tmp_path / "theirs", tmp_path / "ours")
     prompt = sequences(5, rows=1)
     expected = theirs.generate(
-        prompt, max_new_tokens=35, do_sample=False, eos_token_id=None, pad_token_id=0
+        prompt, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    greedy = GenerationConfig(max_new_tokens=35, temperature=0.0)
+    greedy = GenerationConfig(max_new_tokens=new, temperature=0.0)
     assert [*prompt[0].tolist(), *TextGenerator(ours).stream(prompt[0].tolist(), greedy)] == (
         expected[0].tolist()
     )
