@@ -61,10 +61,12 @@ def test_what_only_deepspeed_has_may_be_given() -> None:
 
 def test_no_value_that_a_run_generates_from_its_own_keys_can_be_replaced() -> None:
     replaceable = {
+        "prescale_gradients",
         "timers.throughput.enabled",
         "zero_optimization.allgather_bucket_size",
         "zero_optimization.contiguous_gradients",
         "zero_optimization.reduce_bucket_size",
+        "zero_optimization.reduce_scatter",
     }
     generated = deepspeed_config(RunConfig(), 1, "fp32", parameters=1000)
     assert set(_leaves(generated)) - set(OWNED_KEYS) == replaceable
