@@ -18,7 +18,6 @@ SECONDS=0 # the clock starts after the downloads
 data=data/quickstart
 runs=runs/quickstart
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-[ "${MEGAEGPT_DEVICE:-}" != cpu ] || gpus=0
 case $gpus in
     0) ranks=(--num_accelerators 2) && export DS_ACCELERATOR=cpu ;;
     1) ranks=(--num_gpus 1) ;;
@@ -78,32 +77,28 @@ stage "3/7 a small GPT, to be the frozen encoder"
 train gpt_encoder_cpu encoder
 
 stage "4/7 features of every chunk, computed by the frozen encoder"
-launch tools/precompute_features.py --config configs/egpt_memory_cpu.yaml
+launch tools/precompute_features.py --config configs/egpt_war_and_peace_cpu.yaml
 
-stage "5/7 EGPT: remembers what followed where in earlier chunks"
-train egpt_memory_cpu egpt_memory
+stage "5/7 EGPT: sees earlier chunks through their features"
+train egpt_war_and_peace_cpu egpt
 
 stage "6/7 DeepGPT, its baseline: sees the current chunk only"
-train deepgpt_memory_cpu deepgpt_memory
+train deepgpt_war_and_peace_cpu deepgpt
 
 stage "7/7 results"
 text=$(python -c 'import json, sys; print(json.loads(open(sys.argv[1], encoding="utf-8").readline())["meta"]["title"])' "$data/book.jsonl")
 echo "validation losses on the last fifth of: $text"
-python tools/compare_runs.py "$runs/encoder" "$runs/deepgpt_memory" "$runs/egpt_memory"
+python tools/compare_runs.py "$runs/encoder" "$runs/deepgpt" "$runs/egpt"
 case $text in
     *Peace*) prompt="Prince Andrew looked at" ;;
     *) prompt="And the LORD said unto" ;;
 esac
-echo
-echo "EGPT with its own history, another text's, and none, by earlier chunks there are:"
-python tools/evaluate.py --checkpoint "$runs/egpt_memory" --data "$data/validation" --histories --batch-size 16
-echo
 echo "a text by EGPT, beyond the end of its first chunks:"
 echo
-python tools/generate.py --checkpoint "$runs/egpt_memory" --prompt "$prompt" --max-new-tokens 200 --top-k 50
+python tools/generate.py --checkpoint "$runs/egpt" --prompt "$prompt" --max-new-tokens 200 --top-k 50
 
 stage "done"
 cat <<END
   curves, samples and configurations:   .venv/bin/tensorboard --logdir $runs
-  another text:                         .venv/bin/python tools/generate.py --checkpoint $runs/egpt_memory --prompt "..."
+  another text:                         .venv/bin/python tools/generate.py --checkpoint $runs/egpt --prompt "..."
 END
