@@ -18,6 +18,7 @@ SECONDS=0 # the clock starts after the downloads
 data=data/quickstart
 runs=runs/quickstart
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+[ "${MEGAEGPT_DEVICE:-}" != cpu ] || gpus=0
 case $gpus in
     0) ranks=(--num_accelerators 2) && export DS_ACCELERATOR=cpu ;;
     1) ranks=(--num_gpus 1) ;;
