@@ -22,8 +22,11 @@ def test_variants_differ_in_the_model_only_and_share_steps_and_order(path, tmp_p
     for run in runs.values():
         assert (run.training, run.optimizer, run.data) == (base.training, base.optimizer, base.data)
         assert run.model.sample_len == base.model.sample_len
-    assert base.model.kind == "deepgpt"
     assert base.checkpoint.interval == base.training.eval_interval
+    if path.name == "smollm2.yaml":  # what a memory is worth, whose zero is the encoder itself
+        assert all(run.model.egpt.token_memory for run in runs.values())
+        return
+    assert base.model.kind == "deepgpt"
     assert runs["egpt_improved"].model.egpt.local_attention
     if "ablations" in path.name:
         return
