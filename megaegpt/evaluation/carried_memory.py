@@ -5,6 +5,7 @@ Shapes: N chunks of a window, S chunk size, C hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -59,7 +60,10 @@ class CarriedMemory(EGPTInputs):
         return self._held
 
     def loss(
-        self, model: object, batch: Batch, reduction: Literal["sum", "none"] = "sum"
+        self,
+        model: Callable[..., Tensor],
+        batch: Batch,
+        reduction: Literal["sum", "none"] = "sum",
     ) -> Tensor:
         """The loss of a window, which is held afterwards.
 
@@ -74,7 +78,7 @@ class CarriedMemory(EGPTInputs):
         arguments = self.arguments(batch)
         past = {"past_keys": self._held.precise_keys(), "past_successors": self._held.successors}
         targets = batch["targets"]
-        nats = self._model(**arguments, **past, targets=targets, reduction=reduction)
+        nats = model(**arguments, **past, targets=targets, reduction=reduction)
         for states, successors in zip(
             arguments["token_states"].unbind(1), targets.clamp(min=-1).unbind(1), strict=True
         ):

@@ -8,7 +8,10 @@ and a closed memory gate.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,7 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import WEIGHTS, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import shard, spec_of
-from megaegpt.parallel.together import broadcast_object
+from megaegpt.parallel.together import broadcast_object, raising_together
 
 _SAME_ROTARY = (
     "positions",
@@ -87,17 +90,12 @@ def initialize_from_encoder(model: nn.Module, folder: str | Path, grid: ProcessG
     encoder, _ = read_weights_config(folder)
     decoder: ModelConfig = model.config  # type: ignore[assignment]
     skipped = encoder.num_layers - decoder.num_layers
-    path = Path(folder) / WEIGHTS
-    check_tensor_file(path)
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if not name.startswith(("stack.", "head.")) or name.endswith("attention.gate"):
-                    continue
-                full = file.get_tensor(_source_name(name, skipped, encoder.tied_embeddings))
-                parameter.copy_(shard(full, spec_of(parameter), grid))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot initialise the decoder: {error}") from None
+    with _weights_file(folder, "the decoder") as file, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith(("stack.", "head.")) or name.endswith("attention.gate"):
+                continue
+            full = file.get_tensor(_source_name(name, skipped, encoder.tied_embeddings))
+            parameter.copy_(shard(full, spec_of(parameter), grid))
 
 
 def initialize_token_memory(
@@ -123,7 +121,10 @@ def initialize_token_memory(
     memory, grid = model.token_memory, model.grid
     assert memory is not None
     if model.config.encoder.layers is not None and model.config.norm == encoder.config.norm:
-        _copy_final_norm(memory.norm, Path(folder) / WEIGHTS)
+        opened = _weights_file(folder, "the token memory")
+        with raising_together(grid), opened as file, torch.no_grad():
+            for name, parameter in memory.norm.named_parameters():
+                parameter.copy_(file.get_tensor(f"stack.norm.{name}"))
     with torch.no_grad():
         states = encoder(tokens.to(grid.device)).flatten(0, 1).float()  # (n * S, C)
         directions = F.normalize(memory.norm(states), dim=-1).double()
@@ -137,14 +138,20 @@ def initialize_token_memory(
             parameter.copy_(wanted)
 
 
-def _copy_final_norm(norm: nn.Module, path: Path) -> None:
+@contextlib.contextmanager
+def _weights_file(folder: str | Path, what: str) -> Iterator[Any]:
+    """The opened tensors of a weights folder, to initialise ``what``.
+
+    Raises:
+        CheckpointError: they are missing or damaged, or lack what is read inside the block.
+    """
+    path = Path(folder) / WEIGHTS
     check_tensor_file(path)
     try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            for name, parameter in norm.named_parameters():
-                parameter.copy_(file.get_tensor(f"stack.norm.{name}"))
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot initialise the token memory: {error}") from None
+        raise CheckpointError(f"{path}: cannot initialise {what}: {error}") from None
 
 
 def _source_name(name: str, skipped: int, tied: bool) -> str:

@@ -61,8 +61,11 @@ def starting_model(
         source = resolve_weights_source(str(config.model.encoder.source), grid)
         with raising_together(grid):
             initialize_from_encoder(model, source, grid)
-    if encoder is not None and new and config.model.egpt.token_memory:
-        _initialize_memory(config, grid, data, encoder, model)
+    new = new and training.initialize_from is None
+    if encoder is not None and new and isinstance(model, EGPT) and model.token_memory is not None:
+        source = resolve_weights_source(str(config.model.encoder.source), grid)
+        sample = _first_chunks(data, config.model.egpt.chunk_size)
+        initialize_token_memory(model, encoder, source, sample)
     if training.initialize_from is not None:
         weights = resolve_weights_source(training.initialize_from, grid)
         check_ranks_agree(lambda: weights_facts("training.initialize_from", weights), grid)
@@ -75,16 +78,11 @@ def starting_model(
     return model
 
 
-def _initialize_memory(
-    config: RunConfig, grid: ProcessGrid, data: RunData, encoder: FrozenEncoder, model: Model
-) -> None:
-    """Begin a token memory on the states of the first chunks of the training text."""
-    assert isinstance(model, EGPT)
-    stream, size = data.streams["train"], config.model.egpt.chunk_size
+def _first_chunks(data: RunData, size: int) -> torch.Tensor:
+    """Tokens (n, S) of the training text's first chunks, on whose states a token memory begins."""
+    stream = data.streams["train"]
     chunks = min(len(stream) // size, max(1, MEMORY_SAMPLE // size))
-    tokens = torch.from_numpy(stream.read(0, chunks * size).astype(np.int64)).view(-1, size)
-    source = resolve_weights_source(str(config.model.encoder.source), grid)
-    initialize_token_memory(model, encoder, source, tokens)
+    return torch.from_numpy(stream.read(0, chunks * size).astype(np.int64)).view(-1, size)
 
 
 def _check_encoder(weights: Path, encoder: FrozenEncoder | None) -> None:

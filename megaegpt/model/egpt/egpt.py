@@ -24,7 +24,7 @@ from megaegpt.model.egpt.chunk_memory import (
     on_one_side,
 )
 from megaegpt.model.egpt.token_counts import CountMixture, TokenCounts, count_tokens
-from megaegpt.model.egpt.token_memory import MemoryMixture, TokenMemory
+from megaegpt.model.egpt.token_memory import MemoryMixture, Query, TokenMemory
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
 from megaegpt.model.mixture import Mixture
@@ -192,25 +192,35 @@ class EGPT(LanguageModel):
         if earlier_tokens is None:
             raise ValueError("token_counts and token_memory need the tokens of earlier chunks")
         check_tokens(earlier_tokens.clamp(min=0), self.config.vocab_size)
+        mixture: Mixture
         if self.token_memory is None:
-            mixture: Mixture = self.mixture(hidden, features, earlier_tokens, cut)
-            return Predictions(self.head, hidden, mixture)
-        if earlier_states is None:
-            earlier_states = token_states[:, :-1]
-        query = self.token_memory.ask(token_states.flatten(1, 2), hidden.flatten(1, 2))
-        keys = self.token_memory.keys(earlier_states.flatten(1, 2))
-        successors = earlier_tokens.flatten(1)
+            mixture = self.mixture(hidden, features, earlier_tokens, cut)
+        else:
+            earlier = token_states[:, :-1] if earlier_states is None else earlier_states
+            keys = self.token_memory.keys(earlier.flatten(1, 2))
+            query = self.token_memory.ask(token_states.flatten(1, 2), hidden.flatten(1, 2))
+            mixture = self._remembered(query, keys, earlier_tokens.flatten(1), cut, **past)
+        return Predictions(self.head, hidden, mixture)
+
+    def _remembered(
+        self, query: Query, keys: Tensor, successors: Tensor, cut: Tensor | None, **past: Tensor
+    ) -> MemoryMixture:
+        """What the token memory says to a window's query: keys (B, H, J, D) of its earlier chunks,
+        successors (B, J), and what is held of chunks before it.
+        """
+        memory = self.token_memory
+        assert memory is not None
         first_chunk, from_chunk = 0, None
         if past:
             first_chunk = past["past_successors"].shape[1] // self.config.egpt.chunk_size
             keys = torch.cat([past["past_keys"], keys], dim=2)
             successors = torch.cat([past["past_successors"], successors], dim=1)
         if cut is not None:
-            chunk = torch.arange(hidden.shape[1], device=cut.device)
+            chunk = torch.arange(self.config.egpt.num_chunks, device=cut.device)
             from_chunk = torch.where(chunk >= cut.unsqueeze(1), cut.unsqueeze(1), 0)
-        memory = self.token_memory.memory(keys, successors)
-        mixture = MemoryMixture(self.token_memory, query, memory, first_chunk, from_chunk)
-        return Predictions(self.head, hidden, mixture)
+        return MemoryMixture(
+            memory, query, memory.memory(keys, successors), first_chunk, from_chunk
+        )
 
     def mixture(
         self, hidden: Tensor, features: Tensor, earlier_tokens: Tensor, cut: Tensor | None = None
