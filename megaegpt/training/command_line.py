@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import NoReturn
 
 from megaegpt.arguments import ArgumentParser
 from megaegpt.config.loading import load_config
 from megaegpt.config.run import RunConfig
+from megaegpt.config.suggestions import LIKELY_RUN_KEYS, KeyFinder
 from megaegpt.errors import LaunchError, MegaEGPTError
 from megaegpt.parallel.launcher_variables import is_launched, started_processes
 from megaegpt.training.logging.loggers import check_packages
@@ -31,7 +33,13 @@ class RunParser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Instead of printing the usage and exiting."""
-        raise LaunchError(f"{message} (see --help)")
+        hint = "see --help"
+        if option := re.match(r"unrecognized arguments: --([a-z_.-]+)", message):
+            finder = KeyFinder(RunConfig, likely=LIKELY_RUN_KEYS)
+            key = option[1].replace("-", "_")
+            if meant := finder.find(key.rsplit(".", 1)[-1], RunConfig, ""):
+                hint = f"a value of the configuration is given as {meant[0]}=VALUE, without dashes"
+        raise LaunchError(f"{message} ({hint})")
 
     def parse_run(self, trains: bool = True) -> tuple[argparse.Namespace, RunConfig]:
         """The arguments, and the configuration they give for this number of processes.

@@ -18,6 +18,7 @@ SCRIPTS = [*(ROOT / "launchers").glob("*.sh"), ROOT / "tests/run.sh", ROOT / ".c
 FAKE_PYTHON = """#!/usr/bin/env bash
 # Stands in for Python: notes what it is asked for; fails at what FAILS_AT matches.
 echo "$*" >>"$CALLS"
+if [[ "$*" =~ install ]]; then echo "a page of what pip says"; fi
 if [[ -n "${FAILS_AT:-}" && "$*" =~ $FAILS_AT ]]; then exit 1; fi
 if [[ "$1 $2" == "-m venv" ]]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
 site=$(dirname "$0")/../lib/python3.11/site-packages
@@ -52,6 +53,7 @@ class Checkout:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.stdout = self.stderr = ""  # of the last set-up
         self.calls = folder / "calls"
         (folder / "launchers").mkdir(parents=True)
         for name in ("setup.py", "launchers/setup_env.sh"):
@@ -82,6 +84,7 @@ class Checkout:
                  "CALLS": str(self.calls), "FAILS_AT": fails_at, "MEGAEGPT_TORCH": torch},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
+        self.stdout, self.stderr = done.stdout, done.stderr
         lines = self.calls.read_text().splitlines()
         return done.returncode, [line for line in lines if "pip install" in line]
 
@@ -167,6 +170,20 @@ def test_a_set_up_that_failed_half_way_is_taken_up_again(checkout):
     code, installed = checkout.set_up()
     assert code == 0
     assert any(line.endswith("[test]") for line in installed)
+
+
+def test_a_step_is_one_line_and_a_failed_one_shows_what_pip_said(checkout):
+    def shown(fails_at: str) -> tuple[str, str]:
+        checkout.set_up(fails_at=fails_at)
+        return checkout.stdout, checkout.stderr
+
+    stdout, stderr = shown(r"-e ")
+    assert re.search(r"megaegpt and what it needs \.\.\. failed", stdout)
+    assert "a page of what pip says" in stderr
+    assert "setup.log" in stderr
+    stdout, stderr = shown("")
+    assert re.search(r"megaegpt and what it needs \.\.\. \d+ s", stdout)
+    assert "a page" not in stdout + stderr
 
 
 def test_a_missing_optional_package_is_no_failure(checkout):
