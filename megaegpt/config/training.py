@@ -93,9 +93,21 @@ class CheckpointConfig:
     """Steps between checkpoints (one follows the last step); 0: only at the end and on a signal."""
     keep: PositiveInt = 2
     """Complete checkpoints kept; older ones are removed after a newer one is complete."""
+    keep_every: PositiveInt | None = None
+    """Also save at every so many steps, and keep those checkpoints for good. None: keep none."""
     keep_best: bool = False
     """Also save at every best validation loss and keep that checkpoint; the link ``best`` leads to
     it."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A window of steps whose operators are timed; traces go to ``profile/`` beside the metrics."""
+
+    start: PositiveInt | None = None
+    """First step of the window, counted from 1. None: no step is profiled."""
+    steps: PositiveInt = 3
+    """Steps of the window."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,8 @@ class LoggingConfig:
     """Steps between log lines."""
     gradient_norms: bool = False
     """With every log line record the gradient norm of each layer, the embeddings and the rest."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """The steps whose operators are timed."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"

@@ -41,6 +41,8 @@ from megaegpt.training.identity import check_resume, run_identity
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, device_name
 from megaegpt.training.logging.monitor import Monitor, has_validation
+from megaegpt.training.logging.profiling import StepProfiler
+from megaegpt.training.memory_error import explaining_memory
 from megaegpt.training.run_data import PretrainingData, RunData
 from megaegpt.training.starting_model import starting_model
 from megaegpt.training.stopping import StopRequests
@@ -126,6 +128,7 @@ def train(
         monitor=monitor,
         meter=_meter(config, grid, data, size, precision),
         stops=stops or StopRequests(),
+        profiler=StepProfiler(config.logging, grid, monitor.log),
         evaluator=_evaluator(config, grid, data, feed),
         sample=_sampler(config, model, encoder, data.tokenizer, sample_text),
         writers={"weights": functools.partial(_export_weights, model, grid, data, encoder)},
@@ -136,7 +139,9 @@ def train(
         skipped=state.get("skipped", 0),
     )
     try:
-        return trainer.train()
+        encoder_config = None if encoder is None else encoder.config
+        with explaining_memory(config, grid, encoder_config, precision):
+            return trainer.train()
     finally:
         monitor.close()
         engine.close()
@@ -352,7 +357,8 @@ def _check_held_out(config: RunConfig, data: RunData) -> None:
 
 
 def _checkpoints(config: RunConfig, resume: bool) -> CheckpointManager:
-    checkpoints = CheckpointManager(config.checkpoint.directory, config.checkpoint.keep)
+    saving = config.checkpoint
+    checkpoints = CheckpointManager(saving.directory, saving.keep, saving.keep_every)
     latest = checkpoints.latest()
     if latest is not None and not resume:
         raise CheckpointError(

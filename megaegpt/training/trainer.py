@@ -29,6 +29,7 @@ from megaegpt.training.evaluation import Evaluation, Evaluator
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, Stopwatch, log_line
 from megaegpt.training.logging.monitor import Monitor
+from megaegpt.training.logging.profiling import StepProfiler
 from megaegpt.training.stopping import StopRequests
 
 if TYPE_CHECKING:  # DeepSpeed is imported when an engine is made
@@ -49,6 +50,7 @@ class Trainer:
     monitor: Monitor
     meter: SpeedMeter
     stops: StopRequests
+    profiler: StepProfiler
     evaluator: Evaluator | None = None
     sample: Callable[[], str] | None = None
     """Generates a text with the model; called on all ranks together."""
@@ -76,7 +78,7 @@ class Trainer:
     def train(self) -> bool:
         """The loop; True if the run is complete, False if it was stopped (and saved) before."""
         run, logging, total = self.config, self.config.logging, self.config.training.steps
-        with self.stops, self.loader, _no_automatic_gc():
+        with self.stops, self.loader, self.profiler, _no_automatic_gc():
             if self._due(run.training.eval_interval):
                 self._make_up_for_evaluation()
             while self.done < total and not self.best.lost_patience(run.training.patience):
@@ -85,13 +87,15 @@ class Trainer:
                 if reason is not None:
                     self._stop(reason)
                     return False
+                self.profiler.enter(self.done + 1)
                 result = self.engine.train_step(self.done, batch)
                 self._check_finite(result)
                 self._unreported.append(result)
                 self.done += 1
+                self.profiler.leave(self.done)
                 if self.done % logging.interval == 0 or self.done == total:
                     self.report()
-                if self._due(run.checkpoint.interval):
+                if self._due(run.checkpoint.interval) or self._due(run.checkpoint.keep_every or 0):
                     self.save()
                 if self._due(run.training.eval_interval):
                     self.evaluate()

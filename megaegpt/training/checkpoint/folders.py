@@ -120,14 +120,19 @@ class CheckpointFolders:
         temporary.replace(self.directory / _BEST)
         sync_folder(self.directory)
 
-    def remove_old(self, keep: int) -> None:
-        """Remove all but the latest, the best, and the ``keep - 1`` newest others.
+    def remove_old(self, keep: int, keep_every: int | None = None) -> None:
+        """Remove all but the latest, the best, those of every ``keep_every`` steps, and the
+        ``keep - 1`` newest others.
 
         The latest is never removed, whatever the clocks say that dated the checkpoints. What cannot
         be removed waits for the next save, which says so.
         """
         kept = (self.latest(), self.best())
-        others = [folder for folder in self.complete() if folder not in kept]
+        others = [
+            folder
+            for folder in self.complete()
+            if folder not in kept and not (keep_every and _is_multiple(folder, keep_every))
+        ]
         others.sort(key=_saved_at, reverse=True)
         for folder in [*others[keep - 1 :], *self.directory.glob(f"{_REPLACED}*")]:
             doomed = self.directory / f"{_REMOVING}{folder.name.removeprefix(_REPLACED)}"
@@ -144,6 +149,11 @@ def named_step(folder: Path) -> int | None:
         name = _TEMPORARY.sub("", folder.resolve().name)
         return int(name.removeprefix("step_")) if _COMPLETE.fullmatch(name) else None
     return None
+
+
+def _is_multiple(folder: Path, steps: int) -> bool:
+    step = named_step(folder)
+    return step is not None and step % steps == 0
 
 
 def _saved_at(folder: Path) -> int:

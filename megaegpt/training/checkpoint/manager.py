@@ -76,11 +76,13 @@ class CheckpointManager:
     Args:
         directory: where they are; shared by all ranks. Created by the first save.
         keep: complete checkpoints kept, at least 1.
+        keep_every: those after a multiple of so many steps are kept besides, and do not count.
     """
 
-    def __init__(self, directory: str | Path, keep: int) -> None:
+    def __init__(self, directory: str | Path, keep: int, keep_every: int | None = None) -> None:
         self.directory = Path(directory)
         self.keep = max(1, keep)
+        self.keep_every = keep_every
         self._folders = CheckpointFolders(directory)
 
     def latest(self) -> Path | None:
@@ -136,7 +138,7 @@ class CheckpointManager:
             if grid.is_main:
                 try:
                     self._folders.name_best(step_folder(step))
-                    self._folders.remove_old(self.keep)
+                    self._folders.remove_old(self.keep, self.keep_every)
                 except OSError as error:
                     raise CheckpointError(
                         f"{self.directory}/best cannot be written: {error.strerror}"
@@ -181,7 +183,7 @@ class CheckpointManager:
         )
         manifest.write(temporary)
         self._folders.publish(temporary)
-        self._folders.remove_old(self.keep)
+        self._folders.remove_old(self.keep, self.keep_every)
 
     # -- loading ----------------------------------------------------------------------------------
 

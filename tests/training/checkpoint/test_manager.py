@@ -212,6 +212,14 @@ def test_the_latest_is_kept_though_a_clock_says_that_it_is_the_oldest(
         assert len(list(manager.directory.glob("step_*"))) == keep
 
 
+def test_those_of_every_so_many_steps_are_kept_for_good_and_do_not_count(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=2, keep_every=4)
+    for step in range(1, 12):
+        _save(manager, step)
+    kept = [int(path.name[-8:]) for path in sorted(tmp_path.glob("step_*"))]
+    assert kept == [4, 8, 10, 11]
+
+
 def test_the_last_good_one_stays_while_others_are_damaged(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep=2)
     for step in (1, 2):

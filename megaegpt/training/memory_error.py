@@ -1,0 +1,109 @@
+"""What to do where a device's memory was not enough, and by how much each remedy helps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.errors import MegaEGPTError, TrainingError
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.planning.memory import estimate_memory
+from megaegpt.precision import Precision
+
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
+"""What the message of torch's RuntimeError begins its cause with: it has no class of its own."""
+
+_SHOWN = 3
+
+
+@contextlib.contextmanager
+def explaining_memory(
+    config: RunConfig, grid: ProcessGrid, encoder: ModelConfig | None, precision: Precision
+) -> Iterator[None]:
+    """Turn a device's lack of memory into an error that says which settings help.
+
+    Raises:
+        TrainingError: on the rank that had too little.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        lines = describe(config, grid, encoder, precision)
+        if (snapshot := _save_snapshot(config, grid)) is not None:
+            lines.append(f"  what lay in memory: {snapshot} (for pytorch.org/memory_viz)")
+        # Its first line says what was asked for; the rest is torch's own stack.
+        reason = (str(error).splitlines() or ["an allocation failed"])[0].strip()
+        message = [f"{grid.device} has too little memory: {reason}", *lines]
+        raise TrainingError("\n".join(message)) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or a CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _CPU_ALLOCATOR in str(error)
+
+
+def describe(
+    config: RunConfig, grid: ProcessGrid, encoder: ModelConfig | None, precision: Precision
+) -> list[str]:
+    """The estimate of a rank's memory, and the settings that lower it most, the best first."""
+    kind = grid.device.type
+
+    def bytes_of(changed: RunConfig) -> int:
+        return estimate_memory(changed, grid.dp_size, precision, encoder, kind).total
+
+    try:
+        now = bytes_of(config)
+        gains = {text: now - bytes_of(changed) for text, changed in remedies(config, grid)}
+    except (MegaEGPTError, RuntimeError, ValueError):  # an explanation must not hide the error
+        return ["  tools/plan.py says what a run needs"]
+    lines = [f"  a step of this run needs about {_gib(now)} a rank by the plan; what lowers that:"]
+    best = sorted(gains.items(), key=lambda item: -item[1])
+    lines += [f"  - {text}: {_gib(gain)} less" for text, gain in best[:_SHOWN] if gain > 0]
+    if len(lines) == 1:
+        lines[0] = f"  a step of this run needs about {_gib(now)} a rank by the plan"
+    return [*lines, "  the batch of a step stays what it is, and --resume goes on with any of them"]
+
+
+def remedies(config: RunConfig, grid: ProcessGrid) -> Iterator[tuple[str, RunConfig]]:
+    """Settings that need less memory for the same training, as ``key=value``, on as many ranks."""
+
+    def changed(section: str, **values: Any) -> tuple[str, RunConfig]:
+        shown = " ".join(f"{section}.{name}={value}" for name, value in values.items())
+        part = dataclasses.replace(getattr(config, section), **values)
+        return shown, dataclasses.replace(config, **{section: part})
+
+    if config.training.micro_batch_size > 1:
+        yield changed("training", micro_batch_size=_smaller(config.training.micro_batch_size))
+    for kind in ("selective", "full"):
+        if kind != config.training.activation_checkpointing != "full":
+            yield changed("training", activation_checkpointing=kind)
+    if config.parallel.zero_stage < 2 and grid.dp_size > 1:
+        yield changed("parallel", zero_stage=2)
+
+
+def _smaller(size: int) -> int:
+    """The largest smaller micro-batch that divides whatever ``size`` does."""
+    return next(size // n for n in range(2, size + 1) if size % n == 0)
+
+
+def _save_snapshot(config: RunConfig, grid: ProcessGrid) -> Path | None:
+    """Write the allocator's state where there is one, for PyTorch's viewer."""
+    if grid.device.type != "cuda":
+        return None
+    path = Path(config.logging.directory) / f"memory_rank{grid.rank}.pickle"
+    with contextlib.suppress(Exception):  # a private name; the error must not be hidden
+        torch.cuda.memory._dump_snapshot(str(path))
+        return path
+    return None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
