@@ -43,6 +43,7 @@ def _compute(config: RunConfig, verify: bool) -> None:
 
 
 def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> None:
+    from megaegpt.config.validation_sets import validation_sets
     from megaegpt.data.tokens.corpus_manifest import verify_shards
     from megaegpt.data.tokens.stream import TokenStream
     from megaegpt.data.tokens.token_ids import check_ids
@@ -53,6 +54,8 @@ def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> Non
     with raising_together(grid):
         precision = resolve_precision(config.training.precision, grid.device)
         splits = {"train": config.data.train, "validation": config.data.validation}
+        sets = validation_sets(config.data.validation_sets)
+        splits |= {f"validation_{name}": prefixes for name, prefixes in sets.items()}
         streams = {name: TokenStream(shards) for name, shards in splits.items() if shards}
         prefixes = [p for stream in streams.values() for p in stream.prefixes]
         verify_shards(prefixes, config.data.verify_checksums, grid.rank, grid.world_size)

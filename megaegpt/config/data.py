@@ -38,6 +38,9 @@ class DataConfig:
     """Share of each entry of ``train`` in the samples, in any unit. Empty: all are one corpus."""
     validation: tuple[PathText, ...] = ()
     """Shard prefixes evaluated whole. Empty: no evaluation."""
+    validation_sets: tuple[str, ...] = ()
+    """Further sets evaluated whole and recorded by name, beside ``validation``: NAME=PREFIX each;
+    entries of one name are one set."""
     mask_after_document_end: bool = False
     """Leave the first token after a document's end in a sample of shards out of the losses, of
     training and of validation: it does not follow from what is before it."""

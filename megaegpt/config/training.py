@@ -98,6 +98,9 @@ class CheckpointConfig:
     keep_best: bool = False
     """Also save at every best validation loss and keep that checkpoint; the link ``best`` leads to
     it."""
+    best_of: str = "validation"
+    """The validation set whose loss is compared, here and by ``training.patience``: ``validation``
+    or a name of ``data.validation_sets``."""
 
 
 @dataclass(frozen=True)

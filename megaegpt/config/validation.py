@@ -16,6 +16,7 @@ from megaegpt.config.parsing import Problem, raise_problems
 from megaegpt.config.paths import path_problems
 from megaegpt.config.ranges import range_problems
 from megaegpt.config.run import RunConfig
+from megaegpt.config.validation_sets import validation_set_problems
 
 _BATCH = {
     "parallel.tensor_parallel_size",
@@ -65,6 +66,7 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
     problems += [p for p in _blend(config) if broken.isdisjoint(p.keys)]
     problems += _freezing(config)
     problems += _validation_split(config)
+    problems += validation_set_problems(config)
     problems += deepspeed_problems(config.deepspeed)
     return problems
 

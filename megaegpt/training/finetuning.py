@@ -72,7 +72,7 @@ def finetuning_config(config: RunConfig, grid: ProcessGrid) -> RunConfig:
             raise ConfigError(
                 "training.initialize_from is not set: give a run, a folder of weights or gpt2"
             )
-        for name in ("train", "validation", "weights"):
+        for name in ("train", "validation", "validation_sets", "weights"):
             if getattr(config.data, name):
                 raise ConfigError(
                     f"data.{name} is for pretraining, and would not be read: leave it out; records "
@@ -147,6 +147,7 @@ class InstructionData:
             train, held_out = hold_out(train, options.held_out, seed)
         samples = self._rows(self._encode(train, "training"), seed)
         self.samples: Samples = samples
+        self.validation_sets: Mapping[str, Windows] = {}
         self.validation: Windows | None = None
         if held_out:
             rows = self._rows(self._encode(held_out, "validation"), seed)

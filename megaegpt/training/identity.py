@@ -60,13 +60,13 @@ _KEYS: dict[Effect, dict[str, str]] = {
     "none": {
         "model": "init_std",
         "model.encoder": "source initialize_decoder batch_size",
-        "data": "train validation verify_checksums vocabulary features history_features "
-        "token_features prefetch",
+        "data": "train validation validation_sets verify_checksums vocabulary features "
+        "history_features token_features prefetch",
         "data.instructions": "train validation",
         "parallel": "tensor_parallel_size zero_stage overlap_comm",
         "training": "activation_checkpointing eval_interval patience initialize_from compile "
         "deterministic",
-        "checkpoint": "directory interval keep keep_every keep_best",
+        "checkpoint": "directory interval keep keep_every keep_best best_of",
         "logging": "directory interval gradient_norms tensorboard wandb wandb_project",
         "logging.profile": "start steps",
         "generation": "prompt max_new_tokens temperature top_k top_p seed",
@@ -84,6 +84,7 @@ EFFECTS: dict[str, Effect] = {
 READ_FROM = {
     "data.train",
     "data.validation",
+    "data.validation_sets",
     "data.vocabulary",
     "data.instructions.train",
     "data.instructions.validation",

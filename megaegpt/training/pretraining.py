@@ -15,6 +15,7 @@ from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.data.tokens.blend import Blend
 from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.data.tokens.token_ids import known_byte_lengths
+from megaegpt.data.tokens.windows import Windows
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.files import write_whole
 from megaegpt.model.build import Model, build_inputs
@@ -117,7 +118,8 @@ def train(
     size = measure_model(config, None if encoder is None else encoder.config)
     with raising_together(grid):
         best = BestLoss.restored(state.get("best", {}))
-        monitor = Monitor(config.logging, grid, state.get("step", 0))
+        judged = config.checkpoint.best_of
+        monitor = Monitor(config.logging, grid, state.get("step", 0), judged)
     _introduce(config, grid, monitor, data, size, precision, state, resume, notices)
     trainer = Trainer(
         config=config,
@@ -129,7 +131,7 @@ def train(
         meter=_meter(config, grid, data, size, precision),
         stops=stops or StopRequests(),
         profiler=StepProfiler(config.logging, grid, monitor.log),
-        evaluator=_evaluator(config, grid, data, feed),
+        evaluators=_evaluators(config, grid, data, feed),
         sample=_sampler(config, model, encoder, data.tokenizer, sample_text),
         writers={"weights": functools.partial(_export_weights, model, grid, data, encoder)},
         identity=identity,
@@ -208,27 +210,34 @@ def _loader(
 # -- what is measured and written on the way -------------------------------------------------------
 
 
-def _evaluator(
+def _evaluators(
     config: RunConfig, grid: ProcessGrid, data: RunData, feed: Callable[[str], ModelInputs]
-) -> Evaluator | None:
-    """Evaluates what is held out, if anything is."""
-    if data.validation is None:
-        return None
-    stream = data.streams.get("validation")
-    lengths = (
-        data.tokenizer.token_byte_lengths
-        if stream is None
-        else known_byte_lengths(stream, data.tokenizer, config.model.vocab_size)
-    )
-    return Evaluator(
-        data.validation,
-        num_chunks=data.num_chunks,
-        inputs=feed("validation"),
-        grid=grid,
-        batch_size=config.training.micro_batch_size,
-        token_byte_lengths=lengths,
-        trim=data.trim,
-    )
+) -> dict[str, Evaluator]:
+    """Evaluate what is held out, by its name: ``validation`` first, if there is one."""
+
+    def evaluator(windows: Windows, split: str) -> Evaluator:
+        stream = data.streams.get(split)
+        lengths = (
+            data.tokenizer.token_byte_lengths
+            if stream is None
+            else known_byte_lengths(stream, data.tokenizer, config.model.vocab_size)
+        )
+        return Evaluator(
+            windows,
+            num_chunks=data.num_chunks,
+            inputs=feed(split),
+            grid=grid,
+            batch_size=config.training.micro_batch_size,
+            token_byte_lengths=lengths,
+            trim=data.trim,
+        )
+
+    found: dict[str, Evaluator] = {}
+    if data.validation is not None:
+        found["validation"] = evaluator(data.validation, "validation")
+    for name, windows in data.validation_sets.items():
+        found[name] = evaluator(windows, f"validation_{name}")
+    return found
 
 
 def _sampler(

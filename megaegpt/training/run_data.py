@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.config.validation_sets import validation_sets
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.blend import Blend
@@ -35,6 +36,8 @@ class RunData(Protocol):
     streams: Mapping[str, TokenStream]
     """The splits that features are stored for, by name; empty: they are computed in the loop."""
     validation: Windows | None
+    validation_sets: Mapping[str, Windows]
+    """Further sets by name; each has its stream under ``validation_NAME`` where it has one."""
     num_chunks: int
     """Chunks that the validation loss is reported by."""
 
@@ -77,22 +80,37 @@ class PretrainingData:
         if config.data.validation:
             held_out = TokenStream(config.data.validation)
             self.streams = {"train": train, "validation": held_out}
-            end = _masked_after(config, held_out, self.tokenizer)
-            self.validation = EvaluationWindows(
-                held_out,
-                model.sample_len,
-                self.num_chunks,
-                overlap=model.encoder.overlap,
-                document_end=end,
-            )
-            if not len(self.validation):
-                raise nothing_to_predict(f"data.validation ({', '.join(config.data.validation)})")
+            self.validation = self._windows(config, held_out, "data.validation")
+        sets = validation_sets(config.data.validation_sets)
+        streams = {name: TokenStream(entries) for name, entries in sets.items()}
+        self.validation_sets: Mapping[str, Windows] = {
+            name: self._windows(config, stream, f"validation set {name}")
+            for name, stream in streams.items()
+        }
+        self.streams = {**self.streams, **{f"validation_{n}": s for n, s in streams.items()}}
         prefixes = [p for stream in self.streams.values() for p in stream.prefixes]
         check_same_tokenizer(prefixes, self.tokenizer)
         verify_shards(prefixes, config.data.verify_checksums, rank, world_size)
         for stream in self.streams.values():
             check_ids(stream, model.vocab_size, rank, world_size)
         self._samples_drawn = config.batches.samples_before(config.training.steps)
+
+    def _windows(self, config: RunConfig, stream: TokenStream, what: str) -> Windows:
+        """A whole stream to be evaluated.
+
+        Raises:
+            DataError: it has no token to predict.
+        """
+        windows = EvaluationWindows(
+            stream,
+            config.model.sample_len,
+            self.num_chunks,
+            overlap=config.model.encoder.overlap,
+            document_end=_masked_after(config, stream, self.tokenizer),
+        )
+        if not len(windows):
+            raise nothing_to_predict(f"{what} ({', '.join(stream.prefixes)})")
+        return windows
 
     def trim(self, batch: Batch) -> Batch:
         """Every column is learned from."""
@@ -102,6 +120,7 @@ class PretrainingData:
         """One line on the splits."""
         validation = self.streams.get("validation")
         held_out = f"{len(validation):,}" if validation else "no"
+        sets = (f", {len(self.streams[f'validation_{n}']):,} of {n}" for n in self.validation_sets)
         if isinstance(self.samples, Blend):
             run = f"the run is {self.samples.describe(self._samples_drawn)}"
         else:
@@ -109,6 +128,7 @@ class PretrainingData:
             run = f"{len(self.samples):,} samples; the run is {epochs:.2f} epochs"
         return (
             f"{len(self.streams['train']):,} training tokens ({run}), {held_out} validation tokens"
+            f"{''.join(sets)}"
         )
 
 

@@ -51,7 +51,8 @@ class Trainer:
     meter: SpeedMeter
     stops: StopRequests
     profiler: StepProfiler
-    evaluator: Evaluator | None = None
+    evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
+    """Of the validation sets by name."""
     sample: Callable[[], str] | None = None
     """Generates a text with the model; called on all ranks together."""
     writers: Writers = field(default_factory=dict)
@@ -184,23 +185,26 @@ class Trainer:
         self._saved = self.done
 
     def evaluate(self) -> None:
-        """Loss on the validation split, and a generated sample."""
-        result: Evaluation | None = None
+        """Losses on the validation sets, and a generated sample."""
+        results: dict[str, Evaluation] = {}
         with self._not_training():
-            if self.evaluator is not None:
-                evaluated = self.evaluator.evaluate(self.model)
-                # Rank 0's, for what follows from it must be the same everywhere, to the last bit.
-                result = broadcast_object(lambda: evaluated, self._grid)
-                self.monitor.log(f"step {self.done}: {result}")
-                self.monitor.validation(self.done, result)
+            for name, evaluator in self.evaluators.items():
+                results[name] = self._same_everywhere(evaluator.evaluate(self.model))
+                of_set = "" if name == "validation" else f"{name}: "
+                self.monitor.log(f"step {self.done}: {of_set}{results[name]}")
+                self.monitor.validation(self.done, results[name], name)
             self._report_metrics()
             if self.sample is not None:
                 text = self.sample()
                 self.monitor.log(f"step {self.done}: sample\n{text}")
                 self.monitor.text("sample", text, self.done)
             self.monitor.flush()
-        if result is not None:
-            self._judge(result.loss)
+        if (judged := results.get(self.config.checkpoint.best_of)) is not None:
+            self._judge(judged.loss)
+
+    def _same_everywhere(self, result: Evaluation) -> Evaluation:
+        """Rank 0's, for what follows from it must be the same everywhere, to the last bit."""
+        return broadcast_object(lambda: result, self._grid)
 
     def _judge(self, loss: float) -> None:
         """Compare the validation loss of the steps so far with those before."""

@@ -26,7 +26,14 @@ PATHS = {
     "model.encoder.source",
     "training.initialize_from",
 }
-OTHER_TEXTS = {"deepspeed", "generation.prompt", "logging.wandb_project", "training.freeze"}
+OTHER_TEXTS = {
+    "checkpoint.best_of",
+    "data.validation_sets",  # NAME=PREFIX, whose prefix is expanded where it is taken apart
+    "deepspeed",
+    "generation.prompt",
+    "logging.wandb_project",
+    "training.freeze",
+}
 
 
 def _holds(wanted: Any, annotation: Any) -> bool:

@@ -16,7 +16,10 @@ from megaegpt.errors import ConfigError
 @pytest.mark.parametrize(
     ("override", "suggestion"),
     [
-        ("steps=100", "training.steps or training.batch_ramp.steps"),
+        (
+            "steps=100",
+            "training.steps, training.batch_ramp.steps or logging.profile.steps",
+        ),
         ("seed=3", "training.seed or generation.seed"),
         ("train=x", "data.train or data.instructions.train"),
         (

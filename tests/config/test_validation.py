@@ -101,6 +101,20 @@ REFUSED = [
         {"checkpoint": {"keep_best": True}, "data": {"train": ("x",)}},
         "checkpoint.keep_best=true needs data.validation",
     ),
+    ({"data": {"validation_sets": ("data/x",)}}, "'data/x' must be NAME=PREFIX"),
+    (
+        {"data": {"validation_sets": ("x=$NO_SUCH_VARIABLE/x",)}},
+        "the environment variable $NO_SUCH_VARIABLE is not set",
+    ),
+    ({"data": {"validation_sets": ("train=data/x",)}}, "'train' has a meaning already"),
+    (
+        {"data": {"train": ("x",), "validation_sets": ("wiki=data/x",)}},
+        "stand beside data.validation, which is empty",
+    ),
+    (
+        {"checkpoint": {"best_of": "code"}, "data": {"validation_sets": ("wiki=data/x",)}},
+        "best_of=code is no validation set: use one of validation, wiki",
+    ),
     ({"model": {"dropout": 1.0}}, "model.dropout=1.0 must be at least 0 and below 1"),
     ({"model": {"kind": "egpt"}}, "model.encoder.source is required for model.kind=egpt"),
     ({"model": {"kind": "deepgpt"}}, "model.encoder.source is required for model.kind=deepgpt"),

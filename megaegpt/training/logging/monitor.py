@@ -28,6 +28,7 @@ class Monitor:
         grid: whether this is rank 0.
         done: optimizer steps the run starts from. Records of later steps, left by a run that was
             stopped after its last checkpoint, are dropped: their steps will be recorded again.
+        judged: the validation set that :meth:`validation_loss` tells of.
 
     Raises:
         ConfigError: a logger cannot be opened.
@@ -35,8 +36,11 @@ class Monitor:
             it too, of a full disk.
     """
 
-    def __init__(self, config: LoggingConfig, grid: ProcessGrid, done: int = 0) -> None:
+    def __init__(
+        self, config: LoggingConfig, grid: ProcessGrid, done: int = 0, judged: str = "validation"
+    ) -> None:
         self._is_main = grid.is_main
+        self._judged = _loss_key(judged)
         self._validated: dict[int, float] = {}
         self._loggers: list[Logger] = []
         self._told_of_images = False
@@ -47,9 +51,9 @@ class Monitor:
             folder.mkdir(parents=True, exist_ok=True)
             kept = keep_records(folder / METRICS, done)
         self._validated |= {
-            record["step"]: _validation_loss(record, folder / METRICS)
+            record["step"]: _validation_loss(record, self._judged, folder / METRICS)
             for record in kept
-            if "validation_loss" in record
+            if self._judged in record
         }
         with naming_failures(folder):
             self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
@@ -70,23 +74,28 @@ class Monitor:
         self._record(step, known)
         self._scalars(step, {f"training/{name}": value for name, value in known.items()})
 
-    def validation(self, step: int, result: Evaluation) -> None:
-        """Record an evaluation after ``step`` steps, with a figure of the loss by chunk."""
-        values = {
-            "validation_loss": result.loss,
-            "validation_nats_per_byte": result.nats_per_byte,
+    def validation(self, step: int, result: Evaluation, name: str = "validation") -> None:
+        """Record an evaluation after ``step`` steps of the validation set ``name``.
+
+        ``validation`` itself has a figure of the loss by chunk.
+        """
+        if _loss_key(name) == self._judged:
+            self._validated[step] = result.loss
+        further = "" if name == "validation" else f"/{name}"
+        values: dict[str, Any] = {
+            _loss_key(name): result.loss,
+            f"validation_nats_per_byte{further}": result.nats_per_byte,
         }
-        chunks = list(result.loss_by_chunk[: _with_targets(result)])
-        self._validated[step] = result.loss
-        self._record(step, {**values, **({"validation_loss_by_chunk": chunks} if chunks else {})})
-        self._scalars(
-            step,
-            {
-                "validation/loss": result.loss,
-                "validation/nats_per_byte": result.nats_per_byte,
-                **{f"validation_by_chunk/{n:02d}": loss for n, loss in enumerate(chunks)},
-            },
-        )
+        scalars = {
+            f"validation{further}/loss": result.loss,
+            f"validation{further}/nats_per_byte": result.nats_per_byte,
+        }
+        chunks = [] if further else list(result.loss_by_chunk[: _with_targets(result)])
+        if chunks:
+            values["validation_loss_by_chunk"] = chunks
+            scalars |= {f"validation_by_chunk/{n:02d}": loss for n, loss in enumerate(chunks)}
+        self._record(step, values)
+        self._scalars(step, scalars)
         if self._loggers and chunks:
             self._draw_chunks(step, chunks)
 
@@ -163,16 +172,21 @@ def keep_records(path: Path, step: int) -> list[dict[str, Any]]:
     return [records[line] for line in kept]
 
 
-def _validation_loss(record: dict[str, Any], path: Path) -> float:
+def _loss_key(name: str) -> str:
+    """The name in ``metrics.jsonl`` of a validation set's loss."""
+    return "validation_loss" if name == "validation" else f"validation_loss/{name}"
+
+
+def _validation_loss(record: dict[str, Any], key: str, path: Path) -> float:
     """The loss of an evaluation on record; nan if it was not finite, which earlier versions wrote
     as NaN.
     """
-    loss = record["validation_loss"]
+    loss = record[key]
     if loss is None or (isinstance(loss, float) and not math.isfinite(loss)):
         return math.nan
     where = f"{path}, the evaluation after step {record['step']},"
-    found = conform({"validation_loss": loss}, dict[str, float], where, remedy="delete its line")
-    return found["validation_loss"]
+    found = conform({key: loss}, dict[str, float], where, remedy="delete its line")
+    return found[key]
 
 
 def has_validation(folder: Path, step: int) -> bool:
