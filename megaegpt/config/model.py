@@ -250,6 +250,16 @@ class ModelConfig:
         return self.kind == "egpt" and self.egpt.history and self.egpt.num_chunks > 1
 
     @property
+    def preceding_tokens(self) -> int:
+        """Tokens before a window that the model is told: those that its encoder sees too, and at
+        least the one that a token memory compares.
+        """
+        if not self.needs_encoder:
+            return 0
+        remembers = self.kind == "egpt" and self.egpt.token_memory
+        return max(self.encoder.overlap, int(remembers))
+
+    @property
     def chunks_per_sample(self) -> int:
         """Chunks of a training sample; 1 for a gpt."""
         return self.egpt.num_chunks if self.needs_encoder else 1

@@ -76,13 +76,14 @@ class CarriedMemory(EGPTInputs):
         if len(batch["tokens"]) != 1 or first != self._next_chunk:
             raise ValueError("a memory is carried over windows in order, one at a time")
         arguments = self.arguments(batch)
-        past = {"past_keys": self._held.precise_keys(), "past_successors": self._held.successors}
+        past = {"past_keys": self._held.precise_keys(), "past_text": self._held.earlier.text}
         targets = batch["targets"]
         nats = model(**arguments, **past, targets=targets, reduction=reduction)
-        for states, successors in zip(
-            arguments["token_states"].unbind(1), targets.clamp(min=-1).unbind(1), strict=True
+        for states, tokens in zip(
+            arguments["token_states"].unbind(1), batch["tokens"].unbind(1), strict=True
         ):
-            self._held.append(states, successors)
+            self._held.append(states, tokens)
+            self._held.finish_chunk()
         self._next_chunk += len(numbers)
         return nats
 

@@ -37,6 +37,9 @@ class ZeroHistory(EGPTInputs):
         arguments["features"] = torch.zeros_like(arguments["features"])
         if "earlier_tokens" in arguments:
             arguments["earlier_tokens"] = torch.full_like(arguments["earlier_tokens"], -1)
+        if "text" in arguments:
+            size = self._config.egpt.chunk_size
+            arguments["earlier_text"] = torch.full_like(arguments["text"][:, size - 1 :], -1)
         return arguments
 
 
@@ -70,7 +73,7 @@ class ShuffledHistory(EGPTInputs):
         return (window + self._whole // 2) % self._whole
 
     def prepare(self, batch: Batch) -> Batch:
-        """Adds the other windows' tokens, and those behind them, (B, N - 1, S) each."""
+        """Adds the other windows' tokens (B, N - 1, S), those behind them (B, 1), and before."""
         prepared = dict(super().prepare(batch))
         chunks, size = self._egpt.num_chunks, self._egpt.chunk_size
         firsts = [
@@ -78,14 +81,14 @@ class ShuffledHistory(EGPTInputs):
         ]
         rows = [self._source.read(first * size, (chunks - 1) * size + 1) for first in firsts]
         text = torch.from_numpy(np.stack(rows).astype(np.int64))
-        for name, tokens in (("donors", text[:, :-1]), ("behind_donors", text[:, 1:])):
-            prepared |= {name: tokens.unflatten(1, (chunks - 1, size))}
+        prepared["donors"] = text[:, :-1].unflatten(1, (chunks - 1, size))
+        prepared["behind_donors"] = text[:, -1:]
+        if preceding := self._config.preceding_tokens:
+            before = [tokens_before(self._source, first * size, preceding) for first in firsts]
+            prepared["before_donors"] = torch.from_numpy(np.stack(before))
         if self._token_states is not None:
             chunk_ids = np.array(firsts)[:, None] + np.arange(chunks - 1)
             prepared |= {"states_of_donors": self._token_states.token_states(chunk_ids)}
-        elif overlap := self._config.encoder.overlap:
-            before = [tokens_before(self._source, first * size, overlap) for first in firsts]
-            prepared |= {"before_donors": torch.from_numpy(np.stack(before))}
         return prepared
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
@@ -99,7 +102,8 @@ class ShuffledHistory(EGPTInputs):
             arguments["earlier_tokens"] = batch["donors"]
         elif self._egpt.token_memory:
             arguments["earlier_states"] = states
-            arguments["earlier_tokens"] = batch["behind_donors"]
+            parts = (batch["before_donors"][:, -1:], batch["donors"], batch["behind_donors"])
+            arguments["earlier_text"] = torch.cat([part.flatten(1) for part in parts], dim=1)
         return arguments
 
 

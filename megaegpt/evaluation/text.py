@@ -79,7 +79,7 @@ def evaluate_text(
     num_chunks = config.chunks_per_sample
     try:
         windows = EvaluationWindows(
-            source, config.sample_len, num_chunks, stride, config.encoder.overlap
+            source, config.sample_len, num_chunks, stride, config.preceding_tokens
         )
     except ValueError as error:
         raise ConfigError(f"--stride {stride} does not fit the model: {error}") from None

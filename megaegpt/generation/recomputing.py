@@ -30,9 +30,9 @@ class RecomputingDecoder:
         self._tokens = tokens
         seen, last = self._seen(tokens)
         batch = {"tokens": seen, "targets": seen}
-        overlap, begin = self._model.config.encoder.overlap, tokens.shape[1] - last - 1
-        if self._model.config.needs_encoder and 0 < overlap <= begin:
-            batch["before"] = tokens[:, begin - overlap : begin]
+        preceding, begin = self._model.config.preceding_tokens, tokens.shape[1] - last - 1
+        if 0 < preceding <= begin:
+            batch["before"] = tokens[:, begin - preceding : begin]
         batch = dict(self._inputs.prepare(batch))
         predictions = self._model.predictions(**self._inputs.arguments(batch))
         places = torch.arange(seen.shape[1], device=seen.device) == last

@@ -32,8 +32,8 @@ class ParamSpec:
     """
     init_std: float = 0.0
     """Standard deviation of the normal initial values around ``init_mean``; 0: constant."""
-    init_mean: float = 0.0
-    """Mean of the initial values (1 for LayerNorm weights)."""
+    init_mean: float | tuple[float, ...] = 0.0
+    """Mean of the initial values (1 for LayerNorm weights); several are those of the columns."""
     vocab_rows: int | None = None
     """For vocabulary matrices: real tokens; the rows from here on are padding and start (and stay)
     0.
@@ -57,7 +57,7 @@ def new_parameter(
     *,
     tp_dim: int | None = None,
     std: float = 0.0,
-    mean: float = 0.0,
+    mean: float | tuple[float, ...] = 0.0,
     vocab_rows: int | None = None,
 ) -> nn.Parameter:
     """An uninitialised parameter of this rank's shape with its spec (see :func:`initialize`)."""
@@ -105,10 +105,11 @@ def initialize(model: nn.Module, seed: int, grid: ProcessGrid) -> None:
     """
     for name, parameter in model.named_parameters():
         spec = spec_of(parameter)
-        full = torch.full(spec.full_shape, spec.init_mean, dtype=torch.float32)
+        mean = torch.tensor(spec.init_mean, dtype=torch.float32)
+        full = mean.expand(spec.full_shape).clone(memory_format=torch.contiguous_format)
         if spec.init_std:
             generator = torch.Generator().manual_seed(derive_seed(seed, name))
-            full.normal_(spec.init_mean, spec.init_std, generator=generator)
+            full.normal_(0.0, spec.init_std, generator=generator).add_(mean)
         if spec.vocab_rows is not None:
             full[spec.vocab_rows :] = 0
         with torch.no_grad():

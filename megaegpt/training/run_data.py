@@ -105,7 +105,7 @@ class PretrainingData:
             stream,
             config.model.sample_len,
             self.num_chunks,
-            overlap=config.model.encoder.overlap,
+            overlap=config.model.preceding_tokens,
             document_end=_masked_after(config, stream, self.tokenizer),
         )
         if not len(windows):
@@ -149,8 +149,8 @@ def _samples_of(
     span: tuple[int, int] | None = None,
 ) -> StreamSamples:
     if model.needs_encoder:
-        egpt, overlap = model.egpt, model.encoder.overlap
-        return ChunkWindows(stream, egpt.num_chunks, egpt.chunk_size, seed, span, overlap, end)
+        egpt, preceding = model.egpt, model.preceding_tokens
+        return ChunkWindows(stream, egpt.num_chunks, egpt.chunk_size, seed, span, preceding, end)
     return PretrainingSamples(stream, model.max_seq_len, seed, span, end)
 
 

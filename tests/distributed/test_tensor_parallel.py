@@ -64,6 +64,9 @@ def _batch(config: ModelConfig, step: int, dtype: torch.dtype) -> dict[str, torc
     batch["features"] = features.to(dtype)
     if not (egpt.token_counts or egpt.token_memory):
         return batch
+    if egpt.token_memory:  # few tokens, which come again
+        text = torch.randint(9, (2, 1 + 3 * egpt.chunk_size), generator=generator)
+        return batch | {"text": text}
     earlier = torch.randint(config.vocab_size, (2, 2, egpt.chunk_size), generator=generator)
     earlier[:, 0] = targets[:, 2].clamp(min=0)  # some come again
     return batch | {"earlier_tokens": earlier}

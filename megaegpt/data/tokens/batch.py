@@ -7,7 +7,7 @@ tokens   (n, T) int64     what is read
 targets  (n, T) int64     the token after each; -100 where nothing is predicted
 segments (n, T) int64     of packed texts: the number of each token's text, negative at padding
 chunk_ids (n, N) int64    of windows of chunks: each chunk's number in its stream
-before   (n, O) int64     of windows of chunks over an encoder with an overlap: the tokens before
+before   (n, O) int64     of windows of chunks, where the model is told of them: the tokens before
                           the window; -1 where its text begins
 ======== ================ ===================================================================
 

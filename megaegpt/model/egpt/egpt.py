@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaegpt.config import EGPTConfig, ModelConfig
+from megaegpt.labels import NOTHING_BEFORE
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.base import LanguageModel, Predictions
 from megaegpt.model.block import BlockStack, block_norm
@@ -23,11 +24,11 @@ from megaegpt.model.egpt.chunk_memory import (
     RecordingContext,
     on_one_side,
 )
+from megaegpt.model.egpt.copy_attention import Keys
 from megaegpt.model.egpt.token_counts import CountMixture, TokenCounts, count_tokens
-from megaegpt.model.egpt.token_memory import MemoryMixture, Query, TokenMemory
+from megaegpt.model.egpt.token_memory import MemoryMixture, TokenMemory
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
-from megaegpt.model.mixture import Mixture
 from megaegpt.model.mlp import MLP
 from megaegpt.model.positions import AddedPositions
 from megaegpt.model.rotary import RotaryTable, rotary_table
@@ -169,8 +170,7 @@ class EGPT(LanguageModel):
         token_states: Tensor,
         features: Tensor,
         earlier_tokens: Tensor | None = None,
-        earlier_states: Tensor | None = None,
-        **past: Tensor,
+        **memory: Tensor,
     ) -> Predictions:
         """Predict the token behind each.
 
@@ -178,49 +178,72 @@ class EGPT(LanguageModel):
             token_states: (B, N, S, C).
             features: (B, N - 1, P, C).
             earlier_tokens: with ``token_counts`` the ids of the chunks that features are of, (B, N
-                - 1, S); with ``token_memory`` the ids behind them, that is, their targets. -1: none
-                is known.
-            earlier_states: encoder states of those chunks (B, N - 1, S, C); None: ``token_states``
-                holds them.
-            past: with ``token_memory`` what is held of chunks before the window, ``past_keys`` (B,
-                H, J, D) and ``past_successors`` (B, J).
+                - 1, S); -1: none is known.
+            memory: with ``token_memory`` what :meth:`_remembered` needs.
         """
         cut = self._history_cut(token_states)
         hidden = self.hidden_states(token_states, features, cut)
-        if self.counts is None and self.token_memory is None:
+        if self.token_memory is not None:
+            return Predictions(
+                self.head, hidden, self._remembered(token_states, hidden, cut, **memory)
+            )
+        if self.counts is None:
             return Predictions(self.head, hidden)
         if earlier_tokens is None:
-            raise ValueError("token_counts and token_memory need the tokens of earlier chunks")
+            raise ValueError("token_counts need the tokens of earlier chunks")
         check_tokens(earlier_tokens.clamp(min=0), self.config.vocab_size)
-        mixture: Mixture
-        if self.token_memory is None:
-            mixture = self.mixture(hidden, features, earlier_tokens, cut)
-        else:
-            earlier = token_states[:, :-1] if earlier_states is None else earlier_states
-            keys = self.token_memory.keys(earlier.flatten(1, 2))
-            query = self.token_memory.ask(token_states.flatten(1, 2), hidden.flatten(1, 2))
-            mixture = self._remembered(query, keys, earlier_tokens.flatten(1), cut, **past)
-        return Predictions(self.head, hidden, mixture)
+        return Predictions(self.head, hidden, self.mixture(hidden, features, earlier_tokens, cut))
 
     def _remembered(
-        self, query: Query, keys: Tensor, successors: Tensor, cut: Tensor | None, **past: Tensor
+        self,
+        token_states: Tensor,
+        hidden: Tensor,
+        cut: Tensor | None,
+        text: Tensor | None = None,
+        earlier_text: Tensor | None = None,
+        earlier_states: Tensor | None = None,
+        past_keys: Tensor | None = None,
+        past_text: Tensor | None = None,
     ) -> MemoryMixture:
-        """What the token memory says to a window's query: keys (B, H, J, D) of its earlier chunks,
-        successors (B, J), and what is held of chunks before it.
+        """What the token memory says of the tokens behind a window's.
+
+        Args:
+            token_states: (B, N, S, C) of the encoder.
+            hidden: (B, N, S, C), what the head reads.
+            cut: see :meth:`hidden_states`.
+            text: (B, 1 + N * S) ids of the window, and of the token before it; -1: it is not known.
+            earlier_text: (B, (N - 1) * S + 2) ids that are seen in the place of all chunks but the
+                last, those before and behind them included; -1: none is known. None: the window's.
+            earlier_states: encoder states of them (B, N - 1, S, C); None: the window's.
+            past_keys: (B, H, J, D) held of chunks before the window; None: nothing is.
+            past_text: (B, J + 2) ids of them, with that before them and one that is not read.
         """
-        memory = self.token_memory
+        memory, size = self.token_memory, self.config.egpt.chunk_size
         assert memory is not None
+        if text is None:
+            raise ValueError("token_memory needs the tokens of the window")
+        for ids in (text, earlier_text):
+            if ids is not None:
+                check_tokens(ids.clamp(min=0), self.config.vocab_size)
+        states = token_states.flatten(1, 2)  # (B, T, C)
+        own = Keys(memory.keys(states), F.pad(text, (0, 1), value=NOTHING_BEFORE))
+        earlier = own.cut(0, own.num_keys - size)
+        if earlier_text is not None:
+            earlier = earlier._replace(text=earlier_text)
+        if earlier_states is not None:
+            earlier = earlier._replace(keys=memory.keys(earlier_states.flatten(1, 2)))
         first_chunk, from_chunk = 0, None
-        if past:
-            first_chunk = past["past_successors"].shape[1] // self.config.egpt.chunk_size
-            keys = torch.cat([past["past_keys"], keys], dim=2)
-            successors = torch.cat([past["past_successors"], successors], dim=1)
+        if past_keys is not None and past_text is not None:
+            first_chunk = past_keys.shape[2] // size
+            earlier = Keys(
+                torch.cat([past_keys, earlier.keys], dim=2),
+                torch.cat([past_text[:, :-1], earlier.text[:, 1:]], dim=1),
+            )
         if cut is not None:
-            chunk = torch.arange(self.config.egpt.num_chunks, device=cut.device)
+            chunk = torch.arange(token_states.shape[1], device=cut.device)
             from_chunk = torch.where(chunk >= cut.unsqueeze(1), cut.unsqueeze(1), 0)
-        return MemoryMixture(
-            memory, query, memory.memory(keys, successors), first_chunk, from_chunk
-        )
+        query = memory.ask(states, hidden.flatten(1, 2))
+        return MemoryMixture(memory, query, earlier, own, first_chunk, from_chunk)
 
     def mixture(
         self, hidden: Tensor, features: Tensor, earlier_tokens: Tensor, cut: Tensor | None = None
@@ -310,7 +333,7 @@ class EGPT(LanguageModel):
         if self.counts is not None:
             forward += matmul_flops(self.counts)
         if self.token_memory is not None:
-            seen = (egpt.num_chunks - 1) * egpt.chunk_size / 2  # on average over a window
+            seen = egpt.num_chunks * egpt.chunk_size / 2  # on average over a window
             forward += matmul_flops(self.token_memory)
             forward += 2 * seen * egpt.memory_dim * egpt.memory_pointers
         return int(3 * (forward + 2 * config.vocab_size * config.hidden_size))

@@ -65,13 +65,15 @@ class EGPTDecoder:
         if self._offset == 0 and unseen > 0:
             begin = unseen * size
             self._encoder.reset(tokens[:, begin - self._overlap : begin])
+            if self._held_tokens is not None:
+                self._held_tokens.begin_behind(tokens[:, begin - 1])
             tokens = tokens[:, begin:]
         room = size - self._offset
         for piece in (tokens[:, :room], *tokens[:, room:].split(size, dim=1)):
             if piece.shape[1] == 0:
                 continue
             if self._offset == size:
-                self._finish_chunk(piece[:, 0])
+                self._finish_chunk()
             states = self._encode(piece)
         hidden = self._decode(states)
         logits = self._model.head.full_logits(hidden)
@@ -92,13 +94,13 @@ class EGPTDecoder:
         self._states[:, self._offset : end] = states
         self._tokens[:, self._offset : end] = tokens
         states = self._states[:, self._offset : end]
+        if self._held_tokens is not None:
+            self._held_tokens.append(states, tokens)
         self._offset = end
         return states
 
-    def _finish_chunk(self, behind: Tensor) -> None:
-        """The current chunk becomes features, and the oldest one leaves a full window; ``behind``
-        it are the tokens (B,).
-        """
+    def _finish_chunk(self) -> None:
+        """The current chunk becomes features, and the oldest one leaves a full window."""
         size = self._model.config.egpt.chunk_size
         features = chunk_features(self._states, self._model.config.egpt).unsqueeze(1)
         held = torch.cat([self._features, features], dim=1)  # (B, n, P, C)
@@ -109,8 +111,7 @@ class EGPTDecoder:
             counts = count_tokens(self._tokens.unsqueeze(1), vocab_size)
             self._counts = torch.cat([self._counts, counts], dim=1)[:, left:]
         if self._held_tokens is not None:
-            successors = torch.cat([self._tokens[:, 1:], behind.unsqueeze(1)], dim=1)
-            self._held_tokens.append(self._states, successors)
+            self._held_tokens.finish_chunk()
         self._memory = None
         self._encoder.reset(self._tokens[:, size - self._overlap :])
         if self._local_cache is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megaegpt.config import ModelConfig
 from megaegpt.data.features.store import FeatureStore
 from megaegpt.data.tokens.batch import Batch
+from megaegpt.labels import NOTHING_BEFORE
 from megaegpt.model.calling import ChunkInputs, Encode, chunk_ids_of
 from megaegpt.model.egpt.egpt import chunk_features
 
@@ -56,13 +57,8 @@ class EGPTInputs(ChunkInputs):
         if self._config.egpt.token_counts:
             arguments["earlier_tokens"] = batch["tokens"][:, :-1]
         elif self._config.egpt.token_memory:
-            arguments["earlier_tokens"] = following(batch["tokens"])
+            tokens, before = batch["tokens"].flatten(1), batch.get("before")
+            if before is None:
+                before = tokens.new_full((len(tokens), 1), NOTHING_BEFORE)
+            arguments["text"] = torch.cat([before[:, -1:], tokens], dim=1)
         return arguments
-
-
-def following(tokens: Tensor) -> Tensor:
-    """Tokens of chunks (B, N, S) -> those behind each token of all chunks but the last, (B, N - 1,
-    S).
-    """
-    chunks, size = tokens.shape[1:]
-    return tokens.flatten(1)[:, 1 : (chunks - 1) * size + 1].unflatten(1, (chunks - 1, size))

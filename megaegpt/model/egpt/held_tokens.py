@@ -1,6 +1,7 @@
 """What a token memory holds of a document's past, beyond any window.
 
-Shapes: B rows, S chunk size, J held tokens, C hidden, H pointers, D key width.
+Shapes: B rows, T new tokens, S chunk size, J tokens of whole chunks, C hidden, H pointers, D key
+width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megaegpt.labels import NOTHING_BEFORE
+from megaegpt.model.egpt.copy_attention import Keys
 from megaegpt.model.egpt.token_memory import TokenMemory, mixed
 
 KeyType = Literal["fp32", "fp16", "int8"]
@@ -31,13 +34,15 @@ AS_IN_TRAINING = MemoryLimits()
 
 
 class HeldTokens:
-    """Keys and successors of the last whole chunks; the oldest leave when it is full.
+    """Keys and ids of a text's last whole chunks, of which the oldest leave when it is full, and of
+    the chunk that is read now.
 
     Args:
         module: the memory's parameters.
         batch_size: rows.
-        like: on whose device and in whose type keys are.
-        limits: how much is held, and in which type.
+        like: on whose device and in whose type keys are; those of whole chunks are in the type of
+            ``limits``.
+        limits: how much is held of whole chunks, and in which type.
     """
 
     def __init__(
@@ -50,49 +55,77 @@ class HeldTokens:
         size = module.chunk_size
         tokens = module.window_tokens if limits.tokens is None else limits.tokens
         self._module, self.most_chunks = module, tokens // size
-        shape = (batch_size, module.pointers, 0, module.dim)
         dtype = like.dtype if limits.dtype is None else KEY_TYPES[limits.dtype]
-        self.keys = torch.empty(shape, dtype=dtype, device=like.device)
-        self.successors = torch.empty(batch_size, 0, dtype=torch.long, device=like.device)
+        shape = (batch_size, module.pointers)
+        ids = torch.full((batch_size, size + 2), NOTHING_BEFORE, device=like.device)
+        self._whole = Keys(like.new_empty(*shape, 0, module.dim, dtype=dtype), ids[:, :2].clone())
+        self._current = Keys(like.new_empty(*shape, size, module.dim), ids)
+        self._length = 0  # tokens of the current chunk
 
-    def append(self, states: Tensor, successors: Tensor) -> None:
-        """A chunk's encoder states (B, S, C) and the tokens behind its tokens (B, S)."""
-        keys = self._module.keys(states)
-        if self.keys.dtype == torch.int8:
+    @property
+    def earlier(self) -> Keys:
+        """Of whole chunks, keys (B, H, J, D)."""
+        return self._whole
+
+    def begin_behind(self, before: Tensor) -> None:
+        """Nothing is held yet, and the text goes on behind tokens (B,)."""
+        self._whole.text[:, 0] = self._current.text[:, 0] = before
+
+    @torch.no_grad()
+    def append(self, states: Tensor, tokens: Tensor) -> None:
+        """The next tokens (B, T) of the current chunk, and the encoder's states of them (B, T,
+        C).
+        """
+        end = self._length + tokens.shape[1]
+        keys, text = self._current
+        keys[:, :, self._length : end] = self._module.keys(states)
+        text[:, self._length + 1 : end + 1] = tokens
+        self._whole.text[:, -1] = text[:, 1]
+        self._length = end
+
+    def finish_chunk(self) -> None:
+        """The current chunk is whole, and held from now on."""
+        keys, text = self._current
+        if self._whole.keys.dtype == torch.int8:
             keys = (keys * 127).round()
-        keys = keys.to(self.keys.dtype)
+        keys = torch.cat([self._whole.keys, keys.to(self._whole.keys.dtype)], dim=2)
+        whole = Keys(keys, torch.cat([self._whole.text[:, :-1], text[:, 1:]], dim=1))
         most = self.most_chunks * self._module.chunk_size
-        start = max(self.successors.shape[1] + successors.shape[1] - most, 0)
-        self.keys = torch.cat([self.keys, keys], dim=2)[:, :, start:]
-        self.successors = torch.cat([self.successors, successors], dim=1)[:, start:]
+        self._whole = whole.cut(max(whole.num_keys - most, 0), whole.num_keys)
+        text[:, 0] = text[:, -2]
+        text[:, 1:] = NOTHING_BEFORE
+        self._length = 0
 
-    def mix(self, states: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
-        """Log-probabilities (B, T, V) of what is behind tokens of the chunk after those held.
+    def mix(self, newest: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Log-probabilities (B, 1, V) of what is behind the newest token.
 
         Args:
-            states: (B, T, C) of the encoder.
-            hidden: (B, T, C), what the head reads.
-            logits: (B, T, V) of the head.
+            newest: (B, 1, C), the encoder's state.
+            hidden: (B, 1, C), what the head reads.
+            logits: (B, 1, V) of the head.
         """
-        query = self._module.ask(states, hidden)
-        memory = self._module.memory(self.keys, self.successors)
-        chunk = self.num_tokens // self._module.chunk_size
-        return mixed(self._module, query, memory, chunk, logits)
+        query = self._module.ask(newest, hidden)
+        offsets = torch.tensor([self._length - 1], device=logits.device)
+        own = self._current.cut(0, self._length)
+        return mixed(self._module, query, offsets, self._whole, own, logits)
 
     def precise_keys(self) -> Tensor:
-        """The keys (B, H, J, D) as numbers in at least fp32, whatever they are held in."""
-        if self.keys.dtype == torch.int8:
-            return self.keys.float() / 127
-        return self.keys.to(torch.promote_types(self.keys.dtype, torch.float32))
+        """The keys (B, H, J, D) of whole chunks as numbers in at least fp32, whatever they are held
+        in.
+        """
+        keys = self._whole.keys
+        if keys.dtype == torch.int8:
+            return keys.float() / 127
+        return keys.to(torch.promote_types(keys.dtype, torch.float32))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens held of a row."""
-        return self.successors.shape[1]
+        """Tokens held of a row, of whole chunks."""
+        return self._whole.num_keys
 
     def size(self, num_tokens: int | None = None) -> str:
         """How much of a row ``num_tokens`` are, for people; None: those held now."""
         tokens = self.num_tokens if num_tokens is None else num_tokens
-        each = self.keys.shape[1] * self.keys.shape[3] * self.keys.itemsize
-        each += self.successors.itemsize
+        keys, text = self._whole
+        each = keys.shape[1] * keys.shape[3] * keys.itemsize + text.itemsize
         return f"{tokens:,} tokens in {tokens * each / 2**20:,.1f} MiB"

@@ -1,19 +1,22 @@
 """A memory of tokens: what followed earlier tokens at which the encoder was in a similar state.
 
-A feature says what a chunk is about, not what was said. So each token of an earlier chunk leaves a
-key, a few numbers made of its encoder state, and the id of the token behind it. A later token's
-query is compared with all keys, and the tokens behind the similar ones are predicted again:
+A feature says what a chunk is about, not what was said. So each token leaves a key, a few numbers
+made of its encoder state, beside its id. A later token's query is compared with all keys of earlier
+chunks and with those before it in its own, and the tokens behind the similar ones are predicted
+again:
 
     p(y) = g_0 p_head(y) + sum_h g_h sum_j a_hj [x_j+1 = y]
 
 with pointers h (:mod:`megaegpt.model.egpt.copy_attention`), whose scores are a learned scale times
-the cosine of query and key and a bias by the distance in chunks. Their shares g are a softmax over
-the head and the pointers (as in pointer-sentinel mixtures, Merity et al., arXiv 1609.07843), chosen
-by the hidden state and by how sure each pointer is. A new memory is a continuous cache (Grave et
-al., arXiv 1612.04426): queries and keys are one projection, the scale is high, the share small.
+the cosine of query and key, a bias by the distance in chunks, and a bonus where the last one or two
+tokens are the same at both places. Their shares g are a softmax over the head and the pointers (as
+in pointer-sentinel mixtures, Merity et al., arXiv 1609.07843), chosen by the hidden state, by how
+sure each pointer is, and by the longest match that it sees. A new memory is a continuous cache
+(Grave et al., arXiv 1612.04426): queries and keys are one projection, the scale is high, the share
+small.
 
-Shapes: B batch, T tokens, N chunks, M earlier chunks, S chunk size, J = M * S, C hidden, H
-pointers, D key width, V vocabulary.
+Shapes: B batch, T tokens, N chunks, S chunk size, J keys of earlier chunks, K keys with those of
+the own chunk, C hidden, H pointers, D key width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.model.block import block_norm
-from megaegpt.model.egpt.copy_attention import Keys, Pointers, point, pointed_at
+from megaegpt.model.egpt.copy_attention import Keys, Pointers, Scoring, point, pointed_at
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import new_parameter
 
@@ -35,11 +38,20 @@ _SCALE = 35.0
 """Factor on cosines in a new memory."""
 _SHARE = 0.08
 """Of all pointers together in a new memory; near the best constant share."""
-_SURENESS = (0.4, 0.05, 0.1)
+_SURENESS = (0.4, 0.0, 0.1)
 """What nearness, peak and agreement add to a gate in a new memory."""
+_DISTANCE = (0.35, 0.35, 0.1, 0.0, -0.1)
+"""Added to scores of the own chunk, the one before, ... in a new memory; what trained ones tend to,
+as all that follows."""
+_FAR = -0.2
+"""The same of all chunks before those."""
+_BONUS = (0.3, 1.7)
+"""Added to scores where one token, or two, are the same in a new memory."""
+_MATCH = (-1.0, 0.0, 0.5)
+"""What the longest match that is seen, of no token to two, adds to a gate in a new memory."""
 _RATE = 8.0
-"""Scales, distances and what sureness adds are parameters times this: few numbers that must move as
-far in a run as the scores they are added to, not as weights do."""
+"""Scales, distances, bonuses and what sureness and matches add are parameters times this: few
+numbers that must move as far in a run as the scores they are added to, not as weights do."""
 _NEAR, _NEARNESS = 0.8, 10.0
 """Cosines of near keys, and the factor that gives their differences the size of logs of weights."""
 
@@ -63,19 +75,21 @@ class TokenMemory(nn.Module):
         self.chunk_size = egpt.chunk_size
         self.window_tokens = (egpt.num_chunks - 1) * egpt.chunk_size
         self.most_chunks = egpt.memory_chunks
-        pointers, width = self.pointers, config.hidden_size
+        pointers, width, chunks = self.pointers, config.hidden_size, egpt.num_chunks
         self.norm = block_norm(config, grid)
         projection = (pointers * self.dim, width)
         self.query = new_parameter(projection, grid, std=std)
         self.key = new_parameter(projection, grid, std=std)
         self.log_scale = new_parameter((pointers,), grid, mean=math.log(_SCALE) / _RATE)
-        self.distance = new_parameter((pointers, max(egpt.num_chunks - 1, 1)), grid)
+        self.distance = _constants((*_DISTANCE, *[_FAR] * chunks)[:chunks], pointers, grid)
+        self.bonus = _constants(_BONUS, pointers, grid)
         self.gate = new_parameter((pointers, width), grid)
         bias = math.log(_SHARE / (1 - _SHARE) / pointers)
         self.gate_bias = new_parameter((pointers,), grid, mean=bias)
         self.by_nearness, self.by_peak, self.by_agreement = (
             new_parameter((pointers,), grid, mean=mean / _RATE) for mean in _SURENESS
         )
+        self.by_match = _constants(_MATCH, pointers, grid)
 
     def keys(self, states: Tensor) -> Tensor:
         """Encoder states (B, J, C) -> keys (B, H, J, D) of unit length."""
@@ -99,12 +113,10 @@ class TokenMemory(nn.Module):
         projected = F.linear(self.norm(states), weight).unflatten(-1, (self.pointers, -1))
         return F.normalize(projected, dim=-1).transpose(1, 2)
 
-    def memory(self, keys: Tensor, successors: Tensor) -> Keys:
-        """Make keys (B, H, J, D) and the tokens behind them (B, J) what queries are compared
-        with.
-        """
-        bias = _RATE * self.distance
-        return Keys(keys, successors, bias, self.chunk_size, self.most_chunks)
+    def scoring(self) -> Scoring:
+        """What scores are made of beside queries and keys."""
+        bias, bonus = _RATE * self.distance, _RATE * self.bonus
+        return Scoring(bias, bonus, self.chunk_size, self.most_chunks)
 
     def log_shares(self, query: Query, found: Pointers) -> Tensor:
         """Log of the shares of the head and the pointers, (B, 1 + H, T)."""
@@ -118,8 +130,17 @@ class TokenMemory(nn.Module):
             (found.agreement, self.by_agreement),
         ):
             gates = gates + how_sure * (_RATE * weight).unsqueeze(1)
+        by_match = (_RATE * self.by_match).expand(len(gates), -1, -1)  # (B, H, 3)
+        gates = gates + by_match.gather(2, found.longest)
         gates = gates.masked_fill(nothing, -torch.inf)
         return F.pad(gates, (0, 0, 1, 0)).log_softmax(1)  # the head's logit is 0
+
+
+def _constants(values: tuple[float, ...], pointers: int, grid: ProcessGrid) -> nn.Parameter:
+    """(H, len(values)): the same for all pointers at first."""
+    return new_parameter(
+        (pointers, len(values)), grid, mean=tuple(value / _RATE for value in values)
+    )
 
 
 class MemoryMixture:
@@ -127,8 +148,9 @@ class MemoryMixture:
 
     Args:
         module: the memory's parameters.
-        query: of T tokens.
-        memory: of J keys.
+        query: of T tokens, the first of which is the first of its chunk.
+        earlier: keys of whole chunks; a token sees those of the chunks before its own.
+        own: the keys of the T tokens.
         first_chunk: number of the first token's chunk, counted from that of the first key.
         from_chunk: see :func:`~megaegpt.model.egpt.copy_attention.point`.
     """
@@ -137,19 +159,20 @@ class MemoryMixture:
         self,
         module: TokenMemory,
         query: Query,
-        memory: Keys,
-        first_chunk: int,
+        earlier: Keys,
+        own: Keys,
+        first_chunk: int = 0,
         from_chunk: Tensor | None = None,
     ) -> None:
-        self._module, self._query, self._memory = module, query, memory
+        self._module, self._query, self._earlier, self._own = module, query, earlier, own
         self._first_chunk, self._from_chunk = first_chunk, from_chunk
 
     def of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T) ids, negative where there is none -> (B, T) each: the log of the head's share, and
         what the memory adds to their probability.
         """
-        queries = self._query.queries
-        found = point(queries, self._memory, targets, self._first_chunk, self._from_chunk)
+        scoring, chunks = self._module.scoring(), (self._first_chunk, self._from_chunk)
+        found = point(self._query.queries, self._earlier, self._own, scoring, targets, *chunks)
         log_shares = self._module.log_shares(self._query, found)
         return log_shares[:, 0], (log_shares[:, 1:].exp() * found.probability).sum(1)
 
@@ -157,7 +180,7 @@ class MemoryMixture:
         """The head's logits (m, V), with or without padding, of a row's tokens at places (m,),
         ascending -> log-probabilities.
         """
-        chunks = self._first_chunk + places // self._memory.chunk_size
+        chunks = places // self._module.chunk_size
         parts = []
         for chunk in chunks.unique_consecutive().tolist():
             chosen = chunks == chunk
@@ -165,24 +188,30 @@ class MemoryMixture:
         return torch.cat(parts)
 
     def _of_chunk(self, logits: Tensor, row: int, places: Tensor, chunk: int) -> Tensor:
-        """The same for tokens of one chunk."""
-        query = Query(*(x[row : row + 1, :, places] for x in self._query))
-        count = chunk * self._memory.chunk_size
-        memory = self._memory._replace(
-            keys=self._memory.keys[row : row + 1, :, :count],
-            successors=self._memory.successors[row : row + 1, :count],
-        )
-        return mixed(self._module, query, memory, chunk, logits.unsqueeze(0)).squeeze(0)
+        """The same for tokens of one chunk, whose number is counted from the first token's."""
+        size = self._module.chunk_size
+        start = chunk * size
+        return mixed(
+            self._module,
+            Query(*(x[row : row + 1, :, places] for x in self._query)),
+            places - start,
+            self._earlier.row(row).cut(0, self._first_chunk * size + start),
+            self._own.row(row).cut(start, start + size),
+            logits.unsqueeze(0),
+        ).squeeze(0)
 
 
-def mixed(module: TokenMemory, query: Query, memory: Keys, chunk: int, logits: Tensor) -> Tensor:
-    """Log-probabilities of tokens of one chunk, whose number is counted from the first key's: the
-    head's logits (B, T, V), with or without padding, mixed with what all keys say.
+def mixed(
+    module: TokenMemory, query: Query, offsets: Tensor, earlier: Keys, own: Keys, logits: Tensor
+) -> Tensor:
+    """Log-probabilities of tokens of one chunk: the head's logits (B, T, V), with or without
+    padding, mixed with what all keys say. Offsets and keys are those of
+    :func:`~megaegpt.model.egpt.copy_attention.pointed_at`.
     """
-    weights, found = pointed_at(query.queries, memory, chunk)  # (B, H, T, J)
+    weights, ids, found = pointed_at(query.queries, offsets, earlier, own, module.scoring())
     log_shares = module.log_shares(query, found)  # (B, 1 + H, T)
-    by_key = (weights * log_shares[:, 1:].exp().unsqueeze(-1)).sum(1)  # (B, T, J)
-    ids = memory.successors.clamp(min=0).unsqueeze(1).expand_as(by_key)
+    by_key = (weights * log_shares[:, 1:].exp().unsqueeze(-1)).sum(1)  # (B, T, K)
+    ids = ids.clamp(min=0).unsqueeze(1).expand_as(by_key)
     by_memory = torch.zeros_like(logits, dtype=by_key.dtype).scatter_add_(2, ids, by_key)
     by_head = logits.to(by_key.dtype).log_softmax(-1) + log_shares[:, 0].unsqueeze(-1)
     return torch.logaddexp(by_head, by_memory.log())

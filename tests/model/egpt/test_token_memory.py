@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from megaegpt.labels import IGNORE
 from megaegpt.model.build import build_model
 from megaegpt.model.egpt import copy_attention
 from megaegpt.model.egpt.egpt import EGPT, chunk_features
-from megaegpt.model.egpt.egpt_inputs import following
 from megaegpt.parallel.grid import ProcessGrid
 
 N, S, C, B, VOCAB, D, H = 4, 6, 16, 2, 40, 5, 2
@@ -39,7 +39,7 @@ def _model(config: ModelConfig = CONFIG) -> EGPT:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        for name in ("distance", "by_nearness", "by_peak", "by_agreement"):
+        for name in ("distance", "bonus", "by_nearness", "by_peak", "by_agreement", "by_match"):
             getattr(model.token_memory, name).mul_(1 / RATE)
         model.token_memory.log_scale.fill_(1.5 / RATE)
     return model
@@ -48,17 +48,89 @@ def _model(config: ModelConfig = CONFIG) -> EGPT:
 def _batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(B, N, S, C, generator=generator, dtype=torch.float64)
-    tokens = torch.randint(9, (B, N, S), generator=generator)  # most come again
+    text = torch.randint(4, (B, 1 + N * S), generator=generator)  # pairs come again
+    text[1, 0] = -1  # nothing is before it
     targets = torch.randint(9, (B, N, S), generator=generator)
     targets[0, 1, 2] = IGNORE
-    earlier = following(tokens)
-    earlier[1, 1, 3] = -1
     return {
         "token_states": states,
         "features": chunk_features(states, CONFIG.egpt)[:, :-1],
         "targets": targets,
-        "earlier_tokens": earlier,
+        "text": text,
     }
+
+
+class Place(NamedTuple):
+    """Where a token is, and what is told of it."""
+
+    chunk: int
+    state: torch.Tensor
+    before: int
+    token: int
+    behind: int
+
+
+def _places(states: torch.Tensor, text: torch.Tensor, first_chunk: int = 0) -> list[Place]:
+    """States (J, C), and ids (J + 2,) with those before and behind."""
+    ids = text.tolist()
+    return [Place(first_chunk + j // S, state, *ids[j : j + 3]) for j, state in enumerate(states)]
+
+
+def _unit(model: EGPT, weight: torch.Tensor, h: int, state: torch.Tensor) -> torch.Tensor:
+    norm, eps = model.token_memory.norm, model.config.layer_norm_eps
+    projected = weight.view(H, D, C)[h] @ F.layer_norm(state, (C,), norm.weight, norm.bias, eps)
+    return projected / projected.norm()
+
+
+def _most_similar(model: EGPT, h: int, query: torch.Tensor, keys: list[Place]) -> list[int]:
+    """Earlier chunks that are seen."""
+    of_chunk: dict[int, list[torch.Tensor]] = {}
+    for place in keys:
+        unit = _unit(model, model.token_memory.key, h, place.state)
+        of_chunk.setdefault(place.chunk, []).append(unit)
+    similar = {
+        chunk: (query @ torch.stack(units).mean(0)).item() for chunk, units in of_chunk.items()
+    }
+    most = model.config.egpt.memory_chunks
+    return sorted(similar, key=similar.__getitem__, reverse=True)[:most]
+
+
+def _pointer(
+    model: EGPT, h: int, place: Place, earlier: list[Place], own: list[Place]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What pointer h predicts (V,) and what its sureness adds to its gate; None: it sees nothing.
+    ``own``: the tokens of the chunk before this one.
+    """
+    memory = model.token_memory
+    scale = (RATE * memory.log_scale[h]).exp()
+    query = _unit(model, memory.query, h, place.state)
+    chunks = _most_similar(model, h, query, earlier)
+    seen = [key for key in earlier if key.chunk in chunks and key.behind >= 0] + own
+    if not seen:
+        return None
+    scores, lengths = [], []
+    for key in seen:
+        length = 0
+        if key.token == place.token:
+            length = 2 if key.before == place.before >= 0 else 1
+        score = scale * query @ _unit(model, memory.key, h, key.state)
+        score = score + RATE * memory.distance[h, min(place.chunk - key.chunk, N - 1)]
+        if length:
+            score = score + RATE * memory.bonus[h, length - 1]
+        scores.append(score)
+        lengths.append(length)
+    weights = F.softmax(torch.stack(scores), -1)
+    pointed = torch.zeros(VOCAB, dtype=torch.float64)
+    for weight, key in zip(weights, seen, strict=True):
+        pointed = pointed + weight * F.one_hot(torch.tensor(key.behind), VOCAB)
+    nearest = seen[int(weights.argmax())]
+    gate = (
+        RATE * memory.by_nearness[h] * 10 * (torch.stack(scores).max() / scale - 0.8).detach()
+        + RATE * memory.by_peak[h] * weights.max().log().detach()
+        + RATE * memory.by_agreement[h] * pointed[nearest.behind].log().detach()
+        + RATE * memory.by_match[h, max(lengths)]
+    )
+    return pointed, gate
 
 
 def naive_probabilities(
@@ -68,80 +140,44 @@ def naive_probabilities(
     past: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """(B, N, S, V), token by token; a chunk of row b sees those from ``first[b]`` on, or of those
-    before it. ``past``: states (B, J, C) and successors (B, J) of whole chunks before the window.
+    before it. ``past``: states (B, J, C) and ids (B, J + 2) of whole chunks before the window.
     """
-    first = first or [0] * B
-    hidden = model.hidden_states(batch["token_states"], batch["features"], torch.tensor(first))
-    memory, most = model.token_memory, model.config.egpt.memory_chunks
-    states = batch["token_states"].flatten(1, 2)
-    successors, before = batch["earlier_tokens"].flatten(1), 0
-    key_states = batch.get("earlier_states", batch["token_states"][:, :-1]).flatten(1, 2)
-    if past is not None:
-        key_states, successors = (
-            torch.cat([past[0], key_states], 1),
-            torch.cat([past[1], successors], 1),
-        )
-        before = past[1].shape[1] // S
-
-    def unit(weight, state, h):
-        projected = weight.view(H, D, C)[h] @ F.layer_norm(
-            state, (C,), memory.norm.weight, memory.norm.bias, model.config.layer_norm_eps
-        )
-        return projected / projected.norm()
-
+    cut = None if first is None else torch.tensor(first)
+    hidden = model.hidden_states(batch["token_states"], batch["features"], cut)
+    earlier_states = batch.get("earlier_states", batch["token_states"][:, :-1]).flatten(1, 2)
+    earlier_text = batch.get("earlier_text", batch["text"][:, : (N - 1) * S + 2])
+    start = 0 if past is None else (past[1].shape[1] - 2) // S
     rows = []
     for b in range(B):
-        keys = [[unit(memory.key, state, h) for state in key_states[b]] for h in range(H)]
-        for n in range(N):
-            for t in range(S):
-                h_t = hidden[b, n, t]
-                p = F.softmax(model.head.weight[:VOCAB] @ h_t, -1)
-                gates, predictions = [torch.zeros((), dtype=torch.float64)], [p]
-                for h in range(H):
-                    query, scale = (
-                        unit(memory.query, states[b, n * S + t], h),
-                        (RATE * memory.log_scale[h]).exp(),
-                    )
-                    chunks = [c for c in range(n) if (c >= first[b]) == (n >= first[b])]
-                    chunks = [*range(before), *(before + c for c in chunks)]
-                    if most is not None and len(chunks) > most:
-                        means = [
-                            scale * query @ torch.stack(keys[h][c * S : c * S + S]).mean(0)
-                            for c in chunks
-                        ]
-                        best = torch.stack(means).topk(most).indices.tolist()
-                        chunks = [chunks[i] for i in best]
-                    seen = [
-                        j for c in chunks for j in range(c * S, c * S + S) if successors[b, j] >= 0
-                    ]
-                    if not seen:
-                        continue
-                    scores = torch.stack(
-                        [
-                            scale * query @ keys[h][j]
-                            + RATE
-                            * memory.distance[
-                                h, min(n + before - j // S - 1, memory.distance.shape[1] - 1)
-                            ]
-                            for j in seen
-                        ]
-                    )
-                    weights = F.softmax(scores, -1)
-                    pointed = torch.zeros(VOCAB, dtype=torch.float64)
-                    for weight, j in zip(weights, seen, strict=True):
-                        pointed = pointed + weight * F.one_hot(successors[b, j], VOCAB)
-                    gates.append(
-                        memory.gate[h] @ h_t
-                        + memory.gate_bias[h]
-                        + RATE * memory.by_nearness[h] * 10 * (scores.max() / scale - 0.8).detach()
-                        + RATE * memory.by_peak[h] * weights.max().log().detach()
-                        + RATE
-                        * memory.by_agreement[h]
-                        * pointed[successors[b, seen[int(weights.argmax())]]].log().detach()
-                    )
-                    predictions.append(pointed)
-                shares = F.softmax(torch.stack(gates), -1)
-                rows.append(sum(s * p for s, p in zip(shares, predictions, strict=True)))
+        text = F.pad(batch["text"][b], (0, 1), value=-1)
+        window = _places(batch["token_states"][b].flatten(0, 1), text, start)
+        held = _places(earlier_states[b], earlier_text[b], start)
+        if past is not None:
+            behind = torch.cat([past[1][b, :-1], batch["text"][b, 1:2]])
+            held = _places(past[0][b], behind) + held
+        for t, place in enumerate(window):
+            n = place.chunk - start
+            begin = 0 if first is None or n < first[b] else first[b]
+            sees = held[begin * S : (start + n) * S]
+            own = window[n * S : t]
+            if first is not None:  # nothing before the first that is seen is known
+                hide = [i for i in range(t + 1) if i == begin * S]
+                sees = [key._replace(before=-1) if i == 0 else key for i, key in enumerate(sees)]
+                if begin == n:
+                    own = [key._replace(before=-1) if i == 0 else key for i, key in enumerate(own)]
+                place = place._replace(before=-1) if t in hide else place
+            h_t = hidden[b].flatten(0, 1)[t]
+            gates = [torch.zeros((), dtype=torch.float64)]
+            predictions = [F.softmax(model.head.weight[:VOCAB] @ h_t, -1)]
+            for h in range(H):
+                found = _pointer(model, h, place, sees, own)
+                if found is None:
+                    continue
+                memory = model.token_memory
+                gates.append(memory.gate[h] @ h_t + memory.gate_bias[h] + found[1])
+                predictions.append(found[0])
+            shares = F.softmax(torch.stack(gates), -1)
+            rows.append(sum(s * p for s, p in zip(shares, predictions, strict=True)))
     return torch.stack(rows).view(B, N, S, VOCAB)
 
 
@@ -150,11 +186,13 @@ def _nats(p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -p[real].gather(1, targets[real].unsqueeze(1)).log().squeeze(1)
 
 
-@pytest.mark.parametrize("first", [None, [2, 1]])
-@pytest.mark.parametrize("rows", [1 << 22, 70])
-def test_loss_and_gradients_are_those_of_the_definition(first, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "rows", "most"),
+    [(None, 1 << 22, None), (None, 70, None), ([2, 1], 70, None), ([0, 3], 1, 1)],
+)
+def test_loss_and_gradients_are_those_of_the_definition(first, rows, most, monkeypatch):
     monkeypatch.setitem(copy_attention.SCORES_AT_ONCE, "cpu", rows)
-    model, batch = _model(changed(random_history=first is not None)), _batch()
+    model, batch = _model(changed(random_history=first is not None, memory_chunks=most)), _batch()
     if first is not None:
         monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor(first))
     loss = model(**batch)
@@ -196,34 +234,56 @@ def test_what_is_held_of_chunks_before_the_window_is_seen():
     model, batch = _model(), _batch()
     generator = torch.Generator().manual_seed(5)
     states = torch.randn(B, 3 * S, C, generator=generator, dtype=torch.float64)
-    successors = torch.randint(9, (B, 3 * S), generator=generator)
+    text = torch.randint(4, (B, 3 * S + 2), generator=generator)
+    batch["text"][:, 0] = text[:, -2]
     with torch.no_grad():
         keys = model.token_memory.keys(states)
-        nats = model(**batch, past_keys=keys, past_successors=successors, reduction="none")
-        p = naive_probabilities(model, batch, past=(states, successors))
+        nats = model(**batch, past_keys=keys, past_text=text, reduction="none")
+        p = naive_probabilities(model, batch, past=(states, text))
     torch.testing.assert_close(nats[batch["targets"] >= 0], _nats(p, batch["targets"]))
 
 
 def test_another_texts_states_can_be_the_earlier_chunks():
     model, batch = _model(), _batch()
-    batch["earlier_states"] = torch.randn_like(batch["token_states"][:, :-1])
+    generator = torch.Generator().manual_seed(6)
+    batch["earlier_states"] = torch.randn(B, N - 1, S, C, generator=generator).double()
+    batch["earlier_text"] = torch.randint(4, (B, (N - 1) * S + 2), generator=generator)
     with torch.no_grad():
         nats = model(**batch, reduction="none")
         expected = _nats(naive_probabilities(model, batch), batch["targets"])
     torch.testing.assert_close(nats[batch["targets"] >= 0], expected)
 
 
-def test_without_known_successors_the_head_alone_predicts():
+def test_without_earlier_text_a_token_sees_its_own_chunk_alone():
     model, batch = _model(), _batch()
-    batch["earlier_tokens"] = torch.full_like(batch["earlier_tokens"], -1)
+    unknown = torch.full((B, (N - 1) * S + 2), -1)
     with torch.no_grad():
-        nats = model(**batch, reduction="none")
+        nats = model(**batch, earlier_text=unknown, reduction="none")
+        expected = naive_probabilities(model, batch | {"earlier_text": unknown})
         hidden = model.hidden_states(batch["token_states"], batch["features"])
-        torch.testing.assert_close(nats, model.head.loss(hidden, batch["targets"], "none"))
+        alone = model.head.loss(hidden, batch["targets"], "none")
+    torch.testing.assert_close(nats[batch["targets"] >= 0], _nats(expected, batch["targets"]))
+    torch.testing.assert_close(nats[:, :, 0], alone[:, :, 0])
+    assert not torch.isclose(nats[:, :, 2:], alone[:, :, 2:]).any(-1).all()
 
 
-def test_earlier_tokens_are_needed():
+def test_a_token_changes_nothing_that_is_predicted_up_to_it():
+    model, batch = _model(), _batch()
+    place = S + 3
+    found = []
+    for change in (0, 1):
+        other = {name: value.clone() for name, value in batch.items()}
+        other["text"][:, 1 + place] += change
+        other["token_states"].flatten(1, 2)[:, place] += change  # the encoder has read it
+        with torch.no_grad():
+            found.append(model(**other, reduction="none").flatten(1))
+    before, after = found
+    assert torch.equal(before[:, :place], after[:, :place])
+    assert not torch.isclose(before[:, place], after[:, place]).any()
+
+
+def test_the_windows_tokens_are_needed():
     batch = _batch()
-    del batch["earlier_tokens"]
-    with pytest.raises(ValueError, match="need the tokens of earlier chunks"):
+    del batch["text"]
+    with pytest.raises(ValueError, match="needs the tokens of the window"):
         _model()(**batch)
