@@ -14,6 +14,8 @@ from tests.tiny.loaded import load
 from tests.tiny.models import CHUNK, CHUNKS, tokens_of
 
 WINDOW = CHUNK * CHUNKS
+START = {"distance": (0.35, 0.35, 0.1), "bonus": (0, 0.3, 1.7), "match": (-1, 0, 0.5)}
+"""Of a new memory; what is far is as the last of a window."""
 
 
 class Text:
@@ -47,10 +49,9 @@ def naive(memory_chunks: int) -> torch.Tensor:
         chunks = span[:-1].view(1, -1, CHUNK)
         states = encoder(chunks)
         own = (window_start - begin) // CHUNK
-        query = model.token_memory.ask(states[:, -1], _hidden(model, states[:, own:]))
-        keys = model.token_memory.keys(states[:, :-1].flatten(1, 2))
-        memory = model.token_memory.memory(keys, span[1 : keys.shape[2] + 1].unsqueeze(0))
-        p = _probabilities(model, query, memory, _hidden(model, states[:, own:]))
+        hidden = _hidden(model, states[:, own:])
+        before = text.read(begin - 1, 1).item() if begin else -1
+        p = _probabilities(model, states.flatten(1, 2), [before, *span.tolist()], hidden)
         targets = span[1:].view(1, -1, CHUNK)[0, -1]
         rows = -p.log().gather(1, targets.unsqueeze(1))[:, 0]
         nats.append(rows[: CHUNK - missing])
@@ -62,25 +63,39 @@ def _hidden(model: EGPT, states: torch.Tensor) -> torch.Tensor:
     return model.hidden_states(states, states[:, :-1, -1:])[:, -1]
 
 
-def _probabilities(model: EGPT, query, memory, hidden: torch.Tensor) -> torch.Tensor:
-    """(S, V) by the definition."""
-    by_head = model.head.full_logits(hidden[0]).softmax(-1)
-    if memory.keys.shape[2] == 0:
-        return by_head
-    chunks = memory.keys.shape[2] // CHUNK
-    distance = (chunks - torch.arange(memory.keys.shape[2]) // CHUNK - 1).clamp(
-        max=memory.distance_bias.shape[1] - 1
-    )
-    scores = query.queries[0, 0] @ memory.keys[0, 0].T + memory.distance_bias[0, distance]
-    weights = scores.softmax(-1)
-    pointed = torch.zeros_like(by_head).index_add_(1, memory.successors[0], weights)
-    best = weights.argmax(-1, keepdim=True)
-    agreement = pointed.gather(1, memory.successors[0][best])[:, 0]
-    nearness = 10 * (scores.amax(-1) / model.token_memory.scale - 0.8)
-    gate = query.gates[0, 0] + 0.4 * nearness  # a new memory's
-    gate = gate + 0.05 * weights.amax(-1).log() + 0.1 * agreement.log()
-    share = gate.sigmoid().unsqueeze(-1)
-    return (1 - share) * by_head + share * pointed
+def _probabilities(
+    model: EGPT, states: torch.Tensor, text: list[int], hidden: torch.Tensor
+) -> torch.Tensor:
+    """Of the last chunk's targets (S, V) by the definition, for a new memory: states (1, J, C) of
+    what is seen, the ids with that before and that behind, what the head reads (1, S, C).
+    """
+    memory = model.token_memory
+    keys, query = memory.keys(states)[0, 0], memory.ask(states[:, -CHUNK:], hidden)
+    rows = []
+    for t, (asked, by_head) in enumerate(
+        zip(query.queries[0, 0], model.head.full_logits(hidden[0]).softmax(-1), strict=True)
+    ):
+        place = states.shape[1] - CHUNK + t
+        if place == 0:
+            rows.append(by_head)
+            continue
+        scores, lengths = asked @ keys[:place].T, []
+        for j in range(place):
+            distance = place // CHUNK - j // CHUNK
+            scores[j] += START["distance"][min(distance, CHUNKS - 1)]
+            length = int(text[j + 1] == text[place + 1])
+            length += length and int(text[j] == text[place] >= 0)
+            scores[j] += START["bonus"][length]
+            lengths.append(length)
+        weights = scores.softmax(-1)
+        behind = torch.tensor(text[2 : place + 2])
+        pointed = torch.zeros_like(by_head).index_add_(0, behind, weights)
+        gate = query.gates[0, 0, t] + START["match"][max(lengths)]
+        gate = gate + 0.4 * 10 * (scores.max() / memory.scale - 0.8)
+        gate = gate + 0.1 * pointed[behind[weights.argmax()]].log()
+        share = gate.sigmoid()
+        rows.append((1 - share) * by_head + share * pointed)
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("memory_chunks", [2, 5, 100])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.history import HISTORIES, compare_histories, history_table
@@ -45,9 +46,9 @@ def naive(kind: str) -> dict[str, list[float]]:
     counts = torch.zeros(CHUNKS)
     for window in range(5):
         span = tokens[window * WINDOW : window * WINDOW + WINDOW + 1]
-        inputs, targets = torch.zeros(2, WINDOW, dtype=torch.int64)
+        inputs, targets = torch.zeros(2, 1, WINDOW, dtype=torch.int64)
         targets.fill_(-100)
-        inputs[: len(span) - 1], targets[: len(span) - 1] = span[:-1], span[1:]
+        inputs[0, : len(span) - 1], targets[0, : len(span) - 1] = span[:-1], span[1:]
         shape = (1, CHUNKS, CHUNK)
         states = encoder(inputs.view(shape))
         features = chunk_features(states[:, :-1], model.config.egpt)
@@ -61,13 +62,20 @@ def naive(kind: str) -> dict[str, list[float]]:
             "shuffled": (foreign, others),
             "zero": (torch.zeros_like(features), torch.full_like(own, -1)),
         }
+        text = F.pad(inputs, (1, 0), value=int(tokens[window * WINDOW - 1]) if window else -1)
+        before = int(tokens[donor * WINDOW - 1]) if donor else -1
+        texts = {
+            "true": text,
+            "shuffled": F.pad(others.flatten(1), (1, 0), value=before),
+            "zero": torch.full_like(text, -1),
+        }
         for name, (history, earlier) in histories.items():
             more = {}
             if model.config.egpt.token_counts:
                 more = {"earlier_tokens": earlier[:, :-1]}
             if model.config.egpt.token_memory:
-                behind = earlier.flatten(1)[:, 1 : WINDOW - CHUNK + 1].view(1, CHUNKS - 1, CHUNK)
-                more = {"earlier_tokens": behind, "earlier_states": states_of[name][:, :-1]}
+                more = {"text": text, "earlier_states": states_of[name][:, :-1]}
+                more["earlier_text"] = texts[name][:, : WINDOW - CHUNK + 2]
             nats = model(states, history, targets.view(shape), "none", **more)
             sums[name] += nats.double().sum((0, 2))
         counts += (targets.view(shape) >= 0).sum((0, 2))
