@@ -105,7 +105,7 @@ class HeldTokens:
             logits: (B, 1, V) of the head.
         """
         query = self._module.ask(newest, hidden)
-        offsets = torch.tensor([self._length - 1], device=logits.device)
+        offsets = torch.full((1,), self._length - 1, device=logits.device)
         own = self._current.cut(0, self._length)
         return mixed(self._module, query, offsets, self._whole, own, logits)
 

@@ -14,6 +14,7 @@ from megaegpt.labels import IGNORE
 from megaegpt.model.build import build_model
 from megaegpt.model.egpt import copy_attention
 from megaegpt.model.egpt.egpt import EGPT, chunk_features
+from megaegpt.model.egpt.held_tokens import HeldTokens, MemoryLimits
 from megaegpt.parallel.grid import ProcessGrid
 
 N, S, C, B, VOCAB, D, H = 4, 6, 16, 2, 40, 5, 2
@@ -280,6 +281,28 @@ def test_a_token_changes_nothing_that_is_predicted_up_to_it():
     before, after = found
     assert torch.equal(before[:, :place], after[:, :place])
     assert not torch.isclose(before[:, place], after[:, place]).any()
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@torch.no_grad()
+def test_token_by_token_the_memory_says_what_it_does_to_a_window(dtype):
+    model, batch = _model(), _batch()
+    batch["text"][:, 0] = torch.tensor([3, 1])  # the window is not the start of its text
+    expected = naive_probabilities(model, batch)
+    hidden = model.hidden_states(batch["token_states"], batch["features"])
+    held = HeldTokens(model.token_memory, B, model.head.weight, MemoryLimits(dtype=dtype))
+    held.begin_behind(batch["text"][:, 0])
+    worst = 0.0
+    for n in range(N):
+        for t in range(S):
+            states, h_t = batch["token_states"][:, n, t : t + 1], hidden[:, n, t : t + 1]
+            held.append(states, batch["text"][:, 1 + n * S + t, None])
+            found = held.mix(states, h_t, model.head.full_logits(h_t))[:, 0, :VOCAB].exp()
+            worst = max(worst, (found - expected[:, n, t]).abs().max().item())
+        held.finish_chunk()
+    assert worst < 1e-12 if dtype is None else 1e-6 < worst < 0.02
+    assert held.num_tokens == (N - 1) * S
+    assert torch.equal(held.earlier.text[:, :-1], batch["text"][:, S:])
 
 
 def test_the_windows_tokens_are_needed():
