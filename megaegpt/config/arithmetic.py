@@ -13,6 +13,7 @@ from typing import Any
 
 from megaegpt.config.model import ModelConfig
 from megaegpt.config.model_rules import has_effect
+from megaegpt.config.removed_keys import is_unused
 
 ARITHMETIC_KEYS = {
     "model": "kind vocab_size hidden_size num_layers num_heads num_kv_heads head_dim "
@@ -23,7 +24,7 @@ ARITHMETIC_KEYS = {
     "model.rope_scaling": "kind factor original_max_seq_len low_freq_factor high_freq_factor "
     "beta_fast beta_slow attention_factor",
     "model.egpt": "chunk_size features_per_chunk feature_pooling local_attention memory_gate "
-    "history token_counts token_memory memory_dim memory_pointers memory_chunks adapter_norm "
+    "history token_memory memory_dim memory_pointers memory_chunks adapter_norm "
     "adapter_residual",
     "model.encoder": "layers overlap",
 }
@@ -72,7 +73,8 @@ def arithmetic_differences(
         key: value if (name := _name(key)) in RESOLVED else _value(usual, name)
         for key, value in here.items()
     }
-    there = {**defaults, **there}
+    kept = {key: value for key, value in there.items() if not is_unused(key, value)}
+    there = {**defaults, **kept}
     return {key: (there[key], here.get(key)) for key in there if there[key] != here.get(key)}
 
 

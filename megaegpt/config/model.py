@@ -63,9 +63,6 @@ class EGPTConfig:
     """In training, each window shows a random number of its earlier chunks."""
     history: bool = True
     """Earlier chunks are seen. false: the same model over the same windows without its memory."""
-    token_counts: bool = False
-    """Token frequencies of earlier chunks are mixed into the prediction, by a gate: a unigram cache
-    whose chunks are chosen by their features."""
     token_memory: bool = False
     """Each token of an earlier chunk leaves a key of its encoder state and the token behind it;
     what followed similar states is mixed into the prediction, by learned shares."""

@@ -234,18 +234,12 @@ def _chunks_and_encoder(model: ModelConfig) -> Iterator[Problem]:
             f"model.encoder.overlap={model.encoder.overlap} is more than a chunk of "
             f"model.egpt.chunk_size={chunks.chunk_size}",
         )
-    for name in ("memory_gate", "random_history", "token_counts", "token_memory"):
+    for name in ("memory_gate", "random_history", "token_memory"):
         if not chunks.history and getattr(chunks, name):
             yield Problem(
                 (f"model.egpt.{name}", "model.egpt.history"),
                 f"model.egpt.{name}=true has no effect with model.egpt.history=false",
             )
-    if chunks.token_counts and chunks.token_memory:
-        yield Problem(
-            ("model.egpt.token_counts", "model.egpt.token_memory"),
-            "model.egpt.token_counts and model.egpt.token_memory are two memories of the same "
-            "tokens: leave one out",
-        )
     if not model.encoder.source:
         yield Problem(
             ("model.kind", "model.encoder.source"),

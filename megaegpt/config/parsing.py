@@ -8,6 +8,7 @@ import types
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from megaegpt.config.removed_keys import is_unused, removal
 from megaegpt.config.suggestions import KeyFinder
 from megaegpt.errors import ConfigError
 
@@ -85,6 +86,8 @@ def parse_section(
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{prefix}{key}"
+        if is_unused(dotted, value):
+            continue
         if key not in hints:
             few = len(problems) < _SHOWN_PROBLEMS  # for a hint costs time
             meant = finder.find(str(key), section, prefix) if few else []
@@ -175,6 +178,8 @@ def _parse_choice(value: Any, choices: tuple[Any, ...]) -> Any:
 
 def _unknown_key(dotted: str, prefix: str, known: list[str], meant: list[str]) -> Problem:
     """The problem of a key that no field has, with the valid keys that may be meant."""
+    if sentence := removal(dotted):
+        return Problem((dotted,), sentence)
     if meant:
         *others, last = meant
         choice = f"{', '.join(others)} or {last}" if others else last

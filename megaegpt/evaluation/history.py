@@ -35,8 +35,6 @@ class ZeroHistory(EGPTInputs):
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
         arguments = super().arguments(batch)
         arguments["features"] = torch.zeros_like(arguments["features"])
-        if "earlier_tokens" in arguments:
-            arguments["earlier_tokens"] = torch.full_like(arguments["earlier_tokens"], -1)
         if "text" in arguments:
             size = self._config.egpt.chunk_size
             arguments["earlier_text"] = torch.full_like(arguments["text"][:, size - 1 :], -1)
@@ -98,9 +96,7 @@ class ShuffledHistory(EGPTInputs):
             states = self._encoded(batch["donors"], batch.get("before_donors"))
         features = chunk_features(states, self._egpt)
         arguments = super().arguments({**batch, "features": features})
-        if self._egpt.token_counts:
-            arguments["earlier_tokens"] = batch["donors"]
-        elif self._egpt.token_memory:
+        if self._egpt.token_memory:
             arguments["earlier_states"] = states
             parts = (batch["before_donors"][:, -1:], batch["donors"], batch["behind_donors"])
             arguments["earlier_text"] = torch.cat([part.flatten(1) for part in parts], dim=1)

@@ -67,6 +67,8 @@ def test_a_key_that_came_later_had_its_default_before(monkeypatch: pytest.Monkey
     assert arithmetic_differences(earlier, model_arithmetic(other)) == {
         "model.activation": ("gelu_tanh", "gelu")
     }
+    before = {**model_arithmetic(plain), "model.egpt.token_counts": False}  # a key that is no more
+    assert arithmetic_differences(before, model_arithmetic(plain)) == {}
     monkeypatch.setattr(
         "megaegpt.config.arithmetic.ARITHMETIC_KEYS",
         {"model": "kind vocab_size hidden_size num_layers num_heads layer_norm_eps activation"},

@@ -174,6 +174,19 @@ def test_the_resolved_configuration_reads_back_equal(write):
     assert load_config(write(config_to_yaml(config))) == config
 
 
+def test_a_key_of_earlier_versions_is_read_where_it_did_nothing_and_named_where_it_did(write):
+    for value in ("false", "true"):
+        path = write(f"model: {{egpt: {{token_counts: {value}, chunk_size: 8}}}}\n")
+        if value == "false":
+            assert load_config(path).model.egpt.chunk_size == 8
+        else:
+            assert "model.egpt.token_counts is a key of earlier versions: " in error_of(path)
+            assert "token_memory" in error_of(path)
+    assert model_config_from_dict({"egpt": {"token_counts": False}}) == ModelConfig()
+    with pytest.raises(ConfigError, match=r"egpt\.token_counts is a key of earlier versions"):
+        model_config_from_dict({"egpt": {"token_counts": True}})
+
+
 def test_a_models_config_json_is_read_back_and_checked():
     config = ModelConfig(kind="egpt", num_kv_heads=2)
     values = config_to_dict(config)

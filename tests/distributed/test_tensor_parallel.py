@@ -28,7 +28,6 @@ IMPROVED = replace(
         local_attention=True,
         features_per_chunk=2,
         memory_gate=True,
-        token_counts=True,
         adapter_norm=True,
         adapter_residual=True,
     ),
@@ -62,14 +61,10 @@ def _batch(config: ModelConfig, step: int, dtype: torch.dtype) -> dict[str, torc
         return batch
     features = torch.randn(2, 2, egpt.features_per_chunk, 32, generator=generator)
     batch["features"] = features.to(dtype)
-    if not (egpt.token_counts or egpt.token_memory):
+    if not egpt.token_memory:
         return batch
-    if egpt.token_memory:  # few tokens, which come again
-        text = torch.randint(9, (2, 1 + 3 * egpt.chunk_size), generator=generator)
-        return batch | {"text": text}
-    earlier = torch.randint(config.vocab_size, (2, 2, egpt.chunk_size), generator=generator)
-    earlier[:, 0] = targets[:, 2].clamp(min=0)  # some come again
-    return batch | {"earlier_tokens": earlier}
+    text = torch.randint(9, (2, 1 + 3 * egpt.chunk_size), generator=generator)  # they come again
+    return batch | {"text": text}
 
 
 def _global_norm(model: torch.nn.Module, grid: ProcessGrid) -> float:

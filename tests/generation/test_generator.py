@@ -36,13 +36,11 @@ EGPT_VARIANTS = {
     "local": egpt(local_attention=True),
     "gate": egpt(memory_gate=True),
     "local_features_gate": egpt(local_attention=True, features_per_chunk=2, memory_gate=True),
-    "counts": egpt(token_counts=True),
     "memory": egpt(token_memory=True, memory_dim=8, memory_pointers=2),
     "memory_local": replace(
         egpt(local_attention=True, token_memory=True, memory_dim=8, memory_chunks=1),
         encoder=OVERLAP,
     ),
-    "counts_local": egpt(local_attention=True, features_per_chunk=2, token_counts=True),
     "one_chunk": egpt(num_chunks=1, local_attention=True),
     "window_rotary": replace(egpt(local_attention=True), window=3, positions="rotary"),
     "grouped_query": replace(EGPT, num_kv_heads=2),

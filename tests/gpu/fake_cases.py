@@ -47,7 +47,8 @@ EGPTS: dict[str, dict[str, Any]] = {
     "original": {},
     "improved": {
         "local_attention": True,
-        "token_counts": True,
+        "token_memory": True,
+        "memory_dim": 16,
         "adapter_norm": True,
         "adapter_residual": True,
     },

@@ -14,7 +14,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
 
 GPT = ModelConfig(vocab_size=300, max_seq_len=8, hidden_size=16, num_layers=1, num_heads=2)
-EGPT = replace(GPT, kind="egpt", egpt=EGPTConfig(num_chunks=3, chunk_size=4, token_counts=True))
+EGPT = replace(GPT, kind="egpt", egpt=EGPTConfig(num_chunks=3, chunk_size=4, token_memory=True))
 WRONG = (-1, 300, 383, 50_256)  # 384 rows: from 300 on they are padding
 
 
@@ -47,14 +47,15 @@ def test_every_tensor_parallel_rank_refuses_it(distributed: Distributed) -> None
     assert distributed(2, _refusals) == [expected, expected]
 
 
-@pytest.mark.parametrize("where", ["targets", "earlier_tokens"])
+@pytest.mark.parametrize("where", ["targets", "text", "earlier_text"])
 @pytest.mark.parametrize("wrong", [300, 383, 50_256])
-def test_counted_tokens_are_asked_too(where: str, wrong: int) -> None:
+def test_remembered_tokens_are_asked_too(where: str, wrong: int) -> None:
     model = build_model(EGPT, ProcessGrid())
     states, features = torch.zeros(1, 3, 4, 16), torch.zeros(1, 2, 1, 16)
-    ids = {"targets": torch.zeros(1, 3, 4).long(), "earlier_tokens": torch.zeros(1, 2, 4).long()}
-    ids["earlier_tokens"][0, 0] = -1  # none
-    ids[where][0, 1, 2] = wrong
+    ids = {"targets": torch.zeros(1, 3, 4).long()}
+    ids |= {"text": torch.zeros(1, 13).long(), "earlier_text": torch.zeros(1, 10).long()}
+    ids["earlier_text"][0, 0] = -1  # none
+    ids[where].view(-1)[6] = wrong
     with pytest.raises(DataError, match=f"{wrong} is"):
         model(states, features, **ids)
 

@@ -106,11 +106,10 @@ def test_estimate_is_what_one_rank_takes(distributed: Distributed) -> None:
     assert_estimates(configs, 1, distributed(1, measure, configs)[0])
 
 
-@pytest.mark.parametrize("memory", ["none", "token_counts", "token_memory"])
-def test_estimate_is_what_an_egpt_takes(distributed: Distributed, memory: str) -> None:
+@pytest.mark.parametrize("memory", [False, True])
+def test_estimate_is_what_an_egpt_takes(distributed: Distributed, memory: bool) -> None:
     """The mixture over tokens of earlier chunks is a part of the step."""
-    mixed = {} if memory == "none" else {memory: True}
-    chunks = EGPTConfig(num_chunks=4, chunk_size=32, **mixed)
+    chunks = EGPTConfig(num_chunks=4, chunk_size=32, token_memory=memory)
     config = run_config(
         1, 2, "fp32", kind="egpt", tied_embeddings=False, egpt=chunks, vocab_size=1000
     )

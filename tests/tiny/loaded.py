@@ -17,7 +17,6 @@ TOKENIZER = Tokenizer.load()
 CONFIGS = {
     "gpt": GPT,
     "egpt": EGPT,
-    "egpt_counts": egpt(token_counts=True),
     "egpt_memory": egpt(token_memory=True, memory_dim=8),
     "deepgpt": DEEPGPT,
 }

@@ -41,8 +41,6 @@ def variant_cost(gpt: ModelConfig, model: ModelConfig) -> Cost:
         kept += _NUMBER * model.hidden_size * egpt.features_per_chunk / egpt.chunk_size
         if egpt.token_memory:
             kept += _NUMBER * egpt.memory_dim * egpt.memory_pointers + _ID
-        if egpt.token_counts:
-            kept += _ID
     return {
         "forward_flops": own + encoding_flops(gpt, egpt.chunk_size, overlap),
         "cache_bytes": kept,

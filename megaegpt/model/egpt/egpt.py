@@ -22,10 +22,8 @@ from megaegpt.model.egpt.chunk_memory import (
     Gates,
     ReadingContext,
     RecordingContext,
-    on_one_side,
 )
 from megaegpt.model.egpt.copy_attention import Keys
-from megaegpt.model.egpt.token_counts import CountMixture, TokenCounts, count_tokens
 from megaegpt.model.egpt.token_memory import MemoryMixture, TokenMemory
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
@@ -69,7 +67,6 @@ class EGPT(LanguageModel):
                 gate = new_parameter((config.num_heads,), grid, tp_dim=0)
                 block.get_submodule("attention").register_parameter("gate", gate)
         self.head = OutputHead(config, grid)
-        self.counts = TokenCounts(config, grid) if chunks.token_counts else None
         self.token_memory = TokenMemory(config, grid) if chunks.token_memory else None
 
     def _embed(self, states: Tensor, chunk: Tensor, offset: Tensor) -> Tensor:
@@ -169,7 +166,6 @@ class EGPT(LanguageModel):
         self,
         token_states: Tensor,
         features: Tensor,
-        earlier_tokens: Tensor | None = None,
         **memory: Tensor,
     ) -> Predictions:
         """Predict the token behind each.
@@ -177,22 +173,13 @@ class EGPT(LanguageModel):
         Args:
             token_states: (B, N, S, C).
             features: (B, N - 1, P, C).
-            earlier_tokens: with ``token_counts`` the ids of the chunks that features are of, (B, N
-                - 1, S); -1: none is known.
             memory: with ``token_memory`` what :meth:`_remembered` needs.
         """
         cut = self._history_cut(token_states)
         hidden = self.hidden_states(token_states, features, cut)
-        if self.token_memory is not None:
-            return Predictions(
-                self.head, hidden, self._remembered(token_states, hidden, cut, **memory)
-            )
-        if self.counts is None:
+        if self.token_memory is None:
             return Predictions(self.head, hidden)
-        if earlier_tokens is None:
-            raise ValueError("token_counts need the tokens of earlier chunks")
-        check_tokens(earlier_tokens.clamp(min=0), self.config.vocab_size)
-        return Predictions(self.head, hidden, self.mixture(hidden, features, earlier_tokens, cut))
+        return Predictions(self.head, hidden, self._remembered(token_states, hidden, cut, **memory))
 
     def _remembered(
         self,
@@ -245,42 +232,6 @@ class EGPT(LanguageModel):
         query = memory.ask(states, hidden.flatten(1, 2))
         return MemoryMixture(memory, query, earlier, own, first_chunk, from_chunk)
 
-    def mixture(
-        self, hidden: Tensor, features: Tensor, earlier_tokens: Tensor, cut: Tensor | None = None
-    ) -> CountMixture:
-        """Return the mixture of token counts with the head's prediction: hidden states (B, N, S, C)
-        of a window and what its earlier chunks hold (see :meth:`forward`) -> T = N * S.
-        """
-        _, chunks, size, _ = hidden.shape
-        earlier, chunk = (
-            torch.arange(n, device=hidden.device) for n in (features.shape[1], chunks)
-        )
-        distance = chunk.unsqueeze(1) - earlier  # (N, M)
-        visible = (distance > 0).unsqueeze(0)
-        if cut is not None:
-            visible = visible & on_one_side(chunk, earlier, cut)
-        return self._counts()(
-            hidden.flatten(1, 2),
-            features,
-            count_tokens(earlier_tokens, self.config.padded_vocab_size),
-            distance.repeat_interleave(size, dim=0),
-            visible.repeat_interleave(size, dim=1),
-        )
-
-    def next_mixture(self, hidden: Tensor, features: Tensor, counts: Tensor) -> CountMixture:
-        """The same for one token (B, C) behind n chunks with features (B, n, P, C) and token
-        counts (B, n, V) -> T = 1.
-        """
-        held = features.shape[1]
-        distance = torch.arange(held, 0, -1, device=hidden.device).unsqueeze(0)  # (1, n)
-        visible = torch.ones_like(distance, dtype=torch.bool).unsqueeze(0)
-        return self._counts()(hidden.unsqueeze(1), features, counts, distance, visible)
-
-    def _counts(self) -> TokenCounts:
-        if self.counts is None:
-            raise ValueError("model.egpt.token_counts is off: there is nothing to mix")
-        return self.counts
-
     def record_memory(self, features: Tensor) -> Recorded:
         """Features of the chunks before the current one, (B, n, P, C) with n < N -> each layer's
         keys, values.
@@ -330,8 +281,6 @@ class EGPT(LanguageModel):
         per_position = matmul_flops(self.stack) + matmul_flops(self.input_mlp)
         visible = features + (egpt.chunk_size if egpt.local_attention else 1)
         forward = positions * per_position + attention_flops(config, visible)
-        if self.counts is not None:
-            forward += matmul_flops(self.counts)
         if self.token_memory is not None:
             seen = egpt.num_chunks * egpt.chunk_size / 2  # on average over a window
             forward += matmul_flops(self.token_memory)

@@ -11,7 +11,6 @@ from torch import Tensor
 from megaegpt.model.decoding import ChunkEncoder, DecodingSteps, new_cache
 from megaegpt.model.egpt.egpt import EGPT, Recorded, chunk_features
 from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, HeldTokens, MemoryLimits
-from megaegpt.model.egpt.token_counts import count_tokens
 from megaegpt.model.encoder import FrozenEncoder
 
 
@@ -48,9 +47,6 @@ class EGPTDecoder:
         self._tokens = torch.empty(
             batch_size, egpt.chunk_size, dtype=torch.long, device=weight.device
         )
-        self._counts = torch.empty(  # (B, n, V) of the chunks before, where they are mixed in
-            batch_size, 0, config.padded_vocab_size, device=weight.device
-        )
         self._held_tokens: HeldTokens | None = None
         if model.token_memory is not None:
             self._held_tokens = HeldTokens(model.token_memory, batch_size, weight, limits)
@@ -80,12 +76,7 @@ class EGPTDecoder:
         if self._held_tokens is not None:
             newest = self._states[:, self._offset - 1 : self._offset]
             return self._held_tokens.mix(newest, hidden.unsqueeze(1), logits.unsqueeze(1))[:, 0]
-        if self._model.counts is None:
-            return logits
-        mixture = self._model.next_mixture(hidden, self._features, self._counts)
-        place = torch.zeros(1, dtype=torch.long, device=logits.device)
-        rows = [mixture.log_probabilities(logits[n : n + 1], n, place) for n in range(len(logits))]
-        return torch.cat(rows)
+        return logits
 
     def _encode(self, tokens: Tensor) -> Tensor:
         """The encoder's states of the current chunk's next tokens: (B, T) -> (B, T, C)."""
@@ -104,12 +95,7 @@ class EGPTDecoder:
         size = self._model.config.egpt.chunk_size
         features = chunk_features(self._states, self._model.config.egpt).unsqueeze(1)
         held = torch.cat([self._features, features], dim=1)  # (B, n, P, C)
-        left = max(held.shape[1] - self._held, 0)
-        self._features = held[:, left:]
-        if self._model.counts is not None:
-            vocab_size = self._model.config.padded_vocab_size
-            counts = count_tokens(self._tokens.unsqueeze(1), vocab_size)
-            self._counts = torch.cat([self._counts, counts], dim=1)[:, left:]
+        self._features = held[:, max(held.shape[1] - self._held, 0) :]
         if self._held_tokens is not None:
             self._held_tokens.finish_chunk()
         self._memory = None

@@ -54,9 +54,7 @@ class EGPTInputs(ChunkInputs):
             arguments["features"] = batch["features"].to(self._dtype)
         else:
             arguments["features"] = chunk_features(states[:, :-1], self._config.egpt)
-        if self._config.egpt.token_counts:
-            arguments["earlier_tokens"] = batch["tokens"][:, :-1]
-        elif self._config.egpt.token_memory:
+        if self._config.egpt.token_memory:
             tokens, before = batch["tokens"].flatten(1), batch.get("before")
             if before is None:
                 before = tokens.new_full((len(tokens), 1), NOTHING_BEFORE)
