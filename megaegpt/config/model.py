@@ -57,6 +57,9 @@ class EGPTConfig:
     """``last``: the encoder state of a span's last token (the original); ``mean``: their mean."""
     local_attention: bool = False
     """Tokens of the current chunk also attend to each other causally in the decoder."""
+    reach: NonNegativeInt = 0
+    """With ``local_attention``: the last so many tokens of the chunk before are attended to as
+    well, each at its true distance; at most ``chunk_size``."""
     memory_gate: bool = False
     """A learned, zero-initialised gate per head on what is read from earlier chunks."""
     random_history: bool = False

@@ -56,11 +56,10 @@ def naive(kind: str) -> dict[str, list[float]]:
         others = tokens[donor * WINDOW : (donor + 1) * WINDOW].view(shape)
         states_of = {"true": states, "shuffled": encoder(others), "zero": states}
         foreign = chunk_features(states_of["shuffled"][:, :-1], model.config.egpt)
-        own = inputs.view(shape)
         histories = {
-            "true": (features, own),
-            "shuffled": (foreign, others),
-            "zero": (torch.zeros_like(features), torch.full_like(own, -1)),
+            "true": features,
+            "shuffled": foreign,
+            "zero": torch.zeros_like(features),
         }
         text = F.pad(inputs, (1, 0), value=int(tokens[window * WINDOW - 1]) if window else -1)
         before = int(tokens[donor * WINDOW - 1]) if donor else -1
@@ -69,7 +68,7 @@ def naive(kind: str) -> dict[str, list[float]]:
             "shuffled": F.pad(others.flatten(1), (1, 0), value=before),
             "zero": torch.full_like(text, -1),
         }
-        for name, (history, earlier) in histories.items():
+        for name, history in histories.items():
             more = {}
             if model.config.egpt.token_memory:
                 more = {"text": text, "earlier_states": states_of[name][:, :-1]}

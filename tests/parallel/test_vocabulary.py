@@ -60,17 +60,6 @@ def test_remembered_tokens_are_asked_too(where: str, wrong: int) -> None:
         model(states, features, **ids)
 
 
-@pytest.mark.parametrize("where", ["text", "earlier_text"])
-def test_remembered_tokens_are_asked_too(where: str) -> None:
-    egpt = EGPTConfig(num_chunks=3, chunk_size=4, token_memory=True)
-    model = build_model(replace(EGPT, egpt=egpt), ProcessGrid())
-    ids = {"text": torch.zeros(1, 13).long(), "earlier_text": torch.full((1, 10), -1)}
-    ids[where][0, 3] = 300
-    states, features = torch.zeros(1, 3, 4, 16), torch.zeros(1, 2, 1, 16)
-    with pytest.raises(DataError, match="300 is"):
-        model(states, features, torch.zeros(1, 3, 4).long(), **ids)
-
-
 def test_tensors_without_values_are_not_asked() -> None:
     model = build_model(GPT, ProcessGrid())
     assert model.hidden_states(_ids(0)[:0]).shape == (0, 4, 16)

@@ -155,6 +155,16 @@ class KVCache:
         self.length = 0
         self.segments = None
 
+    @torch.no_grad()
+    def keep_last(self, count: int) -> None:
+        """Forget all but the newest ``count`` tokens, which become the first; without a window."""
+        begin = max(self.length - count, 0)
+        for layer in self._layers:
+            keys, values = layer.tensors
+            for store in (keys,) if values is keys else (keys, values):
+                store[:, :, : self.length - begin] = store[:, :, begin : self.length].clone()
+        self.length -= begin
+
     def bytes(self) -> int:
         """Memory of this rank's keys and values; see the formulas of this module."""
         return sum(layer.nbytes for layer in self._layers)

@@ -128,6 +128,7 @@ class EGPT(LanguageModel):
             size,
             egpt.features_per_chunk if egpt.history else 0,
             local=egpt.local_attention,
+            reach=egpt.reach,
             rotary=self._rotary(chunk, offset, states.dtype),
             gates=self._gates(),
             cut=cut,
@@ -232,14 +233,14 @@ class EGPT(LanguageModel):
         query = memory.ask(states, hidden.flatten(1, 2))
         return MemoryMixture(memory, query, earlier, own, first_chunk, from_chunk)
 
-    def record_memory(self, features: Tensor) -> Recorded:
+    def record_memory(self, features: Tensor, dropped: int = 0) -> Recorded:
         """Features of the chunks before the current one, (B, n, P, C) with n < N -> each layer's
-        keys, values.
+        keys, values. ``dropped``: see :meth:`decode`.
         """
         if not self.config.egpt.history:
             features = features[:, :0]
         chunk, offset = self._feature_places(features.shape[1], features.device)
-        context = RecordingContext(self._rotary(chunk, offset, features.dtype))
+        context = RecordingContext(self._rotary(chunk + dropped, offset, features.dtype))
         self.stack(self._embed(features.flatten(1, 2), chunk, offset), context)
         return context.recorded
 
@@ -250,17 +251,26 @@ class EGPT(LanguageModel):
         chunk: int,
         offset: int,
         cache: KVCache | None = None,
+        dropped: int = 0,
     ) -> Tensor:
-        """New tokens of chunk number ``chunk`` of the window, from ``offset`` on: (B, T, C) -> (B,
-        T, C).
+        """New tokens of a chunk from ``offset`` on: (B, T, C) -> (B, T, C).
 
-        ``cache`` holds the chunk's earlier tokens and is needed with local attention only.
+        Args:
+            token_states: of the tokens.
+            memory: of :meth:`record_memory`.
+            chunk: number of their chunk in the window.
+            offset: of the first token in it.
+            cache: holds the chunk's earlier tokens, and those in reach of the chunk before; needed
+                with local attention only.
+            dropped: chunks of the text before the window, by which rotary places go on, so that
+                what the cache holds of the chunk before stays at its distance.
         """
         length, device = token_states.shape[1], token_states.device
         chunks = torch.full((length,), chunk, device=device)
         offsets = torch.arange(offset, offset + length, device=device)
-        rotary = self._rotary(chunks, offsets, token_states.dtype)
-        context = ReadingContext(memory, cache, rotary, self._gates())
+        rotary = self._rotary(chunks + dropped, offsets, token_states.dtype)
+        reached = 0 if cache is None else cache.length - offset
+        context = ReadingContext(memory, cache, rotary, self._gates(), reached)
         x = self.stack(self._embed(token_states, chunks, offsets), context)
         if cache is not None:
             cache.length += length
@@ -279,7 +289,7 @@ class EGPT(LanguageModel):
         features = (egpt.num_chunks - 1) * egpt.features_per_chunk if egpt.history else 0
         positions = 1 + features / (egpt.num_chunks * egpt.chunk_size)  # a token's share of them
         per_position = matmul_flops(self.stack) + matmul_flops(self.input_mlp)
-        visible = features + (egpt.chunk_size if egpt.local_attention else 1)
+        visible = features + (egpt.chunk_size + egpt.reach if egpt.local_attention else 1)
         forward = positions * per_position + attention_flops(config, visible)
         if self.token_memory is not None:
             seen = egpt.num_chunks * egpt.chunk_size / 2  # on average over a window

@@ -12,6 +12,7 @@ from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model
 from megaegpt.model.egpt.egpt import EGPT, chunk_features
+from megaegpt.model.rotary import rotary_table
 from megaegpt.parallel.grid import ProcessGrid
 from tests.model.naive import naive_egpt_hidden
 
@@ -160,6 +161,61 @@ def test_a_cut_history_is_that_of_two_shorter_windows(monkeypatch):
     whole = model.eval()(states, features, targets, "none")
     torch.testing.assert_close(before[0, :2], whole[0, :2])
     torch.testing.assert_close(before[1], whole[1])
+
+
+class _OneMask:
+    """All of a window as one sequence under one dense mask, from the definition of what is seen."""
+
+    absorbed = False
+
+    def __init__(self, model, rotary, first):
+        self.rotary = rotary
+        self._gates = [block.get_parameter("attention.gate") for block in model.stack.blocks]
+        size, reach = S, model.config.egpt.reach
+        chunk = torch.tensor([*range(N - 1), *(n for n in range(N) for _ in range(S))])
+        token = torch.arange(len(chunk)) >= N - 1
+        place = torch.cat([torch.zeros(N - 1).long(), torch.arange(N * S)])
+        same_side = (chunk[:, None] >= first) == (chunk >= first)
+        among_features = ~token[:, None] & ~token & (chunk <= chunk[:, None])
+        self._features = token[:, None] & ~token & (chunk < chunk[:, None]) & same_side
+        near = (place <= place[:, None]) & (place >= chunk[:, None] * size - reach)
+        self._rest = (among_features | token[:, None] & token & near) & same_side
+
+    def attend(self, q, k, v, layer):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+
+        def read(mask):
+            weights = scores.masked_fill(~mask, -1e30).softmax(-1) * mask.any(-1, keepdim=True)
+            return weights @ v
+
+        gate = self._gates[layer.index].tanh()[:, None, None]
+        return read(self._rest) + gate * read(self._features)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize(("reach", "first"), [(1, 0), (3, 2), (S, 0)])
+def test_reach_shows_the_last_tokens_of_the_chunk_before_at_their_distance(
+    positions, reach, first, monkeypatch
+):
+    egpt = {"local_attention": True, "memory_gate": True, "random_history": True, "reach": reach}
+    model = _model(replace(_variant(**egpt), positions=positions))
+    states, features, targets = _batch(model.config)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.full((BATCH,), first))
+    parameters = list(model.parameters())
+    hidden = model.hidden_states(states, features, torch.full((BATCH,), first))
+    grads = torch.autograd.grad(model(states, features, targets), parameters)
+
+    chunk = torch.tensor([*range(N - 1), *(n for n in range(N) for _ in range(S))])
+    offset = torch.tensor([S - 1] * (N - 1) + [*range(S)] * N)
+    x = torch.cat([features.flatten(1, 2), states.flatten(1, 2)], dim=1)
+    x = model.chunk_positions(model.input_mlp(x), chunk) + model.lengths(offset)
+    rotary = rotary_table(model.config, chunk * S + offset, torch.float64)
+    naive = model.stack(x, _OneMask(model, rotary, first))[:, N - 1 :].unflatten(1, (N, S))
+    torch.testing.assert_close(hidden, naive, rtol=1e-9, atol=1e-9)
+    nats = model.head.loss(naive, targets, "sum")
+    for grad, expected in zip(grads, torch.autograd.grad(nats, parameters), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize(
