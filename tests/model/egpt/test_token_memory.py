@@ -85,6 +85,9 @@ def _unit(model: EGPT, weight: torch.Tensor, h: int, state: torch.Tensor) -> tor
 
 def _most_similar(model: EGPT, h: int, query: torch.Tensor, keys: list[Place]) -> list[int]:
     """Earlier chunks that are seen."""
+    most = model.config.egpt.memory_chunks
+    if most is None:
+        return [place.chunk for place in keys]
     of_chunk: dict[int, list[torch.Tensor]] = {}
     for place in keys:
         unit = _unit(model, model.token_memory.key, h, place.state)
@@ -92,7 +95,6 @@ def _most_similar(model: EGPT, h: int, query: torch.Tensor, keys: list[Place]) -
     similar = {
         chunk: (query @ torch.stack(units).mean(0)).item() for chunk, units in of_chunk.items()
     }
-    most = model.config.egpt.memory_chunks
     return sorted(similar, key=similar.__getitem__, reverse=True)[:most]
 
 
