@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -61,7 +60,8 @@ def _batch() -> dict[str, torch.Tensor]:
     }
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where a token is, and what is told of it."""
 
     chunk: int
@@ -165,10 +165,10 @@ def naive_probabilities(
             own = window[n * S : t]
             if first is not None:  # nothing before the first that is seen is known
                 hide = [i for i in range(t + 1) if i == begin * S]
-                sees = [key._replace(before=-1) if i == 0 else key for i, key in enumerate(sees)]
+                sees = [replace(key, before=-1) if i == 0 else key for i, key in enumerate(sees)]
                 if begin == n:
-                    own = [key._replace(before=-1) if i == 0 else key for i, key in enumerate(own)]
-                place = place._replace(before=-1) if t in hide else place
+                    own = [replace(key, before=-1) if i == 0 else key for i, key in enumerate(own)]
+                place = replace(place, before=-1) if t in hide else place
             h_t = hidden[b].flatten(0, 1)[t]
             gates = [torch.zeros((), dtype=torch.float64)]
             predictions = [F.softmax(model.head.weight[:VOCAB] @ h_t, -1)]
