@@ -164,11 +164,10 @@ def naive_probabilities(
             sees = held[begin * S : (start + n) * S]
             own = window[n * S : t]
             if first is not None:  # nothing before the first that is seen is known
-                hide = [i for i in range(t + 1) if i == begin * S]
                 sees = [replace(key, before=-1) if i == 0 else key for i, key in enumerate(sees)]
                 if begin == n:
                     own = [replace(key, before=-1) if i == 0 else key for i, key in enumerate(own)]
-                place = replace(place, before=-1) if t in hide else place
+                place = replace(place, before=-1) if t == begin * S else place
             h_t = hidden[b].flatten(0, 1)[t]
             gates = [torch.zeros((), dtype=torch.float64)]
             predictions = [F.softmax(model.head.weight[:VOCAB] @ h_t, -1)]
