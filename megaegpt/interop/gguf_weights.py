@@ -30,6 +30,7 @@ LLAMA3_SCALING: dict[str, float | int] = {
     "original_max_position_embeddings": 8192,
 }
 """Of every Llama 3.1, 3.2 and 3.3; the factor is the largest one in the tensor."""
+_NEEDED = ("embedding_length", "block_count", "attention.head_count", "context_length")
 _HEAD_WIDTHS = ("rope.dimension_count", "attention.value_length")
 _WITHOUT_EFFECT = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}
 SCALING_KEYS = {
@@ -89,11 +90,15 @@ def gguf_description(header: GGUFHeader, family: Family) -> Description:
     for key, name in family.gguf_keys.items():
         if key in own:
             theirs[name] = own.pop(key)
-    for key in ("embedding_length", "block_count", "attention.head_count", "context_length"):
-        if family.gguf_keys[key] not in theirs:
+    for key in family.gguf_keys:
+        needed = key in _NEEDED or key.endswith("epsilon")
+        if needed and family.gguf_keys[key] not in theirs:
             raise said.error(f"{key} is missing")
     embedding = header.tensors.get(f"{family.places['embedding'].gguf}.weight")
     theirs["vocab_size"] = 0 if embedding is None else embedding.shape[0]
+    rows = theirs["vocab_size"]
+    if embedding is not None and (vocab_size := own.get("vocab_size", rows)) != rows:
+        raise said.error(f"vocab_size={shown(vocab_size)}, and the embedding has {rows} rows")
     theirs["tie_word_embeddings"] = f"{family.places['head'].gguf}.weight" not in header.tensors
     if any("mlp_bias" in concern.keys for concern in family.concerns):
         for key, layer in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_up")):
@@ -114,17 +119,25 @@ def _rope_scaling(
     header: GGUFHeader, own: dict[str, Any], said: Description
 ) -> dict[str, Any] | None:
     prefix = "rope.scaling."
+    factor: float | None = said.read(f"{prefix}factor", float, None)
+    strength: float | None = said.read(f"{prefix}attn_factor", float, None)
+    own.pop(f"{prefix}attn_factor", None)
     scaling = {name: own.pop(prefix + key, None) for key, name in SCALING_KEYS.items()}
-    strength = own.pop(f"{prefix}attn_factor", None)
     scaling = {name: value for name, value in scaling.items() if value is not None}
     if ROPE_FACTORS in header.tensors:
         if scaling:
             raise said.error(f"rope.scaling beside the tensor {ROPE_FACTORS} is not supported")
         return {"rope_type": "llama3", **LLAMA3_SCALING, "factor": _llama3_factor(header)}
-    if scaling.get("rope_type") in (None, "none"):
+    if factor:  # without a type llama.cpp takes it for linear
+        scaling.setdefault("rope_type", "linear")
+    kind = scaling.get("rope_type", "none")
+    if strength not in (None, 1.0) and kind != "yarn":
+        raise said.error(f"{prefix}attn_factor={strength} is for {prefix}type=yarn alone")
+    if kind == "none":
         return None
-    if strength is not None and scaling["rope_type"] == "yarn":  # of what YaRN itself has
-        factor = said.read(f"{prefix}factor", float, scaling.get("factor"))
+    if strength is not None and kind == "yarn":  # of what YaRN itself has
+        if factor is None or factor <= 0:
+            raise said.error(f"{prefix}factor={shown(factor)} must be greater than 0")
         scaling["attention_factor"] = strength * (0.1 * math.log(factor) + 1)
     return scaling
 

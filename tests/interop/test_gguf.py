@@ -317,6 +317,12 @@ def _with_metadata(path: Path, arch: str = "qwen3", **changes: Any) -> Path:
         ({"rope__dimension_count": 4}, "rope.dimension_count=4 is not supported, only 10"),
         ({"rope__scaling__type": "longrope"}, "rope_type=longrope is none of"),
         ({"feed_forward_length": 45}, "has shape"),
+        ({"rope__scaling__type": "yarn", "rope__scaling__attn_factor": 1.0}, "factor=None must be"),
+        ({"attention__layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing"),
+        ({"vocab_size": 3}, "vocab_size=3, and the embedding has 101 rows"),
+        ({"rope__scaling__attn_factor": 0.5}, "attn_factor=0.5 is for rope.scaling.type=yarn"),
+        ({"rope__scaling__attn_factor": "1"}, "attn_factor must be a number"),
+        ({"rope__scaling__factor": [1.0]}, "factor must be a number"),
     ],
 )
 def test_metadata_of_another_model_is_refused_by_its_name(
@@ -326,6 +332,12 @@ def test_metadata_of_another_model_is_refused_by_its_name(
     with pytest.raises(CheckpointError, match=words) as caught:
         import_model(path, tmp_path / "again")
     assert str(path) in str(caught.value)
+
+
+def test_a_factor_without_a_type_is_of_linear_scaling_as_for_llama_cpp(tmp_path: Path) -> None:
+    path = _with_metadata(_file("qwen3", tmp_path), rope__scaling__factor=4.0)
+    scaling = source_config(path).rope_scaling
+    assert (scaling.kind, scaling.factor) == ("linear", 4.0)
 
 
 def test_a_folder_with_one_gguf_file_stands_for_it(tmp_path: Path) -> None:
