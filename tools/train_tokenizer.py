@@ -43,6 +43,8 @@ def main() -> None:
         save_tokenizer(tokenizer, folder)
     if problems.count:
         print(problems.summary())
+    for line in problems.left_out.lines():
+        print(f"left out    {line}")
     print(f"text        {texts.documents:,} documents, {texts.bytes / 1e6:,.1f} MB")
     special = len(tokenizer.special_tokens)
     print(f"vocabulary  {tokenizer.vocab_size:,} ids, {special} of them special")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,11 +28,13 @@ def test_the_folder_is_loaded_by_transformers_and_by_us(tmp_path: Path) -> None:
     lines = [json.dumps({"content": WORDS}), json.dumps({"content": "half \ud800"})]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "b.jsonl").write_text(json.dumps({"content": 2 * WORDS}) + "\n")
+    (tmp_path / "c.pdf").write_text("not read")
     options = ["--vocab-size", 300, "--text-key", "content", "--special-token", "<|user|>"]
     found = run(tmp_path, *options, "--on-bad-input", "skip", "--output", tmp_path / "out")
     assert "300 ids, 2 of them special" in found.stdout
     assert "runs on tiktoken" in found.stdout
     assert "half of a surrogate pair" in found.stdout
+    assert re.search(r"left out .*c\.pdf", found.stdout)
     assert "merging" in found.stderr
     ours, theirs = load_tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs.eos_token == "<|endoftext|>"
@@ -65,6 +68,11 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
         train_byte_level_bpe([WORDS], "x", 257, ["<|user|>"])
     with pytest.raises(ConfigError, match="special tokens must differ"):
         train_byte_level_bpe([WORDS], "x", 300, ["<|endoftext|>"])
+    for word in ("the", "q", "Ġthe"):
+        with pytest.raises(ConfigError, match=f"'{word}' is also a word of the texts"):
+            train_byte_level_bpe([10 * WORDS], "x", 330, [word])
+    with pytest.raises(ConfigError, match="is no text in UTF-8"):
+        train_byte_level_bpe([WORDS], "x", 300, ["\udcff"])
     with pytest.raises(DataError, match="nothing to learn from"):
         train_byte_level_bpe(["a b"], "x", 300)
     (tmp_path / "bad.jsonl").write_text("{}\n")

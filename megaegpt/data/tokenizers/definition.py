@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from megaegpt.data.tokenizer import END_OF_TEXT
+from megaegpt.data.tokenizer import END_OF_TEXT, whole_characters
 from megaegpt.errors import DataError
-from megaegpt.json_files import read_bytes, read_json
+from megaegpt.json_files import conform, read_bytes, read_json
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 TOKENS_FILE, MERGES_FILE = "vocab.json", "merges.txt"
@@ -51,7 +52,12 @@ class TokenizerDefinition:
         """
         listed = self.content["model"].get("vocab")
         if isinstance(listed, list):  # a Unigram model has tokens and their scores
-            pairs = [(entry[0], number) for number, entry in enumerate(listed) if entry]
+            where = f"{self.where}: its vocabulary"
+            entries = conform(listed, list[list[Any]], where, remedy=_REMEDY)
+            names = conform([entry[0] for entry in entries if entry], list[str], where)
+            if len(names) < len(entries):
+                raise DataError(f"{self.where} is damaged: a token is empty; {_REMEDY}")
+            pairs = [(name, number) for number, name in enumerate(names)]
         elif isinstance(listed, dict):
             pairs = list(listed.items())
         else:
@@ -65,14 +71,33 @@ class TokenizerDefinition:
                     f"{self.where} is damaged: its token {name!r:.40} has the id {token!r:.40}, "
                     f"and there are {len(found):,} tokens; {_REMEDY}"
                 )
+        if len(set(found.values())) < len(found):
+            self._refuse_an_id_of_two(found)
         return found
+
+    def _refuse_an_id_of_two(self, found: Mapping[str, int]) -> NoReturn:
+        names: dict[int, str] = {}
+        for name, token in found.items():
+            if token in names:
+                break
+            names[token] = name
+        raise DataError(
+            f"{self.where} is damaged: its tokens {names[token]!r:.40} and {name!r:.40} both have "
+            f"the id {token}; {_REMEDY}"
+        )
 
     @property
     def added_tokens(self) -> list[dict[str, Any]]:
         """Tokens that are found in a text as a whole, special ones among them."""
-        added = self.content.get("added_tokens") or []
+        found = self.content.get("added_tokens")
+        where = f"{self.where}: added_tokens"
+        added = conform([] if found is None else found, list[Any], where, remedy=_REMEDY)
         for token in added:
-            if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            if (
+                not isinstance(token, dict)
+                or not isinstance(token.get("content"), str)
+                or not token["content"]
+            ):
                 raise DataError(f"{self.where} is damaged: an added token has no text; {_REMEDY}")
             if type(token.get("id")) is not int:
                 name = token["content"]
@@ -202,7 +227,9 @@ def byte_level_content(
 
 
 def _read_if_there(file: Path) -> dict[str, Any]:
-    return read_json(file, dict[str, Any], remedy=_REMEDY) if file.is_file() else {}
+    """Whatever has the name of the file is read: a link that leads nowhere is no missing file."""
+    there = os.path.lexists(file)
+    return read_json(file, dict[str, Any], remedy=_REMEDY) if there else {}
 
 
 def _end_from_other_files(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,8 +238,9 @@ def _end_from_other_files(folder: Path, content: Mapping[str, Any]) -> dict[str,
     if named is not None:
         return {"eos_token": named}
     first = _ends_of_texts(folder)[:1]
-    added = content.get("added_tokens") or []
-    names = [t.get("content") for t in added if isinstance(t, dict) and t.get("id") in first]
+    added = content.get("added_tokens")
+    listed = added if isinstance(added, list) else []  # what it is instead, is said later
+    names = [t.get("content") for t in listed if isinstance(t, dict) and t.get("id") in first]
     return {"eos_token": names[0]} if names else {}
 
 
@@ -224,5 +252,6 @@ def _ends_of_texts(folder: Path) -> tuple[int, ...]:
 
 
 def serialized(content: Mapping[str, Any]) -> bytes:
-    """JSON as files have it."""
-    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+    """JSON as files have it; halves of surrogate pairs, which UTF-8 has not, are U+FFFD."""
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    return (whole_characters(text) + "\n").encode()

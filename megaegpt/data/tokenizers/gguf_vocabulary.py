@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokenizers.definition import (
@@ -26,6 +27,9 @@ from megaegpt.data.tokenizers.split_pattern import (
 )
 from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import DataError
+from megaegpt.json_files import conform
+
+T = TypeVar("T")
 
 _KEY = "tokenizer.ggml."
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
@@ -67,22 +71,23 @@ def _definition(found: Mapping[str, Any], file: Path) -> TokenizerDefinition:
             f"{file} holds the tokenizer {kind!r:.40}; byte-level BPE (gpt2) alone is read from "
             "GGUF files: give the folder of the model's tokenizer.json"
         )
-    tokens, merges = found.get(f"{_KEY}tokens"), found.get(f"{_KEY}merges")
-    if not isinstance(tokens, list) or not isinstance(merges, list):
-        raise DataError(f"{file} is damaged: its tokenizer has no tokens or no merges")
-    types = found.get(f"{_KEY}token_type") or [_NORMAL] * len(tokens)
+    tokens, merges = (_list_of(str, found, name, file) for name in ("tokens", "merges"))
+    types = [_NORMAL] * len(tokens)
+    if f"{_KEY}token_type" in found:
+        types = _list_of(int, found, "token_type", file)
+    _check_tokens(tokens, types, file)
     pre = str(found.get(f"{_KEY}pre") or "default")
     pre_tokenizer, split = _pre_tokenizer(pre, file)
     content = byte_level_content(
         {
             token: number
-            for number, (token, kind) in enumerate(zip(tokens, types, strict=False))
+            for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind != _UNUSED
         },
         [merge.split(" ", 1) for merge in merges],
         [
             added_token(number, token, kind == _CONTROL)
-            for number, (token, kind) in enumerate(zip(tokens, types, strict=False))
+            for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind in (_CONTROL, _USER_DEFINED)
         ],
         pre_tokenizer,
@@ -95,7 +100,22 @@ def _definition(found: Mapping[str, Any], file: Path) -> TokenizerDefinition:
         for kind in ("eos", "eot", "eom")
         if type(end := found.get(f"{_KEY}{kind}_token_id")) is int
     )
-    return TokenizerDefinition(name, str(file), content, _settings(found, tokens), ends)
+    return TokenizerDefinition(name, str(file), content, _settings(found, tokens, file), ends)
+
+
+def _list_of(kind: type[T], found: Mapping[str, Any], name: str, file: Path) -> list[T]:
+    schema: Any = list[kind]  # type: ignore[valid-type]
+    values: list[T] = conform(found.get(_KEY + name), schema, f"{file}: {_KEY}{name}")
+    return values
+
+
+def _check_tokens(tokens: list[str], types: list[int], file: Path) -> None:
+    """Each has one type, and no two of them are the same: one would hide the other."""
+    if len(types) != len(tokens):
+        raise DataError(f"{file} is damaged: {len(tokens):,} tokens have {len(types):,} types")
+    if len(set(tokens)) < len(tokens):
+        again = next(name for name, count in Counter(tokens).items() if count > 1)
+        raise DataError(f"{file} is damaged: its token {again!r:.40} is there twice")
 
 
 def _pre_tokenizer(pre: str, file: Path) -> tuple[dict[str, Any], str | None]:
@@ -116,13 +136,20 @@ def _pre_tokenizer(pre: str, file: Path) -> tuple[dict[str, Any], str | None]:
     return {"type": "Sequence", "pretokenizers": members}, split
 
 
-def _settings(found: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """Return the ``tokenizer_config.json`` that belongs to such a tokenizer."""
+def _settings(found: Mapping[str, Any], tokens: list[str], file: Path) -> dict[str, Any]:
+    """Return the ``tokenizer_config.json`` that belongs to such a tokenizer. Ids that are no tokens
+    do not count, as for llama.cpp, but for that of the end, without which texts do not end.
+    """
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for ours, theirs in _SPECIAL.items():
         number = found.get(f"{_KEY}{theirs}_token_id")
         if isinstance(number, int) and 0 <= number < len(tokens):
             settings[f"{ours}_token"] = tokens[number]
+        elif ours == "eos" and number is not None:
+            raise DataError(
+                f"{file} is damaged: its eos_token_id {number!r:.40} is none of its "
+                f"{len(tokens):,} tokens"
+            )
     if isinstance(template := found.get("tokenizer.chat_template"), str):
         settings["chat_template"] = template
     adds = found.get(f"{_KEY}add_bos_token", found.get(f"{_KEY}pre") in _ADDING_BOS)

@@ -60,7 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, definition: TokenizerDefinition) -> None:
-        self.definition, self.name = definition, definition.name
+        self.definition, self.name = definition, whole_characters(definition.name)
         self._vocabulary = definition.vocabulary
         self._library = _library_of(definition)
         self.vocab_size = max(self._vocabulary.values()) + 1
@@ -106,8 +106,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode_by_library(self, text: str) -> np.ndarray:
         try:
             ids = self._library.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError:
-            return self._encode_by_library(whole_characters(text))
+        except (UnicodeEncodeError, TypeError):  # as releases of the library refuse surrogates
+            ids = self._library.encode(whole_characters(text), add_special_tokens=False).ids
         return np.array(ids, self.dtype)
 
     def _encode_by_core(self, text: str) -> np.ndarray | None:

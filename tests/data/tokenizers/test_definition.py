@@ -23,7 +23,7 @@ def write(folder: Path, content: Any, **settings: Any) -> Path:
 
 
 def _wordpiece(content: dict[str, Any]) -> None:
-    content["model"] = {"type": "WordPiece", "vocab": {"a": 0, "</s>": 1}, "unk_token": "a"}
+    content["model"] = {"type": "WordPiece", "vocab": {"a": 2, "</s>": 3}, "unk_token": "a"}
 
 
 def _no_decoder(content: dict[str, Any]) -> None:
@@ -44,9 +44,16 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "has the id 2147483648",
     ),
     "negative id": (lambda content: content["model"]["vocab"].update(a=-1), "has the id -1"),
+    "one id of two tokens": (lambda content: content["model"]["vocab"].update(zz=5), "the id 5"),
     "unknown merge": (_model_of(merges=[["qqq", "zzz"]]), "is damaged"),
     "merge of three": (_model_of(merges=[["a", "b", "c"]]), "is damaged"),
+    "no list of added tokens": (lambda content: content.update(added_tokens=3), "added_tokens"),
+    "a list of numbers": (_model_of(type="Unigram", vocab=[1]), "its vocabulary is damaged"),
     "added token": (lambda content: content.update(added_tokens=[3]), "is damaged"),
+    "added token without a text": (
+        lambda content: content["added_tokens"][1].update(content=""),
+        "an added token has no text",
+    ),
     "part": (lambda content: content.update(pre_tokenizer={"type": "?"}), "is damaged, or newer"),
 }
 

@@ -27,9 +27,9 @@ def write(file: Path, pre: str, model: str = "gpt2", **changes: Any) -> Path:
     writer.add_name("Tiny")
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
+    writer.add_token_list(changes.get("tokens", tokens))
     writer.add_token_merges(changes.get("merges", [" ".join(rule) for rule in content["merges"]]))
-    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    writer.add_token_types(changes.get("types", [3, 3] + [1] * (len(tokens) - 2)))
     writer.add_eos_token_id(changes.get("eos", 0))
     if "bos" in changes:
         writer.add_bos_token_id(changes["bos"])
@@ -71,6 +71,25 @@ def test_other_kinds_and_damaged_files_are_refused_by_name(tmp_path: Path) -> No
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"a\.gguf is damaged or no GGUF file"):
             load_tokenizer(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": ["a", "b", "a"], "types": [1, 1, 1]}, "its token 'a' is there twice"),
+        ({"types": [3, 3, 1]}, r"700 tokens have 3 types"),
+        ({"types": ["x"]}, "token_type is damaged"),
+        ({"tokens": [1, 2]}, "tokens is damaged"),
+        ({"merges": [1, 2]}, "merges is damaged"),
+        ({"eos": 700}, "its eos_token_id 700 is none of its 700 tokens"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_list_that_is_not_of_its_tokens_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"a\.gguf.*{message}"):
+        load_tokenizer(write(tmp_path / "a.gguf", "gpt-2", **changes))
 
 
 # -- writing --------------------------------------------------------------------------------------

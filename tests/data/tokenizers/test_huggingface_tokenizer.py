@@ -27,6 +27,7 @@ from megaegpt.data.tokenizers.definition import byte_level
 from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from megaegpt.data.tokenizers.split_pattern import LLAMA3_SPLIT, O200K_SPLIT, QWEN2_SPLIT
 from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
+from megaegpt.errors import DataError
 from megaegpt.evaluation.scorer import encode_pair
 from megaegpt.evaluation.text import TextTokens
 from tests.tiny.tokenizers import HARD_TEXT, changed, trained_definition, trained_tokenizer
@@ -384,3 +385,24 @@ def test_whatever_reads_whole_texts_puts_the_bos_before_them(tmp_path: Path) -> 
     tokens, targets = InstructionDataset([record], tokenizer, 500)[0]
     assert tokens[: -len(word)].tolist() == tokenizer.encode_prompt(record.prompt)
     assert targets[targets != -100].tolist() == [*word, 0]
+
+
+def test_lone_surrogates_are_no_characters_to_the_library_either(tmp_path: Path) -> None:
+    """It refuses them by one error or another; and a folder's name may hold one, too."""
+    slow = HuggingFaceTokenizer(changed(pre_tokenizer=split(r"\w+(?=x)|.")))
+    assert "tiktoken" not in slow.runs_on.split(":")[0] or "slower" in slow.runs_on
+    assert slow.decode(slow.encode("a \udcff b")) == "a \ufffd b"
+    named = dataclasses.replace(trained_definition(), name="caf\udce9")
+    tokenizer = HuggingFaceTokenizer(named)
+    save_tokenizer(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).name == tokenizer.name == "caf\ufffd"
+
+
+def test_a_file_beside_it_that_cannot_be_read_is_not_taken_for_a_missing_one(
+    tmp_path: Path,
+) -> None:
+    save_tokenizer(trained_tokenizer(), tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json does not exist"):
+        load_tokenizer(tmp_path)
