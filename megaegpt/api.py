@@ -13,16 +13,18 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from megaegpt.arguments import LARGEST_SEED
 from megaegpt.config import GenerationConfig, ModelConfig, RunConfig
+from megaegpt.config.loading import model_config_from_dict
 from megaegpt.config.presets import create_model_config
-from megaegpt.config.validation import validate
+from megaegpt.config.validation import validate, validate_model
 from megaegpt.data.instruction.records import InstructionDataset, create_instruction_collate_fn
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import ConfigError, DataError
@@ -43,6 +45,9 @@ __all__ = [
     "text_to_token_ids",
     "token_ids_to_text",
 ]
+
+_ID_TYPES = (torch.int64, torch.int32)
+_CONFIGURATION = "the model's configuration"
 
 
 class TextTokenizer(Protocol):
@@ -73,7 +78,8 @@ class GPTModel(GPT):
         seed: of the initial weights.
 
     Raises:
-        ConfigError: the configuration is that of an EGPT or DeepGPT.
+        ConfigError: the configuration is that of an EGPT or DeepGPT, or has a value that no model
+            has; or the seed is out of range.
 
     Example:
         >>> config = create_model_config("gpt2-small (124M)", num_layers=2, hidden_size=48)
@@ -90,6 +96,9 @@ class GPTModel(GPT):
                 f"GPTModel is a model of kind gpt, not {config.kind}, which needs an encoder: "
                 "see megaegpt.model.build.build_model"
             )
+        config = model_config_from_dict(asdict(config), _CONFIGURATION)
+        validate_model(config, _CONFIGURATION)
+        _check_seed(seed)
         super().__init__(config, ProcessGrid())
         initialize(self, seed, self.grid)
 
@@ -136,7 +145,8 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: TextTokenizer | None = None)
     """Ids of one text, (T,) or (1, T) -> the text.
 
     Raises:
-        DataError: several rows, or an id that is outside the vocabulary.
+        DataError: several rows, numbers that are no integers, or an id that is outside the
+            vocabulary.
 
     Example:
         >>> token_ids_to_text(torch.tensor([[464, 3139, 286]]))
@@ -144,6 +154,8 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: TextTokenizer | None = None)
     """
     if token_ids.dim() > 2 or (token_ids.dim() == 2 and token_ids.shape[0] != 1):
         raise DataError(f"ids of shape {tuple(token_ids.shape)} are not one text: give one row")
+    if token_ids.numel() and token_ids.dtype not in _ID_TYPES:
+        raise DataError(f"ids are integers, not {token_ids.dtype}: give int64 or int32")
     return (tokenizer or _gpt2_tokenizer()).decode(token_ids.flatten().tolist())
 
 
@@ -173,7 +185,7 @@ def create_pretraining_dataloader(
         seed: of the order.
 
     Raises:
-        ConfigError: a size or the stride is below 1.
+        ConfigError: a size or the stride is below 1, or the seed is out of range.
         DataError: the text is shorter than one window, or with ``drop_last`` than one batch.
 
     Example:
@@ -186,6 +198,7 @@ def create_pretraining_dataloader(
     """
     stride = max_length if stride is None else stride
     _check_positive(batch_size=batch_size, max_length=max_length, stride=stride)
+    _check_seed(seed)
     ids = text_to_token_ids(text, tokenizer)[0]
     windows = _windows(ids, max_length, stride, needed=batch_size if drop_last else 1)
     data = TensorDataset(windows[:, :-1], windows[:, 1:])
@@ -197,6 +210,11 @@ def _check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise ConfigError(f"{name}={size!r} must be a whole number of at least 1")
+
+
+def _check_seed(seed: int) -> None:
+    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"seed={seed!r} must be a whole number from 0 to {LARGEST_SEED}")
 
 
 def _windows(ids: Tensor, max_length: int, stride: int, needed: int) -> Tensor:
@@ -241,6 +259,7 @@ def compute_batch_loss(
         '10.8 nats, untrained; ln(50257) = 10.8'
     """
     _check_batch(input_batch)
+    _check_batch(target_batch)
     device = device or model.embedding.weight.device
     inputs, targets = input_batch.to(device), target_batch.to(device)
     return model(inputs, targets) / (targets != IGNORE).sum().clamp(min=1)
@@ -271,6 +290,7 @@ def generate_text_autoregressive(
     Raises:
         ConfigError: a number is out of range.
         DataError: prompts are none, empty or of several lengths, or an id is not the model's.
+        NotFiniteError: the model gives no probabilities.
 
     Example:
         >>> config = create_model_config("gpt2-small (124M)", num_layers=1, hidden_size=24)
@@ -288,6 +308,11 @@ def generate_text_autoregressive(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )
     validate(RunConfig(generation=sampling))
+    if eos_token_id is not None and eos_token_id not in range(model.config.vocab_size):
+        raise ConfigError(
+            f"eos_token_id={eos_token_id!r} is not one of the model's {model.config.vocab_size} "
+            "ids, and would end no text"
+        )
     with _in_eval_mode(model):
         ends = () if eos_token_id is None else (eos_token_id,)
         rows = TextGenerator(model).generate(prompts.tolist(), sampling, stop=ends)
@@ -313,11 +338,11 @@ def _filled_up(rows: list[list[int]], fill: int) -> Tensor:
 
 def _check_batch(token_ids: Tensor) -> None:
     """Refuse what is not (B, T) ids, before it is an error deep inside or a loss of nothing."""
-    if token_ids.dim() != 2 or token_ids.numel() == 0 or token_ids.is_floating_point():
+    if token_ids.dim() != 2 or token_ids.numel() == 0 or token_ids.dtype not in _ID_TYPES:
         kind = str(token_ids.dtype).removeprefix("torch.")
         raise DataError(
-            f"{kind} of shape {tuple(token_ids.shape)} is no batch: give integer ids, (rows, "
-            "tokens), at least one of each"
+            f"{kind} of shape {tuple(token_ids.shape)} is no batch: give integer ids (int64 or "
+            "int32), (rows, tokens), at least one of each"
         )
 
 
@@ -325,8 +350,14 @@ def _prompts(token_ids: Tensor | Sequence[Sequence[int]], vocab_size: int) -> Te
     """Prompts as (B, T) ids."""
     try:
         prompts = torch.as_tensor(token_ids)
-    except ValueError:
-        raise DataError("the prompts have different lengths: continue them one by one") from None
+    except (ValueError, OverflowError) as error:
+        if "at dim" in str(error):
+            message = "the prompts have different lengths: continue them one by one"
+            raise DataError(message) from None
+        raise DataError(f"the prompts are no token ids: {error}") from None
+    if prompts.numel() and prompts.dtype not in _ID_TYPES:
+        kind = str(prompts.dtype).removeprefix("torch.")
+        raise DataError(f"the prompts are {kind}: give ids as int64 or int32")
     if prompts.dim() != 2 or prompts.numel() == 0:
         raise DataError(
             f"ids of shape {tuple(prompts.shape)} are no prompts: give (rows, tokens), at least "

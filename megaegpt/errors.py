@@ -49,6 +49,10 @@ class TrainingError(MegaEGPTError):
     """A run that cannot go on, such as one whose loss is not finite."""
 
 
+class NotFiniteError(MegaEGPTError):
+    """A model that computes infinities or no numbers where probabilities are asked for."""
+
+
 class LaunchError(MegaEGPTError):
     """Processes, devices or addresses that do not fit together."""
 

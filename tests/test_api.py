@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 import megaegpt
 from megaegpt import api
 from megaegpt.config import EncoderConfig, ModelConfig
-from megaegpt.errors import ConfigError, DataError
+from megaegpt.errors import ConfigError, DataError, NotFiniteError
 from megaegpt.model.weights import load_weights, save_weights
 from megaegpt.parallel.grid import ProcessGrid
 
@@ -248,3 +249,51 @@ def test_sizes_that_are_no_number_of_tokens_are_named(size):
 def test_a_batch_of_no_records_is_named():
     with pytest.raises(DataError, match="a batch without items"):
         api.create_instruction_collate_fn()([])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm": "rmsnorm"},
+        {"mlp": "x"},
+        {"num_heads": 5},
+        {"rope_base": -1.0, "positions": "rotary"},
+        {"dropout": 2.0},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_no_model_has_is_named(changes):
+    config = replace(CONFIG, **changes)
+    with pytest.raises(ConfigError, match=f"the model's configuration: .*{next(iter(changes))}"):
+        api.GPTModel(config)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "x", None])
+def test_a_seed_that_is_none_is_named(seed):
+    with pytest.raises(ConfigError, match=r"seed=.* must be a whole number from 0"):
+        api.GPTModel(CONFIG, seed=seed)
+    with pytest.raises(ConfigError, match=r"seed=.* must be a whole number from 0"):
+        api.create_pretraining_dataloader("x" * 50, 2, 6, tokenizer=BYTES, seed=seed)
+
+
+def test_numbers_that_are_no_ids_are_named(model):
+    ids = torch.tensor([[1, 2, 3]])
+    for targets in (ids.float(), ids.bool()):
+        with pytest.raises(DataError, match="is no batch: give integer ids"):
+            api.compute_batch_loss(ids, targets, model)
+    for prompts in ([[1.5, 2.0]], [[float("nan")]], [[True]], [["a"]], [[2**70]]):
+        with pytest.raises(DataError, match="the prompts are"):
+            api.generate_text_autoregressive(model, prompts, 3)
+    with pytest.raises(DataError, match=r"ids are integers, not torch\.float32"):
+        api.token_ids_to_text(torch.tensor([1.5]))
+    for end in (-5, 90, 1.5):
+        with pytest.raises(ConfigError, match=r"eos_token_id=.* would end no text"):
+            api.generate_text_autoregressive(model, ids, 3, eos_token_id=end)
+
+
+def test_a_model_that_has_diverged_writes_nothing():
+    diverged = api.GPTModel(CONFIG)
+    torch.nn.init.constant_(diverged.embedding.weight, float("nan"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(NotFiniteError, match="logits are not finite"):
+            api.generate_text_autoregressive(diverged, [[1, 2]], 3, temperature)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from megaegpt.config import GenerationConfig
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import NotFiniteError
 from megaegpt.generation.compiled import CompiledSteps
 from megaegpt.generation.padded import PaddedGPTDecoder
 from megaegpt.generation.recomputing import RecomputingDecoder
-from megaegpt.generation.sampling import Sampler, check_sampling
+from megaegpt.generation.sampling import NO_TOKEN, Sampler, check_sampling
 from megaegpt.model.build import Model, gpt_of, new_decoder
 from megaegpt.model.decoding import Decoder
 from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, MemoryLimits
@@ -103,6 +104,7 @@ class TextGenerator:
 
         Raises:
             ConfigError: a value or a seed is out of range, or memory is too small for the cache.
+            NotFiniteError: the model gives no probabilities.
         """
         seeds = range(config.seed, config.seed + len(prompts)) if seeds is None else seeds
         self._check(prompts, config, seeds)
@@ -179,6 +181,12 @@ class TextGenerator:
         while True:
             drawn = self._next_tokens(decoder, sampler, tokens)
             ids = drawn.tolist()  # the only wait for the device
+            if NO_TOKEN in ids:
+                raise NotFiniteError(
+                    "the model's logits are not finite, and so there is no next token: its weights "
+                    "have diverged, or the numbers are too large for the precision (fp16 ends at "
+                    "65504: use bf16 or fp32)"
+                )
             running = [on and token not in stop for on, token in zip(running, ids, strict=True)]
             if not any(running):
                 return
@@ -239,6 +247,8 @@ def sample_text(
             generator = TextGenerator(model, encoder, tokenizer.vocab_size)
             prompt = tokenizer.encode_prompt(config.prompt)
             (tokens,) = generator.generate([prompt], config, stop=tokenizer.end_tokens)
+    except NotFiniteError as error:  # what training does then, its own policy says
+        return f"{config.prompt}[no text: {error}]"
     finally:
         model.train(was_training)
     return config.prompt + tokenizer.decode(tokens)

@@ -17,6 +17,9 @@ from megaegpt.errors import ConfigError
 _SEEDS = range(2**64)
 """Seeds that torch's generators take and a configuration may have."""
 
+NO_TOKEN = -1
+"""In place of an id where the model has computed no numbers."""
+
 
 def check_sampling(config: GenerationConfig, seeds: Sequence[int]) -> None:
     """The ranges that a configuration file is held to, for values from anywhere.
@@ -50,7 +53,13 @@ class Sampler:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def draw(self, logits: Tensor) -> Tensor:
-        """(B, V) logits, the same on all tensor-parallel ranks -> (B,) ids"""
+        """(B, V) logits, the same on all tensor-parallel ranks -> (B,) ids, :data:`NO_TOKEN` where
+        they are no probabilities
+        """
+        # Whether the largest is a number says it of all: what is not one passes through amax.
+        return self._drawn(logits).where(logits.amax(-1).isfinite(), NO_TOKEN)
+
+    def _drawn(self, logits: Tensor) -> Tensor:
         if self._config.temperature == 0:
             return logits.argmax(-1)
         probabilities, ids = candidates(logits, self._config)

@@ -9,6 +9,7 @@ import torch
 
 from megaegpt.config import EncoderConfig, GenerationConfig, ModelConfig
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.errors import NotFiniteError
 from megaegpt.generation.generator import TextAssembler, TextGenerator, sample_text
 from megaegpt.model.decoding import context_start
 from megaegpt.model.egpt.egpt_decoder import EGPTDecoder
@@ -283,6 +284,20 @@ def test_sample_text_puts_the_mode_back_and_draws_no_global_numbers(tokenizer: T
     assert text.startswith("Prince")
     assert text == sample_text(model.eval(), None, tokenizer, config)
     assert not model.training
+
+
+def test_logits_that_are_no_numbers_end_a_text_and_not_a_run(tokenizer: Tokenizer) -> None:
+    """In fp16 the largest numbers of a healthy model may become infinite."""
+    model, _ = build_with_encoder(replace(GPT, vocab_size=tokenizer.vocab_size))
+    with torch.no_grad():
+        model.stack.norm.weight[0] = float("inf")
+    for temperature in (0.0, 1.0):
+        config = GenerationConfig(prompt="a", max_new_tokens=3, temperature=temperature)
+        with pytest.raises(NotFiniteError, match="the model's logits are not finite"):
+            TextGenerator(model.eval()).generate([[1, 2]], config)
+        assert sample_text(model, None, tokenizer, config).startswith("a[no text: ")
+        assert sample_text(model.train(), None, tokenizer, config).startswith("a[no text: ")
+        assert model.training
 
 
 def test_a_generator_left_half_way_does_not_leave_inference_mode_on() -> None:
