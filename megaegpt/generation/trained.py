@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,6 +89,12 @@ def load_for_inference(
         own = lies_beside or config.vocab_size <= tokenizer.padded_vocab_size
     else:
         own = trained_with == tokenizer.fingerprint
+    if not own and grid.is_main:
+        print(
+            f"warning: {weights} was not trained with the tokenizer {tokenizer.name}, whose ids "
+            "mean other texts to it: give its own as --vocabulary",
+            file=sys.stderr,
+        )
     return LoadedModel(model, encoder, tokenizer, own)
 
 

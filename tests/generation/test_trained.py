@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -168,13 +169,18 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
         load_for_inference(tmp_path / "absent", GRID)
 
 
-def test_it_is_known_whether_the_tokenizer_is_the_models_own(tmp_path: Path) -> None:
+def test_it_is_known_and_said_whether_the_tokenizer_is_the_models_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_gpt(tmp_path / "unsaid")
     save_gpt(tmp_path / "padded", vocab_size=50304)
     save_gpt(tmp_path / "larger", vocab_size=100_277)
     known = [load_for_inference(tmp_path / n, GRID).is_own_tokenizer for n in ("unsaid", "padded")]
     assert known == [True, True]
+    assert capsys.readouterr().err == ""
     assert not load_for_inference(tmp_path / "larger", GRID).is_own_tokenizer
     model = build_model(replace(GPT, **BIG_VOCABULARY), GRID)
     save_weights(model, tmp_path / "other", GRID, {"tokenizer_fingerprint": "0" * 64})
     assert not load_for_inference(tmp_path / "other", GRID).is_own_tokenizer
+    warned = rf"warning: {tmp_path}/other was not trained with the tokenizer gpt2.* --vocabulary"
+    assert re.search(warned, capsys.readouterr().err)
