@@ -48,6 +48,10 @@ _UNSUPPORTED = {
 """Error numbers of file systems that do not support a call."""
 
 
+_LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all"}
+"""Options of NFS by which a machine does not ask the server for locks of this kind."""
+
+
 class MissingFeatureWarning(UserWarning):
     """A file system lacks something that saves would like to use; Python shows each text once."""
 
@@ -111,6 +115,16 @@ def check_tensor_file(path: Path) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path} cannot be read: {reason}") from None
+
+
+def is_same_file(first: str | Path, second: str | Path | None) -> bool:
+    """Whether two names, links included, stand for one file that is there."""
+    if second is None:
+        return False
+    try:
+        return os.path.samefile(first, second)
+    except (OSError, ValueError):
+        return False
 
 
 def sha256_of_file(path: Path) -> str:
@@ -291,9 +305,13 @@ def umask() -> int:
 def locked_folder(folder: Path) -> Iterator[int]:
     """Lock a folder against other runs; gives the lock's file descriptor.
 
-    The lock is one on the file ``.lock`` in it, which NFS shares between machines (on a folder
-    itself it would not), and which says who holds it. It lasts until every process that has the
-    descriptor has closed it, killed ones included.
+    The lock is one on the file ``.lock`` in it (flock), and the file says who holds it. It lasts
+    until every process that has the descriptor has closed it, killed ones included.
+
+    NFS shares it between machines: Linux asks the server for a lock of the whole file, which needs
+    the file open for writing, and would not do so for a folder. Two mount options keep locks on one
+    machine without a word (``nolock``, and ``local_lock=flock`` or ``all``; see nfs(5)): a mount
+    that has one cannot protect against another machine, and says so here.
 
     Raises:
         FolderInUseError: another process holds it.
@@ -318,6 +336,8 @@ def _acquire(path: Path) -> int:
         except OSError as error:
             holder = _describe_holder(handle)
             os.close(handle)
+            if error.errno == errno.ESTALE:  # over NFS: its holder removed it in between
+                continue
             if not isinstance(error, BlockingIOError):
                 if not is_unsupported(error):
                     raise DataError(f"cannot lock {path}: {error.strerror or error}") from None
@@ -326,8 +346,28 @@ def _acquire(path: Path) -> int:
             raise FolderInUseError(message) from None
         if _is_at(handle, path):
             _sign(handle)
+            if (option := option_against_locks(path.parent)) is not None:
+                lack = f"locks between machines (it is mounted with {option})"
+                warn_unsupported(path.parent, lack, "take care that two do not write into it")
             return handle
         os.close(handle)  # its holder removed it in between: take the new one
+
+
+def option_against_locks(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
+    """The mount option that keeps a folder's locks from other machines; None where there is none.
+
+    Args:
+        mounts: the kernel's list, see proc(5).
+    """
+    with contextlib.suppress(OSError, ValueError):
+        device = f"{os.major(number := folder.stat().st_dev)}:{os.minor(number)}"
+        for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+            place, _, rest = line.partition(" - ")
+            kind, _, *options = rest.split(" ")
+            if place.split(" ")[2] == device and kind in ("nfs", "nfs4"):
+                found = set(options[-1].split(",")) & _LOCAL_LOCKS
+                return min(found, default=None)
+    return None
 
 
 def _unlocked(path: Path) -> int:

@@ -26,8 +26,10 @@ from megaegpt.files import (
     check_regular,
     check_tensor_file,
     is_lfs_pointer,
+    is_same_file,
     is_special,
     locked_folder,
+    option_against_locks,
     sha256_of_file,
     sync_folder,
     whole_file,
@@ -306,3 +308,55 @@ def test_what_is_no_file_of_bytes_that_ends_is_refused_without_waiting(tmp_path:
             sha256_of_file(tmp_path / name)
         with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is no regular file"):
             check_tensor_file(tmp_path / name)
+
+
+def test_a_lock_file_that_goes_while_it_is_opened_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over NFS: another machine's holder ends between the open and the lock."""
+    lock, calls = fcntl.flock, []
+
+    def stale_once(handle: int, kind: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        lock(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", stale_once)
+    with locked_folder(tmp_path):
+        assert len(calls) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "found"),
+    [
+        ("nfs4", "rw,vers=4.2,local_lock=none,addr=1.2.3.4", None),
+        ("nfs", "rw,vers=3,nolock,local_lock=all", "local_lock=all"),
+        ("nfs", "rw,local_lock=flock", "local_lock=flock"),
+        ("nfs", "rw,local_lock=posix", None),
+        ("ext4", "rw,nolock", None),
+    ],
+)
+def test_a_mount_that_keeps_locks_to_itself_is_known(
+    tmp_path: Path, kind: str, options: str, found: str | None
+) -> None:
+    number = tmp_path.stat().st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "22 27 0:999 / /proc rw,relatime - proc proc rw\n"
+        f"90 27 {device} / /data rw,relatime shared:1 - {kind} server:/data {options}\n"
+    )
+    assert option_against_locks(tmp_path, mounts) == found
+    assert option_against_locks(tmp_path) is None  # as it is here
+    assert option_against_locks(tmp_path, tmp_path / "nowhere") is None
+
+
+def test_a_file_is_known_under_another_name(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    (tmp_path / "c").symlink_to("b")
+    assert is_same_file(tmp_path / "a", tmp_path / "c")
+    for other in (tmp_path, tmp_path / "none", None, "\0"):
+        assert not is_same_file(tmp_path / "a", other)
