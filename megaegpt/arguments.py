@@ -77,10 +77,17 @@ seed = integer(0, LARGEST_SEED)
 
 
 def path(text: str) -> Path:
-    """The name of a file or folder: not empty, which would be the working directory."""
+    """The name of a file or folder: not empty, which would be the working directory. A shell
+    leaves the ``~`` of ``--output=~/shards`` as it is.
+    """
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("must be the name of a file or folder")
-    return Path(text)
+    if text != "~" and not text.startswith("~/"):
+        return Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: there is no home folder: set HOME") from None
 
 
 def _short(text: str) -> str:

@@ -79,6 +79,9 @@ def test_two_hyphens_are_no_value(capsys: pytest.CaptureFixture[str]) -> None:
         ["tools.convert", "masters", "", "out"],
         ["tools.generate", "--checkpoint=a", "--prompt=a", "--num-samples=0"],
         ["tools.evaluate", "--checkpoint=a", "--text=a", "--limit=1"],
+        ["tools.evaluate", "--checkpoint=a", f"--text={__file__}", f"--json={__file__}"],
+        ["tools.preprocess", "a.txt", "--output=a", "--min-chars=-1"],
+        ["tools.benchmark", "data", "--threads=1"],
         ["tools.evaluate", "--checkpoint=a", "--text=a", "--tensor-parallel-size=0"],
     ],
     ids=lambda line: " ".join(line),
@@ -91,3 +94,13 @@ def test_programs_refuse_empty_names_senseless_counts_and_options_of_no_use(
         importlib.import_module(line[0]).main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_a_path_begins_at_home_where_a_shell_leaves_that_to_the_program(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert path("~/shards") == tmp_path / "shards"
+    assert path("~") == tmp_path
+    for name in ("a~/b", "~backup", "$HOME", "./~"):
+        assert str(path(name)) == name.removeprefix("./")

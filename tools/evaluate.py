@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaegpt.arguments import ArgumentParser, integer, path
 from megaegpt.errors import ConfigError, exits_cleanly
-from megaegpt.files import write_whole
+from megaegpt.files import is_same_file, write_whole
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     import torch
@@ -118,6 +118,9 @@ def _parse_arguments() -> argparse.Namespace:
         arguments.histories or arguments.stride or arguments.memory_tokens
     ):
         parser.error("--stride, --histories and --memory-tokens belong to --data or --text")
+    read = [*(arguments.text or ()), arguments.lambada, arguments.hellaswag]
+    if arguments.json is not None and any(is_same_file(arguments.json, file) for file in read):
+        parser.error(f"--json {arguments.json} would replace what is evaluated: name another file")
     return arguments
 
 

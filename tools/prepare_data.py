@@ -121,9 +121,10 @@ def _prepare_any_book(target: Path, arguments: argparse.Namespace) -> Path:
     """War and Peace, or the Bible where that cannot be had.
 
     The choice is made once: an existing file is kept, so that a run that was interrupted goes on
-    with the same text even when the network has come or gone in between.
+    with the same text even when the network has come or gone in between. A file that is named is
+    read.
     """
-    if target.exists():
+    if target.exists() and arguments.input is None:
         print(f"text: {_title_of(target)} (prepared before)")
         return target
     try:

@@ -20,7 +20,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megaegpt.arguments import ArgumentParser, path, seed
+from megaegpt.arguments import ArgumentParser, integer, path, seed
 from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preprocess
 from megaegpt.data.preprocess.encode import EncodeOptions
 from megaegpt.data.preprocess.nanogpt import import_files
@@ -54,7 +54,7 @@ def options_of(arguments: argparse.Namespace) -> PreprocessOptions:
         kind=arguments.format,
         reader_options=_reader_options(arguments),
         encode=EncodeOptions(
-            text_key=arguments.text_key or "text",
+            text_key="text" if arguments.text_key is None else arguments.text_key,
             append_eod=arguments.append_eod,
             min_chars=arguments.min_chars,
             vocabulary=arguments.vocabulary,
@@ -139,7 +139,7 @@ def _add_choice_of_documents(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("choice of documents").add_argument
     add("--on-bad-input", choices=["fail", "skip"], default="fail",
         help="stop at the first bad input, or leave it out and count (default: fail)")  # fmt: skip
-    add("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
+    add("--min-chars", type=integer(0), default=0, metavar="N", help="leave out shorter documents")
     add("--deduplicate", action="store_true", help="leave out exact repetitions of a document")
 
 

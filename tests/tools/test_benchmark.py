@@ -25,7 +25,8 @@ def run(tmp_path, monkeypatch):
 
     def run(*words: str) -> dict[str, Any]:
         path = tmp_path / "record.json"
-        options = [*words, "--repetitions", "1", "--threads", "1", "--json", str(path)]
+        threads = [] if words[0] in ("data", "gpu") else ["--threads", "1"]
+        options = [*words, "--repetitions", "1", *threads, "--json", str(path)]
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
         benchmark.main()
         return json.loads(path.read_text())

@@ -28,6 +28,7 @@ from tools.benchmarks.common import (
     add_profile,
     add_repetitions,
     add_sizes,
+    add_threads,
     single_grid,
 )
 from tools.benchmarks.processes import Candidate, Result, Workload, compare
@@ -81,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the table (matplotlib)")
     add_profile(parser)
     add_repetitions(parser, default=3)
+    add_threads(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

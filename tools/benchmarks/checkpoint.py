@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megaegpt.config import ModelConfig
-from tools.benchmarks.common import add_repetitions, add_sizes, print_results
+from tools.benchmarks.common import add_repetitions, add_sizes, add_threads, print_results
 from tools.benchmarks.processes import Candidate, Workload, compare
 
 _BYTES_PER_UNIT = 1000  # rates are printed in thousands of bytes: kB/s
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=2, help="ZeRO stage")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured (a temporary one)")
     add_repetitions(parser, default=3)
+    add_threads(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def parse_peers(values: Sequence[str], known: Sequence[str]) -> dict[str, Path |
 
 
 def add_repetitions(parser: argparse.ArgumentParser, default: int = 5) -> None:
-    """How often, and with how many threads."""
+    """How often."""
     parser.add_argument(
         "--repetitions",
         type=integer(1),
@@ -46,6 +46,10 @@ def add_repetitions(parser: argparse.ArgumentParser, default: int = 5) -> None:
         metavar="N",
         help="counted rounds (%(default)s)",
     )
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """With how many threads, where it is not the benchmark that decides."""
     parser.add_argument(
         "--threads",
         type=integer(1),

@@ -25,6 +25,7 @@ from tools.benchmarks.common import (
     add_profile,
     add_repetitions,
     add_sizes,
+    add_threads,
     parse_peers,
     print_results,
     single_grid,
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer", action="append", default=[], metavar="egpt=DIR")
     add_profile(parser)
     add_repetitions(parser, default=3)
+    add_threads(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from tools.benchmarks.common import (
     add_profile,
     add_repetitions,
     add_sizes,
+    add_threads,
     print_results,
     single_grid,
 )
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_profile(parser)
     add_repetitions(parser, default=3)
+    add_threads(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

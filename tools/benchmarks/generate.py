@@ -22,6 +22,7 @@ from tools.benchmarks.common import (
     add_profile,
     add_repetitions,
     add_sizes,
+    add_threads,
     parse_peers,
     print_results,
     single_grid,
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_profile(parser)
     add_repetitions(parser, default=3)
+    add_threads(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

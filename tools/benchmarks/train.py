@@ -18,6 +18,7 @@ from tools.benchmarks import peers
 from tools.benchmarks.common import (
     add_profile,
     add_repetitions,
+    add_threads,
     parse_peers,
     print_mfu,
     print_results,
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_profile(parser)
     add_repetitions(parser)
+    add_threads(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,13 @@ from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
 from megaegpt.data.tokens.memory_map import map_bytes
 from megaegpt.data.tokens.shards import ShardSummary, ShardWriter, bin_path
 from megaegpt.errors import DataError
-from megaegpt.files import LFS_POINTER, LFS_POINTER_MESSAGE, locked_folder, naming_failures
+from megaegpt.files import (
+    LFS_POINTER,
+    LFS_POINTER_MESSAGE,
+    is_same_file,
+    locked_folder,
+    naming_failures,
+)
 
 BLOCK_TOKENS = 1 << 22
 """Tokens that are imported at a time."""
@@ -72,7 +78,7 @@ def _by_split(files: Sequence[Path], output: Path) -> dict[str, Path]:
                 f"{found[split]} and {file} would both be the split {split}: import them into two "
                 "folders, and give both prefixes as data.train"
             )
-        if bin_path(output / split).resolve() == file.resolve():
+        if is_same_file(bin_path(output / split), file):
             raise DataError(f"{file} would be overwritten: choose another --output")
         found[split] = file
     return found
