@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import os
 import random
 import shutil
@@ -26,8 +27,13 @@ import torch.distributed as dist
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.bpe_training import train_byte_level_bpe
+from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
 from megaegpt.data.tokens.shards import ShardWriter
+from megaegpt.interop.export import export_weights
+from megaegpt.interop.gguf_export import export_gguf
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -47,19 +53,28 @@ SUBCOMMANDS = {"tools.convert", "tools.inspect_shards", "tools.prepare_data"}
 COMMANDS: list[tuple[str, list[str]]] = [
     ("tools.report", ["run", "--output", "page.html"]),
     ("tools.compare_runs", ["run"]),
-    ("tools.plan", ["--config", "run.yaml", "--gpu", "h100", "--gpus", "2"]),
+    ("tools.plan", ["--config", "run.yaml", "--gpu", "h100", "--gpus", "2", "--roofline"]),
     ("tools.convert", ["list", "weights", "--verify"]),
     ("tools.convert", ["export", "weights", "exported"]),
     ("tools.convert", ["import", "foreign", "imported"]),
     ("tools.inspect_shards", ["show", "shards/train"]),
     ("tools.inspect_shards", ["verify", "shards/train"]),
-    ("tools.preprocess", ["docs.jsonl", "--output", "made", "--quiet"]),
+    ("tools.preprocess", ["docs.jsonl", "--output", "made", "--quiet", "--workers", "1"]),
     ("tools.prepare_data", ["text", "--input", "text.txt", "--output", "made"]),
-    ("tools.precompute_features", ["--config", "run.yaml"]),
+    ("tools.precompute_features", ["--config", "egpt.yaml"]),
     ("tools.generate", ["--checkpoint", "weights", "--prompt", "a", "--max-new-tokens", "2"]),
     ("tools.evaluate", ["--checkpoint", "weights", "--text", "text.txt"]),
+    ("tools.train_tokenizer", ["docs.jsonl", "--vocab-size", "262", "--output", "made", "--quiet"]),
+    (
+        "tools.preprocess",
+        ["docs.jsonl", "--output", "made", "--workers", "1", "--vocabulary", "llama"],
+    ),
+    ("tools.convert", ["import", "llama.gguf", "imported"]),
+    ("tools.convert", ["export", "llama", "exported.gguf"]),
+    ("tools.generate", ["--checkpoint", "llama", "--prompt", "a", "--max-new-tokens", "2"]),
+    ("tools.evaluate", ["--checkpoint", "llama.gguf", "--text", "text.txt"]),
     ("launchers.pretrain", ["--config", "run.yaml", "--dry-run"]),
-    ("launchers.finetune", ["--config", "run.yaml", "--dry-run"]),
+    ("launchers.finetune", ["--config", "finetune.yaml", "--dry-run"]),
     ("launchers.experiment", ["--config", "study.yaml", "--report-only", "--output", "none"]),
 ]
 """Programs with arguments that are right, in the folder of :func:`workspace`."""
@@ -68,6 +83,8 @@ FILES = [
     "run/config.yaml",
     "run/metrics.jsonl",
     "run.yaml",
+    "egpt.yaml",
+    "finetune.yaml",
     "study.yaml",
     "weights/config.json",
     "weights/model.safetensors",
@@ -77,6 +94,10 @@ FILES = [
     "shards/train.bin",
     "docs.jsonl",
     "text.txt",
+    "llama.gguf",
+    "llama/tokenizer.json",
+    "llama/tokenizer_config.json",
+    "llama/config.json",
 ]
 
 TEXTS = {"docs.jsonl", "text.txt"}
@@ -185,21 +206,58 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shard = writer.finish()
     manifest = Manifest(describe_tokenizer(Tokenizer.load()), {}, {}, {"train": [shard]})
     manifest.save(folder / "shards")
-    model = ModelConfig(max_seq_len=16, hidden_size=8, num_layers=1, num_heads=1)
-    save_weights(build_model(model, ProcessGrid(), seed=1), folder / "weights", ProcessGrid())
-    (folder / "foreign").mkdir()
-    (folder / "foreign" / "config.json").write_text('{"model_type": "gpt2"}')
-    (folder / "run.yaml").write_text(
-        "model: {max_seq_len: 16, hidden_size: 8, num_layers: 1, num_heads: 1}\n"
-        "data: {train: [shards/train]}\nlogging: {tensorboard: false}\n"
-        "training: {steps: 2, global_batch_size: 2, micro_batch_size: 1}\n"
-    )
+    for name, length in (("weights", 16), ("answers", 64)):  # a task with its answer is longer
+        model = ModelConfig(max_seq_len=length, hidden_size=8, num_layers=1, num_heads=1)
+        save_weights(build_model(model, ProcessGrid(), seed=1), folder / name, ProcessGrid())
+    export_weights(folder / "weights", folder / "foreign")
+    _write_configurations(folder)
     shutil.copy(ROOT / "configs" / "experiments" / "smoke.yaml", folder / "study.yaml")
-    (folder / "docs.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    _make_llama(folder)
+    (folder / "docs.jsonl").write_text('{"text": "one, one, one"}\n{"text": "two"}\n')
     (folder / "text.txt").write_text("A text of some words. " * 20)
     (folder / "loop").symlink_to("loop")
     os.mkfifo(folder / "pipe")
     return folder
+
+
+def _write_configurations(folder: Path) -> None:
+    """Of a GPT, an EGPT with a memory of tokens and a fine-tuning run, in the order of COMMANDS."""
+    model = "max_seq_len: 16, hidden_size: 8, num_layers: 1, num_heads: 1"
+    rest = (
+        "logging: {tensorboard: false}\noptimizer: {warmup_steps: 0}\n"
+        "training: {steps: 2, global_batch_size: 2, micro_batch_size: 1"
+    )
+    shards = f"data: {{train: [shards/train]}}\n{rest}}}\n"
+    (folder / "run.yaml").write_text(f"model: {{{model}}}\n{shards}")
+    egpt = "egpt: {num_chunks: 3, chunk_size: 8, token_memory: true, memory_dim: 4}"
+    (folder / "egpt.yaml").write_text(
+        f"model: {{{model}, kind: egpt, encoder: {{source: weights}}, {egpt}}}\n"
+        f"{shards.replace('train]}', 'train], features: made}')}"
+    )
+    (folder / "finetune.yaml").write_text(
+        f"data: {{instructions: {{train: tasks.json}}}}\n{rest}, initialize_from: answers}}\n"
+    )
+    task = {"instruction": "Name a colour.", "input": "", "output": "Red."}
+    (folder / "tasks.json").write_text(json.dumps([task, task]))
+
+
+def _make_llama(folder: Path) -> None:
+    """A model of a published family with a tokenizer of its own, as a folder and in a GGUF file."""
+    tokenizer = HuggingFaceTokenizer(train_byte_level_bpe(["a text, a text"], "tiny", 260))
+    model = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        max_seq_len=16,
+        hidden_size=8,
+        num_layers=1,
+        num_heads=2,
+        positions="rotary",
+        norm="rms_norm",
+        mlp="swiglu",
+        bias=False,
+    )
+    save_weights(build_model(model, ProcessGrid(), seed=1), folder / "llama", ProcessGrid())
+    save_tokenizer(tokenizer, folder / "llama")
+    export_gguf(folder / "llama", folder / "llama.gguf")
 
 
 class _HangError(BaseException):
@@ -293,6 +351,17 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@pytest.mark.long
+def test_every_program_ends_well_where_nothing_is_wrong(workspace: Path) -> None:
+    """So that what refuses it elsewhere is the case, and not its command line."""
+    for program, arguments in COMMANDS:
+        case = Case(program, tuple(arguments))
+        with kept(workspace, case):
+            ending = run(case, workspace)
+        # without results an experiment has nothing to report
+        assert ending == Ending(refused=program == "launchers.experiment"), case
 
 
 def _check(cases: list[Case], workspace: Path) -> None:
