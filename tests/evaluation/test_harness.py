@@ -4,7 +4,9 @@ transformers.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.models import GPT
 
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 QUESTIONS = [
     {"question": "The cat sat on the", "choices": ["mat", "sea", "very old moon"], "answer": 0},
     {"question": "Snow is", "choices": ["white", "black and loud", "hot"], "answer": 2},
@@ -205,6 +208,43 @@ def test_the_options_of_all_shipped_tasks_mean_what_they_mean_to_the_harness(
         asked, theirs.generate_until(prompts), model.generate_until(prompts), strict=True
     ):
         assert our_text == their_text, one
+
+
+def _combinations() -> Iterator[dict[str, Any]]:
+    """Every choice of the options that decide a token, beside every name of the length."""
+    for values in itertools.product(
+        (None, False, True), (None, 0, 0.0, "0.0", 0.7, 1), (None, 0, 5), (None, 0.9), LENGTHS
+    ):
+        names = ("do_sample", "temperature", "top_k", "top_p")
+        options = {n: v for n, v in zip(names, values[:-1], strict=True) if v is not None}
+        yield options | {values[-1]: 3, "until": []}
+
+
+@pytest.mark.long
+def test_every_combination_of_options_means_what_it_means_to_the_harness(
+    folder: Path, theirs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either both take the likeliest tokens, or both draw, or both refuse."""
+    model, compared, drawn = ours(folder), 0, []
+    monkeypatch.setattr(
+        torch, "multinomial", lambda p, num_samples: drawn.append(p) or p.argmax(-1, keepdim=True)
+    )
+    (greedy,) = model.generate_until(requests("generate_until", ("It was", {"max_gen_toks": 3})))
+    for options in _combinations():
+        drawn.clear()
+        try:
+            (their_text,) = theirs.generate_until(requests("generate_until", ("It was", options)))
+        except ValueError:  # sampled at a temperature of 0
+            with pytest.raises(ConfigError, match="temperature"):
+                read_options(options)
+            continue
+        samples = read_options(options).config.temperature > 0
+        assert samples == bool(drawn), options
+        if not samples:
+            assert their_text == greedy, options
+            compared += 1
+        assert read_options(options).config.max_new_tokens == 3
+    assert compared > 50
 
 
 def test_sampling_draws_from_the_probabilities_of_the_harness(
