@@ -84,6 +84,12 @@ def test_the_book_falls_back_to_the_bible_and_the_choice_stays(
     monkeypatch.setattr(prepare_data, "load_book", lambda *_, **__: pytest.fail("chose again"))
     prepare(monkeypatch, "book", "--output", tmp_path)
     assert "text: The King James Bible (prepared before)" in capsys.readouterr().out
+    monkeypatch.undo()
+    named = tmp_path / "2600-0.txt"
+    named.write_text("nothing of that book")
+    with pytest.raises(SystemExit):  # a file that is named is read, whatever was prepared before
+        prepare(monkeypatch, "book", "--output", tmp_path, "--input", named)
+    assert str(named) in capsys.readouterr().err
 
 
 def test_the_bible_is_read_without_importing_its_package() -> None:
