@@ -34,8 +34,9 @@ T = TypeVar("T")
 _KEY = "tokenizer.ggml."
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
+_LLAMA3 = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"
 _SPLITS = {
-    LLAMA3_SPLIT: "llama-bpe llama3 llama-v3 falcon3 dbrx smaug-bpe pixtral lfm2",
+    LLAMA3_SPLIT: f"{_LLAMA3} dbrx smaug-bpe",
     QWEN2_SPLIT: "qwen2 deepseek-r1-qwen megrez kormo",
     O200K_SPLIT: "gpt-4o llama4",
     TEKKEN_SPLIT: "tekken",
@@ -45,9 +46,9 @@ _WORDS_AND_DIGITS = "smollm starcoder refact command-r codeshell exaone minerva-
 """llama.cpp's names of the ways to cut a text: GPT-2's, and GPT-2's with each digit by itself.
 The first of each is written."""
 
-_IGNORING_MERGES = {LLAMA3_SPLIT, TEKKEN_SPLIT}
-_ADDING_BOS = ["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"]
-"""Rules with which llama.cpp begins texts with a BOS where no key says whether."""
+_LIKE_LLAMA3 = {*_LLAMA3.split(), "tekken"}
+"""Rules with which llama.cpp takes words that are tokens without merging them, and begins texts
+with a BOS where no key says whether (``llama_vocab::impl::load`` in its src/llama-vocab.cpp)."""
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Kinds of special tokens in ``tokenizer_config.json``, and in the keys of a GGUF file."""
 
@@ -92,7 +93,7 @@ def _definition(found: Mapping[str, Any], file: Path) -> TokenizerDefinition:
         ],
         pre_tokenizer,
         normalizer={"type": "NFC"} if split == QWEN2_SPLIT else None,
-        ignore_merges=split in _IGNORING_MERGES,
+        ignore_merges=pre in _LIKE_LLAMA3,
     )
     name = str(found.get("general.name") or file.stem)
     ends = tuple(
@@ -152,7 +153,7 @@ def _settings(found: Mapping[str, Any], tokens: list[str], file: Path) -> dict[s
             )
     if isinstance(template := found.get("tokenizer.chat_template"), str):
         settings["chat_template"] = template
-    adds = found.get(f"{_KEY}add_bos_token", found.get(f"{_KEY}pre") in _ADDING_BOS)
+    adds = found.get(f"{_KEY}add_bos_token", found.get(f"{_KEY}pre") in _LIKE_LLAMA3)
     if isinstance(adds, bool):
         settings["add_bos_token"] = adds
     return settings

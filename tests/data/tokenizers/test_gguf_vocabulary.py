@@ -157,11 +157,24 @@ def test_a_tokenizer_that_the_keys_do_not_have_is_not_written() -> None:
     assert gguf_vocabulary(trained_tokenizer(), 699) is None
 
 
-def test_llama_3s_texts_begin_with_a_bos_where_no_key_says_so(tmp_path: Path) -> None:
-    """llama.cpp's rule."""
-    found = load_tokenizer(write(tmp_path / "a.gguf", "llama-bpe", bos=1))
-    assert (found.bos_token, found.adds_bos) == (1, True)
-    assert load_tokenizer(write(tmp_path / "a.gguf", "gpt-2", bos=1)).adds_bos is False
+@pytest.mark.parametrize(
+    ("rule", "like_llama3"),
+    [
+        *((rule, True) for rule in ("llama-bpe", "falcon-h1", "pixtral", "lfm2", "tekken")),
+        *((rule, False) for rule in ("dbrx", "smaug-bpe", "qwen2", "gpt-4o", "gpt-2", "smollm")),
+    ],
+)
+def test_what_a_rule_implies_where_no_key_says_it_is_as_in_llama_cpp(
+    tmp_path: Path, rule: str, like_llama3: bool
+) -> None:
+    """A BOS before each text, and words that are tokens taken without merging: src/llama-vocab.cpp
+    in llama-cpp-python 0.3.36 sets both for Llama 3's names, and neither for others of its
+    expression.
+    """
+    file = write(tmp_path / "a.gguf", rule, bos=1)
+    assert (read_gguf_definition(file).content["model"]["ignore_merges"]) is like_llama3
+    found = load_tokenizer(file)
+    assert (found.bos_token, found.adds_bos) == (1, like_llama3)
 
 
 def test_without_the_package_the_error_says_what_to_install(
