@@ -155,8 +155,9 @@ def import_model(source: str | Path, output: str | Path) -> None:
     One tensor at a time is in memory.
 
     Raises:
-        CheckpointError: ``source`` lacks a file or a tensor, holds one that this would not use, or
-            one that is not finite or has another shape than its configuration says.
+        CheckpointError: ``source`` lacks a file or a tensor, holds one that this would not use, one
+            that is not finite or has another shape than its configuration says, or a tokenizer
+            with more tokens than the model.
     """
     model = _describe(Path(source))
     header = model.header
@@ -165,6 +166,7 @@ def import_model(source: str | Path, output: str | Path) -> None:
         layout, found = match_tensors(stored, model.config, model.family, gguf=header is not None)
     except CheckpointError as error:
         raise CheckpointError(f"{model.source}: {error}") from None
+    tokenizer = tokenizer_beside(model.source, model.config)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     shapes = {name: entry.shape for name, entry in layout.entries.items()}
@@ -174,7 +176,6 @@ def import_model(source: str | Path, output: str | Path) -> None:
 
     write_tensors(output / WEIGHTS, shapes, read)
     extra = {"imported_from": str(source)}
-    tokenizer = tokenizer_beside(model.source, model.config)
     if tokenizer is not None:
         extra["tokenizer_fingerprint"] = tokenizer.fingerprint
         if not has_gpt2_vocabulary(model.config):

@@ -7,7 +7,7 @@ from pathlib import Path
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
 from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer
-from megaegpt.errors import DataError
+from megaegpt.errors import CheckpointError, DataError
 from megaegpt.gguf_files import SUFFIX
 
 TOKENIZER_FILES = (
@@ -26,13 +26,23 @@ TOKENIZER_FILES = (
 def tokenizer_beside(source: Path, config: ModelConfig) -> Tokenizer | None:
     """The tokenizer that a folder of weights or a GGUF file has; GPT-2's for its vocabulary where
     there is none; None: there is none, or one that cannot be used.
+
+    Raises:
+        CheckpointError: it has ids that the model has no rows for, so it is another model's.
     """
     if source.suffix == SUFFIX or has_tokenizer(source):
         try:
-            return load_tokenizer(source)
+            tokenizer = load_tokenizer(source)
         except DataError as error:
             print(f"notice: no tokenizer goes with the weights: {error}")
             return None
+        if tokenizer.vocab_size > config.vocab_size:
+            raise CheckpointError(
+                f"{source} holds a tokenizer of {tokenizer.vocab_size} tokens and a model of "
+                f"{config.vocab_size}: it is another model's; without its files the weights alone "
+                "are taken"
+            )
+        return tokenizer
     return load_tokenizer() if has_gpt2_vocabulary(config) else None
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from megaegpt.config import EGPTConfig, ModelConfig
+from megaegpt.interop.foreign_models import import_model
 from megaegpt.model.attention.cache import KVCache
-from megaegpt.model.build import Model, build_model
+from megaegpt.model.build import Model, build_model, empty_model
+from megaegpt.model.weights import load_weights, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import spec_of, unshard
 from megaegpt.parallel.together import all_gather_object
 from tests.distributed.harness import Distributed, grid_for
+from tests.tiny.families import random_model, sequences
 from tests.tiny.models import ATTENTION, POSITIONS, variant
 
 GPT = ModelConfig(vocab_size=300, max_seq_len=12, hidden_size=32, num_layers=2, num_heads=4)
@@ -136,7 +140,10 @@ def _differences(run: dict, alone: dict) -> dict[str, float]:
         "logits": _relative_difference(run["logits"], alone["logits"]),
         "cached": _relative_difference(run["cached"], alone["cached"]),
         "norm": abs(run["norm"] / alone["norm"] - 1),
-        "losses": max(abs(a / b - 1) for a, b in zip(run["losses"], alone["losses"], strict=True)),
+        "losses": max(
+            (abs(a / b - 1) for a, b in zip(run["losses"], alone["losses"], strict=True)),
+            default=0.0,
+        ),
         "grads": max(_gradient_difference(key, grad, alone) for key, grad in run["grads"].items()),
     }
 
@@ -144,12 +151,18 @@ def _differences(run: dict, alone: dict) -> dict[str, float]:
 def _compare_all(
     configs: dict[str, ModelConfig], dtype: torch.dtype, steps: int
 ) -> dict[tuple[str, int], dict[str, float]]:
+    return _compare(list(configs), lambda name, grid: _run(configs[name], grid, dtype, steps))
+
+
+def _compare(
+    names: list[str], run: Callable[[str, ProcessGrid], dict]
+) -> dict[tuple[str, int], dict[str, float]]:
     """Differences of TP 2 and 4 from TP 1, by model and TP size. TP groups share the models out."""
 
     def own_runs(tp: int) -> Iterator[tuple[str, dict]]:
         grid = grid_for(tp)
-        for name in list(configs)[grid.dp_rank :: grid.dp_size]:
-            yield name, _run(configs[name], grid, dtype, steps)
+        for name in names[grid.dp_rank :: grid.dp_size]:
+            yield name, run(name, grid)
 
     alone: dict[str, dict] = {}
     for runs in all_gather_object(dict(own_runs(1)), grid_for(1)):
@@ -160,19 +173,15 @@ def _compare_all(
 
 
 def _assert_same(
-    distributed: Distributed,
-    configs: dict[str, ModelConfig],
-    dtype: torch.dtype,
-    steps: int,
-    tolerance: float,
+    ranks: list[dict[tuple[str, int], dict[str, float]]], names: Iterable[str], tolerance: float
 ) -> None:
     compared = Counter()
-    for rank, differences in enumerate(distributed(4, _compare_all, configs, dtype, steps)):
+    for rank, differences in enumerate(ranks):
         for (name, tp), of_run in differences.items():
             compared[name, tp] += 1
             for what, difference in of_run.items():
                 assert difference <= tolerance, (rank, name, tp, what, difference)
-    assert compared == {(name, tp): tp for name in configs for tp in (2, 4)}  # on each of its ranks
+    assert compared == {(name, tp): tp for name in names for tp in (2, 4)}  # on each of its ranks
 
 
 @pytest.mark.parametrize(
@@ -182,7 +191,7 @@ def _assert_same(
 )
 def test_every_model_is_the_same_at_tp_1_2_and_4(distributed, names, dtype, tolerance):
     configs = {name: MODELS[name] for name in names}
-    _assert_same(distributed, configs, dtype, STEPS, tolerance)
+    _assert_same(distributed(4, _compare_all, configs, dtype, STEPS), configs, tolerance)
 
 
 def _shallow(config: ModelConfig) -> ModelConfig:
@@ -194,7 +203,48 @@ def _shallow(config: ModelConfig) -> ModelConfig:
 def test_every_variant_is_the_same_at_tp_1_2_and_4(distributed, positions):
     """Among them fewer key and value heads than ranks."""
     configs = {name: _shallow(variant(name, positions)) for name in ATTENTION}
-    _assert_same(distributed, configs, torch.float64, VARIANT_STEPS, 1e-9)
+    ranks = distributed(4, _compare_all, configs, torch.float64, VARIANT_STEPS)
+    _assert_same(ranks, configs, 1e-9)
+
+
+FAMILIES = {
+    "gpt2": {},
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "olmo2": {"num_key_value_heads": 4},  # whole projections are normed: each rank has a key head
+}
+
+
+def _compare_imported(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
+    return _compare(list(FAMILIES), lambda family, grid: _run_imported(folder / family, grid))
+
+
+def _run_imported(weights: Path, grid: ProcessGrid) -> dict:
+    model = empty_model(read_weights_config(weights)[0], grid)
+    load_weights(model, weights, grid)
+    model.double()
+    loss = model(sequences(), sequences(seed=3))
+    loss.backward()
+    return {
+        "loss": loss.item(),
+        "logits": model.head.full_logits(model.hidden_states(sequences())),
+        "grads": {n: unshard(p.grad, spec_of(p), grid) for n, p in model.named_parameters()},
+        "norm": _global_norm(model, grid),
+        "losses": [],
+        "cached": torch.zeros(1),
+    }
+
+
+def test_an_imported_model_of_each_family_is_the_same_at_tp_1_2_and_4(
+    tmp_path: Path, distributed: Distributed
+) -> None:
+    """Loss, logits and every gradient; with fewer key heads than ranks in most."""
+    for family, changes in FAMILIES.items():
+        random_model(family, **changes).save_pretrained(tmp_path / "theirs" / family)
+        import_model(tmp_path / "theirs" / family, tmp_path / "ours" / family)
+    _assert_same(distributed(4, _compare_imported, tmp_path / "ours"), FAMILIES, 1e-9)
 
 
 def _dropout_gradients(recompute: str) -> dict[str, torch.Tensor]:

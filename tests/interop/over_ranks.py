@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaegpt.config import EncoderConfig, RunConfig
@@ -40,6 +42,15 @@ def logits_and_states(source: str, tokens: Tensor, cache: str) -> tuple[Tensor, 
     load_weights(gpt, folder, grid)
     encoder = FrozenEncoder.from_source(EncoderConfig(source=str(folder)), grid)
     return gather_from_tp(gpt.logits(tokens), grid, -1), encoder(tokens)
+
+
+@torch.no_grad()
+def loss_over_ranks(weights: Path, tokens: Tensor) -> float:
+    """Of a GPT that all ranks are tensor-parallel for, summed over (1, T) ``tokens``."""
+    grid = grid_for(dist.get_world_size())
+    gpt = empty_model(read_weights_config(weights)[0], grid).eval()
+    load_weights(gpt, weights, grid)
+    return float(gpt(tokens[:, :-1], tokens[:, 1:]))
 
 
 def run_over_ranks(config: RunConfig, cache: str) -> None:

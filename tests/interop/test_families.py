@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megaegpt.config import GenerationConfig, ModelConfig, RopeScalingConfig
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.interop import foreign_models
@@ -37,6 +38,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed
 from tests.interop.over_ranks import logits_and_states
 from tests.tiny.families import CASES, VOCAB, in_fp64, random_model, sequences
+from tests.tiny.tokenizers import trained_tokenizer
 
 GRID = ProcessGrid()
 FP64 = 1e-9
@@ -261,6 +263,16 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "theirs", state_dict=kept)
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_norm\.weight is missing"):
         import_model(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused_before_weights_are_written(
+    tmp_path: Path,
+) -> None:
+    _saved("llama", tmp_path / "theirs")
+    save_tokenizer(trained_tokenizer(), tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match=r"theirs holds a tokenizer of 700 tokens and a mod"):
+        import_model(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_old_and_new_words_for_rotary_positions_mean_the_same(tmp_path: Path) -> None:
