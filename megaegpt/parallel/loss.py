@@ -22,7 +22,13 @@ from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.vocabulary import check_targets
 
 ROWS_AT_ONCE = {"cpu": 128, "cuda": 8192}
-"""Rows of logits that exist at once, by device type."""
+"""Rows of logits that exist at once, by device type, where operators make copies of them."""
+LOGITS_AT_ONCE = 4 << 30
+"""Bytes of logits that exist at once on a GPU whose head has fused operators, which make no copies.
+Several portions cost an addition to the weight's gradient each, in fp32; an H100 holds 32,768 rows
+of GPT-2's vocabulary in one."""
+_SHARE_OF_MEMORY = 16
+"""A smaller GPU's logits take no more than this part of its memory."""
 
 _ELEMENTS_AT_ONCE = 1 << 20
 """Elements at once of a gradient that is scaled in a wider type than its own."""
@@ -33,7 +39,7 @@ class LossOptions:
     """How logits become a loss."""
 
     rows: int | None = None
-    """Positions computed at once; None: as many as suit the device."""
+    """Most positions computed at once; None: as many as suit the device."""
     fused: bool | None = None
     """Whether the operators of ``parallel.head_operators`` compute what is between the products;
     None: on CUDA, where something can be compiled for it."""
@@ -225,7 +231,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_mixture = None if mixture is None else torch.empty_like(mixture)
         total = hidden.new_zeros((), dtype=precise)
         expected = None if weight.dtype == precise else options.backward_scale
-        for part in _parts(hidden, options):
+        for part in _parts(hidden, weight, options):
             x, y = hidden[part], targets[part]
             rows = _rows_of(x, weight, y, grid, vocab_size, options)
             nats, real = rows.nats, (y != IGNORE).to(precise)
@@ -271,19 +277,39 @@ def _rows_of(
     options: LossOptions,
 ) -> _Rows | _FusedRows:
     """The rows of some positions, hidden (n, C), targets (n,)."""
-    logits, fused = linear(hidden, weight), options.fused
-    if fused is None:
-        fused = logits.is_cuda and compile_problem("cuda") is None
-    if fused:
+    logits = linear(hidden, weight)
+    if _is_fused(logits, options):
         return _fused_rows(logits, targets, grid, vocab_size, options.softcap)
     precise = torch.promote_types(hidden.dtype, torch.float32)
     return _rows(logits.to(precise), targets, grid, vocab_size, options.softcap)
 
 
-def _parts(hidden: Tensor, options: LossOptions) -> list[slice]:
+def _is_fused(x: Tensor, options: LossOptions) -> bool:
+    if options.fused is None:
+        return x.is_cuda and compile_problem("cuda") is None
+    return options.fused
+
+
+def _parts(hidden: Tensor, weight: Tensor, options: LossOptions) -> list[slice]:
     """The rows (n, C) that are computed together."""
-    size = options.rows or ROWS_AT_ONCE.get(hidden.device.type, 1024)
+    size = options.rows
+    if size is None and hidden.is_cuda and _is_fused(hidden, options):
+        memory = torch.cuda.get_device_properties(hidden.device).total_memory
+        size = fused_rows(weight.shape[0], weight.dtype, memory)
+    size = size or ROWS_AT_ONCE.get(hidden.device.type, 1024)
     return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
+
+
+def fused_rows(columns: int, dtype: torch.dtype, memory: int) -> int:
+    """Most rows of logits that a GPU's fused head computes at once, a power of two.
+
+    Args:
+        columns: a rank's part of the vocabulary.
+        dtype: of the logits.
+        memory: bytes of the GPU.
+    """
+    most = min(LOGITS_AT_ONCE, memory // _SHARE_OF_MEMORY) // (columns * dtype.itemsize)
+    return 1 << max(most.bit_length() - 1, 0)
 
 
 def _scale(grad: Tensor, factor: Tensor) -> None:
@@ -362,7 +388,7 @@ def _nats_of_rows(
     """hidden (n, C), targets (n,) -> nats (n,)"""
     precise = torch.promote_types(hidden.dtype, torch.float32)
     nats = torch.empty(len(hidden), dtype=precise, device=hidden.device)
-    for part in _parts(hidden, options):
+    for part in _parts(hidden, weight, options):
         rows = _rows_of(hidden[part], weight, targets[part], grid, vocab_size, options)
         nats[part] = rows.nats
     return nats

@@ -25,9 +25,12 @@ from megaegpt.model.build import Model, build_inputs, empty_model
 from megaegpt.model.gpt import GPT
 from megaegpt.model.parts import freeze
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.loss import ROWS_AT_ONCE
+from megaegpt.parallel.loss import LOGITS_AT_ONCE, ROWS_AT_ONCE, fused_rows
 from megaegpt.planning.allocations import TensorMeter
 from megaegpt.precision import DTYPES, Precision
+
+_LARGE_GPU = 16 * LOGITS_AT_ONCE
+"""Bytes of a GPU whose head computes as many rows at once as any; smaller ones need less."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,13 @@ def trace_micro_step(
             frozen.requires_grad_(False)
         gc.collect()
         before = meter.live
+        fused = device_type == "cuda" if fused_head is None else fused_head
+        rows = ROWS_AT_ONCE.get(device_type)
+        if fused:
+            columns = config.model.padded_vocab_size // tp_size
+            rows = fused_rows(columns, DTYPES[precision], _LARGE_GPU)
         model.head.loss_options = dataclasses.replace(
-            model.head.loss_options,
-            rows=ROWS_AT_ONCE.get(device_type),
-            fused=device_type == "cuda" if fused_head is None else fused_head,
+            model.head.loss_options, rows=rows, fused=fused
         )
         inputs = build_inputs(
             config.model, functools.partial(_encode, frozen, config.model), DTYPES[precision]

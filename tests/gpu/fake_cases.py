@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -181,12 +182,14 @@ def short_cases() -> dict[str, Case]:
         config = replace(SMALL, **GPTS[name])
         case = functools.partial(train, config, recompute)
         cases[f"{name} trains, recomputing {recompute}"] = case
-    for name in ("improved", "gate_random_history"):
+    for name in ("improved", "gate_random_history", "token_memory"):
         config = _of_kind("egpt", EGPTS[name])
         cases[f"egpt {name} trains"] = functools.partial(train, config)
     for name in ("improved", "token_memory"):
         config = _of_kind("egpt", EGPTS[name])
         cases[f"egpt {name} decodes"] = functools.partial(decode, config)
+    config = _of_kind("egpt", EGPTS["token_memory"])
+    cases["egpt token_memory decodes, compiled"] = functools.partial(decode, config, True)
     cases["deepgpt trains"] = functools.partial(train, _of_kind("deepgpt", {}))
     cases["encoder"] = encode
     config = replace(SMALL, **GPTS["latent_rotary"])
@@ -268,6 +271,8 @@ def _prepare() -> None:
     enable()
     torch.set_num_threads(1)
     megaegpt.model.encoder.weights_fingerprint = lambda model: ""  # it reads the weights
+    properties = SimpleNamespace(total_memory=80 << 30)
+    torch.cuda.get_device_properties = lambda device: properties  # type: ignore[assignment]
     as_it_is = functools.wraps(torch.compile)(lambda function, **_: function)
     torch.compile = as_it_is  # type: ignore[assignment]
 

@@ -9,7 +9,7 @@ from megaegpt.errors import DataError
 from megaegpt.labels import IGNORE
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.head_operators import compute_gradient, compute_softmax_sums
-from megaegpt.parallel.loss import LossOptions, linear_cross_entropy, power_of_two
+from megaegpt.parallel.loss import LossOptions, fused_rows, linear_cross_entropy, power_of_two
 from megaegpt.parallel.params import ParamSpec, unshard
 from tests.distributed.harness import grid_for
 
@@ -275,6 +275,20 @@ def test_ranks_that_share_the_vocabulary_compute_what_one_does(distributed, fuse
     for found in distributed(2, _on_a_rank, fused, softcap, vocab):
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("columns", "memory", "rows"),
+    [
+        (50304, 80 << 30, 32768),  # 32 x 1,024 tokens of GPT-2's vocabulary, 3.1 GiB
+        (50304 // 8, 80 << 30, 262144),
+        (151936, 80 << 30, 8192),
+        (50304, 24 << 30, 8192),  # a smaller GPU, of which they take a sixteenth at most
+        (50304, 1 << 20, 1),
+    ],
+)
+def test_a_gpu_computes_as_many_rows_of_logits_at_once_as_fit(columns, memory, rows):
+    assert fused_rows(columns, torch.bfloat16, memory) == rows
 
 
 @pytest.mark.long
