@@ -155,10 +155,11 @@ def roofline_of(plan: Plan, encoder: ModelConfig | None) -> Iterator[str]:
     yield "the least time of a step on a rank:"
     yield format_table(describe_roofline(roofline), names=1)
     yield (
-        f"a micro-step reaches at most {roofline.mfu(compiled=False, fused=False):.1%} MFU with "
-        f"nothing compiled, {roofline.mfu(fused=False):.1%} with compiled blocks, "
-        f"{roofline.mfu():.1%} with the head's operators compiled too: bytes a logit between the "
-        f"head's products {roofline.bytes_a_logit(fused=False):.0f}, compiled "
+        f"a micro-step reaches at most {roofline.mfu('eager', fused_head=False):.1%} MFU with "
+        f"nothing compiled, {roofline.mfu('eager'):.1%} with the head's operators compiled, "
+        f"{roofline.mfu():.1%} with the blocks compiled too, and could reach "
+        f"{roofline.mfu('fused'):.1%} if all that can was part of a product's kernel: bytes a "
+        f"logit between the head's products {roofline.bytes_a_logit(fused=False):.0f}, compiled "
         f"{roofline.bytes_a_logit():.1f}"
     )
     yield assumptions()
@@ -186,13 +187,14 @@ def compare(plans: list[Plan]) -> Iterator[str]:
     if not plans:
         yield "nothing fits: more GPUs, GPUs with more memory, or a smaller model"
         return
-    yield "with the largest micro-batch that fits, the fastest first:"
-    columns = ("tensor_parallel_size", "activation_checkpointing", "micro_batch_size")
+    yield "recommended, with the largest micro-batch that fits, the fastest first:"
+    columns = ("tensor_parallel_size", "zero_stage", "activation_checkpointing", "micro_batch_size")
     table = [(*columns, "memory a rank", "s a step")]
     for plan in plans:
-        training, tp = plan.config.training, plan.config.parallel.tensor_parallel_size
+        training, parallel = plan.config.training, plan.config.parallel
         seconds = "n/a" if plan.time is None else f"{plan.time.total:.3g}"
-        choices = (str(tp), training.activation_checkpointing, str(training.micro_batch_size))
+        cut = (str(parallel.tensor_parallel_size), str(parallel.zero_stage))
+        choices = (*cut, training.activation_checkpointing, str(training.micro_batch_size))
         table.append((*choices, _gib(plan.memory.total), seconds))
     yield format_table(table, names=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -19,7 +20,9 @@ from megaegpt.config.metadata import leaves
 from megaegpt.config.parsing import annotation_of, describe
 from megaegpt.config.presets import create_model_config
 from megaegpt.model.build import meta_model
+from megaegpt.planning.hardware import find_accelerator
 from megaegpt.planning.memory import estimate_memory
+from megaegpt.planning.plan import Machines, make_plan, recommend
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -64,6 +67,29 @@ def test_it_fits_the_memory_of_the_gpus_that_it_is_for(path):
     config = load_config(path)
     peak = estimate_memory(config, ranks_of(path)[0], "bf16", device_type="cuda").total
     assert peak < 72 * 2**30  # of 80
+
+
+FOR_GPUS = [path for path in CONFIGS if "cpu" not in path.stem]
+some = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, marks=[] if p.stem == "gpt2_124m" else pytest.mark.long, id=p.name)
+        for p in FOR_GPUS
+    ],
+)
+
+
+@some
+def test_its_zero_stage_and_micro_batch_are_those_that_the_plan_recommends(path):
+    """On as many H100s as it is for, in nodes of 8."""
+    gpus = ranks_of(path)[-1]
+    machines = Machines(find_accelerator("h100", 8), gpus, min(gpus, 8))
+    replan = functools.partial(make_plan, machines=machines)
+    config = load_config(path, world_size=gpus)
+    best = recommend(replan(config), replan).config
+    assert config.parallel.zero_stage == best.parallel.zero_stage
+    assert config.training.micro_batch_size == best.training.micro_batch_size
+    assert config.training.global_batch_size == best.training.global_batch_size
 
 
 def test_every_one_dry_runs():

@@ -26,6 +26,7 @@ from megaegpt.planning.plan import (
     alternatives,
     count_communication,
     make_plan,
+    recommend,
 )
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.engines import make_engine, micro_batches, run_config
@@ -179,6 +180,30 @@ def test_what_does_not_fit_has_alternatives_that_do() -> None:
     assert times == sorted(times)
     tried = {other.config.training.activation_checkpointing for other in found}
     assert len(tried) > 1
+
+
+def test_stage_2_is_recommended_where_only_it_fits() -> None:
+    """Stage 1 keeps the gradients of all parameters in fp32."""
+    model = ModelConfig(
+        vocab_size=50257, max_seq_len=16, hidden_size=128, num_layers=1, num_heads=4
+    )
+    training = TrainingConfig(global_batch_size=4, micro_batch_size=1)
+    config = RunConfig(model=model, training=training)
+    gpu = find_accelerator("h100", 4)
+
+    def needed(stage: int) -> int:
+        parallel = dataclasses.replace(config.parallel, zero_stage=stage)
+        run = dataclasses.replace(config, parallel=parallel)
+        return make_plan(run, Machines(gpu, 4, 4)).memory.total
+
+    between = int((needed(1) + needed(2)) / 2 / USABLE_MEMORY)
+    for memory, stage in ((gpu.memory, 1), (between, 2)):
+        machines = Machines(dataclasses.replace(gpu, memory=memory), 4, 4)
+        replan = functools.partial(make_plan, machines=machines)
+        best = recommend(replan(config), replan)
+        assert best is not None
+        assert best.config.parallel.zero_stage == stage
+        assert best.config.training.global_batch_size == 4
 
 
 def test_a_plan_for_a_number_of_gpus_that_cannot_be_is_refused() -> None:
