@@ -25,6 +25,8 @@ DEVICE_FILES = "/dev/nvidia[0-9]*"
 AMD_DRIVER = Path("/dev/kfd")
 """Exists where AMD's driver for computing is loaded, beside the graphics of an ordinary CPU too."""
 
+_ALLOCATOR = "PYTORCH_ALLOC_CONF"
+_OLDER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 _CHOICE = "MEGAEGPT_DEVICE"
 _ON_PURPOSE = f"or set {_CHOICE}=cpu to compute on the CPU on purpose"
 _NO_DEVICES = ("", "NoDevFiles")  # the second is Slurm's
@@ -44,6 +46,7 @@ def device_type() -> str:
         )
     if choice == "cpu":
         return "cpu"
+    _let_segments_grow()
     with warnings.catch_warnings():  # torch warns of what the error below says
         warnings.simplefilter("ignore")
         if torch.cuda.is_available():
@@ -54,6 +57,17 @@ def device_type() -> str:
         error.on_whole_machine = True
         raise error
     return "cpu"
+
+
+def _let_segments_grow() -> None:
+    """Have torch's allocator enlarge its segments, unless the user has configured it.
+
+    Widths of instructions and of texts differ from batch to batch, and ZeRO takes and frees buffers
+    of all gradients in each step. In segments of a fixed size that leaves holes which nothing fits.
+    The allocator reads the variable when it is first used. ROCm's lacks the option, and warns.
+    """
+    if torch.version.cuda is not None and not os.environ.get(_OLDER_ALLOCATOR):
+        os.environ.setdefault(_ALLOCATOR, "expandable_segments:True")
 
 
 def local_device() -> torch.device:

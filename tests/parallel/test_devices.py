@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from megaegpt.parallel import devices
 from megaegpt.parallel.devices import device_type, local_device
 
 _GPU_VARIABLES = (
-    "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MEGAEGPT_DEVICE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"
+    "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MEGAEGPT_DEVICE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
 )  # fmt: skip
 _TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU "
@@ -30,7 +32,8 @@ class Machine:
         monkeypatch.setattr(devices, "DEVICE_FILES", str(folder / "nvidia[0-9]*"))
         monkeypatch.setattr(devices, "AMD_DRIVER", folder / "kfd")
         for name in _GPU_VARIABLES:
-            monkeypatch.delenv(name, raising=False)
+            monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
+            monkeypatch.delenv(name)
         self.has_torch_for(None, usable=0)
 
     def has_driver(self) -> None:
@@ -180,3 +183,29 @@ def test_a_gpu_of_another_kind_is_refused_by_the_name_of_its_back_end(
         device_type()
     machine.sets(MEGAEGPT_DEVICE="cpu")
     assert device_type() == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "given", "allocator"),
+    [
+        ("13.0", {}, "expandable_segments:True"),
+        ("13.0", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ("13.0", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        (None, {}, None),
+    ],
+    ids=["cuda", "configured", "configured as before 2.9", "no cuda"],
+)
+def test_the_allocator_enlarges_its_segments_unless_it_is_configured(
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: str | None,
+    given: dict[str, str],
+    allocator: str | None,
+) -> None:
+    machine.has_gpus(1)
+    machine.has_torch_for(cuda or "13.0", usable=1)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert local_device().type == "cuda"
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == allocator
