@@ -28,7 +28,7 @@ from megaegpt.config import (
     TrainingConfig,
 )
 from megaegpt.generation.generator import TextGenerator
-from megaegpt.model.attention.causal import causal_attention
+from megaegpt.model.attention.causal import Segments, causal_attention
 from megaegpt.model.build import build_model
 from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
@@ -86,28 +86,47 @@ def difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+WINDOW = 70
+DOCUMENT = 50
+"""Tokens of a document in packed texts."""
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
     """Repeated heads, an explicit mask and softmax."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
-    hidden = (distance < 0) | (distance >= (window or k.shape[2]))
+    places = torch.arange(q.shape[2])
+    distance = places[:, None] - places
+    hidden = distance < 0
+    if mask == "window":
+        hidden |= distance >= WINDOW
+    if mask == "documents":
+        hidden |= places[:, None] // DOCUMENT != places // DOCUMENT
     scores = torch.einsum("bhtd,bhsd->bhts", q, k) / q.shape[3] ** 0.5
     return scores.masked_fill(hidden.to(q.device), -torch.inf).softmax(-1) @ v
 
 
+def our_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
+    segments = None
+    if mask == "documents":
+        numbers = torch.arange(q.shape[2], device=q.device).div(DOCUMENT, rounding_mode="floor")
+        segments = Segments(*[numbers.expand(q.shape[0], -1)] * 2)
+    return causal_attention(q, k, v, window=WINDOW if mask == "window" else None, segments=segments)
+
+
 KERNELS = [
-    pytest.param(None, id="as_torch_chooses"),
-    pytest.param(SDPBackend.FLASH_ATTENTION, id="flash"),
-    pytest.param(SDPBackend.CUDNN_ATTENTION, id="cudnn"),
+    pytest.param(None, "causal", id="causal-as_torch_chooses"),
+    pytest.param(SDPBackend.FLASH_ATTENTION, "causal", id="causal-flash"),
+    pytest.param(SDPBackend.CUDNN_ATTENTION, "causal", id="causal-cudnn"),
+    pytest.param(None, "window", id="window-as_torch_chooses"),
+    pytest.param(None, "documents", id="documents-as_torch_chooses"),
 ]
 
 
 @both
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
-@pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("length", [192, 704])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_fused_attention_is_the_naive_one(device, kv_heads, window, length, kernel):
+@pytest.mark.parametrize(("kernel", "mask"), KERNELS)
+def test_fused_attention_is_the_naive_one(device, kv_heads, length, kernel, mask):
     """In bf16 on the GPU, where the unmasked case is served by each kernel and as torch chooses.
 
     At these lengths, 64 more than multiples of 128, cuDNN's gradients with masks were NaN.
@@ -125,14 +144,13 @@ def test_fused_attention_is_the_naive_one(device, kv_heads, window, length, kern
 
     def run(attention, tensors):
         leaves = [x.detach().requires_grad_() for x in tensors]
-        y = attention(*leaves)
+        y = attention(*leaves, mask)
         y.backward(upstream.to(y.dtype))
         return [y, *(x.grad for x in leaves)]
 
-    pinned = on_gpu and window is None and kernel is not None
-    with sdpa_kernel(kernel) if pinned else nullcontext():
-        fused = run(lambda q, k, v: causal_attention(q, k, v, window=window), inputs)
-    naive = run(lambda q, k, v: naive_attention(q, k, v, window), [x.float() for x in inputs])
+    with sdpa_kernel(kernel) if on_gpu and kernel is not None else nullcontext():
+        fused = run(our_attention, inputs)
+    naive = run(naive_attention, [x.float() for x in inputs])
     for ours, expected in zip(fused, naive, strict=True):
         assert difference(ours.float(), expected) < (1e-2 if on_gpu else 1e-5)
 
