@@ -32,7 +32,7 @@ SUBCOMMANDS = {
     "data": "tokenizing to shards, and drawing batches",
     "features": "computing and reading chunk features",
     "checkpoint": "saving and loading a run",
-    "gpu": "one GPU: its tests, and the speed of training, EGPT and decoding",
+    "gpu": "one GPU: its tests, and the speed of training, EGPT and decoding; or several nodes",
 }
 
 
@@ -45,6 +45,7 @@ def new_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="WHAT")
     for name, summary in SUBCOMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)

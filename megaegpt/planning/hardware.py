@@ -150,13 +150,25 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     """
     if precision not in ("bf16", "fp16"):
         return None
-    words = device_name.replace("-", " ").split()
-    if precision == "bf16" and "V100" in words:
+    if precision == "bf16" and "V100" in _words(device_name):
         return None
-    for device in _DEVICES:
-        if all(word in words for word in device.words.split()):
-            return device.tflops * 1e12
-    return None
+    device = _find(device_name)
+    return None if device is None else device.tflops * 1e12
+
+
+def accelerator_of(device_name: str) -> Accelerator | None:
+    """The entry of a GPU by the name that its driver gives; None where the table has none."""
+    device = _find(device_name)
+    return None if device is None else device.accelerator
+
+
+def _words(device_name: str) -> list[str]:
+    return device_name.replace("-", " ").split()
+
+
+def _find(device_name: str) -> _Device | None:
+    words = _words(device_name)
+    return next((d for d in _DEVICES if all(word in words for word in d.words.split())), None)
 
 
 def accelerator_names() -> list[str]:

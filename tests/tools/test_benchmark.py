@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from megaegpt.errors import ConfigError, LaunchError
 from tools import benchmark
-from tools.benchmarks import attention, gpu
+from tools.benchmarks import attention, device_checks, gpu
 from tools.benchmarks.common import parse_peers
 from tools.benchmarks.processes import Candidate, Workload, compare
 
@@ -148,6 +149,35 @@ def test_gpu_without_one(run, capsys, tmp_path, monkeypatch):
     assert "there is no GPU" in capsys.readouterr().out
 
 
+@pytest.mark.long
+def test_the_whole_of_gpu_without_one(run):
+    """With the tests and all remedies, so that nothing of it runs on a GPU for the first time."""
+    record = run("gpu")
+    assert record["problems"] == []
+    assert [name for name, *_ in record["remedies"]] == list(gpu.REMEDIES)
+    assert any("tests passed" in what for what, *_ in record["checks"])
+
+
+def checks_as_on_a_gpu() -> dict[str, list[Any]]:
+    """On a worker: what only a GPU is asked, of a stand-in for it."""
+    switched: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "memory_snapshot", lambda: [{"is_expandable": True}])
+        patch.setattr(torch.cuda, "set_sync_debug_mode", switched.append)
+        facts = device_checks.environment(True).info["checks"]
+        waits = device_checks.waits(True, 1).info["checks"]
+    return {"facts": facts, "waits": waits, "switched": switched}
+
+
+def test_what_only_a_gpu_is_asked_is_asked_of_a_stand_in(distributed):
+    (found,) = distributed(1, checks_as_on_a_gpu)
+    verdicts = {what: holds for what, *_, holds in found["facts"]}
+    assert verdicts["the allocator's segments grow"]
+    assert not verdicts["cuDNN"]
+    assert found["waits"] == [("waits of a step, ZeRO-1", "0", "at most 4", True)]
+    assert found["switched"] == ["warn", "default"]
+
+
 def test_a_part_that_fails_is_a_problem_and_not_the_end():
     def fails(suite: gpu.Suite) -> None:
         raise RuntimeError("device assertion")
@@ -174,6 +204,24 @@ def test_a_batch_that_does_not_fit_is_halved_and_a_failure_is_noted():
     assert suite.problems == []
     assert suite.measure("other work", fails_at, 8, unit="tokens") is None
     assert suite.problems == ["other work failed"]
+
+
+def endless(batch: int) -> Workload:
+    return Workload(lambda: time.sleep(600), batch)
+
+
+def test_a_part_that_hangs_ends_when_its_time_is_over():
+    suite = gpu.Suite(repetitions=1, on_gpu=False)
+    suite.begin(minutes=1 / 60)
+    assert suite.measure("work", endless, 1, unit="tokens") is None
+    assert suite.problems == ["work failed"]
+
+
+def test_the_parts_have_less_than_25_minutes_together():
+    words = ["gpu"]
+    parts = benchmark.new_parser(words).parse_args(words).parts
+    assert list(gpu.MINUTES) == parts
+    assert sum(gpu.MINUTES.values()) < 25
 
 
 def fails_at(batch: int) -> Workload:
@@ -215,6 +263,7 @@ def test_options_that_change_nothing_are_refused(line, message):
 def test_every_benchmark_is_a_subcommand():
     folder = Path(benchmark.__file__).parent / "benchmarks"
     parts = {"common", "processes", "engines", "peers", "shapes", "device_checks"}
+    parts |= {"checklist", "nodes", "node_parts"}
     modules = {path.stem for path in folder.glob("[!_]*.py")} - parts
     assert modules == set(benchmark.SUBCOMMANDS)
 

@@ -22,10 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megaegpt.config import ModelConfig
 from megaegpt.model.attention.causal import Segments, causal_attention, scaled_dot_product
 from megaegpt.model.build import build_model
+from tools.benchmarks.checklist import Check
 from tools.benchmarks.common import single_grid
 from tools.benchmarks.processes import Workload
-
-Check = tuple[str, str, str, bool]
 
 _LEAST_CUDNN = 91500
 """Older releases are not torch's first choice for attention on Hopper."""
@@ -43,9 +42,20 @@ def environment(on_gpu: bool) -> Workload:
     rows = [
         ("torch.version.cuda", str(torch.version.cuda), "13 or 12", not on_gpu or _has_cuda()),
         ("a GPU can be used", str(torch.cuda.is_available()), str(on_gpu), True),
+        _growing_segments(on_gpu),
         ("cuDNN", str(cudnn), f"from {_LEAST_CUDNN} on", not on_gpu or cudnn >= _LEAST_CUDNN),
     ]
     return _checks(rows)
+
+
+def _growing_segments(on_gpu: bool) -> Check:
+    """Whether torch has read what ``parallel.devices`` asks of its allocator."""
+    grow = False
+    if on_gpu:
+        tensor = torch.zeros(1 << 20, device=single_grid().device)
+        grow = all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+        del tensor
+    return ("the allocator's segments grow", str(grow), str(on_gpu), grow == on_gpu)
 
 
 def _has_cuda() -> bool:

@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megaegpt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from megaegpt.model.build import build_model, meta_model
+from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launch import init_distributed
 from megaegpt.planning.hardware import peak_flops
@@ -35,7 +37,8 @@ def build_engine(
             ``fewer_operators`` and ``cudnn`` (its attention), which are on unless they are false.
         loss_function: how the model is called; with its inputs and targets by default.
     """
-    grid = ProcessGrid.create(1, init_distributed())
+    device = local_device() if dist.is_initialized() else init_distributed()
+    grid = ProcessGrid.create(1, device)
     config = RunConfig(
         model=model_config,
         parallel=ParallelConfig(zero_stage=options["zero"]),

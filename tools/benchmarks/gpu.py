@@ -8,13 +8,13 @@ sizes that say nothing about speed.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,11 +23,9 @@ import torch
 
 from megaegpt.arguments import path
 from megaegpt.errors import LaunchError
-from megaegpt.files import write_whole
-from megaegpt.text_tables import format_table
 from tools.benchmarks import device_checks, egpt, generate, train
-from tools.benchmarks.common import add_repetitions, machine, print_mfu, print_results
-from tools.benchmarks.device_checks import Check
+from tools.benchmarks.checklist import Checklist
+from tools.benchmarks.common import add_repetitions, print_mfu, print_results
 from tools.benchmarks.processes import Candidate, Result, Workload, compare
 
 _ROOT = Path(__file__).parents[2]
@@ -58,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parts", nargs="+", choices=_PARTS, default=list(_PARTS), help="default: all of them"
     )
     parser.add_argument(
+        "--nodes",
+        action="store_true",
+        help="what several nodes do together instead; on every rank of torchrun or deepspeed",
+    )
+    parser.add_argument(
         "--page", type=path, metavar="FILE", help="write the tables here, as Markdown"
     )
     add_repetitions(parser, default=10)
@@ -65,22 +68,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Check, measure, print, and return the record; its ``problems`` say what failed."""
+    if arguments.nodes:
+        from tools.benchmarks import nodes
+
+        return nodes.run(arguments)
     began = time.perf_counter()
     suite = Suite(arguments.repetitions, torch.cuda.is_available())
     for name in arguments.parts:
-        print(f"\n--- {name}", flush=True)
+        print(f"\n--- {name}, {MINUTES[name]:g} minutes at most", flush=True)
+        suite.begin(MINUTES[name])
         suite.attempt(name, _PARTS[name])
-    print()
-    for rows in suite.tables().values():
-        print(format_table(rows))
-        print()
-    if not suite.on_gpu:
-        print("there is no GPU: these are tiny sizes on the CPU, and say nothing about speed")
     minutes = (time.perf_counter() - began) / 60
-    print(f"{minutes:.1f} minutes")
-    if arguments.page is not None:
-        write_whole(arguments.page, suite.page(minutes).encode())
-        print(f"wrote {arguments.page}")
+    suite.conclude(minutes, arguments.page)
     return {
         "minutes": minutes,
         "problems": suite.problems,
@@ -91,17 +90,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-class Suite:
+class Suite(Checklist):
     """The measurements of all parts: results, a summary, and the problems on the way."""
 
     def __init__(self, repetitions: int, on_gpu: bool) -> None:
-        self.on_gpu = on_gpu
-        self.problems: list[str] = []
-        self.checks: list[Check] = []
+        super().__init__("One GPU", on_gpu)
         self.summary: list[tuple[str, str, str]] = []
         self.remedies: list[tuple[str, str, str]] = []
         self.results: list[Result] = []
         self._repetitions = repetitions
+        self._end = math.inf
+
+    def begin(self, minutes: float) -> None:
+        """Give the next part so much time."""
+        self._end = time.monotonic() + 60 * minutes
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the part; None: any number."""
+        return None if self._end == math.inf else max(self._end - time.monotonic(), 0.0)
 
     def measure(
         self, name: str, factory: Callable[..., Workload], batch: int, *more: Any, unit: str
@@ -110,7 +117,9 @@ class Suite:
         while True:
             candidate = Candidate(f"{name}, batch {batch}", factory, (batch, *more))
             try:
-                (result,) = compare([candidate], self._repetitions, warmup=_WARMUP)
+                (result,) = compare(
+                    [candidate], self._repetitions, warmup=_WARMUP, limit=self.seconds_left
+                )
             except LaunchError as error:
                 if "OutOfMemoryError" in str(error) and batch > 1:
                     batch //= 2
@@ -123,19 +132,11 @@ class Suite:
             print_results(name, unit, [result])
             return result
 
-    def attempt(self, name: str, part: Callable[[Suite], None]) -> None:
-        """Run a part; what goes wrong in it is a problem, and not the end."""
-        try:
-            part(self)
-        except Exception as error:
-            traceback.print_exc()
-            self.problems.append(f"{name}: {type(error).__name__}: {error}")
-
     def inspect(self, factory: Callable[..., Workload], *more: Any) -> None:
         """Note the checks of a workload of ``device_checks``."""
         candidate = Candidate(factory.__name__, factory, (self.on_gpu, *more))
         try:
-            (result,) = compare([candidate], 1, warmup=0)
+            (result,) = compare([candidate], 1, warmup=0, limit=self.seconds_left)
         except LaunchError as error:
             print(error)
             self.problems.append(f"{candidate.name} failed")
@@ -143,38 +144,13 @@ class Suite:
         for check in result.info["checks"]:
             self.note(*check)
 
-    def note(self, what: str, found: str, expected: str, holds: bool) -> None:
-        """Note a check, and the problem if it does not hold."""
-        print(f"{'ok  ' if holds else 'FAIL'} {what}: {found} (expected: {expected})", flush=True)
-        self.checks.append((what, found, expected, holds))
-        if not holds:
-            self.problems.append(f"{what} is {found}, not {expected}")
-
     def tables(self) -> dict[str, list[tuple[str, ...]]]:
         """By title, headings first; those that have rows."""
-        verdicts = [(a, b, c, "yes" if holds else "NO") for a, b, c, holds in self.checks]
         tables: dict[str, list[tuple[str, ...]]] = {
-            "Checks": [("", "found", "expected", "holds"), *verdicts],
             "Speed": [("", "measured", "target"), *self.summary],
             "Remedies": [("training 124M", "measured", "of the first"), *self.remedies],
         }
-        return {title: rows for title, rows in tables.items() if len(rows) > 1}
-
-    def page(self, minutes: float) -> str:
-        """All of it, as Markdown."""
-        facts = ", ".join(f"{k} {v}" for k, v in machine().items() if v not in (None, "absent"))
-        lines = ["# One GPU", "", f"{facts}. {minutes:.1f} minutes.", ""]
-        if not self.on_gpu:
-            lines += ["There was no GPU: sizes are tiny, and say nothing about speed.", ""]
-        for title, (heading, *rows) in self.tables().items():
-            lines += [f"## {title}", "", *map(_line, [heading, ("---",) * len(heading), *rows]), ""]
-        if self.problems:
-            lines += ["## Problems", "", *(f"- {problem}" for problem in self.problems), ""]
-        return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        return super().tables() | {title: rows for title, rows in tables.items() if len(rows) > 1}
 
 
 # -- parts ----------------------------------------------------------------------------------------
@@ -204,7 +180,13 @@ def _run_tests(suite: Suite, name: str, variables: dict[str, str]) -> None:
         report = Path(folder) / "report.xml"
         words = ["-m", "gpu" if suite.on_gpu else "not gpu and not long", "-rs"]
         command = [sys.executable, "-m", "pytest", "tests/gpu", *words, f"--junitxml={report}"]
-        subprocess.run(command, cwd=_ROOT, env=os.environ | variables, check=False)
+        subprocess.run(
+            command,
+            cwd=_ROOT,
+            env=os.environ | variables,
+            check=False,
+            timeout=suite.seconds_left,
+        )
         counts = ElementTree.parse(report).getroot()[0].attrib
     failed = int(counts["failures"]) + int(counts["errors"])
     passed = int(counts["tests"]) - failed - int(counts["skipped"])
@@ -284,6 +266,17 @@ _PARTS: dict[str, Callable[[Suite], None]] = {
     "remedies": _remedies,
 }
 
+
+MINUTES = {
+    "facts": 2.5,
+    "tests": 6.0,
+    "train": 5.0,
+    "egpt": 3.0,
+    "decode": 2.5,
+    "remedies": 5.5,
+}
+"""The most that a part may take: what is not done by then is a problem, and the next part runs.
+Estimates, under 25 minutes in all: most of it is compilation."""
 
 # -- workloads ------------------------------------------------------------------------------------
 

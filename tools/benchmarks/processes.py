@@ -83,6 +83,7 @@ def compare(
     repetitions: int,
     warmup: int = 1,
     profile: Path | None = None,
+    limit: float | None = None,
 ) -> list[Result]:
     """Run the candidates in turn, ``repetitions`` times after ``warmup`` rounds.
 
@@ -92,11 +93,13 @@ def compare(
         warmup: rounds before them.
         profile: at the end, trace one more repetition of the first candidate into this folder and
             print the ten operators that took longest.
+        limit: seconds for all of it; None: any time.
 
     Raises:
-        LaunchError: a candidate failed; its traceback is in the message.
+        LaunchError: a candidate failed, and its traceback is in the message; or the time is over.
     """
-    groups = [_Group(candidate) for candidate in candidates]
+    end = None if limit is None else time.monotonic() + limit
+    groups = [_Group(candidate, end) for candidate in candidates]
     try:
         results = []
         for group in groups:
@@ -123,8 +126,9 @@ def compare(
 class _Group:
     """The processes of one candidate, idle unless asked."""
 
-    def __init__(self, candidate: Candidate) -> None:
+    def __init__(self, candidate: Candidate, end: float | None = None) -> None:
         self.candidate = candidate
+        self._end = end
         # A server that has imported torch, and run nothing with threads, forks the processes.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo", "megaegpt.model.build"])
@@ -149,7 +153,10 @@ class _Group:
         return [self._receive(pipe) for pipe in self._pipes]
 
     def _receive(self, pipe: Connection) -> Any:
+        left = None if self._end is None else max(self._end - time.monotonic(), 0.0)
         try:
+            if not pipe.poll(left):
+                raise LaunchError(f"{self.candidate.name}: the time for it is over")
             ok, value = pipe.recv()
         except EOFError:
             raise LaunchError(f"{self.candidate.name}: its process died") from None
@@ -176,7 +183,8 @@ class _Group:
         for pipe in self._pipes:
             pipe.close()  # which ends an idle process
         for process in self._processes:
-            process.join(_SECONDS_TO_END)
+            overdue = self._end is not None and time.monotonic() > self._end
+            process.join(0 if overdue else _SECONDS_TO_END)
             process.kill()
             process.join()
 
