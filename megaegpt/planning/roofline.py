@@ -13,7 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,8 +34,20 @@ REACHED_BANDWIDTH = 0.85
 ATTENTION_FLOPS = 0.22
 """Share of the peak that fused attention reaches, forward and backward, at 64 columns a head and
 1,024 tokens, where the half that causality hides is not counted."""
-COMPILED = 0.4
-"""Share of the bytes of a block's norms and elementwise operators that is left in compiled code."""
+COMPILED_GPT2 = 0.96
+"""Share of the bytes of a block's norms and elementwise operators that is left in compiled code, by
+inductor's own count of GPT-2's block on a CPU: uncompiled, torch has a kernel for a whole norm and
+for GELU, so little is left to fuse but additions."""
+COMPILED_LLAMA = 0.24
+"""The same of Llama's block, whose rotation and gated MLP are many operators each."""
+FUSED_INTO_PRODUCTS = 0.4
+"""The same if whatever can be part of a product's kernel was: biases, GELU and its derivative, sums
+of gradients. Of GPT-2's block 22 of 57 numbers a token and column are left, those of norms and what
+the backward pass keeps. Nothing here makes such code: it is what other kernels could gain."""
+
+Blocks = Literal["eager", "compiled", "fused"]
+"""How a block's norms and elementwise operators are computed: one by one, as inductor compiles
+them, or as parts of the products."""
 SHORTEST = 2e-6
 """Seconds of the smallest kernel."""
 
@@ -66,6 +78,11 @@ class Cost:
     bytes: float = 0.0
     seconds: float = 0.0
     """At the reachable rates of a GPU."""
+
+    def minus(self, other: Cost) -> Cost:
+        """What is left without other operators."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Cost(*(a - b for a, b in pairs))
 
 
 @dataclass(frozen=True)
@@ -177,7 +194,9 @@ class Roofline:
     head_unfused: Cost
     """The same operator by operator."""
     rest: Cost
-    """Norms, elementwise operators, copies and look-ups, operator by operator."""
+    """Norms, elementwise operators, copies and look-ups of the blocks, operator by operator."""
+    outside: Cost
+    """The same outside of the blocks, where nothing is compiled."""
     optimizer: float
     """Seconds of the update, and of the gradients' way to it."""
 
@@ -192,22 +211,31 @@ class Roofline:
         time = self.plan.time
         return 0.0 if time is None else time.total - time.compute
 
-    def seconds(self, *, compiled: bool = True, fused: bool = True) -> float:
+    @property
+    def compiled(self) -> float:
+        """Share of the bytes of ``rest`` that is left in compiled blocks."""
+        model = self.plan.config.model
+        is_gpt2s = model.norm == "layer_norm" and not model.has_gated_mlp
+        return COMPILED_GPT2 if is_gpt2s and model.positions != "rotary" else COMPILED_LLAMA
+
+    def seconds(self, blocks: Blocks = "compiled", *, fused_head: bool = True) -> float:
         """Of a micro-step, forward and backward.
 
         Args:
-            compiled: blocks are compiled.
-            fused: the head's operators are those that CUDA has compiled.
+            blocks: how they are computed.
+            fused_head: the head's operators are those that CUDA has compiled.
         """
-        head = self.head if fused else self.head_unfused
-        rest = self.rest.seconds * (COMPILED if compiled else 1.0)
-        return self.products.seconds + self.attention.seconds + head.seconds + rest
+        fused = min(FUSED_INTO_PRODUCTS, self.compiled)
+        share = {"eager": 1.0, "compiled": self.compiled, "fused": fused}[blocks]
+        head = self.head if fused_head else self.head_unfused
+        parts = (self.products, self.attention, head, self.outside)
+        return sum(cost.seconds for cost in parts) + self.rest.seconds * share
 
-    def mfu(self, *, compiled: bool = True, fused: bool = True) -> float:
+    def mfu(self, blocks: Blocks = "compiled", *, fused_head: bool = True) -> float:
         """The most that a micro-step can reach; arguments as for :meth:`seconds`."""
         tp = self.plan.config.parallel.tensor_parallel_size
         work = self.tokens * self.plan.size.flops_per_token / tp
-        return work / peak_of(self.plan) / self.seconds(compiled=compiled, fused=fused)
+        return work / peak_of(self.plan) / self.seconds(blocks, fused_head=fused_head)
 
     def bytes_a_logit(self, *, fused: bool = True) -> float:
         """What the head moves between its products."""
@@ -243,9 +271,10 @@ def make_roofline(plan: Plan, encoder: ModelConfig | None = None) -> Roofline:
     bandwidth = plan.machines.accelerator.memory_bandwidth
     rates = Rates.of(peak_of(plan), bandwidth or math.inf)
     costs = _trace(plan, plan.config, encoder, rates, fused=True)
-    one_block = dataclasses.replace(plan.config.model, num_layers=1)
-    short = dataclasses.replace(plan.config, model=one_block)
-    unfused = _trace(plan, short, encoder, rates, fused=False)
+    one, two = (_with_blocks(plan.config, count) for count in (1, 2))
+    unfused = _trace(plan, one, encoder, rates, fused=False)
+    of_one, of_two = (_trace(plan, c, encoder, rates, fused=True)["rest"] for c in (one, two))
+    outside = of_one.minus(of_two.minus(of_one))
     return Roofline(
         plan,
         plan.config.gradient_accumulation(plan.dp_size),
@@ -253,9 +282,15 @@ def make_roofline(plan: Plan, encoder: ModelConfig | None = None) -> Roofline:
         costs["attention"],
         costs["head"],
         unfused["head"],
-        costs["rest"],
+        costs["rest"].minus(outside),
+        outside,
         _update_bytes(plan) / rates.bytes,
     )
+
+
+def _with_blocks(config: RunConfig, count: int) -> RunConfig:
+    model = dataclasses.replace(config.model, num_layers=count)
+    return dataclasses.replace(config, model=model)
 
 
 def _trace(
@@ -289,12 +324,14 @@ def describe_roofline(roofline: Roofline) -> list[tuple[str, ...]]:
         "attention": roofline.attention,
         "head between its products": roofline.head,
         "the same, operator by operator": roofline.head_unfused,
-        "norms and elementwise, operator by operator": roofline.rest,
+        "blocks' norms and elementwise, operator by operator": roofline.rest,
+        "the same outside of blocks": roofline.outside,
     }
     for name, cost in parts.items():
         moved = f"{cost.bytes * steps / 1e9:.1f}"
         rows.append((name, _ms(cost.seconds * steps), str(cost.kernels * steps), moved))
-    rows.append(("the same, compiled", _ms(roofline.rest.seconds * steps * COMPILED), "", ""))
+    compiled = roofline.rest.seconds * steps * roofline.compiled
+    rows.append(("blocks' norms and elementwise, compiled", _ms(compiled), "", ""))
     rows.append(("optimizer", _ms(roofline.optimizer), "", ""))
     rows.append(("communication, if nothing hides it", _ms(roofline.communication), "", ""))
     return rows
@@ -325,18 +362,18 @@ def gpt2_runs() -> dict[str, RunConfig]:
 
 def compare_rooflines(rooflines: Mapping[str, Roofline]) -> list[tuple[str, ...]]:
     """A table: the most that each run can reach as the pieces are compiled, and where time goes."""
-    rows: list[tuple[str, ...]] = [
-        ("", "tokens", "nothing compiled", "blocks", "blocks and head", *_BOUND_BY)
-    ]
+    columns = ("nothing compiled", "head", "blocks and head", "all fused into products")
+    rows: list[tuple[str, ...]] = [("", "tokens", *columns, *_BOUND_BY)]
     for name, roofline in rooflines.items():
         ceilings = [
-            roofline.mfu(compiled=False, fused=False),
-            roofline.mfu(fused=False),
+            roofline.mfu("eager", fused_head=False),
+            roofline.mfu("eager"),
             roofline.mfu(),
+            roofline.mfu("fused"),
         ]
-        parts = [roofline.products, roofline.attention, roofline.head, roofline.rest]
+        parts = [roofline.products, roofline.attention, roofline.head]
         seconds = [cost.seconds for cost in parts]
-        seconds[-1] *= COMPILED
+        seconds.append(roofline.seconds() - sum(seconds))
         shares = [f"{1e3 * x:.0f} ms" for x in seconds]
         mfu = [f"{x:.1%}" for x in ceilings]
         rows.append((name, f"{roofline.tokens:,}", *mfu, *shares))
@@ -350,7 +387,9 @@ def assumptions() -> str:
     """What a roofline rests on beside data sheets, as a sentence."""
     return (
         f"assumed, not measured: products reach {REACHED_FLOPS:.0%} of the peak, attention "
-        f"{ATTENTION_FLOPS:.0%}, memory {REACHED_BANDWIDTH:.0%} of its speed; compiled blocks move "
-        f"{COMPILED:.0%} of the bytes of their norms and elementwise operators; no kernel is "
-        f"shorter than {1e6 * SHORTEST:.0f} us; the host is never waited for"
+        f"{ATTENTION_FLOPS:.0%}, memory {REACHED_BANDWIDTH:.0%} of its speed; no kernel is shorter "
+        f"than {1e6 * SHORTEST:.0f} us; the host is never waited for. Compiled blocks move "
+        f"{COMPILED_GPT2:.0%} of the bytes of their norms and elementwise operators, Llama's "
+        f"{COMPILED_LLAMA:.0%}, by inductor's count; if all that can was part of a product's "
+        f"kernel, {FUSED_INTO_PRODUCTS:.0%}, which nothing here does"
     )
