@@ -105,7 +105,7 @@ def test_ranks_that_share_the_vocabulary_move_as_few_bytes_a_logit() -> None:
 @pytest.mark.long
 def test_ceilings_of_gpt2_are_above_what_is_aimed_at() -> None:
     """With the head's operators compiled and whatever can be part of the products."""
-    least = {"124M": 0.49, "355M": 0.53, "774M": 0.549, "1558M": 0.56}
+    least = {"124M": 0.498, "355M": 0.528, "774M": 0.546, "1558M": 0.562}
     for name, config in gpt2_runs().items():
         roofline = _roofline(config)
         before = roofline.mfu("eager", fused_head=False)

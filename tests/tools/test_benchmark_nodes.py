@@ -24,7 +24,7 @@ FAST = ("groups", "bandwidth", "agreement")
 
 def _measure_as_two_nodes(names: tuple[str, ...]) -> dict[str, Any]:
     """On a worker, each of which counts as a node of its own."""
-    place = Place(grid_for(1), 1, on_gpu=False)
+    place = Place(grid_for(1), 1, 2, on_gpu=False)
     return {p.name: p.measure(place) for p in node_parts.all_parts() if p.name in names}
 
 

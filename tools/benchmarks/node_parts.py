@@ -7,6 +7,7 @@ rank from what all of them found. On a CPU the same code runs at small sizes.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import socket
 import statistics
@@ -45,6 +46,8 @@ class Place:
     """One of data-parallel ranks alone, over the ranks that take part."""
     per_node: int
     """Ranks of a node."""
+    all_ranks: int
+    """Those that take no part among them."""
     on_gpu: bool
 
     @property
@@ -252,7 +255,7 @@ def _losses(place: Place, grid: ProcessGrid) -> list[float]:
     from megaegpt.training.engine.engine import Engine
 
     width = 256 if place.on_gpu else 32
-    batch = 64
+    batch = math.lcm(64, place.all_ranks)  # the same for one node, and every rank has some of it
     model = ModelConfig(
         vocab_size=500, max_seq_len=width, hidden_size=width, num_layers=2, num_heads=4
     )

@@ -180,10 +180,12 @@ def _serve(part: Part, rank: int, size: int, per_node: int, port: int, pipe: Con
 
     with contextlib.suppress(KeyError):
         del os.environ["TORCHELASTIC_USE_AGENT_STORE"]  # the launcher's store is on another port
+    all_ranks = number("WORLD_SIZE")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_PORT=str(port))
     try:
         device = init_distributed()
-        place = Place(ProcessGrid.create(1, device), per_node, device.type == "cuda")
+        grid = ProcessGrid.create(1, device)
+        place = Place(grid, per_node, all_ranks, device.type == "cuda")
         pipe.send((part.measure(place), None))
     except BaseException:
         pipe.send((None, traceback.format_exc().strip()))
