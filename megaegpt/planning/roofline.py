@@ -271,9 +271,13 @@ def make_roofline(plan: Plan, encoder: ModelConfig | None = None) -> Roofline:
     bandwidth = plan.machines.accelerator.memory_bandwidth
     rates = Rates.of(peak_of(plan), bandwidth or math.inf)
     costs = _trace(plan, plan.config, encoder, rates, fused=True)
-    one, two = (_with_blocks(plan.config, count) for count in (1, 2))
-    unfused = _trace(plan, one, encoder, rates, fused=False)
-    of_one, of_two = (_trace(plan, c, encoder, rates, fused=True)["rest"] for c in (one, two))
+    unfused = _trace(plan, _with_blocks(plan.config, 1), encoder, rates, fused=False)
+    of_one, of_two = (
+        costs["rest"]
+        if plan.config.model.num_layers == count
+        else _trace(plan, _with_blocks(plan.config, count), encoder, rates, fused=True)["rest"]
+        for count in (1, 2)
+    )
     outside = of_one.minus(of_two.minus(of_one))
     return Roofline(
         plan,

@@ -8,7 +8,9 @@ import sys
 
 from torch import nn
 
-from megaegpt.training.engine.optimizer import parameter_groups
+from megaegpt.config import OptimizerConfig
+from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.engine.optimizer import build_adamw, build_clipped_adamw, parameter_groups
 
 
 def test_weight_decay_acts_on_matrices_and_embeddings_only() -> None:
@@ -19,6 +21,13 @@ def test_weight_decay_acts_on_matrices_and_embeddings_only() -> None:
     assert decayed["weight_decay"] == 0.1
     assert [tuple(p.shape) for p in free["params"]] == [(3,), (3,), (3,)]
     assert free["weight_decay"] == 0.0
+
+
+def test_every_adamw_updates_all_parameters_in_one_operator() -> None:
+    model, config = nn.Linear(2, 3), OptimizerConfig()
+    clipped = build_clipped_adamw(model, config, 1.0, ProcessGrid())
+    for optimizer in (build_adamw(model, config), clipped):
+        assert all(group["fused"] for group in optimizer.param_groups)
 
 
 def test_a_plain_python_process_is_a_world_of_its_own() -> None:
