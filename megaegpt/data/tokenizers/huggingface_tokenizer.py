@@ -8,6 +8,7 @@ core cannot do, single texts included, the library does.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -37,6 +38,8 @@ from megaegpt.errors import DataError
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BLANK_MARK = "\u2581"
+_NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""Kinds of special tokens that ``tokenizer_config.json`` names, as chat templates know them."""
 _GPT2_DIGEST = "5834566ba7a113a3493831eb98ffca7a823466defe0d57779312bf57c98f2739"
 _GPT2_FINGERPRINT = "174dffdb4eee00b0177de2abc4436adbce393a6620dde6188138d5036f0dc622"
 """The fingerprint in all shards and weights of GPT-2's tokenizer."""
@@ -64,6 +67,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._vocabulary = definition.vocabulary
         self._library = _library_of(definition)
         self.vocab_size = max(self._vocabulary.values()) + 1
+        self.chat_template = definition.chat_template
         end = definition.end_of_text(self._vocabulary)
         self.eot_token = self._vocabulary[end]
         special = [t["content"] for t in definition.added_tokens if t.get("special")]
@@ -102,6 +106,44 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._core is not None and (ids := self._encode_by_core(text)) is not None:
             return ids
         return self._encode_by_library(text)
+
+    def encode_part(self, text: str, is_first: bool) -> list[int]:
+        """Ids of what is between special tokens, where some put no blank before a word."""
+        if is_first or self._within_texts is None:
+            return self.encode(text)
+        return list(self._within_texts.encode(whole_characters(text), add_special_tokens=False).ids)
+
+    @cached_property
+    def _within_texts(self) -> tokenizers.Tokenizer | None:
+        """The library's tokenizer behind the begin of a text, where it is another: one that puts a
+        blank before the first word alone.
+        """
+        plain = _without_first_blank(self.definition.content.get("pre_tokenizer"))
+        if plain == self.definition.content.get("pre_tokenizer"):
+            return None
+        content = {**self.definition.content, "pre_tokenizer": plain}
+        return _library_of(dataclasses.replace(self.definition, content=content))
+
+    @cached_property
+    def _special_names(self) -> re.Pattern[str]:
+        """With the white space that is part of a special token by its flags."""
+        flags = {token["content"]: token for token in self.definition.added_tokens}
+        patterns = []
+        for name in sorted(self.special_tokens, key=len, reverse=True):
+            token = flags.get(name, {})
+            before = r"\s*" if token.get("lstrip") else ""
+            after = r"\s*" if token.get("rstrip") else ""
+            patterns.append(before + re.escape(name) + after)
+        return re.compile(f"({'|'.join(patterns) or '(?!)'})")
+
+    @property
+    def template_variables(self) -> dict[str, str]:
+        """Of the special tokens that the settings name."""
+        settings = self.definition.settings
+        named = {f"{kind}_token": token_name(settings.get(f"{kind}_token")) for kind in _NAMED}
+        return {kind: name for kind, name in named.items() if name is not None} | {
+            "eos_token": self.end_of_text
+        }
 
     def _encode_by_library(self, text: str) -> np.ndarray:
         try:
@@ -294,6 +336,15 @@ def _is_byte_level(definition: TokenizerDefinition) -> bool:
         f"{definition.where} is of an unknown kind: neither byte-level nor with marks for blanks, "
         "and so texts do not come back from its ids"
     )
+
+
+def _without_first_blank(part: Any) -> Any:
+    """A pre-tokenizer that does not know where a text begins."""
+    if isinstance(part, dict):
+        changed = {key: _without_first_blank(value) for key, value in part.items()}
+        is_first = changed.get("type") == "Metaspace" and changed.get("prepend_scheme") == "first"
+        return changed | ({"prepend_scheme": "never"} if is_first else {})
+    return list(map(_without_first_blank, part)) if isinstance(part, list) else part
 
 
 def _types(part: Any) -> set[str]:

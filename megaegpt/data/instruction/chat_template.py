@@ -1,0 +1,443 @@
+"""Chat templates: conversations as the token ids that a model is given and learns.
+
+A template is Jinja, as Hugging Face's tokenizers carry it, and renders what transformers'
+``apply_chat_template`` renders, token for token. Two things are added to its text. Names of special
+tokens in what people say are text: in ``<|im_end|>`` typed by a user nobody's turn ends. And it is
+known what of the text the assistant says, which is what is learned.
+
+For both, characters that no text has mark the places before a template is rendered and are taken
+out after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megaegpt.data.instruction.conversations import Conversation, Message
+from megaegpt.data.instruction.named_templates import NAMED_TEMPLATES
+from megaegpt.data.instruction.template_process import TemplateProcess
+from megaegpt.data.tokenizer import Tokenizer, whole_characters
+from megaegpt.errors import DataError
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""Where a template lies beside the weights of a model, for us and for transformers alike."""
+
+DATE_OF_TRAINING = datetime.datetime(2024, 7, 26)
+"""What templates with a date are told in training, where the data must not change from day to day;
+Llama 3.1's own default."""
+
+_SECONDS = 10.0
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+"""Unicode's code points for a program's own use; texts of people have none."""
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Marks(NamedTuple):
+    """Characters that are in no text of a conversation."""
+
+    split: str
+    """Within the name of a special token, which is text for it."""
+    begin: str
+    """Before what the assistant says."""
+    end: str
+    """Behind it."""
+
+
+class EncodedChat(NamedTuple):
+    """A conversation in tokens."""
+
+    ids: list[int]
+    learned: list[bool]
+    """Of each id: the assistant says it, or ends its turn with it."""
+
+
+class ChatTemplate:
+    """A template, rendered in a process of its own that ends with this object.
+
+    Args:
+        source: Jinja.
+        name: for messages.
+        seconds: a conversation may take so long.
+
+    Example:
+        >>> template = ChatTemplate(NAMED_TEMPLATES["chatml"], "chatml")
+        >>> messages = (Message("user", "Hello?"),)
+        >>> template.render(messages, {}, add_generation_prompt=True)
+        '<|im_start|>user\\nHello?<|im_end|>\\n<|im_start|>assistant\\n'
+    """
+
+    def __init__(self, source: str, name: str, seconds: float = _SECONDS) -> None:
+        self.source, self.name = source, name
+        self._process = TemplateProcess(source, f"the chat template {name}", seconds)
+        self._marks_generation = _GENERATION.search(source) is not None
+        self._prompts = "add_generation_prompt" in source
+
+    # -- text --------------------------------------------------------------------------------------
+
+    def render(
+        self,
+        messages: Conversation,
+        variables: Mapping[str, str],
+        *,
+        add_generation_prompt: bool = False,
+        now: datetime.datetime | None = None,
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+            variables: names of special tokens, such as ``bos_token``.
+            add_generation_prompt: end with what comes before an answer.
+            now: for templates that show a date; None: it is now.
+
+        Raises:
+            DataError: the template refuses the conversation, is no Jinja, or took too long.
+        """
+        wanted = _Rendering(messages, add_generation_prompt)
+        return _need(self._render([wanted], variables, now)[0])
+
+    def _render(
+        self,
+        wanted: Sequence[_Rendering],
+        variables: Mapping[str, str],
+        now: datetime.datetime | None,
+    ) -> list[str | DataError]:
+        """Several texts at once; the template's own errors are returned."""
+        fixed = {"variables": dict(variables), "now": (now or datetime.datetime.now()).isoformat()}
+        answers = self._process.ask(
+            [
+                {
+                    "messages": [message.as_dict() for message in rendering.messages],
+                    "add_generation_prompt": rendering.add_generation_prompt,
+                    "marks": rendering.generation_marks,
+                    **fixed,
+                }
+                for rendering in wanted
+            ]
+        )
+        return [
+            answer["text"]
+            if "text" in answer
+            else DataError(f"the chat template {self.name}: {answer['error']}")
+            for answer in answers
+        ]
+
+    # -- tokens ------------------------------------------------------------------------------------
+
+    def encode_prompt(
+        self,
+        messages: Conversation,
+        tokenizer: Tokenizer,
+        *,
+        add_generation_prompt: bool = True,
+        now: datetime.datetime | None = None,
+    ) -> list[int]:
+        """Ids of a conversation that a model is to go on with.
+
+        Raises:
+            DataError: as for :meth:`render`.
+        """
+        marks = self._marks(messages)
+        protected = _protect(messages, tokenizer, marks)
+        text = self.render(
+            protected,
+            tokenizer.template_variables,
+            add_generation_prompt=add_generation_prompt,
+            now=now,
+        )
+        return _encode(text, tokenizer, marks.split, [])[0]
+
+    def encode_training(self, messages: Conversation, tokenizer: Tokenizer) -> EncodedChat:
+        """Ids of a whole conversation, and which of them are learned: what the assistant says and
+        the special token that ends it, or what the template's ``{% generation %}`` encloses.
+
+        What the template writes in front of every answer, and would at the end of a prompt, is not
+        learned; what it writes there of an answer that is known already, such as an empty
+        thought, is.
+
+        Raises:
+            DataError: as for :meth:`render`; or the template changes answers so that they cannot be
+                found in its text.
+        """
+        marks = self._marks(messages)
+        text, spans = self._find_answers(_protect(messages, tokenizer, marks), tokenizer, marks)
+        ids, places = _encode(
+            text, tokenizer, marks.split, [edge for span in spans for edge in span]
+        )
+        learned = [False] * len(ids)
+        for begin, end in zip(places[::2], places[1::2], strict=True):
+            learned[begin[0] : end[1]] = [True] * (end[1] - begin[0])
+        return EncodedChat(ids, learned)
+
+    def end_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Ids at which a model that answers in this template stops: those that end any text, and
+        the special token that the template puts behind an answer.
+
+        Raises:
+            DataError: as for :meth:`render`.
+        """
+        probe = (Message("user", "a"), Message("assistant", "b"))
+        encoded = self.encode_training(probe, tokenizer)
+        last = [token for token, learned in zip(*encoded, strict=True) if learned][-1:]
+        return tokenizer.end_tokens | set(last).intersection(tokenizer.special_tokens.values())
+
+    def _marks(self, messages: Conversation) -> Marks:
+        used = {character for message in messages for character in message.content}
+        used.update(self.source)
+        free = [character for character in _NONCHARACTERS if character not in used]
+        if len(free) < len(Marks._fields):
+            raise DataError("the conversation has all of Unicode's noncharacters, which mark texts")
+        return Marks(*free[: len(Marks._fields)])
+
+    def _find_answers(
+        self, messages: Conversation, tokenizer: Tokenizer, marks: Marks
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation and where in it the learned answers are."""
+        places = [n for n, m in enumerate(messages) if m.role == "assistant" and m.learned]
+        in_marks = (marks.begin, marks.end)
+        if self._marks_generation:
+            wanted = [_Rendering(messages), _Rendering(messages, generation_marks=in_marks)]
+        else:
+            wanted = [_Rendering(messages), _Rendering(_mark_answers(messages, places, marks))]
+            wanted += [_Rendering(messages[:n], add_generation_prompt=True) for n in places]
+            wanted += [_Rendering(messages[: n + 1]) for n in places]
+        text, marked, *rest = self._render(wanted, tokenizer.template_variables, DATE_OF_TRAINING)
+        text = _need(text)
+        found = _marked_spans(marked, marks) if isinstance(marked, str) else None
+        spans = found[1] if found is not None and found[0] == text else None
+        if self._marks_generation:
+            if spans is None:
+                raise DataError(f"the chat template {self.name}: its generation tags are not whole")
+            return text, spans
+        before, until = rest[: len(places)], rest[len(places) :]
+        if spans is not None and len(spans) != len(places):
+            spans = None  # it leaves an answer out, or repeats one
+        answers = [
+            self._whole_answer(text, span, prompt, whole, tokenizer)
+            for span, prompt, whole in zip(
+                itertools.repeat(None) if spans is None else spans, before, until, strict=False
+            )
+        ]
+        if any(end > begin for (_, end), (begin, _) in itertools.pairwise(answers)):
+            raise DataError(f"the chat template {self.name} does not show answers in their order")
+        return text, answers
+
+    def _whole_answer(
+        self,
+        text: str,
+        span: tuple[int, int] | None,
+        prompt: str | DataError,
+        whole: str | DataError,
+        tokenizer: Tokenizer,
+    ) -> tuple[int, int]:
+        """From the end of the generation prompt to that of the turn.
+
+        Args:
+            span: of the message's own text, where it was found.
+            prompt: the conversation before it, with the generation prompt.
+            whole: the conversation until its end.
+        """
+        begin, end = (
+            len(part) if isinstance(part, str) and text.startswith(part) else None
+            for part in (prompt, whole)
+        )
+        if span is not None and not self._prompts:
+            begin = None  # a conversation ends before the header of an answer then
+        if span is None:
+            if begin is None or end is None or end < begin:
+                raise DataError(
+                    f"the chat template {self.name} changes an answer, or the turns before it, so "
+                    "that it is not found in the text: enclose in the template what is learned in "
+                    "{% generation %} and {% endgeneration %}"
+                )
+            return begin, begin + len(text[begin:end].rstrip())
+        if begin is None or begin > span[0]:
+            begin = span[0]
+        for part, token in tokenizer.split_special_tokens(text[span[1] :]):
+            if token is not None:
+                return begin, span[1] + text[span[1] :].index(part) + len(part)
+            if not part.isspace():
+                break
+        return begin, max(span[1], end or 0)
+
+
+class _Rendering(NamedTuple):
+    """What is asked of a template."""
+
+    messages: Conversation
+    add_generation_prompt: bool = False
+    generation_marks: tuple[str, str] = ("", "")
+
+
+def load_chat_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatTemplate:
+    """The template that is wanted.
+
+    Args:
+        tokenizer: may have one of its own.
+        wanted: ``chatml``, ``llama3``, ``alpaca``, or a file of Jinja; None: the tokenizer's own.
+
+    Raises:
+        DataError: there is none, or the file cannot be read.
+    """
+    names = ", ".join(NAMED_TEMPLATES)
+    if wanted is None:
+        if tokenizer.chat_template is None:
+            raise DataError(
+                f"the tokenizer {tokenizer.name} has no chat template: name one of {names}, or "
+                "give a file of Jinja"
+            )
+        return ChatTemplate(tokenizer.chat_template, f"of {tokenizer.name}")
+    if wanted in NAMED_TEMPLATES:
+        return ChatTemplate(NAMED_TEMPLATES[wanted], wanted)
+    try:
+        return ChatTemplate(Path(wanted).read_text(encoding="utf-8"), wanted)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(
+            f"the chat template {wanted} is none of {names}, and no file that can be read: {reason}"
+        ) from None
+
+
+def render_chat(
+    messages: Conversation,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Ids of a conversation for a model to go on with, as :meth:`ChatTemplate.encode_prompt`.
+
+    Args:
+        messages: see :func:`~megaegpt.data.instruction.conversations.parse_messages`.
+
+    Raises:
+        DataError: the template refuses the conversation, is no Jinja, or took too long.
+    """
+    return template.encode_prompt(messages, tokenizer, add_generation_prompt=add_generation_prompt)
+
+
+# -- marks -----------------------------------------------------------------------------------------
+
+
+def _need(text: str | DataError) -> str:
+    if isinstance(text, DataError):
+        raise text
+    return text
+
+
+def _protect(messages: Conversation, tokenizer: Tokenizer, marks: Marks) -> Conversation:
+    """Messages in which no name of a special token is whole, nor can become so by what a template
+    writes beside them.
+    """
+    names = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    if not names:
+        return messages
+    within = re.compile("|".join(re.escape(name) for name in names))
+    starts = {name[:length] for name in names for length in range(1, len(name))}
+    ends = {name[-length:] for name in names for length in range(1, len(name))}
+    longest = max(map(len, names))
+
+    def protect(text: str) -> str:
+        text = within.sub(lambda m: m[0][0] + marks.split + m[0][1:], text)
+        body = text.rstrip()
+        if any(body[-length:] in starts for length in range(1, min(longest, len(body) + 1))):
+            text = body + marks.split + text[len(body) :]
+        body = text.lstrip()
+        if any(body[:length] in ends for length in range(1, min(longest, len(body) + 1))):
+            text = text[: len(text) - len(body)] + marks.split + body
+        return text
+
+    return tuple(
+        dataclasses.replace(message, content=protect(message.content)) for message in messages
+    )
+
+
+def _mark_answers(messages: Conversation, places: Sequence[int], marks: Marks) -> Conversation:
+    """Marks around the answers; inside their outer white space, which templates may take off."""
+
+    def mark(text: str) -> str:
+        body = text.strip()
+        before = text[: len(text) - len(text.lstrip())]
+        after = text[len(before) + len(body) :]
+        return f"{before}{marks.begin}{body}{marks.end}{after}"
+
+    return tuple(
+        dataclasses.replace(message, content=mark(message.content)) if number in places else message
+        for number, message in enumerate(messages)
+    )
+
+
+def _marked_spans(text: str, marks: Marks) -> tuple[str, list[tuple[int, int]]] | None:
+    """A text without its marks and the places that they enclosed; None: they are not in pairs."""
+    plain, spans, length, begin = [], [], 0, None
+    for part in re.split(f"([{marks.begin}{marks.end}])", text):
+        if part == marks.begin and begin is None:
+            begin = length
+        elif part == marks.end and begin is not None:
+            spans.append((begin, length))
+            begin = None
+        elif part in (marks.begin, marks.end):
+            return None
+        else:
+            plain.append(part)
+            length += len(part)
+    return None if begin is not None else ("".join(plain), spans)
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+def _encode(
+    text: str, tokenizer: Tokenizer, split: str, cuts: Sequence[int]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a text whose special tokens are the template's own, ``split`` in it taken out.
+
+    Args:
+        cuts: places in ``text``.
+
+    Returns:
+        The ids, and for each cut how many of them lie before it as a whole and how many in part.
+    """
+    ids: list[int] = []
+    places: dict[int, tuple[int, int]] = {}
+    start = 0
+    for part, token in tokenizer.split_special_tokens(text):
+        plain = part.replace(split, "")
+        own = [token] if token is not None else tokenizer.encode_part(plain, is_first=start == 0)
+        for cut in cuts:
+            if cut == start:
+                places[cut] = (len(ids), len(ids))
+            elif start < cut < start + len(part):
+                prefix = part[: cut - start].replace(split, "")
+                whole, touched = (
+                    _count_before(own, plain, prefix, start == 0, tokenizer)
+                    if token is None
+                    else (0, 1)
+                )
+                places[cut] = (len(ids) + whole, len(ids) + touched)
+        ids += own
+        start += len(part)
+    return ids, [places.get(cut, (len(ids), len(ids))) for cut in cuts]
+
+
+def _count_before(
+    ids: list[int], text: str, prefix: str, is_first: bool, tokenizer: Tokenizer
+) -> tuple[int, int]:
+    """Ids of ``text`` that lie within its ``prefix``, and those that begin within it."""
+    ends = tokenizer.token_byte_lengths[ids].cumsum()
+    if len(ends) and ends[-1] == len(whole_characters(text).encode()):
+        length = len(whole_characters(prefix).encode())
+        whole = int(np.searchsorted(ends, length, side="right"))
+        exact = length == 0 or (whole > 0 and ends[whole - 1] == length)
+        return whole, whole if exact else whole + 1
+    # Texts that a normalizer changes have other bytes: ids that do not change with what follows.
+    alone = tokenizer.encode_part(prefix, is_first)
+    pairs = zip(ids, alone, strict=False)
+    whole = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(alone)))
+    return whole, whole if whole == len(alone) else whole + 1
