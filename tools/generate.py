@@ -35,6 +35,7 @@ from megaegpt.config import GenerationConfig
 from megaegpt.errors import ConfigError, DataError, exits_cleanly
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
+    from megaegpt.data.instruction.records import Instruction
     from megaegpt.data.tokenizer import Tokenizer
     from megaegpt.generation.generator import TextAssembler
     from megaegpt.model.build import Model
@@ -88,7 +89,10 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
     )
     answers = arguments.instruction is not None
     shown = "" if arguments.only_new or answers else prompt
-    tokens = tokenizer.encode_prompt(prompt)
+    tokens, stop = tokenizer.encode_prompt(prompt), tokenizer.end_tokens
+    if answers and loaded.asked_in_chats and loaded.chat_template is not None:
+        tokens = loaded.chat_template.encode_prompt(_task(arguments).conversation[:1], tokenizer)
+        stop = loaded.chat_template.end_tokens(tokenizer)
     if grid.is_main:
         _warn_of_unseen(model, len(tokens))
     writer = SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main, compiled)
@@ -98,7 +102,7 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
         for step in generator.stream_batch(
             [tokens] * count,
             config,
-            stop=tokenizer.end_tokens,
+            stop=stop,
             use_cache=not arguments.no_cache,
             seeds=range(config.seed + first, config.seed + first + count),
         ):
@@ -289,13 +293,18 @@ def _can_compile(
 
 def _read_prompt(arguments: argparse.Namespace, grid: ProcessGrid) -> str:
     """The prompt, read by rank 0 and given to all; a file's last line break is not part of it."""
-    from megaegpt.data.instruction.records import Instruction
     from megaegpt.parallel.together import broadcast_object
 
     if arguments.instruction is not None:
-        return Instruction(arguments.instruction, arguments.input, "").prompt
+        return _task(arguments).prompt
     name = arguments.prompt_file
     return arguments.prompt if name is None else broadcast_object(lambda: _read_text(name), grid)
+
+
+def _task(arguments: argparse.Namespace) -> Instruction:
+    from megaegpt.data.instruction.records import Instruction
+
+    return Instruction(arguments.instruction, arguments.input, "")
 
 
 def _read_text(name: str) -> str:

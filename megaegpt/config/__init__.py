@@ -2,6 +2,7 @@
 
 from megaegpt.config.batch_ramp import BatchRampConfig, BatchSchedule
 from megaegpt.config.data import DataConfig
+from megaegpt.config.lora import LoRAConfig
 from megaegpt.config.model import EGPTConfig, EncoderConfig, ModelConfig, RopeScalingConfig
 from megaegpt.config.parallel import ParallelConfig
 from megaegpt.config.run import RunConfig
@@ -21,6 +22,7 @@ __all__ = [
     "EGPTConfig",
     "EncoderConfig",
     "GenerationConfig",
+    "LoRAConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

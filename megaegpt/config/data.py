@@ -16,7 +16,7 @@ class InstructionConfig:
     """Tasks and their answers, for ``launchers/finetune.py``."""
 
     train: tuple[PathText, ...] = ()
-    """Files of Alpaca's or Dolly's records: JSON arrays or JSON Lines."""
+    """Files of Alpaca's or Dolly's records or of conversations: JSON arrays or JSON Lines."""
     validation: tuple[PathText, ...] = ()
     """Files of such records evaluated whole. Empty: ``held_out`` of the training records."""
     held_out: Fraction = 0.1
@@ -24,6 +24,10 @@ class InstructionConfig:
     packing: bool = False
     """Several records in a row of full length, unseen by each other (gpt only); false: one a row,
     padded to the longest of the micro-batch."""
+    template: PathText | None = None
+    """Chat template that all records are put into: tokenizer (its own), chatml, llama3, alpaca, or
+    a file of Jinja. None: tasks are put into Alpaca's prompt, conversations into the tokenizer's
+    own template."""
     on_bad_record: Literal["fail", "skip"] = "fail"
     """Reaction to a record without an instruction or an answer: end the run, or leave it out."""
 

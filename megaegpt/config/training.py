@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megaegpt.config.batch_ramp import BatchRampConfig
+from megaegpt.config.lora import LoRAConfig
 from megaegpt.config.paths import PathText
 from megaegpt.config.ranges import (
     BatchSize,
@@ -54,6 +55,8 @@ class TrainingConfig:
     freeze: tuple[str, ...] = ()
     """Parts whose weights stay as they start: embeddings, layers:N, layers:FIRST-LAST, norm, head,
     and whatever else the model is made of (a wrong name lists them)."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters that are trained beside the weights of ``initialize_from``."""
     compile: bool = False
     """torch.compile each transformer block, the encoder's too."""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from megaegpt.config.batch_ramp import BatchRampConfig
 from megaegpt.config.deepspeed_keys import deepspeed_problems
 from megaegpt.config.freezing import part_problem
+from megaegpt.config.lora import LoRAConfig, target_problem
 from megaegpt.config.model import ModelConfig
 from megaegpt.config.model_rules import model_problems
 from megaegpt.config.parsing import Problem, raise_problems
@@ -65,6 +66,7 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
     problems += [p for p in _schedule(config) if broken.isdisjoint(p.keys)]
     problems += [p for p in _blend(config) if broken.isdisjoint(p.keys)]
     problems += _freezing(config)
+    problems += _adapters(config)
     problems += _validation_split(config)
     problems += validation_set_problems(config)
     problems += deepspeed_problems(config.deepspeed)
@@ -164,6 +166,34 @@ def _freezing(config: RunConfig) -> Iterator[Problem]:
     for part in config.training.freeze:
         if wrong := part_problem(part, config.model.num_layers):
             yield Problem(("training.freeze", "model.num_layers"), f"training.freeze: {wrong}")
+
+
+def _adapters(config: RunConfig) -> Iterator[Problem]:
+    """Adapters stand beside weights that are given, and that nothing else changes."""
+    training, lora, key = config.training, config.training.lora, "training.lora"
+    if lora.rank is None:
+        if lora != LoRAConfig():
+            names = ("rank", "alpha", "dropout", "targets")
+            keys = tuple(f"{key}.{name}" for name in names)
+            yield Problem(keys, f"{key} has no effect without {key}.rank")
+        return
+    for target in lora.targets:
+        if wrong := target_problem(target):
+            yield Problem((f"{key}.targets",), f"{key}.targets: {wrong}")
+    if not lora.targets:
+        yield Problem((f"{key}.targets",), f"{key}.targets is empty: nothing would be trained")
+    if training.initialize_from is None:
+        yield Problem(
+            (f"{key}.rank", "training.initialize_from"),
+            f"{key}.rank={lora.rank} needs training.initialize_from: adapters are trained beside "
+            "weights that stay as they are",
+        )
+    if training.freeze:
+        yield Problem(
+            (f"{key}.rank", "training.freeze"),
+            f"training.freeze={list(training.freeze)} is for training without adapters: "
+            f"{key}.rank={lora.rank} freezes all of the model's own weights",
+        )
 
 
 def _validation_split(config: RunConfig) -> Iterator[Problem]:

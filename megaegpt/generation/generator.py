@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -232,10 +233,24 @@ class TextAssembler:
         return self._decoder.decode(b"", final=True)
 
 
+class Prompt(NamedTuple):
+    """What a sample text begins with."""
+
+    text: str
+    """As it is shown."""
+    ids: list[int]
+    stop: frozenset[int]
+    """Tokens that end the text."""
+
+
 def sample_text(
-    model: Model, encoder: FrozenEncoder | None, tokenizer: Tokenizer, config: GenerationConfig
+    model: Model,
+    encoder: FrozenEncoder | None,
+    tokenizer: Tokenizer,
+    config: GenerationConfig,
+    prompt: Prompt,
 ) -> str:
-    """``config.prompt`` and its continuation, from a model in training; its mode is put back.
+    """``prompt`` and its continuation, from a model in training; its mode is put back.
 
     Collective over the ranks of a tensor-parallel group. Compiled blocks run uncompiled: every
     length of the text would be compiled anew.
@@ -245,10 +260,9 @@ def sample_text(
     try:
         with torch.compiler.set_stance("force_eager"):
             generator = TextGenerator(model, encoder, tokenizer.vocab_size)
-            prompt = tokenizer.encode_prompt(config.prompt)
-            (tokens,) = generator.generate([prompt], config, stop=tokenizer.end_tokens)
+            (tokens,) = generator.generate([prompt.ids], config, stop=prompt.stop)
     except NotFiniteError as error:  # what training does then, its own policy says
-        return f"{config.prompt}[no text: {error}]"
+        return f"{prompt.text}[no text: {error}]"
     finally:
         model.train(was_training)
-    return config.prompt + tokenizer.decode(tokens)
+    return prompt.text + tokenizer.decode(tokens)

@@ -12,14 +12,20 @@ import torch
 from torch import nn
 
 from megaegpt.config import ModelConfig
+from megaegpt.data.instruction.chat_template import ChatTemplate, load_chat_template
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    has_tokenizer,
+    load_tokenizer,
+)
 from megaegpt.errors import CheckpointError, ConfigError
-from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.interop.sources import resolve_base, resolve_weights_source
+from megaegpt.model.adapter_files import load_merged, read_adapter
 from megaegpt.model.build import Model, empty_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.head import OutputHead
-from megaegpt.model.weights import load_weights, read_weights_config
+from megaegpt.model.weights import INSTRUCTIONS, is_adapter, load_weights, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Linear
 from megaegpt.parallel.matmul import pack
@@ -36,6 +42,10 @@ class LoadedModel(NamedTuple):
     is_own_tokenizer: bool = True
     """``tokenizer`` is the one that the model was trained with, as far as its weights say: its
     token ids are those of the texts, and what a token is in bytes is known."""
+    chat_template: ChatTemplate | None = None
+    """How it is talked to: the template that lies with the weights, else its tokenizer's own."""
+    asked_in_chats: bool = False
+    """It was tuned on that template here: an instruction is a user's message."""
 
 
 def load_for_inference(
@@ -46,7 +56,8 @@ def load_for_inference(
     encoder_source: str | None = None,
     vocabulary: str | None = None,
 ) -> LoadedModel:
-    """Load whatever :func:`~megaegpt.interop.sources.resolve_weights_source` finds at ``folder``.
+    """Load whatever :func:`~megaegpt.interop.sources.resolve_weights_source` finds at ``folder``;
+    adapters are added to the weights beside which they were trained.
 
     The encoder of an EGPT or DeepGPT is loaded from the source that its configuration names (from
     the working directory, else from beside the weights), or from ``encoder_source``, and must be
@@ -60,7 +71,11 @@ def load_for_inference(
         DataError: the tokenizer's vocabulary cannot be had.
     """
     weights = resolve_weights_source(folder, grid)
-    config, extra = read_weights_config(weights)
+    adapter = read_adapter(weights) if is_adapter(weights) else None
+    if adapter is None:
+        config, extra = read_weights_config(weights)
+    else:
+        config, extra = adapter.config, adapter.extra
     if encoder_source is not None and not config.needs_encoder:
         raise ConfigError(
             f"{weights} is a plain gpt, without an encoder: leave the encoder {encoder_source} out"
@@ -79,7 +94,10 @@ def load_for_inference(
         encoder = _load_encoder(config, source, weights, extra, grid)
         encoder.to(dtype)
     model = empty_model(config, grid).to(device=grid.device, dtype=dtype)
-    load_weights(model, weights, grid)
+    if adapter is None:
+        load_weights(model, weights, grid)
+    else:
+        load_merged(model, adapter, resolve_base(adapter, grid), grid)
     model.requires_grad_(False).eval()
     for part in (model, encoder):
         if part is not None:
@@ -95,7 +113,16 @@ def load_for_inference(
             "mean other texts to it: give its own as --vocabulary",
             file=sys.stderr,
         )
-    return LoadedModel(model, encoder, tokenizer, own)
+    chat = _chat_template(weights, tokenizer)
+    in_chats = extra.get(INSTRUCTIONS) == "chats" and chat is not None
+    return LoadedModel(model, encoder, tokenizer, own, chat, in_chats)
+
+
+def _chat_template(weights: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    file = weights / CHAT_TEMPLATE_FILE
+    if file.is_file():
+        return load_chat_template(tokenizer, str(file))
+    return None if tokenizer.chat_template is None else load_chat_template(tokenizer)
 
 
 def pack_weights(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import CHAT_TEMPLATE_FILE, save_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.files import check_tensor_file, whole_folder
 from megaegpt.interop.families import Family
@@ -59,7 +59,13 @@ def export_weights(
     with whole_folder(Path(output)) as folder:
         for name in (WEIGHTS, CONFIG):
             shutil.copyfile(weights / name, folder / name)
+        _copy_chat_template(weights, folder)
     return differences
+
+
+def _copy_chat_template(weights: Path, folder: Path) -> None:
+    if (weights / CHAT_TEMPLATE_FILE).is_file():
+        shutil.copyfile(weights / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_FILE)
 
 
 def export_huggingface(
@@ -94,6 +100,7 @@ def export_huggingface(
         (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder, config.max_seq_len)
+        _copy_chat_template(weights, folder)
 
 
 def _description(

@@ -15,6 +15,7 @@ from megaegpt.config.presets import create_model_config
 from megaegpt.errors import CheckpointError
 from megaegpt.interop.foreign_models import find_foreign, read_foreign
 from megaegpt.interop.hub import GPT2_NAMES, converted, find_model, is_model_name
+from megaegpt.model.adapter_files import Adapter, check_base
 from megaegpt.model.weights import find_weights, read_weights_config, verify_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
@@ -40,6 +41,21 @@ def resolve_weights_source(
     with raising_together(grid):
         folder = _resolve(source, beside)
     return folder
+
+
+def resolve_base(adapter: Adapter, grid: ProcessGrid) -> Path:
+    """The weights beside which an adapter was trained, from the place that it names (from the
+    working directory, else from beside the adapter). Collective over all ranks.
+
+    Raises:
+        CheckpointError: they cannot be had, or are others by now.
+    """
+    try:
+        weights = resolve_weights_source(adapter.base.source, grid, beside=adapter.folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base of {adapter.folder} cannot be loaded: {error}") from None
+    check_base(adapter, weights)
+    return weights
 
 
 def source_config(source: str | Path) -> ModelConfig:

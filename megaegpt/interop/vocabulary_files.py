@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from megaegpt.config import ModelConfig
@@ -44,6 +45,17 @@ def tokenizer_beside(source: Path, config: ModelConfig) -> Tokenizer | None:
             )
         return tokenizer
     return load_tokenizer() if has_gpt2_vocabulary(config) else None
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer that lie in one folder of weights into another.
+
+    Raises:
+        OSError: they cannot be read or written.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def has_gpt2_vocabulary(config: ModelConfig) -> bool:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ from megaegpt.json_files import conform, read_json
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import full_state, shard, spec_of
 
-FORMAT = "megaegpt-weights"
+FORMAT, ADAPTER_FORMAT = "megaegpt-weights", "megaegpt-adapter"
 VERSION = 1
-WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+WEIGHTS, ADAPTER, _CONFIG = "model.safetensors", "adapter.safetensors", "config.json"
+INSTRUCTIONS = "instructions"
+"""Key of ``extra``: a model that was tuned on instructions is asked in ``chats``, by the template
+beside it, or in ``tasks``, by Alpaca's prompt."""
 _DESCRIPTION = "model and extra"
 _LONGEST_NAME = 256
 
@@ -62,16 +66,21 @@ def write_weights(
     write_description(config, folder, extra)
 
 
-def write_description(config: ModelConfig, folder: Path, extra: dict[str, Any] | None) -> None:
-    """Write ``config.json`` beside the tensors of a folder, with their checksum."""
+def write_description(
+    config: ModelConfig, folder: Path, extra: dict[str, Any] | None, *, adapter: bool = False
+) -> None:
+    """Write ``config.json`` beside the tensors of a folder, whole weights or an adapter's, with
+    their checksum.
+    """
+    tensors = ADAPTER if adapter else WEIGHTS
     document: dict[str, Any] = {
-        "format": FORMAT,
+        "format": ADAPTER_FORMAT if adapter else FORMAT,
         "version": VERSION,
         "model": dataclasses.asdict(config),
         "extra": extra or {},
     }
     document["sha256"] = {
-        WEIGHTS: sha256_of_file(folder / WEIGHTS),
+        tensors: sha256_of_file(folder / tensors),
         _DESCRIPTION: _digest(document),
     }
     with whole_file(folder / _CONFIG) as temporary:
@@ -134,6 +143,26 @@ def read_weights_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]
         CheckpointError: there is none, it is not ours, or it is damaged.
         ConfigError: it describes no model that can be built.
     """
+    config, extra, is_whole = read_any_config(folder)
+    if not is_whole:
+        raise CheckpointError(
+            f"{folder} is an adapter and no whole model: merge it first by tools/convert.py merge"
+        )
+    return config, extra
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds adapters of a model's weights, and not the weights."""
+    return _read_description(folder).format == ADAPTER_FORMAT
+
+
+def read_any_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any], bool]:
+    """As :func:`read_weights_config`, of adapters too; and whether it holds whole weights.
+
+    Raises:
+        CheckpointError: there is none, it is not ours, or it is damaged.
+        ConfigError: it describes no model that can be built.
+    """
     document = _read_description(folder)
     path = Path(folder) / _CONFIG
     known = document.sha256.get(_DESCRIPTION)
@@ -141,7 +170,17 @@ def read_weights_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]
         raise CheckpointError(f"{path} is damaged or was edited: its checksum differs")
     config = model_config_from_dict(document.model, str(path))
     validate_model(config, str(path))
-    return config, document.extra
+    return config, document.extra, document.format == FORMAT
+
+
+def tensors_digest(folder: str | Path) -> str:
+    """sha256 of a folder's tensors, as its description has it: what adapters know their base by.
+
+    Raises:
+        CheckpointError: the description is missing or is not ours.
+    """
+    known = _read_description(folder).sha256.get(WEIGHTS)
+    return sha256_of_file(Path(folder) / WEIGHTS) if known is None else known
 
 
 def weights_checksum(folder: str | Path) -> str:
@@ -161,12 +200,13 @@ def verify_weights(folder: str | Path) -> None:
     Raises:
         CheckpointError: the file is missing or is not what was saved.
     """
-    path = Path(folder) / WEIGHTS
+    tensors = ADAPTER if is_adapter(folder) else WEIGHTS
+    path = Path(folder) / tensors
     check_tensor_file(path)
     try:
         with safe_open(path, framework="pt"):
             pass  # whether its length is what its header says, before all of it is read
-        wanted = _read_description(folder).sha256.get(WEIGHTS)
+        wanted = _read_description(folder).sha256.get(tensors)
         if wanted is not None and wanted != sha256_of_file(path):
             raise CheckpointError(f"{path} is damaged: its checksum differs")
     except FileNotFoundError:
@@ -177,18 +217,19 @@ def verify_weights(folder: str | Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Description:
-    """Return the contents of ``config.json`` besides ``format`` and ``version``."""
+    """Return the contents of ``config.json`` besides ``version``."""
 
     model: dict[str, Any]
     extra: dict[str, Any]
     sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    format: str = FORMAT
 
 
 def _read_description(folder: str | Path) -> _Description:
     path = Path(folder) / _CONFIG
     missing = f"{folder} is not a weights folder"
     document = read_json(path, dict[str, Any], error=CheckpointError, missing=missing)
-    if document.get("format") != FORMAT:
+    if document.get("format") not in (FORMAT, ADAPTER_FORMAT):
         raise CheckpointError(f"{path} is not a MegaEGPT weights description")
     if document.get("version") != VERSION:
         raise CheckpointError(
@@ -198,11 +239,17 @@ def _read_description(folder: str | Path) -> _Description:
 
 
 def load_weights(
-    model: nn.Module, folder: str | Path, grid: ProcessGrid, *, allow_nonfinite: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    grid: ProcessGrid,
+    *,
+    allow_nonfinite: bool = False,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Fill ``model`` with this rank's slices of a folder's weights, cast to the model's types.
 
     Args:
+        change: of a name and a whole tensor what is to be loaded instead, of the same shape.
         allow_nonfinite: take weights that are infinite or no number, with which a model computes
             nothing of use: for a run that goes on by its own policy.
 
@@ -233,6 +280,7 @@ def load_weights(
                         "checkpoint of it"
                     )
                 with torch.no_grad():
+                    full = full if change is None else change(name, full)
                     parameter.copy_(shard(full, spec, grid))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None

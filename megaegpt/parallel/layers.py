@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megaegpt.config.lora import LoRAConfig
 from megaegpt.parallel.collectives import copy_to_tp, reduce_from_tp
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.low_rank import LowRankAdapter
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter, spec_of
 from megaegpt.parallel.vocabulary import check_tokens
@@ -25,6 +27,8 @@ class Linear(nn.Module):
     tp_dim: int | None = None
     packed: Tensor | None = None
     """The weight as ``products.pack`` gives it, once more, for inference."""
+    lora: LowRankAdapter | None
+    """An adapter that is trained beside the frozen weight."""
 
     def __init__(
         self, in_size: int, out_size: int, grid: ProcessGrid, *, bias: bool, std: float
@@ -34,10 +38,23 @@ class Linear(nn.Module):
         self.weight = new_parameter((out_size, in_size), grid, tp_dim=self.tp_dim, std=std)
         bias_dim = 0 if self.tp_dim == 0 else None
         self.bias = new_parameter((out_size,), grid, tp_dim=bias_dim) if bias else None
+        self.lora = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        return linear(x, self.weight, self.bias, self.packed)
+        y = linear(x, self.weight, self.bias, self.packed)
+        return y if self.lora is None else y + self.lora(x)
+
+    def add_adapter(self, config: LoRAConfig) -> None:
+        """Train an adapter beside the weight, whose values are drawn by the caller."""
+        out_size, in_size = spec_of(self.weight).full_shape
+        self.lora = LowRankAdapter(in_size, out_size, self.grid, config, tp_dim=self.tp_dim)
+
+    def full_weight(self) -> Tensor:
+        """This rank's weight with what an adapter adds to it."""
+        if self.lora is None:
+            return self.weight
+        return self.weight + self.lora.product()
 
 
 class ColumnParallelLinear(Linear):
@@ -57,7 +74,10 @@ class RowParallelLinear(Linear):
         """(..., in / tp) -> (..., out), replicated"""
         if self.grid.tp_group is None:
             return super().forward(x)
-        y = reduce_from_tp(linear(x, self.weight, packed=self.packed), self.grid)
+        y = linear(x, self.weight, packed=self.packed)
+        if self.lora is not None:
+            y = y + self.lora(x)
+        y = reduce_from_tp(y, self.grid)
         return y if self.bias is None else y + self.bias
 
 

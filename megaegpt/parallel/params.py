@@ -104,16 +104,21 @@ def initialize(model: nn.Module, seed: int, grid: ProcessGrid) -> None:
     order.
     """
     for name, parameter in model.named_parameters():
-        spec = spec_of(parameter)
-        mean = torch.tensor(spec.init_mean, dtype=torch.float32)
-        full = mean.expand(spec.full_shape).clone(memory_format=torch.contiguous_format)
-        if spec.init_std:
-            generator = torch.Generator().manual_seed(derive_seed(seed, name))
-            full.normal_(0.0, spec.init_std, generator=generator).add_(mean)
-        if spec.vocab_rows is not None:
-            full[spec.vocab_rows :] = 0
-        with torch.no_grad():
-            parameter.copy_(shard(full, spec, grid))
+        initialize_parameter(parameter, name, seed, grid)
+
+
+def initialize_parameter(parameter: nn.Parameter, name: str, seed: int, grid: ProcessGrid) -> None:
+    """Draw one parameter from (seed, its name in the model)."""
+    spec = spec_of(parameter)
+    mean = torch.tensor(spec.init_mean, dtype=torch.float32)
+    full = mean.expand(spec.full_shape).clone(memory_format=torch.contiguous_format)
+    if spec.init_std:
+        generator = torch.Generator().manual_seed(derive_seed(seed, name))
+        full.normal_(0.0, spec.init_std, generator=generator).add_(mean)
+    if spec.vocab_rows is not None:
+        full[spec.vocab_rows :] = 0
+    with torch.no_grad():
+        parameter.copy_(shard(full, spec, grid))
 
 
 def count_parameters(model: nn.Module) -> int:

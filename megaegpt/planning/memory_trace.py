@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.model.adapters import choose_trained
 from megaegpt.model.build import Model, build_inputs, empty_model
 from megaegpt.model.gpt import GPT
-from megaegpt.model.parts import freeze
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import LOGITS_AT_ONCE, ROWS_AT_ONCE, fused_rows
 from megaegpt.planning.allocations import TensorMeter
@@ -88,7 +88,7 @@ def trace_micro_step(
     grid = ProcessGrid(tp_size=tp_size, tp_group=group if tp_size > 1 else None)
     with _faked(DTYPES[precision]), TensorMeter() as meter:
         model = _fake(config.model, grid, device_type)
-        freeze(model, config.training.freeze)
+        choose_trained(model, config.training)
         model.stack.recompute = config.training.activation_checkpointing
         frozen = None if encoder is None else _fake(encoder, grid, device_type)
         if frozen is not None:

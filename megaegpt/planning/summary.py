@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.parallel import effective_zero_stage
+from megaegpt.model.adapters import choose_trained
 from megaegpt.model.build import meta_model
 from megaegpt.model.encoder import encoding_flops
-from megaegpt.model.parts import freeze
 from megaegpt.planning.memory import MemoryEstimate
 from megaegpt.precision import Precision
 from megaegpt.text_tables import short_count
@@ -38,7 +38,7 @@ def measure_model(config: RunConfig, encoder: ModelConfig | None = None) -> Mode
         encoder: the frozen GPT of egpt and deepgpt.
     """
     model = meta_model(config.model)
-    frozen = freeze(model, config.training.freeze)
+    frozen = choose_trained(model, config.training)
     flops = model.flops_per_token()
     if encoder is None:
         return ModelSize(model.num_parameters() - frozen, flops, frozen)
@@ -85,7 +85,9 @@ def describe_run(
     if memory is not None:
         lines["memory"] = str(memory)
     if size.frozen:
-        lines["model"] += f", {size.frozen:,} frozen ({', '.join(training.freeze)})"
+        rank = training.lora.rank
+        parts = ", ".join(training.freeze) if rank is None else f"under adapters of rank {rank}"
+        lines["model"] += f", {size.frozen:,} frozen ({parts})"
     if size.encoder_parameters:
         lines["model"] += f" over a frozen encoder of {size.encoder_parameters:,}"
     return [f"{name:<11}{text}" for name, text in lines.items()]

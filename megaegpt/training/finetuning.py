@@ -5,25 +5,34 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from megaegpt.config import ModelConfig, RunConfig
-from megaegpt.data.instruction.records import Instruction, InstructionDataset, read_instructions
+from megaegpt.data.instruction.chat_template import ChatTemplate, load_chat_template
+from megaegpt.data.instruction.records import (
+    ChatRecord,
+    Instruction,
+    InstructionDataset,
+    Record,
+    read_instructions,
+)
 from megaegpt.data.instruction.rows import InstructionSamples, InstructionWindows, trim_padding
 from megaegpt.data.readers.documents import Problems
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import CHAT_TEMPLATE_FILE, has_tokenizer
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.permutation import Permutation
 from megaegpt.data.tokens.samples import Samples
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.windows import Windows
 from megaegpt.errors import CheckpointError, ConfigError, DataError
+from megaegpt.files import whole_file
+from megaegpt.generation.generator import Prompt
 from megaegpt.interop.sources import resolve_weights_source
-from megaegpt.model.weights import read_weights_config
+from megaegpt.model.weights import INSTRUCTIONS, read_weights_config
 from megaegpt.parallel.devices import device_type
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launcher_variables import is_main_process
@@ -52,9 +61,6 @@ def finetune(
     from megaegpt.training.pretraining import train  # imports DeepSpeed; --dry-run needs none
 
     config = finetuning_config(config, grid)
-    generation = config.generation
-    prompt = Instruction(generation.prompt, "", "").prompt
-    config = dataclasses.replace(config, generation=dataclasses.replace(generation, prompt=prompt))
     return train(config, grid, InstructionData, resume=resume, stops=stops, sample_text=sample_text)
 
 
@@ -140,10 +146,11 @@ class InstructionData:
                 "data.vocabulary to the tokenizer of the weights"
             )
         self._problems = Problems(options.on_bad_record, "data.instructions.on_bad_record=skip")
+        self._tasks_are_chats = options.template is not None
         train = self._read(options.train)
-        if options.validation:
-            held_out = self._read(options.validation)
-        else:
+        held_out = self._read(options.validation)
+        self._chat = self._template(options.template, [*train, *held_out])
+        if not options.validation:
             train, held_out = hold_out(train, options.held_out, seed)
         samples = self._rows(self._encode(train, "training"), seed)
         self.samples: Samples = samples
@@ -161,12 +168,28 @@ class InstructionData:
         if self._model.needs_encoder:  # rows of whole chunks
             self._width_multiple = self._model.length_multiple
 
-    def _read(self, files: Sequence[str]) -> list[Instruction]:
+    def _read(self, files: Sequence[str]) -> list[Record]:
         return [r for file in files for r in read_instructions(Path(file), self._problems)]
 
-    def _encode(self, records: Sequence[Instruction], name: str) -> InstructionDataset:
+    def _template(self, wanted: str | None, records: Sequence[Record]) -> ChatTemplate | None:
+        """The chat template, where one is needed."""
+        if wanted is None and not any(isinstance(record, ChatRecord) for record in records):
+            return None
+        try:
+            return load_chat_template(self.tokenizer, None if wanted == "tokenizer" else wanted)
+        except DataError as error:
+            raise DataError(f"data.instructions.template: {error}") from None
+
+    def _encode(self, records: Sequence[Record], name: str) -> InstructionDataset:
         shown = tqdm(records, f"{name} records", disable=not is_main_process(), leave=False)
-        dataset = InstructionDataset(shown, self.tokenizer, self._model.sample_len)
+        dataset = InstructionDataset(
+            shown,
+            self.tokenizer,
+            self._model.sample_len,
+            chat=self._chat,
+            tasks_are_chats=self._tasks_are_chats,
+            problems=self._problems,
+        )
         if not len(dataset):
             raise DataError(
                 f"no {name} record has a prompt and an answer within {self._model.sample_len} "
@@ -191,7 +214,7 @@ class InstructionData:
             f"{count:,} {what}"
             for count, what in (
                 (self._problems.count, "bad"),
-                (dropped, "without room or an answer left out"),
+                (dropped, "without anything to learn left out"),
                 (cut, "cut"),
             )
             if count
@@ -200,13 +223,31 @@ class InstructionData:
             f"{train:,} training records in {len(self.samples):,} rows of "
             f"{self.tokens_per_sample:.0f} tokens on average (the run is {self._epochs:.2f} "
             f"epochs), {sum(held_out) or 'no'} validation records"
+            + ("" if self._chat is None else f", in the chat template {self._chat.name}")
             + (f"; {', '.join(notes)}" if notes else "")
         )
 
+    def prompt(self, text: str) -> Prompt:
+        """The text as a task, in the form that tasks have here."""
+        task = Instruction(text, "", "")
+        if self._chat is None:
+            ids = self.tokenizer.encode_prompt(task.prompt)
+            return Prompt(task.prompt, ids, self.tokenizer.end_tokens)
+        ids = self._chat.encode_prompt(task.conversation[:1], self.tokenizer)
+        return Prompt(self.tokenizer.decode(ids), ids, self._chat.end_tokens(self.tokenizer))
+
+    def save_beside(self, weights: Path) -> dict[str, Any]:
+        """The chat template, in the file where it is looked for."""
+        if self._chat is None:
+            return {INSTRUCTIONS: "tasks"}
+        with whole_file(weights / CHAT_TEMPLATE_FILE) as temporary:
+            temporary.write_text(self._chat.source, encoding="utf-8", newline="")
+        return {INSTRUCTIONS: "chats"}
+
 
 def hold_out(
-    records: Sequence[Instruction], share: float, seed: int
-) -> tuple[list[Instruction], list[Instruction]]:
+    records: Sequence[Record], share: float, seed: int
+) -> tuple[list[Record], list[Record]]:
     """Records to train on and those to evaluate; at least one of each if both are asked for."""
     count = min(max(round(share * len(records)), 1), len(records) - 1) if share else 0
     if count < 1:

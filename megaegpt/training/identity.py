@@ -25,7 +25,7 @@ from megaegpt.config.parsing import parse_section
 from megaegpt.config.yaml_text import read_yaml
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.weights import read_weights_config
+from megaegpt.model.weights import read_any_config, read_weights_config
 from megaegpt.training.checkpoint.manifest import Manifest
 
 Effect = Literal["arithmetic", "data order", "optimization", "none"]
@@ -45,7 +45,7 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "model": "max_seq_len",
         "model.egpt": "num_chunks",
         "data": "weights",
-        "data.instructions": "held_out packing on_bad_record",
+        "data.instructions": "held_out packing template on_bad_record",
         "training": "seed global_batch_size",
         "training.batch_ramp": "start increment steps",
     },
@@ -54,6 +54,7 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "model.egpt": "random_history",
         "data": "feature_dtype mask_after_document_end",
         "training": "steps micro_batch_size precision gradient_clipping on_nonfinite freeze",
+        "training.lora": "rank alpha dropout targets",
         "optimizer": "lr min_lr schedule warmup_steps decay_steps beta1 beta2 eps weight_decay",
         "": "deepspeed",
     },
@@ -204,16 +205,20 @@ def _differences_of_models(
 # -- a resumed run and its checkpoint --------------------------------------------------------------
 
 
-def run_identity(config: RunConfig, encoder: FrozenEncoder | None, corpus: str) -> dict[str, Any]:
+def run_identity(
+    config: RunConfig, encoder: FrozenEncoder | None, corpus: str, base: str | None = None
+) -> dict[str, Any]:
     """Return what a checkpoint records of its run, for :func:`check_resume`.
 
     Args:
         encoder: the frozen one of an EGPT or DeepGPT.
         corpus: fingerprint of what the run learns from.
+        base: digest of the weights beside which adapters are trained.
     """
     training = config.training
     return {
         "encoder": encoder and encoder.fingerprint,
+        "base": base,
         "encoder_arithmetic": encoder and model_arithmetic(encoder.config),
         "shards": corpus,
         "global_batch_size": training.global_batch_size,
@@ -246,6 +251,8 @@ def check_resume(
     _check_same_run(changes, folder)
     _check_same_model(saved.model, config.model, folder)
     _check_same_encoder(state, identity, folder)
+    _check_same_adapters(saved, config, folder)
+    _check_same_base(state, identity, config, folder)
     steps = config.training.steps
     if manifest.step > steps or (manifest.step == steps and "training.steps" in changes):
         raise CheckpointError(
@@ -273,7 +280,7 @@ def _saved_config(config: RunConfig, manifest: Manifest, folder: Path) -> RunCon
     )
     saved = dataclasses.replace(saved, training=training)
     if (folder / "weights").is_dir():
-        model, _ = read_weights_config(folder / "weights")
+        model, _, _ = read_any_config(folder / "weights")
         saved = dataclasses.replace(saved, model=model)
     return saved
 
@@ -334,6 +341,32 @@ def _check_same_encoder(
         raise CheckpointError(
             f"{folder} was trained over an encoder of the same weights that computes otherwise: "
             f"{_there_and_here(differences)} (in config.json of model.encoder.source)"
+        )
+
+
+def _check_same_adapters(saved: RunConfig, config: RunConfig, folder: Path) -> None:
+    there, here = saved.training.lora, config.training.lora
+    differences = {
+        f"training.lora.{name}": (getattr(there, name), getattr(here, name))
+        for name in ("rank", "alpha", "targets")
+        if getattr(there, name) != getattr(here, name)
+    }
+    if differences:
+        raise CheckpointError(
+            f"{folder} was trained with other adapters: {_there_and_here(differences)}. Resume "
+            "with training.lora as it was, or begin a new run"
+        )
+
+
+def _check_same_base(
+    state: Mapping[str, Any], identity: Mapping[str, Any], config: RunConfig, folder: Path
+) -> None:
+    saved, ours = state.get("base"), identity["base"]
+    if saved != ours:
+        raise CheckpointError(
+            f"{folder} was trained beside other weights than {config.training.initialize_from} "
+            f"has (sha256 {str(saved)[:12]}, now {str(ours)[:12]}): set training.initialize_from "
+            "to those with which it began"
         )
 
 

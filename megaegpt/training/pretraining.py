@@ -18,6 +18,8 @@ from megaegpt.data.tokens.token_ids import known_byte_lengths
 from megaegpt.data.tokens.windows import Windows
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.files import write_whole
+from megaegpt.generation.generator import Prompt
+from megaegpt.model.adapter_files import Base, save_adapter
 from megaegpt.model.build import Model, build_inputs
 from megaegpt.model.calling import ModelInputs
 from megaegpt.model.encoder import FrozenEncoder
@@ -45,14 +47,14 @@ from megaegpt.training.logging.monitor import Monitor, has_validation
 from megaegpt.training.logging.profiling import StepProfiler
 from megaegpt.training.memory_error import explaining_memory
 from megaegpt.training.run_data import PretrainingData, RunData
-from megaegpt.training.starting_model import starting_model
+from megaegpt.training.starting_model import base_of_adapters, starting_model
 from megaegpt.training.stopping import StopRequests
 from megaegpt.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from megaegpt.training.engine.engine import Engine
 
-SampleText = Callable[[Model, FrozenEncoder | None, Tokenizer, GenerationConfig], str]
+SampleText = Callable[[Model, FrozenEncoder | None, Tokenizer, GenerationConfig, Prompt], str]
 """Writes a text with the model in training; ``megaegpt.generation`` has it."""
 
 
@@ -95,7 +97,8 @@ def train(
     data, checkpoints, precision = _open_run(config, grid, read_data, resume)
     latest = broadcast_object(checkpoints.latest, grid) if resume else None
     encoder = load_encoder(config, grid, precision)
-    identity = run_identity(config, encoder, data.fingerprint)
+    base = base_of_adapters(config, grid)
+    identity = run_identity(config, encoder, data.fingerprint, base and base.sha256)
     state: TrainerState = {}
     notices: list[str] = []
     if latest is not None:
@@ -132,8 +135,10 @@ def train(
         stops=stops or StopRequests(),
         profiler=StepProfiler(config.logging, grid, monitor.log),
         evaluators=_evaluators(config, grid, data, feed),
-        sample=_sampler(config, model, encoder, data.tokenizer, sample_text),
-        writers={"weights": functools.partial(_export_weights, model, grid, data, encoder)},
+        sample=_sampler(config, model, encoder, data, sample_text),
+        writers={
+            "weights": functools.partial(_export_weights, config, model, grid, data, encoder, base)
+        },
         identity=identity,
         progress=data.samples.progress if isinstance(data.samples, Blend) else None,
         best=best,
@@ -244,14 +249,15 @@ def _sampler(
     config: RunConfig,
     model: Model,
     encoder: FrozenEncoder | None,
-    tokenizer: Tokenizer,
+    data: RunData,
     sample_text: SampleText | None,
 ) -> Callable[[], str] | None:
     """Writes sample texts, if the configuration asks for them."""
     generation = config.generation
     if sample_text is None or generation.max_new_tokens == 0:
         return None
-    return functools.partial(sample_text, model, encoder, tokenizer, generation)
+    prompt = data.prompt(generation.prompt)
+    return functools.partial(sample_text, model, encoder, data.tokenizer, generation, prompt)
 
 
 def _meter(
@@ -259,7 +265,7 @@ def _meter(
 ) -> SpeedMeter:
     """Measures speed against all ranks' devices."""
     peak = peak_flops(device_name(grid.device), precision)
-    if config.training.freeze:
+    if config.training.freeze or config.training.lora.rank is not None:
         peak = None  # the operations are counted as if everything were trained
     return SpeedMeter(
         batches=config.batches,
@@ -272,15 +278,29 @@ def _meter(
 
 
 def _export_weights(
-    model: Model, grid: ProcessGrid, data: RunData, encoder: FrozenEncoder | None, folder: Path
+    config: RunConfig,
+    model: Model,
+    grid: ProcessGrid,
+    data: RunData,
+    encoder: FrozenEncoder | None,
+    base: Base | None,
+    folder: Path,
 ) -> None:
-    """Write the model for generation, evaluation, conversion, or use as an encoder."""
+    """Write the model for generation, evaluation, conversion, or use as an encoder; or its
+    adapters, for the first three.
+    """
     if grid.dp_rank != 0:
         return
     extra: dict[str, Any] = {"tokenizer_fingerprint": data.tokenizer.fingerprint}
     if encoder is not None:
         extra |= encoder.description()
-    save_weights(model, folder, grid, extra)
+    if grid.tp_rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        extra |= data.save_beside(folder)
+    if base is None:
+        save_weights(model, folder, grid, extra)
+    else:
+        save_adapter(model, folder, grid, config.training.lora, base, extra)
     if grid.tp_rank == 0 and not data.tokenizer.is_installed:
         save_tokenizer(data.tokenizer, folder)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.validation_sets import validation_sets
@@ -21,6 +22,7 @@ from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.token_ids import check_ids, document_end
 from megaegpt.data.tokens.windows import EvaluationWindows, Windows
 from megaegpt.errors import ConfigError, DataError
+from megaegpt.generation.generator import Prompt
 from megaegpt.training.evaluation import nothing_to_predict
 
 
@@ -46,6 +48,12 @@ class RunData(Protocol):
 
     def describe(self) -> str:
         """One line for people."""
+
+    def prompt(self, text: str) -> Prompt:
+        """``generation.prompt``, as a model that learns from this data is asked."""
+
+    def save_beside(self, weights: Path) -> dict[str, Any]:
+        """Write what else goes with the weights; returns what their description says of it."""
 
 
 class PretrainingData:
@@ -130,6 +138,14 @@ class PretrainingData:
             f"{len(self.streams['train']):,} training tokens ({run}), {held_out} validation tokens"
             f"{''.join(sets)}"
         )
+
+    def prompt(self, text: str) -> Prompt:
+        """The text itself."""
+        return Prompt(text, self.tokenizer.encode_prompt(text), self.tokenizer.end_tokens)
+
+    def save_beside(self, weights: Path) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
 
 def _masked_after(config: RunConfig, stream: TokenStream, tokenizer: Tokenizer) -> int | None:

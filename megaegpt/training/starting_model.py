@@ -10,12 +10,13 @@ import torch
 from megaegpt.config import RunConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.model.adapter_files import Base
+from megaegpt.model.adapters import choose_trained, initialize_adapters
 from megaegpt.model.build import Model, build_model
 from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.initialization import initialize_from_encoder, initialize_token_memory
-from megaegpt.model.parts import freeze
-from megaegpt.model.weights import load_weights, read_weights_config
+from megaegpt.model.weights import load_weights, read_weights_config, tensors_digest
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
 from megaegpt.training.consistency import check_ranks_agree, weights_facts
@@ -44,7 +45,7 @@ def starting_model(
         new: no checkpoint will overwrite the weights.
 
     Raises:
-        ConfigError: ``training.freeze`` does not fit the model.
+        ConfigError: ``training.freeze`` or ``training.lora`` does not fit the model.
         CheckpointError: weights that it starts from are missing, damaged or do not fit.
     """
     if encoder is not None and compiles:
@@ -74,8 +75,21 @@ def starting_model(
             notices += check_initialization(config.model, weights)
             load_weights(model, weights, grid)
     with raising_together(grid):
-        freeze(model, training.freeze)
+        choose_trained(model, training)
+    initialize_adapters(model, training.seed, grid)
     return model
+
+
+def base_of_adapters(config: RunConfig, grid: ProcessGrid) -> Base | None:
+    """The weights beside which a run trains adapters; None: it trains none. Collective.
+
+    Raises:
+        CheckpointError: they cannot be had.
+    """
+    source = config.training.initialize_from
+    if config.training.lora.rank is None or source is None:
+        return None
+    return Base(source, tensors_digest(resolve_weights_source(source, grid)))
 
 
 def _first_chunks(data: RunData, size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from megaegpt.config import EncoderConfig, GenerationConfig, ModelConfig
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import NotFiniteError
-from megaegpt.generation.generator import TextAssembler, TextGenerator, sample_text
+from megaegpt.generation.generator import Prompt, TextAssembler, TextGenerator, sample_text
 from megaegpt.model.decoding import context_start
 from megaegpt.model.egpt.egpt_decoder import EGPTDecoder
 from tests.distributed.harness import Distributed, grid_for
@@ -278,11 +278,12 @@ def test_sample_text_puts_the_mode_back_and_draws_no_global_numbers(tokenizer: T
     config = GenerationConfig(prompt="Prince", max_new_tokens=8)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    text = sample_text(model.train(), None, tokenizer, config)
+    prompt = Prompt("Prince", tokenizer.encode_prompt("Prince"), tokenizer.end_tokens)
+    text = sample_text(model.train(), None, tokenizer, config, prompt)
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
     assert text.startswith("Prince")
-    assert text == sample_text(model.eval(), None, tokenizer, config)
+    assert text == sample_text(model.eval(), None, tokenizer, config, prompt)
     assert not model.training
 
 

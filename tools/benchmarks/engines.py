@@ -8,7 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megaegpt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from megaegpt.config import (
+    LoRAConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megaegpt.model.adapters import choose_trained, initialize_adapters
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
@@ -34,7 +42,8 @@ def build_engine(
         model_config: of the trainable model.
         batch: samples a step over all processes, in one micro-step.
         options: as :data:`PLAIN`; and, to measure what they are worth, ``fused_head``,
-            ``fewer_operators`` and ``cudnn`` (its attention), which are on unless they are false.
+            ``fewer_operators`` and ``cudnn`` (its attention), which are on unless they are false;
+            ``lora``, the rank of adapters that are trained instead of the weights.
         loss_function: how the model is called; with its inputs and targets by default.
     """
     device = local_device() if dist.is_initialized() else init_distributed()
@@ -47,6 +56,7 @@ def build_engine(
             global_batch_size=batch,
             micro_batch_size=batch // grid.dp_size,
             precision=options["precision"],
+            lora=LoRAConfig(rank=options.get("lora")),
         ),
         optimizer=OptimizerConfig(warmup_steps=0),
     )
@@ -60,6 +70,8 @@ def build_engine(
         activation_checkpointing=options["recompute"],
         compile_blocks=options["compile"],
     )
+    choose_trained(model, config.training)
+    initialize_adapters(model, config.training.seed, grid)
     if not options.get("fused_head", True):
         model.head.loss_options = replace(model.head.loss_options, fused=False)
     return Engine(model, grid, config, loss_function)

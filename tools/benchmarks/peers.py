@@ -91,17 +91,27 @@ _LITGPT = {
 }
 
 
-def litgpt(folder: Path, shape: dict[str, Any]) -> nn.Module:
-    """Lightning-AI/litgpt's GPT; ``forward(tokens) -> logits``."""
+def litgpt(folder: Path, shape: dict[str, Any], lora: int | None = None) -> nn.Module:
+    """Lightning-AI/litgpt's GPT; ``forward(tokens) -> logits``.
+
+    Args:
+        lora: rank of its adapters of all linear layers of the blocks, which alone are trained then.
+    """
     sys.path.insert(0, str(folder))
     try:
-        from litgpt import GPT, Config
+        if lora is None:
+            from litgpt import GPT, Config
+        else:
+            from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
     except ImportError as error:
         raise ConfigError(f"litgpt in {folder} cannot be imported: {error}") from None
     options: dict[str, Any] = dict(_LITGPT[shape.get("family", "gpt2")])
     if shape.get("family") == "llama":
         options |= {"n_query_groups": shape["kv_heads"], "intermediate_size": shape["ffn"]}
         options |= {"rotary_percentage": 1.0}
+    if lora is not None:
+        targets = ("query", "key", "value", "projection", "mlp")
+        options |= {"lora_r": lora, "lora_alpha": 16} | {f"lora_{t}": True for t in targets}
     model = GPT(
         Config(
             block_size=shape["context"],
@@ -115,7 +125,10 @@ def litgpt(folder: Path, shape: dict[str, Any]) -> nn.Module:
         )
     )
     if shape.get("family") == "llama":  # as ours and Hugging Face's
-        model.lm_head.weight = model.transformer.wte.weight
+        head = model.lm_head if lora is None else model.lm_head.linear
+        head.weight = model.transformer.wte.weight
+    if lora is not None:
+        mark_only_lora_as_trainable(model)
     return model
 
 

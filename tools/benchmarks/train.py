@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megaegpt.arguments import integer
+from megaegpt.errors import ConfigError
 from megaegpt.parallel.devices import local_device
 from tools.benchmarks import peers
 from tools.benchmarks.common import (
@@ -60,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer", action="append", default=[], metavar="nanogpt=DIR|hf|litgpt=DIR", help="repeat"
     )
+    parser.add_argument(
+        "--lora",
+        type=integer(1),
+        metavar="RANK",
+        help="train adapters of all linear layers of the blocks, ours and litgpt's, and as the "
+        "last candidate all of our weights",
+    )
     add_profile(parser)
     add_repetitions(parser)
     add_threads(parser)
@@ -75,6 +83,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "precision": arguments.precision,
         "recompute": arguments.recompute,
         "compile": False,
+        "lora": arguments.lora,
     }
     threads = arguments.threads
     candidates = [Candidate("megaegpt", ours, (shape, options), threads=threads)]
@@ -86,10 +95,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         together = (shape, options | {"zero": 2})
         candidates.append(Candidate(name, ours, together, processes=arguments.processes, threads=1))
     for name, folder in parse_peers(arguments.peer, ("nanogpt", "hf", "litgpt")).items():
-        candidates.append(Candidate(name, peer, (name, folder, shape, False), threads=threads))
+        if arguments.lora and name != "litgpt":
+            raise ConfigError(f"--lora is compared with litgpt's adapters: leave --peer {name} out")
+        plain = (name, folder, shape, False, arguments.lora)
+        candidates.append(Candidate(name, peer, plain, threads=threads))
         if arguments.compile:
-            compiled = (name, folder, shape, True)
+            compiled = (name, folder, shape, True, arguments.lora)
             candidates.append(Candidate(f"{name}, compiled", peer, compiled, threads=threads))
+    if arguments.lora:
+        whole = (shape, options | {"lora": None})
+        candidates.append(Candidate("megaegpt, all weights", ours, whole, threads=threads))
     results = compare(candidates, arguments.repetitions, warmup=2, profile=arguments.profile)
     print_results(f"training step, {shape}", "tokens", results)
     print_mfu(results)
@@ -113,12 +128,18 @@ def ours(shape: dict[str, Any], options: dict[str, Any]) -> Workload:
     return Workload(one, shape["batch"] * shape["context"], facts(engine, config))
 
 
-def peer(name: str, folder: Path | None, shape: dict[str, Any], compiled: bool) -> Workload:
+def peer(
+    name: str, folder: Path | None, shape: dict[str, Any], compiled: bool, lora: int | None = None
+) -> Workload:
     """The peer's model with torch's fused AdamW and clipping, as its own training script has it."""
     device = local_device()
-    model = peers.build(name, folder, shape).to(device)
+    if lora is None:
+        model = peers.build(name, folder, shape).to(device)
+    else:
+        model = peers.litgpt(folder or Path(), shape, lora).to(device)
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     tokens = torch.randint(50257, (shape["batch"], shape["context"] + 1), device=device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
 
@@ -126,7 +147,7 @@ def peer(name: str, folder: Path | None, shape: dict[str, Any], compiled: bool) 
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = peers.mean_loss(name, forward, inputs, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

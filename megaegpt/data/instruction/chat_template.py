@@ -27,9 +27,6 @@ from megaegpt.data.instruction.template_process import TemplateProcess
 from megaegpt.data.tokenizer import Tokenizer, whole_characters
 from megaegpt.errors import DataError
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-"""Where a template lies beside the weights of a model, for us and for transformers alike."""
-
 DATE_OF_TRAINING = datetime.datetime(2024, 7, 26)
 """What templates with a date are told in training, where the data must not change from day to day;
 Llama 3.1's own default."""

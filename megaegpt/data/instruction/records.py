@@ -1,7 +1,8 @@
-"""Instruction data: Alpaca and Dolly records as prompts and answers, with the prompts masked.
+"""Instruction data: tasks with answers, and conversations, with what is not learned masked.
 
-The prompt is Alpaca's (Taori et al., "Stanford Alpaca", 2023); the answer ends with end-of-text, so
-that a model learns to stop.
+The prompt of a task is Alpaca's (Taori et al., "Stanford Alpaca", 2023); the answer ends with
+end-of-text, so that a model learns to stop. Conversations, and tasks if it is asked for, are put
+into a chat template.
 """
 
 from __future__ import annotations
@@ -15,6 +16,13 @@ from typing import Any
 
 import torch
 
+from megaegpt.data.instruction.chat_template import ChatTemplate, EncodedChat
+from megaegpt.data.instruction.conversations import (
+    Conversation,
+    Message,
+    is_conversation,
+    parse_conversation,
+)
 from megaegpt.data.readers.documents import Problems
 from megaegpt.data.readers.inputs import (
     BYTE_ORDER_MARK,
@@ -55,15 +63,34 @@ class Instruction:
         template = _WITH_INPUT if self.context else _WITHOUT_INPUT
         return template.format(instruction=self.instruction, context=self.context)
 
+    @property
+    def conversation(self) -> Conversation:
+        """The same as a user's message and the assistant's."""
+        task = f"{self.instruction}\n\n{self.context}" if self.context else self.instruction
+        return (Message("user", task), Message("assistant", self.response))
 
-def read_instructions(path: Path, problems: Problems) -> list[Instruction]:
+
+@dataclass(frozen=True)
+class ChatRecord:
+    """A conversation, and where it was read."""
+
+    conversation: Conversation
+    where: str
+    """File and place, for messages."""
+
+
+Record = Instruction | ChatRecord
+
+
+def read_instructions(path: Path, problems: Problems) -> list[Record]:
     """Alpaca (``instruction, input, output``) or Dolly (``instruction, context, response``)
-    records.
+    records, and conversations (:mod:`~megaegpt.data.instruction.conversations`).
 
     Args:
         path: a JSON array or JSON Lines, plain or compressed as ``open_bytes`` knows it; each
-            record may be of either kind.
-        problems: told of records without an instruction or an answer.
+            record may be of any kind.
+        problems: told of records without an instruction or an answer, or with a message that is
+            none.
 
     Raises:
         DataError: the file cannot be read, is not UTF-8 or is no whole JSON array; a bad record,
@@ -106,7 +133,17 @@ def _rows(
             problems.report(where, f"a JSON {type(row).__name__}, not an object")
 
 
-def _record(row: Mapping[str, Any], where: str, problems: Problems) -> Instruction | None:
+def _record(row: Mapping[str, Any], where: str, problems: Problems) -> Record | None:
+    if not is_conversation(row):
+        return _instruction(row, where, problems)
+    try:
+        return ChatRecord(parse_conversation(row), where)
+    except DataError as error:
+        problems.report(where, str(error))
+        return None
+
+
+def _instruction(row: Mapping[str, Any], where: str, problems: Problems) -> Instruction | None:
     instruction = row.get("instruction")
     # Tables joined from both kinds have null or nothing where a row's own kind has no such column.
     context = row["input"] if row.get("input") not in (None, "") else row.get("context")
@@ -123,9 +160,10 @@ class InstructionDataset(torch.utils.data.Dataset):
     """Records as token ids and as what is to be predicted.
 
     Item i is ``(tokens, targets)``, int64 of one length T: ``targets[t]`` is the token after
-    ``tokens[t]`` where that belongs to the answer or ends it, and -100 in the prompt. Records
+    ``tokens[t]`` where that belongs to an answer or ends it, and -100 elsewhere. Records
     longer than ``max_seq_len + 1`` tokens are cut at the end; those that then have nothing to
-    learn, or have an empty answer, are left out and counted.
+    learn, or have an empty answer, are left out and counted. What comes after the last learned
+    token of a conversation is left out too.
 
     Args:
         records: from :func:`read_instructions`.
@@ -133,6 +171,9 @@ class InstructionDataset(torch.utils.data.Dataset):
             continue is exactly the prompt's tokens.
         max_seq_len: most tokens of an item.
         mask_prompt: False: the prompt is learned too.
+        chat: the template of conversations.
+        tasks_are_chats: tasks with their answers are put into it too.
+        problems: told of conversations that the template refuses.
 
     Example:
         >>> records = [Instruction("Name the capital.", "France", "Paris")]
@@ -144,28 +185,57 @@ class InstructionDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        records: Iterable[Instruction],
+        records: Iterable[Record],
         tokenizer: Tokenizer,
         max_seq_len: int,
         mask_prompt: bool = True,
+        *,
+        chat: ChatTemplate | None = None,
+        tasks_are_chats: bool = False,
+        problems: Problems | None = None,
     ) -> None:
         self.dropped = 0
         self.cut = 0
         self.pad_token = tokenizer.eot_token
+        self._tokenizer, self._chat, self._tasks_are_chats = tokenizer, chat, tasks_are_chats
+        self._problems = problems or Problems()
         self._items: list[tuple[torch.Tensor, torch.Tensor]] = []
         for record in records:
-            prompt = tokenizer.encode_prompt(record.prompt)
-            answer = tokenizer.encode(record.response)
-            ids = [*prompt, *answer, tokenizer.eot_token]
-            if not answer or len(prompt) > max_seq_len:
-                self.dropped += 1
-                continue
-            self.cut += len(ids) > max_seq_len + 1
-            row = torch.tensor(ids[: max_seq_len + 1])
-            targets = row[1:].clone()
-            if mask_prompt:
-                targets[: len(prompt) - 1] = IGNORE
-            self._items.append((row[:-1], targets))
+            encoded = self._encode(record)
+            if encoded is not None:
+                self._add(encoded, max_seq_len, mask_prompt)
+
+    def _encode(self, record: Record) -> EncodedChat | None:
+        """None: a problem was reported."""
+        if isinstance(record, Instruction) and not self._tasks_are_chats:
+            return self._encode_task(record)
+        if self._chat is None:
+            raise DataError("conversations need a chat template")
+        try:
+            return self._chat.encode_training(record.conversation, self._tokenizer)
+        except DataError as error:
+            where = record.where if isinstance(record, ChatRecord) else repr(record.instruction)
+            self._problems.report(where, str(error))
+            return None
+
+    def _encode_task(self, record: Instruction) -> EncodedChat:
+        prompt = self._tokenizer.encode_prompt(record.prompt)
+        answer = self._tokenizer.encode(record.response)
+        answer += [self._tokenizer.eot_token] if answer else []
+        return EncodedChat([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+
+    def _add(self, encoded: EncodedChat, max_seq_len: int, mask_prompt: bool) -> None:
+        ids, learned = encoded
+        kept = min(max_seq_len + 1, len(ids) - (learned[::-1].index(True) if any(learned) else 0))
+        if not any(learned[1:kept]):  # the first token of a row is predicted from nothing
+            self.dropped += 1
+            return
+        self.cut += any(learned[kept:])
+        row = torch.tensor(ids[:kept])
+        targets = row[1:].clone()
+        if mask_prompt:
+            targets[~torch.tensor(learned[1:kept])] = IGNORE
+        self._items.append((row[:-1], targets))
 
     def __len__(self) -> int:
         """Items that have something to learn."""

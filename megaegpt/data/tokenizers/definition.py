@@ -16,7 +16,7 @@ from megaegpt.json_files import conform, read_bytes, read_json
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 TOKENS_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 GENERATION_FILE = "generation_config.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 """Names that end a document by themselves, where no file says which one does."""
@@ -246,7 +246,7 @@ def _read_if_there(file: Path) -> dict[str, Any]:
 
 def _chat_template_beside(folder: Path) -> dict[str, Any]:
     """``chat_template`` of the file of its own, which goes before ``tokenizer_config.json``."""
-    file = folder / CHAT_TEMPLATE_FILE
+    file = folder / _CHAT_TEMPLATE_FILE
     if not file.is_file():
         return {}
     try:

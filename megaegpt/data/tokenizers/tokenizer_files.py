@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from megaegpt.data.tokenizers.definition import TokenizerDefinition
 
 _TOKENIZER_FILE, _SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""Where a chat template lies beside a tokenizer or weights, for us and for transformers alike."""
 _OLDER_FILES = ("vocab.json", "merges.txt")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megaegpt.config import ModelConfig
+from megaegpt.config import LoRAConfig, ModelConfig
 from megaegpt.model.attention.context import AttentionContext
 from megaegpt.model.attention.layer import (
     AttentionLayer,
@@ -24,6 +24,7 @@ from megaegpt.parallel.layers import (
     Linear,
     RowParallelLinear,
 )
+from megaegpt.parallel.low_rank import LowRankAdapter
 from megaegpt.parallel.matmul import linear
 
 
@@ -50,10 +51,21 @@ class SharedKVLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., D)"""
-        rows = slice(self.head * self.head_dim, (self.head + 1) * self.head_dim)
-        weight = copy_to_tp(self.weight, self.grid)[rows]
-        bias = None if self.bias is None else copy_to_tp(self.bias, self.grid)[rows]
-        return linear(x, weight, bias)
+        weight = copy_to_tp(self.weight, self.grid)[self._rows]
+        bias = None if self.bias is None else copy_to_tp(self.bias, self.grid)[self._rows]
+        y = linear(x, weight, bias)
+        return y if self.lora is None else y + self.lora(x)
+
+    def add_adapter(self, config: LoRAConfig) -> None:
+        """As every rank has the whole weight, so it has the whole adapter."""
+        out_size, in_size = self.weight.shape
+        self.lora = LowRankAdapter(
+            in_size, out_size, self.grid, config, tp_dim=None, head_rows=self._rows
+        )
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.head * self.head_dim, (self.head + 1) * self.head_dim)
 
 
 class GroupedQueryAttention(nn.Module):

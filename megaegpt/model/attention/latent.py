@@ -140,7 +140,7 @@ class LatentAttention(nn.Module):
         A context scales scores by the width it is given, L + R: the query makes up for it.
         """
         key_up, value_up = (
-            layer.weight.view(-1, self.head_dim, self.latent_dim)  # (H, D, L)
+            layer.full_weight().view(-1, self.head_dim, self.latent_dim)  # (H, D, L)
             for layer in (self.key, self.value)
         )
         width = self.latent_dim + self.rope_dim

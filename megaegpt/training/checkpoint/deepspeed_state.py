@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,21 @@ def install(engine: Any) -> None:
     engine.checkpoint_engine = _CheckpointFiles()
     # Its recovery scripts would be copied into each checkpoint; they refuse tensor parallelism.
     engine._copy_recovery_script = lambda save_path: None
+    engine.module_state_dict = functools.partial(_trainable_state, engine, engine.module_state_dict)
+
+
+def _trainable_state(
+    engine: Any, state_dict: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
+    """DeepSpeed's dictionary of the model, without frozen parameters under any of their names: it
+    leaves out a tied one under the first alone.
+    """
+    state = state_dict(*args, **options)
+    if options.get("exclude_frozen_parameters"):
+        for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state.pop(name, None)
+    return state
 
 
 def save(engine: Any, folder: Path, specs: dict[str, ParamSpec]) -> list[Path]:

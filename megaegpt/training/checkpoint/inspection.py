@@ -6,6 +6,7 @@ import datetime
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,8 +15,16 @@ from megaegpt.config import ModelConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.files import check_tensor_file
 from megaegpt.interop.foreign_models import find_foreign, read_foreign
+from megaegpt.model.adapter_files import lora_of
+from megaegpt.model.adapters import add_adapters
 from megaegpt.model.build import empty_model
-from megaegpt.model.weights import WEIGHTS, find_weights, read_weights_config, verify_weights
+from megaegpt.model.weights import (
+    ADAPTER,
+    WEIGHTS,
+    find_weights,
+    read_any_config,
+    verify_weights,
+)
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import ParamSpec, spec_of
 from megaegpt.training.checkpoint.folders import CheckpointFolders
@@ -86,13 +95,13 @@ def _describe_checkpoint(folder: Path, verify: bool, tensors: bool) -> Iterator[
     yield _line("run", ", ".join(_state_of_run(manifest)))
     sizes = ", ".join(f"{part} {_megabytes(size)}" for part, size in sorted(parts.items()))
     yield _line("files", f"{len(manifest.files)}: {sizes}")
-    config, extra = read_weights_config(folder / "weights")
+    config, extra, _ = read_any_config(folder / "weights")
     yield from _describe_model(config, extra)
     shapes = {name: tuple(shape) for name, shape in manifest.parameters.items()}
     yield _total(shapes)
     if tensors:
         tp = topology.tensor_parallel
-        yield from _table(shapes, _specs(config, tp), tp)
+        yield from _table(shapes, _specs(config, extra, tp), tp)
 
 
 def _state_of_run(manifest: Manifest) -> Iterator[str]:
@@ -102,19 +111,20 @@ def _state_of_run(manifest: Manifest) -> Iterator[str]:
 
 
 def _describe_weights(folder: Path, verify: bool, tensors: bool) -> Iterator[str]:
-    config, extra = read_weights_config(folder)
+    config, extra, is_whole = read_any_config(folder)
     if verify:
         verify_weights(folder)
-    yield f"{folder}: weights, whatever the parallelism{', verified' if verify else ''}"
+    kind, path = ("weights", folder / WEIGHTS) if is_whole else ("an adapter", folder / ADAPTER)
+    yield f"{folder}: {kind}, whatever the parallelism{', verified' if verify else ''}"
     yield from _describe_model(config, extra)
-    check_tensor_file(folder / WEIGHTS)
+    check_tensor_file(path)
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             types = {part.get_dtype() for part in slices.values()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
     yield f"{_total(shapes)} of type {', '.join(sorted(types))}"
     if tensors:
         yield from _table(shapes)
@@ -138,9 +148,11 @@ def _describe_model(config: ModelConfig, extra: dict[str, object] | None = None)
         yield _line("extra", ", ".join(f"{name}={value}" for name, value in extra.items()))
 
 
-def _specs(config: ModelConfig, tp_size: int) -> dict[str, ParamSpec]:
+def _specs(config: ModelConfig, extra: dict[str, Any], tp_size: int) -> dict[str, ParamSpec]:
     with torch.device("meta"):
         model = empty_model(config, ProcessGrid(tp_size=tp_size))
+        if (lora := lora_of(extra)) is not None:
+            add_adapters(model, lora)
     return {name: spec_of(parameter) for name, parameter in model.named_parameters()}
 
 

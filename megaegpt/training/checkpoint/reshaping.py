@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from megaegpt.config import ParallelConfig, RunConfig, TrainingConfig
+from megaegpt.config import LoRAConfig, ParallelConfig, RunConfig, TrainingConfig
 from megaegpt.config.validation import validate
 from megaegpt.errors import CheckpointError
+from megaegpt.model.adapter_files import lora_of, read_adapter
+from megaegpt.model.adapters import add_adapters
 from megaegpt.model.build import empty_model
-from megaegpt.model.weights import read_weights_config
+from megaegpt.model.weights import read_any_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
 from megaegpt.training.checkpoint.manager import STATE, CheckpointManager
@@ -50,6 +52,8 @@ def reshape(
             _make(output)
     manifest = Manifest.read(checkpoint)
     model = empty_model(config.model, grid)
+    if config.training.lora.rank is not None:
+        add_adapters(model, config.training.lora)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in manifest.parameters)  # the others were frozen
     engine = Engine(model, grid, config)
@@ -76,7 +80,8 @@ def _make(folder: Path) -> None:
 def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -> RunConfig:
     """The part of the run's configuration that its state depends on."""
     manifest = Manifest.read(checkpoint)
-    model, _ = read_weights_config(checkpoint / "weights")
+    model, extra, _ = read_any_config(checkpoint / "weights")
+    lora = lora_of(extra)
     saved = manifest.topology
     config = RunConfig(
         model=model,
@@ -88,6 +93,9 @@ def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -
             global_batch_size=manifest.trainer.get("global_batch_size", grid.dp_size),
             micro_batch_size=1,
             precision=saved["precision"],
+            lora=LoRAConfig() if lora is None else lora,
+            # Adapters are written without the weights beside which they were trained.
+            initialize_from=None if lora is None else read_adapter(checkpoint / "weights").base[0],
         ),
     )
     validate(config, grid.world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,14 @@ def theirs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> An
     return in_transformers(tokenizer, tmp_path_factory.mktemp("tokenizer"))
 
 
+@functools.cache
+def template_of(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """One process for all tests of a template."""
+    source = tokenizer.chat_template if name == "own" else TEMPLATES[name]
+    assert source is not None
+    return ChatTemplate(source, name)
+
+
 def their_ids(theirs: Any, chat: Conversation, **options: Any) -> list[int]:
     messages = [message.as_dict() for message in chat]
     ids: list[int] = theirs.apply_chat_template(messages, return_dict=False, **options)
@@ -111,9 +120,8 @@ def said(ids: list[int], learned: list[bool], tokenizer: Tokenizer) -> list[str]
 
 
 def assert_same_ids(name: str, tokenizer: Tokenizer, theirs: Any) -> None:
-    source = tokenizer.chat_template if name == "own" else TEMPLATES[name]
-    assert source is not None
-    template = ChatTemplate(source, name)
+    template = template_of(name, tokenizer)
+    source = template.source
     for chat in CHATS.values():
         wanted = their_ids(theirs, chat, chat_template=source)
         assert template.encode_training(chat, tokenizer).ids == wanted
@@ -168,9 +176,7 @@ def test_the_tokenizers_own_template_is_in_its_files(
 
 @pytest.mark.parametrize("name", ["own", "chatml", "llama2"])
 def test_answers_and_the_tokens_that_end_them_are_learned(name: str, tokenizer: Tokenizer) -> None:
-    source = tokenizer.chat_template if name == "own" else TEMPLATES[name]
-    assert source is not None
-    encoded = ChatTemplate(source, name).encode_training(CHATS["several turns"], tokenizer)
+    encoded = template_of(name, tokenizer).encode_training(CHATS["several turns"], tokenizer)
     end = tokenizer.end_of_text if name == "llama2" else "<|im_end|>"
     parts = said(*encoded, tokenizer)
     wanted = ["Red, of course: 'red'.", "Ça va, \U0001f600!", "As before."]
@@ -244,9 +250,7 @@ def test_a_model_stops_at_the_token_behind_answers(tokenizer: Tokenizer) -> None
     ],
 )
 def test_special_tokens_in_messages_are_text(name: str, text: str, tokenizer: Tokenizer) -> None:
-    source = tokenizer.chat_template if name == "own" else TEMPLATES[name]
-    assert source is not None
-    template = ChatTemplate(source, name)
+    template = template_of(name, tokenizer)
     special = set(tokenizer.special_tokens.values())
 
     def ids_and_text(content: str) -> tuple[list[int], str]:

@@ -6,15 +6,20 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from megaegpt.data.instruction.chat_template import ChatTemplate, load_chat_template
+from megaegpt.data.instruction.conversations import Message
 from megaegpt.data.instruction.records import (
+    ChatRecord,
     Instruction,
     InstructionDataset,
     create_instruction_collate_fn,
     read_instructions,
 )
+from megaegpt.data.instruction.rows import InstructionSamples
 from megaegpt.data.readers.documents import Problems
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
@@ -203,3 +208,69 @@ def test_an_object_over_several_lines_is_named_as_that(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"data": [row]}, indent=1))
     with pytest.raises(DataError, match="line 1: a JSON object over several lines"):
         read_instructions(tmp_path / "a.json", Problems("fail"))
+
+
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "Say yes."},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Again."},
+        {"role": "assistant", "content": "Yes!"},
+    ]
+}
+
+
+def test_conversations_are_learned_where_the_assistant_speaks(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(CHAT)}\n")
+    records = read_instructions(tmp_path / "chats.jsonl", Problems("fail"))
+    dataset = InstructionDataset(
+        records, TOKENIZER, 200, chat=load_chat_template(TOKENIZER, "alpaca")
+    )
+    ((tokens, targets),) = list(_items(dataset))
+    assert TOKENIZER.decode(targets[targets != -100]) == "Yes.<|endoftext|>Yes!<|endoftext|>"
+    assert TOKENIZER.decode(tokens).endswith("### Instruction:\nAgain.\n\n### Response:\nYes!")
+
+
+def test_a_single_task_in_the_alpaca_template_is_the_task_itself() -> None:
+    chat = load_chat_template(TOKENIZER, "alpaca")
+    as_chats = InstructionDataset([SHORT], TOKENIZER, 200, chat=chat, tasks_are_chats=True)
+    for ours, wanted in zip(
+        as_chats[0], InstructionDataset([SHORT], TOKENIZER, 200)[0], strict=True
+    ):
+        assert torch.equal(ours, wanted)
+
+
+def test_conversations_without_anything_to_learn_are_counted() -> None:
+    chat = load_chat_template(TOKENIZER, "chatml")
+    silent = ChatRecord((Message("user", "a"),), "here")
+    unlearned = ChatRecord(
+        (Message("user", "a"), Message("assistant", "b", learned=False)), "there"
+    )
+    late = ChatRecord((Message("user", "a" * 99), Message("assistant", "b")), "there")
+    dataset = InstructionDataset([silent, unlearned, late], TOKENIZER, 30, chat=chat)
+    assert (len(dataset), dataset.dropped, dataset.cut) == (0, 3, 0)
+
+
+def test_conversations_that_a_template_refuses_are_bad_records() -> None:
+    chat = ChatTemplate("{{ raise_exception('roles must alternate') }}", "strict")
+    record = ChatRecord((Message("user", "a"),), "chats.jsonl, line 3")
+    with pytest.raises(DataError, match=r"chats\.jsonl, line 3: .*strict: roles must alternate"):
+        InstructionDataset([record], TOKENIZER, 30, chat=chat)
+    problems = Problems("skip")
+    assert not len(InstructionDataset([record], TOKENIZER, 30, chat=chat, problems=problems))
+    assert problems.count == 1
+
+
+def test_packed_conversations_keep_their_tokens_and_targets() -> None:
+    chat = load_chat_template(TOKENIZER, "chatml")
+    records = [
+        ChatRecord((Message("user", "a"), Message("assistant", word)), word)
+        for word in ("b", "c d")
+    ]
+    dataset = InstructionDataset(records, TOKENIZER, 100, chat=chat)
+    rows = InstructionSamples(dataset, 100, seed=1, packing=True).read(np.array([0]))
+    learned = rows["targets"][rows["targets"] != -100]
+    shown = TOKENIZER.decode(learned)
+    assert shown in ("b<|im_end|>\nc d<|im_end|>\n", "c d<|im_end|>\nb<|im_end|>\n")
+    for place in np.flatnonzero(rows["targets"][0][:-1] != -100):
+        assert rows["tokens"][0][place + 1] == rows["targets"][0][place]
