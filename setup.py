@@ -1,8 +1,28 @@
 """Packaging of MegaEGPT: a distributed training system for GPT and EGPT language models."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+SHIPPED = ["tools/**/*.py", "launchers/**/*.py", "launchers/slurm/*", "configs/**/*.yaml"]
+"""Beside the package in a checkout, inside it in a wheel: see megaegpt/shipped.py."""
+
+
+class BuildWithPrograms(build_py):
+    """The package with the programs and configurations in it."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        root = Path(__file__).parent
+        for file in sorted(file for pattern in SHIPPED for file in root.glob(pattern)):
+            target = Path(self.build_lib, "megaegpt", "programs", file.relative_to(root))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
 
 EXTRAS = {
     "quickstart": [
@@ -25,6 +45,8 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["megaegpt", "megaegpt.*"]),
+    cmdclass={"build_py": BuildWithPrograms},
+    entry_points={"console_scripts": ["megaegpt = megaegpt.subcommands:main"]},
     install_requires=[
         "torch>=2.11,<2.14",  # private names are used: tests/training/engine/test_compat.py
         # Minor releases remove keys and move defaults; see megaegpt/training/engine/engine.py.

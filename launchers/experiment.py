@@ -1,7 +1,9 @@
-"""Ask whether EGPT uses its context: prepare the texts, pretrain the encoder, train every variant
-with every seed, measure, and write the report.
+"""Ask whether EGPT uses its context: train its variants over an encoder, measure and report.
 
     python launchers/experiment.py --config configs/experiments/smoke.yaml
+
+It prepares the texts, pretrains the encoder, trains every variant with every seed, measures on text
+that was held out, and writes the report.
 
 One process, on the GPU if there is one. What is finished is not done again: after an interruption
 (Ctrl-C and SIGTERM save first) the same command goes on. The report is in the plan's output:

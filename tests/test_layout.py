@@ -17,7 +17,7 @@ PACKAGE = ROOT / "megaegpt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    ("errors", "environment", "labels", "text_tables"),
+    ("errors", "environment", "labels", "shipped", "text_tables"),
     ("arguments", "files", "json_files", "gguf_files", "precision"),
     ("config",),
     ("data", "parallel"),
@@ -27,6 +27,8 @@ ORDER = (
     ("training",),
     ("evaluation",),
     ("api",),
+    ("subcommands",),
+    ("__main__",),
 )
 """A folder may import what is in its own row or in one above."""
 

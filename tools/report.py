@@ -1,5 +1,4 @@
-"""Turn the records of one or several runs into one HTML file: tables, curves, loss by chunk, and
-how their configurations differ.
+"""Turn the records of runs into one HTML file: tables, curves, loss by chunk, differences.
 
     python tools/report.py runs/deepgpt runs/egpt --output report.html
 

@@ -7,7 +7,7 @@ Example:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from megaegpt.config.parsing import (
 )
 from megaegpt.config.paths import expand_paths
 from megaegpt.config.run import RunConfig
-from megaegpt.config.run_files import RunValues, read_run_file
+from megaegpt.config.run_files import RunValues, merged, read_run_file
 from megaegpt.config.suggestions import LIKELY_RUN_KEYS, KeyFinder
 from megaegpt.config.validation import find_problems, validate
 from megaegpt.config.yaml_text import parse_yaml, write_yaml
+from megaegpt.shipped import find_config
 
 __all__ = [
+    "config_from_values",
     "config_to_dict",
     "config_to_yaml",
     "load_config",
@@ -44,7 +46,8 @@ def load_config(
     """Read a run's configuration and check all that can be checked without starting it.
 
     Args:
-        path: YAML file, which may extend others (``run_files``).
+        path: YAML file, which may extend others (``run_files``), or the name of one that comes with
+            the package (:func:`~megaegpt.shipped.find_config`).
         overrides: ``section.key=value`` texts, applied in order on top of the file; values are YAML
             (text fields take theirs as it stands, unless quoted or ``null``).
         world_size: number of processes, if it is known already; else :func:`validate` later.
@@ -53,7 +56,23 @@ def load_config(
         ConfigError: the file cannot be read; or one message with every unknown key (and the closest
             valid one), wrong type and combination of values that cannot be run.
     """
-    run = read_run_file(Path(path))
+    path = find_config(path)
+    return _checked(read_run_file(path), str(path), overrides, world_size)
+
+
+def config_from_values(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The same from nested mappings, such as ``{"training": {"steps": 100}}``.
+
+    Raises:
+        ConfigError: as for :func:`load_config`.
+    """
+    return _checked(RunValues(merged({}, dict(values))), "the configuration", overrides, None)
+
+
+def _checked(
+    run: RunValues, source: str, overrides: Sequence[str], world_size: int | None
+) -> RunConfig:
+    """The run under its overrides; everything that is wrong with it is reported at once."""
     problems = run.problems
     _apply_overrides(run, overrides)
     config = run_config_from_dict(run.values, problems)
@@ -62,7 +81,7 @@ def load_config(
     for number, problem in enumerate(problems):
         if problem.keys and (origin := run.origins.get(problem.keys[0])):
             problems[number] = Problem(problem.keys, f"{problem.message} ({origin})")
-    raise_problems(str(path), problems)
+    raise_problems(source, problems)
     return config
 
 

@@ -13,6 +13,7 @@ from megaegpt.config.ranges import PositiveInt, range_problems
 from megaegpt.config.run_files import merged
 from megaegpt.config.validation import find_problems
 from megaegpt.config.yaml_text import read_yaml
+from megaegpt.shipped import find_config
 
 Budget = Literal["steps", "flops", "time"]
 BUDGETS: tuple[Budget, ...] = ("steps", "flops", "time")
@@ -110,7 +111,7 @@ def load_plan(path: str | Path) -> ExperimentPlan:
     Raises:
         ConfigError: one message with everything that is wrong.
     """
-    values, problems = read_yaml(Path(path))
+    values, problems = read_yaml(find_config(path))
     plan = parse_section(ExperimentPlan, values, "", problems)
     for name, corpus in plan.corpora.items():
         parse_section(CorpusPlan, corpus, f"corpora.{name}.", problems)
