@@ -13,7 +13,10 @@ if TYPE_CHECKING:
         create_instruction_collate_fn,
         create_model_config,
         create_pretraining_dataloader,
+        finetune,
         generate_text_autoregressive,
+        load,
+        pretrain,
         text_to_token_ids,
         token_ids_to_text,
     )
@@ -27,7 +30,10 @@ __all__ = [
     "create_instruction_collate_fn",
     "create_model_config",
     "create_pretraining_dataloader",
+    "finetune",
     "generate_text_autoregressive",
+    "load",
+    "pretrain",
     "text_to_token_ids",
     "token_ids_to_text",
 ]

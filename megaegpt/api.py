@@ -1,9 +1,11 @@
-"""A GPT in a notebook: one process, no launcher, plain tensors and ``torch.utils.data``.
+"""MegaEGPT from Python: whole runs and trained models, and a GPT in a loop of one's own.
 
-The names are the ones small GPT kits use; behind them are the package's own model, loss and
-generator. They are imported from ``megaegpt``, and ``docs/notebooks.md`` goes through them.
+:func:`pretrain`, :func:`finetune` and :func:`load` are the programs of ``launchers/`` and
+``tools/generate.py`` in one process. The other names are the ones small GPT kits use, for plain
+tensors and ``torch.utils.data``; behind them are the package's own model, loss and generator. All
+are imported from ``megaegpt``, and ``docs/notebooks.md`` goes through them.
 
-Runs that are to be kept, resumed or spread over processes belong to ``launchers/pretrain.py``.
+Runs that are spread over processes belong to ``launchers/pretrain.py``.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -12,9 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,17 +25,21 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from megaegpt.arguments import LARGEST_SEED
 from megaegpt.config import GenerationConfig, ModelConfig, RunConfig
-from megaegpt.config.loading import model_config_from_dict
+from megaegpt.config.loading import config_from_values, load_config, model_config_from_dict
 from megaegpt.config.presets import create_model_config
 from megaegpt.config.validation import validate, validate_model
 from megaegpt.data.instruction.records import InstructionDataset, create_instruction_collate_fn
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.generation.generator import TextGenerator
+from megaegpt.generation.text_model import TextModel
+from megaegpt.generation.trained import load_for_inference
 from megaegpt.labels import IGNORE
 from megaegpt.model.gpt import GPT
+from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import initialize
+from megaegpt.precision import DTYPES
 
 __all__ = [
     "GPTModel",
@@ -41,13 +48,126 @@ __all__ = [
     "create_instruction_collate_fn",
     "create_model_config",
     "create_pretraining_dataloader",
+    "finetune",
     "generate_text_autoregressive",
+    "load",
+    "pretrain",
     "text_to_token_ids",
     "token_ids_to_text",
 ]
 
 _ID_TYPES = (torch.int64, torch.int32)
 _CONFIGURATION = "the model's configuration"
+
+
+def pretrain(
+    config: str | Path | Mapping[str, Any] | RunConfig,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+) -> bool:
+    """Train a GPT, an EGPT or a DeepGPT as ``launchers/pretrain.py`` does, in this process.
+
+    The run's files are in the folders that the configuration names, and :func:`load` takes either
+    of them. SIGTERM and SIGUSR1 save and stop; it must be called from the main thread.
+
+    Args:
+        config: a YAML file, the name of one that comes with the package (``"gpt_encoder_cpu"``),
+            nested mappings of its keys, or a configuration that is made already.
+        overrides: ``section.key=value`` texts on top of it; not for the last of these forms.
+        resume: go on from the latest checkpoint, if there is one.
+
+    Returns:
+        True if the run is complete, False if it was stopped, and saved, before its last step.
+
+    Raises:
+        MegaEGPTError: whatever is the user's to fix, in one message.
+
+    Example:
+        >>> pretrain({"training": {"stepz": 100}})
+        Traceback (most recent call last):
+        ...
+        megaegpt.errors.ConfigError: ...: training.stepz is not a key; did you mean training.steps?
+    """
+    from megaegpt.training import pretraining
+    from megaegpt.training.launching import start_run
+
+    return start_run(_run_config(config, overrides), pretraining.pretrain, resume)
+
+
+def finetune(
+    config: str | Path | Mapping[str, Any] | RunConfig,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+) -> bool:
+    """Teach a trained model to follow instructions, as ``launchers/finetune.py`` does.
+
+    Arguments, result and errors are those of :func:`pretrain`.
+
+    Example:
+        >>> finetune({"data": {"instructions": {"train": ["tasks.json"]}}})
+        Traceback (most recent call last):
+        ...
+        megaegpt.errors.ConfigError: training.initialize_from is not set: give a run, ...
+    """
+    from megaegpt.training import finetuning
+    from megaegpt.training.launching import start_run
+
+    return start_run(_run_config(config, overrides), finetuning.finetune, resume)
+
+
+def _run_config(
+    config: str | Path | Mapping[str, Any] | RunConfig, overrides: Sequence[str]
+) -> RunConfig:
+    if isinstance(config, RunConfig):
+        if overrides:
+            raise ConfigError("overrides change a file or mappings: use dataclasses.replace here")
+        return config
+    if isinstance(config, Mapping):
+        return config_from_values(config, overrides)
+    return load_config(config, overrides)
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    encoder: str | None = None,
+    vocabulary: str | None = None,
+) -> TextModel:
+    """A trained model, ready to write: ``load("runs/egpt").generate("Well, Prince,")``.
+
+    Args:
+        source: a run's folder (its latest checkpoint), a checkpoint, a folder of weights of ours
+            or in Hugging Face's form, a GGUF file, or the name of a model (``"smollm2-135m"``).
+        dtype: None: bf16 on a GPU, fp32 on a CPU.
+        encoder: that of an EGPT or DeepGPT, where it was moved.
+        vocabulary: the tokenizer, where none lies with the weights.
+
+    Raises:
+        CheckpointError: there is no such model, or it is damaged.
+        ConfigError: its description is not valid, or ``encoder`` is given for a gpt.
+        DataError: its tokenizer cannot be had.
+
+    Example:
+        >>> from megaegpt.model.weights import save_weights
+        >>> config = create_model_config("gpt2-small (124M)", num_layers=1, hidden_size=24)
+        >>> model = GPTModel(config)
+        >>> save_weights(model, "tiny", model.grid)
+        >>> text = load("tiny").generate("The capital of", max_new_tokens=5, temperature=0)
+        >>> len(text) > 0
+        True
+    """
+    device = local_device()
+    loaded = load_for_inference(
+        source,
+        ProcessGrid(device=device),
+        DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")],
+        encoder_source=encoder,
+        vocabulary=vocabulary,
+    )
+    return TextModel(loaded)
 
 
 class TextTokenizer(Protocol):

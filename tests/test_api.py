@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import megaegpt
 from megaegpt import api
-from megaegpt.config import EncoderConfig, ModelConfig
+from megaegpt.config import EncoderConfig, ModelConfig, RunConfig
 from megaegpt.errors import ConfigError, DataError, NotFiniteError
 from megaegpt.model.weights import load_weights, save_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -34,11 +34,14 @@ def model():
 
 
 @pytest.mark.parametrize("name", megaegpt.__all__)
-def test_every_name_has_an_example_that_runs(name):
+def test_every_name_has_an_example_that_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     documented = getattr(api, name)
     finder = doctest.DocTestFinder(recurse=False)
     (example,) = finder.find(documented, name, module=sys.modules[documented.__module__])
-    results = doctest.DocTestRunner(optionflags=doctest.REPORT_NDIFF).run(example)
+    results = doctest.DocTestRunner(optionflags=doctest.REPORT_NDIFF | doctest.ELLIPSIS).run(
+        example
+    )
     assert results.attempted > 0
     assert results.failed == 0
 
@@ -61,6 +64,11 @@ def test_importing_the_package_imports_neither_torch_nor_anything_of_its_own():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.split("\n")[:3] == ["set()", "True", "False False"], done.stderr
+
+
+def test_overrides_of_a_configuration_that_is_made_already_are_refused():
+    with pytest.raises(ConfigError, match=r"dataclasses\.replace"):
+        megaegpt.pretrain(RunConfig(), ["training.steps=3"])
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -73,14 +73,30 @@ def launch(
     )
     arguments, config = parser.parse_run()
     if not arguments.dry_run:
-        _train(config, find_train(), arguments.resume, arguments.exit_minutes, started)
+        start_run(config, find_train(), arguments.resume, arguments.exit_minutes, started)
     elif is_main_process():
         _dry_run(config, started_processes() or config.parallel.tensor_parallel_size, preview)
 
 
-def _train(
-    config: RunConfig, train: Train, resume: bool, exit_minutes: float | None, started: float
-) -> None:
+def start_run(
+    config: RunConfig,
+    train: Train,
+    resume: bool,
+    exit_minutes: float | None = None,
+    started: float | None = None,
+) -> bool:
+    """Train among the processes that a launcher started, in folders that no other run is using.
+
+    Args:
+        config: of the run.
+        train: the kind of training.
+        resume: go on from the latest checkpoint, if there is one.
+        exit_minutes: save and stop so long after ``started``; None: never.
+        started: ``time.monotonic()`` at the program's start; None: now.
+
+    Returns:
+        True if the run is complete, False if it was stopped, and saved, before its last step.
+    """
     from megaegpt.generation.generator import sample_text
     from megaegpt.parallel.launch import joined_processes
     from megaegpt.training.run_lock import locked_folders
@@ -92,7 +108,7 @@ def _train(
         joined_processes(config.parallel.tensor_parallel_size) as grid,
         locked_folders(folders, grid),
     ):
-        train(config, grid, resume=resume, stops=stops, sample_text=sample_text)
+        return train(config, grid, resume=resume, stops=stops, sample_text=sample_text)
 
 
 def _dry_run(config: RunConfig, world_size: int, preview: Preview) -> None:

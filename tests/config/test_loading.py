@@ -8,6 +8,7 @@ import pytest
 
 from megaegpt.config import ModelConfig
 from megaegpt.config.loading import (
+    config_from_values,
     config_to_dict,
     config_to_yaml,
     load_config,
@@ -159,6 +160,17 @@ def test_a_wrong_override_says_that_it_came_from_the_command_line(write):
     assert "model.num_layers must be an integer, not 'x' (command line)" in message
     assert "'model.depth' must have the form section.key=value" in message
     assert "optimizer.lr=[ is not a YAML value" in message
+
+
+def test_mappings_are_held_to_the_rules_of_a_file(write):
+    values = {"model": {"num_layers": 3}, "training": {"steps": 200}}
+    overrides = ["model.num_heads=4"]
+    path = write("model: {num_layers: 3}\ntraining: {steps: 200}")
+    assert config_from_values(values, overrides) == load_config(path, overrides)
+    assert values == {"model": {"num_layers": 3}, "training": {"steps": 200}}
+    with pytest.raises(ConfigError, match="num_layrs") as found:
+        config_from_values({"model": {"num_layrs": 3}, "training": {"steps": "many"}})
+    assert "2 problems" in str(found.value)
 
 
 def test_an_override_below_a_value_is_refused(write):

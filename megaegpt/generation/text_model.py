@@ -1,0 +1,81 @@
+"""A trained model that is asked with text and answers with text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megaegpt.config import GenerationConfig
+from megaegpt.generation.generator import TextAssembler, TextGenerator
+from megaegpt.generation.trained import LoadedModel
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """What :func:`megaegpt.api.load` returns."""
+
+    loaded: LoadedModel
+    """The model, its tokenizer, and the encoder of an EGPT or DeepGPT."""
+
+    def generate(
+        self,
+        text: str,
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = 200,
+        top_p: float | None = None,
+        seed: int = 1337,
+    ) -> str:
+        """What follows ``text``, without it; it ends at ``max_new_tokens``, or where the model ends
+        the document.
+
+        Args:
+            text: "" begins a document.
+            max_new_tokens: most that are written.
+            temperature: divides the logits; 0 always takes the likeliest token.
+            top_k: draw among the k likeliest tokens only; None: among all.
+            top_p: draw among the fewest tokens that hold this probability; None: among all.
+            seed: of the draws; the same gives the same text.
+
+        Raises:
+            ConfigError: a number is out of range.
+        """
+        return "".join(
+            self.stream(
+                text,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+            )
+        )
+
+    def stream(
+        self,
+        text: str,
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = 200,
+        top_p: float | None = None,
+        seed: int = 1337,
+    ) -> Iterator[str]:
+        """Yield the pieces of :meth:`generate`'s text as they are drawn, none of them empty."""
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        model, encoder, tokenizer, _ = self.loaded
+        generator = TextGenerator(model, encoder, tokenizer.vocab_size)
+        assembler = TextAssembler(tokenizer)
+        prompt = tokenizer.encode_prompt(text)
+        for token in generator.stream(prompt, config, stop=tokenizer.end_tokens):
+            if piece := assembler.add(token):
+                yield piece
+        if piece := assembler.end():
+            yield piece
