@@ -34,6 +34,7 @@ EXTRAS = {
     "wandb": ["wandb"],  # logging.wandb
     "gguf": ["gguf>=0.17"],  # weights and tokenizers in GGUF files
     "gigatoken": ["gigatoken==0.10.0"],  # a faster tokenizer for tools/preprocess.py
+    "serve": ["fastapi", "uvicorn"],  # tools/serve.py
 }
 
 setup(
@@ -44,6 +45,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
+    package_data={"megaegpt.serving": ["page.html"]},
     packages=find_packages(include=["megaegpt", "megaegpt.*"]),
     cmdclass={"build_py": BuildWithPrograms},
     entry_points={"console_scripts": ["megaegpt = megaegpt.subcommands:main"]},
@@ -74,6 +76,7 @@ setup(
             "pytest-xdist",  # tests/run.sh: two processes
             "hypothesis",
             "peft>=0.18",  # loads our adapters, and writes some that we load
+            "openai",  # the client that tools/serve.py must satisfy
             "megatron-core==0.16.1",  # reads and writes the shards that ours are held against
             "ruff",
             "mypy",

@@ -24,6 +24,7 @@ ORDER = (
     ("model",),
     ("interop", "planning", "report"),
     ("generation",),
+    ("serving",),
     ("training",),
     ("evaluation",),
     ("api",),

@@ -146,7 +146,7 @@ def test_an_installed_wheel_runs_the_main_job_from_another_folder(
     shards = "data/quickstart"
     megaegpt("prepare", "text", "--input", "text.txt", "--output", shards)
     megaegpt("preprocess", f"{shards}/text.jsonl", "--output", shards, "--split-tokens", "0.8")
-    run = ["training.steps=2", "training.eval_interval=2", "generation.max_new_tokens=0"]
+    run = ["training.steps=2", "training.eval_interval=2", "optimizer.warmup_steps=0"]
     megaegpt("pretrain", "--config", "gpt_encoder_cpu", *run)
     decoder = ["--config", "egpt_war_and_peace_cpu", *run]
     megaegpt("precompute", *decoder)

@@ -9,7 +9,7 @@ Shapes: B rows, T new tokens, V vocabulary, k rows that are read again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class PaddedGPTDecoder:
         again = new_cache(self._model, len(rows), kept)
         self._model.hidden_states(self._tokens[rows, first : cache.length], again)
         segments[rows, first : cache.length + 1] = 0 if again.segments is None else again.segments
-        _copy_columns(again, cache, rows, first)
+        copy_columns(again, cache, rows, first)
 
     def _give_up_unseen_columns(self) -> None:
         """Move the columns that some row sees to the front: keys carry the position of their token
@@ -106,24 +106,31 @@ class PaddedGPTDecoder:
         seen = max(length - s for length, s in zip(self._lengths, self._starts, strict=True))
         shift = cache.length - seen
         assert cache.segments is not None
-        # A column c is at place c mod S of a store with S places, before and after.
-        for store in (self._tokens.unsqueeze(1), *_distinct(cache)):
-            places = store.shape[2]
-            order = (torch.arange(places, device=store.device) + shift) % places
-            store.copy_(store.index_select(2, order))
+        move_columns((self._tokens.unsqueeze(1), *distinct_stores(cache)), shift)
         cache.segments[:, : seen + 1] = cache.segments[:, shift : cache.length + 1].clone()
         cache.length = seen
 
 
-def _distinct(cache: KVCache) -> list[Tensor]:
+def distinct_stores(cache: KVCache) -> list[Tensor]:
     """The tensors of a cache, each once: (B, K, S, D)."""
     pairs = cache.stores()
     return [x for keys, values in pairs for x in ((keys,) if keys is values else (keys, values))]
 
 
-def _copy_columns(source: KVCache, target: KVCache, rows: list[int], first: int) -> None:
+def move_columns(stores: Iterable[Tensor], shift: int) -> None:
+    """Column c becomes column c - ``shift`` in stores of (B, K, S, D); what leaves at one end comes
+    back at the other, without a meaning.
+    """
+    for store in stores:
+        # A column c is at place c mod S of a store with S places, before and after.
+        places = store.shape[2]
+        order = (torch.arange(places, device=store.device) + shift) % places
+        store.copy_(store.index_select(2, order))
+
+
+def copy_columns(source: KVCache, target: KVCache, rows: list[int], first: int) -> None:
     """The k rows of ``source``, full, into ``rows`` of ``target`` from column ``first`` on."""
-    for new, old in zip(_distinct(source), _distinct(target), strict=True):
+    for new, old in zip(distinct_stores(source), distinct_stores(target), strict=True):
         held = torch.arange(source.length - new.shape[2], source.length, device=old.device)
         places = (first + held) % old.shape[2]
         k = torch.tensor(rows, device=old.device).unsqueeze(1)

@@ -14,6 +14,7 @@ Shapes: B batch, T new tokens, S tokens given to the queries, H heads, K kv head
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
@@ -38,6 +39,10 @@ class LayerStore(Protocol):
 
     def columns(self, start: int, length: int) -> Tensor:
         """(S,) columns of what ``append`` returns for ``length`` tokens from ``start`` on."""
+        ...
+
+    def first_rows(self, count: int) -> LayerStore:
+        """A store of the first ``count`` rows, in the same memory."""
         ...
 
     @property
@@ -72,6 +77,10 @@ class FullStore:
 
     def columns(self, start: int, length: int) -> Tensor:
         return torch.arange(start + length, device=self._keys.device)
+
+    def first_rows(self, count: int) -> FullStore:
+        own_values = None if self._values is self._keys else self._values[:count]
+        return FullStore(self._keys[:count], own_values)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -108,6 +117,9 @@ class RingStore:
             return torch.cat([self._old_columns(start), new])
         places = torch.arange(min(start + 1, self._size), device=self._keys.device)
         return start - (start - places) % self._size
+
+    def first_rows(self, count: int) -> RingStore:
+        return RingStore(self._keys[:count], self._values[:count])
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -164,6 +176,16 @@ class KVCache:
             for store in (keys,) if values is keys else (keys, values):
                 store[:, :, : self.length - begin] = store[:, :, begin : self.length].clone()
         self.length -= begin
+
+    def first_rows(self, count: int) -> KVCache:
+        """A cache of the first ``count`` rows in the same memory, ``segments`` as they are now
+        included; its length is its own from then on.
+        """
+        view = copy.copy(self)
+        view.batch_size = count
+        view.segments = None if self.segments is None else self.segments[:count]
+        view._layers = [layer.first_rows(count) for layer in self._layers]
+        return view
 
     def bytes(self) -> int:
         """Memory of this rank's keys and values; see the formulas of this module."""
