@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "finetune": "launchers/finetune.py",
     "experiment": "launchers/experiment.py",
     "generate": "tools/generate.py",
+    "chat": "tools/chat.py",
     "serve": "tools/serve.py",
     "evaluate": "tools/evaluate.py",
     "convert": "tools/convert.py",

@@ -34,6 +34,7 @@ from megaegpt.errors import ConfigError, LaunchError, exits_cleanly
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from fastapi import FastAPI
 
+    from megaegpt.generation.chat import Chat
     from megaegpt.generation.trained import LoadedModel
 
 _TOKEN_VARIABLE = "MEGAEGPT_TOKEN"
@@ -88,6 +89,11 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--name", help="of the model for clients (default: that of the checkpoint's folder)"
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="chatml, llama3, alpaca, or a file of Jinja (default: the tokenizer's own)",
     )
     parser.add_argument(
         "--batch-size",
@@ -181,11 +187,21 @@ def _new_app(arguments: argparse.Namespace) -> tuple[FastAPI, str]:
         name=arguments.name or model_name(arguments.checkpoint),
         tokenizer=loaded.tokenizer,
         context=rows.context,
-        chat=None,
+        chat=_chat_of(loaded, arguments.chat_template),
         token=arguments.token,
         timeout=arguments.timeout,
     )
     return create_app(served, batcher), served.name
+
+
+def _chat_of(loaded: LoadedModel, wanted: str | None) -> Chat | None:
+    from megaegpt.data.instruction.chat_template import load_chat_template
+    from megaegpt.generation.chat import Chat
+
+    if wanted is None and loaded.tokenizer.chat_template is None:
+        print("no chat template: /v1/chat/completions is off (--chat-template NAME)", flush=True)
+        return None
+    return Chat(loaded.tokenizer, load_chat_template(loaded.tokenizer, wanted))
 
 
 def _context(arguments: argparse.Namespace, loaded: LoadedModel) -> int | None:

@@ -13,10 +13,10 @@ import ipaddress
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -24,8 +24,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from megaegpt.config import GenerationConfig
+from megaegpt.data.instruction.conversations import Message
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
+from megaegpt.generation.chat import Chat
 from megaegpt.serving.batcher import (
     Batcher,
     ClosedError,
@@ -61,21 +63,6 @@ _UNBOUNDED_ANSWER = 1024
 _STATUS = {"timeout": 504, "refused": 503, "internal": 500}
 
 
-class ChatPrompts(Protocol):
-    """Conversations as prompts."""
-
-    end_tokens: frozenset[int]
-    """Ids that end an answer."""
-
-    def encode(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Ids of (role, text) pairs, up to where the answer begins.
-
-        Raises:
-            DataError: the template refuses the conversation.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Served:
     """What is served, and to whom."""
@@ -84,7 +71,7 @@ class Served:
     tokenizer: Tokenizer
     context: int | None
     """Most tokens of a prompt and its answer; None: any number."""
-    chat: ChatPrompts | None
+    chat: Chat | None
     """None: the model has no chat template."""
     token: str | None
     """That clients must send; None: none, and only names of this machine are answered."""
@@ -207,7 +194,6 @@ class _Endpoints:
     def __init__(self, served: Served, batcher: Batcher) -> None:
         self._served, self._batcher = served, batcher
         self._created = int(time.time())
-        self._template = asyncio.Lock()  # one conversation at a time
 
     async def health(self) -> Response:
         running, waiting = self._batcher.counts()
@@ -248,10 +234,11 @@ class _Endpoints:
                 "/v1/completions",
                 code="no_chat_template",
             )
-        messages = [(message.template_role, message.text) for message in wanted.messages]
+        messages = tuple(
+            Message(message.template_role, message.text) for message in wanted.messages
+        )
         try:
-            async with self._template:
-                ids = await asyncio.to_thread(chat.encode, messages)
+            ids = await asyncio.to_thread(chat.encode, messages)
         except DataError as error:
             raise ApiError(400, str(error), param="messages") from None
         form = ChatAnswerForm(self._served.name, self._served.tokenizer, bool(wanted.logprobs))

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megaegpt.data.instruction.conversations import Role
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.serving.batcher import TokenChoice
 
@@ -176,7 +177,7 @@ class ChatMessage(_Strict):
         return self.content or ""
 
     @property
-    def template_role(self) -> str:
+    def template_role(self) -> Role:
         """The role by the name that chat templates know."""
         return "system" if self.role == "developer" else self.role
 

@@ -63,6 +63,7 @@ COMMANDS: list[tuple[str, list[str]]] = [
     ("tools.prepare_data", ["text", "--input", "text.txt", "--output", "made"]),
     ("tools.precompute_features", ["--config", "egpt.yaml"]),
     ("tools.generate", ["--checkpoint", "weights", "--prompt", "a", "--max-new-tokens", "2"]),
+    ("tools.chat", ["--checkpoint", "weights", "--max-new-tokens", "2"]),
     ("tools.evaluate", ["--checkpoint", "weights", "--text", "text.txt"]),
     ("tools.train_tokenizer", ["docs.jsonl", "--vocab-size", "262", "--output", "made", "--quiet"]),
     (

@@ -1,0 +1,79 @@
+"""Prompts that grow: what one has in common with the text before it is not read again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megaegpt.config import GenerationConfig
+from megaegpt.generation.sampling import Sampler, check_sampling
+from megaegpt.model.build import Model, new_decoder
+from megaegpt.model.decoding import Decoder
+from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, MemoryLimits
+from megaegpt.model.encoder import FrozenEncoder
+
+
+class Continuation:
+    """Continues one prompt after another, such as those of a conversation turn by turn.
+
+    The tokens are those of a :class:`~megaegpt.generation.generator.TextGenerator`.
+
+    Args:
+        model: in eval mode, not cut over ranks.
+        encoder: of an EGPT or DeepGPT.
+        vocab_size: ids from here on are never drawn.
+        limits: of what an EGPT's token memory holds of a text.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        encoder: FrozenEncoder | None,
+        vocab_size: int,
+        limits: MemoryLimits = AS_IN_TRAINING,
+    ) -> None:
+        self._model, self._encoder, self._limits = model, encoder, limits
+        self._vocab_size = vocab_size
+        self._decoder: Decoder | None = None
+        self._read: list[int] = []
+
+    def stream(
+        self, prompt: Sequence[int], config: GenerationConfig, *, stop: Collection[int] = ()
+    ) -> Iterator[int]:
+        """Yield up to ``config.max_new_tokens`` tokens that continue ``prompt``, which has at least
+        one; each of ``stop`` ends them and is not part of them. It may be left at any time.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        check_sampling(config, [config.seed])
+        device = self._model.grid.device
+        sampler = Sampler(config, [config.seed], device)
+        decoder, new = self._take_decoder(prompt)
+        for _ in range(config.max_new_tokens):
+            # What interrupts a step leaves a decoder behind that must not be used again.
+            self._decoder = None
+            logits = _advance(decoder, torch.tensor([new], device=device))
+            token = int(sampler.draw(logits[:, : self._vocab_size]))
+            self._decoder, self._read = decoder, [*self._read, *new]
+            if token in stop:
+                return
+            yield token
+            new = [token]
+
+    def _take_decoder(self, prompt: Sequence[int]) -> tuple[Decoder, list[int]]:
+        """A decoder that has read a beginning of ``prompt``, possibly none, and the rest."""
+        read = len(self._read)
+        if self._decoder is not None and read < len(prompt) and [*prompt[:read]] == self._read:
+            return self._decoder, [*prompt[read:]]
+        self._decoder, self._read = None, []  # before a new one takes memory
+        model, encoder, limits = self._model, self._encoder, self._limits
+        return new_decoder(model, encoder, 1, sys.maxsize, limits=limits), [*prompt]
+
+
+@torch.inference_mode()
+def _advance(decoder: Decoder, tokens: Tensor) -> Tensor:
+    return decoder.advance(tokens)

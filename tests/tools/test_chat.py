@@ -1,0 +1,133 @@
+"""A conversation by the program's input and output."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from megaegpt.config import GenerationConfig
+from megaegpt.data.instruction.chat_template import ChatTemplate, load_chat_template
+from megaegpt.data.instruction.conversations import Message
+from megaegpt.generation.chat import Chat
+from megaegpt.generation.continuation import Continuation
+from megaegpt.generation.text_model import TextModel
+from megaegpt.generation.trained import LoadedModel, load_for_inference
+from megaegpt.parallel.grid import ProcessGrid
+from tests.generation.test_trained import save_gpt
+from tests.tiny.loaded import TOKENIZER
+from tools import chat
+
+TEMPLATE = "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_gpt(tmp_path_factory.mktemp("models") / "gpt", max_seq_len=64)
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> LoadedModel:
+    return load_for_inference(checkpoint, ProcessGrid())
+
+
+@pytest.fixture(scope="module")
+def template() -> ChatTemplate:
+    return ChatTemplate(TEMPLATE, "plain")
+
+
+@pytest.fixture
+def says(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    loaded: LoadedModel,
+    template: ChatTemplate,
+):
+    """The answers to lines of input, a line each, and stderr."""
+
+    def say(*lines: str, system: str = "") -> tuple[list[str], str]:
+        config = GenerationConfig(max_new_tokens=4, temperature=0)
+        session = chat.Session(loaded, Chat(loaded.tokenizer, template), config)
+        session.system = system
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        chat.talk(session)
+        output = capsys.readouterr()
+        return output.out.split("\n")[:-1], output.err
+
+    return say
+
+
+def test_an_answer_is_one_to_all_that_was_said(says, loaded: LoadedModel) -> None:
+    (first, second), _ = says("Hello", "Why?")
+    model = TextModel(loaded)
+    assert first == model.generate("uHello", 4, temperature=0)
+    assert second == model.generate(f"uHelloa{first}uWhy?", 4, temperature=0)
+
+
+def test_reset_forgets_and_system_is_said_first(says, loaded: LoadedModel) -> None:
+    lines = ("Hello", "/reset", "Hello", "/system Shout. ", "Hello", "/system", "Hello")
+    answers, _ = says(*lines, system="Be brief.")
+    prompts = ("sBe brief.uHello", "sBe brief.uHello", "sShout.uHello", "uHello")
+    model = TextModel(loaded)
+    assert answers == [model.generate(prompt, 4, temperature=0) for prompt in prompts]
+
+
+def test_commands_are_told_on_stderr_and_what_is_none_is_not_sent(says) -> None:
+    answers, told = says("/help", "/halp", "", "  ")
+    assert answers == []
+    assert "/system TEXT" in told
+    assert "[/halp is no command; there are /reset, /system, /help, /exit]" in told
+
+
+def test_exit_ends_it_before_the_input_does(says) -> None:
+    answers, _ = says("Hello", "/exit", "Hello")
+    assert len(answers) == 1
+
+
+def test_the_oldest_turns_are_forgotten_with_a_line_that_says_so(says) -> None:
+    line = "a b c d e f g h i j k l m n o p q r s t u v"
+    answers, told = says(line, line, line)
+    assert len(answers) == 3
+    assert "longer than the context of 64 tokens: its oldest 2 messages are forgotten]" in told
+    answers, told = says("a " * 100, "Hello")
+    assert len(answers) == 1
+    assert "[the message is too long" in told
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_program(says, monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole,), _ = says("Hello")
+    stream, calls = Continuation.stream, []
+
+    def interrupted(self, prompt, *rest, **options):
+        calls.append(prompt)
+        for number, token in enumerate(stream(self, prompt, *rest, **options)):
+            if len(calls) == 1 and number == 2:
+                raise KeyboardInterrupt
+            yield token
+
+    monkeypatch.setattr(Continuation, "stream", interrupted)
+    (cut, second), told = says("Hello", "Why?")
+    assert "[stopped]" in told
+    assert whole.startswith(cut)
+    assert 0 < len(cut) < len(whole)
+    assert second
+    assert TOKENIZER.decode(calls[1]) == f"uHelloa{cut}uWhy?"
+
+
+def test_a_model_without_a_template_gets_alpacas(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    loaded: LoadedModel,
+) -> None:
+    given = ["--checkpoint", str(checkpoint), "--max-new-tokens", "3", "--temperature", "0"]
+    monkeypatch.setattr(sys, "argv", ["chat.py", *given])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Name a colour.\n"))
+    chat.main()
+    output = capsys.readouterr()
+    assert "Alpaca's is used" in output.err
+    alpaca = Chat(TOKENIZER, load_chat_template(TOKENIZER, "alpaca"))
+    text = TOKENIZER.decode(alpaca.encode((Message("user", "Name a colour."),)))
+    assert output.out == TextModel(loaded).generate(text, 3, temperature=0) + "\n"

@@ -1,0 +1,285 @@
+"""Talk to a trained model in the terminal.
+
+    python tools/chat.py --checkpoint runs/finetune_instructions
+    python tools/chat.py --checkpoint smollm2-135m --system "Answer in one sentence."
+    printf 'Hello!\\nAnd in French?\\n' | python tools/chat.py --checkpoint smollm2-135m
+
+A line is a message; the answer appears as it is written. Lines that begin with / are commands:
+
+    /reset          forget the conversation
+    /system TEXT    a system message, from here on and without what was said; no TEXT: none
+    /help           these lines
+    /exit           end, as the end of the input (Ctrl-D) does
+
+Ctrl-C ends an answer, and what there is of it stays. When a conversation is longer than a GPT's
+context, its oldest turns are forgotten, and a line says so.
+
+--checkpoint is whatever tools/generate.py takes. Conversations are put into the chat template that
+came with the model's tokenizer; a model without one gets Alpaca's, which launchers/finetune.py
+teaches, unless --chat-template names another. Answers go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megaegpt.arguments import ArgumentParser, integer, path
+from megaegpt.arguments import seed as seed_type
+from megaegpt.config import GenerationConfig
+from megaegpt.errors import DataError, exits_cleanly
+
+if TYPE_CHECKING:  # torch is imported once the command line is right
+    from megaegpt.data.instruction.conversations import Message
+    from megaegpt.generation.chat import Chat
+    from megaegpt.generation.continuation import Continuation
+    from megaegpt.generation.trained import LoadedModel
+
+_DEFAULTS = GenerationConfig(max_new_tokens=512)
+_COMMANDS = ("/reset", "/system", "/help", "/exit")
+
+
+@exits_cleanly
+def main() -> None:
+    """Talk as told on the command line."""
+    arguments = _parse_arguments()
+    config = GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k or None,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    from megaegpt.generation.sampling import check_sampling
+    from megaegpt.generation.trained import load_for_inference
+    from megaegpt.parallel.devices import local_device
+    from megaegpt.parallel.grid import ProcessGrid
+    from megaegpt.precision import DTYPES
+
+    check_sampling(config, [config.seed])
+    device = local_device()
+    loaded = load_for_inference(
+        arguments.checkpoint,
+        ProcessGrid(device=device),
+        DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")],
+        encoder_source=arguments.encoder,
+        vocabulary=arguments.vocabulary,
+    )
+    session = Session(loaded, _new_chat(loaded, arguments.chat_template), config)
+    session.system = arguments.system
+    if sys.stdin.isatty():
+        print("a message, or /help; Ctrl-C ends an answer, Ctrl-D the program", file=sys.stderr)
+    talk(session)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, type=path, metavar="PATH", help="the trained model"
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="a system message")
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="chatml, llama3, alpaca, or a file of Jinja (default: the tokenizer's own, else "
+        "alpaca)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=integer(1),
+        default=_DEFAULTS.max_new_tokens,
+        metavar="N",
+        help="most tokens of an answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=_DEFAULTS.temperature,
+        metavar="T",
+        help="0 always takes the likeliest token (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=50,
+        metavar="K",
+        help="draw among the K likeliest tokens only; 0: among all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw among the fewest tokens that hold the probability P (default: off)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=seed_type,
+        default=_DEFAULTS.seed,
+        help="of the sampling; answer k has SEED + k - 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="precision (default: bf16 on a GPU, fp32 on a CPU)",
+    )
+    parser.add_argument("--encoder", metavar="PATH", help="the frozen encoder, where it was moved")
+    parser.add_argument(
+        "--vocabulary", metavar="PLACE", help="the tokenizer, where none lies with the weights"
+    )
+    return parser.parse_args()
+
+
+def _new_chat(loaded: LoadedModel, wanted: str | None) -> Chat:
+    from megaegpt.data.instruction.chat_template import load_chat_template
+    from megaegpt.generation.chat import Chat
+
+    if wanted is None and loaded.tokenizer.chat_template is None:
+        wanted = "alpaca"
+        print("the model has no chat template: Alpaca's is used", file=sys.stderr)
+    return Chat(loaded.tokenizer, load_chat_template(loaded.tokenizer, wanted))
+
+
+# -- the conversation ------------------------------------------------------------------------------
+
+
+class Session:
+    """What was said, and who says it."""
+
+    def __init__(self, loaded: LoadedModel, chat: Chat, config: GenerationConfig) -> None:
+        from megaegpt.generation.continuation import Continuation
+
+        self._tokenizer, self._chat, self._config = loaded.tokenizer, chat, config
+        self._writer: Continuation = Continuation(
+            loaded.model, loaded.encoder, loaded.tokenizer.vocab_size
+        )
+        gpt = loaded.model.config
+        self._context = None if gpt.needs_encoder else gpt.max_seq_len
+        self._answers = 0
+        self.system = ""
+        self.turns: list[Message] = []
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Yield the answer to a message in pieces. Both become part of the conversation, the answer
+        as far as it has come when the iteration is left.
+
+        Raises:
+            DataError: the message is too long, or the template refuses it; it is not kept then.
+        """
+        from dataclasses import replace
+
+        from megaegpt.data.instruction.conversations import Message
+        from megaegpt.generation.generator import TextAssembler
+
+        turns = [*self.turns, Message("user", text)]
+        prompt = self._prompt(turns)
+        self.turns = turns
+        config = replace(
+            self._config,
+            seed=self._config.seed + self._answers,
+            max_new_tokens=min(self._config.max_new_tokens, self._room(len(prompt))),
+        )
+        self._answers += 1
+        assembler, said = TextAssembler(self._tokenizer), ""
+        try:
+            for token in self._writer.stream(prompt, config, stop=self._chat.end_tokens):
+                if piece := assembler.add(token):
+                    said += piece
+                    yield piece
+            said += (rest := assembler.end())
+            if rest:
+                yield rest
+        finally:
+            self.turns = [*self.turns, Message("assistant", said)]
+
+    def _prompt(self, turns: list[Message]) -> list[int]:
+        """Of the conversation, or of the end of it that leaves room for an answer; ``turns`` loses
+        what is left out.
+        """
+        from megaegpt.data.instruction.conversations import Message
+
+        most = None
+        if self._context is not None:
+            most = max(self._context - self._config.max_new_tokens, self._context // 2)
+        system = [Message("system", self.system)] if self.system else []
+        prompt = self._chat.encode_newest((*system, *turns), most)
+        if prompt.dropped:
+            del turns[: prompt.dropped]
+            print(
+                f"[the conversation is longer than the context of {self._context} tokens: its "
+                f"oldest {prompt.dropped} messages are forgotten]",
+                file=sys.stderr,
+            )
+        return prompt.ids
+
+    def _room(self, prompt_tokens: int) -> int:
+        return sys.maxsize if self._context is None else self._context - prompt_tokens
+
+
+# -- the terminal ----------------------------------------------------------------------------------
+
+
+def talk(session: Session) -> None:
+    """Answer lines of the input until it ends or asks for the end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, so that the arrow keys edit and recall lines
+    while True:
+        try:
+            line = _read_line()
+        except KeyboardInterrupt:
+            print("\n[Ctrl-D or /exit ends the program]", file=sys.stderr)
+            continue
+        if line is None or line.split()[:1] == ["/exit"]:
+            return
+        if line.startswith("/"):
+            _obey(session, line)
+        elif line.strip():
+            _show_answer(session, line)
+
+
+def _read_line() -> str | None:
+    """None at the end of the input."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    try:
+        return input("> ")
+    except EOFError:
+        print(file=sys.stderr)
+        return None
+
+
+def _obey(session: Session, line: str) -> None:
+    command, _, text = line.partition(" ")
+    if command == "/reset":
+        session.turns = []
+    elif command == "/system":
+        session.system, session.turns = text.strip(), []
+    elif command == "/help":
+        print((__doc__ or "").split("commands:\n\n")[1].split("\n\n")[0], file=sys.stderr)
+    else:
+        known = ", ".join(_COMMANDS)
+        print(f"[{command} is no command; there are {known}]", file=sys.stderr)
+
+
+def _show_answer(session: Session, message: str) -> None:
+    try:
+        with contextlib.closing(session.answer(message)) as pieces:
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\n[stopped]", file=sys.stderr)
+    except DataError as error:
+        print(f"[{error}]", file=sys.stderr)
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
