@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "train": "a training step of a GPT through the engine",
     "egpt": "a training window of EGPT: online and stored features, and the original",
     "generate": "decoding with a cache, GPT and EGPT",
+    "serve": "the HTTP server under load: latencies, tokens a second, memory",
     "attention": "every kind of attention: parameters, cache, speed, memory",
     "data": "tokenizing to shards, and drawing batches",
     "features": "computing and reading chunk features",
