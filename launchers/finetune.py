@@ -20,10 +20,12 @@ What it has learned: tools/generate.py --checkpoint ... --instruction "..."
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from pathlib import Path
 
 from megaegpt.config.run import RunConfig
-from megaegpt.errors import exits_cleanly
+from megaegpt.errors import CheckpointError, exits_cleanly
 from megaegpt.training.launching import Train, launch
 
 _STARTED = time.monotonic()
@@ -42,10 +44,23 @@ def _find_train() -> Train:
 
 
 def _preview(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """What is not on this machine yet is said, and not fetched."""
+    from megaegpt.interop.hub import find_model, is_model_name
+    from megaegpt.interop.sources import source_config
     from megaegpt.parallel.grid import ProcessGrid
     from megaegpt.training.finetuning import InstructionData, finetuning_config
 
+    source = str(config.training.initialize_from)
+    if is_model_name(source):
+        try:
+            find_model(source, only_here=True)
+        except CheckpointError:
+            config = dataclasses.replace(config, model=source_config(source))
+            return config, [f"notice: the weights {source} are not on this machine yet"]
     config = finetuning_config(config, ProcessGrid())
+    records = (*config.data.instructions.train, *config.data.instructions.validation)
+    if missing := [name for name in records if not Path(name).exists()]:
+        return config, [f"notice: there are no records yet: {', '.join(missing)}"]
     return config, [f"{'data':<11}{InstructionData(config).describe()}"]
 
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from megaegpt.config import ModelConfig
-from megaegpt.config.presets import create_model_config
+from megaegpt.config.presets import PRESETS, create_model_config
 from megaegpt.errors import CheckpointError
 from megaegpt.interop.foreign_models import find_foreign, read_foreign
 from megaegpt.interop.hub import GPT2_NAMES, converted, find_model, is_model_name
@@ -62,8 +62,8 @@ def source_config(source: str | Path) -> ModelConfig:
     """The model that ``source`` stands for, without downloading or converting it.
 
     Raises:
-        CheckpointError: there is no such thing on this machine (the four sizes of GPT-2 are known
-            without), or it cannot be used.
+        CheckpointError: there is no such thing on this machine (the four sizes of GPT-2 and
+            smollm2-135m are known without), or it cannot be used.
     """
     folder = Path(source)
     if (foreign := find_foreign(folder)) is not None:
@@ -73,7 +73,12 @@ def source_config(source: str | Path) -> ModelConfig:
     if source in GPT2_NAMES:
         return create_model_config(str(source))
     if is_model_name(str(source)):
-        return read_foreign(find_model(str(source), only_here=True)).config
+        try:
+            return read_foreign(find_model(str(source), only_here=True)).config
+        except CheckpointError:
+            if source not in PRESETS:
+                raise
+            return create_model_config(str(source))
     raise CheckpointError(f"there is no folder {source}")
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megaegpt.config.presets import create_model_config
+from megaegpt.errors import CheckpointError
+from megaegpt.interop import hub, sources
 from tests.generation.test_trained import save_gpt
 
 ROOT = Path(__file__).parents[2]
@@ -44,3 +47,27 @@ def test_a_dry_run_shows_the_weights_model_and_the_records(
     assert "1 validation records" in shown
     assert "GiB a rank" in shown
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_needs_neither_weights_nor_a_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere(*_: object, **__: object) -> Path:
+        raise CheckpointError("it is not here")
+
+    for module in (hub, sources):
+        monkeypatch.setattr(module, "find_model", nowhere)
+    _run(monkeypatch, "--dry-run", "training.initialize_from=gpt2")
+    shown = capsys.readouterr().out
+    assert "124,475,904 trainable parameters" in shown
+    assert "notice: the weights gpt2 are not on this machine yet" in shown
+    assert sources.source_config("smollm2-135m") == create_model_config("smollm2-135m")
+
+
+def test_a_dry_run_without_records_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_gpt(tmp_path / "gpt")
+    monkeypatch.chdir(tmp_path)
+    _run(monkeypatch, "--dry-run", "training.initialize_from=gpt")
+    assert "there are no records yet: data/instructions.json" in capsys.readouterr().out
