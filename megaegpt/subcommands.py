@@ -57,6 +57,8 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"megaegpt {__version__}")
         sys.exit(0)
     name, *arguments = words
+    if name.startswith("--local_rank=") and arguments:  # the deepspeed launcher's, before all else
+        name, arguments[0] = arguments[0], name
     if name not in SUBCOMMANDS:
         close = difflib.get_close_matches(name, SUBCOMMANDS, 1)
         hint = f"did you mean {close[0]}?" if close else "megaegpt --help lists them"

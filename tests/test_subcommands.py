@@ -71,6 +71,16 @@ def test_a_command_runs_its_program_under_its_own_name(
     assert "no/such/run" in err
 
 
+def test_what_deepspeed_puts_before_the_command_reaches_its_program(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setattr(sys, "argv", [])
+    _, _, err = run(["--local_rank=1", "pretrain", "--config", "no/such.yaml"], capsys)
+    assert "no/such.yaml" in err
+    assert sys.argv == ["megaegpt pretrain", "--local_rank=1", "--config", "no/such.yaml"]
+
+
 def test_help_imports_nothing_of_the_programs() -> None:
     code = (
         "import sys, megaegpt.subcommands as s\n"
@@ -116,6 +126,7 @@ def test_a_wheel_has_the_programs_and_configurations_inside_the_package(wheel: P
     inside = {f"megaegpt/programs/{name}" for name in configs | PROGRAMS}
     assert inside <= names
     assert {"megaegpt/programs/tools/benchmarks/train.py", "megaegpt/api.py"} <= names
+    assert "megaegpt/serving/page.html" in names
     assert not [name for name in names if "__pycache__" in name]
 
 

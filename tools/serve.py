@@ -55,9 +55,6 @@ def main() -> None:
             f"--host {arguments.host} can be reached from other machines: give a --token that "
             f"clients must send, or set {_TOKEN_VARIABLE}"
         )
-    signal.signal(
-        signal.SIGTERM, lambda *_: None
-    )  # uvicorn's own ends the server and raises it again
     listener = _listen(arguments.host, arguments.port)
     app, name = _new_app(arguments)
     host, port = listener.getsockname()[:2]
@@ -70,6 +67,8 @@ def main() -> None:
         server_header=False,
         timeout_graceful_shutdown=int(arguments.timeout + _DRAIN_EXTRA_S),
     )
+    # Uvicorn raises the signal that has ended it once more; while the model is loaded it kills.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listener])
 
 

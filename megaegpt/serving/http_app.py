@@ -10,44 +10,26 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from megaegpt.config import GenerationConfig
 from megaegpt.data.instruction.conversations import Message
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
 from megaegpt.generation.chat import Chat
-from megaegpt.serving.batcher import (
-    Batcher,
-    ClosedError,
-    Ended,
-    Event,
-    Failed,
-    Job,
-    QueueFullError,
-    TokenChoice,
-    Written,
-)
-from megaegpt.serving.openai_form import (
-    AnswerForm,
-    ApiError,
-    ChatAnswerForm,
-    ChatRequest,
-    CompletionRequest,
-    parse_request,
-    usage_of,
-)
+from megaegpt.serving.api_answers import AnswerForm, ChatAnswerForm, usage_of
+from megaegpt.serving.api_requests import ApiError, ChatRequest, CompletionRequest, parse_request
+from megaegpt.serving.batcher import Batcher, ClosedError, Event, Job, QueueFullError
+from megaegpt.serving.job_events import EventStream, JobEvents
 
 MOST_BODY_BYTES = 32 << 20
 """A book is a few million bytes."""
@@ -60,7 +42,6 @@ _PAGE_POLICY = (
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 _UNBOUNDED_ANSWER = 1024
 """Tokens of a chat's answer where nothing else bounds it."""
-_STATUS = {"timeout": 504, "refused": 503, "internal": 500}
 
 
 @dataclass(frozen=True)
@@ -77,14 +58,6 @@ class Served:
     """That clients must send; None: none, and only names of this machine are answered."""
     timeout: float
     """Seconds a request may take, its waiting included."""
-
-
-class _Written(NamedTuple):
-    """A whole answer."""
-
-    text: str
-    choices: list[TokenChoice]
-    ended: Ended
 
 
 def create_app(served: Served, batcher: Batcher) -> FastAPI:
@@ -291,14 +264,14 @@ class _Endpoints:
             ) from None
         except ClosedError as error:
             raise ApiError(503, str(error)) from None
-        answers = _Answers(request, job, events)
+        answers = JobEvents(request, job, events)
         if not wanted.stream:
             written = await answers.whole()
             usage = usage_of(len(ids), written.ended.tokens)
             body = form.whole(written.text, written.choices, written.ended.reason, usage)
             return JSONResponse(body)
-        first = await answers.first()  # a failure until then has a status of its own
-        return _TextStream(answers, first, form, wanted.wants_usage, len(ids))
+        first = await answers.next_event()  # a failure until then has a status of its own
+        return EventStream(answers, first, form, wanted.wants_usage, len(ids))
 
     def _sampling(
         self, wanted: CompletionRequest | ChatRequest, prompt_tokens: int, param: str
@@ -336,105 +309,3 @@ async def _read_body(request: Request) -> bytes:
         if len(body) > MOST_BODY_BYTES:
             raise ApiError(413, f"the body is larger than {MOST_BODY_BYTES:,} bytes")
     return bytes(body)
-
-
-class _Answers:
-    """The events of a job, as long as its client is there."""
-
-    def __init__(self, request: Request, job: Job, events: asyncio.Queue[Event]) -> None:
-        self._request, self.job, self.events = request, job, events
-
-    async def whole(self) -> _Written:
-        """All of the text.
-
-        Raises:
-            ApiError: it could not be written, or the client has left.
-        """
-        text, choices = "", list[TokenChoice]()
-        while True:
-            event = await self.first()
-            if isinstance(event, Ended):
-                return _Written(text, choices, event)
-            text += event.text
-            choices += event.choices
-
-    async def first(self) -> Written | Ended:
-        """The next event, unless the client leaves before it.
-
-        Raises:
-            ApiError: as for :meth:`whole`.
-        """
-        event = asyncio.ensure_future(self.events.get())
-        gone = asyncio.ensure_future(_until_gone(self._request))
-        try:
-            await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not event.done():
-                raise ApiError(499, "the client has left")
-            return _need(event.result())
-        except BaseException:
-            self.job.cancelled.set()
-            raise
-        finally:
-            event.cancel()
-            gone.cancel()
-
-
-def _need(event: Event) -> Written | Ended:
-    if isinstance(event, Failed):
-        raise ApiError(_STATUS[event.kind], event.message, code=event.kind)
-    return event
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-class _TextStream(StreamingResponse):
-    """Server-sent events; a failure is the last of them."""
-
-    def __init__(
-        self,
-        answers: _Answers,
-        first: Written | Ended,
-        form: AnswerForm,
-        wants_usage: bool,
-        prompt_tokens: int,
-    ) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        chunks = self._chunks(answers, first, form, wants_usage, prompt_tokens)
-        super().__init__(chunks, media_type="text/event-stream", headers=headers)
-        self._job = answers.job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Until all is sent or the client leaves."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._job.cancelled.set()
-
-    async def _chunks(
-        self,
-        answers: _Answers,
-        event: Written | Ended,
-        form: AnswerForm,
-        wants_usage: bool,
-        prompt_tokens: int,
-    ) -> AsyncIterator[str]:
-        for chunk in form.begin():
-            yield _sse(chunk)
-        try:
-            while isinstance(event, Written):
-                yield _sse(form.chunk(event.text, event.choices))
-                event = _need(await answers.events.get())
-        except ApiError as error:
-            yield _sse(error.body())
-            return
-        yield _sse(form.end(event.reason))
-        if wants_usage:
-            yield _sse(form.usage_chunk(usage_of(prompt_tokens, event.tokens)))
-        yield "data: [DONE]\n\n"
-
-
-def _sse(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
