@@ -38,14 +38,47 @@ def test_it_is_valid_bash(script):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_quickstart_trains_configurations_that_exist():
+def test_the_quickstart_trains_configurations_that_exist_and_evaluates_each_several_times():
     script = (ROOT / "launchers/quickstart.sh").read_text(encoding="utf-8")
     names = re.findall(r"^train (\w+) (\w+)$", script, re.MULTILINE)
-    assert [run for _, run in names] == ["encoder", "egpt", "deepgpt"]
-    for config, run in names:
-        assert load_config(ROOT / f"configs/{config}.yaml").logging.directory == (
-            f"runs/quickstart/{run}"
+    assert [run for _, run in names] == ["encoder", "egpt_memory", "deepgpt_memory"]
+    for name, run in names:
+        config = load_config(ROOT / f"configs/{name}.yaml")
+        assert config.logging.directory == f"runs/quickstart/{run}"
+        assert 4 <= config.training.steps / config.training.eval_interval <= 5
+
+
+def test_the_minute_of_the_quickstart_has_folders_of_its_own():
+    script = (ROOT / "launchers/quickstart.sh").read_text(encoding="utf-8")
+    function = script[script.index("settings() {") : script.index("\ntrain() {")]
+    command = f'name=$1 data=data/$1 runs=runs/$1\n{function}\nsettings "$2"'
+
+    def settings(name: str, run: str) -> list[str]:
+        asked = ["bash", "-c", command, "bash", name, run]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    for name, run in re.findall(r"^train (\w+) (\w+)$", script, re.MULTILINE):
+        assert settings("quickstart", run) == []
+        config = load_config(
+            ROOT / f"configs/{name}.yaml", settings("quickstart_minute", run), world_size=2
         )
+        folder = "runs/quickstart_minute"
+        assert config.logging.directory == f"{folder}/{run}"
+        assert config.checkpoint.directory == f"{folder}/{run}/checkpoints"
+        source = None if run == "encoder" else f"{folder}/encoder"
+        assert config.model.encoder.source == source
+        assert config.data.train == ("data/quickstart_minute/train",)
+        assert config.training.steps <= 8
+
+
+def test_the_quickstart_names_its_usage_before_it_sets_anything_up():
+    done = subprocess.run(
+        ["bash", ROOT / "launchers/quickstart.sh", "--second"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        2, "usage: bash launchers/quickstart.sh [--minute]\n"
+    )  # fmt: skip
 
 
 class Checkout:
