@@ -126,8 +126,8 @@ def _inputs(
 
 
 def summarize(nats: np.ndarray, text: Text, byte_lengths: np.ndarray) -> dict[str, Any]:
-    """Losses of :func:`token_nats` as plain numbers: in all, by chunk of the window, and by
-    position inside the chunk.
+    """Losses of :func:`token_nats` as plain numbers: in all, by window, by chunk of the window, and
+    by position inside the chunk.
     """
     valid = text.targets != IGNORE
     num_bytes = int(byte_lengths[text.targets[valid]].sum())
@@ -136,6 +136,7 @@ def summarize(nats: np.ndarray, text: Text, byte_lengths: np.ndarray) -> dict[st
         "nats_per_byte": nats.sum() / num_bytes,
         "tokens": int(valid.sum()),
         "bytes": num_bytes,
+        "by_window": (nats.sum((1, 2)) / valid.sum((1, 2))).tolist(),
         "by_chunk": (nats.sum((0, 2)) / valid.sum((0, 2))).tolist(),
         "by_position": (nats.sum((0, 1)) / valid.sum((0, 1))).tolist(),
     }

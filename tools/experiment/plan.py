@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,9 @@ BUDGETS: tuple[Budget, ...] = ("steps", "flops", "time")
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """One text to train on, and what is held out of it. Texts are books by name, or files."""
+    """One text to train on, and what is held out of it. Texts are books by name, files, or
+    ``package:NAME`` or ``package:NAME/FOLDER``: sources and pages of an installed Python package.
+    """
 
     train: tuple[str, ...] = ()
     """Texts to train on."""
@@ -29,6 +32,15 @@ class CorpusPlan:
     """Texts to validate on. Empty: the end of the training text."""
     train_share: float = 0.8
     """Share of the tokens, from the start, that is trained on where nothing else is held out."""
+    runs_of: str | None = None
+    """A corpus above this one: its runs are measured on what is held out here, and none is trained
+    here."""
+    report_tokens: PositiveInt | None = None
+    """At most so many reported. None: as of all corpora."""
+    variants: tuple[str, ...] = ()
+    """Those that are run. Empty: all."""
+    readings: tuple[str, ...] = ()
+    """Ways in which the encoder reads alone. Empty: all."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +112,21 @@ class ExperimentPlan:
         """A corpus by name (``load_plan`` has checked it)."""
         return parse_section(CorpusPlan, self.corpora[name], "", [])
 
+    def variants_on(self, corpus: str) -> tuple[str, ...]:
+        """Names of the variants that are run on a corpus, in their order."""
+        return _chosen(self.variants, self.corpus(corpus).variants)
+
+    def readings_on(self, corpus: str) -> tuple[str, ...]:
+        """Names of the ways in which the encoder reads a corpus alone."""
+        return _chosen(self.readings, self.corpus(corpus).readings)
+
     def reading(self, name: str) -> ReadingPlan:
         """A way of reading by name (``load_plan`` has checked it)."""
         return parse_section(ReadingPlan, self.readings[name], "", [])
+
+
+def _chosen(all_names: Iterable[str], chosen: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in all_names if not chosen or name in chosen)
 
 
 def load_plan(path: str | Path) -> ExperimentPlan:
@@ -119,12 +143,35 @@ def load_plan(path: str | Path) -> ExperimentPlan:
         parse_section(ReadingPlan, reading, f"readings.{name}.", problems)
     problems += [*range_problems(plan), *_problems(plan)]
     if not problems:
+        problems += _corpus_problems(plan)
+    if not problems:
         for name in plan.variants:
             problems += _run_problems(f"variants.{name}", decoder_values(plan, name))
         if plan.encoder.source is None:
             problems += _run_problems("encoder.run", plan.encoder.run)
     raise_problems(str(path), problems)
     return plan
+
+
+def _corpus_problems(plan: ExperimentPlan) -> list[Problem]:
+    found, trained = [], list[str]()
+    for name in plan.corpora:
+        corpus = plan.corpus(name)
+        if corpus.runs_of is None:
+            trained.append(name)
+        elif corpus.runs_of not in trained:
+            found.append(f"corpora.{name}.runs_of={corpus.runs_of}: no corpus above it trains")
+        elif corpus.train or not corpus.held_out:
+            found.append(f"corpora.{name} has runs_of: give held_out, and leave train out")
+        elif not set(plan.variants_on(name)) <= set(plan.variants_on(corpus.runs_of)):
+            found.append(f"corpora.{name} has variants that {corpus.runs_of} does not train")
+        known = (("variants", plan.variants), ("readings", plan.readings))
+        for key, names in known:
+            if unknown := set(getattr(corpus, key)) - set(names):
+                found.append(f"corpora.{name}.{key}: {', '.join(sorted(unknown))}: not in {key}")
+        if corpus.variants and plan.baseline not in corpus.variants:
+            found.append(f"corpora.{name}.variants lacks the baseline {plan.baseline}")
+    return [Problem((), text) for text in found]
 
 
 def _problems(plan: ExperimentPlan) -> list[Problem]:

@@ -42,7 +42,7 @@ def _machines(folder: Path) -> list[str]:
 
 def _corpus(plan: ExperimentPlan, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"encoder": _over_seeds([folder / "encoder"])}
-    readings = {name: folder / READINGS / name for name in plan.readings}
+    readings = {name: folder / READINGS / name for name in plan.readings_on(folder.name)}
     result["readings"] = {
         name: _over_seeds([run]) for name, run in readings.items() if (run / RESULT).exists()
     }
@@ -50,7 +50,7 @@ def _corpus(plan: ExperimentPlan, folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: no variant is finished; train before it is reported")
     for budget in plan.budgets:
         result[budget] = {}
-        for variant in plan.variants:
+        for variant in plan.variants_on(folder.name):
             runs = sorted(path.parent for path in (folder / budget / variant).glob(f"*/{RESULT}"))
             if runs:
                 result[budget][variant] = _over_seeds(runs)
@@ -81,7 +81,8 @@ def _losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
     totals = [run["loss"] for run in runs]
     columns = {
         name: [mean(values) for values in zip(*(run[name] for run in runs), strict=True)]
-        for name in ("by_chunk", "by_position")
+        for name in ("by_window", "by_chunk", "by_position")
+        if all(name in run for run in runs)  # results of earlier versions have no losses by window
     }
     return {
         "mean": mean(totals),
@@ -209,6 +210,8 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
             if corpus.get(budget):
                 parts += [f"### {title[0].upper()}{title[1:]}", _main_table(corpus, budget)]
         parts += ["### By chunk of the window (earlier chunks there are)", _by_chunk(corpus)]
+        if history := _by_history(corpus):
+            parts += ["### What a history is worth, by its length in chunks", history]
         parts += ["### By position inside the chunk", _by_position(corpus)]
     parts += [f"![{plot}]({plot})" for plot in plots]
     return "\n\n".join(parts) + "\n"
@@ -265,6 +268,38 @@ def _by_chunk(corpus: dict[str, Any]) -> str:
     longest = max(len(values) for values in rows.values())
     header = ["", *map(str, range(longest))]
     return _table(header, [[n, *(f"{v:.3f}" for v in values)] for n, values in rows.items()])
+
+
+def _by_history(corpus: dict[str, Any]) -> str:
+    """Nats a token by which losses without a history are above those with one of so many chunks; of
+    a window's, and behind the first window of a memory that goes on.
+    """
+    rows = {}
+    for name, result in corpus["steps"].items():
+        losses = result["losses"]
+        if "zero" not in losses:
+            continue
+        pairs = zip(losses["zero"]["by_chunk"], losses["true"]["by_chunk"], strict=True)
+        gains = {k: v for k, v in binned([none - own for none, own in pairs]).items() if k != "0"}
+        size = len(losses["zero"]["by_chunk"])
+        windows = zip(
+            losses["zero"].get("by_window", []),
+            losses.get(CARRIED, {}).get("by_window", []),
+            strict=False,
+        )
+        behind = {
+            k: v for k, v in binned([none - own for none, own in windows]).items() if k != "0"
+        }
+        for label, gain in behind.items():
+            first, _, last = label.partition("-")
+            gains[f"{int(first) * size}-{(int(last or first) + 1) * size - 1}"] = gain
+        rows[name] = gains
+    columns = list(dict.fromkeys(label for gains in rows.values() for label in gains))
+    cells = [
+        [name, *(f"{gains[c]:.3f}" if c in gains else "" for c in columns)]
+        for name, gains in rows.items()
+    ]
+    return _table(["", *columns], cells) if rows else ""
 
 
 def _by_position(corpus: dict[str, Any]) -> str:

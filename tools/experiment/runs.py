@@ -89,7 +89,7 @@ class Experiment:
                 for seed in range(1, self.plan.seeds + 1):
                     for variant in steps:
                         self._run_variant(name, variant, budget, seed, steps[variant])
-            for reading in self.plan.readings:
+            for reading in self.plan.readings_on(name):
                 self._measure_reading(name, reading)
 
     # -- the encoder ------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Experiment:
     def _steps(self, corpus: str, budget: Budget) -> dict[str, int]:
         """Steps of each variant; of those budgets that are derived, only where they differ."""
         baseline, equal = self.plan.baseline, {}
-        for variant in self.plan.variants:
+        for variant in self.plan.variants_on(corpus):
             config = self._config(corpus, variant, self.folder, 1, None)
             equal[variant] = config.training.steps
         if budget == "steps":
@@ -190,16 +190,20 @@ class Experiment:
         if budget == "flops":
             config = self._config(corpus, variant, self.folder, 1, None)
             return measure_model(config, find_encoder(config)).flops_per_token
-        folders = (self.folder / "runs" / corpus / "steps" / variant).glob(f"*/{RESULT}")
+        folders = (self._runs(corpus) / "steps" / variant).glob(f"*/{RESULT}")
         speeds = [read_result(f.parent)["training"]["tokens_per_second"] for f in folders]
         return 1 / median(speeds)
 
     def _run_variant(self, corpus: str, variant: str, budget: str, seed: int, steps: int) -> None:
-        folder = self.folder / "runs" / corpus / budget / variant / f"seed{seed}"
+        run = f"{budget}/{variant}/seed{seed}"
+        folder = self._runs(corpus) / run
         config = self._config(corpus, variant, folder, seed, steps)
         if self._is_done(folder, config):
             return
         print(f"\n=== {corpus}, equal {budget}: {variant}, seed {seed}", flush=True)
+        if trained := self.plan.corpus(corpus).runs_of:
+            self._measure_run(config, self._runs(trained) / run, folder)
+            return
         self._train(config, folder)
         chosen = best_step(folder)
         weights = folder / "checkpoints" / f"step_{chosen:08d}" / "weights"
@@ -210,6 +214,15 @@ class Experiment:
         assert gpt is not None
         figures = {**self._training_figures(config), "cost": variant_cost(gpt, config.model)}
         self._finish(folder, config, {**result, **figures, "chosen_step": chosen})
+
+    def _measure_run(self, config: RunConfig, trained: Path, folder: Path) -> None:
+        """Measure a finished run, in the folder ``trained``, on the text of ``config``."""
+        kinds = HISTORIES if config.model.has_history else ("true",)
+        measured = self._measure(config, str(trained / "weights"), kinds)
+        self._finish(folder, config, {**read_result(trained), **measured})
+
+    def _runs(self, corpus: str) -> Path:
+        return self.folder / "runs" / corpus
 
     # -- one run ----------------------------------------------------------------------------------
 
@@ -283,7 +296,7 @@ class Experiment:
             "finished": time.strftime("%Y-%m-%d %H:%M"),
             "machine": describe_machine(self._grid.device),
         }
-        result = about | result
+        result = result | about
         write_whole(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

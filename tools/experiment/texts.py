@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -24,6 +25,11 @@ from tools.experiment.plan import CorpusPlan, ExperimentPlan
 
 PARTS = ("train", "selection", "report")
 _DONE = "texts.json"
+_PACKAGE = "package:"
+_TEXT_KEYS = ("train", "held_out", "train_share")
+"""Keys of a corpus that say which texts it is made of."""
+_READABLE = (".py", ".pyi", ".md", ".rst", ".txt")
+"""Ends of the names of a package's files that are text to read."""
 
 
 def prepare_corpus(plan: ExperimentPlan, name: str, folder: Path, tokenizer: Tokenizer) -> None:
@@ -33,14 +39,18 @@ def prepare_corpus(plan: ExperimentPlan, name: str, folder: Path, tokenizer: Tok
         DataError: a text cannot be had, or the folder holds other ones.
     """
     corpus = plan.corpus(name)
-    cut = [plan.max_characters, plan.selection_share, plan.selection_tokens, plan.report_tokens]
+    reported = corpus.report_tokens or plan.report_tokens
+    cut = [plan.max_characters, plan.selection_share, plan.selection_tokens, reported]
     if plan.train_tokens is not None:
         cut.append(plan.train_tokens)
-    made_of = {"corpus": plan.corpora[name], "cut": cut, "tokenizer": tokenizer.fingerprint}
+    texts = {k: v for k, v in plan.corpora[name].items() if k in _TEXT_KEYS}
+    made_of = {"corpus": texts, "cut": cut, "tokenizer": tokenizer.fingerprint}
     if _is_done(folder, made_of):
         return
     parts = _split(plan, corpus, tokenizer, folder)
     for part, tokens in zip(PARTS, parts, strict=True):
+        if part == "train" and corpus.runs_of is not None:
+            continue  # nothing is trained
         _write(folder / part, [tokens], tokenizer.dtype)
         print(f"{folder / part}: {len(tokens):,} tokens", flush=True)
     _mark_done(folder, made_of)
@@ -76,14 +86,15 @@ def _split(
     def tokens_of(names: Iterable[str]) -> np.ndarray:
         return np.concatenate([_encode(text, tokenizer) for text in _texts(names, plan, folder)])
 
-    train = tokens_of(corpus.train)
+    train = tokens_of(corpus.train) if corpus.train else np.empty(0, tokenizer.dtype)
     if corpus.held_out:
         held_out = tokens_of(corpus.held_out)
     else:
         train, held_out = np.split(train, [int(len(train) * corpus.train_share)])
     selection, report = np.split(held_out, [int(len(held_out) * plan.selection_share)])
     train = train[-(plan.train_tokens or len(train)) :]
-    return train, selection[: plan.selection_tokens], report[: plan.report_tokens]
+    reported = corpus.report_tokens or plan.report_tokens
+    return train, selection[: plan.selection_tokens], report[:reported]
 
 
 def _texts(names: Iterable[str], plan: ExperimentPlan, folder: Path) -> Iterator[str]:
@@ -98,11 +109,27 @@ def _documents(name: str, folder: Path) -> Iterator[str]:
         yield load_book(BOOKS[name], Cleaning(), folder / "downloads").text
     elif name == "king_james_bible":
         yield king_james_bible().text
+    elif name.startswith(_PACKAGE):
+        for path in _package_files(name.removeprefix(_PACKAGE)):
+            yield path.read_text(encoding="utf-8")
     else:
         path = _find(name)
         source = "jsonl" if ".jsonl" in path.name else "text"
         for document in read_documents(source, [path], Problems()):
             yield document.text
+
+
+def _package_files(name: str) -> list[Path]:
+    """Sources and pages of ``PACKAGE`` or ``PACKAGE/FOLDER`` as installed here, by their paths."""
+    package, _, folder = name.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"{_PACKAGE}{name}: no package {package} is installed here")
+    root = Path(spec.submodule_search_locations[0]) / folder
+    found = sorted(p for p in root.rglob("*") if p.suffix in _READABLE and p.is_file())
+    if not found:
+        raise DataError(f"{_PACKAGE}{name}: no {', '.join(_READABLE)} files in {root}")
+    return found
 
 
 def _find(name: str) -> Path:

@@ -96,6 +96,21 @@ def test_every_variant_is_measured_with_every_seed(report):
     assert corpus["steps"]["egpt_improved"]["gates"][0] > 0
 
 
+def test_what_one_corpus_trained_is_measured_on_another(report, output):
+    corpus = report["corpora"]["sources"]
+    assert list(corpus["readings"]) == ["dense"]
+    assert list(corpus["steps"]) == ["deepgpt", "egpt_improved"]
+    assert corpus["encoder"]["tokens"] == 192
+    there, here = (
+        json.loads((output / f"runs/{name}/steps/egpt_improved/seed1" / RESULT).read_text())
+        for name in ("bible", "sources")
+    )
+    assert list(here["losses"]) == ["true", "shuffled", "zero", "document"]
+    assert here["training"] == there["training"]
+    assert here["losses"]["true"]["loss"] != there["losses"]["true"]["loss"]
+    assert not (output / "runs/sources/steps/egpt_improved/seed1/weights").exists()
+
+
 def test_a_decoder_that_starts_as_the_encoders_end_is_better_than_the_encoder(report):
     """The encoder has seen this text; four steps do not bring a new decoder as far."""
     corpus = report["corpora"]["bible"]

@@ -61,6 +61,21 @@ def test_everything_wrong_is_said_at_once(tmp_path):
         assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ("runs_of: psalms", "runs_of=psalms: no corpus above it trains"),
+        ("runs_of: bible\n    train: [moby_dick]", "give held_out, and leave train out"),
+        ("runs_of: bible\n    readings: [x]", "readings: x: not in readings"),
+    ],
+)
+def test_a_corpus_that_cannot_be_measured_is_named(tmp_path, sources, words):
+    path = tmp_path / "wrong.yaml"
+    path.write_text((CONFIGS / "smoke.yaml").read_text().replace("runs_of: bible", sources))
+    with pytest.raises(ConfigError, match=words):
+        load_plan(path)
+
+
 def test_a_wrong_key_of_a_variant_is_named(tmp_path):
     path = tmp_path / "wrong.yaml"
     text = (CONFIGS / "smoke.yaml").read_text().replace("local_attention", "local_atention")
