@@ -138,7 +138,9 @@ def _new_chat(loaded: LoadedModel, wanted: str | None) -> Chat:
     from megaegpt.data.instruction.chat_template import load_chat_template
     from megaegpt.generation.chat import Chat
 
-    if wanted is None and loaded.tokenizer.chat_template is None:
+    if wanted is None and loaded.chat_template is not None:
+        return Chat(loaded.tokenizer, loaded.chat_template)
+    if wanted is None:
         wanted = "alpaca"
         print("the model has no chat template: Alpaca's is used", file=sys.stderr)
     return Chat(loaded.tokenizer, load_chat_template(loaded.tokenizer, wanted))

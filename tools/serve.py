@@ -197,7 +197,9 @@ def _chat_of(loaded: LoadedModel, wanted: str | None) -> Chat | None:
     from megaegpt.data.instruction.chat_template import load_chat_template
     from megaegpt.generation.chat import Chat
 
-    if wanted is None and loaded.tokenizer.chat_template is None:
+    if wanted is None and loaded.chat_template is not None:
+        return Chat(loaded.tokenizer, loaded.chat_template)
+    if wanted is None:
         print("no chat template: /v1/chat/completions is off (--chat-template NAME)", flush=True)
         return None
     return Chat(loaded.tokenizer, load_chat_template(loaded.tokenizer, wanted))

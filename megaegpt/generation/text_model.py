@@ -70,8 +70,8 @@ class TextModel:
             top_p=top_p,
             seed=seed,
         )
-        model, encoder, tokenizer, _ = self.loaded
-        generator = TextGenerator(model, encoder, tokenizer.vocab_size)
+        tokenizer = self.loaded.tokenizer
+        generator = TextGenerator(self.loaded.model, self.loaded.encoder, tokenizer.vocab_size)
         assembler = TextAssembler(tokenizer)
         prompt = tokenizer.encode_prompt(text)
         for token in generator.stream(prompt, config, stop=tokenizer.end_tokens):
