@@ -11,6 +11,7 @@ import torch
 
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
+from megaegpt.generation.trained import LoadedModel
 from megaegpt.parallel.grid import ProcessGrid
 from tests.tiny.loaded import TOKENIZER, load, load_speaking, naive_score
 
@@ -81,7 +82,8 @@ class Tokens:
 
 
 def test_bytes_of_an_unknown_tokenizer_are_not_given() -> None:
-    loaded = load_speaking("gpt", vocab_size=60_000)._replace(is_own_tokenizer=False)
+    model, encoder, tokenizer, *_ = load_speaking("gpt", vocab_size=60_000)
+    loaded = LoadedModel(model, encoder, tokenizer, is_own_tokenizer=False)
     inputs = inputs_of(loaded, torch.float32)
     result = evaluate_text(loaded, Tokens(), inputs, ProcessGrid(), 2)
     assert result.loss == pytest.approx(math.log(60_000), rel=0.1)
