@@ -182,7 +182,7 @@ def short_cases() -> dict[str, Case]:
         config = replace(SMALL, **GPTS[name])
         case = functools.partial(train, config, recompute)
         cases[f"{name} trains, recomputing {recompute}"] = case
-    for name in ("improved", "gate_random_history", "token_memory"):
+    for name in ("improved", "gate_random_history"):
         config = _of_kind("egpt", EGPTS[name])
         cases[f"egpt {name} trains"] = functools.partial(train, config)
     for name in ("improved", "token_memory"):
