@@ -187,7 +187,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from megaegpt.precision import DTYPES
 
     weights, output = find_weights(arguments.source), arguments.output
-    if is_adapter(weights):
+    if is_adapter(weights) and output.suffix != SUFFIX:  # a file of llama.cpp's has whole weights
         title = export_peft(weights, output)
         print(f"{output}: an adapter in PEFT's form, of a {title}")
         return

@@ -17,6 +17,7 @@ from megaegpt.errors import ConfigError
 PATHS = {
     "checkpoint.directory",
     "data.features",
+    "data.instructions.template",
     "data.instructions.train",
     "data.instructions.validation",
     "data.train",
@@ -33,6 +34,7 @@ OTHER_TEXTS = {
     "generation.prompt",
     "logging.wandb_project",
     "training.freeze",
+    "training.lora.targets",
 }
 
 

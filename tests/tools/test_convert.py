@@ -18,12 +18,20 @@ from torch import Tensor
 
 import tools.convert
 from megaegpt.arguments import ArgumentParser
-from megaegpt.config import EncoderConfig, ModelConfig, ParallelConfig
+from megaegpt.config import EncoderConfig, LoRAConfig, ModelConfig, ParallelConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import CheckpointError
+from megaegpt.model.adapter_files import Base, save_adapter
+from megaegpt.model.adapters import adapter_state, add_adapters
 from megaegpt.model.build import build_model, empty_model
 from megaegpt.model.parts import freeze
-from megaegpt.model.weights import load_weights, read_weights_config, save_weights
+from megaegpt.model.weights import (
+    WEIGHTS,
+    load_weights,
+    read_weights_config,
+    save_weights,
+    tensors_digest,
+)
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import spec_of, unshard
 from megaegpt.training.checkpoint.manager import CheckpointManager
@@ -165,6 +173,33 @@ def test_list_finds_damaged_weights(convert: _Convert, weights: Path) -> None:
     path.write_bytes(content)
     assert "16 x 64" in convert("list", weights)
     assert f"error: {path} is damaged" in convert.fails("list", weights, "--verify")
+
+
+def test_adapters_are_merged_and_go_to_peft_and_back(
+    convert: _Convert, weights: Path, tmp_path: Path
+) -> None:
+    lora = LoRAConfig(rank=2, alpha=6.0)
+    model = build_model(GPT, GRID)
+    add_adapters(model, lora)
+    for _, parameter in adapter_state(model):
+        parameter.data.normal_()
+    base = Base("../weights", tensors_digest(weights))
+    adapter, again, merged = (tmp_path / name for name in ("adapter", "again", "merged"))
+    save_adapter(model, adapter, GRID, lora, base)
+    assert "an adapter" in convert("list", adapter, "--verify")
+    convert("merge", adapter, merged)  # the base is found beside it, where the adapter says
+    assert "in PEFT's form, of a GPT-2" in convert("export", adapter, tmp_path / "peft")
+    convert("import", tmp_path / "peft", again, "--base", weights)
+    convert("merge", again, tmp_path / "merged_again", "--base", weights)
+    ours, theirs = (load_file(tmp_path / n / WEIGHTS) for n in ("merged", "merged_again"))
+    plain = load_file(weights / WEIGHTS)
+    for name, tensor in ours.items():
+        assert torch.allclose(theirs[name], tensor, rtol=1e-6, atol=1e-6)
+        is_adapted = (name.endswith(".weight") and ".attention." in name) or ".mlp." in name
+        assert torch.equal(tensor, plain[name]) != (is_adapted and name.endswith(".weight"))
+    assert "merge it first" in convert.fails("export", adapter, tmp_path / "file.gguf")
+    failed = convert.fails("import", weights, tmp_path / "x", "--base", weights)
+    assert "--base is for adapters of PEFT's" in failed
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

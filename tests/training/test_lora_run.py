@@ -29,6 +29,7 @@ from megaegpt.model.weights import find_weights, load_weights, save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.memory import estimate_memory
 from megaegpt.training.checkpoint.manifest import Manifest
+from megaegpt.training.checkpoint.reshaping import reshape
 from megaegpt.training.finetuning import finetune
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
@@ -64,6 +65,11 @@ def stop_and_cut_otherwise(config: RunConfig, steps: int, tp_size: int) -> None:
         parallel = dataclasses.replace(config.parallel, tensor_parallel_size=tp_size)
         config = dataclasses.replace(config, parallel=parallel)
         pretrain(config, grid_for(tp_size), resume=True)
+
+
+def cut_in_two(checkpoint: Path, output: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        reshape(checkpoint, output, grid_for(2))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +130,12 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_at_another_topology(
         module = torch.load(file_of_rank, weights_only=False)["module"]
         assert module.keys() == Manifest.read(weights.parent).parameters.keys()
     assert read_adapter(weights).lora == straight.training.lora
+    distributed(2, cut_in_two, weights.parent, tmp_path / "reshaped")
+    reshaped = find_weights(tmp_path / "reshaped")
+    assert Manifest.read(reshaped.parent).topology["tensor_parallel"] == 2
+    assert (reshaped / "adapter.safetensors").read_bytes() == (
+        weights / "adapter.safetensors"
+    ).read_bytes()
 
 
 def test_a_run_is_used_as_any_other_and_merged(
