@@ -136,14 +136,12 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _new_chat(loaded: LoadedModel, wanted: str | None) -> Chat:
     from megaegpt.data.instruction.chat_template import load_chat_template
-    from megaegpt.generation.chat import Chat
+    from megaegpt.generation.chat import Chat, find_chat
 
-    if wanted is None and loaded.chat_template is not None:
-        return Chat(loaded.tokenizer, loaded.chat_template)
-    if wanted is None:
-        wanted = "alpaca"
-        print("the model has no chat template: Alpaca's is used", file=sys.stderr)
-    return Chat(loaded.tokenizer, load_chat_template(loaded.tokenizer, wanted))
+    if (chat := find_chat(loaded, wanted)) is not None:
+        return chat
+    print("the model has no chat template: Alpaca's is used", file=sys.stderr)
+    return Chat(loaded.tokenizer, load_chat_template(loaded.tokenizer, "alpaca"))
 
 
 # -- the conversation ------------------------------------------------------------------------------

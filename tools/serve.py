@@ -194,15 +194,12 @@ def _new_app(arguments: argparse.Namespace) -> tuple[FastAPI, str]:
 
 
 def _chat_of(loaded: LoadedModel, wanted: str | None) -> Chat | None:
-    from megaegpt.data.instruction.chat_template import load_chat_template
-    from megaegpt.generation.chat import Chat
+    from megaegpt.generation.chat import find_chat
 
-    if wanted is None and loaded.chat_template is not None:
-        return Chat(loaded.tokenizer, loaded.chat_template)
-    if wanted is None:
+    chat = find_chat(loaded, wanted)
+    if chat is None:
         print("no chat template: /v1/chat/completions is off (--chat-template NAME)", flush=True)
-        return None
-    return Chat(loaded.tokenizer, load_chat_template(loaded.tokenizer, wanted))
+    return chat
 
 
 def _context(arguments: argparse.Namespace, loaded: LoadedModel) -> int | None:

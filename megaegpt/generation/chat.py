@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megaegpt.data.instruction.chat_template import ChatTemplate
+from megaegpt.data.instruction.chat_template import ChatTemplate, load_chat_template
 from megaegpt.data.instruction.conversations import Conversation
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
+from megaegpt.generation.trained import LoadedModel
 
 
 class FittingPrompt(NamedTuple):
@@ -63,3 +64,19 @@ class Chat:
                     f"of the {most_tokens} that fit"
                 )
             turns, dropped = turns[later[0] :], dropped + later[0]
+
+
+def find_chat(loaded: LoadedModel, wanted: str | None = None) -> Chat | None:
+    """How a model is talked to; None where it came without a chat template and none is wanted.
+
+    Args:
+        wanted: the name of a template, or its file, in place of the model's own.
+
+    Raises:
+        DataError: the template cannot be used.
+    """
+    if wanted is not None:
+        return Chat(loaded.tokenizer, load_chat_template(loaded.tokenizer, wanted))
+    if loaded.chat_template is None:
+        return None
+    return Chat(loaded.tokenizer, loaded.chat_template)

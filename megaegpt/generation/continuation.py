@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megaegpt.config import GenerationConfig
-from megaegpt.generation.sampling import Sampler, check_sampling
+from megaegpt.generation.sampling import Sampler, check_drawn, check_sampling
 from megaegpt.model.build import Model, new_decoder
 from megaegpt.model.decoding import Decoder
 from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, MemoryLimits
@@ -48,6 +48,7 @@ class Continuation:
 
         Raises:
             ConfigError: a value is out of range.
+            NotFiniteError: the model gives no probabilities.
         """
         check_sampling(config, [config.seed])
         device = self._model.grid.device
@@ -58,6 +59,7 @@ class Continuation:
             self._decoder = None
             logits = _advance(decoder, torch.tensor([new], device=device))
             token = int(sampler.draw(logits[:, : self._vocab_size]))
+            check_drawn([token])
             self._decoder, self._read = decoder, [*self._read, *new]
             if token in stop:
                 return

@@ -22,7 +22,7 @@ from megaegpt.errors import NotFiniteError
 from megaegpt.generation.compiled import CompiledSteps
 from megaegpt.generation.padded import PaddedGPTDecoder
 from megaegpt.generation.recomputing import RecomputingDecoder
-from megaegpt.generation.sampling import NO_TOKEN, Sampler, check_sampling
+from megaegpt.generation.sampling import Sampler, check_drawn, check_sampling
 from megaegpt.model.build import Model, gpt_of, new_decoder
 from megaegpt.model.decoding import Decoder
 from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, MemoryLimits
@@ -182,12 +182,7 @@ class TextGenerator:
         while True:
             drawn = self._next_tokens(decoder, sampler, tokens)
             ids = drawn.tolist()  # the only wait for the device
-            if NO_TOKEN in ids:
-                raise NotFiniteError(
-                    "the model's logits are not finite, and so there is no next token: its weights "
-                    "have diverged, or the numbers are too large for the precision (fp16 ends at "
-                    "65504: use bf16 or fp32)"
-                )
+            check_drawn(ids)
             running = [on and token not in stop for on, token in zip(running, ids, strict=True)]
             if not any(running):
                 return

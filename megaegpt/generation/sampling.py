@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.validation import validate
-from megaegpt.errors import ConfigError
+from megaegpt.errors import ConfigError, NotFiniteError
 
 _SEEDS = range(2**64)
 """Seeds that torch's generators take and a configuration may have."""
@@ -31,6 +31,20 @@ def check_sampling(config: GenerationConfig, seeds: Sequence[int]) -> None:
     for seed in (seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else seeds:
         if seed not in _SEEDS:
             raise ConfigError(f"seed {seed} of a text must not be negative, and be below 2^64")
+
+
+def check_drawn(ids: Sequence[int]) -> None:
+    """Refuse to go on from what a :class:`Sampler` could not draw.
+
+    Raises:
+        NotFiniteError: an id is :data:`NO_TOKEN`.
+    """
+    if NO_TOKEN in ids:
+        raise NotFiniteError(
+            "the model's logits are not finite, and so there is no next token: its weights "
+            "have diverged, or the numbers are too large for the precision (fp16 ends at "
+            "65504: use bf16 or fp32)"
+        )
 
 
 class Sampler:

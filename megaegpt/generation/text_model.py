@@ -40,6 +40,7 @@ class TextModel:
 
         Raises:
             ConfigError: a number is out of range.
+            NotFiniteError: the model gives no probabilities.
         """
         return "".join(
             self.stream(

@@ -113,12 +113,16 @@ def load_for_inference(
             "mean other texts to it: give its own as --vocabulary",
             file=sys.stderr,
         )
-    chat = _chat_template(weights, tokenizer)
+    chat = _chat_template(weights, tokenizer, extra)
     in_chats = extra.get(INSTRUCTIONS) == "chats" and chat is not None
     return LoadedModel(model, encoder, tokenizer, own, chat, in_chats)
 
 
-def _chat_template(weights: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+def _chat_template(
+    weights: Path, tokenizer: Tokenizer, extra: Mapping[str, Any]
+) -> ChatTemplate | None:
+    if extra.get(INSTRUCTIONS) == "tasks":  # whatever its tokenizer was made for
+        return load_chat_template(tokenizer, "alpaca")
     file = weights / CHAT_TEMPLATE_FILE
     if file.is_file():
         return load_chat_template(tokenizer, str(file))

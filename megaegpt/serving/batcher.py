@@ -23,7 +23,7 @@ from torch import Tensor
 from megaegpt.config import GenerationConfig
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import MegaEGPTError
-from megaegpt.generation.sampling import Sampler
+from megaegpt.generation.sampling import NO_TOKEN, Sampler
 from megaegpt.serving.running_rows import Reading, RunningRows
 from megaegpt.serving.text_stream import TextStream
 
@@ -116,6 +116,9 @@ class _Running:
         """Take the next token by (1, V) logits and deliver its text; whether more follows."""
         job, logits = self.job, logits[:, : self._vocab_size]
         token = int(self._sampler.draw(logits))
+        if token == NO_TOKEN:
+            job.deliver(Failed("internal", "the model's logits are not finite"))
+            return False
         if token in job.end_tokens:
             return self._end("stop")
         self._drawn += 1

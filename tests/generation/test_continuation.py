@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megaegpt.errors import NotFiniteError
 from megaegpt.generation.continuation import Continuation
 from megaegpt.generation.generator import TextGenerator
 from tests.tiny.models import DEEPGPT, EGPT, GPT, MAX_LEN, SAMPLING, build_with_encoder, prompt
@@ -63,6 +64,13 @@ def test_a_step_that_was_interrupted_spoils_nothing() -> None:
         next(stream)
     hook.remove()
     assert list(writer.stream(text, CONFIG)) == expected
+
+
+def test_a_model_without_probabilities_writes_nothing() -> None:
+    model, _ = build_with_encoder(GPT)
+    model.head.weight.data.fill_(float("nan"))
+    with pytest.raises(NotFiniteError):
+        next(Continuation(model, None, GPT.vocab_size).stream(prompt(3), CONFIG))
 
 
 def test_stop_ids_end_it() -> None:

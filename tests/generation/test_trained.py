@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from megaegpt.config import EncoderConfig, ModelConfig
+from megaegpt.data.instruction.conversations import Message
+from megaegpt.data.instruction.records import Instruction
 from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.generation.generator import TextGenerator
@@ -184,3 +186,15 @@ def test_it_is_known_and_said_whether_the_tokenizer_is_the_models_own(
     assert not load_for_inference(tmp_path / "other", GRID).is_own_tokenizer
     warned = rf"warning: {tmp_path}/other was not trained with the tokenizer gpt2.* --vocabulary"
     assert re.search(warned, capsys.readouterr().err)
+
+
+def test_a_model_that_was_tuned_on_tasks_is_talked_to_in_their_prompt(tmp_path: Path) -> None:
+    model = build_model(replace(GPT, **BIG_VOCABULARY), GRID, seed=1)
+    save_weights(model, tmp_path, GRID, {"instructions": "tasks"})
+    loaded = load_for_inference(tmp_path, GRID)
+    assert loaded.chat_template is not None
+    assert not loaded.asked_in_chats
+    task = Instruction("Name a colour.", "", "")
+    messages = (Message("user", task.instruction),)
+    expected = loaded.tokenizer.encode_prompt(task.prompt)
+    assert loaded.chat_template.encode_prompt(messages, loaded.tokenizer) == expected

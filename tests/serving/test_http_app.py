@@ -17,7 +17,7 @@ from megaegpt.generation.chat import Chat
 from megaegpt.generation.text_model import TextModel
 from megaegpt.serving.http_app import MOST_BODY_BYTES, is_loopback
 from tests.serving.server import LOADED, NAME, Server, serving, wait_until
-from tests.tiny.loaded import load
+from tests.tiny.loaded import load, load_speaking
 
 PROMPT = "Well, Prince,"
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -298,6 +298,15 @@ def test_a_fault_of_the_server_ends_what_it_touched_and_shows_nothing_of_itself(
         assert "secret" not in error["message"]
         server.gate.is_open.set()
         assert server.ask("POST", COMPLETE, SHORT)[0] == 200
+
+
+def test_a_model_without_probabilities_writes_no_text() -> None:
+    loaded = load_speaking("gpt")
+    loaded.model.head.weight.data.fill_(float("nan"))
+    with serving(loaded) as server:
+        status, error = server.error_of(COMPLETE, SHORT)
+        assert (status, error["message"]) == (500, "the model's logits are not finite")
+        assert server.batcher.counts() == (0, 0)
 
 
 def test_a_server_that_ends_finishes_what_has_begun() -> None:
