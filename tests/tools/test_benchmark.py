@@ -60,6 +60,13 @@ def test_egpt(run, capsys):
     assert all(name in out for name in names)
 
 
+def test_a_token_memory_is_timed_by_how_much_it_holds(run, capsys):
+    record = run("generate", "--memory", "--hidden", "16", "--heads", "2", "--repetitions", "1")
+    assert [row["held"] for row in record["memory"]] == [1024, 16384, 131072]
+    assert all(row["all_ms"] > 0 < row["few_ms"] for row in record["memory"])
+    assert "131,072" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("family", [(), ("--family", "llama", "--kv-heads", "1")])
 def test_generate(run, family):
     sizes = ("--hidden", "16", "--layers", "1", "--heads", "2", "--tokens", "3")
@@ -253,6 +260,7 @@ def test_unknown_peers_are_refused(value, message):
     [
         ("train --kv-heads 2", "--kv-heads is for --family llama"),
         ("generate --egpt --compile", "--egpt measures EGPT alone"),
+        ("generate --memory --compile", "--egpt measures EGPT alone"),
         ("data --input a.jsonl --megabytes 3", "--megabytes is for a corpus that is made"),
     ],
 )

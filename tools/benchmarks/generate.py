@@ -27,6 +27,7 @@ from tools.benchmarks.common import (
     print_results,
     single_grid,
 )
+from tools.benchmarks.memory import memory_by_tokens
 from tools.benchmarks.processes import Candidate, Workload, compare
 from tools.benchmarks.shapes import add_family, model_config, with_family
 
@@ -51,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--egpt", action="store_true", help="EGPT's cost per token at 1k, 4k and 16k of context"
     )
     parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="what EGPT's token memory adds to a token at 1k, 16k and 128k held ones",
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="measure ours with a compiled step as well"
     )
     parser.add_argument(
@@ -65,9 +71,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return the record."""
     keys = ("hidden", "layers", "heads", "batch", "tokens", "dtype")
     shape = with_family({key: getattr(arguments, key) for key in keys}, arguments)
+    others = arguments.peer or arguments.compile or arguments.profile
+    if (arguments.egpt or arguments.memory) and others:
+        raise ConfigError("--egpt measures EGPT alone: leave --peer, --compile, --profile out")
+    if arguments.memory:
+        vocab_size = model_config(shape).vocab_size
+        rows = memory_by_tokens(shape["hidden"], vocab_size, arguments.repetitions)
+        return {"shape": shape, "memory": rows}
     if arguments.egpt:
-        if arguments.peer or arguments.compile or arguments.profile:
-            raise ConfigError("--egpt measures EGPT alone: leave --peer, --compile, --profile out")
         return {"shape": shape, "egpt": _egpt_by_context(shape, arguments.repetitions)}
     candidates = [Candidate("megaegpt", ours, (shape,), threads=arguments.threads)]
     if arguments.compile:

@@ -1,0 +1,82 @@
+"""What EGPT's token memory adds to the writing of a token, by how many tokens it holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+from megaegpt.config import EGPTConfig, ModelConfig
+from megaegpt.model.egpt.held_tokens import HeldTokens, MemoryLimits
+from megaegpt.model.egpt.token_memory import TokenMemory
+from megaegpt.text_tables import format_table
+from tools.benchmarks.common import single_grid
+
+_HELD = (1024, 16_384, 131_072)
+_CHUNK, _CHUNKS = 1024, 4
+"""Tokens in a chunk, and how many chunks are looked at where not all are."""
+
+
+def memory_by_tokens(hidden: int, vocab_size: int, repetitions: int) -> list[dict[str, Any]]:
+    """Time the look-up of one token, with all held keys and with those of a few chunks, and how
+    fast as many bytes as the keys have can be read.
+
+    Args:
+        hidden: width of the model.
+        vocab_size: of the probabilities that are mixed.
+        repetitions: counted look-ups, of which the median is taken.
+    """
+    rows = []
+    for tokens in _HELD:
+        row: dict[str, Any] = {"held": tokens}
+        for name, chunks in (("all", None), ("few", _CHUNKS)):
+            held, module = _filled(hidden, vocab_size, tokens, chunks)
+            states = torch.randn(2, 1, 1, hidden)
+            logits = torch.randn(1, 1, vocab_size)
+            held.append(states[0], torch.zeros(1, 1, dtype=torch.long))
+            row[f"{name}_ms"] = _milliseconds(
+                lambda: held.mix(states[0], states[1], logits),  # noqa: B023
+                repetitions,
+            )
+            keys = tokens * module.dim * module.pointers * 4
+        row["bytes"] = keys
+        numbers = torch.ones(keys // 4)
+        row["read_ms"] = _milliseconds(numbers.sum, repetitions)
+        rows.append(row)
+    table = [["held tokens", "keys, MB", "all keys, ms", f"{_CHUNKS} chunks, ms", "bytes read, ms"]]
+    for row in rows:
+        times = [f"{row[name]:.2f}" for name in ("all_ms", "few_ms", "read_ms")]
+        table.append([f"{row['held']:,}", f"{row['bytes'] / 1e6:.1f}", *times])
+    print("what the token memory adds to a token that is written")
+    print(format_table(table))
+    return rows
+
+
+def _filled(
+    hidden: int, vocab_size: int, tokens: int, chunks: int | None
+) -> tuple[HeldTokens, TokenMemory]:
+    """A memory of random states."""
+    egpt = EGPTConfig(chunk_size=_CHUNK, token_memory=True, memory_chunks=chunks)
+    config = ModelConfig(kind="egpt", hidden_size=hidden, vocab_size=vocab_size, egpt=egpt)
+    module = TokenMemory(config, single_grid()).requires_grad_(False)
+    held = HeldTokens(module, 1, torch.empty(0), MemoryLimits(tokens))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(tokens // _CHUNK):
+        ids = torch.randint(vocab_size, (1, _CHUNK), generator=generator)
+        held.append(torch.randn(1, _CHUNK, hidden, generator=generator), ids)
+        held.finish_chunk()
+    return held, module
+
+
+def _milliseconds(look_up: Callable[[], object], repetitions: int) -> float:
+    """The median time of one call."""
+    look_up()
+    times = []
+    for _ in range(repetitions):
+        began = time.perf_counter()
+        look_up()
+        times.append(1e3 * (time.perf_counter() - began))
+    return median(times)
