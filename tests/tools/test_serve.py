@@ -90,16 +90,19 @@ def test_it_answers_and_ends_with_what_has_begun_finished(tmp_path: Path) -> Non
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        (url,) = re.findall(r"^serving tiny at (http://127\.0\.0\.1:\d+) ", line)
-        body = {"model": "tiny", "prompt": "It", "max_tokens": 800, "stream": True}
-        request = urllib.request.Request(
-            f"{url}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            assert answer.readline().startswith(b"data: ")
-            process.send_signal(signal.SIGTERM)
-            assert answer.read().endswith(b"data: [DONE]\n\n")
-        assert process.wait(60) == 0
+        try:
+            shown = next(line for line in process.stdout if line.startswith("serving "))
+            (url,) = re.findall(r"^serving tiny at (http://127\.0\.0\.1:\d+) ", shown)
+            body = {"model": "tiny", "prompt": "It", "max_tokens": 800, "stream": True}
+            request = urllib.request.Request(
+                f"{url}/v1/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert answer.readline().startswith(b"data: ")
+                process.send_signal(signal.SIGTERM)
+                assert answer.read().endswith(b"data: [DONE]\n\n")
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
