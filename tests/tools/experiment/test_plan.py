@@ -62,16 +62,20 @@ def test_everything_wrong_is_said_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sources", "words"),
+    ("right", "wrong", "words"),
     [
-        ("runs_of: psalms", "runs_of=psalms: no corpus above it trains"),
-        ("runs_of: bible\n    train: [moby_dick]", "give held_out, and leave train out"),
-        ("runs_of: bible\n    readings: [x]", "readings: x: not in readings"),
+        ("runs_of: bible", "runs_of: psalms", "runs_of=psalms: no corpus above it trains"),
+        (
+            "runs_of: bible",
+            "runs_of: bible\n    train: [moby_dick]",
+            "give held_out, and leave train out",
+        ),
+        ("readings: [dense]", "readings: [x]", "readings: x: not in readings"),
     ],
 )
-def test_a_corpus_that_cannot_be_measured_is_named(tmp_path, sources, words):
+def test_a_corpus_that_cannot_be_measured_is_named(tmp_path, right, wrong, words):
     path = tmp_path / "wrong.yaml"
-    path.write_text((CONFIGS / "smoke.yaml").read_text().replace("runs_of: bible", sources))
+    path.write_text((CONFIGS / "smoke.yaml").read_text().replace(right, wrong))
     with pytest.raises(ConfigError, match=words):
         load_plan(path)
 
