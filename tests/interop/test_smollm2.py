@@ -105,7 +105,7 @@ def test_its_logits_and_loss_are_theirs(
     ours: GPT, theirs: LlamaForCausalLM, prompt: Tensor
 ) -> None:
     logits, expected = ours.logits(prompt), theirs(prompt).logits
-    difference = (logits - expected).abs().max() / expected.abs().max()  # the largest is 36
+    difference = (logits - expected).abs().max() / expected.abs().max()  # the largest is 33
     assert difference <= 1e-5, difference
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], prompt[0, 1:])
     assert 1.0 < loss < 4.0  # the text is famous
