@@ -55,6 +55,9 @@ def deepspeed_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device every step
     }
+    if config.optimizer.kind == "muon":
+        # It knows its own kinds of optimizers alone; layouts are told to ours, and tested.
+        generated["zero_allow_untested_optimizer"] = True
     if stage == 1 and precision != "fp32":
         # It would cast the gradients that it accumulated in fp32 down to send them, and back. They
         # are sent once a step here; at stage 2 they are sent as the backward pass makes them.

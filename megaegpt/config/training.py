@@ -63,8 +63,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule. Weight decay acts on matrices and embeddings only."""
+    """The optimizer and its schedule. Weight decay acts on matrices and embeddings only."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised steps (Jordan et al. 2024) for the matrices of blocks, at the same
+    learning rate; AdamW for embeddings, the head, norms and biases."""
     lr: PositiveFloat = 6e-4
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 6e-5
@@ -84,6 +87,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay."""
+    momentum: Fraction = 0.95
+    """muon: decay of the mean of gradients (Nesterov's)."""
 
 
 @dataclass(frozen=True)

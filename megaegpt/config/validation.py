@@ -17,6 +17,7 @@ from megaegpt.config.parsing import Problem, raise_problems
 from megaegpt.config.paths import path_problems
 from megaegpt.config.ranges import range_problems
 from megaegpt.config.run import RunConfig
+from megaegpt.config.training import OptimizerConfig
 from megaegpt.config.validation_sets import validation_set_problems
 
 _BATCH = {
@@ -76,6 +77,11 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
 def _schedule(config: RunConfig) -> Iterator[Problem]:
     optimizer, steps = config.optimizer, config.training.steps
     warmup = optimizer.warmup_steps
+    if optimizer.kind == "adamw" and optimizer.momentum != OptimizerConfig.momentum:
+        yield Problem(
+            ("optimizer.momentum", "optimizer.kind"),
+            f"optimizer.momentum={optimizer.momentum} has no effect without optimizer.kind=muon",
+        )
     if optimizer.min_lr > optimizer.lr:
         yield Problem(
             ("optimizer.min_lr", "optimizer.lr"),

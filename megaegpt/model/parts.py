@@ -1,4 +1,6 @@
-"""The parts of a model by name: what can be frozen, and what gradient norms are reported by."""
+"""The parts of a model by name: what can be frozen, what gradient norms are reported by, and which
+matrices Muon steps.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from torch import nn
 
 from megaegpt.config.freezing import parse_part
 from megaegpt.errors import ConfigError
+from megaegpt.parallel.layers import Linear
 
 _BLOCK = re.compile(r"stack\.blocks\.(\d+)\.")
 _EMBEDDINGS = ("embedding", "positions", "chunk_positions", "lengths")
@@ -55,3 +58,14 @@ def freeze(model: nn.Module, wanted: Sequence[str]) -> int:
     for parameter in frozen:
         parameter.requires_grad_(False)
     return sum(parameter.numel() for parameter in frozen)
+
+
+def matrices_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable weights of linear layers, in blocks and before them, by name: what Muon is for.
+    Not among them are embeddings, a head, and the small projections of EGPT's memories.
+    """
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and module.weight.requires_grad
+    }

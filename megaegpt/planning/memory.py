@@ -28,7 +28,7 @@ class MemoryEstimate:
     weights: int = 0
     """Parameters in the precision of the computation."""
     optimizer: int = 0
-    """Adam's moments, and fp32 weights where the computation has others."""
+    """The optimizer's moments, and fp32 weights where the computation has others."""
     gradients: int = 0
     """Gradients that are kept between micro-steps and until the update."""
     buffers: int = 0
@@ -109,8 +109,16 @@ class _Zero:
         """The candidates for the peak: in the backward pass, and when gradients are reduced."""
         n = self.passed.parameters
         item = DTYPES[self.precision].itemsize
-        states = 8 * n if self.stage == 0 else 12 * n // self.dp_size
+        shared = 1 if self.stage == 0 else self.dp_size
+        muon = sum(self.passed.muon) if self.config.optimizer.kind == "muon" else 0
+        states = ((8 if self.stage == 0 else 12) * n - 4 * muon) // shared  # Muon has one moment
         base = MemoryEstimate(weights=item * n, optimizer=states, frozen=self.passed.frozen)
+        moments = self._before_the_update(base, n, item)
+        if muon:
+            moments.append(self._muon_update(base, n, muon, shared))
+        return moments
+
+    def _before_the_update(self, base: MemoryEstimate, n: int, item: int) -> list[MemoryEstimate]:
         if self.stage == 2:
             return self._stage_2(base, n, item)
         if self.precision == "fp32":
@@ -121,6 +129,16 @@ class _Zero:
             # The micro-step's own gradients, a flat fp32 copy, and one in the precision of the wire
             dataclasses.replace(base, gradients=gradients + item * n, buffers=(4 + item) * once),
         ]
+
+    def _muon_update(self, base: MemoryEstimate, n: int, muon: int, shared: int) -> MemoryEstimate:
+        """Directions and updates of a partition, or of a matrix where there are none; and while
+        one is iterated on, itself and two more whole, and two squares of its shorter side.
+        """
+        largest = max(self.passed.muon)
+        flat = largest if self.stage == 0 else muon // shared
+        whole = largest * self.config.parallel.tensor_parallel_size
+        gradients = 4 * n if self.stage == 0 else 8 * n // shared  # and flat once more
+        return dataclasses.replace(base, gradients=gradients, buffers=4 * (2 * flat + 5 * whole))
 
     def _unpartitioned_fp32(self, base: MemoryEstimate, n: int) -> list[MemoryEstimate]:
         accumulated = 4 * n if self.several else 0

@@ -24,6 +24,7 @@ from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.model.adapters import choose_trained
 from megaegpt.model.build import Model, build_inputs, empty_model
 from megaegpt.model.gpt import GPT
+from megaegpt.model.parts import matrices_of
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import LOGITS_AT_ONCE, ROWS_AT_ONCE, fused_rows
 from megaegpt.planning.allocations import TensorMeter
@@ -40,6 +41,8 @@ class MicroStep:
     parameters: int
     """This rank's trainable ones, in elements."""
     largest_parameter: int
+    muon: tuple[int, ...]
+    """Of those, the elements of each matrix that Muon would step."""
     frozen: int
     """Weights of the encoder and of frozen parts."""
     kept: int
@@ -115,7 +118,8 @@ def trace_micro_step(
         peak = meter.peak - before
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     frozen_bytes = _frozen_bytes(model) + (0 if frozen is None else _frozen_bytes(frozen))
-    return MicroStep(sum(sizes), max(sizes), frozen_bytes, kept, peak, tuple(group.messages))
+    muon = tuple(matrix.numel() for matrix in matrices_of(model).values())
+    return MicroStep(sum(sizes), max(sizes), muon, frozen_bytes, kept, peak, tuple(group.messages))
 
 
 def _fake(config: ModelConfig, grid: ProcessGrid, device_type: str) -> Model:

@@ -55,7 +55,8 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "data": "feature_dtype mask_after_document_end",
         "training": "steps micro_batch_size precision gradient_clipping on_nonfinite freeze",
         "training.lora": "rank alpha dropout targets",
-        "optimizer": "lr min_lr schedule warmup_steps decay_steps beta1 beta2 eps weight_decay",
+        "optimizer": "kind lr min_lr schedule warmup_steps decay_steps beta1 beta2 eps "
+        "weight_decay momentum",
         "": "deepspeed",
     },
     "none": {
@@ -249,6 +250,12 @@ def check_resume(
     changes = _different(flatten(saved), flatten(config))
     changes |= _changed_corpus(state.get("shards", ""), identity["shards"], changes)
     _check_same_run(changes, folder)
+    if (kinds := changes.get("optimizer.kind")) is not None:
+        raise CheckpointError(
+            f"{folder} holds another optimizer's state: optimizer.kind is {kinds[0]} there and "
+            f"{kinds[1]} here. Resume with the kind as it was, or begin a new run by "
+            "training.initialize_from"
+        )
     _check_same_model(saved.model, config.model, folder)
     _check_same_encoder(state, identity, folder)
     _check_same_adapters(saved, config, folder)

@@ -126,6 +126,7 @@ REFUSED = [
         {"data": {"train": ("a", "b"), "weights": (1.0, 0.0)}},
         "weights=[1.0, 0.0] must be greater than 0",
     ),
+    ({"optimizer": {"momentum": 0.9}}, "momentum=0.9 has no effect without optimizer.kind=muon"),
     ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr=1.0 must not be above optimizer.lr"),
     ({"training": {"micro_batch_size": 0}}, "training.micro_batch_size=0 must be greater than 0"),
     ({"optimizer": {"weight_decay": -0.1}}, "optimizer.weight_decay=-0.1 must not be negative"),

@@ -75,6 +75,7 @@ def test_resume_is_exact_for_every_zero_stage_and_precision_with_dropout(
     configs = [_config(stage=stage, **dropout) for stage in (0, 1, 2)]
     configs += [_config(stage=s, training={"precision": "bf16"}, **dropout) for s in (1, 2)]
     configs += [_config(tp=2, stage=0, **dropout)]
+    configs += [_config(stage=stage, optimizer={"kind": "muon"}) for stage in (0, 2)]
     configs += [_config(tp=2, stage=2, model={"dropout": 0.1, **ATTENTION["olmo2"]})]
     distributed(2, _assert_resumes_exactly, configs, tmp_path)
 
@@ -113,6 +114,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "egpt_with_one_key_value_head": {"kind": "egpt", "model": {"num_kv_heads": 1}},
     "qwen3": {"model": ATTENTION["qwen3"] | {"positions": "rotary", "qkv_bias": True}},
     "olmo2": {"model": ATTENTION["olmo2"] | {"positions": "rotary", "z_loss": 1e-3}},
+    "muon": {"optimizer": {"kind": "muon"}},
 }
 # Tensor parallel, data parallel, ZeRO stage: where a run is saved, and where it goes on.
 _ROUTES = {
@@ -126,6 +128,7 @@ _ROUTES = {
     "latent": [((2, 2, 2), [(1, 4, 1)]), ((1, 2, 2), [(2, 1, 0)])],
     "qwen3": [((2, 2, 2), [(1, 1, 0)]), ((1, 2, 1), [(2, 1, 2)])],
     "olmo2": [((2, 1, 0), [(1, 2, 2)]), ((1, 2, 2), [(2, 1, 0)])],
+    "muon": [((2, 1, 0), [(1, 2, 2)]), ((1, 2, 2), [(2, 1, 0), (2, 2, 1)])],
 }
 
 

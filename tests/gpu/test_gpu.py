@@ -211,7 +211,7 @@ def zero_2_losses(device: str) -> tuple[list[float], list[float]]:
 
     from megaegpt.parallel.launch import init_distributed
     from megaegpt.training.engine.engine import Engine
-    from megaegpt.training.engine.optimizer import build_adamw
+    from megaegpt.training.engine.optimizer import build_optimizer
     from megaegpt.training.engine.schedule import learning_rate
 
     alone = not dist.is_initialized()
@@ -231,7 +231,7 @@ def zero_2_losses(device: str) -> tuple[list[float], list[float]]:
     ours = [engine.train_step(step, halves).loss.item() for step in range(6)]
     engine.close()
     model = build_model(MODEL, grid)
-    optimizer = build_adamw(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, ProcessGrid())
     plain = []
     for step in range(6):
         for group in optimizer.param_groups:

@@ -6,12 +6,18 @@ import gc
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from megaegpt.config import EGPTConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megaegpt.config import (
+    EGPTConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from megaegpt.config.run import RunConfig
 from megaegpt.model.build import build_inputs, build_model, meta_model
 from megaegpt.parallel.grid import ProcessGrid
@@ -34,6 +40,7 @@ def run_config(
     recompute: str = "none",
     micro_batch: int = 4,
     tp: int = 1,
+    optimizer: Literal["adamw", "muon"] = "adamw",
     **model: Any,
 ) -> RunConfig:
     sizes = {"vocab_size": 4000, "max_seq_len": 64, "hidden_size": 128, "num_layers": 3}
@@ -47,6 +54,7 @@ def run_config(
             precision=precision,  # type: ignore[arg-type]
             activation_checkpointing=recompute,  # type: ignore[arg-type]
         ),
+        optimizer=OptimizerConfig(kind=optimizer),
     )
 
 
@@ -102,6 +110,8 @@ def test_estimate_is_what_one_rank_takes(distributed: Distributed) -> None:
         run_config(1, 2, "fp32", recompute="selective"),
         run_config(1, 2, "bf16", micro_batch=16, recompute="full"),
         run_config(1, 2, "fp32", micro_batch=8, num_kv_heads=1, positions="rotary", window=16),
+        run_config(1, 0, "fp32", optimizer="muon"),
+        run_config(1, 2, "fp32", micro_batch=1, optimizer="muon", vocab_size=500),
     ]
     assert_estimates(configs, 1, distributed(1, measure, configs)[0])
 
@@ -122,6 +132,7 @@ def test_estimate_is_what_data_parallel_ranks_take(distributed: Distributed) -> 
         run_config(2, 1, "bf16"),
         run_config(2, 2, "fp32", accumulation=2),
         run_config(2, 2, "bf16", micro_batch=16),
+        run_config(2, 2, "fp32", micro_batch=1, optimizer="muon", vocab_size=500),
     ]
     assert_estimates(configs, 2, *distributed(2, measure, configs))
 

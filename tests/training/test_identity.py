@@ -174,6 +174,12 @@ def test_every_other_changed_key_is_named_in_one_line(config: RunConfig, tmp_pat
     assert rest == "without effect on the losses: logging.interval 2 -> 1"
 
 
+def test_another_kind_of_optimizer_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path / "checkpoint", config)
+    with pytest.raises(CheckpointError, match=r"optimizer\.kind is adamw there and muon here"):
+        _check(_changed(config, optimizer={"kind": "muon"}), folder)
+
+
 def test_another_corpus_and_another_batch_are_named(config: RunConfig, tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path, config)
     ramp = BatchRampConfig(start=2, increment=2, steps=1)

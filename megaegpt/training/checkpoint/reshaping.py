@@ -6,7 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from megaegpt.config import LoRAConfig, ParallelConfig, RunConfig, TrainingConfig
+from megaegpt.config import (
+    LoRAConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from megaegpt.config.validation import validate
 from megaegpt.errors import CheckpointError
 from megaegpt.model.adapter_files import lora_of, read_adapter
@@ -83,6 +89,7 @@ def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -
     model, extra, _ = read_any_config(checkpoint / "weights")
     lora = lora_of(extra)
     saved = manifest.topology
+    run = manifest.trainer.get("config") or {}
     config = RunConfig(
         model=model,
         parallel=ParallelConfig(
@@ -97,6 +104,7 @@ def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -
             # Adapters are written without the weights beside which they were trained.
             initialize_from=None if lora is None else read_adapter(checkpoint / "weights").base[0],
         ),
+        optimizer=OptimizerConfig(kind=run.get("optimizer", {}).get("kind", "adamw")),
     )
     validate(config, grid.world_size)
     return config

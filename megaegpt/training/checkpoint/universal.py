@@ -9,9 +9,10 @@ into ZeRO. Stage 0, which both of them lack, is done here in the same format.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.checkpoint.constants import (
+    BASE_OPTIMIZER_STATE,
     CAT_DIM,
     DS_VERSION,
+    OPTIMIZER_STATE_DICT,
     PARAM,
     PARAM_GROUPS,
+    PARAM_SLICE_MAPPINGS,
     PARAMETER_WITH_ROW_PARALLELISM_PATTERNS,
     TP_REPLICATED_PARAMETER_PATTERNS,
     UNIVERSAL_CHECKPOINT_INFO,
@@ -35,6 +39,7 @@ from megaegpt.parallel.params import ParamSpec, shard, spec_of
 
 _VERSION = 0.2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW; Muon has the first alone."""
 FP32 = "fp32"
 
 Specs = dict[str, ParamSpec]
@@ -76,17 +81,43 @@ def convert(source: Path, target: Path, shapes: Shapes, zero_stage: int) -> None
     if zero_stage == 0:
         _convert_replicated(source, target, shapes)
         return
-    ds_to_universal.main(
-        argparse.Namespace(
-            input_folder=str(source),
-            output_folder=str(target),
-            num_extract_workers=1,  # in this process: its children would inherit CUDA and gloo
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=False,
-        )
+    options = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,  # in this process: its children would inherit CUDA and gloo
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
     )
+    with _filling_in_second_moments() as filled:
+        ds_to_universal.main(options)
+    for name in filled:
+        (target / "zero" / name / "exp_avg_sq.pt").unlink()
+
+
+@contextlib.contextmanager
+def _filling_in_second_moments() -> Iterator[set[str]]:
+    """Let the converter find two moments of every parameter, as it must: of one that has only the
+    first, which is Muon's, that one twice. The set has the names of those when it is through.
+    """
+    filled: set[str] = set()
+    read = ds_to_universal.DeepSpeedCheckpoint.get_zero_checkpoint_state
+
+    def read_and_fill(*args: Any, **arguments: Any) -> Any:
+        loaded = read(*args, **arguments)
+        optimizer = loaded[OPTIMIZER_STATE_DICT]
+        for number, state in optimizer[BASE_OPTIMIZER_STATE]["state"].items():
+            if "exp_avg_sq" not in state:
+                state["exp_avg_sq"] = state["exp_avg"]
+                filled.update(optimizer[PARAM_SLICE_MAPPINGS][number])
+        return loaded
+
+    ds_to_universal.DeepSpeedCheckpoint.get_zero_checkpoint_state = read_and_fill
+    try:
+        yield filled
+    finally:
+        ds_to_universal.DeepSpeedCheckpoint.get_zero_checkpoint_state = read
 
 
 def _convert_replicated(source: Path, target: Path, shapes: Shapes) -> None:
@@ -94,16 +125,18 @@ def _convert_replicated(source: Path, target: Path, shapes: Shapes) -> None:
     ranks = [torch.load(f, map_location="cpu", weights_only=True, mmap=True) for f in files]
     states = [rank["optimizer"]["state"] for rank in ranks]
     info = ranks[0][UNIVERSAL_CHECKPOINT_INFO]
-    for number, name in enumerate(optimizer_order(shapes)):
+    groups = ranks[0]["optimizer"]["param_groups"]
+    for number, name in enumerate(_order_of(groups) or optimizer_order(shapes)):
         tp_dim, folder = _saved_tp_dim(info, name), target / "zero" / name
         folder.mkdir(parents=True)
         _save_joined([rank["module"][name] for rank in ranks], tp_dim, folder / f"{FP32}.pt")
         for moment in _MOMENTS:
-            slices = [state[number][moment] for state in states]
-            _save_joined(slices, tp_dim, folder / f"{moment}.pt")
+            if moment in states[0][number]:
+                slices = [state[number][moment] for state in states]
+                _save_joined(slices, tp_dim, folder / f"{moment}.pt")
         torch.save(states[0][number]["step"], folder / "step.pt")
     common = {
-        PARAM_GROUPS: ranks[0]["optimizer"]["param_groups"],
+        PARAM_GROUPS: groups,
         DS_VERSION: deepspeed.__version__,
     }
     torch.save(common, target / "zero" / "optimizer_state.pt")
@@ -135,15 +168,20 @@ def _read(folder: Path, name: str, what: str) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def _order_of(groups: list[dict[str, Any]]) -> list[str]:
+    """The names that groups have, where they have any."""
+    return [name for group in groups for name in group.get("names", [])]
+
+
 def optimizer_order(shapes: Shapes) -> Iterable[str]:
-    """Names in the order of the optimizer's groups: matrices, then vectors."""
+    """Names in the order of AdamW's groups: matrices, then vectors."""
     return sorted(shapes, key=lambda name: len(shapes[name]) < 2)  # stable
 
 
 def load_replicated(
     model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, grid: ProcessGrid
 ) -> None:
-    """Fill a stage 0 model and its AdamW with this rank's slices of a universal checkpoint."""
+    """Fill a stage 0 model and its optimizer with this rank's slices of a universal checkpoint."""
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     for name, parameter in trainable:
         spec = spec_of(parameter)
@@ -156,6 +194,7 @@ def load_replicated(
         state = {
             moment: read(moment).to(parameter.device).clone(memory_format=torch.contiguous_format)
             for moment in _MOMENTS
+            if (folder / "zero" / name / f"{moment}.pt").exists()
         }
         step = _read(folder, name, "step").to(parameter.device)
         optimizer.state[parameter] = {"step": step, **state}

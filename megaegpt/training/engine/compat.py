@@ -21,6 +21,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
 from megaegpt.errors import ConfigError, LaunchError
+from megaegpt.training.engine.muon import Piece
 from megaegpt.training.engine.unknown_keys import NotedMapping, say_refused, say_unknown
 
 ENGINE = (
@@ -68,9 +69,16 @@ def quieten(device_type: str) -> None:
     On a GPU the table of operators is not touched: whoever reads it first has all of them probed,
     with a dozen warnings where there is no CUDA toolkit.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.WARNING)
+    log.addFilter(_is_not_of_our_optimizer)
     if device_type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _is_not_of_our_optimizer(record: logging.LogRecord) -> bool:
+    """Whether a line is another than the warning that an optimizer is not one of DeepSpeed's."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def import_muon_uncompiled() -> None:
@@ -110,6 +118,25 @@ def check_compatible(engine: Any, stage: int, precision: str) -> None:
             f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}: install the release "
             "that setup.py names"
         )
+
+
+def piece_of(parameter: Any) -> Piece | None:
+    """What this rank's partition has of a parameter of ZeRO stage 1 or 2; None: nothing.
+
+    Raises:
+        LaunchError: this release of DeepSpeed does not say it.
+    """
+    try:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        own, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Piece(own.start, there.start, own.numel)
+    except AttributeError:
+        raise LaunchError(
+            f"DeepSpeed {deepspeed.__version__} does not say what a rank has of a parameter, which "
+            "optimizer.kind=muon needs: install the release that setup.py names"
+        ) from None
 
 
 def _missing(place: Any, names: tuple[str, ...]) -> Iterator[str]:

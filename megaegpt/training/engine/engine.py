@@ -41,12 +41,14 @@ from megaegpt.training.engine.compat import (
     check_compatible,
     import_muon_uncompiled,
     naming_raw_keys,
+    piece_of,
     quieten,
 )
 from megaegpt.training.engine.fewer_operators import use_fewer_operators
 from megaegpt.training.engine.gradients import ModuleNorms
 from megaegpt.training.engine.host_memory import keep_freed_memory
-from megaegpt.training.engine.optimizer import build_adamw, build_clipped_adamw
+from megaegpt.training.engine.muon import Muon
+from megaegpt.training.engine.optimizer import build_optimizer
 from megaegpt.training.engine.replicas import assert_replicas_equal, is_sharded
 from megaegpt.training.engine.schedule import learning_rate
 
@@ -82,7 +84,7 @@ class StepResult:
 
 
 class Engine:
-    """A model under DeepSpeed: ZeRO, mixed precision, clipping, AdamW.
+    """A model under DeepSpeed: ZeRO, mixed precision, clipping, AdamW or Muon.
 
     Args:
         model: the trainable model with its initial weights and :class:`ParamSpec` marks; it is
@@ -118,12 +120,8 @@ class Engine:
             # DeepSpeed counts the gradients of unmarked parameters on TP rank 0 only.
             setattr(parameter, "tensor_model_parallel", is_sharded(parameter, grid))  # noqa: B010
         model.to(grid.device)
-        optimizer: torch.optim.Optimizer
-        if stage == 0:
-            clipping = config.training.gradient_clipping
-            optimizer = build_clipped_adamw(model, config.optimizer, clipping, grid)
-        else:
-            optimizer = build_adamw(model, config.optimizer)
+        clipping = config.training.gradient_clipping if stage == 0 else None
+        optimizer = build_optimizer(model, config.optimizer, grid, clipping)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         options = deepspeed_config(config, grid.dp_size, self.precision, trainable)
         check_accepted(options)
@@ -135,6 +133,8 @@ class Engine:
                 model=model, optimizer=optimizer, mpu=DeepSpeedMpu(grid), config=options
             )
         check_compatible(self._deepspeed, stage, self.precision)
+        if isinstance(optimizer, Muon) and stage:
+            optimizer.follow_partition([piece_of(p) for p in optimizer.matrices])
         use_fewer_operators(self.optimizer, grid)
         if self.precision == "fp16" and self._loss_scaler is not None:
             # DeepSpeed would end the run with a bare Exception; train_step reports it instead.

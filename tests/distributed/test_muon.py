@@ -1,0 +1,60 @@
+"""Muon's steps in fp64: the same however a run is spread, and those of a second implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megaegpt.config.run import RunConfig
+from tests.distributed.harness import Distributed, grid_for
+from tests.tiny.engines import run_config
+from tests.tiny.models import ATTENTION
+from tests.tiny.muon import Weights, farthest, train_in_fp64, train_naively
+
+_FP64 = 1e-9
+_MODELS: dict[str, dict[str, Any]] = {
+    "gpt": {},
+    "llama": {
+        "norm": "rms_norm",
+        "mlp": "swiglu",
+        "positions": "rotary",
+        "bias": False,
+        "num_kv_heads": 2,  # which four ranks share
+        "tied_embeddings": False,
+    },
+    "egpt": {"kind": "egpt", "tied_embeddings": False},
+    "latent": ATTENTION["latent"],
+}
+_LAYOUTS = {
+    # Tensor parallel, ZeRO stage, micro-batch: of 4 ranks and 8 samples.
+    "gpt": [(1, 0, 2), (1, 1, 1), (1, 2, 2), (2, 1, 4), (4, 2, 2)],
+    "llama": [(1, 2, 1), (2, 0, 4), (4, 1, 8)],
+    "egpt": [(1, 1, 2), (2, 2, 1)],
+    "latent": [(2, 2, 4)],
+}
+
+
+def _config(model: str, tp: int = 1, stage: int = 0, micro_batch: int = 8) -> RunConfig:
+    return run_config(
+        model=_MODELS[model],
+        parallel={"tensor_parallel_size": tp, "zero_stage": stage},
+        training={"gradient_clipping": 0.0, "steps": 3, "micro_batch_size": micro_batch},
+        optimizer={"kind": "muon", "warmup_steps": 2},
+    )
+
+
+def _train_all(configs: list[RunConfig]) -> list[Weights]:
+    return [train_in_fp64(c, grid_for(c.parallel.tensor_parallel_size)) for c in configs]
+
+
+@pytest.mark.parametrize("model", _LAYOUTS)
+def test_every_layout_takes_the_steps_of_a_naive_muon(distributed: Distributed, model: str) -> None:
+    """Tensor-parallel sizes, ZeRO stages, and one to four micro-batches a step; borders of
+    partitions go through matrices.
+    """
+    naive = train_naively(_config(model))
+    configs = [_config(model, *layout) for layout in _LAYOUTS[model]]
+    for found in distributed(4, _train_all, configs):
+        for config, weights in zip(configs, found, strict=True):
+            assert farthest(weights, naive) <= _FP64, config.parallel
