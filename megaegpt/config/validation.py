@@ -200,6 +200,12 @@ def _adapters(config: RunConfig) -> Iterator[Problem]:
             f"training.freeze={list(training.freeze)} is for training without adapters: "
             f"{key}.rank={lora.rank} freezes all of the model's own weights",
         )
+    if config.optimizer.kind == "muon":
+        yield Problem(
+            (f"{key}.rank", "optimizer.kind"),
+            f"optimizer.kind=muon steps the model's own matrices, which {key}.rank={lora.rank} "
+            "freezes: use adamw",
+        )
 
 
 def _validation_split(config: RunConfig) -> Iterator[Problem]:

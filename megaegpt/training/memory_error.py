@@ -12,6 +12,7 @@ import torch
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.errors import MegaEGPTError, TrainingError
+from megaegpt.files import write_whole
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.memory import estimate_memory
 from megaegpt.precision import Precision
@@ -37,8 +38,8 @@ def explaining_memory(
         if not is_out_of_memory(error):
             raise
         lines = describe(config, grid, encoder, precision)
-        if (snapshot := _save_snapshot(config, grid)) is not None:
-            lines.append(f"  what lay in memory: {snapshot} (for pytorch.org/memory_viz)")
+        if (summary := _save_summary(config, grid)) is not None:
+            lines.append(f"  what lay in memory: {summary}")
         # Its first line says what was asked for; the rest is torch's own stack.
         reason = (str(error).splitlines() or ["an allocation failed"])[0].strip()
         message = [f"{grid.device} has too little memory: {reason}", *lines]
@@ -94,13 +95,13 @@ def _smaller(size: int) -> int:
     return next(size // n for n in range(2, size + 1) if size % n == 0)
 
 
-def _save_snapshot(config: RunConfig, grid: ProcessGrid) -> Path | None:
-    """Write the allocator's state where there is one, for PyTorch's viewer."""
+def _save_summary(config: RunConfig, grid: ProcessGrid) -> Path | None:
+    """Write the allocator's account of a GPU's memory, where there is one."""
     if grid.device.type != "cuda":
         return None
-    path = Path(config.logging.directory) / f"memory_rank{grid.rank}.pickle"
-    with contextlib.suppress(Exception):  # a private name; the error must not be hidden
-        torch.cuda.memory._dump_snapshot(str(path))
+    path = Path(config.logging.directory) / f"memory_rank{grid.rank}.txt"
+    with contextlib.suppress(OSError, RuntimeError):  # the error itself must not be hidden
+        write_whole(path, torch.cuda.memory_summary(grid.device).encode())
         return path
     return None
 
