@@ -99,7 +99,10 @@ title=$(python -c 'import json, sys; print(json.loads(open(sys.argv[1], encoding
 text=$data/book.jsonl
 if [ "$name" = quickstart_minute ]; then
     text=$data/beginning.txt
-    beginning "$data/book.jsonl" 200000 >"$text"
+    if [ ! -e "$text" ]; then # a file of another time would be another input
+        beginning "$data/book.jsonl" 200000 >"$text.part"
+        mv "$text.part" "$text"
+    fi
 fi
 
 stage "2/7 token shards: the first 95 % of the tokens to train on, the rest to validate"

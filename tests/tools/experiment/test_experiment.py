@@ -145,20 +145,25 @@ def test_the_chosen_checkpoint_is_the_best_on_the_selection_part(report, output)
 
 def test_the_page_has_a_verdict_for_every_variant_and_a_figure(report, output):
     plots = write_plots(report, output)
-    assert plots == ["bible.png", "bible_frontier.png"]
+    names = ["bible.png", "bible_frontier.png", "sources.png", "sources_frontier.png"]
+    assert sorted(plots) == names
     for plot in plots:
         assert (output / plot).read_bytes().startswith(b"\x89PNG")
     page = markdown(report, plots)
     for words in ("egpt_improved", "encoder alone", "![bible.png]", "By position", "8-15"):
         assert words in page
-    assert len(report["findings"]) == 7  # 3 variants, 2 with features, a control, equal FLOPs
+    own = [sentence for sentence in report["findings"] if sentence.startswith("bible")]
+    assert len(own) == 7  # 3 variants, 2 with features, a control, equal FLOPs
+    assert len(report["findings"]) == 7 + 3  # a variant, its features, equal FLOPs
+    assert "What a history is worth" in page
     assert sum("its control egpt_no_history" in sentence for sentence in report["findings"]) == 1
 
 
 def test_a_budget_that_changes_no_number_of_steps_has_no_runs_of_its_own(report):
     assert report["corpora"]["bible"]["flops"] == {}
     same = "bible, equal training FLOPs: scaled to it, every variant has as many steps as before"
-    assert [same in sentence for sentence in report["findings"]] == [False] * 6 + [True]
+    found = [sentence for sentence in report["findings"] if sentence.startswith("bible")]
+    assert [same in sentence for sentence in found] == [False] * 6 + [True]
     page = "<!-- experiment smoke -->\n<!-- end of experiment -->\n"
     assert same in insert(page, report, "smoke")
     only_steps = insert(page.replace("smoke", "smoke, equal steps"), report, "smoke")
