@@ -71,7 +71,7 @@ settings() { # of a run whose configuration is for the full length and its folde
     [ "$name" = quickstart_minute ] || return 0
     printf '%s\n' "data.train=[$data/train]" "data.validation=[$data/validation]" \
         "checkpoint.directory=$runs/$1/checkpoints" "logging.directory=$runs/$1" \
-        training.steps=8 training.eval_interval=4 optimizer.warmup_steps=2
+        training.steps=4 training.eval_interval=2 optimizer.warmup_steps=2
     [ "$1" = encoder ] || echo "model.encoder.source=$runs/encoder"
 }
 
@@ -88,9 +88,10 @@ print(load_config(sys.argv[1], sys.argv[2:]).training.steps)' "$config" "${overr
     fi
 }
 
-beginning() { # of a JSON Lines file's first text: so many characters
+part() { # of a JSON Lines file's first text, behind a table of contents: so many characters
     python -c 'import json, sys
-print(json.loads(open(sys.argv[1], encoding="utf-8").readline())["text"][: int(sys.argv[2])])' "$@"
+text = json.loads(open(sys.argv[1], encoding="utf-8").readline())["text"]
+print(text[100_000 : 100_000 + int(sys.argv[2])])' "$@"
 }
 
 stage "1/7 text"
@@ -98,10 +99,10 @@ python tools/prepare_data.py book --output "$data"
 title=$(python -c 'import json, sys; print(json.loads(open(sys.argv[1], encoding="utf-8").readline())["meta"]["title"])' "$data/book.jsonl")
 text=$data/book.jsonl
 if [ "$name" = quickstart_minute ]; then
-    text=$data/beginning.txt
+    text=$data/part.txt
     if [ ! -e "$text" ]; then # a file of another time would be another input
-        beginning "$data/book.jsonl" 200000 >"$text.part"
-        mv "$text.part" "$text"
+        part "$data/book.jsonl" 200000 >"$text.new"
+        mv "$text.new" "$text"
     fi
 fi
 
@@ -127,9 +128,9 @@ python tools/compare_runs.py "$runs/encoder" "$runs/deepgpt_memory" "$runs/egpt_
 echo
 echo "EGPT's with its own history, with that of another part of the text, and with none"
 python tools/evaluate.py --checkpoint "$runs/egpt_memory" --data "$data/validation" --histories
-beginning "$data/book.jsonl" 8000 >"$runs/prompt.txt"
+part "$data/book.jsonl" 8000 >"$runs/prompt.txt"
 echo
-echo "EGPT goes on behind the first 8,000 characters of the book:"
+echo "EGPT goes on behind 8,000 characters of the book:"
 echo
 python tools/generate.py --checkpoint "$runs/egpt_memory" --prompt-file "$runs/prompt.txt" \
     --only-new --max-new-tokens 200 --top-k 50 --memory-tokens 8192
