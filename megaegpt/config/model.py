@@ -57,9 +57,10 @@ class EGPTConfig:
     """``last``: the encoder state of a span's last token (the original); ``mean``: their mean."""
     local_attention: bool = False
     """Tokens of the current chunk also attend to each other causally in the decoder."""
-    reach: NonNegativeInt = 0
-    """With ``local_attention``: the last so many tokens of the chunk before are attended to as
-    well, each at its true distance; at most ``chunk_size``."""
+    attention_sink: bool = False
+    """With ``local_attention``: they also attend to a learned token before their chunk, which
+    starts as the encoder's state of a text's first token. Attention that has nothing to say rests
+    on it (Xiao et al., arXiv 2309.17453), and over an encoder with an overlap no chunk holds it."""
     memory_gate: bool = False
     """A learned, zero-initialised gate per head on what is read from earlier chunks."""
     random_history: bool = False

@@ -234,8 +234,8 @@ def _chunks_and_encoder(model: ModelConfig) -> Iterator[Problem]:
             f"model.encoder.overlap={model.encoder.overlap} is more than a chunk of "
             f"model.egpt.chunk_size={chunks.chunk_size}",
         )
-    if chunks.reach > 0:
-        yield from _reach_problems(model)
+    if chunks.attention_sink:
+        yield from _sink_problems(model)
     for name in ("memory_gate", "random_history", "token_memory"):
         if not chunks.history and getattr(chunks, name):
             yield Problem(
@@ -250,22 +250,17 @@ def _chunks_and_encoder(model: ModelConfig) -> Iterator[Problem]:
         )
 
 
-def _reach_problems(model: ModelConfig) -> Iterator[Problem]:
-    chunks, named = model.egpt, f"model.egpt.reach={model.egpt.reach}"
-    if not chunks.local_attention:
+def _sink_problems(model: ModelConfig) -> Iterator[Problem]:
+    named = "model.egpt.attention_sink=true"
+    if not model.egpt.local_attention:
         yield Problem(
-            ("model.egpt.reach", "model.egpt.local_attention"),
+            ("model.egpt.attention_sink", "model.egpt.local_attention"),
             f"{named} has no effect without model.egpt.local_attention",
-        )
-    if chunks.reach > chunks.chunk_size:
-        yield Problem(
-            ("model.egpt.reach", "model.egpt.chunk_size"),
-            f"{named} is more than a chunk of model.egpt.chunk_size={chunks.chunk_size}",
         )
     if model.window is not None:
         yield Problem(
-            ("model.egpt.reach", "model.window"),
-            f"{named} and model.window={model.window} bound the same attention: leave one out",
+            ("model.egpt.attention_sink", "model.window"),
+            f"{named} is not seen by most tokens within model.window={model.window}: leave one out",
         )
 
 

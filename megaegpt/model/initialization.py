@@ -138,6 +138,23 @@ def initialize_token_memory(
             parameter.copy_(wanted)
 
 
+def initialize_sink(model: EGPT, encoder: FrozenEncoder, tokens: Tensor) -> None:
+    """Let the attention sink of a new model be the encoder's state of a text's first token, which
+    is nearly the same whatever the token. Collective over all ranks.
+
+    Args:
+        model: with an attention sink.
+        encoder: cut as the model's configuration says.
+        tokens: (n, S) of a few chunks, the same on every rank.
+    """
+    assert model.sink is not None
+    with torch.no_grad():
+        firsts = encoder(tokens[:, :1].to(model.grid.device))[:, 0]  # (n, C)
+        mean = firsts.float().mean(0).cpu()
+        mean = broadcast_object(lambda: mean, model.grid)
+        model.sink.copy_(mean)
+
+
 @contextlib.contextmanager
 def _weights_file(folder: str | Path, what: str) -> Iterator[Any]:
     """The opened tensors of a weights folder, to initialise ``what``.

@@ -112,7 +112,7 @@ _MAY_CHANGE_AT_THE_START = {
     "model.egpt.features_per_chunk",
     "model.egpt.feature_pooling",
     "model.egpt.local_attention",
-    "model.egpt.reach",
+    "model.egpt.attention_sink",
     "model.egpt.history",
     "model.encoder.layers",
     "model.encoder.overlap",

@@ -15,7 +15,11 @@ from megaegpt.model.adapters import choose_trained, initialize_adapters
 from megaegpt.model.build import Model, build_model
 from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.initialization import initialize_from_encoder, initialize_token_memory
+from megaegpt.model.initialization import (
+    initialize_from_encoder,
+    initialize_sink,
+    initialize_token_memory,
+)
 from megaegpt.model.weights import load_weights, read_weights_config, tensors_digest
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
@@ -63,10 +67,13 @@ def starting_model(
         with raising_together(grid):
             initialize_from_encoder(model, source, grid)
     new = new and training.initialize_from is None
-    if encoder is not None and new and isinstance(model, EGPT) and model.token_memory is not None:
-        source = resolve_weights_source(str(config.model.encoder.source), grid)
-        sample = _first_chunks(data, config.model.egpt.chunk_size)
-        initialize_token_memory(model, encoder, source, sample)
+    if encoder is not None and new and isinstance(model, EGPT):
+        chunk_size = config.model.egpt.chunk_size
+        if model.token_memory is not None:
+            source = resolve_weights_source(str(config.model.encoder.source), grid)
+            initialize_token_memory(model, encoder, source, _first_chunks(data, chunk_size))
+        if model.sink is not None:
+            initialize_sink(model, encoder, _first_chunks(data, chunk_size))
     if training.initialize_from is not None:
         weights = resolve_weights_source(training.initialize_from, grid)
         check_ranks_agree(lambda: weights_facts("training.initialize_from", weights), grid)

@@ -48,12 +48,11 @@ EGPT_VARIANTS = {
     "latent_local": replace(egpt(local_attention=True), attention="latent", latent_dim=8),
     "overlap": replace(egpt(local_attention=True), encoder=OVERLAP),
     "olmo2": variant("olmo2", "rotary", egpt(local_attention=True)),
-}
-REACHING = {
-    "learned": egpt(local_attention=True, reach=3),
-    "rotary": replace(egpt(local_attention=True, reach=CHUNK), positions="rotary"),
-    "latent_gate": replace(
-        egpt(local_attention=True, memory_gate=True, reach=2), attention="latent", latent_dim=8
+    "sink": replace(egpt(local_attention=True, attention_sink=True), encoder=OVERLAP),
+    "sink_latent_memory": replace(
+        egpt(local_attention=True, attention_sink=True, memory_gate=True, token_memory=True),
+        attention="latent",
+        latent_dim=8,
     ),
 }
 VARIANTS = {
@@ -85,24 +84,6 @@ def test_cached_text_is_the_uncached_text_past_every_border(name: str) -> None:
     uncached = _generate(VARIANTS[name], [prompt(5)], new, use_cache=False)
     assert cached == uncached
     assert len(set(cached[0])) > new // 4  # a text, not one token again and again
-
-
-@pytest.mark.parametrize("name", REACHING)
-def test_text_that_reaches_into_the_chunk_before_is_the_uncached_text_of_a_window(
-    name: str,
-) -> None:
-    new = CHUNKS * CHUNK - 5
-    cached = _generate(REACHING[name], [prompt(5)], new)
-    assert cached == _generate(REACHING[name], [prompt(5)], new, use_cache=False)
-    assert len(set(cached[0])) > new // 4
-    # Beyond it a token of the chunk before is what it was there, however the text was fed.
-    text = torch.tensor([prompt((CHUNKS + 4) * CHUNK + 3)])
-    model, encoder, *_ = build_with_encoder(REACHING[name])
-    at_once, one_by_one = (EGPTDecoder(model, encoder, 1, text.shape[1]) for _ in range(2))
-    expected = at_once.advance(text)
-    for token in text.split(1, dim=1):
-        found = one_by_one.advance(token)
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["gpt", "egpt_original", "egpt_local_features_gate", "deepgpt"])

@@ -167,16 +167,6 @@ class KVCache:
         self.length = 0
         self.segments = None
 
-    @torch.no_grad()
-    def keep_last(self, count: int) -> None:
-        """Forget all but the newest ``count`` tokens, which become the first; without a window."""
-        begin = max(self.length - count, 0)
-        for layer in self._layers:
-            keys, values = layer.tensors
-            for store in (keys,) if values is keys else (keys, values):
-                store[:, :, : self.length - begin] = store[:, :, begin : self.length].clone()
-        self.length -= begin
-
     def first_rows(self, count: int) -> KVCache:
         """A cache of the first ``count`` rows in the same memory, ``segments`` as they are now
         included; its length is its own from then on.

@@ -5,8 +5,8 @@ chunks..., token]. The features come before the token, so causal attention never
 on it: their stream is the same for all tokens and is run once a window. A training pass holds
 [M memory vectors, then the window's tokens] as one sequence.
 
-Shapes: B batch, N chunks, S chunk size, R reach, P features a chunk, M memory vectors, T tokens, L
-local keys, H heads, K kv heads, G = H / K, D head dim, Dv value dim.
+Shapes: B batch, N chunks, S chunk size, P features a chunk, M memory vectors, T tokens, L local
+keys, H heads, K kv heads, G = H / K, D head dim, Dv value dim.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def read_memory_and_self(q: Tensor, k: Tensor, v: Tensor, memory: Memory, dropou
 def read_memory_and_local(
     q: Tensor, k: Tensor, v: Tensor, memory: Memory, local: Tensor, dropout: float
 ) -> Tensor:
-    """Each token attends to the visible memory and to tokens (B, K, L, D) by ``local`` (B or 1, T,
-    L): (B, H, T, D) -> (B, H, T, Dv).
+    """Each token attends to the visible memory and to its chunk's tokens (B, K, L, D) by ``local``
+    (T, L): (B, H, T, D) -> (B, H, T, Dv).
     """
-    rows = max(memory.visible.shape[0], local.shape[0])
-    mask = torch.cat([x.expand(rows, -1, -1) for x in (memory.visible, local)], dim=-1)
+    visible = memory.visible
+    mask = torch.cat([visible, local.expand(visible.shape[0], -1, -1)], dim=-1)
     keys, values = torch.cat([memory.keys, k], dim=2), torch.cat([memory.values, v], dim=2)
     return scaled_dot_product(q, keys, values, mask.unsqueeze(1), dropout=dropout)
 
@@ -96,8 +96,7 @@ def _read(
     dropout: float,
     gate: Tensor | None,
 ) -> Tensor:
-    """Read the memory and the chunk itself (``local``: tokens of it, and those of the chunk before
-    that are in reach; else the token alone).
+    """Read the memory and the chunk itself (``local``: its tokens, else the token alone).
 
     A gate (H,) reads the two apart and adds ``tanh(gate)`` of the memory to the rest, so that at
     gate 0 the model is the one without memory.
@@ -109,7 +108,7 @@ def _read(
     if local is None:
         own = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     else:
-        own = scaled_dot_product(q, k, v, local.unsqueeze(1), dropout=dropout)
+        own = scaled_dot_product(q, k, v, local, dropout=dropout)
     return own + gate.tanh().view(-1, 1, 1) * read_memory(q, memory, dropout)
 
 
@@ -126,7 +125,6 @@ class ChunkWindowContext:
         num_chunks: chunks of tokens; the memory holds the features of all but the last.
         features_per_chunk: memory vectors of a chunk; 0 without a memory.
         local: tokens of a chunk also attend to each other.
-        reach: and to the last so many of the chunk before.
         rotary: rotations of features and tokens.
         gates: open the tokens' way to the memory.
         cut: (B,) or None; the history of chunks from this one on starts at it.
@@ -141,14 +139,13 @@ class ChunkWindowContext:
         features_per_chunk: int,
         *,
         local: bool,
-        reach: int,
         rotary: RotaryTable | None,
         gates: Gates,
         cut: Tensor | None,
         device: torch.device,
     ) -> None:
         self.rotary = rotary
-        self.local, self.reach = local, reach
+        self.local = local
         self.num_chunks, self.chunk_size = num_chunks, chunk_size
         self.memory_size = (num_chunks - 1) * features_per_chunk
         self._token_chunk = torch.arange(num_chunks, device=device)  # (N,)
@@ -222,44 +219,23 @@ class ChunkWindowContext:
         def by_chunk(x: Tensor) -> Tensor:  # (B, h, N * S, d) -> (B * N, h, S, d)
             return x.unflatten(2, (chunks, size)).transpose(1, 2).flatten(0, 1)
 
-        def reaching(x: Tensor) -> Tensor:  # (B, h, N * S, d) -> (B * N, h, R + S, d)
-            if self.reach == 0:
-                return by_chunk(x)
-            own = x.unflatten(2, (chunks, size))
-            before = own[:, :, :-1, size - self.reach :]  # of the chunk before each but the first
-            before = F.pad(before, (0, 0, 0, 0, 1, 0))
-            return torch.cat([before, own], dim=3).transpose(1, 2).flatten(0, 1)
-
-        def make() -> tuple[Tensor, Tensor]:  # (B * N, S, M) and (B * N or 1, S, R + S)
+        def make() -> tuple[Tensor, Tensor]:  # (B * N, S, M) and (S, S)
             visible = self._visible(layer.window, size).expand(batch, -1, -1, -1).flatten(0, 1)
             offsets = torch.arange(size, device=q.device)
-            return visible, self._local(band_mask(offsets, offsets, layer.window), batch)
+            return visible, band_mask(offsets, offsets, layer.window)
 
         visible, local = self._masks.get(("local", layer.window), make)
         keys, values = (x.repeat_interleave(chunks, dim=0) for x in memory)
         y = _read(
             by_chunk(q),
-            reaching(k),
-            reaching(v),
+            by_chunk(k),
+            by_chunk(v),
             Memory(keys, values, visible),
             local,
             layer.dropout,
             _gate_of(self._gates, layer),
         )
         return y.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)
-
-    def _local(self, own: Tensor, batch: int) -> Tensor:
-        """The tokens that each one sees, of its own chunk by (S, S), and in reach of the chunk
-        before it: (B * N or 1, S, R + S).
-        """
-        if self.reach == 0:
-            return own.unsqueeze(0)
-        number = self._token_chunk
-        seen = (number > 0).expand(batch, -1)  # (B, N)
-        if self._cut is not None:
-            seen = seen & (number != self._cut.unsqueeze(1))
-        before = seen.flatten()[:, None, None].expand(-1, len(own), self.reach)
-        return torch.cat([before, own.expand(len(before), -1, -1)], dim=-1)
 
 
 class RecordingContext(CausalContext):
@@ -281,9 +257,7 @@ class ReadingContext:
 
     Args:
         recorded: each layer's keys and values of the memory.
-        cache: those in reach of the chunk before, and the chunk's tokens so far (local attention
-            only; the caller advances it).
-        reached: tokens in the cache of the chunk before.
+        cache: the chunk's tokens so far (local attention only; the caller advances it).
         rotary: rotations of the new tokens.
         gates: open their way to the memory.
     """
@@ -296,10 +270,8 @@ class ReadingContext:
         cache: KVCache | None,
         rotary: RotaryTable | None,
         gates: Gates,
-        reached: int = 0,
     ) -> None:
         self.rotary = rotary
-        self._reached = reached
         self._recorded, self._cache, self._gates = recorded, cache, gates
         self._masks = OncePerPass()
 
@@ -310,15 +282,14 @@ class ReadingContext:
         if cache is not None:
             k, v = cache.update(layer.index, k, v)
 
-        def make() -> tuple[Tensor, Tensor | None]:  # (1, T, M) and (1, T, L)
+        def make() -> tuple[Tensor, Tensor | None]:  # (1, T, M) and (T, L)
             slots, local = torch.arange(size, device=device), None
             if cache is None:  # every token stands directly behind the memory
                 rows = torch.full((length,), size, device=device)
             else:
-                columns = torch.arange(cache.length, cache.length + length, device=device)
-                rows = size + columns - self._reached
-                local = band_mask(columns, cache.columns(layer.index, length), layer.window)
-                local = local.unsqueeze(0)
+                offsets = torch.arange(cache.length, cache.length + length, device=device)
+                rows = size + offsets
+                local = band_mask(offsets, cache.columns(layer.index, length), layer.window)
             return band_mask(rows, slots, layer.window).unsqueeze(0), local
 
         visible, local = self._masks.get(layer.window, make)

@@ -66,18 +66,23 @@ class EGPT(LanguageModel):
             for block in self.stack.blocks:
                 gate = new_parameter((config.num_heads,), grid, tp_dim=0)
                 block.get_submodule("attention").register_parameter("gate", gate)
+        self.sink = new_parameter((width,), grid, std=std) if chunks.attention_sink else None
         self.head = OutputHead(config, grid)
         self.token_memory = TokenMemory(config, grid) if chunks.token_memory else None
 
     def _embed(self, states: Tensor, chunk: Tensor, offset: Tensor) -> Tensor:
-        """Encoder states (B, T, C) with chunk numbers and offsets (T,) -> decoder inputs (B, T,
-        C).
+        """Encoder states (B, T, C) with chunk numbers and offsets (T,) -> decoder inputs (B, T, C).
+
+        At a negative offset stands the attention sink, whatever the states there are.
         """
         x = self.input_mlp(states if self.input_norm is None else self.input_norm(states))
         if self.config.egpt.adapter_residual:
             x = states + x
-        x = self.chunk_positions(x, chunk) + self.lengths(offset)
-        return F.dropout(x, self.config.dropout, self.training)
+        x = self.chunk_positions(x, chunk) + self.lengths(offset.clamp(min=0))
+        x = F.dropout(x, self.config.dropout, self.training)
+        if self.sink is None:
+            return x
+        return torch.where((offset < 0).unsqueeze(1), self.sink.to(x.dtype), x)
 
     def _rotary(self, chunk: Tensor, offset: Tensor, dtype: torch.dtype) -> RotaryTable | None:
         """Rotations of tokens and features at chunk numbers and offsets (T,). Where tokens see each
@@ -116,26 +121,27 @@ class EGPT(LanguageModel):
         if not egpt.history:
             features = features[:, :0]
         chunks, size = token_states.shape[1:3]
+        sinks = int(self.sink is not None)  # tokens before each chunk's own
         device = token_states.device
-        token_chunk = torch.arange(chunks, device=device).repeat_interleave(size)
-        token_offset = torch.arange(size, device=device).repeat(chunks)
+        token_chunk = torch.arange(chunks, device=device).repeat_interleave(sinks + size)
+        token_offset = torch.arange(-sinks, size, device=device).repeat(chunks)
         feature_chunk, feature_offset = self._feature_places(features.shape[1], device)
         chunk = torch.cat([feature_chunk, token_chunk])  # (M + N * S,)
         offset = torch.cat([feature_offset, token_offset])
-        states = torch.cat([features.flatten(1, 2), token_states.flatten(1, 2)], dim=1)
+        tokens = F.pad(token_states, (0, 0, sinks, 0)) if sinks else token_states
+        states = torch.cat([features.flatten(1, 2), tokens.flatten(1, 2)], dim=1)
         context = ChunkWindowContext(
             chunks,
-            size,
+            sinks + size,
             egpt.features_per_chunk if egpt.history else 0,
             local=egpt.local_attention,
-            reach=egpt.reach,
             rotary=self._rotary(chunk, offset, states.dtype),
             gates=self._gates(),
             cut=cut,
             device=device,
         )
         x = self.stack(self._embed(states, chunk, offset), context)
-        return x[:, feature_chunk.numel() :].unflatten(1, (chunks, size))
+        return x[:, feature_chunk.numel() :].unflatten(1, (chunks, sinks + size))[:, :, sinks:]
 
     def _history_cut(self, token_states: Tensor) -> Tensor | None:
         """A random chunk of each window before which nothing is seen from it on (training only)."""
@@ -233,14 +239,14 @@ class EGPT(LanguageModel):
         query = memory.ask(states, hidden.flatten(1, 2))
         return MemoryMixture(memory, query, earlier, own, first_chunk, from_chunk)
 
-    def record_memory(self, features: Tensor, dropped: int = 0) -> Recorded:
+    def record_memory(self, features: Tensor) -> Recorded:
         """Features of the chunks before the current one, (B, n, P, C) with n < N -> each layer's
-        keys, values. ``dropped``: see :meth:`decode`.
+        keys, values.
         """
         if not self.config.egpt.history:
             features = features[:, :0]
         chunk, offset = self._feature_places(features.shape[1], features.device)
-        context = RecordingContext(self._rotary(chunk + dropped, offset, features.dtype))
+        context = RecordingContext(self._rotary(chunk, offset, features.dtype))
         self.stack(self._embed(features.flatten(1, 2), chunk, offset), context)
         return context.recorded
 
@@ -251,30 +257,25 @@ class EGPT(LanguageModel):
         chunk: int,
         offset: int,
         cache: KVCache | None = None,
-        dropped: int = 0,
     ) -> Tensor:
-        """New tokens of a chunk from ``offset`` on: (B, T, C) -> (B, T, C).
+        """New tokens of chunk number ``chunk`` of the window, from ``offset`` on: (B, T, C) -> (B,
+        T, C).
 
-        Args:
-            token_states: of the tokens.
-            memory: of :meth:`record_memory`.
-            chunk: number of their chunk in the window.
-            offset: of the first token in it.
-            cache: holds the chunk's earlier tokens, and those in reach of the chunk before; needed
-                with local attention only.
-            dropped: chunks of the text before the window, by which rotary places go on, so that
-                what the cache holds of the chunk before stays at its distance.
+        ``cache`` holds the chunk's attention sink and its earlier tokens, and is needed with local
+        attention only.
         """
+        sinks = int(self.sink is not None and offset == 0)
+        if sinks:
+            token_states = F.pad(token_states, (0, 0, sinks, 0))
         length, device = token_states.shape[1], token_states.device
         chunks = torch.full((length,), chunk, device=device)
-        offsets = torch.arange(offset, offset + length, device=device)
-        rotary = self._rotary(chunks + dropped, offsets, token_states.dtype)
-        reached = 0 if cache is None else cache.length - offset
-        context = ReadingContext(memory, cache, rotary, self._gates(), reached)
+        offsets = torch.arange(offset - sinks, offset - sinks + length, device=device)
+        rotary = self._rotary(chunks, offsets, token_states.dtype)
+        context = ReadingContext(memory, cache, rotary, self._gates())
         x = self.stack(self._embed(token_states, chunks, offsets), context)
         if cache is not None:
             cache.length += length
-        return x
+        return x[:, sinks:]
 
     def metrics(self) -> dict[str, float]:
         """How far each layer's memory gate is open: the mean of ``|tanh(gate)|`` over its heads, 0
@@ -287,9 +288,10 @@ class EGPT(LanguageModel):
     def flops_per_token(self) -> int:
         config, egpt = self.config, self.config.egpt
         features = (egpt.num_chunks - 1) * egpt.features_per_chunk if egpt.history else 0
-        positions = 1 + features / (egpt.num_chunks * egpt.chunk_size)  # a token's share of them
+        beside = features + (egpt.num_chunks if egpt.attention_sink else 0)
+        positions = 1 + beside / (egpt.num_chunks * egpt.chunk_size)  # a token's share of them
         per_position = matmul_flops(self.stack) + matmul_flops(self.input_mlp)
-        visible = features + (egpt.chunk_size + egpt.reach if egpt.local_attention else 1)
+        visible = features + (egpt.chunk_size if egpt.local_attention else 1)
         forward = positions * per_position + attention_flops(config, visible)
         if self.token_memory is not None:
             seen = egpt.num_chunks * egpt.chunk_size / 2  # on average over a window

@@ -38,11 +38,8 @@ class EGPTDecoder:
         capacity = min(egpt.chunk_size, max_tokens)
         self._overlap = config.encoder.overlap
         self._encoder = ChunkEncoder(encoder, batch_size, capacity, steps, self._overlap)
-        self._local_cache = None
-        if egpt.local_attention:
-            reach = egpt.reach if max_tokens > egpt.chunk_size else 0
-            self._local_cache = new_cache(model, batch_size, capacity + reach)
-        self._dropped = 0  # chunks before those whose features are held
+        places = capacity + int(egpt.attention_sink)
+        self._local_cache = new_cache(model, batch_size, places) if egpt.local_attention else None
         self._states = weight.new_empty(batch_size, egpt.chunk_size, config.hidden_size)
         self._features = weight.new_empty(
             batch_size, 0, egpt.features_per_chunk, config.hidden_size
@@ -62,9 +59,6 @@ class EGPTDecoder:
         # Chunks of a long prompt that its last one does not see are not encoded at all.
         held = self._held if self._held_tokens is None else self._held_tokens.most_chunks
         unseen = (tokens.shape[1] - 1) // size - max(held, self._held)
-        reach = self._model.config.egpt.reach
-        if reach > 0:  # a layer's tokens in reach were computed over those of the layer before
-            unseen -= self._model.config.num_layers
         if self._offset == 0 and unseen > 0:
             begin = unseen * size
             self._encoder.reset(tokens[:, begin - self._overlap : begin])
@@ -78,10 +72,7 @@ class EGPTDecoder:
             if self._offset == size:
                 self._finish_chunk()
             states = self._encode(piece)
-            if reach > 0:
-                hidden = self._decode(states)
-        if reach == 0:
-            hidden = self._decode(states)
+        hidden = self._decode(states)
         logits = self._model.head.full_logits(hidden)
         if self._held_tokens is not None:
             newest = self._states[:, self._offset - 1 : self._offset]
@@ -105,26 +96,22 @@ class EGPTDecoder:
         size = self._model.config.egpt.chunk_size
         features = chunk_features(self._states, self._model.config.egpt).unsqueeze(1)
         held = torch.cat([self._features, features], dim=1)  # (B, n, P, C)
-        left = max(held.shape[1] - self._held, 0)
-        self._features = held[:, left:]
+        self._features = held[:, max(held.shape[1] - self._held, 0) :]
         if self._held_tokens is not None:
             self._held_tokens.finish_chunk()
         self._memory = None
         self._encoder.reset(self._tokens[:, size - self._overlap :])
         if self._local_cache is not None:
-            self._local_cache.keep_last(self._model.config.egpt.reach)
-        self._dropped += left
+            self._local_cache.reset()
         self._offset = 0
 
     def _decode(self, states: Tensor) -> Tensor:
         """States of the chunk's newest tokens (B, T, C) -> (B, C); all but the last are read only
         where tokens see each other.
         """
-        dropped = self._dropped if self._model.config.egpt.reach > 0 else 0
         if self._memory is None:
-            self._memory = self._model.record_memory(self._features, dropped)
+            self._memory = self._model.record_memory(self._features)
         if self._local_cache is None:
             states = states[:, -1:]
         start, chunk = self._offset - states.shape[1], self._features.shape[1]
-        cache = self._local_cache
-        return self._model.decode(states, self._memory, chunk, start, cache, dropped)[:, -1]
+        return self._model.decode(states, self._memory, chunk, start, self._local_cache)[:, -1]

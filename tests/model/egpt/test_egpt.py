@@ -45,7 +45,9 @@ VARIANTS = {
     "grouped_query": replace(ORIGINAL, num_kv_heads=1),
     "adapter": _variant(adapter_norm=True, adapter_residual=True),
     "no_history": _variant(history=False, local_attention=True),
+    "sink": replace(_variant(local_attention=True, attention_sink=True), positions="rotary"),
 }
+SINKLESS = {name: config for name, config in VARIANTS.items() if name != "sink"}
 
 
 def _model(config: ModelConfig) -> EGPT:
@@ -66,7 +68,7 @@ def _batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return states, chunk_features(states, config.egpt)[:, :-1], targets
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", SINKLESS)
 def test_shared_feature_stream_equals_one_sequence_per_token(name):
     config = VARIANTS[name]
     model = _model(config)
@@ -171,18 +173,17 @@ class _OneMask:
     def __init__(self, model, rotary, first):
         self.rotary = rotary
         self._gates = [block.get_parameter("attention.gate") for block in model.stack.blocks]
-        size, reach = S, model.config.egpt.reach
-        chunk = torch.tensor([*range(N - 1), *(n for n in range(N) for _ in range(S))])
+        rows = S + 1
+        chunk = torch.tensor([*range(N - 1), *(n for n in range(N) for _ in range(rows))])
         token = torch.arange(len(chunk)) >= N - 1
-        place = torch.cat([torch.zeros(N - 1).long(), torch.arange(N * S)])
+        place = torch.cat([torch.zeros(N - 1).long(), torch.arange(N * rows)])
         same_side = (chunk[:, None] >= first) == (chunk >= first)
         among_features = ~token[:, None] & ~token & (chunk <= chunk[:, None])
         self._features = token[:, None] & ~token & (chunk < chunk[:, None]) & same_side
-        near = (place <= place[:, None]) & (place >= chunk[:, None] * size - reach)
-        self._rest = (among_features | token[:, None] & token & near) & same_side
+        own = (place <= place[:, None]) & (chunk == chunk[:, None])
+        self._rest = among_features & same_side | token[:, None] & token & own
 
     def attend(self, q, k, v, layer):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
 
         def read(mask):
@@ -194,32 +195,38 @@ class _OneMask:
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
-@pytest.mark.parametrize(("reach", "first"), [(1, 0), (3, 2), (S, 0)])
-def test_reach_shows_the_last_tokens_of_the_chunk_before_at_their_distance(
-    positions, reach, first, monkeypatch
-):
-    egpt = {"local_attention": True, "memory_gate": True, "random_history": True, "reach": reach}
-    model = _model(replace(_variant(**egpt), positions=positions))
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_chunks_tokens_see_a_sink_before_them(positions, first, monkeypatch):
+    egpt = {"local_attention": True, "memory_gate": True, "random_history": True}
+    model = _model(replace(_variant(attention_sink=True, **egpt), positions=positions))
     states, features, targets = _batch(model.config)
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.full((BATCH,), first))
-    parameters = list(model.parameters())
-    hidden = model.hidden_states(states, features, torch.full((BATCH,), first))
-    grads = torch.autograd.grad(model(states, features, targets), parameters)
+    cut = torch.full((BATCH,), first)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: cut)
+    parameters = dict(model.named_parameters())
+    hidden = model.hidden_states(states, features, cut)
+    grads = torch.autograd.grad(model(states, features, targets), list(parameters.values()))
 
-    chunk = torch.tensor([*range(N - 1), *(n for n in range(N) for _ in range(S))])
-    offset = torch.tensor([S - 1] * (N - 1) + [*range(S)] * N)
-    x = torch.cat([features.flatten(1, 2), states.flatten(1, 2)], dim=1)
-    x = model.chunk_positions(model.input_mlp(x), chunk) + model.lengths(offset)
+    chunk = torch.tensor([*range(N - 1), *(n for n in range(N) for _ in range(S + 1))])
+    offset = torch.tensor([S - 1] * (N - 1) + [-1, *range(S)] * N)
+    own = model.chunk_positions(model.input_mlp(states.flatten(1, 2)), torch.arange(N * S) // S)
+    own = (own + model.lengths(torch.arange(S).repeat(N))).unflatten(1, (N, S))
+    tokens = torch.cat([model.sink.expand(BATCH, N, 1, -1), own], dim=2).flatten(1, 2)
+    ahead = model.chunk_positions(model.input_mlp(features.flatten(1, 2)), torch.arange(N - 1))
+    ahead = ahead + model.lengths(torch.full((N - 1,), S - 1))
     rotary = rotary_table(model.config, chunk * S + offset, torch.float64)
-    naive = model.stack(x, _OneMask(model, rotary, first))[:, N - 1 :].unflatten(1, (N, S))
+    naive = model.stack(torch.cat([ahead, tokens], dim=1), _OneMask(model, rotary, first))
+    naive = naive[:, N - 1 :].unflatten(1, (N, S + 1))[:, :, 1:]
     torch.testing.assert_close(hidden, naive, rtol=1e-9, atol=1e-9)
     nats = model.head.loss(naive, targets, "sum")
-    for grad, expected in zip(grads, torch.autograd.grad(nats, parameters), strict=True):
-        torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-9)
+    expected = torch.autograd.grad(nats, list(parameters.values()))
+    for (name, grad), want in zip(zip(parameters, grads, strict=True), expected, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-8, atol=1e-9, msg=name)
+    assert grads[list(parameters).index("sink")].abs().max() > 0
 
 
 @pytest.mark.parametrize(
-    "name", ["original", "features_3", "local", "window_3_local", "adapter", "no_history"]
+    "name",
+    ["original", "features_3", "local", "window_3_local", "adapter", "no_history", "sink"],
 )
 def test_decoding_from_a_recorded_memory_equals_the_whole_window(name):
     config = VARIANTS[name]
@@ -230,7 +237,7 @@ def test_decoding_from_a_recorded_memory_equals_the_whole_window(name):
         memory = model.record_memory(features[:, :n])
         cache = None
         if config.egpt.local_attention:
-            cache = KVCache(config, ProcessGrid(), BATCH, S, dtype=torch.float64)
+            cache = KVCache(config, ProcessGrid(), BATCH, S + 1, dtype=torch.float64)
         parts = [
             model.decode(states[:, n, start:stop], memory, n, start, cache)
             for start, stop in ((0, 3), (3, 4), (4, S))
