@@ -277,8 +277,10 @@ def test_logits_that_are_no_numbers_end_a_text_and_not_a_run(tokenizer: Tokenize
         config = GenerationConfig(prompt="a", max_new_tokens=3, temperature=temperature)
         with pytest.raises(NotFiniteError, match="the model's logits are not finite"):
             TextGenerator(model.eval()).generate([[1, 2]], config)
-        assert sample_text(model, None, tokenizer, config).startswith("a[no text: ")
-        assert sample_text(model.train(), None, tokenizer, config).startswith("a[no text: ")
+        prompt = Prompt("a", tokenizer.encode_prompt("a"), tokenizer.end_tokens)
+        assert sample_text(model, None, tokenizer, config, prompt).startswith("a[no text: ")
+        text = sample_text(model.train(), None, tokenizer, config, prompt)
+        assert text.startswith("a[no text: ")
         assert model.training
 
 

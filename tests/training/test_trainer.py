@@ -559,9 +559,9 @@ def test_where_nothing_can_be_compiled_a_run_says_so_once_and_goes_on(
 # -- samples
 
 
-def _sample(model: Any, encoder: Any, tokenizer: Any, generation: Any) -> str:
+def _sample(model: Any, encoder: Any, tokenizer: Any, generation: Any, prompt: Any) -> str:
     assert encoder is not None
-    return f"{generation.prompt} and so on"
+    return f"{prompt.text} and so on"
 
 
 def _run_with_samples(corpus: Path, folder: Path) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from megaegpt.config import OptimizerConfig
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.engine.optimizer import build_adamw, build_clipped_adamw, parameter_groups
+from megaegpt.training.engine.optimizer import build_optimizer, parameter_groups
 
 
 def test_weight_decay_acts_on_matrices_and_embeddings_only() -> None:
@@ -25,8 +25,8 @@ def test_weight_decay_acts_on_matrices_and_embeddings_only() -> None:
 
 def test_every_adamw_updates_all_parameters_in_one_operator() -> None:
     model, config = nn.Linear(2, 3), OptimizerConfig()
-    clipped = build_clipped_adamw(model, config, 1.0, ProcessGrid())
-    for optimizer in (build_adamw(model, config), clipped):
+    for clipping in (None, 1.0):
+        optimizer = build_optimizer(model, config, ProcessGrid(), clipping)
         assert all(group["fused"] for group in optimizer.param_groups)
 
 
