@@ -92,6 +92,7 @@ def test_its_zero_stage_and_micro_batch_are_those_that_the_plan_recommends(path)
     assert config.training.global_batch_size == best.training.global_batch_size
 
 
+@pytest.mark.long
 def test_every_one_dry_runs():
     """One process for all: importing the program costs more than running it."""
     program = (

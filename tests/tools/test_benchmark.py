@@ -133,6 +133,7 @@ def test_checkpoint(run):
     assert saved["bytes"] > 4 * 4 * 50304 * 16  # weights twice, and Adam's moments
 
 
+@pytest.mark.long
 def test_gpu_without_one(run, capsys, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     less = "ZeRO-2 by DeepSpeed's own methods"  # one of seven: each is a process

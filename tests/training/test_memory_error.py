@@ -14,7 +14,12 @@ import torch
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import TrainingError
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.memory_error import describe, explaining_memory, remedies
+from megaegpt.training.memory_error import (
+    describe,
+    explaining_memory,
+    is_out_of_memory,
+    remedies,
+)
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.trainer import Trainer
 from tests.distributed.harness import Distributed, grid_for
@@ -48,16 +53,16 @@ def test_remedies_keep_the_batch_and_fit_the_run(corpus: Path, tmp_path: Path) -
     assert {c.training.global_batch_size for c in named.values()} == {8}
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
-        RuntimeError("[enforce fail] data. DefaultCPUAllocator: can't allocate memory: 8 bytes"),
-    ],
-)
+def test_failed_allocations_are_known_on_a_gpu_and_on_a_cpu() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
 def test_a_lack_of_memory_ends_a_run_with_advice(
-    corpus: Path, tmp_path: Path, distributed: Distributed, error: RuntimeError
+    corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:
+    error = RuntimeError("[enforce] data. DefaultCPUAllocator: can't allocate memory: 8 bytes")
     (message,) = distributed(1, _run_short_of_memory, _config(corpus, tmp_path), error)
     first, *rest = message.splitlines()
     assert re.fullmatch(r"cpu has too little memory: .*llocate.*", first)

@@ -41,7 +41,7 @@ def _straight_and_resumed(kind: str, corpus: Path, folder: Path) -> str:
     return shown.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["gpt", "egpt"])
+@pytest.mark.parametrize("kind", ["egpt", pytest.param("gpt", marks=pytest.mark.long)])
 def test_each_set_is_recorded_by_name_and_one_decides_what_is_best(
     corpus: Path, tmp_path: Path, kind: str, distributed: Distributed
 ) -> None:
