@@ -11,20 +11,31 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 
+from megaegpt.parallel.launcher_variables import without_launcher
 from tests.distributed.harness import Distributed
 
 settings.register_profile("any machine", deadline=None)  # how fast an example runs is its matter
 settings.load_profile("any machine")
 torch.set_num_threads(1)  # more would wait for the other test process and for the ranks
+
+
+def _forget_launcher() -> None:
+    for name in os.environ.keys() - without_launcher(os.environ).keys():
+        del os.environ[name]
+
+
+_forget_launcher()  # these processes are none of its ranks
 if not torch.cuda.is_available():  # programs would refuse a GPU that this torch cannot use
     os.environ.setdefault("MEGAEGPT_DEVICE", "cpu")
 
 
 @pytest.fixture(autouse=True)
 def _no_group_is_left_behind() -> Iterator[None]:
-    """A program that a test calls in this process may end with the process group that it joined;
-    whether the next test's program finds one must not depend on the order of the tests."""
+    """A program that a test calls in this process may end with the process group that it joined,
+    and leaves a LOCAL_RANK; whether the next test's program finds one must not depend on the order
+    of the tests."""
     yield
+    _forget_launcher()
     if dist.is_initialized():
         dist.destroy_process_group()
 

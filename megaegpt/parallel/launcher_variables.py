@@ -8,11 +8,13 @@ start a run that waits for ranks that never come.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from megaegpt.environment import is_other_rank
 from megaegpt.errors import LaunchError
 
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ALL_NAMES = (*_NAMES, "LOCAL_RANK")
 _COUNTED_BY_OTHERS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpirun",
@@ -29,7 +31,7 @@ def is_launched() -> bool:
         LaunchError: it does so in part, or what it says contradicts itself; or several processes
             were started by a program that does not.
     """
-    for name in (*_NAMES, "LOCAL_RANK"):
+    for name in _ALL_NAMES:
         if os.environ.get(name) == "":  # means unset; DeepSpeed would read it as a number
             del os.environ[name]
     given = [name for name in _NAMES if name in os.environ]
@@ -75,6 +77,14 @@ def started_processes() -> int | None:
     if (world_size := number("WORLD_SIZE")) < 1:
         raise LaunchError(f"WORLD_SIZE={world_size}: there is at least one process")
     return world_size
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` as a process of its own needs it that none of these ranks is to meet.
+
+    A process that is alone has a LOCAL_RANK as well, once it has trained.
+    """
+    return {name: text for name, text in environment.items() if name not in _ALL_NAMES}
 
 
 def is_main_process() -> bool:

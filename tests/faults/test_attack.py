@@ -37,6 +37,7 @@ from megaegpt.config.loading import config_to_dict
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.launcher_variables import without_launcher
 from megaegpt.training.checkpoint.manager import CheckpointManager
 from tests.damage import damaged
 from tests.distributed.harness import CONTEXT
@@ -143,8 +144,8 @@ def _program(line: list[str], shown: Path, before: str, value: int, folder: Path
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
     os.chdir(folder)
     torch.set_num_threads(1)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
+    for name in os.environ.keys() - without_launcher(os.environ).keys():
+        del os.environ[name]
     sys.argv = line
     program = importlib.import_module(line[0])
     _BEFORE[before](value)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megaegpt.environment import is_other_rank
 from megaegpt.errors import LaunchError
 from megaegpt.parallel import launch
-from megaegpt.parallel.launcher_variables import is_launched, started_processes
+from megaegpt.parallel.launcher_variables import is_launched, started_processes, without_launcher
 
 _WHOLE = {
     "RANK": "1",
@@ -52,6 +52,10 @@ def test_whole_and_absent_variables_are_understood(
 ) -> None:
     _set(monkeypatch, variables)
     assert is_launched() == launched
+
+
+def test_a_process_of_its_own_is_given_no_rank_of_this_one() -> None:
+    assert without_launcher({**_WHOLE, "PATH": "/bin"}) == {"PATH": "/bin"}
 
 
 def test_empty_variables_are_gone_for_those_who_read_them_as_numbers(

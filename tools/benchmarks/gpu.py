@@ -23,6 +23,7 @@ import torch
 
 from megaegpt.arguments import path
 from megaegpt.errors import LaunchError
+from megaegpt.parallel.launcher_variables import without_launcher
 from tools.benchmarks import device_checks, egpt, generate, train
 from tools.benchmarks.checklist import Checklist
 from tools.benchmarks.common import add_repetitions, print_mfu, print_results
@@ -183,7 +184,7 @@ def _run_tests(suite: Suite, name: str, variables: dict[str, str]) -> None:
         subprocess.run(
             command,
             cwd=_ROOT,
-            env=os.environ | variables,
+            env=without_launcher(os.environ) | variables,
             check=False,
             timeout=suite.seconds_left,
         )

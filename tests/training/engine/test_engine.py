@@ -10,6 +10,7 @@ from torch import nn
 
 from megaegpt.config import OptimizerConfig
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.launcher_variables import without_launcher
 from megaegpt.training.engine.optimizer import build_optimizer, parameter_groups
 
 
@@ -37,9 +38,7 @@ def test_a_plain_python_process_is_a_world_of_its_own() -> None:
         "print(init_distributed().type, dist.get_world_size())\n"
         "dist.destroy_process_group()"
     )
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in launched}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment = without_launcher(os.environ) | {"CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600
     )
