@@ -123,6 +123,11 @@ class _Scan(NamedTuple):
             scoring=scoring,
         )
 
+    def scores(self, queries: Tensor, block: _Block) -> _Scores:
+        """Of a block's queries (B, H, R, D)."""
+        seen = _seen_in_window(queries, block, self.scoring)
+        return _scores(queries, seen, self.scoring.match_bonus)
+
     def blocks(self, queries: Tensor) -> Iterator[_Block]:
         """Cut queries (B, H, T, D) where chunks end, and into as many as are computed at once."""
         size, length = self.scoring.chunk_size, queries.shape[2]
@@ -140,6 +145,27 @@ class _Scan(NamedTuple):
                 yield _Block(slice(row, stop), offsets, start, earlier, own, begin)
 
 
+class _Seen(NamedTuple):
+    """What a block's queries are compared with: keys of earlier chunks, then those of their own.
+    G is H where each pointer has keys of its own, and 1 where all have the same.
+    """
+
+    keys: tuple[Tensor, Tensor]
+    """(B, H, J, D) of earlier chunks, and of the own one"""
+    bias: Tensor
+    """(B or 1, H, K), by distance"""
+    before: Tensor
+    """(B, G, K) ids: the token before each key's"""
+    tokens: Tensor
+    """(B, G, K): the key's"""
+    successors: Tensor
+    """(B, G, K): the one behind it"""
+    visible: Tensor
+    """(B, H or 1, R, K): the successor is known, and the query's token has read it"""
+    wanted: tuple[Tensor, Tensor]
+    """(B, R) ids: the token before each query's, and the query's"""
+
+
 class _Scores(NamedTuple):
     """Of keys of earlier chunks, then those of the own one."""
 
@@ -150,27 +176,25 @@ class _Scores(NamedTuple):
     same_before: Tensor
     """The same, and the token before is the same too."""
     successors: Tensor
-    """(B, K)"""
+    """(B, H or 1, K)"""
 
 
-def _scores(queries: Tensor, block: _Block, scoring: Scoring) -> _Scores:
+def _scores(queries: Tensor, seen: _Seen, match_bonus: Tensor) -> _Scores:
     """Scores of a block's queries (B, H, R, D)."""
-    queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-    keys = (block.earlier.keys, block.own.keys)
-    scores = torch.cat([_products(queries, part) for part in keys], -1)
-    scores += _bias_by_key(block, scoring).to(scores.dtype)[None, :, None]
-    begin = None if block.from_chunk is None else block.from_chunk * scoring.chunk_size
-    visible = _visible(block, begin)
-    most = scoring.most_chunks
-    if most is not None and most * scoring.chunk_size < block.earlier.num_keys:
-        visible = visible & _chosen(queries, block, most, scoring.chunk_size)
-    scores.masked_fill_(~visible, -torch.inf)
-    same, same_before = _matches(block, begin)
-    same = same & visible
-    same_before = same_before & same
-    once, twice = scoring.match_bonus.to(scores.dtype)[..., None, None].unbind(1)
+    queries = _precise(queries)
+    scores = torch.cat([_products(queries, part) for part in seen.keys], -1)
+    scores += seen.bias.to(scores.dtype).unsqueeze(2)
+    scores.masked_fill_(~seen.visible, -torch.inf)
+    before, token = seen.wanted
+    same = _equal(token, seen.tokens) & seen.visible
+    same_before = _equal(before, seen.before) & same
+    once, twice = match_bonus.to(scores.dtype)[..., None, None].unbind(1)
     scores += torch.where(same_before, twice, torch.where(same, once, 0.0))
-    return _Scores(scores, same, same_before, _successors(block))
+    return _Scores(scores, same, same_before, seen.successors)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _products(queries: Tensor, keys: Tensor) -> Tensor:
@@ -178,6 +202,50 @@ def _products(queries: Tensor, keys: Tensor) -> Tensor:
     if keys.dtype == torch.int8:
         queries = queries / 127
     return queries @ keys.to(queries.dtype).transpose(-1, -2)
+
+
+def _equal(queries: Tensor, keys: Tensor) -> Tensor:
+    """Ids (B, R) and (B, G, K) -> (B, G, R, K)"""
+    return queries[:, None, :, None] == keys.unsqueeze(2)
+
+
+def _seen_in_window(queries: Tensor, block: _Block, scoring: Scoring) -> _Seen:
+    """All earlier keys of a block; of each query's own choice where ``most_chunks`` says so."""
+    before, tokens, successors = (
+        torch.cat([earlier, own], dim=1).unsqueeze(1)
+        for earlier, own in zip(_triples(block.earlier.text), _triples(block.own.text), strict=True)
+    )
+    count, device = block.earlier.num_keys, queries.device
+    places, keys = count + block.offsets, torch.arange(tokens.shape[2], device=device)
+    visible = (successors >= 0).unsqueeze(2) & (keys < places.unsqueeze(1))
+    wanted_before = block.own.text[:, block.offsets]
+    if block.from_chunk is not None:  # what is before the first that is seen is not known
+        begin = block.from_chunk * scoring.chunk_size  # (B, 1)
+        visible = visible & (keys >= begin)[:, None, None]
+        before = before.masked_fill((keys == begin).unsqueeze(1), _UNKNOWN)
+        wanted_before = wanted_before.masked_fill(places == begin, _UNKNOWN)
+    most = scoring.most_chunks
+    if most is not None and most * scoring.chunk_size < count:
+        visible = visible & _chosen(_precise(queries), block, most, scoring.chunk_size)
+    return _Seen(
+        (block.earlier.keys, block.own.keys),
+        _bias_by_key(block, scoring).unsqueeze(0),
+        before,
+        tokens,
+        successors,
+        visible,
+        (_unlike_keys(wanted_before), block.own.text[:, 1 + block.offsets]),
+    )
+
+
+def _triples(text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., J + 2) -> (..., J) each: the ids before keys, of keys, and behind them."""
+    return text[..., :-2], text[..., 1:-1], text[..., 2:]
+
+
+def _unlike_keys(before: Tensor) -> Tensor:
+    """What is not known of a query is unlike what is not known of a key."""
+    return before.masked_fill(before < 0, _UNKNOWN - 1)
 
 
 def _bias_by_key(block: _Block, scoring: Scoring) -> Tensor:
@@ -194,34 +262,15 @@ def _distances(block: _Block, scoring: Scoring) -> Tensor:
     return distances.clamp(max=scoring.distance_bias.shape[1] - 1)
 
 
-def _successors(block: _Block) -> Tensor:
-    return torch.cat([block.earlier.text[:, 2:], block.own.text[:, 2:]], dim=1)
-
-
-def _places(block: _Block) -> tuple[Tensor, Tensor]:
-    """Of queries (R,) and keys (K,), counted from the first key's."""
-    count = block.earlier.num_keys
-    keys = torch.arange(count + block.own.num_keys, device=block.offsets.device)
-    return count + block.offsets, keys
-
-
-def _visible(block: _Block, begin: Tensor | None) -> Tensor:
-    """Which keys are of tokens whose successors are known, and have been read: (B, 1, R, K).
-
-    Args:
-        begin: (B, 1) place of the first token that is seen; None: all are.
-    """
-    places, keys = _places(block)
-    known = _successors(block) >= 0  # (B, K)
-    if begin is not None:
-        known = known & (keys >= begin)
-    return known[:, None, None] & (keys < places.unsqueeze(1))
+def mean_keys(keys: Tensor, chunk_size: int) -> Tensor:
+    """Keys (B, H, J, D) of whole chunks -> (B, H, chunks, D) in at least fp32."""
+    return _precise(keys).unflatten(2, (-1, chunk_size)).mean(3)
 
 
 def _chosen(queries: Tensor, block: _Block, most: int, size: int) -> Tensor:
     """Which keys are of the earlier chunks that each query sees, or of its own: (B, H, R, K)."""
-    means = block.earlier.keys.to(queries.dtype).unflatten(2, (-1, size)).mean(3)
-    similar = queries @ means.transpose(-1, -2)  # (B, H, R, chunks)
+    means = mean_keys(block.earlier.keys, size)
+    similar = queries @ means.to(queries.dtype).transpose(-1, -2)  # (B, H, R, chunks)
     if block.from_chunk is not None:
         hidden = torch.arange(means.shape[2], device=means.device) < block.from_chunk
         similar = similar.masked_fill(hidden[:, None, None], -torch.inf)
@@ -231,29 +280,40 @@ def _chosen(queries: Tensor, block: _Block, most: int, size: int) -> Tensor:
     return torch.cat([chosen, chosen.new_ones(*chosen.shape[:3], block.own.num_keys)], dim=-1)
 
 
-def _matches(block: _Block, begin: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where keys' tokens are the queries', and where those before them are: (B, 1, R, K) each.
-
-    ``begin``: see :func:`_visible`; what is before it is not known.
+def _seen_by_one(
+    queries: Tensor, block: _Block, scoring: Scoring, means: Tensor, most: int
+) -> _Seen:
+    """As :func:`_seen_in_window` where each row has one query (B, H, 1, D), which chooses ``most``
+    chunks: the keys of others are not read. ``means``: :func:`mean_keys` of the earlier ones.
     """
-    tokens, before = (
-        torch.cat([block.earlier.text[:, a:b], block.own.text[:, a:b]], dim=1)
-        for a, b in ((1, -1), (0, -2))
-    )  # (B, K)
-    wanted = block.own.text[:, 1 + block.offsets]  # (B, R)
-    wanted_before = block.own.text[:, block.offsets]
-    if begin is not None:
-        places, keys = _places(block)
-        before = before.masked_fill(keys == begin, _UNKNOWN)
-        wanted_before = wanted_before.masked_fill(places == begin, _UNKNOWN)
-    # What is not known of a query is unlike what is not known of a key.
-    wanted_before = wanted_before.masked_fill(wanted_before < 0, _UNKNOWN - 1)
-    return _equal(wanted, tokens), _equal(wanted_before, before)
-
-
-def _equal(queries: Tensor, keys: Tensor) -> Tensor:
-    """Ids (B, R) and (B, K) -> (B, 1, R, K)"""
-    return queries[:, None, :, None] == keys[:, None, None]
+    size = scoring.chunk_size
+    similar = _precise(queries).to(means.dtype) @ means.transpose(-1, -2)
+    chunks = similar.squeeze(2).topk(most, dim=-1).indices.sort(dim=-1).values  # (B, H, M)
+    row, pointer = (
+        torch.arange(n, device=chunks.device).view(shape)
+        for n, shape in ((chunks.shape[0], (-1, 1, 1)), (chunks.shape[1], (1, -1, 1)))
+    )
+    keys = block.earlier.keys.unflatten(2, (-1, size))[row, pointer, chunks].flatten(2, 3)
+    distances = block.earlier.num_keys // size - chunks
+    bias = scoring.distance_bias
+    far = bias[pointer, distances.clamp(max=bias.shape[1] - 1)].repeat_interleave(size, dim=2)
+    near = bias[:, :1].expand(len(far), -1, block.own.num_keys)
+    text = block.earlier.text.unfold(1, size + 2, size)[row, chunks]  # (B, H, M, S + 2)
+    own = block.own.text.unsqueeze(1).expand(-1, chunks.shape[1], -1)
+    before, tokens, successors = (
+        torch.cat([earlier.flatten(2), mine], dim=2)
+        for earlier, mine in zip(_triples(text), _triples(own), strict=True)
+    )
+    unread = torch.arange(-keys.shape[2], block.own.num_keys, device=keys.device) >= block.offsets
+    return _Seen(
+        (keys, block.own.keys),
+        torch.cat([far, near], dim=2),
+        before,
+        tokens,
+        successors,
+        ((successors >= 0) & ~unread).unsqueeze(2),
+        (_unlike_keys(block.own.text[:, block.offsets]), block.own.text[:, 1 + block.offsets]),
+    )
 
 
 def _weights(scores: Tensor, log_sum: Tensor) -> Tensor:
@@ -271,9 +331,8 @@ def _weigh(found: _Scores) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     largest, nearest = scores.max(-1)  # (B, H, R)
     nothing = largest == -torch.inf
     weights = _weights(scores, log_sum)
-    known = found.successors  # (B, K)
-    likeliest = known.gather(1, nearest.flatten(1)).view_as(nearest)
-    agrees = known[:, None, None] == likeliest.unsqueeze(-1)
+    known = found.successors.expand(-1, nearest.shape[1], -1)  # (B, H, K)
+    agrees = known.unsqueeze(2) == known.gather(2, nearest).unsqueeze(-1)
     agreement = (weights * agrees).sum(-1).log().masked_fill(nothing, 0.0)
     peak = (largest - log_sum).masked_fill(nothing, 0.0)
     longest = _any(found.same) + _any(found.same_before)
@@ -305,7 +364,7 @@ class _CopyAttention(torch.autograd.Function):
         longest = torch.empty_like(empty, dtype=torch.long)
         for block in scan.blocks(queries):
             part = (..., block.rows)
-            found = _scores(queries[:, :, block.rows], block, scan.scoring)
+            found = scan.scores(queries[:, :, block.rows], block)
             weights, log_sum[part], sureness = _weigh(found)
             largest[part], peak[part], agreement[part], longest[part] = sureness
             probability[part] = weights.mul_(_hits(found, scan.targets, block)).sum(-1)
@@ -327,7 +386,7 @@ class _CopyAttention(torch.autograd.Function):
         for block in scan.blocks(queries):
             part = (..., block.rows)
             rows = queries[:, :, block.rows]
-            found = _scores(rows, block, scan.scoring)
+            found = scan.scores(rows, block)
             weights = _weights(found.scores, log_sum[part])
             factor = _hits(found, scan.targets, block).to(weights.dtype)
             factor = factor.sub(probability[part].unsqueeze(-1))
@@ -399,18 +458,31 @@ def point(
 
 
 def pointed_at(
-    queries: Tensor, offsets: Tensor, earlier: Keys, own: Keys, scoring: Scoring
+    queries: Tensor,
+    offsets: Tensor,
+    earlier: Keys,
+    own: Keys,
+    scoring: Scoring,
+    means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Pointers]:
-    """Weights (B, H, T, K) of all keys for queries of one chunk, the tokens behind the keys (B, K),
-    and the pointers, without any target. No gradient.
+    """Weights (B, H, T, K) of the keys that are compared with queries of one chunk, the tokens
+    behind these keys (B, H or 1, K), and the pointers, without any target. No gradient.
 
     Args:
         queries: (B, H, T, D), scaled.
         offsets: (T,) their places in their chunk.
         earlier: keys of all chunks before it.
         own: keys of the chunk from its first token to at least the last of ``offsets``.
+        means: :func:`mean_keys` of the earlier ones. With them, and one query a row, only the keys
+            of the ``most_chunks`` that it sees are read.
     """
-    found = _scores(queries, _Block(slice(None), offsets, 0, earlier, own, None), scoring)
+    block = _Block(slice(None), offsets, 0, earlier, own, None)
+    most = scoring.most_chunks
+    if most is not None and means is not None and most < means.shape[2] and len(offsets) == 1:
+        seen = _seen_by_one(queries, block, scoring, means, most)
+    else:
+        seen = _seen_in_window(queries, block, scoring)
+    found = _scores(queries, seen, scoring.match_bonus)
     weights, _, sureness = _weigh(found)
     nothing = torch.zeros_like(sureness[0])
     return weights, found.successors, Pointers(nothing, *sureness)

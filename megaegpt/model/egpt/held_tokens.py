@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megaegpt.labels import NOTHING_BEFORE
-from megaegpt.model.egpt.copy_attention import Keys
+from megaegpt.model.egpt.copy_attention import Keys, mean_keys
 from megaegpt.model.egpt.token_memory import TokenMemory, mixed
 
 KeyType = Literal["fp32", "fp16", "int8"]
@@ -59,6 +59,7 @@ class HeldTokens:
         shape = (batch_size, module.pointers)
         ids = torch.full((batch_size, size + 2), NOTHING_BEFORE, device=like.device)
         self._whole = Keys(like.new_empty(*shape, 0, module.dim, dtype=dtype), ids[:, :2].clone())
+        self._means = mean_keys(self._whole.keys, size)
         self._current = Keys(like.new_empty(*shape, size, module.dim), ids)
         self._length = 0  # tokens of the current chunk
 
@@ -88,7 +89,10 @@ class HeldTokens:
         keys, text = self._current
         if self._whole.keys.dtype == torch.int8:
             keys = (keys * 127).round()
-        keys = torch.cat([self._whole.keys, keys.to(self._whole.keys.dtype)], dim=2)
+        keys = keys.to(self._whole.keys.dtype)
+        means = torch.cat([self._means, mean_keys(keys, self._module.chunk_size)], dim=2)
+        self._means = means[:, :, max(means.shape[2] - self.most_chunks, 0) :]
+        keys = torch.cat([self._whole.keys, keys], dim=2)
         whole = Keys(keys, torch.cat([self._whole.text[:, :-1], text[:, 1:]], dim=1))
         most = self.most_chunks * self._module.chunk_size
         self._whole = whole.cut(max(whole.num_keys - most, 0), whole.num_keys)
@@ -107,7 +111,7 @@ class HeldTokens:
         query = self._module.ask(newest, hidden)
         offsets = torch.full((1,), self._length - 1, device=logits.device)
         own = self._current.cut(0, self._length)
-        return mixed(self._module, query, offsets, self._whole, own, logits)
+        return mixed(self._module, query, offsets, self._whole, own, logits, self._means)
 
     def precise_keys(self) -> Tensor:
         """The keys (B, H, J, D) of whole chunks as numbers in at least fp32, whatever they are held

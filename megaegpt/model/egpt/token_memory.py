@@ -143,6 +143,11 @@ def _constants(values: tuple[float, ...], pointers: int, grid: ProcessGrid) -> n
     )
 
 
+def _each(ids: Tensor, pointers: int) -> tuple[Tensor, ...]:
+    """(B, H or 1, K) -> (B, K) for each pointer."""
+    return ids.expand(-1, pointers, -1).unbind(1)
+
+
 class MemoryMixture:
     """The mixture of the head's predictions with those of a memory.
 
@@ -202,16 +207,24 @@ class MemoryMixture:
 
 
 def mixed(
-    module: TokenMemory, query: Query, offsets: Tensor, earlier: Keys, own: Keys, logits: Tensor
+    module: TokenMemory,
+    query: Query,
+    offsets: Tensor,
+    earlier: Keys,
+    own: Keys,
+    logits: Tensor,
+    means: Tensor | None = None,
 ) -> Tensor:
     """Log-probabilities of tokens of one chunk: the head's logits (B, T, V), with or without
-    padding, mixed with what all keys say. Offsets and keys are those of
+    padding, mixed with what the keys say. Offsets, keys and their means are those of
     :func:`~megaegpt.model.egpt.copy_attention.pointed_at`.
     """
-    weights, ids, found = pointed_at(query.queries, offsets, earlier, own, module.scoring())
+    scoring = module.scoring()
+    weights, ids, found = pointed_at(query.queries, offsets, earlier, own, scoring, means)
     log_shares = module.log_shares(query, found)  # (B, 1 + H, T)
-    by_key = (weights * log_shares[:, 1:].exp().unsqueeze(-1)).sum(1)  # (B, T, K)
-    ids = ids.clamp(min=0).unsqueeze(1).expand_as(by_key)
-    by_memory = torch.zeros_like(logits, dtype=by_key.dtype).scatter_add_(2, ids, by_key)
+    by_key = weights * log_shares[:, 1:].exp().unsqueeze(-1)  # (B, H, T, K)
+    by_memory = torch.zeros_like(logits, dtype=by_key.dtype)
+    for pointer, tokens in zip(by_key.unbind(1), _each(ids, by_key.shape[1]), strict=True):
+        by_memory.scatter_add_(2, tokens.clamp(min=0).unsqueeze(1).expand_as(pointer), pointer)
     by_head = logits.to(by_key.dtype).log_softmax(-1) + log_shares[:, 0].unsqueeze(-1)
     return torch.logaddexp(by_head, by_memory.log())

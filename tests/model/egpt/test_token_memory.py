@@ -284,10 +284,10 @@ def test_a_token_changes_nothing_that_is_predicted_up_to_it():
     assert not torch.isclose(before[:, place], after[:, place]).any()
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize(("dtype", "most"), [(None, None), ("int8", None), (None, 2)])
 @torch.no_grad()
-def test_token_by_token_the_memory_says_what_it_does_to_a_window(dtype):
-    model, batch = _model(), _batch()
+def test_token_by_token_the_memory_says_what_it_does_to_a_window(dtype, most):
+    model, batch = _model(changed(memory_chunks=most)), _batch()
     batch["text"][:, 0] = torch.tensor([3, 1])  # the window is not the start of its text
     expected = naive_probabilities(model, batch)
     hidden = model.hidden_states(batch["token_states"], batch["features"])
@@ -304,6 +304,27 @@ def test_token_by_token_the_memory_says_what_it_does_to_a_window(dtype):
     assert worst < 1e-12 if dtype is None else 1e-6 < worst < 0.02
     assert held.num_tokens == (N - 1) * S
     assert torch.equal(held.earlier.text[:, :-1], batch["text"][:, S:])
+
+
+@torch.no_grad()
+def test_a_token_reads_no_key_of_a_chunk_that_it_does_not_choose():
+    model, batch = _model(changed(memory_chunks=1)), _batch()
+    held = HeldTokens(model.token_memory, 1, model.head.weight)
+    for n in range(N - 1):
+        held.append(batch["token_states"][:1, n], batch["text"][:1, 1 + n * S : 1 + (n + 1) * S])
+        held.finish_chunk()
+    held.append(batch["token_states"][:1, N - 1, :1], batch["text"][:1, -1:])
+    newest, hidden = torch.randn(2, 1, 1, C, dtype=torch.float64)
+    logits = model.head.full_logits(hidden)
+    before = held.mix(newest, hidden, logits)
+    same = []
+    for chunk in range(N - 1):
+        keys = held.earlier.keys[:, :, chunk * S : (chunk + 1) * S]
+        kept = keys.clone()
+        keys.fill_(torch.nan)
+        same.append(torch.equal(held.mix(newest, hidden, logits), before))
+        keys.copy_(kept)
+    assert same.count(False) in (1, 2)  # each of two pointers chooses one
 
 
 def test_the_windows_tokens_are_needed():
