@@ -154,6 +154,7 @@ def test_a_dry_run_shows_everything_and_starts_nothing(corpus: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
     config = _write_config(
         tmp_path,

@@ -126,6 +126,7 @@ def test_estimate_is_what_an_egpt_takes(distributed: Distributed, memory: bool) 
     assert_estimates([config], 1, distributed(1, measure, [config])[0])
 
 
+@pytest.mark.long
 def test_estimate_is_what_data_parallel_ranks_take(distributed: Distributed) -> None:
     configs = [
         run_config(2, 1, "fp32", accumulation=2),

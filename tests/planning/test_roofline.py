@@ -82,7 +82,10 @@ def test_products_and_attention_have_the_operations_of_the_model() -> None:
     "model",
     [
         {"z_loss": 1e-4, "logit_softcap": 30.0},
-        {"kind": "egpt", "tied_embeddings": False, "egpt": EGPTConfig(token_memory=True)},
+        pytest.param(
+            {"kind": "egpt", "tied_embeddings": False, "egpt": EGPTConfig(token_memory=True)},
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_the_head_moves_few_bytes_a_logit_between_its_products(model: dict[str, Any]) -> None:

@@ -256,6 +256,7 @@ def _split(merged: Path, folder: Path) -> None:
         reshape(merged / "step_00000003", folder, grid)
 
 
+@pytest.mark.long
 def test_checkpoints_are_listed_merged_and_split_with_their_optimizer_state(
     distributed: Distributed, convert: _Convert, tmp_path: Path
 ) -> None:

@@ -41,6 +41,7 @@ def test_a_plan_names_all_that_a_run_takes(monkeypatch, capsys) -> None:
     assert "warning" not in shown
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_said_with_the_knobs_and_what_would(monkeypatch, capsys) -> None:
     batch = ["training.micro_batch_size=128", "training.global_batch_size=128"]
     wide = ["model.hidden_size=4096", "model.num_layers=3"]

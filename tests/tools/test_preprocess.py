@@ -121,6 +121,7 @@ print(_can_fork())
     assert result.stdout.decode().split() == expected
 
 
+@pytest.mark.long
 def test_a_killed_run_is_repeated_to_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     """MEGAEGPT_KILLS says how many kills; one at least falls between a run's start and end."""
     options = ["--shards", 8, "--workers", 2, "--deduplicate", "--validation-fraction", 0.1]

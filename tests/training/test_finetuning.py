@@ -105,7 +105,7 @@ def _interrupted(corpus: Path, folder: Path) -> str:
     return _finetune(config, resume=True, sample_text=sample_text)
 
 
-@pytest.mark.parametrize("kind", ["gpt", "egpt"])
+@pytest.mark.parametrize("kind", ["gpt", pytest.param("egpt", marks=pytest.mark.long)])
 def test_batches_and_losses_do_not_depend_on_the_number_of_ranks(
     kind: str,
     corpus: Path,

@@ -88,7 +88,7 @@ def _assert_same_run(straight: Path, interrupted: Path) -> None:
     assert (straight / weights).read_bytes() == (interrupted / weights).read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["gpt", "egpt"])
+@pytest.mark.parametrize("kind", [pytest.param("gpt", marks=pytest.mark.long), "egpt"])
 def test_15_steps_and_15_resumed_are_30_at_tp_2_x_dp_2_with_dropout(
     corpus: Path, tmp_path: Path, kind: str, distributed: Distributed
 ) -> None:
@@ -109,6 +109,7 @@ def _resume_alone(config: RunConfig) -> bool:
     return _run(config, resume=True)
 
 
+@pytest.mark.long
 def test_a_run_killed_at_any_moment_goes_on_from_its_last_complete_checkpoint(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:

@@ -503,6 +503,7 @@ def _evaluate_apart(corpus: Path, folder: Path) -> tuple[bool, str]:
         return _run("gpt", corpus, folder, training={"patience": 1, "steps": 9})
 
 
+@pytest.mark.long
 def test_ranks_whose_losses_differ_in_the_last_bit_stop_together(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:

@@ -41,7 +41,7 @@ def _straight_and_resumed(kind: str, corpus: Path, folder: Path) -> str:
     return shown.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["egpt", pytest.param("gpt", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", [pytest.param("egpt", marks=pytest.mark.long), "gpt"])
 def test_each_set_is_recorded_by_name_and_one_decides_what_is_best(
     corpus: Path, tmp_path: Path, kind: str, distributed: Distributed
 ) -> None:
