@@ -95,6 +95,11 @@ def parse_section(
         elif is_dataclass(hints[key]):
             nested = cast(type[Any], hints[key])
             arguments[key] = parse_section(nested, value, f"{dotted}.", problems, finder)
+        elif (item := _section_of_items(hints[key])) and isinstance(value, list | tuple):
+            arguments[key] = tuple(
+                parse_section(item, entry, f"{dotted}[{number}].", problems)
+                for number, entry in enumerate(value)
+            )
         else:
             try:
                 arguments[key] = _parse_value(value, hints[key])
@@ -119,6 +124,12 @@ def accepts_text(annotation: Any) -> bool:
     return annotation is str or (_is_union(annotation) and str in get_args(annotation))
 
 
+def _section_of_items(annotation: Any) -> type[Any] | None:
+    """The dataclass of which a field holds a list; None where it holds something else."""
+    item = get_args(annotation)[0] if get_origin(annotation) is tuple else None
+    return cast(type[Any], item) if is_dataclass(item) else None
+
+
 def describe(annotation: Any) -> str:
     """Describe the values that a user may write for a field of this type, in words."""
     if _is_union(annotation):
@@ -126,6 +137,8 @@ def describe(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         choices = get_args(annotation)
         return f"one of {', '.join(map(str, choices))}"
+    if (item := _section_of_items(annotation)) is not None:
+        return f"a list of {{{', '.join(get_type_hints(item))}}}"
     if get_origin(annotation) is tuple:
         return "a list of strings" if get_args(annotation)[0] is str else "a list of numbers"
     if get_origin(annotation) is dict:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any
 
 from megaegpt.config.metadata import leaves, metadata
@@ -71,6 +71,10 @@ def range_problems(section: Any, prefix: str = "") -> Iterator[Problem]:
         prefix: its dotted key with the final dot; empty for a whole configuration.
     """
     for dotted, annotation, value in leaves(section, prefix):
+        if isinstance(value, tuple):
+            for number, item in enumerate(value):
+                if is_dataclass(item):
+                    yield from range_problems(item, f"{dotted}[{number}].")
         allowed = metadata(annotation, Range)
         if allowed is None or value is None:
             continue

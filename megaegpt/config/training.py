@@ -7,6 +7,7 @@ from typing import Literal
 
 from megaegpt.config.batch_ramp import BatchRampConfig
 from megaegpt.config.lora import LoRAConfig
+from megaegpt.config.parameter_groups import ParameterGroup
 from megaegpt.config.paths import PathText
 from megaegpt.config.ranges import (
     BatchSize,
@@ -63,7 +64,8 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer and its schedule. Weight decay acts on matrices and embeddings only."""
+    """The optimizer and its schedule. Weight decay acts on matrices and embeddings only, unless
+    ``groups`` say otherwise."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised steps (Jordan et al. 2024) for the matrices of blocks, at the same
@@ -89,6 +91,9 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     momentum: Fraction = 0.95
     """muon: decay of the mean of gradients (Nesterov's)."""
+    groups: tuple[ParameterGroup, ...] = ()
+    """Parameters with a learning rate or weight decay of their own: a list of {match: a pattern of
+    names, lr_scale: a factor of the learning rate, weight_decay}; the first that matches counts."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from megaegpt.config.freezing import part_problem
 from megaegpt.config.lora import LoRAConfig, target_problem
 from megaegpt.config.model import ModelConfig
 from megaegpt.config.model_rules import model_problems
+from megaegpt.config.parameter_groups import parameter_group_problems
 from megaegpt.config.parsing import Problem, raise_problems
 from megaegpt.config.paths import path_problems
 from megaegpt.config.ranges import range_problems
@@ -66,6 +67,7 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
         problems += _batch(config, world_size)
     problems += [p for p in _schedule(config) if broken.isdisjoint(p.keys)]
     problems += [p for p in _blend(config) if broken.isdisjoint(p.keys)]
+    problems += parameter_group_problems(config.optimizer.groups)
     problems += _freezing(config)
     problems += _adapters(config)
     problems += _validation_split(config)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.parallel import effective_zero_stage
+from megaegpt.config.parameter_groups import assign_groups
 from megaegpt.model.adapters import choose_trained
 from megaegpt.model.build import meta_model
 from megaegpt.model.encoder import encoding_flops
@@ -36,9 +37,15 @@ def measure_model(config: RunConfig, encoder: ModelConfig | None = None) -> Mode
 
     Args:
         encoder: the frozen GPT of egpt and deepgpt.
+
+    Raises:
+        ConfigError: ``training.freeze``, ``training.lora`` or ``optimizer.groups`` names what the
+            model does not have.
     """
     model = meta_model(config.model)
     frozen = choose_trained(model, config.training)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assign_groups(trained, config.optimizer.groups)
     flops = model.flops_per_token()
     if encoder is None:
         return ModelSize(model.num_parameters() - frozen, flops, frozen)

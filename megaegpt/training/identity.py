@@ -56,7 +56,7 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "training": "steps micro_batch_size precision gradient_clipping on_nonfinite freeze",
         "training.lora": "rank alpha dropout targets",
         "optimizer": "kind lr min_lr schedule warmup_steps decay_steps beta1 beta2 eps "
-        "weight_decay momentum",
+        "weight_decay momentum groups",
         "": "deepspeed",
     },
     "none": {
@@ -130,10 +130,17 @@ def flatten(config: RunConfig) -> dict[str, Any]:
             if dataclasses.is_dataclass(value):
                 add(f"{prefix}{field.name}.", value)
             else:
-                flat[f"{prefix}{field.name}"] = list(value) if isinstance(value, tuple) else value
+                flat[f"{prefix}{field.name}"] = _plain(value)
 
     add("", config)
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML has it."""
+    if not isinstance(value, tuple):
+        return value
+    return [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in value]
 
 
 def _different(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

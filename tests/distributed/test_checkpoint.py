@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megaegpt.config.parameter_groups import ParameterGroup
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.training.checkpoint.manager import CheckpointManager
@@ -26,6 +27,10 @@ from tests.tiny.runs import corpus
 __all__ = ["corpus"]
 
 _SAVED, _END = 3, 5
+_GROUPS = (
+    ParameterGroup("embedding.*", lr_scale=0.1),
+    ParameterGroup("*.bias", weight_decay=0.2),
+)
 
 
 def _config(kind: str = "gpt", tp: int = 1, stage: int = 2, **changes: Any) -> RunConfig:
@@ -76,6 +81,7 @@ def test_resume_is_exact_for_every_zero_stage_and_precision_with_dropout(
     configs += [_config(stage=s, training={"precision": "bf16"}, **dropout) for s in (1, 2)]
     configs += [_config(tp=2, stage=0, **dropout)]
     configs += [_config(stage=stage, optimizer={"kind": "muon"}) for stage in (0, 2)]
+    configs += [_config(stage=1, optimizer={"groups": _GROUPS})]
     configs += [_config(tp=2, stage=2, model={"dropout": 0.1, **ATTENTION["olmo2"]})]
     distributed(2, _assert_resumes_exactly, configs, tmp_path)
 

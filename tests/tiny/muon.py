@@ -1,12 +1,12 @@
-"""Muon written a second time: one process, whole matrices, products as in the paper; and the engine
-in fp64, for which DeepSpeed has no setting.
+"""Muon written a second time: one process, whole matrices, products as in the paper (or plain AdamW
+in its place); and the engine in fp64, for which DeepSpeed has no setting.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -37,22 +37,28 @@ def naive_orthogonal(x: Tensor) -> Tensor:
     return x
 
 
-class NaiveMuon:
-    """Muon on matrices of blocks, torch's AdamW on the rest."""
+Settings = Callable[[str, nn.Parameter], tuple[float, float]]
+"""Name and parameter -> factor of the learning rate, and weight decay."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+
+class NaiveMuon:
+    """Muon on matrices of blocks, torch's AdamW on the rest; or AdamW on all."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, settings: Settings) -> None:
         named = dict(model.named_parameters())
-        self._matrices = [
-            p for n, p in named.items() if p.dim() == 2 and any(part in n for part in _MUONS)
-        ]
-        self._means = [torch.zeros_like(p) for p in self._matrices]
-        rest = [p for p in named.values() if not any(p is m for m in self._matrices)]
+        is_muon = config.kind == "muon"
+        self._matrices = {
+            n: p
+            for n, p in named.items()
+            if is_muon and p.dim() == 2 and any(part in n for part in _MUONS)
+        }
+        self._means = {n: torch.zeros_like(p) for n, p in self._matrices.items()}
         self._config = config
+        self._settings = {n: settings(n, p) for n, p in named.items()}
+        rest = {n: p for n, p in named.items() if n not in self._matrices}
+        self._scales = [self._settings[n][0] for n in rest]
         self._adamw = torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-                {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-            ],
+            [{"params": [p], "weight_decay": self._settings[n][1]} for n, p in rest.items()],
             betas=(config.beta1, config.beta2),
             eps=config.eps,
         )
@@ -60,14 +66,15 @@ class NaiveMuon:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update with the gradients that are there, which go."""
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
+        for group, scale in zip(self._adamw.param_groups, self._scales, strict=True):
+            group["lr"] = lr * scale
         self._adamw.step()
         momentum = self._config.momentum
-        for p, mean in zip(self._matrices, self._means, strict=True):
+        for name, p in self._matrices.items():
+            mean, (scale, decay) = self._means[name], self._settings[name]
             mean.copy_(momentum * mean + (1 - momentum) * p.grad)
             update = naive_orthogonal(momentum * mean + (1 - momentum) * p.grad)
-            p -= lr * (0.2 * math.sqrt(max(p.shape)) * update + self._config.weight_decay * p)
+            p -= lr * scale * (0.2 * math.sqrt(max(p.shape)) * update + decay * p)
             p.grad = None
         self._adamw.zero_grad()
 
@@ -75,10 +82,12 @@ class NaiveMuon:
 Weights = dict[str, Tensor]
 
 
-def train_naively(config: RunConfig) -> Weights:
+def train_naively(config: RunConfig, settings: Settings | None = None) -> Weights:
     """What a run in fp64 in one process comes to, with nothing of the engine."""
     model = build_model(config.model, ProcessGrid(), seed=3).double()
-    optimizer = NaiveMuon(model, config.optimizer)
+    decay = config.optimizer.weight_decay
+    usual: Settings = lambda name, p: (1.0, decay if p.dim() >= 2 else 0.0)  # noqa: E731
+    optimizer = NaiveMuon(model, config.optimizer, settings or usual)
     for step in range(config.training.steps):
         batches = micro_batches(step, config, ProcessGrid())
         tokens = sum((batch["targets"] != -100).sum() for batch in batches)

@@ -33,19 +33,23 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Topology:
-    """The parallelism and precision that decide the layout of a checkpoint's files; to be resumed
-    under another parallelism it is reshaped.
+    """The parallelism, precision and parameter groups that decide the layout of a checkpoint's
+    files; to be resumed under another parallelism or other groups it is reshaped.
     """
 
     tensor_parallel: int
     data_parallel: int
     zero_stage: int
     precision: str
+    parameter_groups: list[str] = field(default_factory=list)
+    """Patterns of ``optimizer.groups``, in their order."""
 
     def __str__(self) -> str:
+        groups = f", parameter groups {' '.join(self.parameter_groups)}"
         return (
             f"tensor parallel {self.tensor_parallel} x data parallel {self.data_parallel}, "
             f"ZeRO stage {self.zero_stage}, {self.precision}"
+            f"{groups if self.parameter_groups else ''}"
         )
 
 

@@ -120,6 +120,17 @@ def _filling_in_second_moments() -> Iterator[set[str]]:
         ds_to_universal.DeepSpeedCheckpoint.get_zero_checkpoint_state = read
 
 
+def set_group_count(universal: Path, count: int) -> None:
+    """Let a universal checkpoint have as many parameter groups as the optimizer that is to read it:
+    DeepSpeed would pass over those that are more, and leave their parameters as they are.
+
+    What the groups say there is not used: a run's own settings count.
+    """
+    path = universal / "zero" / "optimizer_state.pt"
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    torch.save({**state, PARAM_GROUPS: [{} for _ in range(count)]}, path)
+
+
 def _convert_replicated(source: Path, target: Path, shapes: Shapes) -> None:
     files = sorted(source.glob("mp_rank_*_model_states.pt"))
     ranks = [torch.load(f, map_location="cpu", weights_only=True, mmap=True) for f in files]

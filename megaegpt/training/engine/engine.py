@@ -35,7 +35,7 @@ from megaegpt.parallel.together import raising_together
 from megaegpt.precision import resolve_precision
 from megaegpt.training.checkpoint import deepspeed_state
 from megaegpt.training.checkpoint.manifest import Topology
-from megaegpt.training.checkpoint.universal import convert
+from megaegpt.training.checkpoint.universal import convert, set_group_count
 from megaegpt.training.engine.compat import (
     check_accepted,
     check_compatible,
@@ -48,7 +48,7 @@ from megaegpt.training.engine.fewer_operators import use_fewer_operators
 from megaegpt.training.engine.gradients import ModuleNorms
 from megaegpt.training.engine.host_memory import keep_freed_memory
 from megaegpt.training.engine.muon import Muon
-from megaegpt.training.engine.optimizer import build_optimizer
+from megaegpt.training.engine.optimizer import LR_SCALE, build_optimizer
 from megaegpt.training.engine.replicas import assert_replicas_equal, is_sharded
 from megaegpt.training.engine.schedule import learning_rate
 
@@ -94,7 +94,8 @@ class Engine:
         loss_function: how the model is called on a micro-batch.
 
     Raises:
-        ConfigError: a precision that the device lacks, or raw keys that DeepSpeed refuses.
+        ConfigError: a precision that the device lacks, a pattern of ``optimizer.groups`` that
+            matches no parameter, or raw keys that DeepSpeed refuses.
         LaunchError: a release of DeepSpeed that lacks what is used of it.
     """
 
@@ -113,7 +114,13 @@ class Engine:
         if grid.device.type == "cpu":
             keep_freed_memory()
         stage = effective_zero_stage(config.parallel.zero_stage, self.precision)
-        self.topology = Topology(grid.tp_size, grid.dp_size, stage, self.precision)
+        self.topology = Topology(
+            grid.tp_size,
+            grid.dp_size,
+            stage,
+            self.precision,
+            [group.match for group in config.optimizer.groups],
+        )
         self._config = config
         self._loss_scale_was_minimal = False
         for parameter in model.parameters():
@@ -121,7 +128,8 @@ class Engine:
             setattr(parameter, "tensor_model_parallel", is_sharded(parameter, grid))  # noqa: B010
         model.to(grid.device)
         clipping = config.training.gradient_clipping if stage == 0 else None
-        optimizer = build_optimizer(model, config.optimizer, grid, clipping)
+        with raising_together(grid):
+            optimizer = build_optimizer(model, config.optimizer, grid, clipping)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         options = deepspeed_config(config, grid.dp_size, self.precision, trainable)
         check_accepted(options)
@@ -175,7 +183,7 @@ class Engine:
         """
         lr = learning_rate(step, self._config.optimizer, self._config.training.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get(LR_SCALE, 1.0)
         tokens = self._count_tokens(micro_batches)
         divisor = tokens.clamp(min=1)
         scale = self.grid.dp_size / divisor  # DeepSpeed averages over data-parallel ranks
@@ -265,6 +273,7 @@ class Engine:
                 deepspeed_state.make_scratch(scratch, folder)
                 with deepspeed_state.loading(folder):
                     convert(folder, universal, shapes, saved.zero_stage)
+                    set_group_count(universal, len(self.optimizer.param_groups))
         deepspeed_state.load_universal(self._deepspeed, universal, self.grid)
 
     def assert_replicas_equal(self) -> None:

@@ -74,7 +74,8 @@ class Muon(torch.optim.AdamW):
     """Muon for groups that say ``muon``, AdamW for the others.
 
     Args:
-        groups: parameter groups; at most one has ``muon``, and matrices only.
+        groups: parameter groups with the ``names`` of their parameters; those that have ``muon``
+            hold matrices only.
         grid: matrices are put together over its groups.
         momentum: decay of the mean of gradients, which is Nesterov's.
         arguments: AdamW's.
@@ -92,9 +93,10 @@ class Muon(torch.optim.AdamW):
         self._matrices = [p for group in groups if group["muon"] for p in group["params"]]
         self._specs = [spec_of(p) for p in self._matrices]
         self._shapes = [p.shape for p in self._matrices]
-        self._numbers = {p: number for number, p in enumerate(self._matrices)}
+        names = [name for group in groups if group["muon"] for name in group["names"]]
+        self._numbers = {name: number for number, name in enumerate(names)}
         self._pieces: list[Piece | None] = []
-        self._cut: list[int] = []
+        self._cut: set[int] = set()
         super().__init__(groups, **arguments)
 
     @property
@@ -109,11 +111,11 @@ class Muon(torch.optim.AdamW):
         self._pieces = list(pieces)
         sizes = [piece.size if piece else 0 for piece in pieces]
         of_ranks = all_gather_object(sizes, self._grid)
-        self._cut = [
+        self._cut = {
             number
             for number, shape in enumerate(self._shapes)
             if max(sizes[number] for sizes in of_ranks) < shape.numel()
-        ]
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -129,14 +131,15 @@ class Muon(torch.optim.AdamW):
                 self._step_matrices(group)
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        for parameter in group["params"]:
+        numbers = [self._numbers[name] for name in group["names"]]
+        for place, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
             direction = self._nesterov(parameter, parameter.grad)
             if self._pieces:
-                update = self._updates_of_partition(direction)
+                update = self._updates_of_partition(direction, numbers)
             else:
-                update = self._update(direction, self._numbers[parameter])
+                update = self._update(direction, numbers[place])
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update, alpha=-group["lr"])
 
@@ -151,12 +154,14 @@ class Muon(torch.optim.AdamW):
         mean = state["exp_avg"].lerp_(gradient, 1 - self._momentum)
         return gradient.lerp(mean, self._momentum)
 
-    def _updates_of_partition(self, directions: Tensor) -> Tensor:
-        """(N,) this rank's partition of directions -> the same of updates; padding gets none."""
+    def _updates_of_partition(self, directions: Tensor, numbers: Sequence[int]) -> Tensor:
+        """(N,) this rank's partition of the directions of the matrices ``numbers`` -> the same of
+        updates; padding gets none.
+        """
         updates = torch.zeros_like(directions)
-        whole = self._join_cut(directions)
-        for number, piece in enumerate(self._pieces):
-            if piece is None:
+        whole = self._join_cut(directions, [n for n in numbers if n in self._cut])
+        for number in numbers:
+            if (piece := self._pieces[number]) is None:
                 continue
             inside = slice(piece.place, piece.place + piece.size)
             matrix = whole[number] if number in whole else directions[inside]
@@ -164,13 +169,13 @@ class Muon(torch.optim.AdamW):
             updates[inside] = update[piece.first : piece.first + piece.size]
         return updates
 
-    def _join_cut(self, directions: Tensor) -> dict[int, Tensor]:
-        """The matrices, by number, that no data-parallel rank has whole; flat."""
-        if not self._cut:
+    def _join_cut(self, directions: Tensor, numbers: Sequence[int]) -> dict[int, Tensor]:
+        """The matrices ``numbers``, which no data-parallel rank has whole; flat."""
+        if not numbers:
             return {}
-        sizes = [self._shapes[number].numel() for number in self._cut]
+        sizes = [self._shapes[number].numel() for number in numbers]
         joined = directions.new_zeros(sum(sizes))
-        whole = dict(zip(self._cut, joined.split(sizes), strict=True))
+        whole = dict(zip(numbers, joined.split(sizes), strict=True))
         for number, matrix in whole.items():
             if (piece := self._pieces[number]) is not None:
                 inside = directions[piece.place : piece.place + piece.size]

@@ -9,20 +9,51 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megaegpt.config.parameter_groups import ParameterGroup, assign_groups
 from megaegpt.config.training import OptimizerConfig
 from megaegpt.model.parts import matrices_of
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.engine.muon import Muon
 
+LR_SCALE = "lr_scale"
+"""Key of a parameter group: the factor of its learning rate, where it is not 1."""
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and embeddings decay, vectors (biases, norms) do not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The trainable parameters in groups of one learning rate and weight decay.
+
+    Of each entry of ``optimizer.groups``, and of the parameters that none of them matches, there
+    are up to three: Muon's matrices, other matrices and embeddings, and vectors (biases, norms),
+    which decay only if their entry says so. Groups of Muon and of entries have the names of their
+    parameters, from which a checkpoint of ZeRO stage 0 is read at another topology.
+
+    Raises:
+        ConfigError: an entry matches no parameter.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = matrices_of(model) if config.kind == "muon" else {}
+    entries = [*config.groups, ParameterGroup()]
+    groups = []
+    for entry, names in zip(entries, assign_groups([*trainable], config.groups), strict=True):
+        own = entry.weight_decay
+        decay, of_vectors = (config.weight_decay, 0.0) if own is None else (own, own)
+        tables = [n for n in names if n not in matrices and trainable[n].dim() >= 2]
+        vectors = [n for n in names if n not in matrices and trainable[n].dim() < 2]
+        for chosen, muon, weight_decay in (
+            ([n for n in names if n in matrices], True, decay),
+            (tables, False, decay),
+            (vectors, False, of_vectors),
+        ):
+            if not chosen:
+                continue
+            params = [trainable[name] for name in chosen]
+            group: dict[str, Any] = {"params": params, "weight_decay": weight_decay}
+            if config.kind == "muon":
+                group |= {"muon": muon, "names": chosen}
+            if config.groups:
+                group |= {LR_SCALE: entry.lr_scale, "names": chosen}
+            groups.append(group)
+    return groups
 
 
 def build_optimizer(
@@ -34,6 +65,9 @@ def build_optimizer(
     Args:
         clipping: the largest norm of gradients for ZeRO stage 0 in fp32, where the optimizer clips
             them, and skips non-finite ones; None: DeepSpeed does.
+
+    Raises:
+        ConfigError: as for :func:`parameter_groups`.
     """
     arguments: dict[str, Any] = {
         "lr": config.lr,
@@ -41,37 +75,16 @@ def build_optimizer(
         "eps": config.eps,
         "fused": True,
     }
+    groups = parameter_groups(model, config)
     optimizer: torch.optim.Optimizer
     if config.kind == "muon":
-        groups = muon_groups(model, config.weight_decay)
         kind = Muon if clipping is None else ClippedMuon
         optimizer = kind(groups, grid=grid, momentum=config.momentum, **arguments)
     else:
-        groups = parameter_groups(model, config.weight_decay)
         optimizer = (torch.optim.AdamW if clipping is None else ClippedAdamW)(groups, **arguments)
     if isinstance(optimizer, Clipping):
         optimizer.clip_by(clipping or 0.0, grid)
     return optimizer
-
-
-def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Muon's matrices, and :func:`parameter_groups` of the rest; each with its names, from which a
-    checkpoint of ZeRO stage 0 is read at another topology.
-    """
-    matrices = matrices_of(model)
-    rest = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name not in matrices
-    }
-    tables = {name: p for name, p in rest.items() if p.dim() >= 2}
-    vectors = {name: p for name, p in rest.items() if p.dim() < 2}
-    groups = [(matrices, True, weight_decay), (tables, False, weight_decay), (vectors, False, 0.0)]
-    return [
-        {"params": [*named.values()], "names": [*named], "muon": muon, "weight_decay": decay}
-        for named, muon, decay in groups
-        if named
-    ]
 
 
 class Clipping(torch.optim.Optimizer):

@@ -17,7 +17,7 @@ from megaegpt.training.engine.optimizer import build_optimizer, parameter_groups
 def test_weight_decay_acts_on_matrices_and_embeddings_only() -> None:
     model = nn.ModuleList([nn.Embedding(4, 2), nn.Linear(2, 3), nn.LayerNorm(3)])
     model[1].weight.requires_grad = False
-    decayed, free = parameter_groups(model, weight_decay=0.1)
+    decayed, free = parameter_groups(model, OptimizerConfig(weight_decay=0.1))
     assert [tuple(p.shape) for p in decayed["params"]] == [(4, 2)]
     assert decayed["weight_decay"] == 0.1
     assert [tuple(p.shape) for p in free["params"]] == [(3,), (3,), (3,)]
