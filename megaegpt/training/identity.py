@@ -140,7 +140,7 @@ def _plain(value: Any) -> Any:
     """A value as YAML has it."""
     if not isinstance(value, tuple):
         return value
-    return [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in value]
+    return [config_to_dict(item) if dataclasses.is_dataclass(item) else item for item in value]
 
 
 def _different(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
