@@ -111,6 +111,9 @@ class CheckpointConfig:
     keep_best: bool = False
     """Also save at every best validation loss and keep that checkpoint; the link ``best`` leads to
     it."""
+    asynchronous: bool = False
+    """Copy what is saved to host memory and go on training while it is written; false: wait until
+    it is on the disk."""
     best_of: str = "validation"
     """The validation set whose loss is compared, here and by ``training.patience``: ``validation``
     or a name of ``data.validation_sets``."""

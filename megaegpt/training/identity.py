@@ -68,7 +68,7 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "parallel": "tensor_parallel_size zero_stage overlap_comm",
         "training": "activation_checkpointing eval_interval patience initialize_from compile "
         "deterministic",
-        "checkpoint": "directory interval keep keep_every keep_best best_of",
+        "checkpoint": "directory interval keep keep_every keep_best asynchronous best_of",
         "logging": "directory interval gradient_norms tensorboard wandb wandb_project",
         "logging.profile": "start steps",
         "generation": "prompt max_new_tokens temperature top_k top_p seed",

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.validation import validate
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.data.tokens.blend import Blend
 from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.data.tokens.token_ids import known_byte_lengths
@@ -19,17 +18,17 @@ from megaegpt.data.tokens.windows import Windows
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.files import write_whole
 from megaegpt.generation.generator import Prompt
-from megaegpt.model.adapter_files import Base, save_adapter
 from megaegpt.model.build import Model, build_inputs
 from megaegpt.model.calling import ModelInputs
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.weights import load_weights, save_weights
+from megaegpt.model.weights import load_weights
 from megaegpt.parallel.compiling import compile_problem
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import broadcast_object, raising_together
 from megaegpt.planning.hardware import peak_flops
 from megaegpt.planning.summary import ModelSize, describe_run, measure_model
 from megaegpt.precision import DTYPES, Precision, resolve_precision, slow_precision_notice
+from megaegpt.training.checkpoint.exported_weights import exported_weights
 from megaegpt.training.checkpoint.manager import CheckpointManager, TrainerState
 from megaegpt.training.checkpoint.manifest import Manifest
 from megaegpt.training.consistency import (
@@ -136,8 +135,8 @@ def train(
         profiler=StepProfiler(config.logging, grid, monitor.log),
         evaluators=_evaluators(config, grid, data, feed),
         sample=_sampler(config, model, encoder, data, sample_text),
-        writers={
-            "weights": functools.partial(_export_weights, config, model, grid, data, encoder, base)
+        parts={
+            "weights": functools.partial(exported_weights, config, model, grid, data, encoder, base)
         },
         identity=identity,
         progress=data.samples.progress if isinstance(data.samples, Blend) else None,
@@ -275,34 +274,6 @@ def _meter(
         peak_flops=None if peak is None else peak * grid.world_size,
         device=grid.device,
     )
-
-
-def _export_weights(
-    config: RunConfig,
-    model: Model,
-    grid: ProcessGrid,
-    data: RunData,
-    encoder: FrozenEncoder | None,
-    base: Base | None,
-    folder: Path,
-) -> None:
-    """Write the model for generation, evaluation, conversion, or use as an encoder; or its
-    adapters, for the first three.
-    """
-    if grid.dp_rank != 0:
-        return
-    extra: dict[str, Any] = {"tokenizer_fingerprint": data.tokenizer.fingerprint}
-    if encoder is not None:
-        extra |= encoder.description()
-    if grid.tp_rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        extra |= data.save_beside(folder)
-    if base is None:
-        save_weights(model, folder, grid, extra)
-    else:
-        save_adapter(model, folder, grid, config.training.lora, base, extra)
-    if grid.tp_rank == 0 and not data.tokenizer.is_installed:
-        save_tokenizer(data.tokenizer, folder)
 
 
 def _introduce(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite, nan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from megaegpt.config import RunConfig
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.loader import TrainingLoader
-from megaegpt.errors import TrainingError
+from megaegpt.errors import MegaEGPTError, TrainingError
 from megaegpt.model.base import LanguageModel
 from megaegpt.parallel.together import (
     all_gather_object,
@@ -24,7 +25,7 @@ from megaegpt.parallel.together import (
     broadcast_object,
     raise_together,
 )
-from megaegpt.training.checkpoint.manager import CheckpointManager, Writers
+from megaegpt.training.checkpoint.manager import CheckpointManager, Parts
 from megaegpt.training.evaluation import Evaluation, Evaluator
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, Stopwatch, log_line
@@ -55,7 +56,7 @@ class Trainer:
     """Of the validation sets by name."""
     sample: Callable[[], str] | None = None
     """Generates a text with the model; called on all ranks together."""
-    writers: Writers = field(default_factory=dict)
+    parts: Parts = field(default_factory=dict)
     """Further parts of a checkpoint."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Facts besides the configuration that decide the run's losses; kept in checkpoints."""
@@ -75,33 +76,47 @@ class Trainer:
         self._unreported: list[StepResult] = []
         self._skips_in_a_row = 0
         self._saved = self.done
+        self._saving: tuple[float, float] | None = None
+        """Of a save whose files are being written: when it began, and how long the step waited."""
 
     def train(self) -> bool:
         """The loop; True if the run is complete, False if it was stopped (and saved) before."""
-        run, logging, total = self.config, self.config.logging, self.config.training.steps
         with self.stops, self.loader, self.profiler, _no_automatic_gc():
+            try:
+                complete = self._take_steps()
+            except MegaEGPTError as error:
+                if error.on_every_rank or self._grid.world_size == 1:
+                    self._finish_saving()  # what it has to go back to
+                raise
+            self._finish_saving()
+        return complete
+
+    def _take_steps(self) -> bool:
+        run, logging, total = self.config, self.config.logging, self.config.training.steps
+        if self._due(run.training.eval_interval):
+            self._make_up_for_evaluation()
+        while self.done < total and not self.best.lost_patience(run.training.patience):
+            self._watch.start()
+            batch, reason = self._next_batch()
+            if reason is not None:
+                self._stop(reason)
+                return False
+            if self._saving is not None:
+                self._note_saved(self.checkpoints.advance())
+            self.profiler.enter(self.done + 1)
+            result = self.engine.train_step(self.done, batch)
+            self._check_finite(result)
+            self._unreported.append(result)
+            self.done += 1
+            self.profiler.leave(self.done)
+            if self.done % logging.interval == 0 or self.done == total:
+                self.report()
+            if self._due(run.checkpoint.interval) or self._due(run.checkpoint.keep_every or 0):
+                self.save()
             if self._due(run.training.eval_interval):
-                self._make_up_for_evaluation()
-            while self.done < total and not self.best.lost_patience(run.training.patience):
-                self._watch.start()
-                batch, reason = self._next_batch()
-                if reason is not None:
-                    self._stop(reason)
-                    return False
-                self.profiler.enter(self.done + 1)
-                result = self.engine.train_step(self.done, batch)
-                self._check_finite(result)
-                self._unreported.append(result)
-                self.done += 1
-                self.profiler.leave(self.done)
-                if self.done % logging.interval == 0 or self.done == total:
-                    self.report()
-                if self._due(run.checkpoint.interval) or self._due(run.checkpoint.keep_every or 0):
-                    self.save()
-                if self._due(run.training.eval_interval):
-                    self.evaluate()
-            if self.done < total:
-                self._end_early()
+                self.evaluate()
+        if self.done < total:
+            self._end_early()
         return True
 
     def _due(self, interval: int) -> bool:
@@ -174,15 +189,32 @@ class Trainer:
         return {} if self.progress is None else self.progress(samples)
 
     def save(self) -> None:
-        """Write a checkpoint of the steps so far."""
+        """Write a checkpoint of the steps so far, or begin to."""
         self.report()
         with self._not_training():
+            self._finish_saving()
             began = time.perf_counter()
             progress = {"step": self.done, "skipped": self.skipped, "best": self.best.state()}
             state = {**progress, **self.identity}
-            folder = self.checkpoints.save(self.engine, self.done, state, self.writers)
-            self.monitor.log(f"saved {folder} in {time.perf_counter() - began:.1f} s")
+            if self.config.checkpoint.asynchronous:
+                self.checkpoints.save_later(self.engine, self.done, state, self.parts)
+                self._saving = began, time.perf_counter() - began
+            else:
+                folder = self.checkpoints.save(self.engine, self.done, state, self.parts)
+                self.monitor.log(f"saved {folder} in {time.perf_counter() - began:.1f} s")
         self._saved = self.done
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one. Collective."""
+        self._note_saved(self.checkpoints.finish())
+
+    def _note_saved(self, folder: Path | None) -> None:
+        """Say of a checkpoint that it is complete; None: it is not yet."""
+        if folder is not None and self._saving is not None:
+            began, waited = self._saving
+            seconds = time.perf_counter() - began
+            self.monitor.log(f"saved {folder} in {seconds:.1f} s; training waited {waited:.1f} s")
+            self._saving = None
 
     def evaluate(self) -> None:
         """Losses on the validation sets, and a generated sample."""
@@ -237,6 +269,7 @@ class Trainer:
         self.stops.answer()  # about a step that is not taken
         if self._saved != self.done:
             self.save()
+        self._finish_saving()
         best, reason = self.best, "no validation loss was finite"
         if best.loss is not None:
             reason = f"no validation loss better than {best.loss:.4f}, that of step {best.step},"
@@ -248,6 +281,7 @@ class Trainer:
     def _stop(self, reason: str) -> None:
         if self._saved != self.done:
             self.save()
+        self._finish_saving()
         total = self.config.training.steps
         self.monitor.log(
             f"stopped by {reason} after step {self.done} of {total}; go on with --resume"
@@ -291,6 +325,7 @@ class Trainer:
         if self.config.training.on_nonfinite == "skip":
             self.monitor.log(f"skipped: {problem}")
             return
+        self._finish_saving()
         latest = broadcast_object(self.checkpoints.latest, self._grid)
         raise _everywhere(
             f"{problem}; training.on_nonfinite=skip passes over such steps, "

@@ -26,8 +26,10 @@ def _saved_run(directory: Path) -> Engine:
     config = run_config(parallel={"zero_stage": 1})
     engine = make_engine(config, grid_for(1))
     advance(engine, config, range(1))
-    writers = {"weights": lambda folder: save_weights(engine.model, folder, engine.grid)}
-    CheckpointManager(directory, keep=1).save(engine, 1, {"step": 1}, writers)
+    parts = {
+        "weights": lambda copies: lambda folder: save_weights(engine.model, folder, engine.grid)
+    }
+    CheckpointManager(directory, keep=1).save(engine, 1, {"step": 1}, parts)
     return engine
 
 

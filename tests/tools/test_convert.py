@@ -223,11 +223,11 @@ def _train_and_save(folder: Path) -> None:
     """Two checkpoints over two tensor-parallel ranks."""
     config, grid = _config(tp=2), grid_for(2)
     engine = _engine(config, grid)
-    writers = {"weights": lambda part: save_weights(engine.model, part, grid)}
+    parts = {"weights": lambda copies: lambda part: save_weights(engine.model, part, grid)}
     manager, state = CheckpointManager(folder, keep=2), {"global_batch_size": BATCH}
     for step in (SAVED - 1, SAVED):
         advance(engine, config, range(step - 1, step))
-        manager.save(engine, step, state, writers)
+        manager.save(engine, step, state, parts)
     manager.mark_best(SAVED, grid)
     engine.close()
 
@@ -301,9 +301,9 @@ def _train_in_bf16(stage: int, folder: Path) -> dict[str, Tensor]:
     training = dataclasses.replace(config.training, precision="bf16")
     config, grid = dataclasses.replace(config, training=training), grid_for(2)
     engine = _engine(config, grid)
-    writers = {"weights": lambda part: save_weights(engine.model, part, grid)}
+    parts = {"weights": lambda copies: lambda part: save_weights(engine.model, part, grid)}
     advance(engine, config, range(3))
-    CheckpointManager(folder, keep=1).save(engine, 3, {}, writers)
+    CheckpointManager(folder, keep=1).save(engine, 3, {}, parts)
     masters = {}
     for name, parameter in engine.model.named_parameters():
         if parameter.requires_grad:

@@ -94,7 +94,7 @@ def save(shape: dict[str, int], folder: Path) -> Workload:
     step = itertools.count(1)
 
     def one() -> None:
-        checkpoints.save(engine, next(step), {}, {"weights": weights})
+        checkpoints.save(engine, next(step), {}, {"weights": lambda copies: weights})
 
     one()
     saved = checkpoints.latest()
@@ -105,7 +105,7 @@ def save(shape: dict[str, int], folder: Path) -> Workload:
 def load(shape: dict[str, int], folder: Path) -> Workload:
     """Checksums of all files, then the engine's state."""
     engine, checkpoints, weights = _checkpoints(shape, folder)
-    saved = checkpoints.save(engine, 1, {}, {"weights": weights})
+    saved = checkpoints.save(engine, 1, {}, {"weights": lambda copies: weights})
     return Workload(lambda: checkpoints.load(engine), _size(saved) // _BYTES_PER_UNIT)
 
 

@@ -28,6 +28,7 @@ from megaegpt.errors import CheckpointError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import ParamSpec
 from megaegpt.parallel.together import raising_together
+from megaegpt.training.checkpoint.host_copies import HostCopies
 from megaegpt.training.checkpoint.universal import load_replicated, universal_info
 
 _TRUSTED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
@@ -50,26 +51,44 @@ class _CheckpointFiles(TorchCheckpointEngine):
     """torch.save and torch.load as DeepSpeed calls them, made durable and safe.
 
     A failed write is kept in ``error`` and not raised: DeepSpeed passes a barrier after writing,
-    where the other ranks would wait for this one.
+    where the other ranks would wait for this one. With ``copies``, what is to be written is kept in
+    ``copied`` instead.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.written: list[Path] = []
         self.error: OSError | None = None
+        self.copies: HostCopies | None = None
+        self.copied: list[tuple[Any, Path]] = []
 
     def save(self, state_dict: Any, path: str) -> None:
+        if self.copies is not None:
+            self.copied.append((self.copies.of(state_dict), Path(path)))
+            return
         try:
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            self.error = self.error or as_os_error(error, path)
+            _write(state_dict, Path(path))
+        except OSError as error:
+            self.error = self.error or error
         self.written.append(Path(path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _write(state_dict: Any, path: Path) -> None:
+    """Write a file of state durably.
+
+    Raises:
+        OSError: with the file's name, for whatever reason.
+    """
+    try:
+        with open(path, "wb") as file:
+            torch.save(state_dict, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise as_os_error(error, path) from error
 
 
 def install(engine: Any) -> None:
@@ -105,6 +124,40 @@ def save(engine: Any, folder: Path, specs: dict[str, ParamSpec]) -> list[Path]:
     """
     files: _CheckpointFiles = engine.checkpoint_engine
     files.written, files.error = [], None
+    _call_save(engine, folder, specs)
+    if files.error is not None:
+        raise files.error
+    return files.written
+
+
+def copy_state(
+    engine: Any, folder: Path, specs: dict[str, ParamSpec], copies: HostCopies
+) -> Callable[[], list[Path]]:
+    """Copy all that :func:`save` would write; collective.
+
+    Returns:
+        What writes it, without other ranks and as often as once, and gives the files.
+    """
+    files: _CheckpointFiles = engine.checkpoint_engine
+    files.copies = copies
+    try:
+        _call_save(engine, folder, specs)
+    finally:
+        files.copies = None
+        copied, files.copied = files.copied, []
+
+    def write() -> list[Path]:
+        written = []
+        while copied:  # what is written gives its memory back
+            state_dict, path = copied.pop()
+            _write(state_dict, path)
+            written.append(path)
+        return written
+
+    return write
+
+
+def _call_save(engine: Any, folder: Path, specs: dict[str, ParamSpec]) -> None:
     engine.save_checkpoint(
         str(folder.parent),
         tag=folder.name,
@@ -112,9 +165,6 @@ def save(engine: Any, folder: Path, specs: dict[str, ParamSpec]) -> list[Path]:
         save_latest=False,
         exclude_frozen_parameters=True,
     )
-    if files.error is not None:
-        raise files.error
-    return files.written
 
 
 def load(engine: Any, folder: Path) -> None:

@@ -8,20 +8,22 @@
       step_00000500/
         manifest.json         step, topology, the loop's state, every file's size and sha256
         deepspeed/            weights and optimizer state, cut by rank
-        weights/              whatever the caller's writers add, such as TP-independent safetensors
+        weights/              whatever the caller's parts add, such as TP-independent safetensors
 
-Each part has one owner: the engine writes and reads ``deepspeed/``, the caller's writers their own
-folders, :mod:`~megaegpt.training.checkpoint.manifest` lists and verifies the files, and
-:mod:`~megaegpt.training.checkpoint.folders` names and removes whole checkpoints. This module has
-the order of these steps, and ends each of them on all ranks when it fails on one.
+Each part has one owner: the engine writes and reads ``deepspeed/``, the caller's parts their own
+folders, :mod:`~megaegpt.training.checkpoint.manifest` lists and verifies the files,
+:mod:`~megaegpt.training.checkpoint.folders` names and removes whole checkpoints, and
+:mod:`~megaegpt.training.checkpoint.background` writes beside training. This module has the order of
+these steps, and ends each of them on all ranks when it fails on one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +33,9 @@ from megaegpt.errors import CheckpointError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import ParamSpec
 from megaegpt.parallel.together import all_gather_object, broadcast_object, raising_together
+from megaegpt.training.checkpoint.background import BackgroundSave
 from megaegpt.training.checkpoint.folders import CheckpointFolders, named_step, step_folder
+from megaegpt.training.checkpoint.host_copies import HostCopies
 from megaegpt.training.checkpoint.manifest import (
     FileEntry,
     Manifest,
@@ -43,8 +47,13 @@ from megaegpt.training.checkpoint.manifest import (
 TrainerState = dict[str, Any]
 """State of the training loop; JSON values only."""
 
-Writers = Mapping[str, Callable[[Path], None]]
-"""Further parts of a checkpoint: name of a sub-folder -> what fills it, called on every rank."""
+Part = Callable[[HostCopies | None], Callable[[Path], None]]
+"""A further part of a checkpoint, called on every rank, where ranks may talk to each other; gives
+what fills the part's folder, where they may not. With copies, that is done later, when training has
+changed what is not copied by them."""
+
+Parts = Mapping[str, Part]
+"""By name of the sub-folder."""
 
 STATE = "deepspeed"
 
@@ -61,6 +70,11 @@ class SavedEngine(Protocol):
     def save_state(self, folder: Path) -> list[Path]:
         """Write weights and optimizer state under ``folder``; returns this rank's files."""
 
+    def copy_state(self, folder: Path, copies: HostCopies) -> Callable[[], list[Path]]:
+        """Copy weights and optimizer state; returns what does as :meth:`save_state` with them,
+        without other ranks.
+        """
+
     def load_state(self, folder: Path) -> None:
         """Restore what was saved under the same topology. All ranks raise, or none."""
 
@@ -68,6 +82,17 @@ class SavedEngine(Protocol):
         """Restore what was saved under the topology ``saved``, with ``scratch`` for its files. All
         ranks raise, or none.
         """
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A save that is not complete."""
+
+    step: int
+    temporary: Path
+    grid: ProcessGrid
+    save: BackgroundSave
+    is_best: bool = False
 
 
 class CheckpointManager:
@@ -84,6 +109,7 @@ class CheckpointManager:
         self.keep = max(1, keep)
         self.keep_every = keep_every
         self._folders = CheckpointFolders(directory)
+        self._pending: _Pending | None = None
 
     def latest(self) -> Path | None:
         """The checkpoint that ``latest`` names, else the newest complete one, else None."""
@@ -96,7 +122,7 @@ class CheckpointManager:
     # -- saving -----------------------------------------------------------------------------------
 
     def save(
-        self, engine: SavedEngine, step: int, state: TrainerState, writers: Writers | None = None
+        self, engine: SavedEngine, step: int, state: TrainerState, parts: Parts | None = None
     ) -> Path:
         """Save after ``step`` optimizer steps; collective over all ranks.
 
@@ -107,81 +133,160 @@ class CheckpointManager:
             CheckpointError: on all ranks, when one cannot write (a full disk, say); what was
                 there before is untouched.
         """
+        self.finish()
         grid = engine.grid
-        name = step_folder(step)
-        temporary = self._folders.saving(name)
+        temporary = self._folders.saving(step_folder(step))
+        describe = _manifest_of(engine, step, state)
         on_all = functools.partial(self._run_on_all, grid, step)
-        on_main = on_all if grid.is_main else lambda *_: on_all(_nothing)
-        try:
-            on_main(self._folders.prepare, temporary)
+        with self._cleared_if_failing(temporary, grid):
+            on_all(self._folders.prepare if grid.is_main else _nothing, temporary)
             own = on_all(engine.save_state, temporary / STATE)
-            for part, write in (writers or {}).items():
-                on_all(write, temporary / part)
+            for name, part in (parts or {}).items():
+                on_all(_write_part, part, temporary / name)
             entries = on_all(describe_files, own, temporary)  # each rank hashes what it wrote
             written = {
                 n: entry for part in all_gather_object(entries, grid) for n, entry in part.items()
             }
-            on_main(self._publish, engine, step, state, temporary, written)
+            on_all(self._publish if grid.is_main else _nothing, temporary, written, describe)
+        return self._folders.final(temporary)
+
+    def save_later(
+        self, engine: SavedEngine, step: int, state: TrainerState, parts: Parts | None = None
+    ) -> None:
+        """As :meth:`save`, but return as soon as all that is saved is copied to host memory. A
+        thread of each rank writes it then, while training goes on, and :meth:`advance` publishes
+        it; until then the earlier checkpoint is the latest. Collective; waits for such a save that
+        is not finished.
+
+        Raises:
+            CheckpointError: as for :meth:`save`, of what precedes the writing.
+        """
+        self.finish()
+        grid = engine.grid
+        temporary = self._folders.saving(step_folder(step))
+        describe = _manifest_of(engine, step, state)
+        on_all = functools.partial(self._run_on_all, grid, step)
+        copies = HostCopies()
+        with self._cleared_if_failing(temporary, grid):
+            on_all(self._folders.prepare if grid.is_main else _nothing, temporary)
+            write_state = on_all(engine.copy_state, temporary / STATE, copies)
+            writes = {name: on_all(part, copies) for name, part in (parts or {}).items()}
+        copies.release()
+
+        def write() -> dict[str, FileEntry]:
+            with self._naming_failures(step):
+                own = write_state()
+                for name, write_part in writes.items():
+                    write_part(temporary / name)
+                return describe_files(own, temporary)
+
+        def publish(written: dict[str, FileEntry]) -> None:
+            with self._naming_failures(step):
+                self._publish(temporary, written, describe)
+            if pending.is_best:
+                self._mark_best(step)
+
+        pending = _Pending(step, temporary, grid, BackgroundSave(grid, write, publish))
+        self._pending = pending
+
+    def advance(self) -> Path | None:
+        """Go on with what :meth:`save_later` began, without waiting; collective over all ranks.
+
+        Returns:
+            The checkpoint's folder, when it is complete; None: it is not yet, or nothing was begun.
+
+        Raises:
+            CheckpointError: as for :meth:`save`.
+        """
+        return self._go_on(waiting=False)
+
+    def finish(self) -> Path | None:
+        """As :meth:`advance`, but wait until it is complete."""
+        return self._go_on(waiting=True)
+
+    def _go_on(self, waiting: bool) -> Path | None:
+        if (pending := self._pending) is None:
+            return None
+        try:
+            with self._cleared_if_failing(pending.temporary, pending.grid):
+                if waiting:
+                    pending.save.finish()
+                elif not pending.save.advance():
+                    return None
         except BaseException:
-            if grid.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
+            self._pending = None
             raise
-        return self.directory / name
+        self._pending = None
+        return self._folders.final(pending.temporary)
 
     def mark_best(self, step: int, grid: ProcessGrid) -> None:
-        """Keep the checkpoint of ``step`` until another one is the best; collective.
+        """Keep the checkpoint of ``step`` until another one is the best; collective. One that is
+        still being written is marked when it is complete.
 
         Raises:
             CheckpointError: on all ranks, when the mark cannot be written.
         """
+        if (pending := self._pending) is not None:
+            if pending.step == step and not pending.save.is_publishing:
+                pending.is_best = True
+                return
+            self.finish()
         with raising_together(grid):
             if grid.is_main:
-                try:
-                    self._folders.name_best(step_folder(step))
-                    self._folders.remove_old(self.keep, self.keep_every)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{self.directory}/best cannot be written: {error.strerror}"
-                    ) from error
+                self._mark_best(step)
+
+    def _mark_best(self, step: int) -> None:
+        try:
+            self._folders.name_best(step_folder(step))
+            self._folders.remove_old(self.keep, self.keep_every)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory}/best cannot be written: {error.strerror}"
+            ) from error
 
     def _run_on_all(
         self, grid: ProcessGrid, step: int, action: Callable[..., Any], *arguments: Any
     ) -> Any:
         """Call this rank's ``action``; if it fails on one rank, fail on all."""
-        with raising_together(grid):
-            try:
-                return action(*arguments)
-            except (OSError, SafetensorError) as error:
-                previous = self.latest()
-                rest = f"{previous.name} is untouched" if previous else "there is no earlier one"
-                reason = str(error)  # what safetensors says of a full disk
-                if isinstance(error, OSError):
-                    reason = f"{error.filename}: {error.strerror}"
-                raise CheckpointError(
-                    f"checkpoint of step {step} was not saved: {reason}; {rest}"
-                ) from error
+        with raising_together(grid), self._naming_failures(step):
+            return action(*arguments)
+
+    @contextlib.contextmanager
+    def _naming_failures(self, step: int) -> Iterator[None]:
+        """Say that the checkpoint of ``step`` was not saved, why, and what is left."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            previous = self.latest()
+            rest = f"{previous.name} is untouched" if previous else "there is no earlier one"
+            reason = str(error)  # what safetensors says of a full disk
+            if isinstance(error, OSError):
+                reason = f"{error.filename}: {error.strerror}"
+            raise CheckpointError(
+                f"checkpoint of step {step} was not saved: {reason}; {rest}"
+            ) from error
+
+    @contextlib.contextmanager
+    def _cleared_if_failing(self, temporary: Path, grid: ProcessGrid) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            if grid.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     def _publish(
         self,
-        engine: SavedEngine,
-        step: int,
-        state: TrainerState,
         temporary: Path,
         written: dict[str, FileEntry],
+        describe: Callable[[dict[str, FileEntry]], Manifest],
     ) -> None:
         others = [
             path
             for path in sorted(temporary.rglob("*"))
             if path.is_file() and path.relative_to(temporary).as_posix() not in written
         ]
-        manifest = Manifest(
-            step=step,
-            topology=dataclasses.asdict(engine.topology),
-            parameters={n: list(s.full_shape) for n, s in engine.parameter_specs().items()},
-            trainer=state,
-            files={**written, **describe_files(others, temporary)},
-        )
-        manifest.write(temporary)
+        describe({**written, **describe_files(others, temporary)}).write(temporary)
         self._folders.publish(temporary)
         self._folders.remove_old(self.keep, self.keep_every)
 
@@ -229,8 +334,21 @@ class CheckpointManager:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _nothing() -> None:
+def _nothing(*_: Any) -> None:
     """The action of a rank that only waits for the main one."""
+
+
+def _write_part(part: Part, folder: Path) -> None:
+    part(None)(folder)
+
+
+def _manifest_of(
+    engine: SavedEngine, step: int, state: TrainerState
+) -> Callable[[dict[str, FileEntry]], Manifest]:
+    """What describes a checkpoint of the engine as it is, once its files are known."""
+    topology = dataclasses.asdict(engine.topology)
+    parameters = {n: list(s.full_shape) for n, s in engine.parameter_specs().items()}
+    return functools.partial(Manifest, step, topology, parameters, state)
 
 
 def _check_name(manifest: Manifest, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from megaegpt.config import (
     RunConfig,
     TrainingConfig,
 )
+from megaegpt.config.parsing import parse_section
 from megaegpt.config.validation import validate
 from megaegpt.errors import CheckpointError
 from megaegpt.model.adapter_files import lora_of, read_adapter
@@ -21,7 +23,7 @@ from megaegpt.model.build import empty_model
 from megaegpt.model.weights import read_any_config
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
-from megaegpt.training.checkpoint.manager import STATE, CheckpointManager
+from megaegpt.training.checkpoint.manager import STATE, CheckpointManager, Part
 from megaegpt.training.checkpoint.manifest import Manifest
 from megaegpt.training.engine.engine import Engine
 
@@ -64,14 +66,17 @@ def reshape(
         parameter.requires_grad_(name in manifest.parameters)  # the others were frozen
     engine = Engine(model, grid, config)
     state = manager.load(engine, checkpoint)
-    parts = [path for path in checkpoint.iterdir() if path.is_dir() and path.name != STATE]
+    folders = [path for path in checkpoint.iterdir() if path.is_dir() and path.name != STATE]
 
-    def copy(part: Path, folder: Path) -> None:
+    def copy(source: Path, folder: Path) -> None:
         if grid.is_main:
-            shutil.copytree(part, folder)
+            shutil.copytree(source, folder)
 
-    writers = {part.name: lambda folder, part=part: copy(part, folder) for part in parts}
-    saved = manager.save(engine, manifest.step, state, writers)
+    def part_of(source: Path) -> Part:
+        return lambda _: functools.partial(copy, source)
+
+    parts = {folder.name: part_of(folder) for folder in folders}
+    saved = manager.save(engine, manifest.step, state, parts)
     engine.close()
     return saved
 
@@ -89,7 +94,8 @@ def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -
     model, extra, _ = read_any_config(checkpoint / "weights")
     lora = lora_of(extra)
     saved = manifest.topology
-    run = manifest.trainer.get("config") or {}
+    saved_optimizer = (manifest.trainer.get("config") or {}).get("optimizer", {})
+    layout = {key: saved_optimizer[key] for key in ("kind", "groups") if key in saved_optimizer}
     config = RunConfig(
         model=model,
         parallel=ParallelConfig(
@@ -104,7 +110,7 @@ def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -
             # Adapters are written without the weights beside which they were trained.
             initialize_from=None if lora is None else read_adapter(checkpoint / "weights").base[0],
         ),
-        optimizer=OptimizerConfig(kind=run.get("optimizer", {}).get("kind", "adamw")),
+        optimizer=parse_section(OptimizerConfig, layout, "optimizer.", []),
     )
     validate(config, grid.world_size)
     return config

@@ -34,6 +34,7 @@ from megaegpt.parallel.rng import seed_micro_step
 from megaegpt.parallel.together import raising_together
 from megaegpt.precision import resolve_precision
 from megaegpt.training.checkpoint import deepspeed_state
+from megaegpt.training.checkpoint.host_copies import HostCopies
 from megaegpt.training.checkpoint.manifest import Topology
 from megaegpt.training.checkpoint.universal import convert, set_group_count
 from megaegpt.training.engine.compat import (
@@ -246,6 +247,15 @@ class Engine:
             OSError: writing failed on this rank; every rank has left the collective part by then.
         """
         return deepspeed_state.save(self._deepspeed, folder, self.parameter_specs())
+
+    def copy_state(self, folder: Path, copies: HostCopies) -> Callable[[], list[Path]]:
+        """Copy what :meth:`save_state` would write; collective.
+
+        Returns:
+            What writes the copies under ``folder``, in whatever thread, and gives this rank's
+            files. It raises :class:`OSError` if it cannot.
+        """
+        return deepspeed_state.copy_state(self._deepspeed, folder, self.parameter_specs(), copies)
 
     def load_state(self, folder: Path) -> None:
         """Restore what :meth:`save_state` wrote under the same topology. Collective.

@@ -62,8 +62,8 @@ class _FilesOnly:
 
 
 def _save(manager: CheckpointManager, step: int) -> Path:
-    weights = {"weights": lambda folder: _write_weights(folder, step)}
-    return manager.save(_FilesOnly(step % 10), step, {"step": step}, weights)
+    parts = {"weights": lambda copies: lambda folder: _write_weights(folder, step)}
+    return manager.save(_FilesOnly(step % 10), step, {"step": step}, parts)
 
 
 def _write_weights(folder: Path, step: int) -> None:
@@ -246,7 +246,7 @@ def test_a_failing_writer_leaves_no_trace(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep=1)
     _save(manager, 1)
     with pytest.raises(CheckpointError, match=r"No space left.*step_00000001 is untouched"):
-        manager.save(_FilesOnly(2), 2, {"step": 2}, {"weights": fails})
+        manager.save(_FilesOnly(2), 2, {"step": 2}, {"weights": lambda copies: fails})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
     assert _load(manager) == 1
 
@@ -259,7 +259,9 @@ def test_a_full_disk_while_weights_are_exported_is_said_so(tmp_path: Path) -> No
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match=r"too large.*step_00000001 is untouched"):
-            manager.save(_FilesOnly(2), 2, {"step": 2}, {"weights": _write_many_weights})
+            manager.save(
+                _FilesOnly(2), 2, {"step": 2}, {"weights": lambda copies: _write_many_weights}
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
