@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from megaegpt.config import EGPTConfig
 from megaegpt.config.parameter_groups import ParameterGroup
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import ConfigError
@@ -108,6 +109,34 @@ def test_groups_may_change_when_a_run_goes_on(distributed: Distributed, tmp_path
     assert [groups for _, groups in found][1] == [(0.1, None), (0.0, None)]
     rest = [(0.1, 1.0), (0.0, 1.0)]  # matrices, and vectors that are no biases
     assert [groups for _, groups in found][2] == [(0.0, 1.0), *rest, *rest]
+
+
+@pytest.mark.long
+def test_a_group_that_leaves_ranks_without_a_share_goes_on_in_other_groups(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    """Four numbers over four ranks, of which DeepSpeed gives two to each of two."""
+    egpt = EGPTConfig(num_chunks=3, chunk_size=8, memory_gate=True)
+    gates = (ParameterGroup("stack.blocks.0.attention.gate"),)
+
+    def config(stage: int, precision: str, groups: tuple[ParameterGroup, ...]) -> RunConfig:
+        return run_config(
+            model={"kind": "egpt", "tied_embeddings": False, "egpt": egpt},
+            parallel={"zero_stage": stage},
+            training={"steps": 3, "micro_batch_size": 2, "precision": precision},
+            optimizer={"warmup_steps": 2, "groups": groups},
+        )
+
+    ways = [(2, "fp32", gates, ()), (2, "fp32", (), gates), (1, "bf16", gates, ())]
+    before = [config(stage, precision, groups) for stage, precision, groups, _ in ways]
+    after = [config(stage, precision, groups) for stage, precision, _, groups in ways]
+    curves = distributed(4, _save_with_groups, before, tmp_path)[0]
+    found = distributed(4, _load_with_other_groups, after, tmp_path)[0]
+    for way, curve, (resumed, _) in zip(ways, curves, found, strict=True):
+        assert resumed.losses == pytest.approx(curve.losses, rel=1e-6), way
+        for name, weight in curve.weights.items():
+            close = 1e-7 if way[1] == "fp32" else 1e-2  # a unit in the last place
+            assert (weight - resumed.weights[name]).abs().max() <= close, (way, name)
 
 
 def _error_of(config: RunConfig) -> str:

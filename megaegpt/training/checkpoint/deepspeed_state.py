@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import pickle
 import shutil
@@ -29,7 +30,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import ParamSpec
 from megaegpt.parallel.together import raising_together
 from megaegpt.training.checkpoint.host_copies import HostCopies
-from megaegpt.training.checkpoint.universal import load_replicated, universal_info
+from megaegpt.training.checkpoint.universal import MOMENTS, load_replicated, universal_info
 
 _TRUSTED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 _SAFE_LOADING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -259,16 +260,46 @@ def load_universal(engine: Any, folder: Path, grid: ProcessGrid) -> None:
         engine._config.load_universal_checkpoint = True
         # The gathering of weights that ends DeepSpeed's loading would wait for a rank that fails.
         engine.optimizer.update_lp_params = lambda: None
+        load_groups = engine.optimizer.load_hp_checkpoint_state_from_checkpoint_dir
+        engine.optimizer.load_hp_checkpoint_state_from_checkpoint_dir = functools.partial(
+            _load_groups, engine.optimizer, load_groups
+        )
         try:
             engine.load_checkpoint(
                 str(folder.parent), tag=folder.name, load_module_strict=_all_trainable(engine)
             )
         finally:
             del engine.optimizer.update_lp_params
+            del engine.optimizer.load_hp_checkpoint_state_from_checkpoint_dir
             engine._config.load_universal_checkpoint = False
         for parameter, state in engine.optimizer.state.items():
             state["step"] = state["step"].to(parameter.device)  # DeepSpeed leaves it on the CPU
     engine.optimizer.update_lp_params()
+
+
+def _load_groups(
+    optimizer: Any, load: Callable[[str, str], None], parameters_name: str, folder: str
+) -> None:
+    """Load the groups that this rank has a share of, as DeepSpeed does; it fails at one of which a
+    rank has padding alone, such as a group of a single number. That is given a state of zeros.
+    """
+    groups, parameters = optimizer.optimizer.param_groups, getattr(optimizer, parameters_name)
+    shared = [any(p._hp_mapping is not None for p in of_group) for of_group in parameters]
+    optimizer.optimizer.param_groups = list(itertools.compress(groups, shared))
+    setattr(optimizer, parameters_name, list(itertools.compress(parameters, shared)))
+    try:
+        load(parameters_name, folder)
+    finally:
+        optimizer.optimizer.param_groups = groups
+        setattr(optimizer, parameters_name, parameters)
+    states = optimizer.optimizer.state
+    steps = [states[group["params"][0]]["step"] for group in itertools.compress(groups, shared)]
+    for group, has_share in zip(groups, shared, strict=True):
+        if not has_share:
+            (padding,) = group["params"]
+            moments = MOMENTS[:1] if group.get("muon") else MOMENTS
+            step = steps[0].clone() if steps else torch.zeros(())
+            states[padding] = {"step": step, **{m: torch.zeros_like(padding) for m in moments}}
 
 
 def as_os_error(error: Exception, path: str | Path) -> OSError:

@@ -38,7 +38,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import ParamSpec, shard, spec_of
 
 _VERSION = 0.2
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW; Muon has the first alone."""
 FP32 = "fp32"
 
@@ -105,7 +105,9 @@ def _filling_in_second_moments() -> Iterator[set[str]]:
     read = ds_to_universal.DeepSpeedCheckpoint.get_zero_checkpoint_state
 
     def read_and_fill(*args: Any, **arguments: Any) -> Any:
-        loaded = read(*args, **arguments)
+        # Padding stays: parameters are cut out by their places in any case, and bf16 at stage 1
+        # notes more of it than a partition has in a group that leaves ranks without a share.
+        loaded = read(*args, **arguments, strip_tensor_paddings=False)
         optimizer = loaded[OPTIMIZER_STATE_DICT]
         for number, state in optimizer[BASE_OPTIMIZER_STATE]["state"].items():
             if "exp_avg_sq" not in state:
@@ -141,7 +143,7 @@ def _convert_replicated(source: Path, target: Path, shapes: Shapes) -> None:
         tp_dim, folder = _saved_tp_dim(info, name), target / "zero" / name
         folder.mkdir(parents=True)
         _save_joined([rank["module"][name] for rank in ranks], tp_dim, folder / f"{FP32}.pt")
-        for moment in _MOMENTS:
+        for moment in MOMENTS:
             if moment in states[0][number]:
                 slices = [state[number][moment] for state in states]
                 _save_joined(slices, tp_dim, folder / f"{moment}.pt")
@@ -204,7 +206,7 @@ def load_replicated(
             parameter.copy_(read(FP32))
         state = {
             moment: read(moment).to(parameter.device).clone(memory_format=torch.contiguous_format)
-            for moment in _MOMENTS
+            for moment in MOMENTS
             if (folder / "zero" / name / f"{moment}.pt").exists()
         }
         step = _read(folder, name, "step").to(parameter.device)
