@@ -28,7 +28,7 @@ class HostCopies:
         if id(value) in self._objects:
             return self._objects[id(value)]
         if isinstance(value, Tensor):
-            copied = self._tensor(value)
+            copied: Any = self._tensor(value)
         elif isinstance(value, dict):
             copied = copy.copy(value)  # of its class, and with attributes such as ``_metadata``
             for key, item in value.items():
