@@ -99,7 +99,20 @@ def _parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.config is None and (not arguments.roofline or arguments.overrides):
         parser.error("the following arguments are required: --config")
+    if arguments.config is None and (unused := _of_a_run(parser, arguments)):
+        parser.error(
+            f"without --config --roofline is of GPT-2's sizes on one GPU and takes no {unused}: "
+            "name a run by --config"
+        )
     return arguments
+
+
+def _of_a_run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """The options given that only a configuration's plan takes; ``--gpus 1`` is none."""
+    options = ("gpus", "per_node", "tflops", "efficiency", "alternatives")
+    plain = {"gpus": 1, **{name: parser.get_default(name) for name in options[1:]}}
+    given = [name for name in options if getattr(arguments, name) != plain[name]]
+    return ", ".join("--" + name.replace("_", "-") for name in given)
 
 
 def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:

@@ -96,3 +96,21 @@ def test_the_sizes_of_gpt2_need_no_configuration(monkeypatch, capsys) -> None:
     shown = capsys.readouterr().out
     assert "the most MFU on one NVIDIA H100" in shown
     assert "65,536" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--gpus", "8"], "--gpus"),
+        (["--gpus", "1", "--per-node", "1", "--tflops", "100"], "--per-node, --tflops"),
+        (["--gpus", "1", "--efficiency", "0.4", "--alternatives"], "--efficiency, --alternatives"),
+    ],
+)
+def test_options_of_a_run_are_refused_where_the_sizes_of_gpt2_are_shown(
+    options: list[str], named: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--gpu", "h100", "--roofline", *options])
+    with pytest.raises(SystemExit) as end:
+        plan.main()
+    assert end.value.code == 2
+    assert f"on one GPU and takes no {named}: name a run by --config" in capsys.readouterr().err
