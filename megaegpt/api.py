@@ -39,7 +39,7 @@ from megaegpt.model.gpt import GPT
 from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import initialize
-from megaegpt.precision import DTYPES
+from megaegpt.precision import inference_dtype
 
 __all__ = [
     "GPTModel",
@@ -163,7 +163,7 @@ def load(
     loaded = load_for_inference(
         source,
         ProcessGrid(device=device),
-        DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")],
+        inference_dtype(dtype, device),
         encoder_source=encoder,
         vocabulary=vocabulary,
     )

@@ -22,6 +22,11 @@ def default_precision(device_type: str) -> Precision:
     return "fp32" if device_type == "cpu" else "bf16"
 
 
+def inference_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
+    """What a trained model computes in; None: as :func:`default_precision` says."""
+    return DTYPES[wanted or default_precision(device.type)]
+
+
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
     """``auto`` is bf16 on a GPU and fp32 on a CPU; the rest is taken as it is.
 

@@ -16,7 +16,8 @@ context, its oldest turns are forgotten, and a line says so.
 
 --checkpoint is whatever tools/generate.py takes. Conversations are put into the chat template that
 came with the model's tokenizer; a model without one gets Alpaca's, which launchers/finetune.py
-teaches, unless --chat-template names another. Answers go to stdout, everything else to stderr.
+teaches, unless --chat-template names another. Answer k is drawn with the seed `--seed + k - 1`.
+Answers go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -27,10 +28,15 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megaegpt.arguments import ArgumentParser, integer, path
-from megaegpt.arguments import seed as seed_type
+from megaegpt.arguments import ArgumentParser, integer
 from megaegpt.config import GenerationConfig
 from megaegpt.errors import DataError, exits_cleanly
+from megaegpt.generation.model_options import (
+    add_model_options,
+    add_sampling_options,
+    load_model,
+    sampling_config,
+)
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.data.instruction.conversations import Message
@@ -38,7 +44,7 @@ if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.generation.continuation import Continuation
     from megaegpt.generation.trained import LoadedModel
 
-_DEFAULTS = GenerationConfig(max_new_tokens=512)
+_DEFAULTS = GenerationConfig(max_new_tokens=512, top_k=50)
 _COMMANDS = ("/reset", "/system", "/help", "/exit")
 
 
@@ -46,28 +52,11 @@ _COMMANDS = ("/reset", "/system", "/help", "/exit")
 def main() -> None:
     """Talk as told on the command line."""
     arguments = _parse_arguments()
-    config = GenerationConfig(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k or None,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
+    config = sampling_config(arguments)
     from megaegpt.generation.sampling import check_sampling
-    from megaegpt.generation.trained import load_for_inference
-    from megaegpt.parallel.devices import local_device
-    from megaegpt.parallel.grid import ProcessGrid
-    from megaegpt.precision import DTYPES
 
     check_sampling(config, [config.seed])
-    device = local_device()
-    loaded = load_for_inference(
-        arguments.checkpoint,
-        ProcessGrid(device=device),
-        DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")],
-        encoder_source=arguments.encoder,
-        vocabulary=arguments.vocabulary,
-    )
+    loaded = load_model(arguments)
     session = Session(loaded, _new_chat(loaded, arguments.chat_template), config)
     session.system = arguments.system
     if sys.stdin.isatty():
@@ -79,9 +68,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--checkpoint", required=True, type=path, metavar="PATH", help="the trained model"
-    )
+    add_model_options(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="a system message")
     parser.add_argument(
         "--chat-template",
@@ -96,41 +83,7 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="most tokens of an answer (default: %(default)s)",
     )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=_DEFAULTS.temperature,
-        metavar="T",
-        help="0 always takes the likeliest token (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        default=50,
-        metavar="K",
-        help="draw among the K likeliest tokens only; 0: among all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="draw among the fewest tokens that hold the probability P (default: off)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=seed_type,
-        default=_DEFAULTS.seed,
-        help="of the sampling; answer k has SEED + k - 1 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bf16", "fp16", "fp32"),
-        help="precision (default: bf16 on a GPU, fp32 on a CPU)",
-    )
-    parser.add_argument("--encoder", metavar="PATH", help="the frozen encoder, where it was moved")
-    parser.add_argument(
-        "--vocabulary", metavar="PLACE", help="the tokenizer, where none lies with the weights"
-    )
+    add_sampling_options(parser, _DEFAULTS)
     return parser.parse_args()
 
 

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 from megaegpt.arguments import ArgumentParser, integer, path
 from megaegpt.errors import ConfigError, exits_cleanly
 from megaegpt.files import is_same_file, write_whole
+from megaegpt.generation.model_options import add_model_options, load_model
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     import torch
@@ -56,21 +57,14 @@ Result = tuple[str, dict[str, Any]]
 def main() -> None:
     """Evaluate as told on the command line."""
     arguments = _parse_arguments()
-    from megaegpt.generation.trained import load_for_inference
     from megaegpt.parallel.launch import joined_processes
     from megaegpt.parallel.together import raising_together
-    from megaegpt.precision import DTYPES
+    from megaegpt.precision import inference_dtype
 
     with joined_processes(arguments.tensor_parallel_size) as grid:
-        name = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
-        loaded = load_for_inference(
-            arguments.checkpoint,
-            grid,
-            DTYPES[name],
-            encoder_source=arguments.encoder,
-            vocabulary=arguments.vocabulary,
-        )
-        shown, numbers = _measure(arguments, loaded, grid, DTYPES[name])
+        loaded = load_model(arguments, grid)
+        dtype = inference_dtype(arguments.dtype, grid.device)
+        shown, numbers = _measure(arguments, loaded, grid, dtype)
         with raising_together(grid):
             if grid.is_main:
                 print(shown)
@@ -82,19 +76,10 @@ def _parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--checkpoint", required=True, type=path, metavar="DIR", help="what to evaluate"
-    )
+    add_model_options(parser)
     _add_tasks(parser)
-    parser.add_argument("--encoder", metavar="DIR", help="of an EGPT or DeepGPT, if it was moved")
-    parser.add_argument(
-        "--vocabulary", metavar="PLACE", help="the tokenizer, where none lies with the weights"
-    )
     parser.add_argument(
         "--batch-size", type=integer(1), default=4, help="rows at once (default: 4)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU"
     )
     parser.add_argument(
         "--tensor-parallel-size", type=integer(1), default=1, help="processes a model is cut over"

@@ -30,9 +30,15 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from megaegpt.arguments import ArgumentParser, integer, path
+from megaegpt.arguments import ArgumentParser, integer
 from megaegpt.config import GenerationConfig
 from megaegpt.errors import ConfigError, DataError, exits_cleanly
+from megaegpt.generation.model_options import (
+    add_model_options,
+    add_sampling_options,
+    load_model,
+    sampling_config,
+)
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.data.instruction.records import Instruction
@@ -52,13 +58,7 @@ SAMPLES_AT_ONCE = 32
 def main() -> None:
     """Generate as told on the command line."""
     arguments = _parse_arguments()
-    config = GenerationConfig(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k or None,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
+    config = sampling_config(arguments)
     from megaegpt.generation.sampling import check_sampling
     from megaegpt.parallel.launch import joined_processes
 
@@ -69,18 +69,9 @@ def main() -> None:
 
 def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: ProcessGrid) -> None:
     from megaegpt.generation.generator import TextGenerator
-    from megaegpt.generation.trained import load_for_inference
-    from megaegpt.precision import DTYPES
 
     prompt = _read_prompt(arguments, grid)
-    dtype = arguments.dtype or ("bf16" if grid.device.type == "cuda" else "fp32")
-    loaded = load_for_inference(
-        arguments.checkpoint,
-        grid,
-        DTYPES[dtype],
-        encoder_source=arguments.encoder,
-        vocabulary=arguments.vocabulary,
-    )
+    loaded = load_model(arguments, grid)
     model, encoder, tokenizer = loaded.model, loaded.encoder, loaded.tokenizer
     compiled = arguments.compile and _can_compile(model, encoder, grid, arguments)
     limits = _memory_limits(arguments, model, grid)
@@ -156,15 +147,23 @@ def _parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=path,
-        metavar="PATH",
-        help="the trained model; see above",
-    )
+    add_model_options(parser)
     _add_prompt_options(parser)
-    _add_sampling_options(parser)
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=_DEFAULTS.max_new_tokens,
+        metavar="N",
+        help="length of the continuation in tokens (default: %(default)s)",
+    )
+    add_sampling_options(parser, _DEFAULTS)
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="continuations (default: 1)",
+    )
     parser.add_argument(
         "--only-new", action="store_true", help="do not repeat the prompt before its continuation"
     )
@@ -180,11 +179,6 @@ def _parse_arguments() -> argparse.Namespace:
         help="compute every token from the beginning: slow, the same text; to check the caches",
     )
     parser.add_argument(
-        "--dtype",
-        choices=("bf16", "fp16", "fp32"),
-        help="precision (default: bf16 on a GPU, fp32 on a CPU)",
-    )
-    parser.add_argument(
         "--memory-tokens",
         type=integer(1),
         metavar="N",
@@ -195,10 +189,6 @@ def _parse_arguments() -> argparse.Namespace:
         "--memory-dtype",
         choices=("fp32", "fp16", "int8"),
         help="of their keys (default: the model's)",
-    )
-    parser.add_argument("--encoder", metavar="PATH", help="the frozen encoder, where it was moved")
-    parser.add_argument(
-        "--vocabulary", metavar="PLACE", help="the tokenizer, where none lies with the weights"
     )
     arguments = parser.parse_args()
     if arguments.num_samples < 1:
@@ -227,48 +217,6 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--input", default="", metavar="TEXT", help="what the --instruction is about, if anything"
-    )
-
-
-def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=_DEFAULTS.max_new_tokens,
-        metavar="N",
-        help="length of the continuation in tokens (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=_DEFAULTS.temperature,
-        metavar="T",
-        help="below 1 the likely becomes likelier; 0 always takes the likeliest token "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        default=_DEFAULTS.top_k,
-        metavar="K",
-        help="draw among the K likeliest tokens only; 0: among all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=_DEFAULTS.top_p,
-        metavar="P",
-        help="draw among the fewest tokens that hold the probability P (default: off)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=_DEFAULTS.seed, help="of the sampling (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--num-samples",
-        type=int,
-        default=1,
-        metavar="N",
-        help="continuations (default: 1)",
     )
 
 

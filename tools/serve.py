@@ -28,8 +28,9 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaegpt.arguments import ArgumentParser, integer, number, path
+from megaegpt.arguments import ArgumentParser, integer, number
 from megaegpt.errors import ConfigError, LaunchError, exits_cleanly
+from megaegpt.generation.model_options import add_model_options, load_model
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from fastapi import FastAPI
@@ -76,9 +77,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--checkpoint", required=True, type=path, metavar="PATH", help="the trained model"
-    )
+    add_model_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
     parser.add_argument(
         "--port", type=integer(0, 65535), default=8000, help="0: any (default: %(default)s)"
@@ -123,19 +122,10 @@ def _parse_arguments() -> argparse.Namespace:
         help="seconds a request may take, its waiting included (default: %(default)s)",
     )
     parser.add_argument(
-        "--dtype",
-        choices=("bf16", "fp16", "fp32"),
-        help="precision (default: bf16 on a GPU, fp32 on a CPU)",
-    )
-    parser.add_argument(
         "--memory-tokens",
         type=integer(1),
         metavar="N",
         help="of an EGPT with token_memory: tokens of earlier chunks that it holds",
-    )
-    parser.add_argument("--encoder", metavar="PATH", help="the frozen encoder, where it was moved")
-    parser.add_argument(
-        "--vocabulary", metavar="PLACE", help="the tokenizer, where none lies with the weights"
     )
     arguments = parser.parse_args()
     if arguments.token is None:
@@ -161,27 +151,16 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _new_app(arguments: argparse.Namespace) -> tuple[FastAPI, str]:
     """The application and the name of its model."""
-    from megaegpt.generation.trained import load_for_inference
     from megaegpt.model.egpt.held_tokens import MemoryLimits
-    from megaegpt.parallel.devices import local_device
-    from megaegpt.parallel.grid import ProcessGrid
-    from megaegpt.precision import DTYPES
     from megaegpt.serving.batcher import Batcher
     from megaegpt.serving.http_app import Served, create_app
     from megaegpt.serving.running_rows import new_rows
 
-    device = local_device()
-    loaded = load_for_inference(
-        arguments.checkpoint,
-        ProcessGrid(device=device),
-        DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")],
-        encoder_source=arguments.encoder,
-        vocabulary=arguments.vocabulary,
-    )
+    loaded = load_model(arguments)
     context = _context(arguments, loaded)
     limits = MemoryLimits(arguments.memory_tokens)
     rows = new_rows(loaded.model, loaded.encoder, arguments.batch_size, context, limits)
-    batcher = Batcher(rows, loaded.tokenizer, device, arguments.queue)
+    batcher = Batcher(rows, loaded.tokenizer, loaded.model.grid.device, arguments.queue)
     served = Served(
         name=arguments.name or model_name(arguments.checkpoint),
         tokenizer=loaded.tokenizer,

@@ -1,0 +1,101 @@
+"""The part of the command line that all programs which use a trained model share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from megaegpt.arguments import path
+from megaegpt.config import GenerationConfig
+
+if TYPE_CHECKING:  # torch is imported once the command line is right
+    from megaegpt.generation.trained import LoadedModel
+    from megaegpt.parallel.grid import ProcessGrid
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says which model it is, and in what precision it computes."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=path,
+        metavar="PATH",
+        help="the trained model: a run, a checkpoint, weights of ours or in Hugging Face's form, a "
+        "GGUF file, or a model's name",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="precision (default: bf16 on a GPU, fp32 on a CPU)",
+    )
+    parser.add_argument(
+        "--encoder", metavar="PATH", help="of an EGPT or DeepGPT, where it was moved"
+    )
+    parser.add_argument(
+        "--vocabulary", metavar="PLACE", help="the tokenizer, where none lies with the weights"
+    )
+
+
+def load_model(arguments: argparse.Namespace, grid: ProcessGrid | None = None) -> LoadedModel:
+    """The model that the options of :func:`add_model_options` name. Collective over all ranks.
+
+    Args:
+        grid: None: this process alone, on its GPU if it has one.
+
+    Raises:
+        MegaEGPTError: what :func:`~megaegpt.generation.trained.load_for_inference` raises.
+    """
+    from megaegpt.generation.trained import load_for_inference
+    from megaegpt.parallel.devices import local_device
+    from megaegpt.parallel.grid import ProcessGrid
+    from megaegpt.precision import inference_dtype
+
+    grid = grid or ProcessGrid(device=local_device())
+    return load_for_inference(
+        arguments.checkpoint,
+        grid,
+        inference_dtype(arguments.dtype, grid.device),
+        encoder_source=arguments.encoder,
+        vocabulary=arguments.vocabulary,
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, defaults: GenerationConfig) -> None:
+    """Add what :func:`sampling_config` reads, but for the length of a text."""
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        metavar="T",
+        help="below 1 the likely becomes likelier; 0 always takes the likeliest token "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=defaults.top_k,
+        metavar="K",
+        help="draw among the K likeliest tokens only; 0: among all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw among the fewest tokens that hold the probability P (default: off)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=defaults.seed, help="of the sampling (default: %(default)s)"
+    )
+
+
+def sampling_config(arguments: argparse.Namespace) -> GenerationConfig:
+    """How texts are drawn. Its values are checked by
+    :func:`~megaegpt.generation.sampling.check_sampling`.
+    """
+    return GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k or None,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
