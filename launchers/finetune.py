@@ -26,7 +26,7 @@ from pathlib import Path
 
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import CheckpointError, exits_cleanly
-from megaegpt.training.launching import Train, launch
+from megaegpt.training.launching import Preview, Train, launch
 
 _STARTED = time.monotonic()
 
@@ -43,7 +43,7 @@ def _find_train() -> Train:
     return finetune
 
 
-def _preview(config: RunConfig) -> tuple[RunConfig, list[str]]:
+def _preview(config: RunConfig) -> Preview:
     """What is not on this machine yet is said, and not fetched."""
     from megaegpt.interop.hub import find_model, is_model_name
     from megaegpt.interop.sources import source_config
@@ -56,12 +56,24 @@ def _preview(config: RunConfig) -> tuple[RunConfig, list[str]]:
             find_model(source, only_here=True)
         except CheckpointError:
             config = dataclasses.replace(config, model=source_config(source))
-            return config, [f"notice: the weights {source} are not on this machine yet"]
+            return _unread(config, f"the weights {source} are not on this machine yet")
     config = finetuning_config(config, ProcessGrid())
     records = (*config.data.instructions.train, *config.data.instructions.validation)
     if missing := [name for name in records if not Path(name).exists()]:
-        return config, [f"notice: there are no records yet: {', '.join(missing)}"]
-    return config, [f"{'data':<11}{InstructionData(config).describe()}"]
+        return _unread(config, f"there are no records yet: {', '.join(missing)}")
+    data = InstructionData(config)
+    lines = [f"{'data':<11}{data.describe()}"]
+    return Preview(config, lines, data.tokens_per_sample, data.longest_sample)
+
+
+def _unread(config: RunConfig, reason: str) -> Preview:
+    return Preview(
+        config,
+        [
+            f"notice: {reason}. The step and its memory are those of records of "
+            f"{config.model.sample_len:,} tokens, the longest that the model takes"
+        ],
+    )
 
 
 if __name__ == "__main__":

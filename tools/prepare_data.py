@@ -4,9 +4,10 @@
     python tools/prepare_data.py war_and_peace --output data --input 2600-0.txt
     python tools/prepare_data.py tolstoy --output data         # train and validation files
     python tools/prepare_data.py enron --output data --input maildir
+    python tools/prepare_data.py instructions --output data    # for launchers/finetune.py
 
-Each line of the output is one document, ``{"text": ..., "meta": ...}``. A file appears whole or not
-at all.
+Each line of the output is one document, ``{"text": ..., "meta": ...}``; of instructions, short
+tasks made by rules, one task with its answer. A file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from megaegpt.data.readers.books import BOOKS, Cleaning, king_james_bible, load_
 from megaegpt.data.readers.documents import Document, LeftOut, Problems
 from megaegpt.data.readers.download import download
 from megaegpt.errors import DataError, exits_cleanly
-from megaegpt.files import LOCK, locked_folder, naming_failures, temporary_name, whole_file
+from megaegpt.files import (
+    LOCK,
+    locked_folder,
+    naming_failures,
+    temporary_name,
+    whole_file,
+    write_whole,
+)
 
 _OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/"
 DOWNLOADS = {
@@ -55,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [*BOOKS, "king_james_bible", "book", "tolstoy", *READERS]
+    names = [*BOOKS, "king_james_bible", "book", "tolstoy", "instructions", *READERS]
     parser.add_argument("name", choices=names, help="corpus; 'book': the best one to be had here")
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="output folder")
     parser.add_argument(
@@ -91,7 +99,7 @@ def _refuse_useless(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     useless = ["reader_option", "on_bad_input"]
     if name in READERS:
         useless = ["keep_wraps", "straight_quotes", "doubled_newlines"]
-    elif name == "king_james_bible":
+    elif name in ("king_james_bible", "instructions"):
         useless += ["keep_wraps", "straight_quotes", "doubled_newlines", "input"]
     given = [key for key in useless if getattr(arguments, key) != parser.get_default(key)]
     if given:
@@ -109,6 +117,8 @@ def _prepare(arguments: argparse.Namespace) -> list[Path]:
             for split, books in TOLSTOY.items()
         ]
     target = output / f"{name}.jsonl"
+    if name == "instructions":
+        return [_write_exercises(target)]
     if name in READERS:
         return [_prepare_corpus(target, arguments)]
     if name == "book":
@@ -212,6 +222,19 @@ def write_jsonl(
         if not file.tell():
             why = problems.why_nothing()
             raise DataError(f"{path}: not written, there are no documents{why}")
+    return path
+
+
+def _write_exercises(path: Path) -> Path:
+    """In Alpaca's form, a record a line."""
+    from megaegpt.data.instruction.exercises import exercises  # imports torch
+
+    rows = (
+        {"instruction": task.instruction, "input": task.context, "output": task.response}
+        for task in exercises()
+    )
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, lines.encode())
     return path
 
 

@@ -55,6 +55,7 @@ def estimate_memory(
     precision: Precision,
     encoder: ModelConfig | None = None,
     device_type: str = "cuda",
+    sample_tokens: int | None = None,
 ) -> MemoryEstimate:
     """Peak of a rank's tensors over a training step.
 
@@ -64,8 +65,9 @@ def estimate_memory(
         precision: what ``auto`` has become.
         encoder: the frozen GPT under egpt and deepgpt; None: it is left out.
         device_type: ``cuda`` or ``cpu``, which compute in different portions.
+        sample_tokens: of the longest sample there is; None: as long as the model's samples are.
     """
-    step = trace_rank(config, dp_size, precision, encoder, device_type)
+    step = trace_rank(config, dp_size, precision, encoder, device_type, sample_tokens)
     return peak_of_step(config, dp_size, precision, step)
 
 
@@ -75,12 +77,15 @@ def trace_rank(
     precision: Precision,
     encoder: ModelConfig | None = None,
     device_type: str = "cuda",
+    sample_tokens: int | None = None,
 ) -> MicroStep:
     """A rank's micro-step with gradients that come and go as ZeRO lets them; arguments as above."""
     stage = effective_zero_stage(config.parallel.zero_stage, precision)
     several = config.gradient_accumulation(dp_size) > 1
     keeps_gradients = stage < 2 and (precision != "fp32" or not several)
-    return trace_micro_step(config, precision, encoder, device_type, keeps_gradients)
+    return trace_micro_step(
+        config, precision, encoder, device_type, keeps_gradients, sample_tokens=sample_tokens
+    )
 
 
 def peak_of_step(

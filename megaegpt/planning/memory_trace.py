@@ -74,6 +74,7 @@ def trace_micro_step(
     keeps_gradients: bool,
     observed_by: AbstractContextManager[object] | None = None,
     fused_head: bool | None = None,
+    sample_tokens: int | None = None,
 ) -> MicroStep:
     """Forward and backward by the CPU's operators; fused attention keeps what a GPU's does.
 
@@ -85,6 +86,7 @@ def trace_micro_step(
         keeps_gradients: whether gradients stay with the parameters during the backward pass.
         observed_by: is active during the forward and the backward pass.
         fused_head: see ``LossOptions.fused``; None: as the device has it.
+        sample_tokens: columns of the micro-batch; None: as long as the model's samples are.
     """
     tp_size = config.parallel.tensor_parallel_size
     group = _CountingGroup(tp_size)
@@ -112,7 +114,7 @@ def trace_micro_step(
         if not keeps_gradients:
             _drop_gradients(model)
         with observed_by or contextlib.nullcontext():
-            loss = inputs.loss(model, _batch(config))
+            loss = inputs.loss(model, _batch(config, sample_tokens or config.model.sample_len))
             kept = meter.live - before
             loss.backward()
         peak = meter.peak - before
@@ -130,12 +132,12 @@ def _fake(config: ModelConfig, grid: ProcessGrid, device_type: str) -> Model:
     return model
 
 
-def _batch(config: RunConfig) -> dict[str, Tensor]:
+def _batch(config: RunConfig, sample_tokens: int) -> dict[str, Tensor]:
     """A micro-batch as it is on the device; states of the encoder are in it if they are stored."""
     model, rows = config.model, config.training.micro_batch_size
-    shape: tuple[int, ...] = (rows, model.sample_len)
+    shape: tuple[int, ...] = (rows, sample_tokens)
     if model.needs_encoder:
-        shape = (rows, model.egpt.num_chunks, model.egpt.chunk_size)
+        shape = (rows, sample_tokens // model.egpt.chunk_size, model.egpt.chunk_size)
     tokens = torch.zeros(shape, dtype=torch.int64)
     batch = {"tokens": tokens, "targets": tokens}
     if model.needs_encoder and config.data.token_features == "stored":

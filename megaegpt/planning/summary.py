@@ -62,6 +62,7 @@ def describe_run(
     precision: Precision,
     device: str,
     memory: MemoryEstimate | None = None,
+    sample_tokens: float | None = None,
 ) -> list[str]:
     """The derived quantities, a line each.
 
@@ -70,18 +71,22 @@ def describe_run(
         precision: what ``auto`` has become.
         device: its name.
         memory: of a rank; a running job measures it instead.
+        sample_tokens: of a sample on average; None: all are as long as the model takes.
     """
     training, tp = config.training, config.parallel.tensor_parallel_size
     accumulation = config.gradient_accumulation(dp_size)
-    per_step = training.global_batch_size * config.model.sample_len
-    total = config.tokens_before(training.steps)
+    tokens: float = config.model.sample_len
+    samples = f"samples of {tokens:,}"
+    if sample_tokens is not None and sample_tokens != tokens:
+        tokens, samples = sample_tokens, f"samples of {sample_tokens:,.0f} on average"
+    per_step = round(training.global_batch_size * tokens)
+    total = round(config.batches.samples_before(training.steps) * tokens)
     lines = {
         "model": f"{config.model.kind}, {size.parameters:,} trainable parameters",
         "ranks": f"{tp * dp_size} = {tp} tensor-parallel x {dp_size} data-parallel, ZeRO stage "
         f"{effective_zero_stage(config.parallel.zero_stage, precision)}, {precision} on {device}",
-        "step": f"{per_step:,} tokens = {training.global_batch_size} samples of "
-        f"{config.model.sample_len:,} = {dp_size} ranks x {accumulation} micro-steps x "
-        f"{training.micro_batch_size}",
+        "step": f"{per_step:,} tokens = {training.global_batch_size} {samples} = "
+        f"{dp_size} ranks x {accumulation} micro-steps x {training.micro_batch_size}",
         "run": f"{training.steps:,} steps, {short_count(total)} tokens",
         "operations": f"{short_count(size.flops_per_token)}FLOP a token, "
         f"{short_count(size.flops_per_token * per_step)}FLOP a step",

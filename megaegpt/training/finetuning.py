@@ -167,6 +167,8 @@ class InstructionData:
         self._width_multiple = _WIDTH_MULTIPLES[device_type()]
         if self._model.needs_encoder:  # rows of whole chunks
             self._width_multiple = self._model.length_multiple
+        longest = -(-samples.longest_row // self._width_multiple) * self._width_multiple
+        self.longest_sample = min(longest, self._model.sample_len)
 
     def _read(self, files: Sequence[str]) -> list[Record]:
         return [r for file in files for r in read_instructions(Path(file), self._problems)]

@@ -6,7 +6,8 @@ Imports torch only where a run starts: a wrong command line is reported at once.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from megaegpt.arguments import number
@@ -35,15 +36,25 @@ class Train(Protocol):
     ) -> bool: ...
 
 
-Preview = Callable[[RunConfig], tuple[RunConfig, list[str]]]
-"""Configuration -> the one a run would train with, and lines about its data (``--dry-run``)."""
+@dataclass(frozen=True)
+class Preview:
+    """What ``--dry-run`` finds out about a run without starting it."""
+
+    config: RunConfig
+    """That it would train with."""
+    lines: Sequence[str] = ()
+    """About its data."""
+    tokens_per_sample: float | None = None
+    """On average, where samples are shorter than the model takes."""
+    longest_sample: int | None = None
+    """Most columns of a micro-batch, where that is known."""
 
 
 def launch(
     description: str | None,
     started: float,
     find_train: Callable[[], Train],
-    preview: Preview = lambda config: (config, []),
+    preview: Callable[[RunConfig], Preview] = Preview,
 ) -> None:
     """Read the command line and the configuration, then train or say what would be trained.
 
@@ -111,7 +122,7 @@ def start_run(
         return train(config, grid, resume=resume, stops=stops, sample_text=sample_text)
 
 
-def _dry_run(config: RunConfig, world_size: int, preview: Preview) -> None:
+def _dry_run(config: RunConfig, world_size: int, find: Callable[[RunConfig], Preview]) -> None:
     gc.disable()  # it ends before there is garbage worth the collector's tenth of its time
     import torch
 
@@ -122,7 +133,8 @@ def _dry_run(config: RunConfig, world_size: int, preview: Preview) -> None:
     from megaegpt.precision import resolve_precision
     from megaegpt.training.logging.metrics import device_name
 
-    config, lines = preview(config)
+    preview = find(config)
+    config = preview.config
     device = torch.device(device_type())
     precision = resolve_precision(config.training.precision, device)
     print(config_to_yaml(config))
@@ -136,7 +148,10 @@ def _dry_run(config: RunConfig, world_size: int, preview: Preview) -> None:
             print(f"notice: the encoder is left out of the numbers below: {error}")
     dp_size = world_size // config.parallel.tensor_parallel_size
     size = measure_model(config, encoder)
-    memory = estimate_memory(config, dp_size, precision, encoder, device.type)
-    described = describe_run(config, size, dp_size, precision, device_name(device), memory)
-    for line in [*described, *lines]:
+    memory = estimate_memory(
+        config, dp_size, precision, encoder, device.type, preview.longest_sample
+    )
+    name, tokens = device_name(device), preview.tokens_per_sample
+    described = describe_run(config, size, dp_size, precision, name, memory, tokens)
+    for line in [*described, *preview.lines]:
         print(line)

@@ -25,9 +25,20 @@ _SHOWN = 3
 
 @contextlib.contextmanager
 def explaining_memory(
-    config: RunConfig, grid: ProcessGrid, encoder: ModelConfig | None, precision: Precision
+    config: RunConfig,
+    grid: ProcessGrid,
+    encoder: ModelConfig | None,
+    precision: Precision,
+    sample_tokens: int | None = None,
 ) -> Iterator[None]:
     """Turn a device's lack of memory into an error that says which settings help.
+
+    Args:
+        config: the run.
+        grid: its processes.
+        encoder: the frozen GPT under egpt and deepgpt.
+        precision: what ``auto`` has become.
+        sample_tokens: of the longest sample there is; None: as long as the model's samples are.
 
     Raises:
         TrainingError: on the rank that had too little.
@@ -37,7 +48,7 @@ def explaining_memory(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        lines = describe(config, grid, encoder, precision)
+        lines = describe(config, grid, encoder, precision, sample_tokens)
         if (summary := _save_summary(config, grid)) is not None:
             lines.append(f"  what lay in memory: {summary}")
         # Its first line says what was asked for; the rest is torch's own stack.
@@ -52,13 +63,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe(
-    config: RunConfig, grid: ProcessGrid, encoder: ModelConfig | None, precision: Precision
+    config: RunConfig,
+    grid: ProcessGrid,
+    encoder: ModelConfig | None,
+    precision: Precision,
+    sample_tokens: int | None = None,
 ) -> list[str]:
-    """The estimate of a rank's memory, and the settings that lower it most, the best first."""
+    """The estimate of a rank's memory, and the settings that lower it most, the best first;
+    arguments as above.
+    """
     kind = grid.device.type
 
     def bytes_of(changed: RunConfig) -> int:
-        return estimate_memory(changed, grid.dp_size, precision, encoder, kind).total
+        return estimate_memory(changed, grid.dp_size, precision, encoder, kind, sample_tokens).total
 
     try:
         now = bytes_of(config)

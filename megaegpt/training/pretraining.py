@@ -146,7 +146,7 @@ def train(
     )
     try:
         encoder_config = None if encoder is None else encoder.config
-        with explaining_memory(config, grid, encoder_config, precision):
+        with explaining_memory(config, grid, encoder_config, precision, data.longest_sample):
             return trainer.train()
     finally:
         monitor.close()
@@ -294,7 +294,8 @@ def _introduce(
             write_whole(Path(config.logging.directory) / "config.yaml", resolved.encode())
     monitor.configuration(config)
     name = device_name(grid.device)
-    for line in describe_run(config, size, grid.dp_size, precision, name):
+    tokens = data.tokens_per_sample
+    for line in describe_run(config, size, grid.dp_size, precision, name, sample_tokens=tokens):
         monitor.log(line)
     monitor.log(f"{'data':<11}{data.describe()}")
     if (slow := slow_precision_notice(precision, grid.device)) is not None:

@@ -35,6 +35,8 @@ class RunData(Protocol):
     """Changes with the samples; a resumed run says so."""
     tokens_per_sample: float
     """Mean over an epoch, padding not counted."""
+    longest_sample: int
+    """Most columns that a micro-batch can have, padding counted."""
     streams: Mapping[str, TokenStream]
     """The splits that features are stored for, by name; empty: they are computed in the loop."""
     validation: Windows | None
@@ -78,6 +80,7 @@ class PretrainingData:
         self.streams: Mapping[str, TokenStream] = {"train": train}
         model = config.model
         self.tokens_per_sample: float = model.sample_len
+        self.longest_sample = model.sample_len
         self.num_chunks = model.chunks_per_sample
         end = _masked_after(config, train, self.tokenizer)
         self.samples: Samples = _samples_of(model, train, config.training.seed, end)

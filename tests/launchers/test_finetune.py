@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ def test_a_dry_run_shows_the_weights_model_and_the_records(
     assert "max_seq_len: 64" in shown
     assert "9 training records in 9 rows of 33 tokens on average" in shown
     assert "1 validation records" in shown
+    assert "1,056 tokens = 32 samples of 33 on average" in shown
     assert "GiB a rank" in shown
     assert not (tmp_path / "runs").exists()
 
@@ -70,4 +72,31 @@ def test_a_dry_run_without_records_says_so(
     save_gpt(tmp_path / "gpt")
     monkeypatch.chdir(tmp_path)
     _run(monkeypatch, "--dry-run", "training.initialize_from=gpt")
-    assert "there are no records yet: data/instructions.json" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "there are no records yet: data/instructions.jsonl" in shown
+    assert "those of records of 16 tokens, the longest that the model takes" in shown
+
+
+def test_a_dry_run_needs_the_memory_of_the_longest_record_and_not_of_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many records as the shipped configuration's, over a context of 4,096."""
+    save_gpt(tmp_path / "gpt", max_seq_len=4096)
+    monkeypatch.chdir(tmp_path)
+    needed = []
+    for missing in (True, False):
+        if not missing:
+            monkeypatch.setattr(
+                sys, "argv", ["prepare_data.py", "instructions", "--output", "data"]
+            )
+            runpy.run_path(str(ROOT / "tools" / "prepare_data.py"), run_name="__main__")
+        _run(
+            monkeypatch,
+            "--dry-run",
+            "training.initialize_from=gpt",
+            "training.micro_batch_size=32",
+        )
+        shown = capsys.readouterr().out
+        assert ("there are no records yet" in shown) == missing
+        needed.append(float(re.search(r"activations (\d+\.\d+)", shown)[1]))  # type: ignore[index]
+    assert needed[1] < 0.3 * needed[0]

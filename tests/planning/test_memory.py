@@ -189,6 +189,18 @@ def test_recomputation_saves_activations_only(recompute: str) -> None:
     assert (saving.weights, saving.optimizer) == (keeping.weights, keeping.optimizer)
 
 
+@pytest.mark.parametrize("kind", ["gpt", "egpt"])
+def test_shorter_samples_need_less_activations_only(kind: str) -> None:
+    config = run_config(1, 2, "bf16", micro_batch=64, kind=kind)
+    length = config.model.sample_len
+    whole, halves = (
+        estimate_memory(config, 1, "bf16", sample_tokens=n) for n in (length, length // 2)
+    )
+    assert whole == estimate_memory(config, 1, "bf16")
+    assert 0.4 * whole.activations < halves.activations < 0.6 * whole.activations
+    assert (whole.weights, whole.optimizer) == (halves.weights, halves.optimizer)
+
+
 def test_weights_are_those_of_the_model() -> None:
     config = run_config(1, 2, "bf16")
     parameters = meta_model(config.model).num_parameters()

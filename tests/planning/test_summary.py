@@ -10,6 +10,15 @@ from megaegpt.planning.summary import ModelSize, describe_run
 from megaegpt.precision import Precision
 
 
+def test_a_step_has_the_tokens_that_its_samples_have() -> None:
+    config = RunConfig()
+    step = describe_run(config, ModelSize(1, 1), 1, "fp32", "cpu")[2]
+    assert "8,192 tokens = 8 samples of 1,024 = " in step
+    mean = describe_run(config, ModelSize(1, 1), 1, "fp32", "cpu", sample_tokens=40.25)
+    assert "322 tokens = 8 samples of 40 on average = " in mean[2]
+    assert "1,000 steps, 322.0k tokens" in mean[3]
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "runs"), [(0, "fp32", 0), (0, "bf16", 1), (0, "fp16", 1), (2, "bf16", 2)]
 )

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from megaegpt.config.loading import load_config
+from megaegpt.data.instruction.exercises import exercises
+from megaegpt.data.instruction.records import read_instructions
 from megaegpt.data.readers import books
+from megaegpt.data.readers.documents import Problems
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import DataError
 from megaegpt.files import locked_folder
@@ -54,6 +58,21 @@ def test_a_given_file_becomes_one_clean_document(
     printed = capsys.readouterr().out
     assert "another edition" in printed
     assert printed.rstrip().endswith(str(out / "war_and_peace.jsonl"))
+
+
+def test_instructions_are_what_the_shipped_configurations_of_fine_tuning_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare(monkeypatch, "instructions", "--output", "data")
+    assert capsys.readouterr().out == "data/instructions.jsonl\n"
+    for name in ("finetune_instructions", "finetune_chat"):
+        config = load_config(name)
+        (file,) = config.data.instructions.train
+        assert read_instructions(Path(file), Problems()) == exercises()
+    with pytest.raises(SystemExit):
+        prepare(monkeypatch, "instructions", "--output", "data", "--input", "x")
+    assert "--input would change nothing for instructions" in capsys.readouterr().err
 
 
 def test_offline_without_the_book_the_error_is_one_line_and_nothing_is_written(

@@ -63,6 +63,11 @@ class InstructionSamples:
         """Mean number of tokens that a row has, padding not counted."""
         return sum(self._lengths) / len(self.rows)
 
+    @property
+    def longest_row(self) -> int:
+        """Most tokens that a row has, of those that something is predicted from."""
+        return max(sum(self._lengths[item] for item in row) for row in self.rows) - 1
+
     def batch(self, numbers: np.ndarray) -> Arrays:
         """Rows by global sample number; see :meth:`read`."""
         return self.read(self._order(numbers))

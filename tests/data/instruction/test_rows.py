@@ -57,6 +57,15 @@ def test_packed_records_are_told_apart_and_padding_is_no_ones(dataset: Instructi
         assert not learned[row][segments[row] < 0].any()
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_longest_row_is_as_wide_as_anything_is_learned(
+    dataset: InstructionDataset, packing: bool
+) -> None:
+    samples = InstructionSamples(dataset, ROOM, 3, packing)
+    targets = samples.read(np.arange(len(samples)))["targets"]
+    assert samples.longest_row == (targets != -100).any(0).nonzero()[0].max() + 1
+
+
 def test_rows_follow_from_the_seed_and_the_number(dataset: InstructionDataset) -> None:
     samples, again, other = (InstructionSamples(dataset, ROOM, s, True) for s in (3, 3, 4))
     numbers = np.array([5, 0, len(samples) + 2])
