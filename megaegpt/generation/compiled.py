@@ -25,6 +25,7 @@ from megaegpt.model.attention.layer import AttentionLayer
 from megaegpt.model.decoding import new_cache
 from megaegpt.model.gpt import GPT
 from megaegpt.model.rotary import RotaryTable, rotary_table
+from megaegpt.parallel.sequence import SequenceShards
 
 _CAPACITIES = 128
 """Caches are made for a multiple of so many tokens: texts of like lengths share a compiled step."""
@@ -49,6 +50,7 @@ class SingleTokenContext:
     """
 
     absorbed = True
+    shards: SequenceShards | None = None
 
     def __init__(
         self,

@@ -9,7 +9,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -23,6 +22,7 @@ from megaegpt.model.attention.context import AttentionContext
 from megaegpt.model.mlp import build_mlp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import LayerNorm, RMSNorm
+from megaegpt.parallel.sequence import SequenceShards, dropout
 
 _EXPENSIVE = {
     "aten": (
@@ -66,8 +66,8 @@ class Block(nn.Module):
         self.mlp = build_mlp(config, grid)
 
     def forward(self, x: Tensor, context: AttentionContext, selective: bool = False) -> Tensor:
-        """(B, T, C) -> (B, T, C); with ``selective``, cheap results are computed again in the
-        backward pass.
+        """(B, T, C) -> (B, T, C), or this rank's rows (n, C) -> (n, C); with ``selective``, cheap
+        results are computed again in the backward pass.
 
         The block checkpoints by itself, so that a compiled block holds the checkpoint: from
         outside, the policy sees no operator of compiled code, and every product would run again.
@@ -78,33 +78,49 @@ class Block(nn.Module):
         return self._add(x, context)
 
     def _add(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """(B, T, C) -> (B, T, C)"""
+        shards = context.shards
         if self.norm_first:
-            attended = self.attention(self.attention_norm(x), context)
+            attended = self.attention(self.attention_norm(x, shards), context)
+            x = x + dropout(attended, self.dropout, self.training, shards)
+            y = self.mlp(self.mlp_norm(x, shards), shards)
         else:
-            attended = self.attention_norm(self.attention(x, context))
-        x = x + F.dropout(attended, self.dropout, self.training)
-        y = self.mlp(self.mlp_norm(x)) if self.norm_first else self.mlp_norm(self.mlp(x))
-        return x + F.dropout(y, self.dropout, self.training)
+            attended = self.attention_norm(self.attention(x, context), shards)
+            x = x + dropout(attended, self.dropout, self.training, shards)
+            y = self.mlp_norm(self.mlp(x, shards), shards)
+        return x + dropout(y, self.dropout, self.training, shards)
 
 
 class BlockStack(nn.Module):
-    """``num_layers`` blocks and the final norm, with optional activation checkpointing."""
+    """``num_layers`` blocks and the final norm, with optional activation checkpointing and sequence
+    parallelism.
+    """
 
     def __init__(self, config: ModelConfig, grid: ProcessGrid) -> None:
         super().__init__()
+        self.grid = grid
         self.recompute = "none"
+        self.sequence_parallel = False
         self.blocks = nn.ModuleList(Block(config, i, grid) for i in range(config.num_layers))
-        self.norm = block_norm(config, grid)
+        self.norm: LayerNorm | RMSNorm | None = block_norm(config, grid)
+
+    def shards(self, batch: int, length: int) -> SequenceShards | None:
+        """Return which rows of (B, T) tokens a rank has of a pass without a cache; None: all."""
+        if self.grid.tp_group is None or not self.sequence_parallel:
+            return None
+        return SequenceShards(self.grid, batch, length)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """(B, T, C) -> (B, T, C), after the final norm"""
+        """(B, T, C), or with ``context.shards`` this rank's rows (n, C), -> (B, T, C) after the
+        final norm, on every rank
+        """
         for block in self.blocks:
             if self.training and self.recompute == "full":
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context, self.training and self.recompute == "selective")
-        return self.norm(x)
+        if self.norm is not None:
+            x = self.norm(x, context.shards)
+        return x if context.shards is None else context.shards.whole(x)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block, with ``options`` for :func:`torch.compile`; equal blocks share code.

@@ -36,6 +36,7 @@ def build_model(
     *,
     seed: int = 1337,
     activation_checkpointing: Literal["none", "selective", "full"] = "none",
+    sequence_parallel: bool = False,
     compile_blocks: bool = False,
 ) -> Model:
     """The trainable model of ``config``, in fp32 on ``grid.device``, initialised from ``seed``.
@@ -45,6 +46,7 @@ def build_model(
     model = empty_model(config, grid)
     initialize(model, seed, grid)
     model.stack.recompute = activation_checkpointing
+    model.stack.sequence_parallel = sequence_parallel
     if compile_blocks:
         model.stack.compile_blocks()
     return model.to(grid.device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
@@ -21,6 +20,7 @@ from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
 from megaegpt.model.rotary import rotary_table
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.sequence import dropout
 
 
 class DeepGPT(LanguageModel):
@@ -39,10 +39,12 @@ class DeepGPT(LanguageModel):
         rotary = rotary_table(self.config, positions, token_states.dtype)
         context: AttentionContext
         if cache is None:
-            context = CausalContext(rotary)
+            shards = self.stack.shards(*token_states.shape[:2])
+            context = CausalContext(rotary, shards=shards)
         else:
-            context = CachedContext(cache, length, rotary)
-        x = self.stack(F.dropout(token_states, self.config.dropout, self.training), context)
+            shards, context = None, CachedContext(cache, length, rotary)
+        x = token_states if shards is None else shards.own(token_states)
+        x = self.stack(dropout(x, self.config.dropout, self.training, shards), context)
         if cache is not None:
             cache.length += length
         return x

@@ -133,7 +133,7 @@ def _cut(gpt: GPT, layers: int) -> None:
         raise ConfigError(f"model.encoder.layers={layers}: the encoder has {total} blocks")
     gpt.config = replace(gpt.config, num_layers=layers)
     gpt.stack.blocks = gpt.stack.blocks[:layers]
-    gpt.stack.norm = nn.Identity()  # type: ignore[assignment]
+    gpt.stack.norm = None
 
 
 def weights_fingerprint(model: GPT) -> str:

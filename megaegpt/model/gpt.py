@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
@@ -23,6 +22,7 @@ from megaegpt.model.rotary import rotary_table
 from megaegpt.model.token_positions import place_tokens
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import VocabParallelEmbedding
+from megaegpt.parallel.sequence import dropout
 
 
 class GPT(LanguageModel):
@@ -59,13 +59,16 @@ class GPT(LanguageModel):
         positions, segments = place_tokens(tokens, cache, segments, self.config.document_end)
         self._check_length(positions, start + length)
         rotary = rotary_table(self.config, positions, self.embedding.weight.dtype)
+        shards = None if cache is not None else self.stack.shards(*tokens.shape)
         context: AttentionContext
         if cache is None:
-            context = CausalContext(rotary, segments)
+            context = CausalContext(rotary, segments, shards)
         else:
             context = CachedContext(cache, length, rotary)
-        x = self.positions(self.embedding(tokens), positions)
-        x = self.stack(F.dropout(x, self.config.dropout, self.training), context)
+        if shards is not None:
+            positions = shards.own(positions.expand(tokens.shape))
+        x = self.positions(self.embedding(tokens, shards), positions, shards)
+        x = self.stack(dropout(x, self.config.dropout, self.training, shards), context)
         if cache is not None:
             cache.length += length
         return x

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megaegpt.config import ModelConfig
-from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megaegpt.parallel.sequence import SequenceShards, enter_tp
 
 _APPROXIMATION = {"gelu_tanh": "tanh", "gelu": "none"}
 
@@ -32,9 +32,10 @@ class MLP(nn.Module):
         self.up = ColumnParallelLinear(hidden, ffn, grid, bias=bias, std=std)
         self.down = RowParallelLinear(ffn, hidden, grid, bias=bias, std=out_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)"""
-        return self.down(F.gelu(self.up(copy_to_tp(x, self.grid)), approximate=self.approximate))
+    def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
+        """(..., C) -> (..., C), or this rank's rows (n, C) -> (n, C)"""
+        up = self.up(enter_tp(x, self.grid, shards))
+        return self.down(F.gelu(up, approximate=self.approximate), shards)
 
 
 class GatedMLP(nn.Module):
@@ -55,10 +56,10 @@ class GatedMLP(nn.Module):
         )
         self.down = RowParallelLinear(ffn, hidden, grid, bias=bias, std=out_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)"""
-        x = copy_to_tp(x, self.grid)
-        return self.down(self._activate(self.gate(x)) * self.up(x))
+    def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
+        """(..., C) -> (..., C), or this rank's rows (n, C) -> (n, C)"""
+        x = enter_tp(x, self.grid, shards)
+        return self.down(self._activate(self.gate(x)) * self.up(x), shards)
 
     def _activate(self, gate: Tensor) -> Tensor:
         if self.approximate is None:

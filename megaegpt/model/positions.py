@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megaegpt.config import ModelConfig
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Embedding
+from megaegpt.parallel.sequence import SequenceShards
 
 
 def sinusoids(positions: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
@@ -43,10 +44,12 @@ class AddedPositions(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (..., T, C), positions broadcastable to (..., T) -> x with its positions added"""
+    def forward(self, x: Tensor, positions: Tensor, shards: SequenceShards | None = None) -> Tensor:
+        """x (..., T, C), positions broadcastable to (..., T) -> x with its positions added; with
+        ``shards`` x (n, C), positions (n,) are this rank's rows.
+        """
         if self.table is not None:
-            return x + self.table(positions)
+            return x + self.table(positions, shards)
         if self.kind == "sinusoidal":
             return x + sinusoids(positions, self.hidden_size, x.dtype)
         return x

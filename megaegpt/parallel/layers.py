@@ -2,8 +2,9 @@
 them.
 
 Weights are ``nn.Linear``-shaped (out, in). A column-parallel layer's input must have entered the
-sharded region through ``copy_to_tp``, once for all layers that share it; a row-parallel layer's
-output has left it.
+sharded region through ``enter_tp``, once for all layers that share it; a row-parallel layer's
+output has left it. Layers outside of such regions are given ``shards`` where sequence parallelism
+leaves this rank's rows of the tokens there, (n, C) instead of (B, T, C).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.low_rank import LowRankAdapter
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter, spec_of
+from megaegpt.parallel.sequence import SequenceShards
 from megaegpt.parallel.vocabulary import check_tokens
 
 
@@ -40,10 +42,18 @@ class Linear(nn.Module):
         self.bias = new_parameter((out_size,), grid, tp_dim=bias_dim) if bias else None
         self.lora = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
         """(..., in) -> (..., out)"""
-        y = linear(x, self.weight, self.bias, self.packed)
-        return y if self.lora is None else y + self.lora(x)
+        weight, bias = self.factors(shards)
+        packed = self.packed if weight is self.weight else None
+        y = linear(x, weight, bias, packed)
+        return y if self.lora is None else y + self.lora(x, shards)
+
+    def factors(self, shards: SequenceShards | None = None) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias as this rank uses them; on its rows of the tokens, if there are
+        ``shards``.
+        """
+        return _used(shards, self.weight, self.bias)
 
     def add_adapter(self, config: LoRAConfig) -> None:
         """Train an adapter beside the weight, whose values are drawn by the caller."""
@@ -70,13 +80,15 @@ class RowParallelLinear(Linear):
 
     tp_dim = 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in / tp) -> (..., out), replicated"""
+    def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
+        """(..., in / tp) -> (..., out), replicated; or (B, T, in / tp) -> (n, out)"""
         if self.grid.tp_group is None:
             return super().forward(x)
         y = linear(x, self.weight, packed=self.packed)
         if self.lora is not None:
             y = y + self.lora(x)
+        if shards is not None:
+            return shards.scatter(y, self.bias)
         y = reduce_from_tp(y, self.grid)
         return y if self.bias is None else y + self.bias
 
@@ -98,8 +110,8 @@ class VocabParallelEmbedding(nn.Module):
             (padded_vocab_size, hidden_size), grid, tp_dim=0, std=std, vocab_rows=vocab_size
         )
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(...) ids -> (..., C), replicated
+    def forward(self, tokens: Tensor, shards: SequenceShards | None = None) -> Tensor:
+        """(...) ids -> (..., C), replicated; or (B, T) -> (n, C)
 
         Raises:
             DataError: an id is no token (on a GPU a device assertion).
@@ -111,7 +123,8 @@ class VocabParallelEmbedding(nn.Module):
         local = tokens - self.grid.tp_rank * rows
         elsewhere = (local < 0) | (local >= rows)
         vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return reduce_from_tp(vectors.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.grid)
+        vectors = vectors.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return reduce_from_tp(vectors, self.grid) if shards is None else shards.scatter(vectors)
 
 
 class Embedding(nn.Module):
@@ -121,9 +134,10 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = new_parameter((rows, hidden_size), grid, std=std)
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, indices: Tensor, shards: SequenceShards | None = None) -> Tensor:
         """(...) -> (..., C)"""
-        return F.embedding(indices, self.weight)
+        weight, _ = _used(shards, self.weight)
+        return F.embedding(indices, weight)
 
 
 class LayerNorm(nn.Module):
@@ -135,9 +149,10 @@ class LayerNorm(nn.Module):
         self.weight = new_parameter((hidden_size,), grid, mean=1.0)
         self.bias = new_parameter((hidden_size,), grid) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
         """(..., C) -> (..., C)"""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        weight, bias = _used(shards, self.weight, self.bias)
+        return F.layer_norm(x, self.weight.shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -148,17 +163,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = new_parameter((hidden_size,), grid, mean=1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
         """(..., C) -> (..., C)"""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight, _ = _used(shards, self.weight)
+        return F.rms_norm(x, self.weight.shape, weight, self.eps)
 
 
-class HeadRMSNorm(RMSNorm):
+class HeadRMSNorm(nn.Module):
     """RMSNorm of each head, with one weight for all heads, which are cut over TP."""
 
     def __init__(self, head_dim: int, grid: ProcessGrid, *, eps: float) -> None:
-        super().__init__(head_dim, grid, eps=eps)
-        self.grid = grid
+        super().__init__()
+        self.grid, self.eps = grid, eps
+        self.weight = new_parameter((head_dim,), grid, mean=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, T, D) -> (B, H, T, D)"""
@@ -184,6 +201,17 @@ class ColumnParallelRMSNorm(nn.Module):
         # Every rank's output depends on every rank's squares: summed forward and backward.
         squares = copy_to_tp(reduce_from_tp(squares, self.grid), self.grid)
         return (precise * (squares / self.size + self.eps).rsqrt()).to(x.dtype) * self.weight
+
+
+def _used(
+    shards: SequenceShards | None, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Replicated parameters as a layer outside of sharded regions uses them."""
+    if shards is None:
+        return weight, bias
+    shared_weight, shared_bias = shards.shared(weight, bias)
+    assert shared_weight is not None
+    return shared_weight, shared_bias
 
 
 def count_linear_weights(module: nn.Module) -> int:

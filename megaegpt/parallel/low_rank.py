@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaegpt.config.lora import LoRAConfig
@@ -16,6 +15,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter, spec_of
 from megaegpt.parallel.rng import sharded_rng
+from megaegpt.parallel.sequence import SequenceShards, dropout
 
 
 class LowRankAdapter(nn.Module):
@@ -55,15 +55,15 @@ class LowRankAdapter(nn.Module):
         self.a = new_parameter((config.rank, in_size), grid, tp_dim=a_dim, std=std)
         self.b = new_parameter((out_size, config.rank), grid, tp_dim=b_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
         """(..., I) -> (..., O); of a row-parallel layer the ranks' outputs are to be summed, with
-        those of the layer.
+        those of the layer. ``shards`` says that x is this rank's rows of the tokens.
         """
         if self.training and self.dropout:
             # Inputs that are cut are dropped by each rank for itself, others alike on all.
             with sharded_rng(self.grid) if self._cuts_input else nullcontext():
-                x = F.dropout(x, self.dropout)
-        a, b = self._summed(self.a), self._summed(self.b)
+                x = dropout(x, self.dropout, True, shards)
+        a, b = self._summed(self.a, shards), self._summed(self.b, shards)
         return linear(
             linear(x, a) * self.scale, b if self._head_rows is None else b[self._head_rows]
         )
@@ -72,6 +72,7 @@ class LowRankAdapter(nn.Module):
         """(O, I), what is to be added to the layer's weight."""
         return self.scale * (self.b @ self.a)
 
-    def _summed(self, factor: Tensor) -> Tensor:
-        whole = self._sums and spec_of(factor).tp_dim is None
+    def _summed(self, factor: Tensor, shards: SequenceShards | None) -> Tensor:
+        sums = self._sums or shards is not None
+        whole = sums and spec_of(factor).tp_dim is None
         return copy_to_tp(factor, self.grid) if whole else factor

@@ -57,7 +57,9 @@ def load_encoder(
     with raising_together(grid):
         _fitting_encoder(config.model, read_weights_config(folder)[0], str(folder))
     source = dataclasses.replace(config.model.encoder, source=str(folder))
-    return FrozenEncoder.from_source(source, grid, DTYPES[precision])
+    encoder = FrozenEncoder.from_source(source, grid, DTYPES[precision])
+    encoder.gpt.stack.sequence_parallel = config.parallel.sequence_parallel
+    return encoder
 
 
 def _source(config: RunConfig) -> str:

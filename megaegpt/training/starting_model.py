@@ -60,6 +60,7 @@ def starting_model(
         grid,
         seed=training.seed,
         activation_checkpointing=training.activation_checkpointing,
+        sequence_parallel=config.parallel.sequence_parallel,
         compile_blocks=compiles,
     )
     if encoder is not None and config.model.encoder.initialize_decoder:

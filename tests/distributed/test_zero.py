@@ -112,11 +112,17 @@ def test_stage_1_reduces_gradients_once_a_step_and_stage_2_after_each_micro_step
             assert reductions * once <= sent < 1.1 * reductions * once, (stage, micro_batch_size)
 
 
-def _small(kind: str, tp: int, ranks: int, stage: int = 2) -> RunConfig:
+def _small(
+    kind: str, tp: int, ranks: int, stage: int = 2, sequence_parallel: bool = False
+) -> RunConfig:
     """A step is one pass of every rank; steps of several are in the other tests."""
     return run_config(
         model={"kind": kind, "tied_embeddings": kind == "gpt"},
-        parallel={"tensor_parallel_size": tp, "zero_stage": stage},
+        parallel={
+            "tensor_parallel_size": tp,
+            "zero_stage": stage,
+            "sequence_parallel": sequence_parallel,
+        },
         training={"global_batch_size": 4, "micro_batch_size": 4 * tp // ranks},
     )
 
@@ -133,9 +139,11 @@ def test_tensor_and_data_parallel_runs_are_the_single_process_run(
     if ranks == 2:
         configs = [_small(kind, 1, ranks) for kind in plain_by_kind]
         configs += [_small("gpt", 2, ranks, stage) for stage in (0, 1, 2)]
+        configs += [_small("gpt", 2, ranks, sequence_parallel=True)]
     else:
         configs = [_small(kind, tp, ranks) for kind in plain_by_kind for tp in (1, 2, 4)]
         configs += [_small("gpt", 2, ranks, stage=0)]
+        configs += [_small("egpt", 2, ranks, stage, sequence_parallel=True) for stage in (0, 2)]
     for curves in distributed(ranks, _train_all, configs):
         for config, curve in zip(configs, curves, strict=True):
             reference = plain_by_kind[config.model.kind]

@@ -101,8 +101,13 @@ class Curve:
 
 def make_engine(config: RunConfig, grid: ProcessGrid, loss_function: LossFunction = nats) -> Engine:
     """A freshly initialised engine."""
-    checkpointing = config.training.activation_checkpointing
-    model = build_model(config.model, grid, seed=3, activation_checkpointing=checkpointing)
+    model = build_model(
+        config.model,
+        grid,
+        seed=3,
+        activation_checkpointing=config.training.activation_checkpointing,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
     return Engine(model, grid, config, loss_function)
 
 

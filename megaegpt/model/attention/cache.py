@@ -26,6 +26,7 @@ from megaegpt.model.attention.causal import OncePerPass, Segments, causal_attent
 from megaegpt.model.attention.layer import AttentionLayer, layer_window
 from megaegpt.model.rotary import RotaryTable
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.sequence import SequenceShards
 
 
 class LayerStore(Protocol):
@@ -259,6 +260,7 @@ class CachedContext:
     """
 
     absorbed = True
+    shards: SequenceShards | None = None
 
     def __init__(self, cache: KVCache, new_tokens: int, rotary: RotaryTable | None = None) -> None:
         self.rotary = rotary

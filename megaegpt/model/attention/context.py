@@ -15,6 +15,7 @@ from torch import Tensor
 from megaegpt.model.attention.causal import OncePerPass, Segments, causal_attention
 from megaegpt.model.attention.layer import AttentionLayer
 from megaegpt.model.rotary import RotaryTable
+from megaegpt.parallel.sequence import SequenceShards
 
 
 class AttentionContext(Protocol):
@@ -25,6 +26,9 @@ class AttentionContext(Protocol):
     absorbed: bool
     """Keys and values outlive the pass: latent attention gives its latents themselves, and absorbs
     the projections of keys and values into queries and outputs."""
+    shards: SequenceShards | None
+    """Of the tokens outside of attention and MLP; None: every rank has all of them, as while
+    decoding."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         """q (B, H, T, D), k and v (B, K, T, D) of the same tokens -> (B, H, T, D).
@@ -40,12 +44,18 @@ class CausalContext:
     Args:
         rotary: rotations of the tokens.
         segments: (B, T) texts and padding within a row, see :mod:`megaegpt.model.segments`.
+        shards: of the tokens.
     """
 
     absorbed = False
 
-    def __init__(self, rotary: RotaryTable | None = None, segments: Tensor | None = None) -> None:
-        self.rotary = rotary
+    def __init__(
+        self,
+        rotary: RotaryTable | None = None,
+        segments: Tensor | None = None,
+        shards: SequenceShards | None = None,
+    ) -> None:
+        self.rotary, self.shards = rotary, shards
         self._masks = OncePerPass()
         self._segments = None if segments is None else Segments(segments, segments)
 

@@ -25,7 +25,7 @@ from megaegpt.parallel.layers import (
     RowParallelLinear,
 )
 from megaegpt.parallel.low_rank import LowRankAdapter
-from megaegpt.parallel.matmul import linear
+from megaegpt.parallel.sequence import SequenceShards, enter_tp
 
 
 class SharedKVLinear(Linear):
@@ -49,12 +49,11 @@ class SharedKVLinear(Linear):
         self.head_dim = head_dim
         self.head = grid.tp_rank * kv_heads // grid.tp_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., D)"""
+    def factors(self, shards: SequenceShards | None = None) -> tuple[Tensor, Tensor | None]:
+        """(D, C) and (D,) of this rank's head."""
         weight = copy_to_tp(self.weight, self.grid)[self._rows]
         bias = None if self.bias is None else copy_to_tp(self.bias, self.grid)[self._rows]
-        y = linear(x, weight, bias)
-        return y if self.lora is None else y + self.lora(x)
+        return weight, bias
 
     def add_adapter(self, config: LoRAConfig) -> None:
         """As every rank has the whole weight, so it has the whole adapter."""
@@ -95,8 +94,8 @@ class GroupedQueryAttention(nn.Module):
         return ColumnParallelLinear(hidden, heads * self.head_dim, grid, bias=bias, std=std)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """(B, T, C) -> (B, T, C)"""
-        x = copy_to_tp(x, self.grid)
+        """(B, T, C) -> (B, T, C), or this rank's rows (n, C) -> (n, C)"""
+        x = enter_tp(x, self.grid, context.shards)
         q, k = self._heads(self.query(x), self.query_norm), self._heads(self.key(x), self.key_norm)
         v = split_heads(self.value(x), self.head_dim)
         if context.rotary is not None:
@@ -104,7 +103,7 @@ class GroupedQueryAttention(nn.Module):
         layer = self.layer if self.training else self.layer.without_dropout()
         with attention_rng(self.grid, layer.dropout):
             y = context.attend(q, k, v, layer)  # (B, H, T, D)
-        return self.output(merge_heads(y))
+        return self.output(merge_heads(y), context.shards)
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """(B, T, H * D) -> (B, H, T, D), normed"""

@@ -27,6 +27,7 @@ from megaegpt.model.attention.layer import (
 from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import ColumnParallelLinear, Linear, RMSNorm, RowParallelLinear
+from megaegpt.parallel.sequence import SequenceShards, enter_tp
 
 
 class Latent(nn.Module):
@@ -35,20 +36,20 @@ class Latent(nn.Module):
     def __init__(self, config: ModelConfig, width: int, grid: ProcessGrid) -> None:
         super().__init__()
         self.down = Linear(config.hidden_size, width, grid, bias=config.bias, std=config.init_std)
-        self.norm = (
-            RMSNorm(width, grid, eps=config.layer_norm_eps) if config.latent_norm else nn.Identity()
-        )
+        self.norm = RMSNorm(width, grid, eps=config.layer_norm_eps) if config.latent_norm else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, L)"""
-        return self.norm(self.down(x))
+    def forward(self, x: Tensor, shards: SequenceShards | None) -> Tensor:
+        """(B, T, C) -> (B, T, L), or this rank's rows (n, C) -> (n, L)"""
+        latents = self.down(x, shards)
+        return latents if self.norm is None else self.norm(latents, shards)
 
 
 class LatentAttention(nn.Module):
     """Down-projections replicated, heads cut over TP.
 
     What is replicated enters the heads through ``copy_to_tp``: its gradient is summed there, so
-    that every rank has the whole gradient of the down-projections.
+    that every rank has the whole gradient of the down-projections. Under sequence parallelism they
+    project a rank's own tokens, and latents are gathered, which are fewer numbers.
     """
 
     def __init__(self, config: ModelConfig, layer: int, grid: ProcessGrid) -> None:
@@ -78,20 +79,21 @@ class LatentAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """(B, T, C) -> (B, T, C)"""
+        """(B, T, C) -> (B, T, C), or this rank's rows (n, C) -> (n, C)"""
         q, q_rope = self._queries(x, context)
         latents = self._latents(x, context)
         layer = self.layer if self.training else self.layer.without_dropout()
         attend = self._attend_absorbed if context.absorbed else self._attend_expanded
         with attention_rng(self.grid, layer.dropout):
             y = attend(q, q_rope, latents, context, layer)  # (B, H, T, D)
-        return self.output(merge_heads(y))
+        return self.output(merge_heads(y), context.shards)
 
     def _queries(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """(B, H, T, D) and, rotated, (B, H, T, R)"""
         if self.query_latent is not None:
-            x = self.query_latent(x)
-        q = split_heads(self.query(copy_to_tp(x, self.grid)), self.head_dim + self.rope_dim)
+            x = self.query_latent(x, context.shards)
+        x = enter_tp(x, self.grid, context.shards)
+        q = split_heads(self.query(x), self.head_dim + self.rope_dim)
         q, q_rope = q.split([self.head_dim, self.rope_dim], dim=-1)
         return q, q_rope if context.rotary is None else context.rotary.rotate(q_rope)
 
@@ -99,11 +101,18 @@ class LatentAttention(nn.Module):
         """Compute the cached vectors: latents with the shared rotary key behind them, (B, 1, T, L +
         R).
         """
-        latents = self.latent(x).unsqueeze(1)
-        if self.rope_key is not None and context.rotary is not None:
-            rope_key = context.rotary.rotate(self.rope_key(x).unsqueeze(1))
-            latents = torch.cat([latents, rope_key], dim=-1)
-        return copy_to_tp(latents, self.grid)
+        shards, rotary = context.shards, context.rotary
+        latents = self.latent(x, shards)
+        rope_key = None if rotary is None or self.rope_key is None else self.rope_key(x, shards)
+        if shards is not None and rope_key is not None:  # rotated by the places of all tokens
+            both = shards.gather(torch.cat([latents, rope_key], dim=-1))
+            latents, rope_key = both.split([self.latent_dim, self.rope_dim], dim=-1)
+        elif shards is not None:
+            latents = shards.gather(latents)
+        latents = latents.unsqueeze(1)
+        if rotary is not None and rope_key is not None:
+            latents = torch.cat([latents, rotary.rotate(rope_key.unsqueeze(1))], dim=-1)
+        return latents if shards is not None else copy_to_tp(latents, self.grid)
 
     def _attend_expanded(
         self,

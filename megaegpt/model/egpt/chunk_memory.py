@@ -23,6 +23,7 @@ from megaegpt.model.attention.causal import OncePerPass, band_mask, scaled_dot_p
 from megaegpt.model.attention.context import CausalContext
 from megaegpt.model.attention.layer import AttentionLayer
 from megaegpt.model.rotary import RotaryTable
+from megaegpt.parallel.sequence import SequenceShards
 
 Gates = Sequence[Tensor]
 """Each layer's memory gate, (H,) for this rank's heads; none at all in a model without gates."""
@@ -128,6 +129,7 @@ class ChunkWindowContext:
         rotary: rotations of features and tokens.
         gates: open the tokens' way to the memory.
         cut: (B,) or None; the history of chunks from this one on starts at it.
+        shards: of features and tokens.
     """
 
     absorbed = False
@@ -142,9 +144,10 @@ class ChunkWindowContext:
         rotary: RotaryTable | None,
         gates: Gates,
         cut: Tensor | None,
+        shards: SequenceShards | None,
         device: torch.device,
     ) -> None:
-        self.rotary = rotary
+        self.rotary, self.shards = rotary, shards
         self.local = local
         self.num_chunks, self.chunk_size = num_chunks, chunk_size
         self.memory_size = (num_chunks - 1) * features_per_chunk
@@ -263,6 +266,7 @@ class ReadingContext:
     """
 
     absorbed = True
+    shards: SequenceShards | None = None
 
     def __init__(
         self,

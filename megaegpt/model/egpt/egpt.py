@@ -30,9 +30,11 @@ from megaegpt.model.head import OutputHead
 from megaegpt.model.mlp import MLP
 from megaegpt.model.positions import AddedPositions
 from megaegpt.model.rotary import RotaryTable, rotary_table
+from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Embedding
 from megaegpt.parallel.params import new_parameter, spec_of, unshard
+from megaegpt.parallel.sequence import SequenceShards, dropout
 from megaegpt.parallel.vocabulary import check_targets, check_tokens
 
 Recorded = list[tuple[Tensor, Tensor]]
@@ -70,19 +72,32 @@ class EGPT(LanguageModel):
         self.head = OutputHead(config, grid)
         self.token_memory = TokenMemory(config, grid) if chunks.token_memory else None
 
-    def _embed(self, states: Tensor, chunk: Tensor, offset: Tensor) -> Tensor:
-        """Encoder states (B, T, C) with chunk numbers and offsets (T,) -> decoder inputs (B, T, C).
+    def _embed(
+        self,
+        states: Tensor,
+        chunk: Tensor,
+        offset: Tensor,
+        shards: SequenceShards | None = None,
+    ) -> Tensor:
+        """Encoder states (B, T, C) with chunk numbers and offsets (T,) -> decoder inputs (B, T, C),
+        or this rank's rows of them (n, C).
 
         At a negative offset stands the attention sink, whatever the states there are.
         """
-        x = self.input_mlp(states if self.input_norm is None else self.input_norm(states))
+        if shards is not None:
+            tokens = states.shape[:2]
+            chunk, offset = (shards.own(x.expand(tokens)) for x in (chunk, offset))
+            states = shards.own(states)
+        x = states if self.input_norm is None else self.input_norm(states, shards)
+        x = self.input_mlp(x, shards)
         if self.config.egpt.adapter_residual:
             x = states + x
-        x = self.chunk_positions(x, chunk) + self.lengths(offset.clamp(min=0))
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = self.chunk_positions(x, chunk, shards) + self.lengths(offset.clamp(min=0), shards)
+        x = dropout(x, self.config.dropout, self.training, shards)
         if self.sink is None:
             return x
-        return torch.where((offset < 0).unsqueeze(1), self.sink.to(x.dtype), x)
+        sink = self.sink if shards is None else copy_to_tp(self.sink, self.grid)
+        return torch.where((offset < 0).unsqueeze(1), sink.to(x.dtype), x)
 
     def _rotary(self, chunk: Tensor, offset: Tensor, dtype: torch.dtype) -> RotaryTable | None:
         """Rotations of tokens and features at chunk numbers and offsets (T,). Where tokens see each
@@ -130,6 +145,7 @@ class EGPT(LanguageModel):
         offset = torch.cat([feature_offset, token_offset])
         tokens = F.pad(token_states, (0, 0, sinks, 0)) if sinks else token_states
         states = torch.cat([features.flatten(1, 2), tokens.flatten(1, 2)], dim=1)
+        shards = self.stack.shards(*states.shape[:2])
         context = ChunkWindowContext(
             chunks,
             sinks + size,
@@ -138,9 +154,10 @@ class EGPT(LanguageModel):
             rotary=self._rotary(chunk, offset, states.dtype),
             gates=self._gates(),
             cut=cut,
+            shards=shards,
             device=device,
         )
-        x = self.stack(self._embed(states, chunk, offset), context)
+        x = self.stack(self._embed(states, chunk, offset, shards), context)
         return x[:, feature_chunk.numel() :].unflatten(1, (chunks, sinks + size))[:, :, sinks:]
 
     def _history_cut(self, token_states: Tensor) -> Tensor | None:

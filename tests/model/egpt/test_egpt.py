@@ -169,6 +169,7 @@ class _OneMask:
     """All of a window as one sequence under one dense mask, from the definition of what is seen."""
 
     absorbed = False
+    shards = None
 
     def __init__(self, model, rotary, first):
         self.rotary = rotary
