@@ -18,7 +18,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._objects: dict[int, Any] = {}
-        """Copies by the address of their originals, as :func:`copy.deepcopy` notes them."""
+        """Copies by the address of their originals, as ``copy.deepcopy`` notes them."""
         self._storages: dict[tuple[torch.device, int], torch.UntypedStorage] = {}
         self._originals: list[Any] = []
         """Keeps their addresses from being given to others."""

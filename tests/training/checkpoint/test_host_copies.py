@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ from megaegpt.training.checkpoint.host_copies import HostCopies
 
 def _state() -> dict[str, Any]:
     flat = torch.arange(12.0)
-    module = OrderedDict(weight=flat[:8].view(2, 4), bias=flat[8:], alone=torch.ones(3).bfloat16())
-    module._metadata = {"version": 1}  # type: ignore[attr-defined]
+    layer = nn.Linear(4, 2)
+    layer.weight.data, layer.bias.data = flat[:8].view(2, 4), flat[8:10]
+    module = layer.state_dict()
+    module["alone"] = torch.ones(3).bfloat16()
     masters = nn.Parameter(torch.full((4,), 0.5))
     optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(0)}}}
     return {"module": module, "optimizer": optimizer, "parts": [masters, (flat[2:4], 7, "text")]}
