@@ -52,6 +52,8 @@ LayerCount = Annotated[int, Range("must be greater than 0", 1, 10_000, ceiling=T
 """Layers; ten times as many as any published model has, which is also what can be built at all."""
 SampleLength = Annotated[int, Range("must not be negative", 0, 1_000_000, ceiling=True)]
 """Tokens of a text that a run writes while it trains."""
+StepWindow = Annotated[int, Range("must be greater than 0", 1, 10_000, ceiling=True)]
+"""Steps of which numbers are kept, in memory and in checkpoints."""
 TokenId = Annotated[int, Range("must not be negative", 0, _INT32, ceiling=True)]
 Seed = Annotated[int, Range("must not be negative", 0, _INT64, ceiling=True)]
 """A seed; torch's generators take 64 bits, so seeds can be counted up from it, text by text."""

@@ -18,8 +18,21 @@ from megaegpt.config.ranges import (
     PositiveInt,
     Probability,
     SampleLength,
+    ScaleFactor,
     Seed,
+    StepWindow,
 )
+
+
+@dataclass(frozen=True)
+class SpikeGuardConfig:
+    """When a gradient norm stands out so far that its step is left out."""
+
+    factor: ScaleFactor | None = None
+    """Skip the update of a step whose gradient norm is above so many times the median of the steps
+    before. None: none is skipped."""
+    window: StepWindow = 100
+    """Steps of the median; none is skipped before there are as many."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,8 @@ class TrainingConfig:
     """Evaluations in a row without a better loss after which the run ends. None: never."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Reaction to a non-finite loss or gradient norm: stop the run, or skip and count the step."""
+    spike_guard: SpikeGuardConfig = field(default_factory=SpikeGuardConfig)
+    """Which steps are left out because their gradient norm stands out."""
     initialize_from: PathText | None = None
     """Weights to start from at step 0, given as ``model.encoder.source`` is (to continue a run use
     --resume instead)."""

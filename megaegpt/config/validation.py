@@ -18,7 +18,7 @@ from megaegpt.config.parsing import Problem, raise_problems
 from megaegpt.config.paths import path_problems
 from megaegpt.config.ranges import range_problems
 from megaegpt.config.run import RunConfig
-from megaegpt.config.training import OptimizerConfig
+from megaegpt.config.training import OptimizerConfig, SpikeGuardConfig
 from megaegpt.config.validation_sets import validation_set_problems
 
 _BATCH = {
@@ -84,6 +84,11 @@ def _schedule(config: RunConfig) -> Iterator[Problem]:
             ("optimizer.momentum", "optimizer.kind"),
             f"optimizer.momentum={optimizer.momentum} has no effect without optimizer.kind=muon",
         )
+    guard = config.training.spike_guard
+    if guard.factor is None and guard != SpikeGuardConfig():
+        key = "training.spike_guard"
+        keys = (f"{key}.factor", f"{key}.window")
+        yield Problem(keys, f"{key} has no effect without {key}.factor")
     if optimizer.min_lr > optimizer.lr:
         yield Problem(
             ("optimizer.min_lr", "optimizer.lr"),

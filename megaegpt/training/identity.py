@@ -54,6 +54,7 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "model.egpt": "random_history",
         "data": "feature_dtype mask_after_document_end",
         "training": "steps micro_batch_size precision gradient_clipping on_nonfinite freeze",
+        "training.spike_guard": "factor window",
         "training.lora": "rank alpha dropout targets",
         "optimizer": "kind lr min_lr schedule warmup_steps decay_steps beta1 beta2 eps "
         "weight_decay momentum groups",

@@ -120,6 +120,7 @@ def train(
     size = measure_model(config, None if encoder is None else encoder.config)
     with raising_together(grid):
         best = BestLoss.restored(state.get("best", {}))
+        engine.spike_guard.restore(state.get("gradient_norms", []))
         judged = config.checkpoint.best_of
         monitor = Monitor(config.logging, grid, state.get("step", 0), judged)
     _introduce(config, grid, monitor, data, size, precision, state, resume, notices)
@@ -143,6 +144,7 @@ def train(
         best=best,
         done=state.get("step", 0),
         skipped=state.get("skipped", 0),
+        spikes=state.get("spikes", 0),
     )
     try:
         encoder_config = None if encoder is None else encoder.config

@@ -68,6 +68,8 @@ class Trainer:
     """Optimizer steps done."""
     skipped: int = 0
     """Steps among those done whose gradient was not finite."""
+    spikes: int = 0
+    """Steps among those done that the guard against spikes left out."""
 
     def __post_init__(self) -> None:
         self._grid = self.engine.grid
@@ -174,12 +176,15 @@ class Trainer:
                 values |= {f"grad_norm/{name}": norm for name, norm in named}
             if step == self.done:
                 values |= {**speed.as_dict(), **self._data_progress()}
+                if self.engine.spike_guard.is_on:
+                    values["spikes"] = self.spikes
             self.monitor.training(step, values)
         finite = [loss for loss in losses if isfinite(loss)]
         mean = sum(finite) / len(finite) if finite else nan
         total = self.config.training.steps
+        left_out = {"skipped": self.skipped, "spikes": self.spikes}
         self.monitor.log(
-            log_line(self.done, total, mean, norms[-1], results[-1].lr, speed, self.skipped)
+            log_line(self.done, total, mean, norms[-1], results[-1].lr, speed, left_out)
         )
         self.monitor.flush()
         gc.collect(1)
@@ -194,8 +199,7 @@ class Trainer:
         with self._not_training():
             self._finish_saving()
             began = time.perf_counter()
-            progress = {"step": self.done, "skipped": self.skipped, "best": self.best.state()}
-            state = {**progress, **self.identity}
+            state = {**self._progress(), **self.identity}
             if self.config.checkpoint.asynchronous:
                 self.checkpoints.save_later(self.engine, self.done, state, self.parts)
                 self._saving = began, time.perf_counter() - began
@@ -203,6 +207,13 @@ class Trainer:
                 folder = self.checkpoints.save(self.engine, self.done, state, self.parts)
                 self.monitor.log(f"saved {folder} in {time.perf_counter() - began:.1f} s")
         self._saved = self.done
+
+    def _progress(self) -> dict[str, Any]:
+        """The part of the loop's state that grows."""
+        progress = {"step": self.done, "skipped": self.skipped, "best": self.best.state()}
+        if (guard := self.engine.spike_guard).is_on:
+            progress |= {"spikes": self.spikes, "gradient_norms": guard.state()}
+        return progress
 
     def _finish_saving(self) -> None:
         """Wait for the checkpoint that is being written, if there is one. Collective."""
@@ -300,6 +311,9 @@ class Trainer:
         if result.applied:
             self._skips_in_a_row = 0
             return
+        if result.spike is not None:
+            self._note_spike(result.grad_norm.item(), result.spike)
+            return
         self.skipped += 1
         if not result.nonfinite:
             return
@@ -308,6 +322,21 @@ class Trainer:
         if self._skips_in_a_row >= _MOST_SKIPS_IN_A_ROW:
             raise _everywhere(f"{problem}, for the {self._skips_in_a_row}th step in a row")
         self._on_nonfinite(problem)
+
+    def _note_spike(self, norm: float, median: float) -> None:
+        self.spikes += 1
+        first, last = self._samples_of(self.done)
+        guard = self.config.training.spike_guard
+        self.monitor.log(
+            f"skipped: step {self.done + 1}: the gradient norm {norm:.4g} is above "
+            f"{guard.factor:g} times {median:.4g}, the median of {guard.window} steps "
+            f"(training.spike_guard; samples {first}..{last})"
+        )
+
+    def _samples_of(self, before: int) -> tuple[int, int]:
+        """Numbers of the first and the last sample of the step after ``before`` steps."""
+        batches = self.config.batches
+        return batches.samples_before(before), batches.samples_before(before + 1) - 1
 
     def _check_losses(self, results: list[StepResult], losses: list[float]) -> None:
         """An infinite loss may have a finite gradient, so that its step was applied. Losses are
@@ -337,8 +366,7 @@ class Trainer:
         Collective.
         """
         grid, size = self._grid, self.config.training.micro_batch_size
-        batches = self.config.batches
-        start = batches.samples_before(before)
+        start, last = self._samples_of(before)
         own = [
             start + (micro_step * grid.dp_size + grid.dp_rank) * size + row
             for micro_step, loss in enumerate(result.micro_losses)
@@ -353,7 +381,6 @@ class Trainer:
         where = f"step {before + 1}"
         if found:
             return f"{where}: the loss is not finite on {'; '.join(found)}"
-        last = batches.samples_before(before + 1) - 1
         return f"{where}: the gradient is not finite (losses are; samples {start}..{last})"
 
 

@@ -60,6 +60,7 @@ class _TrainerState:
 
     step: int = 0
     skipped: int = 0
+    spikes: int = 0
     seed: int | None = None
     global_batch_size: int | None = None
     batch_ramp: BatchRampConfig | None = None

@@ -71,14 +71,17 @@ def quieten(device_type: str) -> None:
     """
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
-    log.addFilter(_is_not_of_our_optimizer)
+    log.addFilter(_is_news)
     if device_type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _is_not_of_our_optimizer(record: logging.LogRecord) -> bool:
-    """Whether a line is another than the warning that an optimizer is not one of DeepSpeed's."""
-    return "untested optimizer" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line is another than the warnings that an optimizer is not one of DeepSpeed's, and
+    that a step was left out, of which the training loop says why and where.
+    """
+    known = ("untested optimizer", "Gradients are non-finite, weights were not updated")
+    return not any(text in record.getMessage() for text in known)
 
 
 def import_muon_uncompiled() -> None:

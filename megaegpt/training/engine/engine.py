@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from megaegpt.training.engine.muon import Muon
 from megaegpt.training.engine.optimizer import LR_SCALE, build_optimizer
 from megaegpt.training.engine.replicas import assert_replicas_equal, is_sharded
 from megaegpt.training.engine.schedule import learning_rate
+from megaegpt.training.engine.spikes import SpikeGuard
 
 LossFunction = Callable[[Callable[..., Tensor], Batch], Tensor]
 """(model, micro-batch) -> the sum of its losses in nats, through one call of the model."""
@@ -71,17 +72,19 @@ class StepResult:
     tokens: Tensor
     """Predicted tokens of the global batch."""
     grad_norm: Tensor
-    """Global gradient norm before clipping; inf where the step was skipped."""
+    """Global gradient norm before clipping; inf where it was not finite."""
     lr: float
     """Learning rate of this step."""
     applied: bool
-    """False: the gradient was not finite and the weights are unchanged."""
+    """False: the gradient was not finite, or a spike, and the weights are unchanged."""
     nonfinite: bool
     """Skipped for a cause that loss scaling does not cure."""
     micro_losses: tuple[Tensor, ...] = ()
     """Sum of nats of each of this rank's micro-batches."""
     module_norms: Tensor | None = None
     """Gradient norms of ``Engine.module_norms.names``; None unless ``logging.gradient_norms``."""
+    spike: float | None = None
+    """Skipped by ``training.spike_guard``: the median that the norm stands out from."""
 
 
 class Engine:
@@ -153,6 +156,7 @@ class Engine:
             self._deepspeed.enable_backward_allreduce = False
         deepspeed_state.install(self._deepspeed)
         self.module_norms = ModuleNorms(model, self.optimizer, grid)
+        self.spike_guard = SpikeGuard(config.training.spike_guard)
 
     @property
     def optimizer(self) -> Any:
@@ -190,7 +194,7 @@ class Engine:
         scale = self.grid.dp_size / divisor  # DeepSpeed averages over data-parallel ranks
         for head in self._heads:
             head.expect_backward_scale(scale * self.loss_scale)  # which changes between steps only
-        norms, losses = None, []
+        norms, spike, losses = None, None, []
         seed = self._config.training.seed
         for micro_step, micro_batch in enumerate(micro_batches):
             seed_micro_step(seed, step, micro_step, self.grid.dp_rank)
@@ -200,14 +204,43 @@ class Engine:
             self._deepspeed.backward(loss * scale, scale_wrt_gas=False)
             if last and self._config.logging.measures_parts(step):
                 norms = self.module_norms.measure(self.loss_scale)
-            self._deepspeed.step()
+            if last and self.spike_guard.is_on:
+                spike = self._find_spike()
+            with self._loss_scale_kept(spike is not None):
+                self._deepspeed.step()
             losses.append(loss.detach())
         total = torch.zeros((), device=self.grid.device)
         for loss in losses:
             total += loss
         if self.grid.dp_group is not None:
             dist.all_reduce(total, group=self.grid.dp_group)
-        return self._result(total / divisor, tokens, lr, tuple(losses), norms)
+        result = self._result(total / divisor, tokens, lr, tuple(losses), norms)
+        if spike is None:
+            return result
+        norm, median = spike
+        norm_of_spike = torch.full_like(result.grad_norm, norm)
+        return replace(result, grad_norm=norm_of_spike, nonfinite=False, spike=median)
+
+    def _find_spike(self) -> tuple[float, float] | None:
+        """The norm of a gradient that stands out, and the median that it stands out from; such a
+        gradient is spoilt, for DeepSpeed leaves out the update of one that is not finite.
+        Collective, and decided alike on all ranks.
+        """
+        median = self.spike_guard.median
+        norm = self.module_norms.total(self.loss_scale).item()
+        if not self.spike_guard.is_spike(norm):
+            return None
+        self.module_norms.spoil()
+        return norm, median
+
+    @contextlib.contextmanager
+    def _loss_scale_kept(self, kept: bool) -> Iterator[None]:
+        """Keep a step that is left out on purpose from lowering the loss scale of fp16."""
+        scaler = self._loss_scaler if kept else None
+        before = {} if scaler is None else dict(vars(scaler))
+        yield
+        if scaler is not None:
+            vars(scaler).update(before)
 
     def _count_tokens(self, micro_batches: Sequence[Batch]) -> Tensor:
         counts = [(batch["targets"] != IGNORE).sum() for batch in micro_batches]

@@ -1,4 +1,4 @@
-"""The gradient norm of each part of a model, wherever DeepSpeed keeps the gradients."""
+"""The gradient norm of a model and of each of its parts, wherever DeepSpeed keeps the gradients."""
 
 from __future__ import annotations
 
@@ -43,11 +43,40 @@ class ModuleNorms:
             if own or getattr(parameter, "tensor_model_parallel", False):
                 norm = torch.linalg.vector_norm(piece, dtype=torch.float32)
                 squares[self._number[id(parameter)]] += norm.double().square()
+        self._add_up(squares)
+        return squares.sqrt().float() / loss_scale
+
+    @torch.no_grad()
+    def total(self, loss_scale: float) -> Tensor:
+        """2-norm of the whole gradient before clipping, a scalar, the same on every rank.
+        Collective.
+        """
+        grid = self._grid
+        counted = [
+            piece
+            for parameter, piece in self._pieces()
+            if grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+        ]
+        square = torch.zeros((), dtype=torch.float64, device=grid.device)
+        if counted:
+            square += torch.stack(torch._foreach_norm(counted, 2, torch.float64)).square().sum()
+        self._add_up(square)
+        return square.sqrt() / loss_scale
+
+    @torch.no_grad()
+    def spoil(self) -> None:
+        """Let the gradient be infinite, so that DeepSpeed leaves out the update."""
+        for _, piece in self._pieces():
+            piece.view(-1)[:1] = torch.inf
+            return
+
+    def _add_up(self, squares: Tensor) -> None:
+        """Sum up over the ranks that have other pieces."""
+        grid = self._grid
         partitioned = hasattr(self._optimizer, "averaged_gradients")
         for group in (grid.tp_group, grid.dp_group if partitioned else None):
             if group is not None:
                 dist.all_reduce(squares, group=group)
-        return squares.sqrt().float() / loss_scale
 
     def _pieces(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield this rank's piece of each gradient: under ZeRO its partition's, else the whole."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -104,9 +105,19 @@ class SpeedMeter:
 
 
 def log_line(
-    done: int, total: int, loss: float, grad_norm: float, lr: float, speed: Speed, skipped: int = 0
+    done: int,
+    total: int,
+    loss: float,
+    grad_norm: float,
+    lr: float,
+    speed: Speed,
+    left_out: Mapping[str, int] | None = None,
 ) -> str:
-    """``step 00012/02000 (0.60%) | loss 4.8100 | norm 1.02 | lr 6.0e-04 | tok/s 2.9M | ...``"""
+    """``step 00012/02000 (0.60%) | loss 4.8100 | norm 1.02 | lr 6.0e-04 | tok/s 2.9M | ...``
+
+    Args:
+        left_out: how many steps were, by the reason; shown where there are any.
+    """
     width = max(5, len(str(total)))
     mfu = "n/a" if speed.mfu is None else f"{100 * speed.mfu:.1f}%"
     fields = [
@@ -119,4 +130,5 @@ def log_line(
         f"mem {speed.memory / 2**30:.1f}G",
         f"eta {short_time(speed.seconds_left)}",
     ]
-    return " | ".join(fields + ([f"skipped {skipped}"] if skipped else []))
+    fields += [f"{reason} {count}" for reason, count in (left_out or {}).items() if count]
+    return " | ".join(fields)

@@ -64,7 +64,7 @@ def test_the_log_line() -> None:
         "step 00012/02000 (0.60%) | loss 4.8100 | norm 1.02 | lr 6.0e-04 | tok/s 2.9M | "
         "mfu 46.1% | mem 0.8G | eta 58m00s"
     )
-    line = log_line(12, 2000, 4.81, 1.02, 6e-4, Speed(950.0, None, 5.0, 0), skipped=3)
+    line = log_line(12, 2000, 4.81, 1.02, 6e-4, Speed(950.0, None, 5.0, 0), {"skipped": 3})
     assert "tok/s 950 | mfu n/a" in line
     assert line.endswith("eta 5s | skipped 3")
 
