@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megaegpt import __version__
+from megaegpt.errors import exits_cleanly
 from megaegpt.shipped import SHIPPED
 
 SUBCOMMANDS = {
@@ -51,10 +52,10 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     words = sys.argv[1:] if words is None else words
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_help())
+        _say(_help())
         sys.exit(0)
     if words[0] in ("-V", "--version"):
-        print(f"megaegpt {__version__}")
+        _say(f"megaegpt {__version__}")
         sys.exit(0)
     name, *arguments = words
     if name.startswith("--local_rank=") and arguments:  # the deepspeed launcher's, before all else
@@ -66,6 +67,11 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(2)
     sys.argv = [f"megaegpt {name}", *arguments]
     _run(SHIPPED / SUBCOMMANDS[name])
+
+
+def _say(text: str) -> None:
+    """To a reader that may have left, or a disk that may be full."""
+    exits_cleanly(lambda: print(text))()
 
 
 def _run(program: Path) -> None:

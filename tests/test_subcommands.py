@@ -54,6 +54,16 @@ def test_an_unknown_command_is_named_with_the_one_that_was_meant(
     assert "megaegpt --help" in run(["?"], capsys)[2]
 
 
+@pytest.mark.parametrize(("output", "code"), [("| true", 141), ("> /dev/full", 2)])
+def test_help_that_cannot_be_shown_makes_no_traceback(output: str, code: int) -> None:
+    command = f'{sys.executable} -m megaegpt --help {output}; exit "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"], capsys)[1] == f"megaegpt {__version__}\n"
 

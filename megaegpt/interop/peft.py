@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +30,7 @@ from megaegpt.interop.tensor_files import check_finite
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.translation import nearest_family
 from megaegpt.interop.vocabulary_files import copy_tokenizer
-from megaegpt.json_files import read_json
+from megaegpt.json_files import conform, read_json
 from megaegpt.model.adapter_files import (
     Base,
     open_adapter,
@@ -38,6 +39,8 @@ from megaegpt.model.adapter_files import (
 )
 from megaegpt.model.adapters import A, B
 from megaegpt.model.weights import read_weights_config, tensors_digest, verify_weights
+
+N = TypeVar("N", int, float)
 
 PEFT_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -54,6 +57,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "exclude_modules": (None, []),
 }
 """Keys of theirs that change what an adapter computes, and the values with which they do not."""
+
+
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+"""In a pattern: what can take exponential time to match."""
+
+
+@dataclass(frozen=True)
+class _Described:
+    """The keys of ``adapter_config.json`` that say how large the ranks and scales are."""
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float | None = None
+    use_rslora: bool | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
 
 
 class Factors(NamedTuple):
@@ -208,9 +227,8 @@ def import_peft(source: Path, base_source: str, base: Path, output: Path) -> Non
         CheckpointError: it is damaged, of another model than ``base``, or computes what adapters of
             ours do not.
     """
-    described = read_json(source / PEFT_CONFIG, dict[str, Any], error=CheckpointError)
+    described = _read_description(source)
     config, extra = read_weights_config(base)
-    _check_neutral(described, source)
     stored = _read_tensors(source)
     modules = _modules(config)
     if foreign := sorted(stored.keys() - modules.keys()):
@@ -218,7 +236,10 @@ def import_peft(source: Path, base_source: str, base: Path, output: Path) -> Non
             f"{source} has an adapter for {foreign[0]}, which has no place in {base}: adapters of "
             "a block's linear layers are read, over the model that they were trained with"
         )
-    scales = {module: _scale(described, module) for module in stored}
+    scales = {
+        module: _scale(described, module, factors.a.shape[0], source)
+        for module, factors in stored.items()
+    }
     rank = max(factors.a.shape[0] for factors in stored.values())
     common = set(scales.values())
     scale = common.pop() if len(common) == 1 else 1.0
@@ -231,11 +252,30 @@ def import_peft(source: Path, base_source: str, base: Path, output: Path) -> Non
     _check_shapes(tensors, config, source)
     targets = tuple(dict.fromkeys(name.rsplit(".lora.", 1)[0].split(".")[-1] for name in tensors))
     _check_complete(tensors, targets, config, source)
-    dropout = float(described.get("lora_dropout") or 0.0)
-    lora = LoRAConfig(rank, scale * rank, dropout, targets)
+    lora = LoRAConfig(rank, scale * rank, described.lora_dropout or 0.0, targets)
     kept = {key: extra[key] for key in ("tokenizer_fingerprint",) if key in extra}
     write_adapter(tensors, output, config, lora, Base(base_source, tensors_digest(base)), kept)
     copy_tokenizer(base, output)
+
+
+def _read_description(source: Path) -> _Described:
+    """Raises:
+    CheckpointError: it is damaged, or of an adapter that computes something else.
+    """
+    path = source / PEFT_CONFIG
+    described = read_json(path, dict[str, Any], error=CheckpointError)
+    _check_neutral(described, source)
+    found = conform(described, _Described, str(path), error=CheckpointError, other_keys=True)
+    if not 0 <= (found.lora_dropout or 0.0) < 1:
+        raise CheckpointError(f"{path}: lora_dropout={found.lora_dropout} is no probability")
+    for pattern in (*(found.rank_pattern or ()), *(found.alpha_pattern or ())):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(f"{path}: {pattern!r:.60} is no pattern: {error}") from None
+        if _REPEATED_GROUP.search(pattern):
+            raise CheckpointError(f"{path}: the pattern {pattern!r:.60} may take any time to match")
+    return found
 
 
 def _check_neutral(described: Mapping[str, Any], source: Path) -> None:
@@ -247,18 +287,23 @@ def _check_neutral(described: Mapping[str, Any], source: Path) -> None:
             raise CheckpointError(f"{source}: {key}={value!r:.60} is no adapter of low rank alone")
 
 
-def _scale(described: Mapping[str, Any], module: str) -> float:
-    rank = _of_pattern(described.get("rank_pattern"), module, described.get("r", 8))
-    alpha = _of_pattern(described.get("alpha_pattern"), module, described.get("lora_alpha", 8))
-    return alpha / rank**0.5 if described.get("use_rslora") else alpha / rank
+def _scale(described: _Described, module: str, rank: int, source: Path) -> float:
+    """Of a module whose factors have the rank ``rank``."""
+    said = _of_pattern(described.rank_pattern, module, described.r)
+    if said != rank:
+        raise CheckpointError(
+            f"{source}: the adapter of {module} has the rank {rank}, and {PEFT_CONFIG} says {said}"
+        )
+    alpha = _of_pattern(described.alpha_pattern, module, described.lora_alpha)
+    return alpha / rank**0.5 if described.use_rslora else alpha / rank
 
 
-def _of_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> float:
+def _of_pattern(patterns: Mapping[str, N] | None, module: str, default: N) -> N:
     """As PEFT finds a module's own value: by a pattern that its name ends with."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(value)
-    return float(default)
+            return value
+    return default
 
 
 def _read_tensors(source: Path) -> dict[str, Factors]:
@@ -285,6 +330,8 @@ def _read_tensors(source: Path) -> dict[str, Factors]:
             raise CheckpointError(f"{path} has not both factors of {module}, as matrices")
         if factors["a"].shape[0] != factors["b"].shape[1]:
             raise CheckpointError(f"{path}: the factors of {module} have different ranks")
+        if not factors["a"].shape[0]:
+            raise CheckpointError(f"{path}: the factors of {module} have no rank")
     if not found:
         raise CheckpointError(f"{path} holds no adapter")
     return {module: Factors(**factors) for module, factors in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,31 @@ def test_what_adapters_of_ours_do_not_compute_is_refused(
     folder: Path, case: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     random_peft(case, tmp_path / "peft", **options)
+    with pytest.raises(CheckpointError, match=message):
+        import_peft(tmp_path / "peft", "x", folder / "base", tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"r": 0}, "has the rank 3, and adapter_config.json says 0"),
+        ({"r": 5}, "has the rank 3, and adapter_config.json says 5"),
+        ({"lora_alpha": None}, "lora_alpha must be a number, not null"),
+        ({"lora_alpha": float("inf")}, "lora_alpha must be finite"),
+        ({"lora_dropout": 1.5}, "lora_dropout=1.5 is no probability"),
+        ({"use_rslora": "yes"}, "use_rslora must be"),
+        ({"rank_pattern": [4]}, "rank_pattern must be"),
+        ({"alpha_pattern": {"(": 1.0}}, r"'\(' is no pattern"),
+        ({"alpha_pattern": {"(.*)*x": 1.0}}, "may take any time to match"),
+    ],
+)
+def test_a_description_that_does_not_fit_its_tensors_is_refused(
+    folder: Path, case: str, values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    random_peft(case, tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_config.json"
+    described = json.loads(file.read_text()) | {"rank_pattern": {}, "alpha_pattern": {}}
+    file.write_text(json.dumps(described | values))
     with pytest.raises(CheckpointError, match=message):
         import_peft(tmp_path / "peft", "x", folder / "base", tmp_path / "ours")
 

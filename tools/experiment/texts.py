@@ -111,7 +111,11 @@ def _documents(name: str, folder: Path) -> Iterator[str]:
         yield king_james_bible().text
     elif name.startswith(_PACKAGE):
         for path in _package_files(name.removeprefix(_PACKAGE)):
-            yield path.read_text(encoding="utf-8")
+            try:
+                yield path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "it is not UTF-8"
+                raise DataError(f"{name}: {path} cannot be read: {reason}") from None
     else:
         path = _find(name)
         source = "jsonl" if ".jsonl" in path.name else "text"

@@ -47,6 +47,15 @@ def test_the_files_of_a_package_are_read_in_the_order_of_their_paths(tmp_path: P
 
 
 @pytest.mark.usefixtures("package")
+def test_a_file_of_a_package_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sources_of_a_test" / "parts" / "a.py").write_bytes(
+        "name = 'é'\n".encode("latin-1")
+    )
+    with pytest.raises(DataError, match=r"parts/a.py cannot be read: it is not UTF-8"):
+        prepared("package:sources_of_a_test/parts", tmp_path / "texts")
+
+
+@pytest.mark.usefixtures("package")
 @pytest.mark.parametrize(
     ("name", "words"),
     [
