@@ -1,6 +1,6 @@
 """Look into token shards: counts, lengths of documents, text, damage, differences.
 
-python tools/inspect_shards.py show data/web/train --samples 3 --png lengths.png
+python tools/inspect_shards.py show data/web/train --samples 3 --plot lengths.png
 python tools/inspect_shards.py verify data/web/train
 python tools/inspect_shards.py compare data/web/train data/other/train
 """
@@ -42,7 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     show.add_argument(
         "--tokens", type=_count, default=100, metavar="N", help="of each (%(default)s)"
     )
-    show.add_argument("--png", type=path, metavar="FILE", help="draw the histogram")
+    show.add_argument(  # --png is its earlier name
+        "--plot", "--png", type=path, metavar="FILE", help="draw the histogram (matplotlib)"
+    )
     show.add_argument("--vocabulary", metavar="PLACE", help="tokenizer, if not the shards' own")
     show.set_defaults(run=_show)
     verify = commands.add_parser("verify", help="read everything; checksums where there are some")
@@ -76,9 +78,9 @@ def _show(arguments: argparse.Namespace) -> None:
         f"{histogram.documents:,} documents, {histogram.tokens:,} tokens, "
         f"mean {mean:,.1f}, longest {histogram.longest:,}\n\n{histogram.text()}"
     )
-    if arguments.png:
-        histogram.draw(arguments.png)
-        print(f"\nwrote {arguments.png}")
+    if arguments.plot:
+        histogram.draw(arguments.plot)
+        print(f"\nwrote {arguments.plot}")
     tokenizer = tokenizer_of_shards([s.prefix for s in shards], arguments.vocabulary)
     for number in _spread(arguments.samples, histogram.documents):
         shard, inside = _locate(shards, number)

@@ -17,9 +17,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megaegpt.arguments import ArgumentParser, path
+from megaegpt.bars import progress_bar
 from megaegpt.data.readers import READERS, parse_reader_options, read_documents
 from megaegpt.data.readers.books import BOOKS, Cleaning, king_james_bible, load_book
 from megaegpt.data.readers.documents import Document, LeftOut, Problems
@@ -174,7 +173,7 @@ def _prepare_corpus(target: Path, arguments: argparse.Namespace) -> Path:
     left_out = LeftOut(written=lambda path: path.resolve() in ours)
     problems = Problems(arguments.on_bad_input, left_out=left_out)
     documents = read_documents(name, sources, problems, **options)
-    write_jsonl(target, tqdm(documents, unit=" documents", mininterval=1.0), problems)
+    write_jsonl(target, progress_bar(documents, unit=" documents"), problems)
     if problems.count:
         print(problems.summary())
     for line in problems.left_out.lines():
@@ -184,7 +183,7 @@ def _prepare_corpus(target: Path, arguments: argparse.Namespace) -> Path:
 
 def _download(url: str, target: Path) -> Path:
     print(f"downloading {url}")
-    with tqdm(unit="B", unit_scale=True, mininterval=1.0) as bar:
+    with progress_bar(unit="B", unit_scale=True) as bar:
 
         def show(done: int, total: int | None) -> None:
             bar.total = total

@@ -16,9 +16,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 from megaegpt.arguments import ArgumentParser, integer, path
+from megaegpt.bars import progress_bar
 from megaegpt.data.preprocess.jobs import check_text_key, find_inputs
 from megaegpt.data.readers import READERS, Option, parse_reader_options, read_documents
 from megaegpt.data.readers.documents import Document, Problems
@@ -102,7 +101,7 @@ class _Texts:
         self.bytes = 0
 
     def __iter__(self) -> Iterator[str]:
-        with tqdm(unit="B", unit_scale=True, disable=self._quiet, desc="reading") as bar:
+        with progress_bar(unit="B", unit_scale=True, disable=self._quiet, title="reading") as bar:
             for document in self._read():
                 try:
                     size = len(document.text.encode())

@@ -59,7 +59,7 @@ def test_show_prints_counts_text_and_a_picture(
 ) -> None:
     prefix = write_texts(tmp_path / "s", ["The first text.", "The second, größer.", "The last."])
     picture = tmp_path / "lengths.png"
-    assert call(monkeypatch, "show", prefix, "--png", picture) == 0
+    assert call(monkeypatch, "show", prefix, "--plot", picture) == 0
     output = capsys.readouterr().out
     assert "3 documents" in output
     for text in ("The first text.", "The second, größer.", "The last."):

@@ -10,8 +10,8 @@ import dataclasses
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from megaegpt.bars import progress_bar
 from megaegpt.config import RopeScalingConfig
 from megaegpt.data.tokens.windows import EvaluationWindows, tokens_before
 from megaegpt.errors import ConfigError
@@ -50,7 +50,7 @@ def reading_nats(gpt: GPT, text: Text, reading: ReadingPlan) -> np.ndarray:
     length, overlap = reading.context or text.chunk_size, reading.overlap
     windows = EvaluationWindows(text.source, length)
     nats = np.zeros(text.targets.size)
-    for number in tqdm(range(len(windows)), "the encoder alone", unit="window"):
+    for number in progress_bar(range(len(windows)), "the encoder alone", unit="window"):
         batch = windows.batch(np.array([number]))
         before = tokens_before(text.source, number * length, overlap)
         if number * length < overlap:  # nothing, or not enough, is before it

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from megaegpt.bars import progress_bar
 from megaegpt.config.data import VerifyPolicy
 from megaegpt.data.features.store import (
     MANIFEST,
@@ -119,12 +119,11 @@ class _Writer:
         spec, grid = self.spec, self.grid
         missing = broadcast_object(self._missing_parts, grid)
         done = spec.num_chunks - sum(len(spec.part_chunks(part)) for part in missing)
-        bar = tqdm(
+        bar = progress_bar(
             total=spec.num_chunks,
             initial=done,
-            desc=title,
+            title=title,
             unit="chunk",
-            mininterval=1.0,
             disable=not grid.is_main,
         )
         with bar:

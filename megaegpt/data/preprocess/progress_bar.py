@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 
 from tqdm import tqdm
 
+from megaegpt.bars import progress_bar
 from megaegpt.data.preprocess.progress import Counts
-
-_QUIET_INTERVAL_S = 30.0  # between lines where the output is a file
 
 
 class Meter:
@@ -25,15 +23,8 @@ class Meter:
         self.counts = Counts()
         self._start = time.perf_counter()
         tqdm.monitor_interval = 0  # its thread would keep workers from being forked
-        interval = 0.2 if sys.stderr.isatty() else _QUIET_INTERVAL_S
-        self._bar = tqdm(
-            total=total or None,
-            unit="B",
-            unit_scale=True,
-            disable=not show,
-            mininterval=interval,
-            maxinterval=2 * interval,
-            dynamic_ncols=True,
+        self._bar = progress_bar(
+            total=total or None, unit="B", unit_scale=True, disable=not show, dynamic_ncols=True
         )
 
     @property

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from megaegpt.bars import progress_bar
 from megaegpt.data.tokens.memory_map import ResidentPages
 from megaegpt.data.tokens.permutation import Permutation
 from megaegpt.data.tokens.shards import Shard, ShardSummary, ShardWriter
@@ -51,7 +51,7 @@ class ShuffledDocuments:
         dtype = self._shards[0].dtype
         with (
             ShardWriter(prefix, dtype) as writer,
-            tqdm(total=last - first, desc=f"shuffle {prefix.name}", unit="doc",
+            progress_bar(total=last - first, title=f"shuffle {prefix.name}", unit="doc",
                  disable=not show_progress) as bar,
         ):  # fmt: skip
             for start in range(first, last, DOCUMENTS_AT_ONCE):

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from megaegpt.bars import progress_bar
 from megaegpt.config.data import VerifyPolicy
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.shards import ShardSummary, bin_path, idx_path
@@ -154,7 +153,7 @@ def verify_shards(
     if policy == "auto" and long:
         return
     largest_first = sorted(range(len(files)), key=lambda number: -sizes[number])
-    for number in tqdm(
+    for number in progress_bar(
         largest_first[rank::world_size], "checksums", unit="file", disable=rank > 0 or not long
     ):
         _verify_file(*files[number])
