@@ -45,9 +45,9 @@ if TYPE_CHECKING:  # torch is imported once the command line is right
 
     from megaegpt.data.tokens.windows import TokenSource
     from megaegpt.evaluation.scorer import Scorer
+    from megaegpt.evaluation.text_loss import Evaluation
     from megaegpt.generation.trained import LoadedModel
     from megaegpt.parallel.grid import ProcessGrid
-    from megaegpt.training.evaluation import Evaluation
 
 Result = tuple[str, dict[str, Any]]
 """Lines for people, and the numbers for ``--json``."""

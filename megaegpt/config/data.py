@@ -45,6 +45,9 @@ class DataConfig:
     validation_sets: tuple[str, ...] = ()
     """Further sets evaluated whole and recorded by name, beside ``validation``: NAME=PREFIX each;
     entries of one name are one set."""
+    tasks: tuple[str, ...] = ()
+    """Tasks scored at every evaluation and recorded by name: NAME=FILE each, JSON Lines of
+    LAMBADA's form (last words) or HellaSwag's (the true one of several endings)."""
     mask_after_document_end: bool = False
     """Leave the first token after a document's end in a sample of shards out of the losses, of
     training and of validation: it does not follow from what is before it."""

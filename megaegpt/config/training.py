@@ -131,7 +131,7 @@ class CheckpointConfig:
     it is on the disk."""
     best_of: str = "validation"
     """The validation set whose loss is compared, here and by ``training.patience``: ``validation``
-    or a name of ``data.validation_sets``."""
+    or a name of ``data.validation_sets``; or of ``data.tasks``, by its share of wrong answers."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megaegpt.config.paths import path_problems
 from megaegpt.config.ranges import range_problems
 from megaegpt.config.run import RunConfig
 from megaegpt.config.training import OptimizerConfig, SpikeGuardConfig
-from megaegpt.config.validation_sets import validation_set_problems
+from megaegpt.config.validation_sets import named_evaluation_problems
 
 _BATCH = {
     "parallel.tensor_parallel_size",
@@ -70,8 +70,9 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
     problems += parameter_group_problems(config.optimizer.groups)
     problems += _freezing(config)
     problems += _adapters(config)
+    problems += [p for p in _profile(config) if broken.isdisjoint(p.keys)]
     problems += _validation_split(config)
-    problems += validation_set_problems(config)
+    problems += named_evaluation_problems(config)
     problems += deepspeed_problems(config.deepspeed)
     return problems
 
@@ -217,7 +218,9 @@ def _adapters(config: RunConfig) -> Iterator[Problem]:
 
 def _validation_split(config: RunConfig) -> Iterator[Problem]:
     """Keys whose decisions depend on the validation loss need a validation split."""
-    if not config.data.train or config.data.validation:
+    judged = f"{config.checkpoint.best_of}="
+    by_task = any(entry.startswith(judged) for entry in config.data.tasks)
+    if not config.data.train or config.data.validation or by_task:
         return
     if config.training.patience is not None:
         yield Problem(
@@ -228,6 +231,15 @@ def _validation_split(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("checkpoint.keep_best", "data.validation"),
             "checkpoint.keep_best=true needs data.validation",
+        )
+
+
+def _profile(config: RunConfig) -> Iterator[Problem]:
+    start, steps = config.logging.profile.start, config.training.steps
+    if start is not None and start > steps:
+        yield Problem(
+            ("logging.profile.start", "training.steps"),
+            f"logging.profile.start={start} is after the last step, training.steps={steps}",
         )
 
 

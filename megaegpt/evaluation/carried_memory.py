@@ -16,13 +16,13 @@ from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.windows import TokenSource
 from megaegpt.errors import ConfigError
 from megaegpt.evaluation.text import evaluate_text
+from megaegpt.evaluation.text_loss import Evaluation
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.model.calling import Encode, chunk_ids_of
 from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.egpt.egpt_inputs import EGPTInputs
 from megaegpt.model.egpt.held_tokens import HeldTokens, MemoryLimits
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.evaluation import Evaluation
 
 
 class CarriedMemory(EGPTInputs):

@@ -15,8 +15,8 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
-from tqdm import tqdm
 
+from megaegpt.bars import progress_bar
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.generation_options import GenerationOptions, read_options
@@ -116,7 +116,7 @@ class HarnessModel(LM):
         batches = self._batches(prompts, options)
         written: dict[int, str] = {}
         own = batches[grid.dp_rank :: grid.dp_size]
-        for numbers in tqdm(own, "texts", unit="batch", disable=not grid.is_main):
+        for numbers in progress_bar(own, "texts", unit="batch", disable=not grid.is_main):
             texts = self._write([prompts[n] for n in numbers], options[numbers[0]], numbers)
             written.update(zip(numbers, texts, strict=True))
         every = {

@@ -17,6 +17,7 @@ from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.windows import TokenSource, tokens_before
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.text import evaluate_text
+from megaegpt.evaluation.text_loss import Evaluation
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.model.calling import chunk_ids_of
 from megaegpt.model.egpt.egpt import chunk_features
@@ -24,7 +25,6 @@ from megaegpt.model.egpt.egpt_inputs import EGPTInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.text_tables import format_table
-from megaegpt.training.evaluation import Evaluation
 
 HISTORIES = ("true", "shuffled", "zero")
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from megaegpt.bars import progress_bar
 from megaegpt.errors import DataError
 from megaegpt.evaluation.text import inputs_of
 from megaegpt.generation.trained import LoadedModel
@@ -89,18 +89,16 @@ class Scorer:
         self._inputs = inputs_of(loaded, dtype)
         config = loaded.model.config
         self.max_len = config.sample_len
+        self._vocab_size = config.vocab_size
         few_shapes = 128 if grid.device.type == "cuda" else 1  # a kernel may be made for each
         self._multiple_of = math.lcm(config.length_multiple, few_shapes)
 
-    @torch.inference_mode()
-    def score(self, pairs: Sequence[Pair], title: str | None = None) -> list[Score]:
-        """One score a pair. Collective over all ranks, which give the same pairs.
-
-        Args:
-            title: of a progress bar.
+    def check(self, pairs: Sequence[Pair]) -> None:
+        """Refuse pairs that cannot be scored.
 
         Raises:
-            DataError: a continuation is empty or longer than the model's context.
+            DataError: a continuation is empty or longer than the model's context, or has a token
+                that the model does not have.
         """
         for number, (context, continuation) in enumerate(pairs):
             if not context or not 1 <= len(continuation) <= self.max_len:
@@ -108,11 +106,30 @@ class Scorer:
                     f"pair {number}: {len(context)} and {len(continuation)} tokens cannot be "
                     f"scored; each needs one, and the model sees {self.max_len}"
                 )
+            if (largest := max(*context, *continuation)) >= self._vocab_size:
+                raise DataError(
+                    f"pair {number} has the token {largest}, and the model's vocabulary is of "
+                    f"{self._vocab_size} tokens: it has another tokenizer"
+                )
+
+    @torch.no_grad()  # not inference_mode: what a model in training caches must allow gradients
+    def score(self, pairs: Sequence[Pair], title: str | None = None) -> list[Score]:
+        """One score a pair. Collective over all ranks, which give the same pairs.
+
+        Args:
+            title: of a progress bar.
+
+        Raises:
+            DataError: of :meth:`check`.
+        """
+        self.check(pairs)
         grid, size = self._grid, self._batch_size
         found = torch.zeros(2, len(pairs), dtype=torch.float64, device=grid.device)
         by_length = sorted(range(len(pairs)), key=lambda n: sum(map(len, pairs[n])), reverse=True)
         firsts = range(grid.dp_rank * size, len(pairs), grid.dp_size * size)
-        for first in tqdm(firsts, title, unit="batch", disable=not (title and grid.is_main)):
+        for first in progress_bar(
+            firsts, title, unit="batch", disable=not (title and grid.is_main)
+        ):
             numbers = by_length[first : first + size]
             found[:, numbers] = self._score_batch([pairs[number] for number in numbers])
         if grid.dp_group is not None:

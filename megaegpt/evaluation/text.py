@@ -13,11 +13,11 @@ from megaegpt.data.readers.documents import Problems
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.windows import EvaluationWindows, TokenSource
 from megaegpt.errors import ConfigError
+from megaegpt.evaluation.text_loss import Evaluation, Evaluator
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.model.build import build_inputs
 from megaegpt.model.calling import ModelInputs
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.evaluation import Evaluation, Evaluator
 
 
 class TextTokens:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
+from megaegpt.bars import progress_bar
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.data.instruction.chat_template import ChatTemplate, load_chat_template
 from megaegpt.data.instruction.records import (
@@ -183,7 +183,7 @@ class InstructionData:
             raise DataError(f"data.instructions.template: {error}") from None
 
     def _encode(self, records: Sequence[Record], name: str) -> InstructionDataset:
-        shown = tqdm(records, f"{name} records", disable=not is_main_process(), leave=False)
+        shown = progress_bar(records, f"{name} records", disable=not is_main_process(), leave=False)
         dataset = InstructionDataset(
             shown,
             self.tokenizer,

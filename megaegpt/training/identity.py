@@ -63,7 +63,7 @@ _KEYS: dict[Effect, dict[str, str]] = {
     "none": {
         "model": "init_std",
         "model.encoder": "source initialize_decoder batch_size",
-        "data": "train validation validation_sets verify_checksums vocabulary features "
+        "data": "train validation validation_sets tasks verify_checksums vocabulary features "
         "history_features token_features prefetch",
         "data.instructions": "train validation",
         "parallel": "tensor_parallel_size sequence_parallel zero_stage overlap_comm",

@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING
 from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.validation import validate
+from megaegpt.config.validation_sets import task_files
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.blend import Blend
 from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.data.tokens.token_ids import known_byte_lengths
 from megaegpt.data.tokens.windows import Windows
 from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.evaluation.scorer import Scorer
+from megaegpt.evaluation.task_in_training import TaskInTraining
+from megaegpt.evaluation.text_loss import Evaluator
 from megaegpt.files import write_whole
 from megaegpt.generation.generator import Prompt
+from megaegpt.generation.trained import LoadedModel
 from megaegpt.model.build import Model, build_inputs
 from megaegpt.model.calling import ModelInputs
 from megaegpt.model.encoder import FrozenEncoder
@@ -37,12 +42,11 @@ from megaegpt.training.consistency import (
     corpus_facts,
 )
 from megaegpt.training.engine.deterministic import make_deterministic
-from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
 from megaegpt.training.identity import check_resume, run_identity
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, device_name
-from megaegpt.training.logging.monitor import Monitor, has_validation
+from megaegpt.training.logging.monitor import Monitor, has_evaluation
 from megaegpt.training.logging.profiling import StepProfiler
 from megaegpt.training.memory_error import explaining_memory
 from megaegpt.training.run_data import PretrainingData, RunData
@@ -110,6 +114,7 @@ def train(
         state = saved.trainer
     compiles = config.training.compile and compile_problem(grid.device.type) is None
     model = starting_model(config, grid, data, encoder, compiles, notices, new=latest is None)
+    tasks = _tasks(config, grid, LoadedModel(model, encoder, data.tokenizer), precision)
     feed = functools.partial(_inputs, config, grid, data, encoder, precision)
     inputs = feed("train")
     from megaegpt.training.engine.engine import Engine  # DeepSpeed: seconds, and all is checked
@@ -121,8 +126,8 @@ def train(
     with raising_together(grid):
         best = BestLoss.restored(state.get("best", {}))
         engine.spike_guard.restore(state.get("gradient_norms", []))
-        judged = config.checkpoint.best_of
-        monitor = Monitor(config.logging, grid, state.get("step", 0), judged)
+        judged, done = config.checkpoint.best_of, state.get("step", 0)
+        monitor = Monitor(config.logging, grid, done, judged, task_files(config.data.tasks))
     _introduce(config, grid, monitor, data, size, precision, state, resume, notices)
     trainer = Trainer(
         config=config,
@@ -135,6 +140,7 @@ def train(
         stops=stops or StopRequests(),
         profiler=StepProfiler(config.logging, grid, monitor.log),
         evaluators=_evaluators(config, grid, data, feed),
+        tasks=tasks,
         sample=_sampler(config, model, encoder, data, sample_text),
         parts={
             "weights": functools.partial(exported_weights, config, model, grid, data, encoder, base)
@@ -246,6 +252,19 @@ def _evaluators(
     return found
 
 
+def _tasks(
+    config: RunConfig, grid: ProcessGrid, trained: LoadedModel, precision: Precision
+) -> dict[str, TaskInTraining]:
+    """Score ``data.tasks``, by their names."""
+    rows = config.training.micro_batch_size
+    return {
+        name: TaskInTraining(
+            name, path, trained.model, Scorer(trained, grid, rows, DTYPES[precision]), grid
+        )
+        for name, path in task_files(config.data.tasks).items()
+    }
+
+
 def _sampler(
     config: RunConfig,
     model: Model,
@@ -338,8 +357,9 @@ def _says_complete(
     """Whether nothing is left to do, which lines say then; all files stay as they are."""
     if step < config.training.steps:
         return False
-    evaluates = data.validation is not None and step == config.training.steps
-    if evaluates and not has_validation(Path(config.logging.directory), step):
+    evaluates = data.validation is not None or bool(config.data.tasks)
+    at_end = step == config.training.steps
+    if evaluates and at_end and not has_evaluation(Path(config.logging.directory), step):
         return False  # it ended between its last checkpoint and its last evaluation
     for notice in notices:
         print(f"notice: {notice}")
@@ -353,7 +373,8 @@ def _says_complete(
 
 def _check_held_out(config: RunConfig, data: RunData) -> None:
     needed = config.training.patience is not None or config.checkpoint.keep_best
-    if needed and data.validation is None:
+    by_task = config.checkpoint.best_of in task_files(config.data.tasks)
+    if needed and data.validation is None and not by_task:
         raise ConfigError(
             "training.patience and checkpoint.keep_best need a validation split: this run has none"
         )

@@ -22,8 +22,8 @@ from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.token_ids import check_ids, document_end
 from megaegpt.data.tokens.windows import EvaluationWindows, Windows
 from megaegpt.errors import ConfigError, DataError
+from megaegpt.evaluation.text_loss import nothing_to_predict
 from megaegpt.generation.generator import Prompt
-from megaegpt.training.evaluation import nothing_to_predict
 
 
 class RunData(Protocol):

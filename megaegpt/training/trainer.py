@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from megaegpt.config import RunConfig
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.errors import MegaEGPTError, TrainingError
+from megaegpt.evaluation.task_in_training import TaskInTraining
+from megaegpt.evaluation.text_loss import Evaluator
 from megaegpt.model.base import LanguageModel
 from megaegpt.parallel.together import (
     all_gather_object,
@@ -26,7 +28,6 @@ from megaegpt.parallel.together import (
     raise_together,
 )
 from megaegpt.training.checkpoint.manager import CheckpointManager, Parts
-from megaegpt.training.evaluation import Evaluation, Evaluator
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, Stopwatch, log_line
 from megaegpt.training.logging.monitor import Monitor
@@ -35,6 +36,8 @@ from megaegpt.training.stopping import StopRequests
 
 if TYPE_CHECKING:  # DeepSpeed is imported when an engine is made
     from megaegpt.training.engine.engine import Engine, StepResult
+
+T = TypeVar("T")
 
 _MOST_SKIPS_IN_A_ROW = 100
 
@@ -54,6 +57,8 @@ class Trainer:
     profiler: StepProfiler
     evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
     """Of the validation sets by name."""
+    tasks: Mapping[str, TaskInTraining] = field(default_factory=dict)
+    """Scored beside them, by name."""
     sample: Callable[[], str] | None = None
     """Generates a text with the model; called on all ranks together."""
     parts: Parts = field(default_factory=dict)
@@ -228,24 +233,30 @@ class Trainer:
             self._saving = None
 
     def evaluate(self) -> None:
-        """Losses on the validation sets, and a generated sample."""
-        results: dict[str, Evaluation] = {}
+        """Losses on the validation sets, the tasks, and a generated sample."""
+        judged: dict[str, float] = {}
         with self._not_training():
             for name, evaluator in self.evaluators.items():
-                results[name] = self._same_everywhere(evaluator.evaluate(self.model))
+                result = self._same_everywhere(evaluator.evaluate(self.model))
                 of_set = "" if name == "validation" else f"{name}: "
-                self.monitor.log(f"step {self.done}: {of_set}{results[name]}")
-                self.monitor.validation(self.done, results[name], name)
+                self.monitor.log(f"step {self.done}: {of_set}{result}")
+                self.monitor.validation(self.done, result, name)
+                judged[name] = result.loss
+            for name, task in self.tasks.items():
+                measured = self._same_everywhere(task.evaluate())
+                self.monitor.log(f"step {self.done}: {name}: {measured}")
+                self.monitor.task(self.done, measured, name)
+                judged[name] = measured.error
             self._report_metrics()
             if self.sample is not None:
                 text = self.sample()
                 self.monitor.log(f"step {self.done}: sample\n{text}")
                 self.monitor.text("sample", text, self.done)
             self.monitor.flush()
-        if (judged := results.get(self.config.checkpoint.best_of)) is not None:
-            self._judge(judged.loss)
+        if (value := judged.get(self.config.checkpoint.best_of)) is not None:
+            self._judge(value)
 
-    def _same_everywhere(self, result: Evaluation) -> Evaluation:
+    def _same_everywhere(self, result: T) -> T:
         """Rank 0's, for what follows from it must be the same everywhere, to the last bit."""
         return broadcast_object(lambda: result, self._grid)
 
@@ -270,7 +281,7 @@ class Trainer:
 
     def _make_up_for_evaluation(self) -> None:
         """The evaluation due at the step resumed from may have been made before the stop."""
-        loss = broadcast_object(lambda: self.monitor.validation_loss(self.done), self._grid)
+        loss = broadcast_object(lambda: self.monitor.judged_value(self.done), self._grid)
         if loss is None:
             self.evaluate()
         else:

@@ -29,7 +29,8 @@ PATHS = {
 }
 OTHER_TEXTS = {
     "checkpoint.best_of",
-    "data.validation_sets",  # NAME=PREFIX, whose prefix is expanded where it is taken apart
+    "data.tasks",  # NAME=FILE, whose path is expanded where it is taken apart
+    "data.validation_sets",  # NAME=PREFIX, likewise
     "deepspeed",
     "generation.prompt",
     "logging.wandb_project",

@@ -9,6 +9,7 @@ import pytest
 
 from megaegpt.config import BatchRampConfig, ModelConfig, RopeScalingConfig, RunConfig
 from megaegpt.config.loading import validate
+from megaegpt.config.training import ProfileConfig
 from megaegpt.errors import ConfigError
 
 
@@ -113,8 +114,17 @@ REFUSED = [
     ),
     (
         {"checkpoint": {"best_of": "code"}, "data": {"validation_sets": ("wiki=data/x",)}},
-        "best_of=code is no validation set: use one of validation, wiki",
+        "best_of=code is no validation set or task: use one of validation, wiki",
     ),
+    (
+        {"logging": {"profile": ProfileConfig(start=1001)}},
+        "profile.start=1001 is after the last step, training.steps=1000",
+    ),
+    ({"data": {"tasks": ("lambada.jsonl",)}}, "data.tasks: 'lambada.jsonl' must be NAME=FILE"),
+    ({"data": {"tasks": ("a=x", "a=y")}}, "data.tasks: 'a' is there twice"),
+    ({"data": {"tasks": ("wiki=x",), "validation_sets": ("wiki=y",)}}, "'wiki' is there twice"),
+    ({"data": {"tasks": ("validation=x",)}}, "'validation' has a meaning already"),
+    ({"data": {"tasks": ("a=$NO_SUCH_VARIABLE/x",)}}, "$NO_SUCH_VARIABLE is not set"),
     ({"model": {"dropout": 1.0}}, "model.dropout=1.0 must be at least 0 and below 1"),
     ({"model": {"kind": "egpt"}}, "model.encoder.source is required for model.kind=egpt"),
     ({"model": {"kind": "deepgpt"}}, "model.encoder.source is required for model.kind=deepgpt"),

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.history import HISTORIES, compare_histories, history_table
+from megaegpt.evaluation.text_loss import Evaluation
 from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.evaluation import Evaluation
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.loaded import load
 from tests.tiny.models import CHUNK, CHUNKS, VOCAB

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from megaegpt.errors import DataError
-from megaegpt.evaluation.scorer import Scorer
+from megaegpt.evaluation.scorer import Score, Scorer
 from megaegpt.evaluation.tasks import (
     read_hellaswag,
     read_lambada,
+    read_task,
     score_hellaswag,
     score_lambada,
 )
@@ -107,6 +109,33 @@ def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="has no examples: each is a line with text"):
         read_lambada(tmp_path / "empty.jsonl")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_lambada, read_hellaswag, read_task):
+        with pytest.raises(DataError, match="is a pipe or a device"):
+            read(tmp_path / "pipe")
+
+
+def test_the_form_of_a_file_is_told_from_its_first_line(tmp_path: Path) -> None:
+    words = read_task(write(tmp_path / "l.jsonl", [{"text": t} for t in PASSAGES]))
+    endings = read_task(write(tmp_path / "h.jsonl", HELLASWAG))
+    assert words.examples == read_lambada(tmp_path / "l.jsonl")
+    assert endings.examples == read_hellaswag(tmp_path / "h.jsonl")
+    mixed = write(tmp_path / "m.jsonl", [HELLASWAG[0], {"text": "one two"}])
+    with pytest.raises(DataError, match="line 2: needs activity_label"):
+        read_task(mixed)
+
+
+def test_what_is_not_known_is_no_accuracy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of log-likelihoods that are no numbers, the largest would be the first."""
+    monkeypatch.setattr(SCORER, "score", lambda pairs, title: [Score(math.nan, True)] * len(pairs))
+    for rows, name in (([{"text": PASSAGES[0]}], "l"), (HELLASWAG, "h")):
+        task = read_task(write(tmp_path / name, rows))
+        result = task.score(SCORER, task.examples, None)
+        assert math.isnan(result.error)
+        assert math.isnan(result.accuracy)
 
 
 def test_an_ending_without_text_is_refused_before_anything_is_counted(tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from safetensors import safe_open
 from megaegpt.config import EncoderConfig
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.errors import CheckpointError, ConfigError, DataError, MegaEGPTError, TrainingError
+from megaegpt.evaluation.text_loss import Evaluator
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel import compiling
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training import pretraining
 from megaegpt.training.engine.engine import Engine, StepResult
-from megaegpt.training.evaluation import Evaluator
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.stopping import StopRequests
 from tests.distributed.harness import Distributed, grid_for
@@ -490,7 +490,7 @@ def _evaluate_apart(corpus: Path, folder: Path) -> tuple[bool, str]:
     """Rank 1's validation losses are one unit in the last place above rank 0's at step 3, and
     below them at step 6: seen from there the loss is still falling.
     """
-    from megaegpt.training.evaluation import Evaluation, Evaluator
+    from megaegpt.evaluation.text_loss import Evaluation, Evaluator
 
     rank, losses = grid_for(1).rank, iter((4.0, 4.0))
     shift = iter((math.inf, -math.inf) if rank else (4.0, 4.0))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megaegpt.config import LoggingConfig, RunConfig
 from megaegpt.errors import DataError
+from megaegpt.evaluation.tasks import TaskResult
+from megaegpt.evaluation.text_loss import Evaluation
 from megaegpt.files import is_special, naming_failures, write_whole
 from megaegpt.json_files import conform
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.report.figures import can_draw, loss_by_chunk, pixels
-from megaegpt.training.evaluation import Evaluation
 from megaegpt.training.logging.loggers import Logger, open_loggers
 
 METRICS = "metrics.jsonl"
@@ -28,7 +30,8 @@ class Monitor:
         grid: whether this is rank 0.
         done: optimizer steps the run starts from. Records of later steps, left by a run that was
             stopped after its last checkpoint, are dropped: their steps will be recorded again.
-        judged: the validation set that :meth:`validation_loss` tells of.
+        judged: the validation set that :meth:`judged_value` tells of, or the task.
+        tasks: names of the tasks.
 
     Raises:
         ConfigError: a logger cannot be opened.
@@ -37,10 +40,15 @@ class Monitor:
     """
 
     def __init__(
-        self, config: LoggingConfig, grid: ProcessGrid, done: int = 0, judged: str = "validation"
+        self,
+        config: LoggingConfig,
+        grid: ProcessGrid,
+        done: int = 0,
+        judged: str = "validation",
+        tasks: Container[str] = (),
     ) -> None:
         self._is_main = grid.is_main
-        self._judged = _loss_key(judged)
+        self._judged = _task_key(judged, "error") if judged in tasks else _loss_key(judged)
         self._validated: dict[int, float] = {}
         self._loggers: list[Logger] = []
         self._told_of_images = False
@@ -99,6 +107,14 @@ class Monitor:
         if self._loggers and chunks:
             self._draw_chunks(step, chunks)
 
+    def task(self, step: int, result: TaskResult, name: str) -> None:
+        """Record the measures of the task ``name`` after ``step`` steps."""
+        measures = {**asdict(result), "error": result.error}
+        if _task_key(name, "error") == self._judged:
+            self._validated[step] = result.error
+        self._record(step, {_task_key(name, key): value for key, value in measures.items()})
+        self._scalars(step, {f"tasks/{name}/{key}": value for key, value in measures.items()})
+
     def _draw_chunks(self, step: int, losses: list[float]) -> None:
         if can_draw():
             image = pixels(loss_by_chunk({"validation": losses}))
@@ -107,8 +123,10 @@ class Monitor:
             self._told_of_images = True
             self.log("notice: no image of the loss by chunk: matplotlib is not installed")
 
-    def validation_loss(self, step: int) -> float | None:
-        """The loss on record for an evaluation after ``step`` steps; on other ranks than 0 None."""
+    def judged_value(self, step: int) -> float | None:
+        """What is on record for an evaluation after ``step`` steps, of what is judged by: a set's
+        loss or a task's share of wrong answers; on other ranks than 0 None.
+        """
         return self._validated.get(step)
 
     def text(self, name: str, text: str, step: int) -> None:
@@ -177,6 +195,11 @@ def _loss_key(name: str) -> str:
     return "validation_loss" if name == "validation" else f"validation_loss/{name}"
 
 
+def _task_key(name: str, measure: str) -> str:
+    """The name in ``metrics.jsonl`` of a task's measure."""
+    return f"task_{measure}/{name}"
+
+
 def _validation_loss(record: dict[str, Any], key: str, path: Path) -> float:
     """The loss of an evaluation on record; nan if it was not finite, which earlier versions wrote
     as NaN.
@@ -189,14 +212,18 @@ def _validation_loss(record: dict[str, Any], key: str, path: Path) -> float:
     return found[key]
 
 
-def has_validation(folder: Path, step: int) -> bool:
+def has_evaluation(folder: Path, step: int) -> bool:
     """Whether a run's folder has a record of an evaluation after ``step`` steps."""
     path = folder / METRICS
     if not path.is_file():
         return False
     with path.open("rb") as lines:
         records = (_parse(line) for line in lines)
-        return any(r is not None and r["step"] == step and "validation_loss" in r for r in records)
+        return any(r is not None and r["step"] == step and _is_evaluation(r) for r in records)
+
+
+def _is_evaluation(record: dict[str, Any]) -> bool:
+    return any(key.startswith(("validation_loss", "task_error/")) for key in record)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.evaluation.text_loss import Evaluation, Evaluator
 from megaegpt.training.checkpoint.manager import CheckpointManager
-from megaegpt.training.evaluation import Evaluation, Evaluator
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for

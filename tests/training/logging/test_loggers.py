@@ -12,9 +12,9 @@ import pytest
 
 from megaegpt.config import LoggingConfig, RunConfig, TrainingConfig
 from megaegpt.errors import ConfigError
+from megaegpt.evaluation.text_loss import Evaluation
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.command_line import RunParser
-from megaegpt.training.evaluation import Evaluation
 from megaegpt.training.logging.monitor import Monitor
 
 EVALUATION = Evaluation(loss=3.0, nats_per_byte=0.9, tokens=100, loss_by_chunk=(3.5, 2.5))

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megaegpt.config import LoggingConfig, ModelConfig, RunConfig
 from megaegpt.errors import DataError
+from megaegpt.evaluation.text_loss import Evaluation
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.evaluation import Evaluation
 from megaegpt.training.logging import monitor as monitor_module
 from megaegpt.training.logging.monitor import Monitor
 from tests.tiny.runs import records
@@ -35,8 +35,8 @@ def test_records_after_the_checkpoint_are_dropped_when_a_run_is_resumed(tmp_path
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')  # the process was killed while it wrote
     second = monitor(tmp_path, done=3)
-    assert second.validation_loss(3) == EVALUATION.loss
-    assert second.validation_loss(5) is None
+    assert second.judged_value(3) == EVALUATION.loss
+    assert second.judged_value(5) is None
     second.training(4, {"loss": 60.0})
     second.close()
     assert [(r["step"], r.get("loss")) for r in records(tmp_path)] == [
@@ -82,8 +82,8 @@ def test_an_evaluation_without_a_finite_loss_is_not_made_again(
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 2, "validation_loss": {written}}}\n')
     run = monitor(tmp_path, done=2)
     run.close()
-    assert math.isnan(run.validation_loss(2) or 0.0)
-    assert run.validation_loss(1) is None
+    assert math.isnan(run.judged_value(2) or 0.0)
+    assert run.judged_value(1) is None
 
 
 @pytest.mark.parametrize(

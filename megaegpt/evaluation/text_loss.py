@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from megaegpt.bars import progress_bar
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.loader import DeviceMover
 from megaegpt.data.tokens.windows import Windows
@@ -137,7 +137,7 @@ class Evaluator:
         firsts = range(grid.dp_rank * size, len(self._windows), grid.dp_size * size)
         if self._progress is None:
             return firsts
-        return tqdm(firsts, self._progress, unit="batch", disable=not grid.is_main)
+        return progress_bar(firsts, self._progress, unit="batch", disable=not grid.is_main)
 
     def _batch(self, numbers: np.ndarray) -> Batch:
         windows = self._windows.batch(numbers)

@@ -17,13 +17,13 @@ from megaegpt.data.tokens.loader import DeviceMover, Moving
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.windows import EvaluationWindows
+from megaegpt.evaluation import text_loss
+from megaegpt.evaluation.text_loss import Evaluation, Evaluator
 from megaegpt.model.build import build_inputs, build_model
 from megaegpt.model.calling import ModelInputs, SequenceInputs, overlapped
 from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training import evaluation
-from megaegpt.training.evaluation import Evaluation, Evaluator
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import (
     CHUNK,
@@ -139,7 +139,7 @@ def test_batches_are_brought_to_the_device_as_training_brings_them(
             moved.append(len(batch["targets"]))
             return super().start(batch)
 
-    monkeypatch.setattr(evaluation, "DeviceMover", Mover)
+    monkeypatch.setattr(text_loss, "DeviceMover", Mover)
     made = evaluator(split, TargetsAsNats(), ProcessGrid())
     made.evaluate(nn.Identity())
     assert sum(moved) == -(-LENGTH // WINDOW)
