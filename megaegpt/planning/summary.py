@@ -12,6 +12,7 @@ from megaegpt.config.parameter_groups import assign_groups
 from megaegpt.model.adapters import choose_trained
 from megaegpt.model.build import meta_model
 from megaegpt.model.encoder import encoding_flops
+from megaegpt.model.flops import attention_flops
 from megaegpt.planning.memory import MemoryEstimate
 from megaegpt.precision import Precision
 from megaegpt.text_tables import short_count
@@ -32,11 +33,15 @@ class ModelSize:
     """Parameters of the frozen encoder."""
 
 
-def measure_model(config: RunConfig, encoder: ModelConfig | None = None) -> ModelSize:
+def measure_model(
+    config: RunConfig, encoder: ModelConfig | None = None, sample_tokens: float | None = None
+) -> ModelSize:
     """Count without allocating.
 
     Args:
         encoder: the frozen GPT of egpt and deepgpt.
+        sample_tokens: of a sample on average, which a gpt's attention costs go by; None: all are as
+            long as the model takes.
 
     Raises:
         ConfigError: ``training.freeze``, ``training.lora`` or ``optimizer.groups`` names what the
@@ -47,6 +52,12 @@ def measure_model(config: RunConfig, encoder: ModelConfig | None = None) -> Mode
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assign_groups(trained, config.optimizer.groups)
     flops = model.flops_per_token()
+    if sample_tokens is not None and not config.model.needs_encoder:
+        whole, seen = config.model.max_seq_len, round(sample_tokens)
+        if seen < whole:
+            flops -= 3 * (
+                attention_flops(config.model, whole) - attention_flops(config.model, seen)
+            )
     if encoder is None:
         return ModelSize(model.num_parameters() - frozen, flops, frozen)
     gpt = meta_model(encoder)

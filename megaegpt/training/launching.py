@@ -147,7 +147,7 @@ def _dry_run(config: RunConfig, world_size: int, find: Callable[[RunConfig], Pre
         except CheckpointError as error:
             print(f"notice: the encoder is left out of the numbers below: {error}")
     dp_size = world_size // config.parallel.tensor_parallel_size
-    size = measure_model(config, encoder)
+    size = measure_model(config, encoder, preview.tokens_per_sample)
     memory = estimate_memory(
         config, dp_size, precision, encoder, device.type, preview.longest_sample
     )

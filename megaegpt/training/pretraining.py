@@ -122,7 +122,8 @@ def train(
     engine = Engine(model, grid, config, inputs.loss)
     if latest is not None:
         _restore(config, grid, engine, checkpoints, latest)
-    size = measure_model(config, None if encoder is None else encoder.config)
+    encoder_config = None if encoder is None else encoder.config
+    size = measure_model(config, encoder_config, data.tokens_per_sample)
     with raising_together(grid):
         best = BestLoss.restored(state.get("best", {}))
         engine.spike_guard.restore(state.get("gradient_norms", []))
@@ -153,7 +154,6 @@ def train(
         spikes=state.get("spikes", 0),
     )
     try:
-        encoder_config = None if encoder is None else encoder.config
         with explaining_memory(config, grid, encoder_config, precision, data.longest_sample):
             return trainer.train()
     finally:

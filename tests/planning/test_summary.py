@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from megaegpt.config import ParallelConfig
+from megaegpt.config import ModelConfig, ParallelConfig
 from megaegpt.config.run import RunConfig
-from megaegpt.planning.summary import ModelSize, describe_run
+from megaegpt.planning.summary import ModelSize, describe_run, measure_model
 from megaegpt.precision import Precision
+
+
+def test_attention_over_shorter_samples_is_fewer_operations() -> None:
+    """As those of a model whose context is no longer than they are."""
+
+    def flops(context: int, sample_tokens: float | None = None) -> int:
+        config = RunConfig(model=ModelConfig(max_seq_len=context, positions="rotary"))
+        return measure_model(config, sample_tokens=sample_tokens).flops_per_token
+
+    assert flops(1024, 64.2) == flops(64) < flops(1024) == flops(1024, 1024.0)
 
 
 def test_a_step_has_the_tokens_that_its_samples_have() -> None:
