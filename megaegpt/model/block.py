@@ -107,7 +107,7 @@ class BlockStack(nn.Module):
         """Return which rows of (B, T) tokens a rank has of a pass without a cache; None: all."""
         if self.grid.tp_group is None or not self.sequence_parallel:
             return None
-        return SequenceShards(self.grid, batch, length)
+        return SequenceShards(self.grid, batch, length, keeps_rows=self.recompute == "none")
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C), or with ``context.shards`` this rank's rows (n, C), -> (B, T, C) after the

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from megaegpt.config import ModelConfig
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megaegpt.parallel.sequence import SequenceShards, enter_tp
+from megaegpt.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel
+from megaegpt.parallel.sequence import SequenceShards
 
 _APPROXIMATION = {"gelu_tanh": "tanh", "gelu": "none"}
 
@@ -34,7 +34,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
         """(..., C) -> (..., C), or this rank's rows (n, C) -> (n, C)"""
-        up = self.up(enter_tp(x, self.grid, shards))
+        (up,) = column_parallel(x, [self.up], self.grid, shards)
         return self.down(F.gelu(up, approximate=self.approximate), shards)
 
 
@@ -58,8 +58,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
         """(..., C) -> (..., C), or this rank's rows (n, C) -> (n, C)"""
-        x = enter_tp(x, self.grid, shards)
-        return self.down(self._activate(self.gate(x)) * self.up(x), shards)
+        gate, up = column_parallel(x, [self.gate, self.up], self.grid, shards)
+        return self.down(self._activate(gate) * up, shards)
 
     def _activate(self, gate: Tensor) -> Tensor:
         if self.approximate is None:

@@ -2,12 +2,14 @@
 them.
 
 Weights are ``nn.Linear``-shaped (out, in). A column-parallel layer's input must have entered the
-sharded region through ``enter_tp``, once for all layers that share it; a row-parallel layer's
-output has left it. Layers outside of such regions are given ``shards`` where sequence parallelism
-leaves this rank's rows of the tokens there, (n, C) instead of (B, T, C).
+sharded region, once for all layers that share it (:func:`column_parallel`, or ``enter_tp``); a
+row-parallel layer's output has left it. Layers outside of such regions are given ``shards`` where
+sequence parallelism leaves this rank's rows of the tokens there, (n, C) instead of (B, T, C).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,12 @@ from torch import Tensor, nn
 
 from megaegpt.config.lora import LoRAConfig
 from megaegpt.parallel.collectives import copy_to_tp, reduce_from_tp
+from megaegpt.parallel.gathered_products import gathered_products
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.low_rank import LowRankAdapter
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter, spec_of
-from megaegpt.parallel.sequence import SequenceShards
+from megaegpt.parallel.sequence import SequenceShards, enter_tp
 from megaegpt.parallel.vocabulary import check_tokens
 
 
@@ -71,6 +74,18 @@ class ColumnParallelLinear(Linear):
     """Output features cut over TP: (..., in) -> (..., out / tp). Bias is cut too."""
 
     tp_dim = 0
+
+
+def column_parallel(
+    x: Tensor, layers: Sequence[Linear], grid: ProcessGrid, shards: SequenceShards | None
+) -> tuple[Tensor, ...]:
+    """Enter a sharded region by layers that share their input: (..., in), or this rank's rows
+    (n, in), -> (..., out / tp) of each.
+    """
+    if shards is not None and shards.keeps_rows and all(layer.lora is None for layer in layers):
+        return gathered_products(x, [layer.factors() for layer in layers], shards)
+    x = enter_tp(x, grid, shards)
+    return tuple(layer(x) for layer in layers)
 
 
 class RowParallelLinear(Linear):

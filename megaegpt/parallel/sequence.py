@@ -43,6 +43,9 @@ class SequenceShards:
     """B"""
     length: int
     """T"""
+    keeps_rows: bool = False
+    """Column-parallel layers keep their input's rows only, and gather the others again for their
+    gradients."""
 
     @property
     def rows(self) -> int:
@@ -110,23 +113,23 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: SequenceShards) -> Tensor:
         ctx.shards = shards
-        return _gathered(x, shards)
+        return start_gathering(x, shards).finished()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _scattered(grads[0], ctx.shards), None
+        return start_scattering(grads[0], ctx.shards).finished(), None
 
 
 class _ScatterRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, shards: SequenceShards) -> Tensor:
         ctx.shards = shards
-        own = _scattered(x, shards)
+        own = start_scattering(x, shards).finished()
         return own if bias is None else own.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        grad = _gathered(grads[0], ctx.shards)
+        grad = start_gathering(grads[0], ctx.shards).finished()
         return grad, grad.sum((0, 1)) if ctx.needs_input_grad[1] else None, None
 
 
@@ -134,7 +137,7 @@ class _WholeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: SequenceShards) -> Tensor:
         ctx.shards = shards
-        return _gathered(x, shards)
+        return start_gathering(x, shards).finished()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -167,20 +170,41 @@ def _own_rows(rows: Tensor, shards: SequenceShards) -> Tensor:
     return torch.cat([own, own.new_zeros(missing, *own.shape[1:])])
 
 
-def _gathered(x: Tensor, shards: SequenceShards) -> Tensor:
+@dataclass(frozen=True)
+class Message:
+    """A collective that is under way."""
+
+    result: Tensor
+    work: dist.Work | None
+
+    def finished(self) -> Tensor:
+        """What it gives; on a GPU the stream waits for it, not the program."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+def start_gathering(x: Tensor, shards: SequenceShards) -> Message:
     """(n, C) -> (B, T, C)"""
     everything = x.new_empty(shards.grid.tp_size * shards.rows, x.shape[1])
-    _all_gather(everything, x.contiguous(), group=shards.grid.tp_group)
+    work = _all_gather(everything, x.contiguous(), shards.grid.tp_group, _may_be_under_way())
     tokens = everything[: shards.batch * shards.length]
-    return tokens.view(shards.batch, shards.length, -1)
+    return Message(tokens.view(shards.batch, shards.length, -1), work)
 
 
-def _scattered(x: Tensor, shards: SequenceShards) -> Tensor:
+def start_scattering(x: Tensor, shards: SequenceShards) -> Message:
     """(B, T, C) -> (n, C) of the sum over ranks"""
     rows = x.flatten(0, 1)
     missing = shards.grid.tp_size * shards.rows - rows.shape[0]
     if missing:
         rows = F.pad(rows, (0, 0, 0, missing))
     own = x.new_empty(shards.rows, x.shape[-1])
-    _reduce_scatter(own, rows.contiguous(), group=shards.grid.tp_group)
-    return own
+    work = _reduce_scatter(
+        own, rows.contiguous(), group=shards.grid.tp_group, async_op=_may_be_under_way()
+    )
+    return Message(own, work)
+
+
+def _may_be_under_way() -> bool:
+    """Not in compiled code, of whose collectives the compiler decides when they are waited for."""
+    return not torch.compiler.is_compiling()

@@ -23,9 +23,10 @@ from megaegpt.parallel.layers import (
     HeadRMSNorm,
     Linear,
     RowParallelLinear,
+    column_parallel,
 )
 from megaegpt.parallel.low_rank import LowRankAdapter
-from megaegpt.parallel.sequence import SequenceShards, enter_tp
+from megaegpt.parallel.sequence import SequenceShards
 
 
 class SharedKVLinear(Linear):
@@ -95,9 +96,10 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C), or this rank's rows (n, C) -> (n, C)"""
-        x = enter_tp(x, self.grid, context.shards)
-        q, k = self._heads(self.query(x), self.query_norm), self._heads(self.key(x), self.key_norm)
-        v = split_heads(self.value(x), self.head_dim)
+        layers = [self.query, self.key, self.value]
+        q, k, v = column_parallel(x, layers, self.grid, context.shards)
+        q, k = self._heads(q, self.query_norm), self._heads(k, self.key_norm)
+        v = split_heads(v, self.head_dim)
         if context.rotary is not None:
             q, k = context.rotary.rotate(q), context.rotary.rotate(k)
         layer = self.layer if self.training else self.layer.without_dropout()
