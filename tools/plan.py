@@ -139,7 +139,8 @@ def describe(plan: Plan, efficiency: float) -> Iterator[str]:
     sent = plan.communication
     yield (
         f"{'traffic':<11}a rank's collectives a step: gradients {_gb(sent.gradients)}, weights "
-        f"{_gb(sent.weights)}, tensor-parallel {_gb(sent.tensor_parallel)}"
+        f"{_gb(sent.weights)}, tensor-parallel {_gb(sent.tensor_parallel)}, sequence-parallel "
+        f"{_gb(sent.sequence_parallel)} (half as much is sent of them)"
     )
     if plan.time is None or plan.tokens_per_second is None:
         yield f"{'time':<11}unknown: give the GPU's peak in {plan.precision} by --tflops"
@@ -201,12 +202,19 @@ def compare(plans: list[Plan]) -> Iterator[str]:
         yield "nothing fits: more GPUs, GPUs with more memory, or a smaller model"
         return
     yield "recommended, with the largest micro-batch that fits, the fastest first:"
-    columns = ("tensor_parallel_size", "zero_stage", "activation_checkpointing", "micro_batch_size")
+    columns = (
+        "tensor_parallel_size",
+        "sequence_parallel",
+        "zero_stage",
+        "activation_checkpointing",
+        "micro_batch_size",
+    )
     table = [(*columns, "memory a rank", "s a step")]
     for plan in plans:
         training, parallel = plan.config.training, plan.config.parallel
         seconds = "n/a" if plan.time is None else f"{plan.time.total:.3g}"
-        cut = (str(parallel.tensor_parallel_size), str(parallel.zero_stage))
+        sequence = str(parallel.sequence_parallel).lower()
+        cut = (str(parallel.tensor_parallel_size), sequence, str(parallel.zero_stage))
         choices = (*cut, training.activation_checkpointing, str(training.micro_batch_size))
         table.append((*choices, _gib(plan.memory.total), seconds))
     yield format_table(table, names=0)

@@ -48,8 +48,10 @@ class MicroStep:
     kept: int
     """Between forward and backward."""
     peak: int
-    messages: tuple[int, ...]
-    """Bytes of each all-reduce over the tensor-parallel ranks, in order."""
+    summed: int
+    """Bytes that are all-reduced over the tensor-parallel ranks."""
+    cut: int
+    """Bytes of the tensors that sequence parallelism gathers from them or scatters over them."""
 
 
 class _CountingGroup(dist.ProcessGroup):
@@ -57,13 +59,29 @@ class _CountingGroup(dist.ProcessGroup):
 
     def __init__(self, size: int) -> None:
         super().__init__(0, size)  # type: ignore[call-arg]
-        self.messages: list[int] = []
+        self.summed = self.cut = 0
 
     def allreduce(  # type: ignore[override]
         self, tensors: list[Tensor], options: object = None
     ) -> None:
         """Note the bytes of an all-reduce; ``torch.distributed.all_reduce`` calls it."""
-        self.messages += [tensor.numel() * tensor.element_size() for tensor in tensors]
+        self.summed += sum(tensor.nbytes for tensor in tensors)
+
+    def all_gather_single(  # type: ignore[override]
+        self, output: Tensor, part: Tensor, options: object = None
+    ) -> None:
+        """Note the bytes of what is gathered."""
+        self.cut += output.nbytes
+
+    def reduce_scatter_single(  # type: ignore[override]
+        self, part: Tensor, source: Tensor, options: object = None
+    ) -> None:
+        """Note the bytes of what is summed and scattered."""
+        self.cut += source.nbytes
+
+    # Their names before torch 2.13.
+    _allgather_base = all_gather_single  # type: ignore[assignment]
+    _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
 
 
 def trace_micro_step(
@@ -95,9 +113,11 @@ def trace_micro_step(
         model = _fake(config.model, grid, device_type)
         choose_trained(model, config.training)
         model.stack.recompute = config.training.activation_checkpointing
+        model.stack.sequence_parallel = config.parallel.sequence_parallel
         frozen = None if encoder is None else _fake(encoder, grid, device_type)
         if frozen is not None:
             frozen.requires_grad_(False)
+            frozen.stack.sequence_parallel = config.parallel.sequence_parallel
         gc.collect()
         before = meter.live
         fused = device_type == "cuda" if fused_head is None else fused_head
@@ -121,7 +141,9 @@ def trace_micro_step(
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     frozen_bytes = _frozen_bytes(model) + (0 if frozen is None else _frozen_bytes(frozen))
     muon = tuple(matrix.numel() for matrix in matrices_of(model).values())
-    return MicroStep(sum(sizes), max(sizes), muon, frozen_bytes, kept, peak, tuple(group.messages))
+    return MicroStep(
+        sum(sizes), max(sizes), muon, frozen_bytes, kept, peak, group.summed, group.cut
+    )
 
 
 def _fake(config: ModelConfig, grid: ProcessGrid, device_type: str) -> Model:

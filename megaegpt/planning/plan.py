@@ -58,6 +58,8 @@ class Communication:
 
     tensor_parallel: int
     """Activations and their gradients, summed over the ranks that share a model."""
+    sequence_parallel: int
+    """The same where each of these ranks has the sum for its tokens only, or gathers all of it."""
     gradients: int
     """Summed over data-parallel ranks."""
     weights: int
@@ -161,7 +163,8 @@ def count_communication(
     weights = step.parameters * DTYPES[precision].itemsize
     gradients = weights * micro_steps if stage == 2 else step.parameters * torch.float32.itemsize
     return Communication(
-        tensor_parallel=sum(step.messages) * micro_steps,
+        tensor_parallel=step.summed * micro_steps,
+        sequence_parallel=step.cut * micro_steps,
         gradients=gradients if dp_size > 1 else 0,
         weights=weights if stage > 0 and dp_size > 1 else 0,
     )
@@ -170,25 +173,26 @@ def count_communication(
 def _step_time(
     config: RunConfig, machines: Machines, communication: Communication, compute: float
 ) -> StepTime:
-    """Rings at the data sheets' speed: a sum sends every byte 2 (p - 1) / p times, a gathering half
-    as often.
+    """Rings at the data sheets' speed: a sum sends every byte 2 (p - 1) / p times, a gathering or
+    scattering half as often.
     """
     tp = config.parallel.tensor_parallel_size
     dp = machines.gpus // tp
+    within = 2 * communication.tensor_parallel + communication.sequence_parallel
     inside, across = machines.bandwidth(tp), machines.bandwidth(machines.gpus)
     return StepTime(
         compute=compute,
-        tensor_parallel=2 * (tp - 1) / tp * communication.tensor_parallel / inside,
+        tensor_parallel=(tp - 1) / tp * within / inside,
         gradients=2 * (dp - 1) / dp * communication.gradients / across,
         weights=(dp - 1) / dp * communication.weights / across,
     )
 
 
 def alternatives(plan: Plan, replan: Callable[[RunConfig], Plan]) -> list[Plan]:
-    """The largest micro-batch that fits, for tensor-parallel sizes inside a machine and kinds of
-    recomputation, at the ZeRO stage that suits each: the fastest first, which is what the plan
-    recommends. The global batch, and so what is learnt, stays. What costs more is left out where a
-    rank's whole batch fits without it.
+    """The largest micro-batch that fits, for tensor-parallel sizes inside a machine (with sequence
+    parallelism) and kinds of recomputation, at the ZeRO stage that suits each: the fastest first,
+    which is what the plan recommends. The global batch, and so what is learnt, stays. What costs
+    more is left out where a rank's whole batch fits without it.
 
     Args:
         replan: :func:`make_plan` with everything given but the configuration.
@@ -196,8 +200,10 @@ def alternatives(plan: Plan, replan: Callable[[RunConfig], Plan]) -> list[Plan]:
     found: list[Plan] = []
     tp = 1
     while tp <= plan.machines.per_node:
+        parallel = dataclasses.replace(plan.config.parallel, sequence_parallel=tp > 1)
+        cut = dataclasses.replace(plan, config=dataclasses.replace(plan.config, parallel=parallel))
         for recompute in ("none", "selective", "full"):
-            largest = _best_stage(plan, tp, recompute, replan)
+            largest = _best_stage(cut, tp, recompute, replan)
             if largest is not None:
                 found.append(largest)
                 if largest.config.gradient_accumulation(largest.dp_size) == 1:

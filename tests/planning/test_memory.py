@@ -40,13 +40,18 @@ def run_config(
     recompute: str = "none",
     micro_batch: int = 4,
     tp: int = 1,
+    sequence: bool = False,
     optimizer: Literal["adamw", "muon"] = "adamw",
     **model: Any,
 ) -> RunConfig:
     sizes = {"vocab_size": 4000, "max_seq_len": 64, "hidden_size": 128, "num_layers": 3}
     return RunConfig(
         model=ModelConfig(**{**sizes, "num_heads": 4, **model}),
-        parallel=ParallelConfig(zero_stage=stage, tensor_parallel_size=tp),  # type: ignore[arg-type]
+        parallel=ParallelConfig(
+            zero_stage=stage,  # type: ignore[arg-type]
+            tensor_parallel_size=tp,
+            sequence_parallel=sequence,
+        ),
         training=TrainingConfig(
             steps=10,
             global_batch_size=micro_batch * accumulation * dp,
@@ -77,7 +82,12 @@ def measured_peak(config: RunConfig, grid: ProcessGrid) -> int:
     )
     gc.collect()
     with TensorMeter() as meter:
-        model = build_model(model_config, grid, activation_checkpointing=recompute)
+        model = build_model(
+            model_config,
+            grid,
+            activation_checkpointing=recompute,
+            sequence_parallel=config.parallel.sequence_parallel,
+        )
         engine = Engine(model, grid, config, inputs.loss)
         for step in range(2):
             gc.collect()
@@ -139,7 +149,12 @@ def test_estimate_is_what_data_parallel_ranks_take(distributed: Distributed) -> 
 
 
 def test_estimate_is_what_tensor_parallel_ranks_take(distributed: Distributed) -> None:
-    configs = [run_config(1, 2, "fp32", tp=2, accumulation=2), run_config(1, 0, "fp32", tp=2)]
+    configs = [
+        run_config(1, 2, "fp32", tp=2, accumulation=2),
+        run_config(1, 0, "fp32", tp=2),
+        run_config(1, 2, "bf16", tp=2, sequence=True, micro_batch=16),
+        run_config(1, 0, "fp32", tp=2, sequence=True, recompute="full", micro_batch=16),
+    ]
     assert_estimates(configs, 1, *distributed(2, measure, configs))
 
 

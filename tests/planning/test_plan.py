@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megaegpt.config import ModelConfig, TrainingConfig
+from megaegpt.config import ModelConfig, ParallelConfig, TrainingConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import ConfigError
 from megaegpt.model.build import build_model
@@ -46,6 +46,8 @@ class Traffic(TorchDispatchMode):
             tensors = [x for x in tree_leaves(args[0]) if x.is_floating_point()]
             if "allreduce" in name:
                 self.summed += [_size(x) for x in tensors]
+            elif "reduce_scatter" in name:
+                self.gathered += _size(args[1])
             elif "gather" in name:
                 self.gathered += sum(_size(x) for x in tensors)
         return func(*args, **(kwargs or {}))
@@ -66,7 +68,7 @@ _SCALARS = 16
 
 
 def measure(configs: list[RunConfig]) -> list[tuple[int, int]]:
-    """On a worker: bytes summed and gathered in a training step of each."""
+    """On a worker: bytes summed, and gathered or scattered, in a training step of each."""
     found = []
     for config in configs:
         engine = make_engine(config, grid_for(config.parallel.tensor_parallel_size))
@@ -83,13 +85,24 @@ def predict(config: RunConfig, ranks: int) -> tuple[int, int]:
     dp, precision = ranks // config.parallel.tensor_parallel_size, config.training.precision
     step = trace_rank(config, dp, precision, device_type="cpu")  # type: ignore[arg-type]
     sent = count_communication(config, dp, precision, step)  # type: ignore[arg-type]
-    return sent.tensor_parallel + sent.gradients, sent.weights
+    return sent.tensor_parallel + sent.gradients, sent.weights + sent.sequence_parallel
 
 
-def _run(tp: int, precision: str = "fp32", stage: int = 2, recompute: str = "none", **model: Any):
+def _run(
+    tp: int,
+    precision: str = "fp32",
+    stage: int = 2,
+    recompute: str = "none",
+    sequence: bool = False,
+    **model: Any,
+) -> RunConfig:
     return run_config(
         model=model,
-        parallel={"tensor_parallel_size": tp, "zero_stage": stage},
+        parallel={
+            "tensor_parallel_size": tp,
+            "zero_stage": stage,
+            "sequence_parallel": sequence,
+        },
         training={"precision": precision, "activation_checkpointing": recompute},
     )
 
@@ -113,6 +126,17 @@ def test_tensor_parallel_traffic_is_what_training_sends(distributed: Distributed
     predicted = [predict(config, 2)[0] for config in configs]
     for measured in distributed(2, measure, configs):
         assert [summed for summed, _ in measured] == predicted
+
+
+def test_sequence_parallel_traffic_is_what_training_sends(distributed: Distributed) -> None:
+    configs = [
+        _run(2, sequence=True),
+        _run(2, sequence=True, recompute="full", dropout=0.1),
+        _run(2, sequence=True, attention="latent", latent_dim=16, positions="rotary"),
+        _run(2, sequence=True, kind="egpt", tied_embeddings=False),
+    ]
+    predicted = [predict(config, 2) for config in configs]
+    assert distributed(2, measure, configs) == [predicted] * 2
 
 
 def test_both_together_are_what_training_sends(distributed: Distributed) -> None:
@@ -159,6 +183,24 @@ def test_time_follows_from_the_peak_and_the_traffic() -> None:
     assert _plan(gpu="cpu", flops=1e12).time is not None
 
 
+def test_sequence_parallelism_takes_memory_off_a_rank_and_sends_parts_in_the_place_of_sums() -> (
+    None
+):
+    config = dataclasses.replace(
+        _gpt2(activation_checkpointing="full"), parallel=ParallelConfig(tensor_parallel_size=4)
+    )
+    parallel = dataclasses.replace(config.parallel, sequence_parallel=True)
+    without, plan = _plan(config), _plan(dataclasses.replace(config, parallel=parallel))
+    assert plan.memory.activations < without.memory.activations
+    assert without.communication.sequence_parallel == 0
+    sent = plan.communication
+    # Sums are left of the gradients of norms and biases, and of the head's input.
+    assert sent.tensor_parallel < without.communication.tensor_parallel / 4
+    assert plan.time is not None
+    parts = 2 * sent.tensor_parallel + sent.sequence_parallel
+    assert plan.time.tensor_parallel == pytest.approx(3 / 4 * parts / 450e9)
+
+
 def test_what_does_not_fit_has_alternatives_that_do() -> None:
     sizes = {"vocab_size": 1000, "max_seq_len": 128, "hidden_size": 128, "num_layers": 1}
     model = ModelConfig(**sizes, num_heads=4)  # type: ignore[arg-type]
@@ -176,6 +218,8 @@ def test_what_does_not_fit_has_alternatives_that_do() -> None:
     for other in found:
         assert other.memory.total <= USABLE_MEMORY * small.memory
         assert other.config.training.global_batch_size == 64
+        parallel = other.config.parallel
+        assert parallel.sequence_parallel == (parallel.tensor_parallel_size > 1)
     times = [other.time.total for other in found if other.time]
     assert times == sorted(times)
     tried = {other.config.training.activation_checkpointing for other in found}
