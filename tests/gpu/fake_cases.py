@@ -92,12 +92,15 @@ def train(
     recompute: str = "none",
     dtype: torch.dtype = torch.bfloat16,
     grid: ProcessGrid | None = None,
+    sequence: bool = False,
 ) -> None:
     """A micro-step with everything that is on the device, and an evaluation."""
     grid = grid or ProcessGrid(device=DEVICE)
     with fake_gpu(dtype) as attention:
         model = _model(config, grid, recompute)
         encode = _encoder(config, grid) if config.needs_encoder else None
+        for part in (model, *([] if encode is None else [encode.gpt])):
+            part.stack.sequence_parallel = sequence
         batch = {name: _tokens(2, config.sample_len) for name in ("tokens", "targets")}
         inputs = build_inputs(config, encode, dtype)
         batch = dict(inputs.prepare(batch))
@@ -229,19 +232,22 @@ def rank_cases() -> dict[str, Case]:
     """As rank 9 of 64, tensor-parallel over 8; what is sent goes nowhere."""
     wide = replace(SMALL, num_heads=8, hidden_size=128)
 
-    def of(config: ModelConfig, recompute: str = "none") -> None:
+    def of(config: ModelConfig, recompute: str = "none", sequence: bool = False) -> None:
         grid = ProcessGrid.create(8, DEVICE)
         assert (grid.tp_rank, grid.dp_rank, grid.dp_size) == (1, 1, 8)
         assert dist.get_process_group_ranks(grid.tp_group) == list(range(8, 16))
         assert dist.get_process_group_ranks(grid.dp_group) == list(range(1, 64, 8))
-        train(config, recompute, grid=grid)
+        train(config, recompute, grid=grid, sequence=sequence)
 
     egpt = replace(wide, kind="egpt", egpt=CHUNKS, tied_embeddings=False)
+    memory = replace(egpt, egpt=replace(CHUNKS, **EGPTS["improved"]))
     return {
         "llama with 2 key heads on 8 x 8 ranks": functools.partial(
             of, replace(wide, **LLAMA), "full"
         ),
         "egpt on 8 x 8 ranks": functools.partial(of, egpt),
+        "gpt2 on 8 x 8 ranks, cut by tokens": functools.partial(of, wide, "none", True),
+        "egpt on 8 x 8 ranks, cut by tokens": functools.partial(of, memory, "selective", True),
     }
 
 
