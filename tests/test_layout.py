@@ -17,7 +17,7 @@ PACKAGE = ROOT / "megaegpt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = (
-    ("bars", "errors", "environment", "labels", "shipped", "text_tables"),
+    ("bars", "collector", "errors", "environment", "labels", "shipped", "text_tables"),
     ("arguments", "files", "json_files", "gguf_files", "precision"),
     ("config",),
     ("data", "parallel"),

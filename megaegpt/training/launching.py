@@ -5,12 +5,12 @@ Imports torch only where a run starts: a wrong command line is reported at once.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from megaegpt.arguments import number
+from megaegpt.collector import paused_collector
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.run import RunConfig
 from megaegpt.parallel.launcher_variables import is_main_process, started_processes
@@ -84,9 +84,12 @@ def launch(
     )
     arguments, config = parser.parse_run()
     if not arguments.dry_run:
-        start_run(config, find_train(), arguments.resume, arguments.exit_minutes, started)
+        with paused_collector():
+            train = find_train()
+        start_run(config, train, arguments.resume, arguments.exit_minutes, started)
     elif is_main_process():
-        _dry_run(config, started_processes() or config.parallel.tensor_parallel_size, preview)
+        with paused_collector():
+            _dry_run(config, started_processes() or config.parallel.tensor_parallel_size, preview)
 
 
 def start_run(
@@ -123,7 +126,6 @@ def start_run(
 
 
 def _dry_run(config: RunConfig, world_size: int, find: Callable[[RunConfig], Preview]) -> None:
-    gc.disable()  # it ends before there is garbage worth the collector's tenth of its time
     import torch
 
     from megaegpt.errors import CheckpointError

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megaegpt.collector import paused_collector
 from megaegpt.config import GenerationConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.validation import validate
@@ -117,9 +118,10 @@ def train(
     tasks = _tasks(config, grid, LoadedModel(model, encoder, data.tokenizer), precision)
     feed = functools.partial(_inputs, config, grid, data, encoder, precision)
     inputs = feed("train")
-    from megaegpt.training.engine.engine import Engine  # DeepSpeed: seconds, and all is checked
+    with paused_collector():
+        from megaegpt.training.engine.engine import Engine  # DeepSpeed: seconds; all is checked
 
-    engine = Engine(model, grid, config, inputs.loss)
+        engine = Engine(model, grid, config, inputs.loss)
     if latest is not None:
         _restore(config, grid, engine, checkpoints, latest)
     encoder_config = None if encoder is None else encoder.config

@@ -50,6 +50,24 @@ def _imported(commands: list[list[str]], *watched: str) -> dict[str, list[str]]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def test_the_package_by_itself_imports_no_other() -> None:
+    """Neither torch, which takes seconds, nor its own modules until a name is asked for."""
+    code = """if True:
+        import sys
+        import megaegpt
+        packages = {name.partition(".")[0] for name in sys.modules}
+        print(sorted(packages - sys.stdlib_module_names), "megaegpt.api" in sys.modules)
+    """
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.stdout.strip() == "['__main__', 'megaegpt'] False", result.stderr
+
+
 def test_help_needs_neither_torch_nor_deepspeed() -> None:
     assert len(PROGRAMS) > 10
     imported = _imported(
