@@ -95,6 +95,19 @@ def check_regular(path: Path) -> None:
         raise ValueError("it is no regular file")
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept for this user: ``$MEGAEGPT_CACHE``, else
+    ``$XDG_CACHE_HOME/megaegpt``, else ``~/.cache/megaegpt``.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    return Path(
+        os.environ.get("MEGAEGPT_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaegpt"
+    )
+
+
 def check_tensor_file(path: Path) -> None:
     """Refuse what safetensors cannot open, or would never come back from; a file that does not
     exist is left to it.

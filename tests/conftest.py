@@ -28,6 +28,8 @@ _forget_launcher()  # these processes are none of its ranks
 if not torch.cuda.is_available():  # programs would refuse a GPU that this torch cannot use
     os.environ.setdefault("MEGAEGPT_DEVICE", "cpu")
 
+os.environ.setdefault("MEGAEGPT_KERNELS", "onednn")  # nothing depends on how fast products are
+
 
 @pytest.fixture(autouse=True)
 def _no_group_is_left_behind() -> Iterator[None]:

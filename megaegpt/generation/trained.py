@@ -27,8 +27,9 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.head import OutputHead
 from megaegpt.model.weights import INSTRUCTIONS, is_adapter, load_weights, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.kernels import KernelTable, choose_kernels
 from megaegpt.parallel.layers import Linear
-from megaegpt.parallel.matmul import pack
+from megaegpt.parallel.matmul import SMALLEST, packed_order
 
 
 class LoadedModel(NamedTuple):
@@ -101,7 +102,7 @@ def load_for_inference(
     model.requires_grad_(False).eval()
     for part in (model, encoder):
         if part is not None:
-            pack_weights(part)
+            choose_products(part)
     trained_with = extra.get("tokenizer_fingerprint")
     if trained_with is None:
         own = lies_beside or config.vocab_size <= tokenizer.padded_vocab_size
@@ -129,14 +130,20 @@ def _chat_template(
     return None if tokenizer.chat_template is None else load_chat_template(tokenizer)
 
 
-def pack_weights(model: nn.Module) -> None:
-    """Let products read ``model``'s weights in the order that suits them, where that is another
-    than the plain one (bf16 on a CPU, which takes the memory of the weights once more). The model
-    is for inference from here on, and its weights must not change.
+def choose_products(model: nn.Module) -> None:
+    """Let each product of ``model`` on a CPU be the library's that is the fastest here, and read
+    its weight in the order that suits it (bf16: which takes the memory of the weights once more).
+    The model is for inference from here on, and its weights must not change.
     """
-    for module in model.modules():
-        if isinstance(module, Linear | OutputHead):
-            module.packed = pack(module.weight)
+    modules = [part for part in model.modules() if isinstance(part, Linear | OutputHead)]
+    if not modules or modules[0].weight.device.type != "cpu":
+        return
+    is_tiny = max(module.weight.numel() for module in modules) < SMALLEST  # all are torch's own
+    table = KernelTable() if is_tiny else choose_kernels(modules[0].grid.world_size)
+    for module in modules:
+        module.blas_rows = table.blas_rows(module.weight)
+        if 1 not in module.blas_rows:  # a token at a time is what the memory is spent on
+            module.packed = packed_order(module.weight)
 
 
 def _load_encoder(

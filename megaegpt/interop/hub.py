@@ -7,12 +7,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from megaegpt.errors import CheckpointError
-from megaegpt.files import whole_folder
+from megaegpt.files import cache_folder, whole_folder
 from megaegpt.interop.foreign_models import import_model
 from megaegpt.interop.tensor_files import PICKLED, SAFETENSORS
 from megaegpt.interop.translation import CONFIG
@@ -120,13 +119,9 @@ def download(source: str, only_here: bool = False) -> Path:
 def converted(source: Path) -> Path:
     """Our form of a Hugging Face folder or a GGUF file, made once for each state of its files.
 
-    Kept under ``$MEGAEGPT_CACHE``, else ``$XDG_CACHE_HOME/megaegpt``, else ``~/.cache/megaegpt``.
+    Kept in the :func:`~megaegpt.files.cache_folder`.
     """
-    cache = Path(
-        os.environ.get("MEGAEGPT_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaegpt"
-    )
-    target = cache / "converted" / f"{source.resolve().name}-{_state_of(source)}"
+    target = cache_folder() / "converted" / f"{source.resolve().name}-{_state_of(source)}"
     if target.is_dir():
         return target
     try:

@@ -24,7 +24,9 @@ class OutputHead(nn.Module):
     """The vocabulary-parallel head. With ``tied_to`` it shares that (V/tp, C) weight."""
 
     packed: Tensor | None = None
-    """The weight as ``parallel.matmul.pack`` gives it, once more, for inference."""
+    """The weight in ``parallel.matmul.packed_order``, once more, for inference."""
+    blas_rows: frozenset[int] = frozenset()
+    """See :func:`~megaegpt.parallel.matmul.linear`; for inference."""
 
     def __init__(
         self, config: ModelConfig, grid: ProcessGrid, tied_to: nn.Parameter | None = None
@@ -64,7 +66,7 @@ class OutputHead(nn.Module):
         """(..., C) -> (..., V/tp), this rank's columns; padding columns are -inf. No gradient of
         TP.
         """
-        logits = linear(hidden, self.weight, packed=self.packed)
+        logits = linear(hidden, self.weight, packed=self.packed, blas_rows=self.blas_rows)
         if (softcap := self.loss_options.softcap) is not None:
             logits = softcap * torch.tanh(logits / softcap)
         first = self.grid.tp_rank * logits.shape[-1]

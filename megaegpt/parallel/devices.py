@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import platform
 import socket
 import warnings
 from pathlib import Path
@@ -30,6 +31,17 @@ _OLDER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 _CHOICE = "MEGAEGPT_DEVICE"
 _ON_PURPOSE = f"or set {_CHOICE}=cpu to compute on the CPU on purpose"
 _NO_DEVICES = ("", "NoDevFiles")  # the second is Slurm's
+
+
+def processor_name() -> str:
+    """The processor's model, as the kernel names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def device_type() -> str:

@@ -31,7 +31,9 @@ class Linear(nn.Module):
 
     tp_dim: int | None = None
     packed: Tensor | None = None
-    """The weight as ``products.pack`` gives it, once more, for inference."""
+    """The weight in ``matmul.packed_order``, once more, for inference."""
+    blas_rows: frozenset[int] = frozenset()
+    """See :func:`~megaegpt.parallel.matmul.linear`; for inference."""
     lora: LowRankAdapter | None
     """An adapter that is trained beside the frozen weight."""
 
@@ -49,7 +51,7 @@ class Linear(nn.Module):
         """(..., in) -> (..., out)"""
         weight, bias = self.factors(shards)
         packed = self.packed if weight is self.weight else None
-        y = linear(x, weight, bias, packed)
+        y = linear(x, weight, bias, packed, self.blas_rows)
         return y if self.lora is None else y + self.lora(x, shards)
 
     def factors(self, shards: SequenceShards | None = None) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +101,7 @@ class RowParallelLinear(Linear):
         """(..., in / tp) -> (..., out), replicated; or (B, T, in / tp) -> (n, out)"""
         if self.grid.tp_group is None:
             return super().forward(x)
-        y = linear(x, self.weight, packed=self.packed)
+        y = linear(x, self.weight, packed=self.packed, blas_rows=self.blas_rows)
         if self.lora is not None:
             y = y + self.lora(x)
         if shards is not None:

@@ -1,9 +1,10 @@
 """Products with weights, in fp32 on a CPU by oneDNN.
 
 torch's own fp32 products on a CPU are MKL's, and oneDNN's only in bf16. MKL takes narrower vector
-instructions on AMD's processors than they have, and with few rows, as in decoding, it reads a
-weight at half the memory's speed (docs/benchmarks.md has the figures). What reaches the weight's
-own gradient stays MKL's: oneDNN would transpose both factors first.
+instructions on AMD's processors than they have (docs/benchmarks.md has the figures). With few rows,
+as in decoding, it is the faster one on other processors: a model that is only for inference is told
+by ``kernels``, which measures it. What reaches the weight's own gradient stays MKL's: oneDNN would
+transpose both factors first.
 
 Shapes: (..., I) rows, (O, I) weights.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
-_SMALLEST = 1 << 18
+SMALLEST = 1 << 18
 """Numbers of a weight from which on oneDNN's 12 microseconds a call are worth it."""
 
 MOST_GENERATED_ROWS = 4
@@ -27,28 +28,35 @@ MOST_GENERATED_ROWS = 4
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    packed: Tensor | None = None,
+    blas_rows: frozenset[int] = frozenset(),
 ) -> Tensor:
     """``x @ weight.T + bias``, (..., I) -> (..., O), as ``F.linear``, also in its gradients.
 
     Args:
-        packed: the weight from :func:`pack`; a product with it has no gradients.
+        packed: the weight in :func:`packed_order`; a product with it has no gradients.
+        blas_rows: numbers of rows with which torch's own product is taken, without gradients.
     """
     if torch.compiler.is_compiling():  # the compiler chooses kernels, but for few rows
         few = 0 < x.numel() <= MOST_GENERATED_ROWS * x.shape[-1] and x.device.type == "cpu"
         if few and not torch.is_grad_enabled():
             return _by_dot_products(x, weight, bias)
         return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled() and x.numel() // x.shape[-1] in blas_rows:
+        return F.linear(x, weight, bias)
     if packed is not None:
-        return _onednn(x, packed, bias)
-    if not _is_for_onednn(x, weight):
+        return onednn_linear(x, packed, bias)
+    if not _is_foronednn_linear(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _OneDNNLinear.apply(x, weight, bias)
-    return _onednn(x, weight, bias)
+    return onednn_linear(x, weight, bias)
 
 
-def pack(weight: Tensor) -> Tensor | None:
+def packed_order(weight: Tensor) -> Tensor | None:
     """A copy of ``weight`` in the order in which oneDNN reads it with few rows, for inference; None
     where it gains nothing (in fp32 oneDNN is as fast without).
     """
@@ -68,17 +76,23 @@ def _by_dot_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
 
 
-def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+def _is_foronednn_linear(x: Tensor, weight: Tensor) -> bool:
     return (
         _AVAILABLE
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
-        and weight.numel() >= _SMALLEST
+        and weight.numel() >= SMALLEST
     )
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def onednn_is_available() -> bool:
+    """Whether this build of torch has oneDNN's products."""
+    return _AVAILABLE
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """oneDNN's product, whatever its size; no gradients."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -86,13 +100,13 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = grads[0].reshape(-1, weight.shape[0])
-        of_x = _onednn(grads[0], weight.t()) if needs_x else None
+        of_x = onednn_linear(grads[0], weight.t()) if needs_x else None
         of_weight = rows.t() @ x.reshape(-1, weight.shape[1]) if needs_weight else None
         return of_x, of_weight, rows.sum(0) if needs_bias else None

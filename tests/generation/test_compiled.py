@@ -15,7 +15,7 @@ import torch
 from megaegpt.generation import compiled
 from megaegpt.generation.compiled import CompiledSteps, uncompilable
 from megaegpt.generation.generator import TextGenerator
-from megaegpt.generation.trained import pack_weights
+from megaegpt.generation.trained import choose_products
 from megaegpt.model.build import gpt_of
 from megaegpt.parallel.grid import ProcessGrid
 from tests.generation.test_generator import VARIANTS
@@ -68,7 +68,7 @@ def test_logits_are_those_of_the_whole_text(name: str) -> None:
 
 def test_weights_packed_for_uncompiled_steps_are_no_hindrance() -> None:
     model, _ = build_with_encoder(GPT)
-    pack_weights(model.bfloat16())
+    choose_products(model.bfloat16())
     assert any(getattr(module, "packed", None) is not None for module in model.modules())
     (text,) = TextGenerator(model, compiled=True).generate(PROMPTS[:1], LONG)
     assert len(text) == LONG.max_new_tokens

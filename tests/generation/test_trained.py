@@ -56,6 +56,23 @@ def test_a_loaded_model_writes_what_the_saved_one_wrote(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
+def test_whichever_library_multiplies_the_logits_are_the_same_to_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_gpt(tmp_path, hidden_size=64)
+    tokens = torch.tensor([[1, 2, 3]])
+    logits = {}
+    for library in ("onednn", "blas"):
+        monkeypatch.setenv("MEGAEGPT_KERNELS", library)
+        model = load_for_inference(tmp_path, GRID).model
+        with torch.inference_mode():
+            logits[library] = model.head.full_logits(model.hidden_states(tokens))
+        assert (3 in model.head.blas_rows) == (library == "blas")
+    torch.testing.assert_close(logits["onednn"], logits["blas"], rtol=1e-5, atol=1e-5)
+    monkeypatch.setenv("MEGAEGPT_KERNELS", "blas")
+    assert load_for_inference(tmp_path, GRID, torch.bfloat16).model.head.packed is None
+
+
 def test_an_encoder_for_a_model_without_one_is_refused(tmp_path: Path) -> None:
     save_gpt(tmp_path / "gpt")
     with pytest.raises(ConfigError, match="gpt is a plain gpt, without an encoder: leave the enc"):

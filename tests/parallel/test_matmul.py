@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaegpt.parallel.matmul import linear, pack
+from megaegpt.parallel.matmul import linear, packed_order
 
 ROWS = [(1,), (5,), (2, 3), (300,)]
 
@@ -84,7 +84,7 @@ def test_rows_and_weights_may_be_views() -> None:
 
 def test_a_packed_weight_gives_the_same_in_bf16() -> None:
     x, weight, bias = (_draw(*s, seed=1).bfloat16() for s in ((3, 64), (32, 64), (32,)))
-    packed = pack(weight)
+    packed = packed_order(weight)
     assert packed is not None
     torch.testing.assert_close(linear(x, weight, bias, packed), F.linear(x, weight, bias))
 
@@ -98,7 +98,7 @@ def test_compiled_code_gets_the_same_product(
     """Few rows' is written out for the compiler, which leaves a packed weight alone."""
     x, weight, bias = (_draw(*s, seed=1) for s in (shape, (outputs, 512), (outputs,)))
     low = [tensor.to(dtype) for tensor in (x, weight, bias)]
-    packed = pack(low[1])
+    packed = packed_order(low[1])
     torch.compiler.reset()
     compiled = torch.compile(lambda x: linear(x, *low[1:], packed), backend="eager", fullgraph=True)
     with torch.inference_mode():
@@ -109,4 +109,20 @@ def test_compiled_code_gets_the_same_product(
 
 
 def test_in_fp32_nothing_is_packed() -> None:
-    assert pack(torch.ones(4, 4)) is None
+    assert packed_order(torch.ones(4, 4)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_told_take_the_plain_product_but_for_gradients(dtype: torch.dtype) -> None:
+    weight, bias = (_draw(*shape, seed=2).to(dtype) for shape in ((768, 512), (768,)))
+    packed = packed_order(weight)
+    for rows in (1, 2, 3):
+        x = _draw(rows, 512, seed=1).to(dtype)
+        with torch.no_grad():
+            y = linear(x, weight, bias, packed, frozenset({1, 3}))
+        if rows != 2:
+            assert torch.equal(y, F.linear(x, weight, bias))
+        torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=2e-2, atol=1e-3)
+    weight.requires_grad_()
+    linear(x, weight, blas_rows=frozenset({3})).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(768, 512), rtol=2e-2, atol=1e-3)

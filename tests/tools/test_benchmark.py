@@ -29,7 +29,8 @@ def run(tmp_path, monkeypatch):
     def run(*words: str) -> dict[str, Any]:
         path = tmp_path / "record.json"
         threads = [] if words[0] in ("data", "gpu") else ["--threads", "1"]
-        options = [*words, "--repetitions", "1", *threads, "--json", str(path)]
+        repetitions = [] if words[0] == "machine" else ["--repetitions", "1"]
+        options = [*words, *repetitions, *threads, "--json", str(path)]
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
         benchmark.main()
         return json.loads(path.read_text())
@@ -74,6 +75,17 @@ def test_generate(run, family):
     result, reading = record["results"]
     assert result["units_per_second"] == pytest.approx(3 / result["seconds"][0])
     assert reading["name"] == "only reading the weights"
+
+
+def test_machine(run, monkeypatch, capsys):
+    """What was measured is shown as it is used."""
+    assert run("machine")["kernels"]["products"] == []
+    assert "oneDNN's products are taken" in capsys.readouterr().out
+    monkeypatch.setenv("MEGAEGPT_KERNELS", "blas")
+    record = run("machine")
+    assert record["kernels"]["machine"]["threads"] == 1
+    assert {product["rows"] for product in record["kernels"]["products"]} == {1, 4, 8, 32}
+    assert re.search(r"fp32 +head +32 +0\.0 +0\.0 +torch's own", capsys.readouterr().out)
 
 
 def test_attention(run, tmp_path):

@@ -14,7 +14,7 @@ import torch
 
 from megaegpt.arguments import integer
 from megaegpt.errors import ConfigError
-from megaegpt.parallel.devices import local_device
+from megaegpt.parallel.devices import local_device, processor_name
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.text_tables import format_table
 from tools.benchmarks.processes import Result
@@ -120,19 +120,9 @@ def machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = "absent"
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **versions,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -13,7 +13,7 @@ import torch
 from megaegpt.config import EGPTConfig, GenerationConfig
 from megaegpt.errors import ConfigError
 from megaegpt.generation.generator import TextGenerator
-from megaegpt.generation.trained import pack_weights
+from megaegpt.generation.trained import choose_products
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.text_tables import format_table
@@ -98,7 +98,7 @@ def ours(shape: dict[str, Any], compiled: bool = False) -> Workload:
     model = (
         build_model(model_config(shape), single_grid()).to(getattr(torch, shape["dtype"])).eval()
     )
-    pack_weights(model)
+    choose_products(model)
     generator = TextGenerator(model, compiled=compiled)
     greedy = GenerationConfig(max_new_tokens=shape["tokens"], temperature=0.0)
     prompts = [list(range(100 * row, 100 * row + PROMPT)) for row in range(shape["batch"])]

@@ -1,0 +1,203 @@
+"""The products of few rows are chosen by what was measured on this machine, once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaegpt.errors import ConfigError
+from megaegpt.files import locked_folder
+from megaegpt.parallel import kernels
+from megaegpt.parallel.kernels import (
+    ROWS,
+    KernelTable,
+    Machine,
+    ProductSpeed,
+    choose_kernels,
+    measure,
+    stored_table,
+)
+
+MACHINE = Machine("a processor", "9.9.9", threads=3)
+_BY_BLAS = {("fp32", "block", 1), ("fp32", "block", 8), ("bf16", "head", 4)}
+SPEEDS = tuple(
+    ProductSpeed(dtype, size, rows, 20.0, 30.0, (dtype, size, rows) in _BY_BLAS)
+    for dtype in ("fp32", "bf16")
+    for size in ("block", "head")
+    for rows in ROWS
+)
+
+
+class Measurer:
+    """Gives ``SPEEDS`` and counts how often."""
+
+    calls = 0
+
+    def __call__(self) -> tuple[ProductSpeed, ...]:
+        self.calls += 1
+        return SPEEDS
+
+
+@pytest.fixture
+def measurer() -> Measurer:
+    return Measurer()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where tables are kept; nothing in the environment chooses."""
+    monkeypatch.setenv("MEGAEGPT_CACHE", str(tmp_path))
+    monkeypatch.delenv("MEGAEGPT_KERNELS")
+    return tmp_path / "kernels"
+
+
+def test_a_library_is_taken_for_the_rows_where_it_is_faster_by_more_than_chance() -> None:
+    table = KernelTable(MACHINE, SPEEDS)
+    assert table.blas_rows(torch.empty(768, 768)) == {1, 5, 6, 7, 8}
+    assert table.blas_rows(torch.empty(16384, 1024)) == frozenset()
+    assert table.blas_rows(torch.empty(16384, 1024, dtype=torch.bfloat16)) == {2, 3, 4}
+    assert table.blas_rows(torch.empty(768, 768, dtype=torch.float64)) == frozenset()
+    assert KernelTable().blas_rows(torch.empty(768, 768)) == frozenset()
+
+
+def test_a_machine_is_measured_once(folder: Path, measurer: Measurer) -> None:
+    first = stored_table(MACHINE, measurer)
+    assert first == KernelTable(MACHINE, SPEEDS)
+    assert stored_table(MACHINE, measurer) == first
+    assert measurer.calls == 1
+    for other in (
+        dataclasses.replace(MACHINE, threads=4),
+        dataclasses.replace(MACHINE, torch="9.9.8"),
+        dataclasses.replace(MACHINE, processor="another"),
+    ):
+        assert stored_table(other, measurer).machine == other
+    assert measurer.calls == 4
+    assert stored_table(MACHINE, measurer) == first
+    assert stored_table(MACHINE, measurer, anew=True) == first
+    assert measurer.calls == 5
+    assert len(list(folder.glob("*.json"))) == 4
+    assert len(list(folder.iterdir())) == 4  # neither a lock nor half a file is left
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-20],
+        lambda content: b"",
+        lambda content: b"[]",
+        lambda content: content.replace(b"a processor", b"b processor"),
+        lambda content: content.replace(b"20.0", b"NaN", 1),
+        lambda content: content.replace(b"block", b"clock"),
+    ],
+)
+def test_a_damaged_or_foreign_table_is_measured_again(
+    folder: Path, measurer: Measurer, damage: Callable[[bytes], bytes]
+) -> None:
+    stored_table(MACHINE, measurer)
+    (path,) = folder.glob("*.json")
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert stored_table(MACHINE, measurer) == KernelTable(MACHINE, SPEEDS)
+    assert measurer.calls == 2
+    assert path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measurer: Measurer
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("MEGAEGPT_CACHE", str(file / "cache"))
+    for calls in (1, 2):
+        assert stored_table(MACHINE, measurer).products == SPEEDS
+        assert measurer.calls == calls
+    monkeypatch.setenv("MEGAEGPT_CACHE", "/proc/megaegpt")
+    assert stored_table(MACHINE, measurer).products == SPEEDS
+
+
+def test_two_processes_do_not_measure_at_once(folder: Path, measurer: Measurer) -> None:
+    folder.mkdir()
+    with locked_folder(folder):
+        assert stored_table(MACHINE, measurer) == KernelTable(MACHINE)
+    assert measurer.calls == 0
+    assert stored_table(MACHINE, measurer).products == SPEEDS
+
+
+def test_what_must_be_the_same_everywhere_is_not_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, measurer: Measurer
+) -> None:
+    monkeypatch.setattr(kernels, "measure", measurer)
+    assert choose_kernels(processes=2).products == ()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose_kernels().products == ()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert measurer.calls == 0
+    assert choose_kernels() == KernelTable(Machine.here(), SPEEDS)
+    assert measurer.calls == 1
+
+
+def test_the_environment_chooses(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, measurer: Measurer
+) -> None:
+    monkeypatch.setattr(kernels, "measure", measurer)
+    weight = torch.empty(768, 768)
+    monkeypatch.setenv("MEGAEGPT_KERNELS", "onednn")
+    assert choose_kernels().blas_rows(weight) == frozenset()
+    monkeypatch.setenv("MEGAEGPT_KERNELS", "blas")
+    assert choose_kernels().blas_rows(weight) == frozenset(range(1, max(ROWS) + 1))
+    assert measurer.calls == 0
+    monkeypatch.setenv("MEGAEGPT_KERNELS", "measure")
+    for calls in (1, 2):
+        assert choose_kernels().products == SPEEDS
+        assert measurer.calls == calls
+    monkeypatch.setenv("MEGAEGPT_KERNELS", "mkl")
+    with pytest.raises(ConfigError, match=r"MEGAEGPT_KERNELS=mkl is not known: onednn and blas"):
+        choose_kernels()
+
+
+def test_what_a_busy_machine_had_no_time_for_is_measured_again(folder: Path) -> None:
+    for _ in range(2):
+        assert stored_table(MACHINE, lambda: SPEEDS[:9]).products == SPEEDS[:9]
+        assert list(folder.iterdir()) == []
+
+
+def _clock(onednn: list[float], blas: list[float]) -> Callable[[], float]:
+    """A clock by which rounds, of which the first is not counted, take these seconds."""
+
+    def readings() -> Iterator[float]:
+        now = 0.0
+        yield now  # the beginning of all
+        while True:
+            yield now  # whether there is time for more
+            for first, second in zip(onednn, blas, strict=True):
+                yield now
+                now += first
+                yield now
+                now += second
+                yield now
+
+    found = readings()
+    return lambda: next(found)
+
+
+def test_a_product_is_faster_if_it_is_in_every_round() -> None:
+    speeds = measure(_clock([9, 0.04, 0.02, 0.03], [0, 0.03, 0.01, 0.02]), cold_bytes=1)
+    assert [(s.dtype, s.size, s.rows) for s in speeds] == [("fp32", "block", 1)]  # 1.5 s are over
+    assert speeds[0].onednn == pytest.approx(768 * 768 * 4 / 1e9 / 0.02)
+    assert speeds[0].blas == pytest.approx(768 * 768 * 4 / 1e9 / 0.01)
+    assert speeds[0].blas_is_faster
+    for blas in ([9, 0.03, 0.03, 0.02], [9, 0.039, 0.01, 0.02]):
+        speed = measure(_clock([9, 0.04, 0.02, 0.03], blas), cold_bytes=1)[0]
+        assert not speed.blas_is_faster
+
+
+def test_a_table_has_every_type_size_and_number_of_rows() -> None:
+    speeds = measure(_clock([0] * 4, [0] * 4), cold_bytes=1)
+    keys = [(speed.dtype, speed.size, speed.rows) for speed in speeds]
+    assert keys == [(speed.dtype, speed.size, speed.rows) for speed in SPEEDS]
