@@ -17,7 +17,7 @@ import torch
 from megaegpt.config import RunConfig
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.loader import TrainingLoader
-from megaegpt.errors import MegaEGPTError, TrainingError
+from megaegpt.errors import CheckpointError, MegaEGPTError, TrainingError
 from megaegpt.evaluation.task_in_training import TaskInTraining
 from megaegpt.evaluation.text_loss import Evaluator
 from megaegpt.model.base import LanguageModel
@@ -93,7 +93,7 @@ class Trainer:
                 complete = self._take_steps()
             except MegaEGPTError as error:
                 if error.on_every_rank or self._grid.world_size == 1:
-                    self._finish_saving()  # what it has to go back to
+                    self._finish_saving_before_an_end()
                 raise
             self._finish_saving()
         return complete
@@ -223,6 +223,15 @@ class Trainer:
     def _finish_saving(self) -> None:
         """Wait for the checkpoint that is being written, if there is one. Collective."""
         self._note_saved(self.checkpoints.finish())
+
+    def _finish_saving_before_an_end(self) -> None:
+        """Complete what a run that has failed on all ranks can go back to; what fails of it is told
+        beside the reason of the end, not in its place.
+        """
+        try:
+            self._finish_saving()
+        except CheckpointError as failure:
+            self.monitor.log(f"notice: {failure}")
 
     def _note_saved(self, folder: Path | None) -> None:
         """Say of a checkpoint that it is complete; None: it is not yet."""

@@ -399,7 +399,7 @@ def test_no_object_is_unpickled_from_a_checkpoint(distributed: Distributed, tmp_
     distributed(1, _load_foreign_pickle, tmp_path)
 
 
-def _save_with_a_full_disk_on_one_rank(folder: Path) -> str:
+def _save_with_a_full_disk_on_one_rank(folder: Path, later: bool) -> str:
     config = _config()
     grid = grid_for(1)
     engine = make_engine(config, grid)
@@ -409,7 +409,11 @@ def _save_with_a_full_disk_on_one_rank(folder: Path) -> str:
     if grid.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        manager.save(engine, 2, {})
+        if later:
+            manager.save_later(engine, 2, {})
+            manager.finish()
+        else:
+            manager.save(engine, 2, {})
     except CheckpointError as error:
         return str(error)
     finally:
@@ -419,10 +423,11 @@ def _save_with_a_full_disk_on_one_rank(folder: Path) -> str:
     raise AssertionError("saving worked")
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["waiting", "beside_training"])
 def test_a_full_disk_is_reported_on_every_rank_and_harms_no_earlier_checkpoint(
-    distributed: Distributed, tmp_path: Path
+    distributed: Distributed, tmp_path: Path, later: bool
 ) -> None:
-    for error in distributed(2, _save_with_a_full_disk_on_one_rank, tmp_path):
+    for error in distributed(2, _save_with_a_full_disk_on_one_rank, tmp_path, later):
         assert "step 2 was not saved" in error
         assert "zero_pp_rank_1" in error
         assert "File too large" in error

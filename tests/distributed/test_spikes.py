@@ -26,11 +26,9 @@ __all__ = ["corpus"]
 
 LAYOUTS = [
     # Tensor parallel, ZeRO stage, precision: of two ranks.
-    (1, 0, "fp32"),
     (2, 0, "fp32"),
     (1, 2, "fp32"),
     (1, 1, "bf16"),
-    (1, 2, "bf16"),
     (1, 2, "fp16"),
 ]
 GUARD = SpikeGuardConfig(factor=5.0, window=3)

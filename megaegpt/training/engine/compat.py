@@ -38,6 +38,7 @@ PARTITIONED = (
     "params_in_partition",
     "clip_grad",
     "update_lp_params",  # gathers the weights after loading; put off until no rank has failed
+    "load_hp_checkpoint_state_from_checkpoint_dir",  # gets the groups that a rank has a share of
     "has_overflow",  # replaced, as is the next
     "get_grad_norm_direct",
 )
@@ -50,6 +51,7 @@ BF16_STAGE_1 = (
     "fp32_groups_has_gradients",
     "clip_grad",
     "update_lp_params",
+    "load_hp_checkpoint_state_from_checkpoint_dir",
     "update_hp_grads",  # replaced, as is the next
     "get_grads_for_norm",
 )
