@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from megaegpt.config import ModelConfig, ParallelConfig
+from megaegpt.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megaegpt.config.parameter_groups import ParameterGroup
 from megaegpt.config.run import RunConfig
+from megaegpt.errors import ConfigError
 from megaegpt.planning.summary import ModelSize, describe_run, measure_model
 from megaegpt.precision import Precision
 
@@ -37,3 +39,10 @@ def test_the_zero_stage_is_the_one_that_runs(stage: int, precision: Precision, r
     config = RunConfig(parallel=ParallelConfig(zero_stage=stage))  # type: ignore[arg-type]
     lines = describe_run(config, ModelSize(1, 1), 1, precision, "cpu")
     assert any(f"ZeRO stage {runs}, {precision} on cpu" in line for line in lines)
+
+
+def test_a_pattern_of_optimizer_groups_that_matches_nothing_is_told_before_a_run() -> None:
+    groups = (ParameterGroup("*.bias"), ParameterGroup("lm_head.*"))
+    config = RunConfig(optimizer=OptimizerConfig(groups=groups))
+    with pytest.raises(ConfigError, match=r"groups\[1\]\.match: 'lm_head\.\*' matches no"):
+        measure_model(config)

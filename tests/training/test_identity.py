@@ -16,6 +16,7 @@ from megaegpt.config import BatchRampConfig, ModelConfig, RunConfig
 from megaegpt.config.arithmetic import RESOLVED, model_arithmetic
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.model_rules import CONDITIONS
+from megaegpt.config.parameter_groups import ParameterGroup
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.model.build import build_model
 from megaegpt.model.initialization import initialization_problems
@@ -172,6 +173,13 @@ def test_every_other_changed_key_is_named_in_one_line(config: RunConfig, tmp_pat
     ):
         assert change in optimization
     assert rest == "without effect on the losses: logging.interval 2 -> 1"
+
+
+def test_other_parameter_groups_are_named(config: RunConfig, tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path, config)
+    groups = (ParameterGroup("*.bias", weight_decay=0.5),)
+    (line,) = _check(_changed(config, optimizer={"groups": groups}), checkpoint)
+    assert "the optimization changes: optimizer.groups [] -> [{'match': '*.bias'" in line
 
 
 def test_another_kind_of_optimizer_is_refused(config: RunConfig, tmp_path: Path) -> None:
