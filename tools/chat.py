@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -180,6 +181,8 @@ def talk(session: Session) -> None:
     """Answer lines of the input until it ends or asks for the end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, so that the arrow keys edit and recall lines
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that a line is refused, and no more
     while True:
         try:
             line = _read_line()
@@ -188,10 +191,20 @@ def talk(session: Session) -> None:
             continue
         if line is None or line.split()[:1] == ["/exit"]:
             return
-        if line.startswith("/"):
+        if not _is_text(line):
+            print("[the line is not UTF-8]", file=sys.stderr)
+        elif line.startswith("/"):
             _obey(session, line)
         elif line.strip():
             _show_answer(session, line)
+
+
+def _is_text(line: str) -> bool:
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # bytes that are no character of the terminal's
+        return False
+    return True
 
 
 def _read_line() -> str | None:

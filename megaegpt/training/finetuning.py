@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,12 @@ class InstructionData:
         self.longest_sample = min(longest, self._model.sample_len)
 
     def _read(self, files: Sequence[str]) -> list[Record]:
+        for file in files:
+            if not os.path.lexists(file):
+                raise DataError(
+                    f"there are no records {file}; to begin with, some tasks are written by: "
+                    "python tools/prepare_data.py instructions --output data"
+                )
         return [r for file in files for r in read_instructions(Path(file), self._problems)]
 
     def _template(self, wanted: str | None, records: Sequence[Record]) -> ChatTemplate | None:

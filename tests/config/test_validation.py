@@ -24,6 +24,13 @@ def run_config(**sections: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(default, deepspeed=sections.get("deepspeed", {}), **replaced)
 
 
+def test_a_task_can_decide_what_is_best_without_a_validation_split() -> None:
+    data = {"train": ("x",), "tasks": ("words=x.jsonl",)}
+    validate(run_config(data=data, checkpoint={"keep_best": True, "best_of": "words"}))
+    with pytest.raises(ConfigError, match="keep_best=true needs"):
+        validate(run_config(data=data, checkpoint={"keep_best": True}))
+
+
 REFUSED = [
     ({"model": {"hidden_size": 100}}, "hidden_size=100 is not divisible by model.num_heads=12"),
     ({"model": {"num_kv_heads": 5}}, "model.num_kv_heads=5: use one of 1, 2, 3, 4, 6, 12"),

@@ -11,6 +11,7 @@ import pytest
 from megaegpt.config import GenerationConfig
 from megaegpt.data.instruction.chat_template import ChatTemplate, load_chat_template
 from megaegpt.data.instruction.conversations import Message
+from megaegpt.errors import DataError
 from megaegpt.generation.chat import Chat
 from megaegpt.generation.continuation import Continuation
 from megaegpt.generation.text_model import TextModel
@@ -94,6 +95,28 @@ def test_the_oldest_turns_are_forgotten_with_a_line_that_says_so(says) -> None:
     answers, told = says("a " * 100, "Hello")
     assert len(answers) == 1
     assert "[the message is too long" in told
+
+
+def test_a_line_that_is_not_utf_8_is_refused_and_the_next_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    loaded: LoadedModel,
+    template: ChatTemplate,
+) -> None:
+    session = chat.Session(
+        loaded, Chat(loaded.tokenizer, template), GenerationConfig(max_new_tokens=2)
+    )
+    lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nHello\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", lines)
+    chat.talk(session)
+    assert capsys.readouterr().err == "[the line is not UTF-8]\n"
+    assert session.turns[0] == Message("user", "Hello")
+
+
+def test_a_template_that_writes_nothing_is_named(loaded: LoadedModel) -> None:
+    silent = Chat(loaded.tokenizer, ChatTemplate("", "silent"))
+    with pytest.raises(DataError, match="silent writes nothing for this conversation"):
+        silent.encode((Message("user", "Hello"),))
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_program(says, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from megaegpt.config.run import RunConfig
 from megaegpt.data.instruction.records import Instruction, InstructionDataset
 from megaegpt.data.instruction.rows import InstructionSamples, trim_padding
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.errors import CheckpointError, ConfigError, DataError
 from megaegpt.generation.generator import sample_text
 from megaegpt.interop.export import export_huggingface
 from megaegpt.model.build import build_model
@@ -197,6 +197,16 @@ def test_what_cannot_be_fine_tuned_is_refused(
         config = dataclasses.replace(config, **{name: value})
     with pytest.raises(ConfigError, match=message):
         finetune(config, ProcessGrid())
+
+
+def test_where_there_are_no_records_it_says_where_some_come_from(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = _config("gpt", corpus, tmp_path)
+    instructions = dataclasses.replace(config.data.instructions, train=("nowhere.jsonl",))
+    data = dataclasses.replace(config.data, instructions=instructions)
+    with pytest.raises(DataError, match=r"no records nowhere.jsonl; .*prepare_data.py"):
+        finetune(dataclasses.replace(config, data=data), ProcessGrid())
 
 
 def test_records_are_not_for_pretraining(corpus: Path, tmp_path: Path) -> None:

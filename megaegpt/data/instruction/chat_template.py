@@ -139,7 +139,7 @@ class ChatTemplate:
         """Ids of a conversation that a model is to go on with.
 
         Raises:
-            DataError: as for :meth:`render`.
+            DataError: as for :meth:`render`; or there are none.
         """
         marks = self._marks(messages)
         protected = _protect(messages, tokenizer, marks)
@@ -149,7 +149,10 @@ class ChatTemplate:
             add_generation_prompt=add_generation_prompt,
             now=now,
         )
-        return _encode(text, tokenizer, marks.split, [])[0]
+        ids = _encode(text, tokenizer, marks.split, [])[0]
+        if not ids:
+            raise DataError(f"the chat template {self.name} writes nothing for this conversation")
+        return ids
 
     def encode_training(self, messages: Conversation, tokenizer: Tokenizer) -> EncodedChat:
         """Ids of a whole conversation, and which of them are learned: what the assistant says and
