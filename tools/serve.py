@@ -162,7 +162,7 @@ def _new_app(arguments: argparse.Namespace) -> tuple[FastAPI, str]:
     rows = new_rows(loaded.model, loaded.encoder, arguments.batch_size, context, limits)
     batcher = Batcher(rows, loaded.tokenizer, loaded.model.grid.device, arguments.queue)
     served = Served(
-        name=arguments.name or model_name(arguments.checkpoint),
+        name=model_name(arguments.checkpoint, arguments.name),
         tokenizer=loaded.tokenizer,
         context=rows.context,
         chat=_chat_of(loaded, arguments.chat_template),
@@ -197,8 +197,15 @@ def _context(arguments: argparse.Namespace, loaded: LoadedModel) -> int | None:
     return wanted or min(config.max_seq_len, _DEFAULT_CONTEXT)
 
 
-def model_name(checkpoint: Path) -> str:
-    """``egpt`` of ``runs/egpt/checkpoints/step_00000100``."""
+def model_name(checkpoint: Path, wanted: str | None = None) -> str:
+    """``wanted``, else ``egpt`` of ``runs/egpt/checkpoints/step_00000100``; bytes of either that
+    are no characters are written as numbers, since answers are UTF-8.
+    """
+    name = wanted or _name_of_run(checkpoint)
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _name_of_run(checkpoint: Path) -> str:
     parts = [
         part
         for part in checkpoint.resolve().parts

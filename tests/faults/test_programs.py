@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
+import uvicorn
 
-from megaegpt.config import ModelConfig
+from megaegpt.config import LoRAConfig, ModelConfig
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokenizers.bpe_training import train_byte_level_bpe
 from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
@@ -34,8 +35,12 @@ from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.interop.export import export_weights
 from megaegpt.interop.gguf_export import export_gguf
+from megaegpt.interop.peft import export_peft
+from megaegpt.interop.vocabulary_files import copy_tokenizer
+from megaegpt.model.adapter_files import Base, save_adapter
+from megaegpt.model.adapters import add_adapters, initialize_adapters
 from megaegpt.model.build import build_model
-from megaegpt.model.weights import save_weights
+from megaegpt.model.weights import read_weights_config, save_weights, tensors_digest
 from megaegpt.parallel.grid import ProcessGrid
 from tests.report.test_runs import RECORDS, make_run
 
@@ -44,7 +49,7 @@ CASES, LONG_CASES = 60, 700
 HANGING_S = 300.0
 """Far more than any program takes here on the busiest machine."""
 
-OUTPUTS = {"output", "png", "json"}
+OUTPUTS = {"output", "plot", "json"}
 WAITING = {*OUTPUTS, "prompt_file"}
 """Options for which a pipe is waited with, as any program does: for its reader, or its writer."""
 
@@ -74,6 +79,12 @@ COMMANDS: list[tuple[str, list[str]]] = [
     ("tools.convert", ["export", "llama", "exported.gguf"]),
     ("tools.generate", ["--checkpoint", "llama", "--prompt", "a", "--max-new-tokens", "2"]),
     ("tools.evaluate", ["--checkpoint", "llama.gguf", "--text", "text.txt"]),
+    ("tools.convert", ["merge", "adapter", "merged"]),
+    ("tools.convert", ["export", "adapter", "exported"]),
+    ("tools.convert", ["import", "peft", "imported", "--base", "llama"]),
+    ("tools.generate", ["--checkpoint", "adapter", "--prompt", "a", "--max-new-tokens", "2"]),
+    ("tools.evaluate", ["--checkpoint", "weights", "--lambada", "words.jsonl"]),
+    ("tools.serve", ["--checkpoint", "llama", "--chat-template", "chat.jinja", "--port", "0"]),
     ("launchers.pretrain", ["--config", "run.yaml", "--dry-run"]),
     ("launchers.finetune", ["--config", "finetune.yaml", "--dry-run"]),
     ("launchers.experiment", ["--config", "study.yaml", "--report-only", "--output", "none"]),
@@ -99,9 +110,16 @@ FILES = [
     "llama/tokenizer.json",
     "llama/tokenizer_config.json",
     "llama/config.json",
+    "adapter/config.json",
+    "adapter/adapter.safetensors",
+    "peft/adapter_config.json",
+    "peft/adapter_model.safetensors",
+    "words.jsonl",
+    "tasks.json",
+    "chat.jinja",
 ]
 
-TEXTS = {"docs.jsonl", "text.txt"}
+TEXTS = {"docs.jsonl", "text.txt", "words.jsonl", "tasks.json"}
 """Files of which any size is right."""
 
 VALUES = [
@@ -133,6 +151,8 @@ CONTENTS = [
     b'{"model_type": "gpt2", "vocab_size": null, "n_embd": -1, "n_layer": 1e300, "n_head": "x"}',
     b"model: {num_layers: 99999999999999999999}\ntraining: [1]\ndata: null\ncorpora: {a: 3}\n",
     b"variants: {a: 3}\nbaseline: a\ncorpora: {a: {train: null}}\nseeds: .nan\n",
+    b'{"peft_type": "LORA", "r": 0, "lora_alpha": null, "rank_pattern": [1]}',
+    b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1e999, "alpha_pattern": {"(": 1}}',
 ]
 
 
@@ -214,8 +234,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_configurations(folder)
     shutil.copy(ROOT / "configs" / "experiments" / "smoke.yaml", folder / "study.yaml")
     _make_llama(folder)
+    _make_adapters(folder)
     (folder / "docs.jsonl").write_text('{"text": "one, one, one"}\n{"text": "two"}\n')
     (folder / "text.txt").write_text("A text of some words. " * 20)
+    (folder / "words.jsonl").write_text('{"text": "a text of words"}\n' * 3)
+    (folder / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (folder / "loop").symlink_to("loop")
     os.mkfifo(folder / "pipe")
     return folder
@@ -261,6 +284,18 @@ def _make_llama(folder: Path) -> None:
     export_gguf(folder / "llama", folder / "llama.gguf")
 
 
+def _make_adapters(folder: Path) -> None:
+    """Of the model of :func:`_make_llama`, in our form and in PEFT's."""
+    config, _ = read_weights_config(folder / "llama")
+    model, lora = build_model(config, ProcessGrid(), seed=1), LoRAConfig(rank=2)
+    add_adapters(model, lora)
+    initialize_adapters(model, 1, ProcessGrid())
+    base = Base("llama", tensors_digest(folder / "llama"))
+    save_adapter(model, folder / "adapter", ProcessGrid(), lora, base)
+    copy_tokenizer(folder / "llama", folder / "adapter")
+    export_peft(folder / "adapter", folder / "peft")
+
+
 class _HangError(BaseException):
     """A program that does not end."""
 
@@ -289,6 +324,7 @@ def run(case: Case, folder: Path) -> Ending:
             patch.chdir(folder)
             patch.setattr(sys, "argv", [case.program, *case.arguments])
             patch.setattr(sys, "stdin", io.StringIO(""))
+            patch.setattr(uvicorn.Server, "run", lambda *_, **__: None)  # all but the serving
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
                 importlib.import_module(case.program).main()
     except SystemExit as ended:

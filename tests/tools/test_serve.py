@@ -75,10 +75,12 @@ def test_what_does_not_fit_the_model_is_refused(
         ("runs/egpt/checkpoints/", "egpt"),
         ("models/smol.gguf", "smol"),
         ("smollm2-135m", "smollm2-135m"),
+        ("runs/caf\udce9", r"caf\udce9"),
     ],
 )
 def test_a_model_has_the_name_of_its_run(checkpoint: str, name: str) -> None:
     assert serve.model_name(Path(checkpoint)) == name
+    assert serve.model_name(Path("other"), Path(checkpoint).name).encode()
 
 
 @pytest.mark.long
