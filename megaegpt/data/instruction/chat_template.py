@@ -26,6 +26,7 @@ from megaegpt.data.instruction.named_templates import NAMED_TEMPLATES
 from megaegpt.data.instruction.template_process import TemplateProcess
 from megaegpt.data.tokenizer import Tokenizer, whole_characters
 from megaegpt.errors import DataError
+from megaegpt.json_files import read_bytes
 
 DATE_OF_TRAINING = datetime.datetime(2024, 7, 26)
 """What templates with a date are told in training, where the data must not change from day to day;
@@ -297,12 +298,15 @@ def load_chat_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatT
     if wanted in NAMED_TEMPLATES:
         return ChatTemplate(NAMED_TEMPLATES[wanted], wanted)
     try:
-        return ChatTemplate(Path(wanted).read_text(encoding="utf-8"), wanted)
+        source = read_bytes(Path(wanted)).decode("utf-8")
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, UnicodeDecodeError):
+            reason = "it is not UTF-8"
         raise DataError(
             f"the chat template {wanted} is none of {names}, and no file that can be read: {reason}"
         ) from None
+    return ChatTemplate(source.replace("\r\n", "\n"), wanted)
 
 
 def render_chat(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,21 @@ def test_a_template_that_hung_answers_the_next_conversation() -> None:
     with pytest.raises(DataError, match="did not end within"):
         template.render((Message("user", "hang"),), {})
     assert template.render((Message("user", "a"),), {}) == "ok"
+
+
+def test_what_is_no_file_of_text_is_refused_and_not_waited_for(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin").write_bytes(b"\xff")
+    for name, reason in (
+        (tmp_path / "pipe", "no regular file"),
+        ("/dev/zero", "no regular file"),
+        (tmp_path, "it is a folder"),
+        (tmp_path / "latin", "it is not UTF-8"),
+    ):
+        with pytest.raises(DataError, match=f"no file that can be read: .*{reason}"):
+            load_chat_template(tokenizer, str(name))
 
 
 def test_a_template_that_is_not_there_is_named_with_those_that_are(tokenizer: Tokenizer) -> None:
