@@ -32,13 +32,14 @@ def _config(
     folder: Path,
     tp_size: int,
     schedule: str = "cosine",
+    sequence_parallel: bool = False,
     **training: object,
 ) -> RunConfig:
     return run_config(
         kind,
         corpus,
         folder,
-        parallel={"tensor_parallel_size": tp_size},
+        parallel={"tensor_parallel_size": tp_size, "sequence_parallel": sequence_parallel},
         training={
             "steps": STEPS,
             "eval_interval": 15,
@@ -94,6 +95,20 @@ def test_15_steps_and_15_resumed_are_30_at_tp_2_x_dp_2_with_dropout(
 ) -> None:
     distributed(4, _straight_and_interrupted, kind, corpus, tmp_path)
     _assert_same_run(tmp_path / "straight", tmp_path / "interrupted")
+
+
+@pytest.mark.long
+def test_30_steps_with_sequence_parallelism_are_15_and_15_and_near_those_without(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    """With dropout, and an EGPT's encoder cut in the same way."""
+    changes = {"sequence_parallel": True, "micro_batch_size": 4}
+    distributed(2, _straight_and_interrupted, "egpt", corpus, tmp_path, 2, changes)
+    _assert_same_run(tmp_path / "straight", tmp_path / "interrupted")
+    without = _config("egpt", corpus, tmp_path / "without", 2, micro_batch_size=4)
+    distributed(2, _run, without)
+    expected = losses(tmp_path / "without")
+    assert losses(tmp_path / "straight") == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_interrupted_while_its_batch_grows_goes_on_exactly_at_dp_2(

@@ -121,8 +121,10 @@ def _train_and_look_at_the_encoder(corpus: Path, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_encoder", "starting_model"):
             patch.setattr(pretraining, name, watched(name, getattr(pretraining, name)))
-        _run("egpt", corpus, folder)
+        _run("egpt", corpus, folder, parallel={"sequence_parallel": True})
     encoder, model = built["load_encoder"], built["starting_model"]
+    assert encoder.gpt.stack.sequence_parallel
+    assert model.stack.sequence_parallel
     from megaegpt.model.encoder import weights_fingerprint
 
     assert weights_fingerprint(encoder.gpt) == encoder.fingerprint
