@@ -18,10 +18,10 @@ class ParallelConfig:
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share one copy of the model; neighbours, best inside one node."""
     sequence_parallel: bool = False
-    """Cut norms, dropout and residuals over the ranks of a tensor-parallel group by tokens (see
-    ``parallel.sequence``): without effect where ``tensor_parallel_size`` is 1. Not on by itself,
-    since gradients of norms are then sums of parts and round otherwise: a run that goes on would
-    not be the same bit for bit; and on CPUs gloo sends more for it."""
+    """Cut norms, dropout and residuals over the ranks of a tensor-parallel group by tokens, so that
+    each keeps its part of these activations (see ``parallel.sequence``). No effect where
+    ``tensor_parallel_size`` is 1. Not on by itself: gradients of norms are then sums of parts and
+    round otherwise, so that a run begun without it would not go on bit for bit."""
     zero_stage: Literal[0, 1, 2] = 2
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also shards gradients."""
     overlap_comm: bool = False

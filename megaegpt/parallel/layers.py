@@ -22,6 +22,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.low_rank import LowRankAdapter
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter, spec_of
+from megaegpt.parallel.scattered_product import scattered_product
 from megaegpt.parallel.sequence import SequenceShards, enter_tp
 from megaegpt.parallel.vocabulary import check_tokens
 
@@ -101,6 +102,8 @@ class RowParallelLinear(Linear):
         """(..., in / tp) -> (..., out), replicated; or (B, T, in / tp) -> (n, out)"""
         if self.grid.tp_group is None:
             return super().forward(x)
+        if shards is not None and self.lora is None and not torch.compiler.is_compiling():
+            return scattered_product(x, self.weight, self.bias, shards)
         y = linear(x, self.weight, packed=self.packed, blas_rows=self.blas_rows)
         if self.lora is not None:
             y = y + self.lora(x)

@@ -198,10 +198,13 @@ def start_scattering(x: Tensor, shards: SequenceShards) -> Message:
     missing = shards.grid.tp_size * shards.rows - rows.shape[0]
     if missing:
         rows = F.pad(rows, (0, 0, 0, missing))
-    own = x.new_empty(shards.rows, x.shape[-1])
-    work = _reduce_scatter(
-        own, rows.contiguous(), group=shards.grid.tp_group, async_op=_may_be_under_way()
-    )
+    return start_scattering_rows(rows.contiguous(), shards)
+
+
+def start_scattering_rows(rows: Tensor, shards: SequenceShards) -> Message:
+    """(tp * n, C), zeros behind the last token, -> (n, C) of the sum over ranks"""
+    own = rows.new_empty(shards.rows, rows.shape[1])
+    work = _reduce_scatter(own, rows, group=shards.grid.tp_group, async_op=_may_be_under_way())
     return Message(own, work)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaegpt.parallel.gathered_products import gathered_products
+from megaegpt.parallel.scattered_product import scattered_product
 from megaegpt.parallel.sequence import SequenceShards, dropout
 from tests.distributed.harness import Distributed, grid_for
 
@@ -123,6 +124,33 @@ def check_products() -> None:
         assert expected is not None
         assert found is not None
         assert_close(found, expected)
+
+
+def check_scattered_product(frozen: bool) -> None:
+    shards = shards_of(3, 3)
+    rank = shards.grid.tp_rank
+    x, weight, bias = random(3, 3, 5, seed=rank), random(WIDTH, 5, seed=2 + rank), random(WIDTH)
+    along, results = shards.own(random(3, 3, WIDTH, seed=5)), []
+    for written in (False, True):
+        given = [x.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
+        shift = bias.clone().requires_grad_()
+        if written:
+            y = scattered_product(*given, shift, shards)
+        else:
+            y = shards.scatter(F.linear(*given), shift)
+        (y * along).sum().backward()
+        results.append([y.detach(), given[0].grad, given[1].grad, shift.grad])
+    for expected, found in zip(*results, strict=True):
+        assert (expected is None) == (found is None)
+        if expected is not None:
+            assert_close(found, expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_scattered_product_is_a_product_that_is_scattered(
+    distributed: Distributed, frozen: bool
+) -> None:
+    distributed(2, check_scattered_product, frozen)
 
 
 def test_products_that_keep_rows_are_those_of_gathered_tokens(distributed: Distributed) -> None:

@@ -186,12 +186,11 @@ def test_time_follows_from_the_peak_and_the_traffic() -> None:
 def test_sequence_parallelism_takes_memory_off_a_rank_and_sends_parts_in_the_place_of_sums() -> (
     None
 ):
-    config = dataclasses.replace(
-        _gpt2(activation_checkpointing="full"), parallel=ParallelConfig(tensor_parallel_size=4)
-    )
+    model = ModelConfig(vocab_size=1000, num_layers=2)
+    config = RunConfig(model=model, parallel=ParallelConfig(tensor_parallel_size=4))
     parallel = dataclasses.replace(config.parallel, sequence_parallel=True)
     without, plan = _plan(config), _plan(dataclasses.replace(config, parallel=parallel))
-    assert plan.memory.activations < without.memory.activations
+    assert plan.memory.activations < 0.65 * without.memory.activations
     assert without.communication.sequence_parallel == 0
     sent = plan.communication
     # Sums are left of the gradients of norms and biases, and of the head's input.
