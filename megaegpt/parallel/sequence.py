@@ -125,7 +125,7 @@ class _ScatterRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, shards: SequenceShards) -> Tensor:
         ctx.shards = shards
         own = start_scattering(x, shards).finished()
-        return own if bias is None else own.add_(bias)
+        return own if bias is None else own + bias
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
