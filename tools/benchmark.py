@@ -33,6 +33,7 @@ SUBCOMMANDS = {
     "data": "tokenizing to shards, and drawing batches",
     "features": "computing and reading chunk features",
     "checkpoint": "saving and loading a run",
+    "growth": "time, memory and start-up against model, context, corpus, ranks and history",
     "machine": "this machine, and which library's products are the fastest on it",
     "gpu": "one GPU: its tests, and the speed of training, EGPT and decoding; or several nodes",
 }

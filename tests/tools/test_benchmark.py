@@ -17,7 +17,7 @@ import torch
 from megaegpt.errors import ConfigError, LaunchError
 from tests.generation.test_trained import save_gpt
 from tools import benchmark
-from tools.benchmarks import attention, device_checks, gpu
+from tools.benchmarks import attention, device_checks, gpu, growth
 from tools.benchmarks.common import parse_peers
 from tools.benchmarks.processes import Candidate, Workload, compare
 
@@ -75,6 +75,53 @@ def test_generate(run, family):
     result, reading = record["results"]
     assert result["units_per_second"] == pytest.approx(3 / result["seconds"][0])
     assert reading["name"] == "only reading the weights"
+
+
+def test_an_exponent_is_that_of_the_upper_half():
+    x = [2**i for i in range(8)]
+    assert growth.exponent(x, [max(16, i) ** 1.5 for i in x]) == pytest.approx(1.5)
+    assert growth.exponent([1, 64], [3.0, 3.0]) == pytest.approx(0)
+
+
+def test_growth_of_what_must_not_grow(run, tmp_path, capsys):
+    """A corpus of any length is drawn from at one cost, and any number of ranks is planned at one;
+    these are counted, so a rank's share of the optimizer falls exactly as it should."""
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "growth.png"
+    curves = run("growth", "--curves", "corpus", "planned", "--points", "3", "--plot", str(plot))[
+        "curves"
+    ]
+    assert [row["x"] for row in curves["corpus"]["rows"]] == [10**6, 10**7, 10**8]
+    assert all(row["measured"]["seconds a batch"] > 0 for row in curves["corpus"]["rows"])
+    share = curves["planned"]["exponents"]["optimizer bytes a rank"]
+    assert share["measured"] == pytest.approx(share["expected"], abs=1e-3)
+    assert share["expected"] == pytest.approx(-1)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"exponent due +-1.00 +0.00", capsys.readouterr().out)
+
+
+def test_growth_leaves_out_what_does_not_fit_and_says_so(run, monkeypatch, capsys):
+    class Machine:
+        available = 2**20
+
+    monkeypatch.setattr(growth.psutil, "virtual_memory", Machine)
+    record = run("growth", "--curves", "history", "--points", "2")
+    assert record["curves"]["history"]["rows"] == []
+    assert re.search(r"from 1 on: left out, needs 0.0 GiB of 0.0", capsys.readouterr().out)
+
+
+@pytest.mark.long
+def test_growth_of_steps(run):
+    """Bytes are counted before and measured after: they agree, and so do their exponents."""
+    curves = run("growth", "--curves", "model", "context", "ranks", "history", "--points", "2")[
+        "curves"
+    ]
+    for curve in curves.values():
+        assert len(curve["rows"]) == 2
+        assert all(row["measured"]["seconds a step"] > 0 for row in curve["rows"])
+    for name in ("context", "history"):
+        for row in curves[name]["rows"]:
+            assert row["measured"]["bytes"] == pytest.approx(row["expected"]["bytes"], rel=0.01)
 
 
 def test_machine(run, monkeypatch, capsys):
