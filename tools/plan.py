@@ -171,11 +171,16 @@ def roofline_of(plan: Plan, encoder: ModelConfig | None) -> Iterator[str]:
     yield (
         f"a micro-step reaches at most {roofline.mfu('eager', fused_head=False):.1%} MFU with "
         f"nothing compiled, {roofline.mfu('eager'):.1%} with the head's operators compiled, "
-        f"{roofline.mfu():.1%} with the blocks compiled too, and could reach "
-        f"{roofline.mfu('fused'):.1%} if all that can was part of a product's kernel: bytes a "
-        f"logit between the head's products {roofline.bytes_a_logit(fused=False):.0f}, compiled "
+        f"{roofline.mfu('compiled'):.1%} with the blocks compiled too, {roofline.mfu():.1%} with "
+        "their own operators instead, where they have such: bytes a logit between the head's "
+        f"products {roofline.bytes_a_logit(fused=False):.0f}, compiled "
         f"{roofline.bytes_a_logit():.1f}"
     )
+    if roofline.slowness is not None:
+        yield (
+            f"the blocks' own operators are worth it until their two products with GELU take "
+            f"{roofline.slowness:.0%} longer than cuBLAS's"
+        )
     yield assumptions()
 
 

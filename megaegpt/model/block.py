@@ -6,7 +6,8 @@ Shapes: B batch, T tokens, C hidden.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import (
 from megaegpt.config import ModelConfig
 from megaegpt.model.attention import build_attention
 from megaegpt.model.attention.context import AttentionContext
+from megaegpt.model.fused_block import add_fused, can_be_fused, should_be_fused
 from megaegpt.model.mlp import build_mlp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import LayerNorm, RMSNorm
@@ -100,6 +102,10 @@ class BlockStack(nn.Module):
         self.grid = grid
         self.recompute = "none"
         self.sequence_parallel = False
+        self.fused: bool | None = None
+        """Whether blocks are computed by the operators of ``parallel.block_operators``, if they
+        can be; None: on CUDA, where their kernels work."""
+        self._can_be_fused = can_be_fused(config, grid)
         self.blocks = nn.ModuleList(Block(config, i, grid) for i in range(config.num_layers))
         self.norm: LayerNorm | RMSNorm | None = block_norm(config, grid)
 
@@ -113,11 +119,15 @@ class BlockStack(nn.Module):
         """(B, T, C), or with ``context.shards`` this rank's rows (n, C), -> (B, T, C) after the
         final norm, on every rank
         """
-        for block in self.blocks:
+        selective = self.training and self.recompute == "selective"
+        for block in cast(Iterable[Block], self.blocks):
+            run = functools.partial(block, selective=selective)
+            if self._can_be_fused and not selective and should_be_fused(block, x, self.fused):
+                run = functools.partial(add_fused, block)  # of which nothing is left to compile
             if self.training and self.recompute == "full":
-                x = checkpoint(block, x, context, use_reentrant=False)
+                x = checkpoint(run, x, context, use_reentrant=False)
             else:
-                x = block(x, context, self.training and self.recompute == "selective")
+                x = run(x, context)
         if self.norm is not None:
             x = self.norm(x, context.shards)
         return x if context.shards is None else context.shards.whole(x)

@@ -93,6 +93,7 @@ def trace_micro_step(
     observed_by: AbstractContextManager[object] | None = None,
     fused_head: bool | None = None,
     sample_tokens: int | None = None,
+    fused_blocks: bool | None = None,
 ) -> MicroStep:
     """Forward and backward by the CPU's operators; fused attention keeps what a GPU's does.
 
@@ -105,6 +106,7 @@ def trace_micro_step(
         observed_by: is active during the forward and the backward pass.
         fused_head: see ``LossOptions.fused``; None: as the device has it.
         sample_tokens: columns of the micro-batch; None: as long as the model's samples are.
+        fused_blocks: see ``BlockStack.fused``; None: as the device has it.
     """
     tp_size = config.parallel.tensor_parallel_size
     group = _CountingGroup(tp_size)
@@ -114,6 +116,8 @@ def trace_micro_step(
         choose_trained(model, config.training)
         model.stack.recompute = config.training.activation_checkpointing
         model.stack.sequence_parallel = config.parallel.sequence_parallel
+        has_kernels = device_type == "cuda" and precision != "fp32"
+        model.stack.fused = has_kernels if fused_blocks is None else fused_blocks
         frozen = None if encoder is None else _fake(encoder, grid, device_type)
         if frozen is not None:
             frozen.requires_grad_(False)

@@ -40,14 +40,9 @@ inductor's own count of GPT-2's block on a CPU: uncompiled, torch has a kernel f
 for GELU, so little is left to fuse but additions."""
 COMPILED_LLAMA = 0.24
 """The same of Llama's block, whose rotation and gated MLP are many operators each."""
-FUSED_INTO_PRODUCTS = 0.4
-"""The same if whatever can be part of a product's kernel was: biases, GELU and its derivative, sums
-of gradients. Of GPT-2's block 22 of 57 numbers a token and column are left, those of norms and what
-the backward pass keeps. Nothing here makes such code: it is what other kernels could gain."""
-
 Blocks = Literal["eager", "compiled", "fused"]
 """How a block's norms and elementwise operators are computed: one by one, as inductor compiles
-them, or as parts of the products."""
+them, or by the operators of ``parallel.block_operators``, where it has nothing else."""
 SHORTEST = 2e-6
 """Seconds of the smallest kernel."""
 
@@ -100,8 +95,8 @@ class Rates:
 
 
 class OperatorCosts(TorchDispatchMode):
-    """Adds up operators while it is active, by kind: ``products``, ``attention``, ``head`` (between
-    its products) and ``rest``.
+    """Adds up operators while it is active, by kind: ``products``, ``own products`` (those of
+    ``parallel.block_operators``), ``attention``, ``head`` (between its products) and ``rest``.
 
     Args:
         vocabulary: columns of the logits, by which the head's operators are known.
@@ -140,9 +135,10 @@ class OperatorCosts(TorchDispatchMode):
         if "scaled_dot_product" in name:
             kind, flops, rate = "attention", _attention_flops(name, args), rates.attention_flops
         else:
-            formula = flop_registry.get(func.overloadpacket)
+            formula = _formula(func)
             flops = formula(*args, **kwargs, out_val=result) if formula else 0
-            kind, rate = ("products" if flops else self._kind(name, tensors)), rates.flops
+            of_products = "own products" if func.namespace == "megaegpt" else "products"
+            kind, rate = (of_products if flops else self._kind(name, tensors)), rates.flops
         cost = self.costs[kind]
         cost.kernels += 1
         cost.flops += flops
@@ -153,6 +149,14 @@ class OperatorCosts(TorchDispatchMode):
         """Whether an operator without products is the head's."""
         of_head = "embedding" not in name and any(self._vocabulary in x.shape for x in tensors)
         return "head" if of_head else "rest"
+
+
+def _formula(func: Any) -> Any:
+    """Of an operator's operations, which torch has not for its form in place; None: it has none."""
+    packet = func.overloadpacket
+    if func.namespace == "aten" and packet.__name__ == "addmm_":
+        packet = torch.ops.aten.addmm
+    return flop_registry.get(packet)
 
 
 def _overwritten(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
@@ -182,6 +186,18 @@ def _attention_flops(name: str, args: tuple[Any, ...]) -> float:
 
 
 @dataclass(frozen=True)
+class FusedBlocks:
+    """What the operators of ``parallel.block_operators`` leave of blocks."""
+
+    products: Cost
+    """cuBLAS's, the head's among them."""
+    own_products: Cost
+    """Those with GELU in their kernel."""
+    rest: Cost
+    """As of a roofline."""
+
+
+@dataclass(frozen=True)
 class Roofline:
     """A step of one rank."""
 
@@ -195,6 +211,8 @@ class Roofline:
     """The same operator by operator."""
     rest: Cost
     """Norms, elementwise operators, copies and look-ups of the blocks, operator by operator."""
+    fused: FusedBlocks | None
+    """The same with the operators of ``parallel.block_operators``; None: the blocks cannot."""
     outside: Cost
     """The same outside of the blocks, where nothing is compiled."""
     optimizer: float
@@ -218,20 +236,33 @@ class Roofline:
         is_gpt2s = model.norm == "layer_norm" and not model.has_gated_mlp
         return COMPILED_GPT2 if is_gpt2s and model.positions != "rotary" else COMPILED_LLAMA
 
-    def seconds(self, blocks: Blocks = "compiled", *, fused_head: bool = True) -> float:
+    def seconds(self, blocks: Blocks = "fused", *, fused_head: bool = True) -> float:
         """Of a micro-step, forward and backward.
 
         Args:
             blocks: how they are computed.
             fused_head: the head's operators are those that CUDA has compiled.
         """
-        fused = min(FUSED_INTO_PRODUCTS, self.compiled)
-        share = {"eager": 1.0, "compiled": self.compiled, "fused": fused}[blocks]
         head = self.head if fused_head else self.head_unfused
-        parts = (self.products, self.attention, head, self.outside)
-        return sum(cost.seconds for cost in parts) + self.rest.seconds * share
+        total = self.attention.seconds + head.seconds + self.outside.seconds
+        if blocks == "fused" and self.fused is not None:
+            fused = self.fused
+            parts = (fused.products, fused.own_products, fused.rest)
+            return total + sum(cost.seconds for cost in parts)
+        share = 1.0 if blocks == "eager" else self.compiled
+        return total + self.products.seconds + self.rest.seconds * share
 
-    def mfu(self, blocks: Blocks = "compiled", *, fused_head: bool = True) -> float:
+    @property
+    def slowness(self) -> float | None:
+        """How much longer than cuBLAS's the blocks' own products may take, as a share, until what
+        they and the other operators save is lost again; None: there are none.
+        """
+        if self.fused is None:
+            return None
+        saved = self.seconds("compiled") - self.seconds("fused")
+        return saved / self.fused.own_products.seconds
+
+    def mfu(self, blocks: Blocks = "fused", *, fused_head: bool = True) -> float:
         """The most that a micro-step can reach; arguments as for :meth:`seconds`."""
         tp = self.plan.config.parallel.tensor_parallel_size
         work = self.tokens * self.plan.size.flops_per_token / tp
@@ -270,15 +301,17 @@ def make_roofline(plan: Plan, encoder: ModelConfig | None = None) -> Roofline:
     """
     bandwidth = plan.machines.accelerator.memory_bandwidth
     rates = Rates.of(peak_of(plan), bandwidth or math.inf)
-    costs = _trace(plan, plan.config, encoder, rates, fused=True)
-    unfused = _trace(plan, _with_blocks(plan.config, 1), encoder, rates, fused=False)
+    costs = _trace(plan, plan.config, encoder, rates, fused_blocks=False)
+    one, two = (_with_blocks(plan.config, count) for count in (1, 2))
+    unfused = _trace(plan, one, encoder, rates, fused_head=False, fused_blocks=False)
     of_one, of_two = (
         costs["rest"]
-        if plan.config.model.num_layers == count
-        else _trace(plan, _with_blocks(plan.config, count), encoder, rates, fused=True)["rest"]
-        for count in (1, 2)
+        if plan.config == config
+        else _trace(plan, config, encoder, rates, fused_blocks=False)["rest"]
+        for config in (one, two)
     )
     outside = of_one.minus(of_two.minus(of_one))
+    fused = _trace(plan, plan.config, encoder, rates)
     return Roofline(
         plan,
         plan.config.gradient_accumulation(plan.dp_size),
@@ -287,6 +320,9 @@ def make_roofline(plan: Plan, encoder: ModelConfig | None = None) -> Roofline:
         costs["head"],
         unfused["head"],
         costs["rest"].minus(outside),
+        FusedBlocks(fused["products"], fused["own products"], fused["rest"].minus(outside))
+        if "own products" in fused
+        else None,
         outside,
         _update_bytes(plan) / rates.bytes,
     )
@@ -298,13 +334,25 @@ def _with_blocks(config: RunConfig, count: int) -> RunConfig:
 
 
 def _trace(
-    plan: Plan, config: RunConfig, encoder: ModelConfig | None, rates: Rates, fused: bool
+    plan: Plan,
+    config: RunConfig,
+    encoder: ModelConfig | None,
+    rates: Rates,
+    fused_head: bool | None = None,
+    fused_blocks: bool | None = None,
 ) -> defaultdict[str, Cost]:
     model = config.model
     columns = model.padded_vocab_size // config.parallel.tensor_parallel_size
     counter = OperatorCosts(columns, rates)
     trace_micro_step(
-        config, plan.precision, encoder, "cuda", False, observed_by=counter, fused_head=fused
+        config,
+        plan.precision,
+        encoder,
+        "cuda",
+        False,
+        observed_by=counter,
+        fused_head=fused_head,
+        fused_blocks=fused_blocks,
     )
     return counter.costs
 
@@ -336,6 +384,10 @@ def describe_roofline(roofline: Roofline) -> list[tuple[str, ...]]:
         rows.append((name, _ms(cost.seconds * steps), str(cost.kernels * steps), moved))
     compiled = roofline.rest.seconds * steps * roofline.compiled
     rows.append(("blocks' norms and elementwise, compiled", _ms(compiled), "", ""))
+    if (fused := roofline.fused) is not None:
+        moved, kernels = f"{fused.rest.bytes * steps / 1e9:.1f}", str(fused.rest.kernels * steps)
+        name = "blocks' norms and elementwise, their own operators"
+        rows.append((name, _ms(fused.rest.seconds * steps), kernels, moved))
     rows.append(("optimizer", _ms(roofline.optimizer), "", ""))
     rows.append(("communication, if nothing hides it", _ms(roofline.communication), "", ""))
     return rows
@@ -366,19 +418,22 @@ def gpt2_runs() -> dict[str, RunConfig]:
 
 def compare_rooflines(rooflines: Mapping[str, Roofline]) -> list[tuple[str, ...]]:
     """A table: the most that each run can reach as the pieces are compiled, and where time goes."""
-    columns = ("nothing compiled", "head", "blocks and head", "all fused into products")
+    columns = ("nothing compiled", "head", "blocks and head", "blocks' own operators and head")
     rows: list[tuple[str, ...]] = [("", "tokens", *columns, *_BOUND_BY)]
     for name, roofline in rooflines.items():
         ceilings = [
             roofline.mfu("eager", fused_head=False),
             roofline.mfu("eager"),
+            roofline.mfu("compiled"),
             roofline.mfu(),
-            roofline.mfu("fused"),
         ]
-        parts = [roofline.products, roofline.attention, roofline.head]
-        seconds = [cost.seconds for cost in parts]
-        seconds.append(roofline.seconds() - sum(seconds))
-        shares = [f"{1e3 * x:.0f} ms" for x in seconds]
+        products = [roofline.products]
+        if roofline.fused is not None:
+            products = [roofline.fused.products, roofline.fused.own_products]
+        parts = [sum(cost.seconds for cost in products), roofline.attention.seconds]
+        parts.append(roofline.head.seconds)
+        parts.append(roofline.seconds() - sum(parts))
+        shares = [f"{1e3 * x:.0f} ms" for x in parts]
         mfu = [f"{x:.1%}" for x in ceilings]
         rows.append((name, f"{roofline.tokens:,}", *mfu, *shares))
     return rows
@@ -394,6 +449,6 @@ def assumptions() -> str:
         f"{ATTENTION_FLOPS:.0%}, memory {REACHED_BANDWIDTH:.0%} of its speed; no kernel is shorter "
         f"than {1e6 * SHORTEST:.0f} us; the host is never waited for. Compiled blocks move "
         f"{COMPILED_GPT2:.0%} of the bytes of their norms and elementwise operators, Llama's "
-        f"{COMPILED_LLAMA:.0%}, by inductor's count; if all that can was part of a product's "
-        f"kernel, {FUSED_INTO_PRODUCTS:.0%}, which nothing here does"
+        f"{COMPILED_LLAMA:.0%}, by inductor's count. Products with GELU in their own kernel reach "
+        "what cuBLAS's do"
     )

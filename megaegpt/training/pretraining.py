@@ -27,7 +27,9 @@ from megaegpt.generation.trained import LoadedModel
 from megaegpt.model.build import Model, build_inputs
 from megaegpt.model.calling import ModelInputs
 from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.model.fused_block import can_be_fused
 from megaegpt.model.weights import load_weights
+from megaegpt.parallel.block_operators import kernel_problem
 from megaegpt.parallel.compiling import compile_problem
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import broadcast_object, raising_together
@@ -328,6 +330,9 @@ def _introduce(
         slower = "; the head's loss is slower for it" if on_gpu else ""
         off = f"training.compile is off, it does not work here: {problem}{slower}"
         notices = [*notices, off]
+    has_kernels = on_gpu and precision != "fp32" and can_be_fused(config.model, grid)
+    if has_kernels and (problem := kernel_problem(grid.device.type)):
+        notices = [*notices, f"blocks are computed without their own kernels, as {problem}"]
     for notice in notices:
         monitor.log(f"notice: {notice}")
     if state:

@@ -42,8 +42,8 @@ def build_engine(
         model_config: of the trainable model.
         batch: samples a step over all processes, in one micro-step.
         options: as :data:`PLAIN`; and, to measure what they are worth, ``fused_head``,
-            ``fewer_operators`` and ``cudnn`` (its attention), which are on unless they are false;
-            ``lora``, the rank of adapters that are trained instead of the weights.
+            ``fused_blocks``, ``fewer_operators`` and ``cudnn`` (its attention), which are on unless
+            they are false; ``lora``, the rank of adapters that are trained instead of the weights.
         loss_function: how the model is called; with its inputs and targets by default.
     """
     device = local_device() if dist.is_initialized() else init_distributed()
@@ -74,6 +74,8 @@ def build_engine(
     initialize_adapters(model, config.training.seed, grid)
     if not options.get("fused_head", True):
         model.head.loss_options = replace(model.head.loss_options, fused=False)
+    if not options.get("fused_blocks", True):
+        model.stack.fused = False
     return Engine(model, grid, config, loss_function)
 
 

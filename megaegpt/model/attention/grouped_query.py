@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, C hidden, H heads, K kv heads, D head dim; H and K ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from megaegpt.config import LoRAConfig, ModelConfig
@@ -97,7 +99,14 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C), or this rank's rows (n, C) -> (n, C)"""
         layers = [self.query, self.key, self.value]
-        q, k, v = column_parallel(x, layers, self.grid, context.shards)
+        projected = column_parallel(x, layers, self.grid, context.shards)
+        return self.output(self.attend(projected, context), context.shards)
+
+    def attend(self, projected: Sequence[Tensor], context: AttentionContext) -> Tensor:
+        """Queries (B, T, H * D), keys and values (B, T, K * D) as their projections give them ->
+        (B, T, H * D), what the output's projection is given.
+        """
+        q, k, v = projected
         q, k = self._heads(q, self.query_norm), self._heads(k, self.key_norm)
         v = split_heads(v, self.head_dim)
         if context.rotary is not None:
@@ -105,7 +114,7 @@ class GroupedQueryAttention(nn.Module):
         layer = self.layer if self.training else self.layer.without_dropout()
         with attention_rng(self.grid, layer.dropout):
             y = context.attend(q, k, v, layer)  # (B, H, T, D)
-        return self.output(merge_heads(y), context.shards)
+        return merge_heads(y)
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """(B, T, H * D) -> (B, H, T, D), normed"""
