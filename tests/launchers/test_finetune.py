@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megaegpt.config.presets import create_model_config
 from megaegpt.errors import CheckpointError
 from megaegpt.interop import hub, sources
+from megaegpt.planning import memory
+from megaegpt.planning.memory import MemoryEstimate
 from tests.generation.test_trained import save_gpt
 
 ROOT = Path(__file__).parents[2]
@@ -80,23 +82,20 @@ def test_a_dry_run_without_records_says_so(
 def test_a_dry_run_needs_the_memory_of_the_longest_record_and_not_of_the_context(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As many records as the shipped configuration's, over a context of 4,096."""
-    save_gpt(tmp_path / "gpt", max_seq_len=4096)
+    """That shorter ones need less is tests/planning/test_memory.py's to show."""
+    asked: list[int | None] = []
+
+    def estimate(*arguments: Any) -> MemoryEstimate:
+        asked.append(arguments[-1])
+        return MemoryEstimate()
+
+    monkeypatch.setattr(memory, "estimate_memory", estimate)
+    save_gpt(tmp_path / "gpt", max_seq_len=1024)
     monkeypatch.chdir(tmp_path)
-    needed = []
-    for missing in (True, False):
-        if not missing:
-            monkeypatch.setattr(
-                sys, "argv", ["prepare_data.py", "instructions", "--output", "data"]
-            )
-            runpy.run_path(str(ROOT / "tools" / "prepare_data.py"), run_name="__main__")
-        _run(
-            monkeypatch,
-            "--dry-run",
-            "training.initialize_from=gpt",
-            "training.micro_batch_size=32",
-        )
-        shown = capsys.readouterr().out
-        assert ("there are no records yet" in shown) == missing
-        needed.append(float(re.search(r"activations (\d+\.\d+)", shown)[1]))  # type: ignore[index]
-    assert needed[1] < 0.3 * needed[0]
+    _run(monkeypatch, "--dry-run", "training.initialize_from=gpt")
+    (tmp_path / "records.jsonl").write_text('{"instruction": "x", "output": "y"}\n' * 10)
+    given = "data.instructions.train=[records.jsonl]"
+    _run(monkeypatch, "--dry-run", "training.initialize_from=gpt", given)
+    assert asked[0] is None
+    assert asked[1] in (32, 128)  # a GPU's rows are multiples of 128
+    assert "1,056 tokens = 32 samples of 33 on average" in capsys.readouterr().out
