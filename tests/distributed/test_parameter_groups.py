@@ -49,7 +49,7 @@ def _train_all(configs: list[RunConfig]) -> list[Weights]:
     return [train_in_fp64(c, grid_for(c.parallel.tensor_parallel_size)) for c in configs]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.long)])
 def test_every_layout_takes_the_steps_of_plain_torch_with_the_same_groups(
     distributed: Distributed, kind: str
 ) -> None:
@@ -86,6 +86,7 @@ def _load_with_other_groups(configs: list[RunConfig], folder: Path) -> list[tupl
     return found
 
 
+@pytest.mark.long
 def test_groups_may_change_when_a_run_goes_on(distributed: Distributed, tmp_path: Path) -> None:
     """State goes to other groups by name; groups that say the usual give the same step."""
     split = (ParameterGroup("*.bias"), ParameterGroup("stack.blocks.[01].*"))

@@ -169,7 +169,9 @@ def adapted(name: str, dropout: float) -> float:
     return largest_difference(results[1], results[0])
 
 
-@pytest.mark.parametrize("name", ["latent_with_query_latent", "multi_query"])
+@pytest.mark.parametrize(
+    "name", ["latent_with_query_latent", pytest.param("multi_query", marks=pytest.mark.long)]
+)
 def test_adapters_learn_the_same(distributed: Distributed, name: str) -> None:
     assert max(distributed(2, adapted, name, 0.2)) <= 1e-9
 
@@ -197,6 +199,7 @@ def resumed_elsewhere(folder: Path) -> dict[str, list[float]]:
     return curves
 
 
+@pytest.mark.long
 def test_a_checkpoint_goes_on_with_it_and_without(tmp_path: Path, distributed: Distributed) -> None:
     curves = distributed(2, resumed_elsewhere, tmp_path)[0]
     expected = curves.pop("False, then False")

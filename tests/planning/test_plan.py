@@ -128,6 +128,7 @@ def test_tensor_parallel_traffic_is_what_training_sends(distributed: Distributed
         assert [summed for summed, _ in measured] == predicted
 
 
+@pytest.mark.long
 def test_sequence_parallel_traffic_is_what_training_sends(distributed: Distributed) -> None:
     configs = [
         _run(2, sequence=True),
@@ -139,6 +140,7 @@ def test_sequence_parallel_traffic_is_what_training_sends(distributed: Distribut
     assert distributed(2, measure, configs) == [predicted] * 2
 
 
+@pytest.mark.long
 def test_both_together_are_what_training_sends(distributed: Distributed) -> None:
     config = _run(2, "bf16")
     assert distributed(4, measure, [config]) == [[predict(config, 4)]] * 4
@@ -200,6 +202,7 @@ def test_sequence_parallelism_takes_memory_off_a_rank_and_sends_parts_in_the_pla
     assert plan.time.tensor_parallel == pytest.approx(3 / 4 * parts / 450e9)
 
 
+@pytest.mark.long
 def test_what_does_not_fit_has_alternatives_that_do() -> None:
     sizes = {"vocab_size": 1000, "max_seq_len": 128, "hidden_size": 128, "num_layers": 1}
     model = ModelConfig(**sizes, num_heads=4)  # type: ignore[arg-type]

@@ -6,6 +6,8 @@ import contextlib
 import io
 from pathlib import Path
 
+import pytest
+
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import TrainingError
 from megaegpt.model.calling import SequenceInputs
@@ -82,6 +84,7 @@ def _meet_a_bad_loss(corpus: Path, folder: Path) -> str:
     raise AssertionError("the run went on")
 
 
+@pytest.mark.long
 def test_an_error_on_all_ranks_waits_for_what_was_being_written(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:
