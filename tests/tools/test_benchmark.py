@@ -333,7 +333,7 @@ def test_options_that_change_nothing_are_refused(line, message):
 def test_every_benchmark_is_a_subcommand():
     folder = Path(benchmark.__file__).parent / "benchmarks"
     parts = {"common", "processes", "engines", "peers", "shapes", "device_checks"}
-    parts |= {"checklist", "nodes", "node_parts", "memory"}
+    parts |= {"checklist", "nodes", "node_parts", "memory", "growth_points"}
     modules = {path.stem for path in folder.glob("[!_]*.py")} - parts
     assert modules == set(benchmark.SUBCOMMANDS)
 
