@@ -144,7 +144,13 @@ def _at(kind: str, topology: tuple[int, int, int]) -> RunConfig:
     return _config(**_KINDS[kind], tp=tp, stage=stage, training=training)
 
 
-@pytest.mark.parametrize("kind", _ROUTES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("gpt", "egpt", "latent") else pytest.param(kind, marks=pytest.mark.long)
+        for kind in _ROUTES
+    ],
+)
 def test_a_run_goes_on_at_another_topology_as_if_undisturbed(
     distributed: Distributed, tmp_path: Path, kind: str
 ) -> None:

@@ -199,7 +199,13 @@ def _shallow(config: ModelConfig) -> ModelConfig:
     return replace(config, num_layers=config.window_every or 1)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize(
+    "positions",
+    [
+        kind if kind in ("learned", "rotary") else pytest.param(kind, marks=pytest.mark.long)
+        for kind in POSITIONS
+    ],
+)
 def test_every_variant_is_the_same_at_tp_1_2_and_4(distributed, positions):
     """Among them fewer key and value heads than ranks."""
     configs = {name: _shallow(variant(name, positions)) for name in ATTENTION}

@@ -132,7 +132,7 @@ def plain_by_kind() -> dict[str, Curve]:
     return {kind: train_plainly(_small(kind, 1, 1)) for kind in ("gpt", "egpt", "deepgpt")}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_tensor_and_data_parallel_runs_are_the_single_process_run(
     distributed: Distributed, plain_by_kind: dict[str, Curve], ranks: int
 ) -> None:

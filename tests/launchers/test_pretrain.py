@@ -175,9 +175,8 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: P
     assert max(losses(tmp_path / "run")) == done
 
 
-@pytest.mark.parametrize(
-    "launcher", [pytest.param("torchrun", marks=pytest.mark.long), "deepspeed"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_killed_launcher_takes_its_ranks_along_and_the_run_goes_on_at_once(
     corpus: Path, tmp_path: Path, launcher: str
 ) -> None:

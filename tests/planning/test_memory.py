@@ -148,6 +148,7 @@ def test_estimate_is_what_data_parallel_ranks_take(distributed: Distributed) -> 
     assert_estimates(configs, 2, *distributed(2, measure, configs))
 
 
+@pytest.mark.long
 def test_estimate_is_what_tensor_parallel_ranks_take(distributed: Distributed) -> None:
     configs = [
         run_config(1, 2, "fp32", tp=2, accumulation=2),
@@ -178,6 +179,7 @@ print(peak() - before, estimate)
 """
 
 
+@pytest.mark.long
 def test_estimate_is_what_the_process_takes() -> None:
     """The same against the operating system's figure: the growth of peak resident memory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
