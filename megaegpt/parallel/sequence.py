@@ -133,12 +133,7 @@ class _ScatterRows(torch.autograd.Function):
         return grad, grad.sum((0, 1)) if ctx.needs_input_grad[1] else None, None
 
 
-class _WholeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shards: SequenceShards) -> Tensor:
-        ctx.shards = shards
-        return start_gathering(x, shards).finished()
-
+class _WholeRows(_GatherRows):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _own_rows(grads[0].flatten(0, 1), ctx.shards), None
