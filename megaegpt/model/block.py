@@ -37,6 +37,7 @@ _EXPENSIVE = {
         "_scaled_dot_product_cudnn_attention",
     ),
     "mkldnn": ("_linear_pointwise",),
+    "megaegpt": ("adapted_products",),
 }
 """Matrix products and attention, by their names in ``torch.ops``."""
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaegpt.config.lora import LoRAConfig
+from megaegpt.parallel.adapted_products import AdaptedFactors, adapted_products
 from megaegpt.parallel.collectives import copy_to_tp, reduce_from_tp
 from megaegpt.parallel.gathered_products import gathered_products
 from megaegpt.parallel.grid import ProcessGrid
@@ -50,6 +51,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
         """(..., in) -> (..., out)"""
+        if self.lora is not None and _can_be_joined([self], shards):
+            return _joined(x, [self])[0]
         weight, bias = self.factors(shards)
         packed = self.packed if weight is self.weight else None
         y = linear(x, weight, bias, packed, self.blas_rows)
@@ -87,8 +90,35 @@ def column_parallel(
     """
     if shards is not None and shards.keeps_rows and all(layer.lora is None for layer in layers):
         return gathered_products(x, [layer.factors() for layer in layers], shards)
+    if _can_be_joined(layers, shards):
+        return _joined(x, layers)
     x = enter_tp(x, grid, shards)
     return tuple(layer(x) for layer in layers)
+
+
+def _can_be_joined(layers: Sequence[Linear], shards: SequenceShards | None) -> bool:
+    """Whether the products of layers with one input are those of ``adapted_products``: in training,
+    of whole layers that are frozen and have an adapter each, which drops nothing.
+    """
+    if shards is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return all(
+        layer.lora is not None
+        and not layer.weight.requires_grad
+        and (layer.bias is None or not layer.bias.requires_grad)
+        and layer.grid.tp_group is None
+        and not (layer.lora.training and layer.lora.dropout)
+        for layer in layers
+    )
+
+
+def _joined(x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+    factors, scale = [], 1.0
+    for layer in layers:
+        if layer.lora is not None:
+            scale = layer.lora.scale
+            factors.append(AdaptedFactors(layer.weight, layer.bias, layer.lora.a, layer.lora.b))
+    return adapted_products(x, factors, scale)
 
 
 class RowParallelLinear(Linear):
