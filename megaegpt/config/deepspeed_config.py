@@ -31,6 +31,7 @@ def deepspeed_config(
 
     Args:
         config: a checked configuration, whose ``deepspeed`` section replaces single values here.
+        data_parallel_size: ranks with samples of their own.
         parameters: trainable parameters of this rank, which bound the communication buffers.
     """
     stage = effective_zero_stage(config.parallel.zero_stage, precision)
@@ -38,7 +39,9 @@ def deepspeed_config(
     largest = _OVERLAPPED_BUCKET_ELEMENTS if overlap else _BUCKET_ELEMENTS
     bucket = min(largest, parameters + parameters % 2)  # DeepSpeed wants an even number
     generated: dict[str, Any] = {
-        "train_batch_size": config.training.global_batch_size,
+        # Context-parallel ranks count as data-parallel ones, though they have the same samples.
+        "train_batch_size": config.training.global_batch_size
+        * config.parallel.context_parallel_size,
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation(data_parallel_size),
         # Explicit: DeepSpeed clips at 1.0 when the key is absent. ClippedAdamW clips for stage 0.

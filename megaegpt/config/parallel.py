@@ -13,7 +13,8 @@ if TYPE_CHECKING:  # a configuration needs no torch
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Tensor parallelism and ZeRO; the data-parallel size is the number of processes / TP."""
+    """Tensor and context parallelism and ZeRO; the data-parallel size is the number of processes /
+    (TP x CP)."""
 
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share one copy of the model; neighbours, best inside one node."""
@@ -22,11 +23,18 @@ class ParallelConfig:
     each keeps its part of these activations (see ``parallel.sequence``). No effect where
     ``tensor_parallel_size`` is 1. Not on by itself: gradients of norms are then sums of parts and
     round otherwise, so that a run begun without it would not go on bit for bit."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share the tokens of their samples, each with a part of every sequence."""
     zero_stage: Literal[0, 1, 2] = 2
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also shards gradients."""
     overlap_comm: bool = False
     """Overlap ZeRO's gradient reduction with the backward pass, in two buckets of 25 million
     gradients; a model that fits into one has nothing to overlap."""
+
+    @property
+    def ranks_of_a_sample(self) -> int:
+        """TP x CP: the least number of processes, of which each works on the same samples."""
+        return self.tensor_parallel_size * self.context_parallel_size
 
 
 def effective_zero_stage(stage: int, precision: Precision) -> int:

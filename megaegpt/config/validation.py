@@ -23,12 +23,16 @@ from megaegpt.config.validation_sets import named_evaluation_problems
 
 _BATCH = {
     "parallel.tensor_parallel_size",
+    "parallel.context_parallel_size",
     "training.global_batch_size",
     "training.micro_batch_size",
     "training.batch_ramp.start",
     "training.batch_ramp.increment",
     "training.batch_ramp.steps",
 }
+
+_KINDS_OVER_CONTEXT: frozenset[str] = frozenset()
+"""Kinds of models that context-parallel ranks compute parts of."""
 
 
 def validate(config: RunConfig, world_size: int | None = None) -> None:
@@ -65,6 +69,7 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
         problems += model_problems(config.model, config.parallel.tensor_parallel_size)
     if broken.isdisjoint(_BATCH):
         problems += _batch(config, world_size)
+    problems += _context(config)
     problems += [p for p in _schedule(config) if broken.isdisjoint(p.keys)]
     problems += [p for p in _blend(config) if broken.isdisjoint(p.keys)]
     problems += parameter_group_problems(config.optimizer.groups)
@@ -112,16 +117,20 @@ def _schedule(config: RunConfig) -> Iterator[Problem]:
 
 
 def _batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Processes = TP x DP, and global batch = micro batch x DP x gradient accumulation."""
-    training, tp = config.training, config.parallel.tensor_parallel_size
+    """Processes = TP x CP x DP, and global batch = micro batch x DP x gradient accumulation."""
+    training, sharing = config.training, config.parallel.ranks_of_a_sample
     batch, micro = training.global_batch_size, training.micro_batch_size
-    if world_size is not None and world_size % tp:
+    if world_size is not None and world_size % sharing:
+        sizes = f"parallel.tensor_parallel_size={config.parallel.tensor_parallel_size}"
+        if config.parallel.context_parallel_size > 1:
+            context = config.parallel.context_parallel_size
+            sizes += f" x parallel.context_parallel_size={context}"
         yield Problem(
-            ("parallel.tensor_parallel_size",),
-            f"{world_size} processes are not divisible by parallel.tensor_parallel_size={tp}",
+            ("parallel.tensor_parallel_size", "parallel.context_parallel_size"),
+            f"{world_size} processes are not divisible by {sizes}",
         )
         world_size = None
-    dp = 1 if world_size is None else world_size // tp
+    dp = 1 if world_size is None else world_size // sharing
     if batch % (micro * dp):
         ranks = f" x {dp} data-parallel ranks" if dp > 1 else ""
         multiple = micro * dp
@@ -133,6 +142,16 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         )
     else:
         yield from _batch_ramp(config, micro * dp)
+
+
+def _context(config: RunConfig) -> Iterator[Problem]:
+    kind, size = config.model.kind, config.parallel.context_parallel_size
+    if size > 1 and kind not in _KINDS_OVER_CONTEXT:
+        yield Problem(
+            ("parallel.context_parallel_size", "model.kind"),
+            f"parallel.context_parallel_size={size} is not for model.kind={kind}: set it to 1, and "
+            "use parallel.tensor_parallel_size or training.activation_checkpointing for memory",
+        )
 
 
 def _batch_ramp(config: RunConfig, multiple: int) -> Iterator[Problem]:

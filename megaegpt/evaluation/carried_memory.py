@@ -103,7 +103,7 @@ def evaluate_with_memory(
     """
     if not isinstance(loaded.model, EGPT) or loaded.encoder is None:
         raise ConfigError("--memory-tokens is for an egpt with token_memory")
-    if grid.dp_size > 1:
+    if grid.replica_size > 1:
         raise ConfigError(
             "--memory-tokens carries a memory from window to window, which is one process's work: "
             "start one, or as many as --tensor-parallel-size"

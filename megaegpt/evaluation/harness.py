@@ -115,7 +115,7 @@ class HarnessModel(LM):
         ]
         batches = self._batches(prompts, options)
         written: dict[int, str] = {}
-        own = batches[grid.dp_rank :: grid.dp_size]
+        own = batches[grid.replica_rank :: grid.replica_size]
         for numbers in progress_bar(own, "texts", unit="batch", disable=not grid.is_main):
             texts = self._write([prompts[n] for n in numbers], options[numbers[0]], numbers)
             written.update(zip(numbers, texts, strict=True))

@@ -126,14 +126,14 @@ class Scorer:
         grid, size = self._grid, self._batch_size
         found = torch.zeros(2, len(pairs), dtype=torch.float64, device=grid.device)
         by_length = sorted(range(len(pairs)), key=lambda n: sum(map(len, pairs[n])), reverse=True)
-        firsts = range(grid.dp_rank * size, len(pairs), grid.dp_size * size)
+        firsts = range(grid.replica_rank * size, len(pairs), grid.replica_size * size)
         for first in progress_bar(
             firsts, title, unit="batch", disable=not (title and grid.is_main)
         ):
             numbers = by_length[first : first + size]
             found[:, numbers] = self._score_batch([pairs[number] for number in numbers])
-        if grid.dp_group is not None:
-            dist.all_reduce(found, group=grid.dp_group)  # one rank has a value, the others 0
+        if grid.replica_group is not None:
+            dist.all_reduce(found, group=grid.replica_group)  # one rank has a value, the others 0
         likelihoods, greedy = found.tolist()
         return [Score(nats, bool(flag)) for nats, flag in zip(likelihoods, greedy, strict=True)]
 

@@ -134,7 +134,7 @@ class Evaluator:
     def _first_windows(self) -> Iterable[int]:
         """First windows of this rank's batches; no number of ranks decides what is in a batch."""
         size, grid = self._batch_size, self._grid
-        firsts = range(grid.dp_rank * size, len(self._windows), grid.dp_size * size)
+        firsts = range(grid.replica_rank * size, len(self._windows), grid.replica_size * size)
         if self._progress is None:
             return firsts
         return progress_bar(firsts, self._progress, unit="batch", disable=not grid.is_main)
@@ -149,9 +149,11 @@ class Evaluator:
         return values.reshape(len(values), self._num_chunks, -1).sum(-1)
 
     def _summarize(self, nats: Tensor, counts: Tensor) -> Evaluation:
-        if self._grid.dp_group is not None:
-            dist.all_reduce(nats, group=self._grid.dp_group)  # one rank has a value, the others 0
-            dist.all_reduce(counts, group=self._grid.dp_group)
+        if self._grid.replica_group is not None:
+            dist.all_reduce(
+                nats, group=self._grid.replica_group
+            )  # one rank has a value, the others 0
+            dist.all_reduce(counts, group=self._grid.replica_group)
         nats, (tokens, num_bytes) = nats.cpu(), counts.cpu().unbind()
         if not tokens.any():
             raise nothing_to_predict("the text that is evaluated")

@@ -26,7 +26,9 @@ as a download, has the longer time of :attr:`ProcessGrid.control_group`."""
 
 
 @contextmanager
-def joined_processes(tensor_parallel_size: int | None) -> Iterator[ProcessGrid]:
+def joined_processes(
+    tensor_parallel_size: int | None, context_parallel_size: int = 1
+) -> Iterator[ProcessGrid]:
     """This process's place among those that ``deepspeed`` or ``torchrun`` started; inside, one
     rank's failure ends every rank, and so does the launcher's end.
 
@@ -34,6 +36,7 @@ def joined_processes(tensor_parallel_size: int | None) -> Iterator[ProcessGrid]:
 
     Args:
         tensor_parallel_size: ranks a model is cut over; None: all of them.
+        context_parallel_size: ranks that share samples in training.
 
     Raises:
         LaunchError: as for :func:`init_distributed`, :meth:`ProcessGrid.create` and
@@ -42,7 +45,7 @@ def joined_processes(tensor_parallel_size: int | None) -> Iterator[ProcessGrid]:
     joins = not dist.is_initialized()
     device = init_distributed() if joins else local_device()
     tp_size = dist.get_world_size() if tensor_parallel_size is None else tensor_parallel_size
-    grid = ProcessGrid.create(tp_size, device)
+    grid = ProcessGrid.create(tp_size, device, cp_size=context_parallel_size)
     try:
         with RankWatch(grid):
             yield grid

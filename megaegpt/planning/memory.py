@@ -110,11 +110,16 @@ class _Zero:
     """More than one micro-step, so that gradients exist while activations do."""
     passed: MicroStep
 
+    @property
+    def replicas(self) -> int:
+        """Ranks among which ZeRO partitions."""
+        return self.dp_size * self.config.parallel.context_parallel_size
+
     def moments(self) -> list[MemoryEstimate]:
         """The candidates for the peak: in the backward pass, and when gradients are reduced."""
         n = self.passed.parameters
         item = DTYPES[self.precision].itemsize
-        shared = 1 if self.stage == 0 else self.dp_size
+        shared = 1 if self.stage == 0 else self.replicas
         muon = sum(self.passed.muon) if self.config.optimizer.kind == "muon" else 0
         states = ((8 if self.stage == 0 else 12) * n - 4 * muon) // shared  # Muon has one moment
         base = MemoryEstimate(weights=item * n, optimizer=states, frozen=self.passed.frozen)
@@ -159,7 +164,7 @@ class _Zero:
         ]
 
     def _stage_2(self, base: MemoryEstimate, n: int, item: int) -> list[MemoryEstimate]:
-        part, bucket = 4 * n // self.dp_size, self._bucket(n)
+        part, bucket = 4 * n // self.replicas, self._bucket(n)
         early = self.several or bucket < n  # reduced gradients exist before the pass has ended
         buckets = item * bucket * (2 if self.config.parallel.overlap_comm else 1)
         widened = 4 * self.passed.largest_parameter if item < 4 else 0

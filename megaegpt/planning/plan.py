@@ -61,9 +61,9 @@ class Communication:
     sequence_parallel: int
     """The same where each of these ranks has the sum for its tokens only, or gathers all of it."""
     gradients: int
-    """Summed over data-parallel ranks."""
+    """Summed over the replicas of the weights: data- and context-parallel ranks."""
     weights: int
-    """Gathered from the data-parallel ranks that have updated them."""
+    """Gathered from the replicas that have updated them."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,12 @@ class Plan:
     @property
     def dp_size(self) -> int:
         """Data-parallel ranks."""
-        return self.machines.gpus // self.config.parallel.tensor_parallel_size
+        return self.machines.gpus // self.config.parallel.ranks_of_a_sample
+
+    @property
+    def replicas(self) -> int:
+        """Data- and context-parallel ranks, which hold the same weights."""
+        return self.dp_size * self.config.parallel.context_parallel_size
 
     @property
     def tokens(self) -> int:
@@ -136,7 +141,7 @@ def make_plan(
     validate(config, machines.gpus)
     accelerator = machines.accelerator
     precision = accelerator.precision(config.training.precision)
-    dp_size = machines.gpus // config.parallel.tensor_parallel_size
+    dp_size = machines.gpus // config.parallel.ranks_of_a_sample
     size = measure_model(config, encoder)
     step = trace_rank(config, dp_size, precision, encoder, accelerator.device_type)
     communication = count_communication(config, dp_size, precision, step)
@@ -154,19 +159,20 @@ def count_communication(
 ) -> Communication:
     """Tensors that a rank hands to collectives in a step; single numbers are not counted.
 
-    DeepSpeed 0.19.8 sums whole buckets of gradients over all data-parallel ranks, at stage 2 after
+    DeepSpeed 0.19.8 sums whole buckets of gradients over all replicas, at stage 2 after
     every micro-step in the weights' type and otherwise once a step in fp32, and gathers the updated
     weights from stage 1 on.
     """
     micro_steps = config.gradient_accumulation(dp_size)
+    replicas = dp_size * config.parallel.context_parallel_size
     stage = effective_zero_stage(config.parallel.zero_stage, precision)
     weights = step.parameters * DTYPES[precision].itemsize
     gradients = weights * micro_steps if stage == 2 else step.parameters * torch.float32.itemsize
     return Communication(
         tensor_parallel=step.summed * micro_steps,
         sequence_parallel=step.cut * micro_steps,
-        gradients=gradients if dp_size > 1 else 0,
-        weights=weights if stage > 0 and dp_size > 1 else 0,
+        gradients=gradients if replicas > 1 else 0,
+        weights=weights if stage > 0 and replicas > 1 else 0,
     )
 
 
@@ -177,14 +183,14 @@ def _step_time(
     scattering half as often.
     """
     tp = config.parallel.tensor_parallel_size
-    dp = machines.gpus // tp
+    replicas = machines.gpus // tp
     within = 2 * communication.tensor_parallel + communication.sequence_parallel
     inside, across = machines.bandwidth(tp), machines.bandwidth(machines.gpus)
     return StepTime(
         compute=compute,
         tensor_parallel=(tp - 1) / tp * within / inside,
-        gradients=2 * (dp - 1) / dp * communication.gradients / across,
-        weights=(dp - 1) / dp * communication.weights / across,
+        gradients=2 * (replicas - 1) / replicas * communication.gradients / across,
+        weights=(replicas - 1) / replicas * communication.weights / across,
     )
 
 

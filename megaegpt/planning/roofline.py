@@ -362,9 +362,9 @@ def _update_bytes(plan: Plan) -> float:
     tp = plan.config.parallel.tensor_parallel_size
     parameters = plan.size.parameters / tp
     item = DTYPES[plan.precision].itemsize
-    copied = 2 * item + (item + 8) / plan.dp_size  # to the bucket, and from there to the fp32 sum
+    copied = 2 * item + (item + 8) / plan.replicas  # to the bucket, and from there to the fp32 sum
     micro_steps = plan.config.gradient_accumulation(plan.dp_size)
-    return parameters * (BYTES_OF_ADAMW / plan.dp_size + copied * micro_steps)
+    return parameters * (BYTES_OF_ADAMW / plan.replicas + copied * micro_steps)
 
 
 def describe_roofline(roofline: Roofline) -> list[tuple[str, ...]]:

@@ -85,6 +85,9 @@ def describe_run(
         sample_tokens: of a sample on average; None: all are as long as the model takes.
     """
     training, tp = config.training, config.parallel.tensor_parallel_size
+    cp = config.parallel.context_parallel_size
+    over_context = f" x {cp} context-parallel" if cp > 1 else ""
+    stage = effective_zero_stage(config.parallel.zero_stage, precision)
     accumulation = config.gradient_accumulation(dp_size)
     tokens: float = config.model.sample_len
     samples = f"samples of {tokens:,}"
@@ -94,8 +97,8 @@ def describe_run(
     total = round(config.batches.samples_before(training.steps) * tokens)
     lines = {
         "model": f"{config.model.kind}, {size.parameters:,} trainable parameters",
-        "ranks": f"{tp * dp_size} = {tp} tensor-parallel x {dp_size} data-parallel, ZeRO stage "
-        f"{effective_zero_stage(config.parallel.zero_stage, precision)}, {precision} on {device}",
+        "ranks": f"{tp * cp * dp_size} = {tp} tensor-parallel{over_context} x {dp_size} "
+        f"data-parallel, ZeRO stage {stage}, {precision} on {device}",
         "step": f"{per_step:,} tokens = {training.global_batch_size} {samples} = "
         f"{dp_size} ranks x {accumulation} micro-steps x {training.micro_batch_size}",
         "run": f"{training.steps:,} steps, {short_count(total)} tokens",

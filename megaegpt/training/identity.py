@@ -66,7 +66,8 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "data": "train validation validation_sets tasks verify_checksums vocabulary features "
         "history_features token_features prefetch",
         "data.instructions": "train validation",
-        "parallel": "tensor_parallel_size sequence_parallel zero_stage overlap_comm",
+        "parallel": "tensor_parallel_size sequence_parallel context_parallel_size "
+        "zero_stage overlap_comm",
         "training": "activation_checkpointing eval_interval patience initialize_from compile "
         "deterministic",
         "checkpoint": "directory interval keep keep_every keep_best asynchronous best_of",

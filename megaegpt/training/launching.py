@@ -89,7 +89,7 @@ def launch(
         start_run(config, train, arguments.resume, arguments.exit_minutes, started)
     elif is_main_process():
         with paused_collector():
-            _dry_run(config, started_processes() or config.parallel.tensor_parallel_size, preview)
+            _dry_run(config, started_processes() or config.parallel.ranks_of_a_sample, preview)
 
 
 def start_run(
@@ -119,7 +119,9 @@ def start_run(
     stops = StopRequests(exit_minutes, started)
     folders = (config.logging.directory, config.checkpoint.directory)
     with (
-        joined_processes(config.parallel.tensor_parallel_size) as grid,
+        joined_processes(
+            config.parallel.tensor_parallel_size, config.parallel.context_parallel_size
+        ) as grid,
         locked_folders(folders, grid),
     ):
         return train(config, grid, resume=resume, stops=stops, sample_text=sample_text)
@@ -148,7 +150,7 @@ def _dry_run(config: RunConfig, world_size: int, find: Callable[[RunConfig], Pre
             encoder = find_encoder(config)
         except CheckpointError as error:
             print(f"notice: the encoder is left out of the numbers below: {error}")
-    dp_size = world_size // config.parallel.tensor_parallel_size
+    dp_size = world_size // config.parallel.ranks_of_a_sample
     size = measure_model(config, encoder, preview.tokens_per_sample)
     memory = estimate_memory(
         config, dp_size, precision, encoder, device.type, preview.longest_sample

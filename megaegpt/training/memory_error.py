@@ -103,7 +103,7 @@ def remedies(config: RunConfig, grid: ProcessGrid) -> Iterator[tuple[str, RunCon
     for kind in ("selective", "full"):
         if kind != config.training.activation_checkpointing != "full":
             yield changed("training", activation_checkpointing=kind)
-    if config.parallel.zero_stage < 2 and grid.dp_size > 1:
+    if config.parallel.zero_stage < 2 and grid.replica_size > 1:
         yield changed("parallel", zero_stage=2)
 
 

@@ -198,6 +198,20 @@ def test_processes_that_do_not_divide_into_tensor_parallel_groups_are_refused():
         validate(config, 3)
 
 
+def test_processes_that_do_not_divide_into_those_that_share_samples_are_refused():
+    config = run_config(parallel={"tensor_parallel_size": 2, "context_parallel_size": 2})
+    sizes = "parallel.tensor_parallel_size=2 x parallel.context_parallel_size=2"
+    with pytest.raises(ConfigError, match=f"6 processes are not divisible by {sizes}"):
+        validate(config, 6)
+
+
+@pytest.mark.parametrize("kind", ["egpt", "deepgpt"])
+def test_context_parallelism_is_refused_for_models_it_does_not_cut(kind):
+    config = run_config(model={"kind": kind}, parallel={"context_parallel_size": 2})
+    with pytest.raises(ConfigError, match=f"context_parallel_size=2 is not for model.kind={kind}"):
+        validate(config)
+
+
 def test_a_model_rule_is_not_judged_on_a_size_of_zero():
     config = run_config(model={"num_heads": 0}, parallel={"tensor_parallel_size": 0})
     with pytest.raises(ConfigError) as caught:

@@ -39,9 +39,11 @@ def free_port() -> int:
 
 
 @functools.cache
-def grid_for(tp_size: int) -> ProcessGrid:
-    """The grid of this worker for one tensor-parallel size, made once (call it on all ranks)."""
-    return ProcessGrid.create(tp_size)
+def grid_for(tp_size: int, cp_size: int = 1) -> ProcessGrid:
+    """The grid of this worker for one tensor- and context-parallel size, made once (call it on all
+    ranks).
+    """
+    return ProcessGrid.create(tp_size, cp_size=cp_size)
 
 
 def _worker(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> None:

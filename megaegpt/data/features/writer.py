@@ -127,9 +127,11 @@ class _Writer:
             disable=not grid.is_main,
         )
         with bar:
-            for first in range(0, len(missing), grid.dp_size):
-                round_parts = missing[first : first + grid.dp_size]
-                own = round_parts[grid.dp_rank] if grid.dp_rank < len(round_parts) else None
+            for first in range(0, len(missing), grid.replica_size):
+                round_parts = missing[first : first + grid.replica_size]
+                own = (
+                    round_parts[grid.replica_rank] if grid.replica_rank < len(round_parts) else None
+                )
                 with contextlib.ExitStack() as files:
                     with raising_together(grid), naming_failures(self.folder):
                         opened = self._open_part(own, files)

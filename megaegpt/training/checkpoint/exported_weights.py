@@ -41,7 +41,7 @@ def exported_weights(
     Returns:
         What writes the files into a folder; on all ranks but the main one, nothing.
     """
-    if grid.dp_rank != 0:
+    if grid.replica_rank != 0:
         return _nothing
     state = model.named_parameters() if base is None else adapter_state(model)
     tensors = _whole_tensors(list(state), grid, copies)

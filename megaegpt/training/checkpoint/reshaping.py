@@ -100,6 +100,7 @@ def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -
         model=model,
         parallel=ParallelConfig(
             tensor_parallel_size=grid.tp_size,
+            context_parallel_size=grid.cp_size,
             zero_stage=saved["zero_stage"] if zero_stage is None else zero_stage,
         ),
         training=TrainingConfig(

@@ -55,7 +55,8 @@ from megaegpt.training.engine.schedule import learning_rate
 from megaegpt.training.engine.spikes import SpikeGuard
 
 LossFunction = Callable[[Callable[..., Tensor], Batch], Tensor]
-"""(model, micro-batch) -> the sum of its losses in nats, through one call of the model."""
+"""(model, micro-batch) -> the sum of its losses in nats, through one call of the model; on a
+context-parallel rank, of its own tokens."""
 
 
 def call_model(model: Callable[..., Tensor], batch: Batch) -> Tensor:
@@ -80,7 +81,7 @@ class StepResult:
     nonfinite: bool
     """Skipped for a cause that loss scaling does not cure."""
     micro_losses: tuple[Tensor, ...] = ()
-    """Sum of nats of each of this rank's micro-batches."""
+    """Sum of nats of this rank's tokens of each of its micro-batches."""
     module_norms: Tensor | None = None
     """Gradient norms of ``Engine.module_norms.names``; None unless ``logging.gradient_norms``."""
     spike: float | None = None
@@ -120,7 +121,7 @@ class Engine:
         stage = effective_zero_stage(config.parallel.zero_stage, self.precision)
         self.topology = Topology(
             grid.tp_size,
-            grid.dp_size,
+            grid.replica_size,
             stage,
             self.precision,
             [group.match for group in config.optimizer.groups],
@@ -151,7 +152,7 @@ class Engine:
         if self.precision == "fp16" and self._loss_scaler is not None:
             # DeepSpeed would end the run with a bare Exception; train_step reports it instead.
             self._loss_scaler.raise_error_at_min_scale = False
-        if stage == 0 and grid.dp_size == 1:
+        if stage == 0 and grid.replica_size == 1:
             # Nothing is to be averaged: it would copy all gradients to one buffer and back.
             self._deepspeed.enable_backward_allreduce = False
         deepspeed_state.install(self._deepspeed)
@@ -180,7 +181,8 @@ class Engine:
 
     def train_step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
         """Optimizer step ``step`` (counted from 0) over this rank's micro-batches, which are on its
-        device. Collective.
+        device. Collective. Context-parallel ranks are given the same samples whole, and the loss
+        function computes the nats of this rank's tokens of them.
 
         The gradient is that of (nats of the global batch) / (predicted tokens of the global batch),
         however unevenly the tokens lie over ranks and micro-batches; without any, loss and gradient
@@ -191,7 +193,7 @@ class Engine:
             group["lr"] = lr * group.get(LR_SCALE, 1.0)
         tokens = self._count_tokens(micro_batches)
         divisor = tokens.clamp(min=1)
-        scale = self.grid.dp_size / divisor  # DeepSpeed averages over data-parallel ranks
+        scale = self.grid.replica_size / divisor  # DeepSpeed averages over replicas
         for head in self._heads:
             head.expect_backward_scale(scale * self.loss_scale)  # which changes between steps only
         norms, spike, losses = None, None, []
@@ -212,8 +214,8 @@ class Engine:
         total = torch.zeros((), device=self.grid.device)
         for loss in losses:
             total += loss
-        if self.grid.dp_group is not None:
-            dist.all_reduce(total, group=self.grid.dp_group)
+        if self.grid.replica_group is not None:
+            dist.all_reduce(total, group=self.grid.replica_group)
         result = self._result(total / divisor, tokens, lr, tuple(losses), norms)
         if spike is None:
             return result

@@ -58,7 +58,7 @@ def _norm_of_partition(
         total += _norms(counted).square().sum().float()
     if others:  # not counted, but none of them may be infinite
         total += 0.0 * _norms(others).sum().float()
-    for group in (grid.dp_group, grid.tp_group):
+    for group in (grid.replica_group, grid.tp_group):
         if group is not None:
             dist.all_reduce(total, group=group)
     return total.sqrt()

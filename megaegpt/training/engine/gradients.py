@@ -74,7 +74,7 @@ class ModuleNorms:
         """Sum up over the ranks that have other pieces."""
         grid = self._grid
         partitioned = hasattr(self._optimizer, "averaged_gradients")
-        for group in (grid.tp_group, grid.dp_group if partitioned else None):
+        for group in (grid.tp_group, grid.replica_group if partitioned else None):
             if group is not None:
                 dist.all_reduce(squares, group=group)
 

@@ -170,7 +170,7 @@ class Muon(torch.optim.AdamW):
         return updates
 
     def _join_cut(self, directions: Tensor, numbers: Sequence[int]) -> dict[int, Tensor]:
-        """The matrices ``numbers``, which no data-parallel rank has whole; flat."""
+        """The matrices ``numbers``, which no replica has whole; flat."""
         if not numbers:
             return {}
         sizes = [self._shapes[number].numel() for number in numbers]
@@ -180,7 +180,7 @@ class Muon(torch.optim.AdamW):
             if (piece := self._pieces[number]) is not None:
                 inside = directions[piece.place : piece.place + piece.size]
                 matrix[piece.first : piece.first + piece.size] = inside
-        dist.all_reduce(joined, group=self._grid.dp_group)
+        dist.all_reduce(joined, group=self._grid.replica_group)
         return whole
 
     def _update(self, direction: Tensor, number: int) -> Tensor:

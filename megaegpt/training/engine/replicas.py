@@ -30,7 +30,7 @@ def assert_replicas_equal(model: nn.Module, grid: ProcessGrid) -> None:
 
 
 def _like_first_rank(parameter: Tensor, grid: ProcessGrid) -> bool:
-    groups = [grid.dp_group]
+    groups = [grid.replica_group]
     if not is_sharded(parameter, grid):
         groups.append(grid.tp_group)
     equal = True
