@@ -33,61 +33,72 @@ class AdaptedFactors(NamedTuple):
 
 
 def adapted_products(
-    x: Tensor, layers: Sequence[AdaptedFactors], scale: float
+    x: Tensor, layers: Sequence[AdaptedFactors], scale: float, dropped: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """``x @ (weight + scale * b @ a).T + bias`` of each layer: (..., I) -> (..., O).
+    """``x @ weight.T + bias + scale * x @ a.T @ b.T`` of each layer: (..., I) -> (..., O).
 
-    The gradients are those of the input and of the factors a and b.
+    The gradients are those of the inputs and of the factors a and b.
+
+    Args:
+        dropped: (..., I) what the adapters are given in place of x.
     """
-    return _AdaptedProducts.apply(x, scale, *(tensor for layer in layers for tensor in layer))
+    flat = (tensor for layer in layers for tensor in layer)
+    return _AdaptedProducts.apply(x, dropped, scale, *flat)
 
 
 class _AdaptedProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor | None, scale: float, *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
         weights, biases, a, b = (list(flat[i::4]) for i in range(4))
-        *outputs, projected = _multiply(x, weights, biases, a, b, scale)
-        ctx.scale = scale
-        ctx.save_for_backward(x, projected, *weights, *a, *b)
+        given = x if dropped is None else dropped
+        *outputs, projected = _multiply(x, given, weights, biases, a, b, scale)
+        ctx.scale, ctx.drops = scale, dropped is not None
+        ctx.save_for_backward(given, projected, *weights, *a, *b)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, projected, *factors = ctx.saved_tensors
+        given, projected, *factors = ctx.saved_tensors
         count = len(grads)
         weights, a, b = factors[:count], factors[count : 2 * count], factors[2 * count :]
         rows = [grad.flatten(0, -2) for grad in grads]
         by_projected = torch.cat(
             [linear(factor.t(), row).mul_(ctx.scale) for factor, row in zip(b, rows, strict=True)]
         )  # (S, B * T)
-        by_x = None
+        by_x = by_dropped = None
         if ctx.needs_input_grad[0]:
             by_x = linear(grads[0], weights[0].t())
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
                 by_x += linear(grad, weight.t())
-            by_x.flatten(0, -2).addmm_(by_projected.t(), torch.cat(a))
+            if not ctx.drops:
+                by_x.flatten(0, -2).addmm_(by_projected.t(), torch.cat(a))
+        if ctx.needs_input_grad[1]:
+            by_dropped = (by_projected.t() @ torch.cat(a)).view_as(given)
         ranks = [factor.shape[0] for factor in a]
-        by_a = linear(by_projected, x.flatten(0, -2).t()).split(ranks)
+        by_a = linear(by_projected, given.flatten(0, -2).t()).split(ranks)
         parts = zip(projected.split(ranks), rows, strict=True)
         by_b = [linear(part, row.t()).t() for part, row in parts]
         by_factors = [(None, None, *pair) for pair in zip(by_a, by_b, strict=True)]
-        return by_x, None, *(grad for layer in by_factors for grad in layer)
+        return by_x, by_dropped, None, *(grad for layer in by_factors for grad in layer)
 
 
 @torch.library.custom_op("megaegpt::adapted_products", mutates_args=())
 def _multiply(
     x: Tensor,
+    given: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scale: float,
 ) -> list[Tensor]:
-    """The outputs (..., O), and all layers' ``scale * a @ x.T`` (S, B * T).
+    """The outputs (..., O), and all layers' ``scale * a @ given.T`` (S, B * T).
 
     One operator, so that selective recomputation keeps what comes out and not the sums before.
     """
-    projected = linear(torch.cat(list(a)), x.flatten(0, -2)).mul_(scale)
+    projected = linear(torch.cat(list(a)), given.flatten(0, -2)).mul_(scale)
     parts = projected.split([factor.shape[0] for factor in a])
     outputs = []
     for weight, bias, part, factor in zip(weights, biases, parts, b, strict=True):
@@ -100,6 +111,7 @@ def _multiply(
 @_multiply.register_fake
 def _(
     x: Tensor,
+    given: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     a: Sequence[Tensor],

@@ -98,7 +98,7 @@ def column_parallel(
 
 def _can_be_joined(layers: Sequence[Linear], shards: SequenceShards | None) -> bool:
     """Whether the products of layers with one input are those of ``adapted_products``: in training,
-    of whole layers that are frozen and have an adapter each, which drops nothing.
+    of whole layers that are frozen and have an adapter each.
     """
     if shards is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
@@ -107,18 +107,21 @@ def _can_be_joined(layers: Sequence[Linear], shards: SequenceShards | None) -> b
         and not layer.weight.requires_grad
         and (layer.bias is None or not layer.bias.requires_grad)
         and layer.grid.tp_group is None
-        and not (layer.lora.training and layer.lora.dropout)
         for layer in layers
     )
 
 
 def _joined(x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
-    factors, scale = [], 1.0
-    for layer in layers:
-        if layer.lora is not None:
-            scale = layer.lora.scale
-            factors.append(AdaptedFactors(layer.weight, layer.bias, layer.lora.a, layer.lora.b))
-    return adapted_products(x, factors, scale)
+    adapters = [layer.lora for layer in layers if layer.lora is not None]
+    factors = [
+        AdaptedFactors(layer.weight, layer.bias, adapter.a, adapter.b)
+        for layer, adapter in zip(layers, adapters, strict=True)
+    ]
+    scale, rate = adapters[0].scale, adapters[0].dropout
+    if not adapters[0].training or rate == 0:
+        return adapted_products(x, factors, scale)
+    # Each adapter drops other inputs.
+    return tuple(adapted_products(x, [layer], scale, F.dropout(x, rate))[0] for layer in factors)
 
 
 class RowParallelLinear(Linear):

@@ -68,6 +68,24 @@ def test_adapted_products_are_those_of_the_merged_weights_with_their_gradients(
     )
 
 
+def test_adapters_may_be_given_an_input_of_their_own() -> None:
+    torch.manual_seed(3)
+    layers, factors = layers_of([7], [3], bias=True)
+    (weight, bias, a, b), scale = layers[0], SCALE
+    x, dropped = torch.randn(2, 2, 5, 12, dtype=torch.float64).requires_grad_()
+    assert bias is not None
+    wanted = x @ weight.T + bias + scale * (dropped @ a.T @ b.T)
+    (found,) = adapted_products(x, layers, scale, dropped)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    by_output = torch.randn_like(wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, [x, dropped, *factors], by_output),
+        torch.autograd.grad(wanted, [x, dropped, *factors], by_output),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
 def test_kept_by_selective_recomputation_they_are_multiplied_once() -> None:
     torch.manual_seed(2)
     layers, factors = layers_of([6, 6], [2, 2], bias=False)
