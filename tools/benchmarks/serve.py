@@ -33,6 +33,8 @@ _WORDS = "the prince said to his old friend that nothing of it was ever true".sp
 _WARM_UP = 0.2
 """Share of the time after which memory must not grow any more."""
 _MOST_GROWTH = 0.05
+_POINTS = 60
+"""Of the record's curve of memory, at least."""
 _QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
 
 
@@ -214,6 +216,7 @@ class _Load:
                 for name, values in zip(names, (seen.first, seen.each, seen.whole), strict=True)
             },
             "memory": {"warm": warm[0], "end": warm[-1], "most": max(size for _, size in memory)},
+            "memory_over_time": memory[:: max(len(memory) // _POINTS, 1)],
         }
 
 
