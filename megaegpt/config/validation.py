@@ -31,7 +31,7 @@ _BATCH = {
     "training.batch_ramp.steps",
 }
 
-_KINDS_OVER_CONTEXT: frozenset[str] = frozenset()
+_KINDS_OVER_CONTEXT: frozenset[str] = frozenset({"egpt", "deepgpt"})
 """Kinds of models that context-parallel ranks compute parts of."""
 
 
@@ -151,6 +151,14 @@ def _context(config: RunConfig) -> Iterator[Problem]:
             ("parallel.context_parallel_size", "model.kind"),
             f"parallel.context_parallel_size={size} is not for model.kind={kind}: set it to 1, and "
             "use parallel.tensor_parallel_size or training.activation_checkpointing for memory",
+        )
+    chunks = config.model.egpt.num_chunks
+    if config.model.needs_encoder and size > 0 and chunks % size:
+        yield Problem(
+            ("model.egpt.num_chunks", "parallel.context_parallel_size"),
+            f"model.egpt.num_chunks={chunks} is not divisible by "
+            f"parallel.context_parallel_size={size}, which deals every rank as many chunks: use "
+            f"for example {-(-chunks // size) * size}",
         )
 
 

@@ -22,6 +22,7 @@ from megaegpt.model.egpt.egpt_inputs import EGPTInputs
 from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, MemoryLimits
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.gpt import GPT
+from megaegpt.parallel.chunks import ChunkShares
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import initialize
 
@@ -64,6 +65,7 @@ def build_inputs(
     *,
     token_states: FeatureStore | None = None,
     history: FeatureStore | None = None,
+    shares: ChunkShares | None = None,
 ) -> ModelInputs:
     """How a model of ``config`` is called.
 
@@ -72,14 +74,15 @@ def build_inputs(
         dtype: what the model computes in.
         token_states: store of the chunks' encoder states; None: they are encoded in the loop.
         history: store of the features of earlier chunks; None: they are pooled from the states.
+        shares: of the chunks of an egpt or deepgpt under chunk parallelism.
     """
     if not config.needs_encoder:
         return SequenceInputs()
     if encode is None:
         raise ValueError(f"a model of kind {config.kind} reads the states of an encoder: pass it")
     if config.kind == "egpt":
-        return EGPTInputs(config, encode, dtype, token_states, history)
-    return ChunkInputs(config, encode, dtype, token_states)
+        return EGPTInputs(config, encode, dtype, token_states, history, shares)
+    return ChunkInputs(config, encode, dtype, token_states, shares)
 
 
 def new_decoder(

@@ -5,7 +5,8 @@ Training, evaluation, scoring, memory traces and benchmarks call models through 
 :meth:`ModelInputs.arguments` and :meth:`ModelInputs.loss` run on the device, where what is not
 stored is encoded.
 
-Shapes: B samples, T tokens of a sequence, N chunks, S chunk size, P features a chunk, C hidden.
+Shapes: B samples, T tokens of a sequence, N chunks, n those of a rank under chunk parallelism, S
+chunk size, O tokens of the encoder's overlap, P features a chunk, C hidden.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.features.store import FeatureStore
 from megaegpt.data.tokens.batch import Batch
-from megaegpt.labels import NOTHING_BEFORE
+from megaegpt.labels import IGNORE, NOTHING_BEFORE
+from megaegpt.parallel.chunks import ChunkShares
 
 Reduction = Literal["sum", "none"]
 
@@ -64,6 +67,8 @@ class ChunkInputs(ModelInputs):
         encode: encodes what is not read from a store.
         dtype: what the model computes in.
         token_states: store of the chunks' states; None: they are encoded in the loop.
+        shares: under chunk parallelism, which chunks this rank has: it reads, encodes and predicts
+            no others.
     """
 
     def __init__(
@@ -72,30 +77,61 @@ class ChunkInputs(ModelInputs):
         encode: Encode,
         dtype: torch.dtype,
         token_states: FeatureStore | None = None,
+        shares: ChunkShares | None = None,
     ) -> None:
         self._config = config
         self._encode = encode
         self._dtype = dtype
         self._token_states = token_states
+        self._shares = shares
 
     def prepare(self, batch: Batch) -> Batch:
         """Tokens and targets (B, N * S) -> (B, N, S), and ``token_states`` (B, N, S, C) if they
-        are stored; without stores any number of chunks.
+        are stored; without stores any number of chunks. With shares all but the targets is of this
+        rank's chunks (B, n, ...), with the tokens before each of them (B, n, O) where the encoder
+        sees them.
         """
         chunks = (-1, self._config.egpt.chunk_size)
         prepared = dict(batch)
         for name in ("tokens", "targets"):
             prepared[name] = batch[name].unflatten(1, chunks)
+        if self._shares is not None:
+            prepared = self._share(prepared, self._shares)
         store = self._token_states
         # The partial chunk at a split's end is not stored: its window is encoded.
-        if store is not None and bool((chunk_ids_of(batch) < store.spec.num_chunks).all()):
-            prepared["token_states"] = store.token_states(chunk_ids_of(batch))
+        if store is not None and bool((chunk_ids_of(prepared) < store.spec.num_chunks).all()):
+            prepared["token_states"] = store.token_states(chunk_ids_of(prepared))
         return prepared
+
+    def _share(self, whole: dict[str, Tensor], shares: ChunkShares) -> dict[str, Tensor]:
+        """This rank's part of windows. Chunks of which there is not one for every rank are filled
+        up with some from which nothing is learned.
+        """
+        missing = -whole["tokens"].shape[1] % shares.grid.cp_size
+        tokens = F.pad(whole["tokens"], (0, 0, 0, missing))
+        targets = F.pad(whole["targets"], (0, 0, 0, missing), value=IGNORE)
+        own = {**whole, "tokens": shares.own(tokens), "targets": targets}
+        if overlap := self._config.encoder.overlap:
+            own["overlaps"] = shares.own(overlapped(tokens, whole.get("before"), overlap))
+        if "chunk_ids" in whole:
+            own["chunk_ids"] = shares.own(whole["chunk_ids"])
+        return own
+
+    def loss(
+        self, model: Callable[..., Tensor], batch: Batch, reduction: Reduction = "sum"
+    ) -> Tensor:
+        if self._shares is not None:  # targets come whole: a step's are counted by samples
+            batch = {**batch, "targets": self._shares.own(batch["targets"])}
+        return super().loss(model, batch, reduction)
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
         if "token_states" in batch:
             return {"token_states": batch["token_states"].to(self._dtype)}
-        return {"token_states": self._encoded(batch["tokens"], batch.get("before"))}
+        if "overlaps" in batch:
+            states = self._encode(batch["tokens"], batch["overlaps"]).to(self._dtype)
+        else:
+            states = self._encoded(batch["tokens"], batch.get("before"))
+        return {"token_states": states}
 
     def _encoded(self, tokens: Tensor, before: Tensor | None) -> Tensor:
         """States (B, N, S, C) of tokens (B, N, S) behind the tokens ``before`` them (B, O), if the

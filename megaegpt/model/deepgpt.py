@@ -6,6 +6,7 @@ Shapes: B batch, N chunks, S chunk size, C hidden.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
 from megaegpt.model.rotary import rotary_table
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.rng import chunks_rng
 from megaegpt.parallel.sequence import dropout
 
 
@@ -57,8 +59,13 @@ class DeepGPT(LanguageModel):
     def forward(
         self, token_states: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum"
     ) -> Tensor:
-        """States (B, N, S, C), targets (B, N, S) -> nats."""
-        return self.head.loss(self.hidden_states(token_states), targets, reduction)
+        """States (B, N, S, C), targets (B, N, S) -> nats; under chunk parallelism those of this
+        rank's chunks.
+        """
+        drops = self.training and self.config.dropout > 0
+        with chunks_rng(self.grid) if drops else contextlib.nullcontext():
+            hidden = self.hidden_states(token_states)
+        return self.head.loss(hidden, targets, reduction)
 
     def predictions(self, token_states: Tensor) -> Predictions:  # type: ignore[override]
         return Predictions(self.head, self.hidden_states(token_states))

@@ -38,13 +38,23 @@ def sharded_rng(grid: ProcessGrid) -> Iterator[None]:
     """Inside, random numbers differ between TP ranks; outside, the common stream goes on in
     step.
     """
-    if grid.tp_group is None:
+    with _rng_of("tp", grid.tp_rank, grid.device) if grid.tp_group else contextlib.nullcontext():
         yield
-        return
-    if grid.device.type == "cuda":
-        generator = torch.cuda.default_generators[grid.device.index or 0]
+
+
+@contextlib.contextmanager
+def chunks_rng(grid: ProcessGrid) -> Iterator[None]:
+    """Inside, random numbers differ between CP ranks, as those of different tokens do."""
+    with _rng_of("cp", grid.cp_rank, grid.device) if grid.cp_group else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _rng_of(group: str, rank: int, device: torch.device) -> Iterator[None]:
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
         seed, offset = generator.initial_seed(), generator.get_offset()
-        generator.manual_seed(derive_seed("tp", seed, offset, grid.tp_rank))
+        generator.manual_seed(derive_seed(group, seed, offset, rank))
         try:
             yield
         finally:
@@ -57,7 +67,7 @@ def sharded_rng(grid: ProcessGrid) -> Iterator[None]:
         return
     common = int(drawn)
     state = torch.get_rng_state()
-    torch.default_generator.manual_seed(derive_seed("tp", common, grid.tp_rank))
+    torch.default_generator.manual_seed(derive_seed(group, common, rank))
     try:
         yield
     finally:

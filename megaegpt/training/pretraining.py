@@ -30,6 +30,7 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.fused_block import can_be_fused
 from megaegpt.model.weights import load_weights
 from megaegpt.parallel.block_operators import kernel_problem
+from megaegpt.parallel.chunks import ChunkShares
 from megaegpt.parallel.compiling import compile_problem
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import broadcast_object, raising_together
@@ -193,7 +194,12 @@ def _inputs(
     precision: Precision,
     split: str,
 ) -> ModelInputs:
-    """How the model is fed from a split; computes the split's feature store if need be."""
+    """How the model is fed from a split; computes the split's feature store if need be.
+
+    Only training windows are shared by context-parallel ranks: what is held out gives each of them
+    windows of its own.
+    """
+    shared = split == "train" and grid.cp_size > 1 and config.model.needs_encoder
     store, stream = None, data.streams.get(split)
     # A split shorter than a chunk has none to store: it is encoded in the loop.
     if stream is not None and needs_store(config) and len(stream) >= config.model.egpt.chunk_size:
@@ -205,6 +211,7 @@ def _inputs(
         DTYPES[precision],
         token_states=store if config.data.token_features == "stored" else None,
         history=store if config.data.history_features == "stored" else None,
+        shares=ChunkShares(grid) if shared else None,
     )
 
 

@@ -206,9 +206,11 @@ def test_processes_that_do_not_divide_into_those_that_share_samples_are_refused(
 
 
 @pytest.mark.parametrize("kind", ["egpt", "deepgpt"])
-def test_context_parallelism_is_refused_for_models_it_does_not_cut(kind):
-    config = run_config(model={"kind": kind}, parallel={"context_parallel_size": 2})
-    with pytest.raises(ConfigError, match=f"context_parallel_size=2 is not for model.kind={kind}"):
+def test_chunks_of_which_context_parallel_ranks_cannot_have_as_many_are_refused(kind):
+    config = run_config(
+        model={"kind": kind, "egpt.num_chunks": 6}, parallel={"context_parallel_size": 4}
+    )
+    with pytest.raises(ConfigError, match=r"num_chunks=6 is not divisible.*for example 8"):
         validate(config)
 
 

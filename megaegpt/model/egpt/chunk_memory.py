@@ -120,11 +120,12 @@ def on_one_side(chunks: Tensor, others: Tensor, cut: Tensor) -> Tensor:
 
 
 class ChunkWindowContext:
-    """A training window: ``memory_size`` features, then ``num_chunks`` chunks of tokens.
+    """A training window: features of chunks from the first on, then chunks of tokens.
 
     Args:
-        num_chunks: chunks of tokens; the memory holds the features of all but the last.
-        features_per_chunk: memory vectors of a chunk; 0 without a memory.
+        chunks: (N,) numbers of the chunks of tokens.
+        memory_size: features, those of consecutive chunks.
+        features_per_chunk: memory vectors of a chunk.
         local: tokens of a chunk also attend to each other.
         rotary: rotations of features and tokens.
         gates: open the tokens' way to the memory.
@@ -136,8 +137,9 @@ class ChunkWindowContext:
 
     def __init__(
         self,
-        num_chunks: int,
+        chunks: Tensor,
         chunk_size: int,
+        memory_size: int,
         features_per_chunk: int,
         *,
         local: bool,
@@ -145,15 +147,14 @@ class ChunkWindowContext:
         gates: Gates,
         cut: Tensor | None,
         shards: SequenceShards | None,
-        device: torch.device,
     ) -> None:
         self.rotary, self.shards = rotary, shards
         self.local = local
-        self.num_chunks, self.chunk_size = num_chunks, chunk_size
-        self.memory_size = (num_chunks - 1) * features_per_chunk
-        self._token_chunk = torch.arange(num_chunks, device=device)  # (N,)
-        self._slot = torch.arange(self.memory_size, device=device)  # (M,)
-        self._slot_chunk = self._slot // max(features_per_chunk, 1)
+        self.num_chunks, self.chunk_size = len(chunks), chunk_size
+        self.memory_size = memory_size
+        self._token_chunk = chunks
+        self._slot = torch.arange(memory_size, device=chunks.device)  # (M,)
+        self._slot_chunk = self._slot // features_per_chunk
         self._features_per_chunk = features_per_chunk
         self._gates, self._cut = gates, cut
         self._masks = OncePerPass()

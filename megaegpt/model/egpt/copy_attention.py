@@ -21,7 +21,7 @@ may see, H pointers, D key width, L distances that are told apart, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +95,7 @@ class _Block(NamedTuple):
     offsets: Tensor
     """(R,): places of the queries in their chunk."""
     start: int
-    """The query that is the first of their chunk."""
+    """Which of the own keys is the first of their chunk's."""
     earlier: Keys
     """Of all chunks before theirs."""
     own: Keys
@@ -113,6 +113,7 @@ class _Scan(NamedTuple):
     targets: Tensor
     first_chunk: int
     from_chunk: Tensor | None
+    chunks: Sequence[int] | None
 
     def of(self, earlier: Tensor, own: Tensor, distance_bias: Tensor, match_bonus: Tensor) -> _Scan:
         """The same with other keys and numbers."""
@@ -132,8 +133,9 @@ class _Scan(NamedTuple):
         """Cut queries (B, H, T, D) where chunks end, and into as many as are computed at once."""
         size, length = self.scoring.chunk_size, queries.shape[2]
         budget = SCORES_AT_ONCE.get(queries.device.type, 1 << 22)
-        for start in range(0, length, size):
-            chunk, end = self.first_chunk + start // size, min(start + size, length)
+        numbers = range(-(-length // size)) if self.chunks is None else self.chunks
+        for number, start in zip(numbers, range(0, length, size), strict=True):
+            chunk, end = self.first_chunk + number, min(start + size, length)
             earlier = self.earlier.cut(0, chunk * size)
             columns = queries.shape[0] * queries.shape[1] * (earlier.num_keys + end - start)
             rows = max(budget // columns, 1)
@@ -141,8 +143,8 @@ class _Scan(NamedTuple):
             for row in range(start, end, rows):
                 stop = min(row + rows, end)
                 offsets = torch.arange(row - start, stop - start, device=queries.device)
-                own = self.own.cut(start, stop)
-                yield _Block(slice(row, stop), offsets, start, earlier, own, begin)
+                own = self.own.cut(number * size, number * size + stop - start)
+                yield _Block(slice(row, stop), offsets, number * size, earlier, own, begin)
 
 
 class _Seen(NamedTuple):
@@ -439,6 +441,7 @@ def point(
     targets: Tensor,
     first_chunk: int = 0,
     from_chunk: Tensor | None = None,
+    chunks: Sequence[int] | None = None,
 ) -> Pointers:
     """Each query's pointers at earlier tokens, and what they say of its target.
 
@@ -448,11 +451,14 @@ def point(
         earlier: keys of whole chunks: a query sees those of the chunks before its own.
         own: the keys of the same tokens as the queries: one sees those of its chunk before it.
         targets: (B, T) ids; negative: none, which nothing predicts.
-        first_chunk: number of the first query's chunk, counted from that of the first key.
-        from_chunk: (B, chunks) for each chunk's queries the first chunk that they see, all counted
-            as ``first_chunk`` is; None: they see all.
+        first_chunk: number of the first own key's chunk, counted from that of the first earlier
+            key.
+        from_chunk: (B, chunks) for the queries of each of ``own``'s chunks the first chunk that
+            they see, all counted as ``first_chunk`` is; None: they see all.
+        chunks: where ``own`` has further tokens, the numbers of the queries' chunks among its;
+            None: it has none.
     """
-    scan = _Scan(earlier, own, scoring, targets, first_chunk, from_chunk)
+    scan = _Scan(earlier, own, scoring, targets, first_chunk, from_chunk, chunks)
     parameters = (earlier.keys, own.keys, scoring.distance_bias, scoring.match_bonus)
     return Pointers(*_CopyAttention.apply(queries, *parameters, scan))
 

@@ -1,11 +1,14 @@
 """EGPT's trainable part: a shallow decoder that reads encoder states of the current chunk's tokens
 and one or more features of each earlier chunk of the window.
 
-Shapes: B batch, N chunks, S chunk size, P features a chunk, M = (N - 1) * P, C hidden.
+Shapes: B batch, N chunks, n those of a rank under chunk parallelism, S chunk size, P features a
+chunk, M = (N - 1) * P, C hidden.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -30,10 +33,12 @@ from megaegpt.model.head import OutputHead
 from megaegpt.model.mlp import MLP
 from megaegpt.model.positions import AddedPositions
 from megaegpt.model.rotary import RotaryTable, rotary_table
+from megaegpt.parallel.chunks import ChunkShares
 from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Embedding
 from megaegpt.parallel.params import new_parameter, spec_of, unshard
+from megaegpt.parallel.rng import chunks_rng
 from megaegpt.parallel.sequence import SequenceShards, dropout
 from megaegpt.parallel.vocabulary import check_targets, check_tokens
 
@@ -124,10 +129,14 @@ class EGPT(LanguageModel):
         return number, ends.repeat(chunks)
 
     def hidden_states(
-        self, token_states: Tensor, features: Tensor, cut: Tensor | None = None
+        self,
+        token_states: Tensor,
+        features: Tensor,
+        cut: Tensor | None = None,
+        shares: ChunkShares | None = None,
     ) -> Tensor:
         """A whole window: states (B, N, S, C), features (B, N - 1, P, C) -> (B, N, S, C) after the
-        final norm.
+        final norm; with ``shares`` states (B, n, S, C) of this rank's chunks -> (B, n, S, C).
 
         Positions computed: N * S tokens and (N - 1) * P features, each once. Nothing before the
         chunk ``cut`` (B,) of a window is seen from that chunk on.
@@ -138,7 +147,10 @@ class EGPT(LanguageModel):
         chunks, size = token_states.shape[1:3]
         sinks = int(self.sink is not None)  # tokens before each chunk's own
         device = token_states.device
-        token_chunk = torch.arange(chunks, device=device).repeat_interleave(sinks + size)
+        numbers = torch.arange(chunks, device=device)
+        if shares is not None:
+            numbers = shares.places(shares.whole(chunks), device)
+        token_chunk = numbers.repeat_interleave(sinks + size)
         token_offset = torch.arange(-sinks, size, device=device).repeat(chunks)
         feature_chunk, feature_offset = self._feature_places(features.shape[1], device)
         chunk = torch.cat([feature_chunk, token_chunk])  # (M + N * S,)
@@ -147,25 +159,26 @@ class EGPT(LanguageModel):
         states = torch.cat([features.flatten(1, 2), tokens.flatten(1, 2)], dim=1)
         shards = self.stack.shards(*states.shape[:2])
         context = ChunkWindowContext(
-            chunks,
+            numbers,
             sinks + size,
-            egpt.features_per_chunk if egpt.history else 0,
+            feature_chunk.numel(),
+            egpt.features_per_chunk,
             local=egpt.local_attention,
             rotary=self._rotary(chunk, offset, states.dtype),
             gates=self._gates(),
             cut=cut,
             shards=shards,
-            device=device,
         )
         x = self.stack(self._embed(states, chunk, offset, shards), context)
         return x[:, feature_chunk.numel() :].unflatten(1, (chunks, sinks + size))[:, :, sinks:]
 
-    def _history_cut(self, token_states: Tensor) -> Tensor | None:
+    def _history_cut(self, token_states: Tensor, shares: ChunkShares | None) -> Tensor | None:
         """A random chunk of each window before which nothing is seen from it on (training only)."""
         if not (self.training and self.config.egpt.random_history):
             return None
         batch, chunks = token_states.shape[:2]
-        return torch.randint(chunks, (batch,), device=token_states.device)
+        whole = chunks if shares is None else shares.whole(chunks)
+        return torch.randint(whole, (batch,), device=token_states.device)
 
     def forward(
         self,
@@ -173,13 +186,17 @@ class EGPT(LanguageModel):
         features: Tensor,
         targets: Tensor,
         reduction: Literal["sum", "none"] = "sum",
+        shares: ChunkShares | None = None,
         **earlier: Tensor,
     ) -> Tensor:
         """States (B, N, S, C), features (B, N - 1, P, C), targets (B, N, S) -> nats.
 
-        ``earlier``: what :meth:`predictions` needs besides.
+        Args:
+            shares: of the window's chunks; states and targets are then of this rank's (B, n, S),
+                and so are the nats. Collective over the context-parallel group.
+            earlier: what :meth:`predictions` needs besides.
         """
-        _, hidden, mixture = self.predictions(token_states, features, **earlier)
+        _, hidden, mixture = self._predictions(token_states, features, shares, earlier)
         if mixture is None:
             return self.head.loss(hidden, targets, reduction)
         check_targets(targets, hidden.shape[:-1], self.config.vocab_size)  # they are looked up
@@ -199,17 +216,30 @@ class EGPT(LanguageModel):
             features: (B, N - 1, P, C).
             memory: with ``token_memory`` what :meth:`_remembered` needs.
         """
-        cut = self._history_cut(token_states)
-        hidden = self.hidden_states(token_states, features, cut)
+        return self._predictions(token_states, features, None, memory)
+
+    def _predictions(
+        self,
+        token_states: Tensor,
+        features: Tensor,
+        shares: ChunkShares | None,
+        memory: Mapping[str, Tensor],
+    ) -> Predictions:
+        cut = self._history_cut(token_states, shares)
+        shared = shares is not None and self.training and self.config.dropout > 0
+        with chunks_rng(self.grid) if shared else contextlib.nullcontext():
+            hidden = self.hidden_states(token_states, features, cut, shares)
         if self.token_memory is None:
             return Predictions(self.head, hidden)
-        return Predictions(self.head, hidden, self._remembered(token_states, hidden, cut, **memory))
+        mixture = self._remembered(token_states, hidden, cut, shares, **memory)
+        return Predictions(self.head, hidden, mixture)
 
     def _remembered(
         self,
         token_states: Tensor,
         hidden: Tensor,
         cut: Tensor | None,
+        shares: ChunkShares | None,
         text: Tensor | None = None,
         earlier_text: Tensor | None = None,
         earlier_states: Tensor | None = None,
@@ -221,7 +251,7 @@ class EGPT(LanguageModel):
         Args:
             token_states: (B, N, S, C) of the encoder.
             hidden: (B, N, S, C), what the head reads.
-            cut: see :meth:`hidden_states`.
+            cut, shares: see :meth:`hidden_states`.
             text: (B, 1 + N * S) ids of the window, and of the token before it; -1: it is not known.
             earlier_text: (B, (N - 1) * S + 2) ids that are seen in the place of all chunks but the
                 last, those before and behind them included; -1: none is known. None: the window's.
@@ -237,7 +267,11 @@ class EGPT(LanguageModel):
             if ids is not None:
                 check_tokens(ids.clamp(min=0), self.config.vocab_size)
         states = token_states.flatten(1, 2)  # (B, T, C)
-        own = Keys(memory.keys(states), F.pad(text, (0, 1), value=NOTHING_BEFORE))
+        keys, numbers = memory.keys(states), None
+        if shares is not None:
+            keys = shares.gather(keys.unflatten(2, (-1, size)), dim=2).flatten(2, 3)
+            numbers = shares.numbers(keys.shape[2] // size)
+        own = Keys(keys, F.pad(text, (0, 1), value=NOTHING_BEFORE))
         earlier = own.cut(0, own.num_keys - size)
         if earlier_text is not None:
             earlier = earlier._replace(text=earlier_text)
@@ -251,10 +285,10 @@ class EGPT(LanguageModel):
                 torch.cat([past_text[:, :-1], earlier.text[:, 1:]], dim=1),
             )
         if cut is not None:
-            chunk = torch.arange(token_states.shape[1], device=cut.device)
+            chunk = torch.arange(own.num_keys // size, device=cut.device)
             from_chunk = torch.where(chunk >= cut.unsqueeze(1), cut.unsqueeze(1), 0)
         query = memory.ask(states, hidden.flatten(1, 2))
-        return MemoryMixture(memory, query, earlier, own, first_chunk, from_chunk)
+        return MemoryMixture(memory, query, earlier, own, first_chunk, from_chunk, numbers)
 
     def record_memory(self, features: Tensor) -> Recorded:
         """Features of the chunks before the current one, (B, n, P, C) with n < N -> each layer's

@@ -1,19 +1,25 @@
 """How an EGPT is called: its encoder's states, and what is kept of earlier chunks.
 
-Shapes: B windows, N chunks, S chunk size, P features a chunk, C hidden.
+Shapes: B windows, N chunks, n those of a rank under chunk parallelism, S chunk size, P features a
+chunk, C hidden.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.features.store import FeatureStore
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.labels import NOTHING_BEFORE
-from megaegpt.model.calling import ChunkInputs, Encode, chunk_ids_of
+from megaegpt.model.calling import ChunkInputs, Encode, Reduction, chunk_ids_of
 from megaegpt.model.egpt.egpt import chunk_features
+from megaegpt.parallel.chunks import ChunkShares
 
 
 class EGPTInputs(ChunkInputs):
@@ -25,6 +31,7 @@ class EGPTInputs(ChunkInputs):
         dtype: what the model computes in.
         token_states: store of the chunks' states; None: they are encoded in the loop.
         history: store of the earlier chunks' features; None: they are pooled from the states.
+        shares: of the chunks; each rank's features are gathered when the model is called.
     """
 
     def __init__(
@@ -34,29 +41,67 @@ class EGPTInputs(ChunkInputs):
         dtype: torch.dtype,
         token_states: FeatureStore | None = None,
         history: FeatureStore | None = None,
+        shares: ChunkShares | None = None,
     ) -> None:
-        super().__init__(config, encode, dtype, token_states)
+        super().__init__(config, encode, dtype, token_states, shares)
         self._history = history
 
     def prepare(self, batch: Batch) -> Batch:
-        """As for DeepGPT, and ``features`` (B, N - 1, P, C) if they are stored."""
+        """As for DeepGPT, and ``features`` (B, N - 1, P, C) if they are stored, with shares those
+        of this rank's chunks (B, n, P, C).
+        """
         prepared = super().prepare(batch)
         if self._history is None:
             return prepared
+        ids = chunk_ids_of(prepared)
         # The partial chunk at a split's end is not stored; no target comes after it.
-        earlier = chunk_ids_of(batch)[:, :-1].clamp(max=self._history.spec.num_chunks - 1)
-        return {**prepared, "features": self._history.history(earlier)}
+        read = (ids[:, :-1] if self._shares is None else ids).clamp(
+            max=self._history.spec.num_chunks - 1
+        )
+        return {**prepared, "features": self._history.history(read)}
+
+    def _share(self, whole: dict[str, Tensor], shares: ChunkShares) -> dict[str, Tensor]:
+        """The ids of the whole window too (B, 1 + N * S), which all ranks read of their shards."""
+        own = super()._share(whole, shares)
+        if self._config.egpt.token_memory:
+            missing = own["tokens"].shape[1] * shares.grid.cp_size - whole["tokens"].shape[1]
+            own["text"] = F.pad(_text(whole), (0, missing * self._config.egpt.chunk_size))
+        return own
+
+    def loss(
+        self, model: Callable[..., Tensor], batch: Batch, reduction: Reduction = "sum"
+    ) -> Tensor:
+        if self._shares is not None:
+            model = functools.partial(model, shares=self._shares)
+        return super().loss(model, batch, reduction)
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
         arguments = super().arguments(batch)
         states = arguments["token_states"]  # (B, N, S, C)
         if "features" in batch:
-            arguments["features"] = batch["features"].to(self._dtype)
+            features = batch["features"].to(self._dtype)
         else:
-            arguments["features"] = chunk_features(states[:, :-1], self._config.egpt)
+            pooled = states[:, :-1] if self._shares is None else states
+            features = chunk_features(pooled, self._config.egpt)
+        if self._shares is not None:
+            features = self._of_all_ranks(features, self._shares)
+        arguments["features"] = features
         if self._config.egpt.token_memory:
-            tokens, before = batch["tokens"].flatten(1), batch.get("before")
-            if before is None:
-                before = tokens.new_full((len(tokens), 1), NOTHING_BEFORE)
-            arguments["text"] = torch.cat([before[:, -1:], tokens], dim=1)
+            arguments["text"] = batch["text"] if "text" in batch else _text(batch)
         return arguments
+
+    def _of_all_ranks(self, features: Tensor, shares: ChunkShares) -> Tensor:
+        """Every rank's (B, n, P, C) -> (B, N - 1, P, C); nobody reads them in a model without a
+        history, and the last chunk's are read by no chunk.
+        """
+        if not self._config.egpt.history:
+            return features[:, :0]
+        return shares.gather(features)[:, :-1]
+
+
+def _text(batch: Batch) -> Tensor:
+    """The ids of windows (B, N, S) and of the token before each, (B, 1 + N * S)."""
+    tokens, before = batch["tokens"].flatten(1), batch.get("before")
+    if before is None:
+        before = tokens.new_full((len(tokens), 1), NOTHING_BEFORE)
+    return torch.cat([before[:, -1:], tokens], dim=1)

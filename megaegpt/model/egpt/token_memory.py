@@ -22,6 +22,7 @@ the own chunk, C hidden, H pointers, D key width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -155,9 +156,9 @@ class MemoryMixture:
         module: the memory's parameters.
         query: of T tokens, the first of which is the first of its chunk.
         earlier: keys of whole chunks; a token sees those of the chunks before its own.
-        own: the keys of the T tokens.
-        first_chunk: number of the first token's chunk, counted from that of the first key.
-        from_chunk: see :func:`~megaegpt.model.egpt.copy_attention.point`.
+        own: the keys of the T tokens, or of more.
+        first_chunk, from_chunk, chunks: see :func:`~megaegpt.model.egpt.copy_attention.point`.
+            With ``chunks`` the mixture gives probabilities of targets alone.
     """
 
     def __init__(
@@ -168,15 +169,17 @@ class MemoryMixture:
         own: Keys,
         first_chunk: int = 0,
         from_chunk: Tensor | None = None,
+        chunks: Sequence[int] | None = None,
     ) -> None:
         self._module, self._query, self._earlier, self._own = module, query, earlier, own
-        self._first_chunk, self._from_chunk = first_chunk, from_chunk
+        self._first_chunk, self._from_chunk, self._chunks = first_chunk, from_chunk, chunks
 
     def of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T) ids, negative where there is none -> (B, T) each: the log of the head's share, and
         what the memory adds to their probability.
         """
-        scoring, chunks = self._module.scoring(), (self._first_chunk, self._from_chunk)
+        scoring = self._module.scoring()
+        chunks = self._first_chunk, self._from_chunk, self._chunks
         found = point(self._query.queries, self._earlier, self._own, scoring, targets, *chunks)
         log_shares = self._module.log_shares(self._query, found)
         return log_shares[:, 0], (log_shares[:, 1:].exp() * found.probability).sum(1)
