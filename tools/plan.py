@@ -140,7 +140,8 @@ def describe(plan: Plan, efficiency: float) -> Iterator[str]:
     yield (
         f"{'traffic':<11}a rank's collectives a step: gradients {_gb(sent.gradients)}, weights "
         f"{_gb(sent.weights)}, tensor-parallel {_gb(sent.tensor_parallel)}, sequence-parallel "
-        f"{_gb(sent.sequence_parallel)} (half as much is sent of them)"
+        f"{_gb(sent.sequence_parallel)} (half as much is sent of them), context-parallel "
+        f"{_gb(sent.context_parallel)}"
     )
     if plan.time is None or plan.tokens_per_second is None:
         yield f"{'time':<11}unknown: give the GPU's peak in {plan.precision} by --tflops"
@@ -150,7 +151,8 @@ def describe(plan: Plan, efficiency: float) -> Iterator[str]:
         yield (
             f"{'time':<11}about {time.total:.3g} s a step at {efficiency:.0%} of the peak: compute "
             f"{time.compute:.3g}, gradients {time.gradients:.3g}, weights {time.weights:.3g}, "
-            f"tensor-parallel {time.tensor_parallel:.3g}"
+            f"tensor-parallel {time.tensor_parallel:.3g}, context-parallel "
+            f"{time.context_parallel:.3g}"
         )
         yield f"{'':<11}{short_count(plan.tokens_per_second)} tokens/s, {whole} for the run"
     if not plan.fits:

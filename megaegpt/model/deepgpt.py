@@ -21,7 +21,7 @@ from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.head import OutputHead
 from megaegpt.model.rotary import rotary_table
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.rng import chunks_rng
+from megaegpt.parallel.rng import context_rng
 from megaegpt.parallel.sequence import dropout
 
 
@@ -63,7 +63,7 @@ class DeepGPT(LanguageModel):
         rank's chunks.
         """
         drops = self.training and self.config.dropout > 0
-        with chunks_rng(self.grid) if drops else contextlib.nullcontext():
+        with context_rng(self.grid) if drops else contextlib.nullcontext():
             hidden = self.hidden_states(token_states)
         return self.head.loss(hidden, targets, reduction)
 

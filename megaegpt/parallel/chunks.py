@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaegpt.parallel.collectives import all_gather, reduce_scatter
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.sequence import all_gather_single, reduce_scatter_single
 
 
 def chunks_of_rank(rank: int, ranks: int, chunks: int) -> list[int]:
@@ -96,14 +96,14 @@ class _GatherChunks(torch.autograd.Function):
         place = torch.arange(len(grad), device=grad.device)  # among the first rank's, the second's
         by_rank = grad[_chunk(place // count, place % count, grid.cp_size)]
         own = by_rank.new_empty(count, *by_rank.shape[1:])
-        reduce_scatter(own, by_rank, group=grid.cp_group)
+        reduce_scatter_single(own, by_rank, group=grid.cp_group)
         return own.movedim(0, dim), None, None
 
 
 def _gathered(x: Tensor, shares: ChunkShares, dim: int) -> Tensor:
     grid, own = shares.grid, x.movedim(dim, 0).contiguous()  # (n, ...)
     by_rank = own.new_empty(grid.cp_size * len(own), *own.shape[1:])
-    all_gather(by_rank, own, group=grid.cp_group)
+    all_gather_single(by_rank, own, group=grid.cp_group)
     number = torch.arange(len(by_rank), device=x.device)
     turn = number // grid.cp_size
     rank = _mirrored(number % grid.cp_size, turn, grid.cp_size)

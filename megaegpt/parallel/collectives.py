@@ -14,10 +14,6 @@ from torch import Tensor
 
 from megaegpt.parallel.grid import ProcessGrid
 
-# The names of before torch 2.13, which warns of them.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 
 class _CopyToTP(torch.autograd.Function):
     """f: identity forward, sum of the gradients over TP backward."""

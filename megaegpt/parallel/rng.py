@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -33,28 +34,31 @@ def seed_micro_step(seed: int, step: int, micro_step: int, dp_rank: int) -> None
     torch.manual_seed(derive_seed("micro-step", seed, step, micro_step, dp_rank))
 
 
-@contextlib.contextmanager
-def sharded_rng(grid: ProcessGrid) -> Iterator[None]:
+def sharded_rng(grid: ProcessGrid) -> AbstractContextManager[None]:
     """Inside, random numbers differ between TP ranks; outside, the common stream goes on in
     step.
     """
-    with _rng_of("tp", grid.tp_rank, grid.device) if grid.tp_group else contextlib.nullcontext():
-        yield
+    if grid.tp_group is None:
+        return contextlib.nullcontext()
+    return _own_stream(grid.device, "tp", grid.tp_rank)
+
+
+def context_rng(grid: ProcessGrid) -> AbstractContextManager[None]:
+    """Inside, random numbers differ between context-parallel ranks, which have other tokens; the
+    ranks of a TP group still draw the same.
+    """
+    if grid.cp_group is None:
+        return contextlib.nullcontext()
+    return _own_stream(grid.device, "cp", grid.cp_rank)
 
 
 @contextlib.contextmanager
-def chunks_rng(grid: ProcessGrid) -> Iterator[None]:
-    """Inside, random numbers differ between CP ranks, as those of different tokens do."""
-    with _rng_of("cp", grid.cp_rank, grid.device) if grid.cp_group else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def _rng_of(group: str, rank: int, device: torch.device) -> Iterator[None]:
+def _own_stream(device: torch.device, name: str, rank: int) -> Iterator[None]:
+    """A stream that follows from the common one, which goes on in step on all ranks."""
     if device.type == "cuda":
         generator = torch.cuda.default_generators[device.index or 0]
         seed, offset = generator.initial_seed(), generator.get_offset()
-        generator.manual_seed(derive_seed(group, seed, offset, rank))
+        generator.manual_seed(derive_seed(name, seed, offset, rank))
         try:
             yield
         finally:
@@ -67,7 +71,7 @@ def _rng_of(group: str, rank: int, device: torch.device) -> Iterator[None]:
         return
     common = int(drawn)
     state = torch.get_rng_state()
-    torch.default_generator.manual_seed(derive_seed(group, common, rank))
+    torch.default_generator.manual_seed(derive_seed(name, common, rank))
     try:
         yield
     finally:

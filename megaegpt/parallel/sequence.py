@@ -21,8 +21,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaegpt.parallel.collectives import all_gather, copy_to_tp, reduce_scatter
+from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
+
+# The names of before torch 2.13, which warns of them.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class Message:
 def start_gathering(x: Tensor, shards: SequenceShards) -> Message:
     """(n, C) -> (B, T, C)"""
     everything = x.new_empty(shards.grid.tp_size * shards.rows, x.shape[1])
-    work = all_gather(everything, x.contiguous(), shards.grid.tp_group, _may_be_under_way())
+    work = all_gather_single(everything, x.contiguous(), shards.grid.tp_group, _may_be_under_way())
     tokens = everything[: shards.batch * shards.length]
     return Message(tokens.view(shards.batch, shards.length, -1), work)
 
@@ -195,7 +199,9 @@ def start_scattering(x: Tensor, shards: SequenceShards) -> Message:
 def start_scattering_rows(rows: Tensor, shards: SequenceShards) -> Message:
     """(tp * n, C), zeros behind the last token, -> (n, C) of the sum over ranks"""
     own = rows.new_empty(shards.rows, rows.shape[1])
-    work = reduce_scatter(own, rows, group=shards.grid.tp_group, async_op=_may_be_under_way())
+    work = reduce_scatter_single(
+        own, rows, group=shards.grid.tp_group, async_op=_may_be_under_way()
+    )
     return Message(own, work)
 
 

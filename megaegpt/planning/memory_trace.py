@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.model.adapters import choose_trained
 from megaegpt.model.build import Model, build_inputs, empty_model
+from megaegpt.model.calling import ModelInputs
 from megaegpt.model.gpt import GPT
 from megaegpt.model.parts import matrices_of
+from megaegpt.parallel.chunks import ChunkShares
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import LOGITS_AT_ONCE, ROWS_AT_ONCE, fused_rows
 from megaegpt.planning.allocations import TensorMeter
@@ -52,10 +55,13 @@ class MicroStep:
     """Bytes that are all-reduced over the tensor-parallel ranks."""
     cut: int
     """Bytes of the tensors that sequence parallelism gathers from them or scatters over them."""
+    shared: int
+    """Bytes of the tensors that are gathered from the context-parallel ranks or scattered over
+    them."""
 
 
 class _CountingGroup(dist.ProcessGroup):
-    """A tensor-parallel group of this process alone, which notes what would be sent."""
+    """A group of several ranks for this process alone, which notes what would be sent."""
 
     def __init__(self, size: int) -> None:
         super().__init__(0, size)  # type: ignore[call-arg]
@@ -108,9 +114,14 @@ def trace_micro_step(
         sample_tokens: columns of the micro-batch; None: as long as the model's samples are.
         fused_blocks: see ``BlockStack.fused``; None: as the device has it.
     """
-    tp_size = config.parallel.tensor_parallel_size
-    group = _CountingGroup(tp_size)
-    grid = ProcessGrid(tp_size=tp_size, tp_group=group if tp_size > 1 else None)
+    tp_size, cp_size = config.parallel.tensor_parallel_size, config.parallel.context_parallel_size
+    group, context = _CountingGroup(tp_size), _CountingGroup(cp_size)
+    grid = ProcessGrid(
+        tp_size=tp_size,
+        tp_group=group if tp_size > 1 else None,
+        cp_size=cp_size,
+        cp_group=context if cp_size > 1 else None,
+    )
     with _faked(DTYPES[precision]), TensorMeter() as meter:
         model = _fake(config.model, grid, device_type)
         choose_trained(model, config.training)
@@ -133,12 +144,16 @@ def trace_micro_step(
             model.head.loss_options, rows=rows, fused=fused
         )
         inputs = build_inputs(
-            config.model, functools.partial(_encode, frozen, config.model), DTYPES[precision]
+            config.model,
+            functools.partial(_encode, frozen, config.model),
+            DTYPES[precision],
+            shares=ChunkShares(grid) if cp_size > 1 and config.model.needs_encoder else None,
         )
         if not keeps_gradients:
             _drop_gradients(model)
         with observed_by or contextlib.nullcontext():
-            loss = inputs.loss(model, _batch(config, sample_tokens or config.model.sample_len))
+            batch = _batch(config, inputs, sample_tokens or config.model.sample_len)
+            loss = inputs.loss(model, batch)
             kept = meter.live - before
             loss.backward()
         peak = meter.peak - before
@@ -146,7 +161,15 @@ def trace_micro_step(
     frozen_bytes = _frozen_bytes(model) + (0 if frozen is None else _frozen_bytes(frozen))
     muon = tuple(matrix.numel() for matrix in matrices_of(model).values())
     return MicroStep(
-        sum(sizes), max(sizes), muon, frozen_bytes, kept, peak, group.summed, group.cut
+        parameters=sum(sizes),
+        largest_parameter=max(sizes),
+        muon=muon,
+        frozen=frozen_bytes,
+        kept=kept,
+        peak=peak,
+        summed=group.summed,
+        cut=group.cut,
+        shared=context.cut,
     )
 
 
@@ -158,16 +181,14 @@ def _fake(config: ModelConfig, grid: ProcessGrid, device_type: str) -> Model:
     return model
 
 
-def _batch(config: RunConfig, sample_tokens: int) -> dict[str, Tensor]:
+def _batch(config: RunConfig, inputs: ModelInputs, sample_tokens: int) -> Batch:
     """A micro-batch as it is on the device; states of the encoder are in it if they are stored."""
-    model, rows = config.model, config.training.micro_batch_size
-    shape: tuple[int, ...] = (rows, sample_tokens)
-    if model.needs_encoder:
-        shape = (rows, sample_tokens // model.egpt.chunk_size, model.egpt.chunk_size)
-    tokens = torch.zeros(shape, dtype=torch.int64)
-    batch = {"tokens": tokens, "targets": tokens}
+    model = config.model
+    tokens = torch.zeros(config.training.micro_batch_size, sample_tokens, dtype=torch.int64)
+    batch = inputs.prepare({"tokens": tokens, "targets": tokens})
     if model.needs_encoder and config.data.token_features == "stored":
-        batch["token_states"] = torch.zeros(*shape, model.hidden_size)
+        states = torch.zeros(*batch["tokens"].shape, model.hidden_size)
+        return {**batch, "token_states": states}
     return batch
 
 

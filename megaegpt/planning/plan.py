@@ -60,6 +60,8 @@ class Communication:
     """Activations and their gradients, summed over the ranks that share a model."""
     sequence_parallel: int
     """The same where each of these ranks has the sum for its tokens only, or gathers all of it."""
+    context_parallel: int
+    """Gathered from the ranks that share samples, or scattered over them."""
     gradients: int
     """Summed over the replicas of the weights: data- and context-parallel ranks."""
     weights: int
@@ -72,6 +74,7 @@ class StepTime:
 
     compute: float
     tensor_parallel: float
+    context_parallel: float
     gradients: float
     weights: float
 
@@ -171,6 +174,7 @@ def count_communication(
     return Communication(
         tensor_parallel=step.summed * micro_steps,
         sequence_parallel=step.cut * micro_steps,
+        context_parallel=step.shared * micro_steps,
         gradients=gradients if replicas > 1 else 0,
         weights=weights if stage > 0 and replicas > 1 else 0,
     )
@@ -183,12 +187,17 @@ def _step_time(
     scattering half as often.
     """
     tp = config.parallel.tensor_parallel_size
+    cp, together = config.parallel.context_parallel_size, config.parallel.ranks_of_a_sample
     replicas = machines.gpus // tp
     within = 2 * communication.tensor_parallel + communication.sequence_parallel
     inside, across = machines.bandwidth(tp), machines.bandwidth(machines.gpus)
     return StepTime(
         compute=compute,
         tensor_parallel=(tp - 1) / tp * within / inside,
+        context_parallel=(cp - 1)
+        / cp
+        * communication.context_parallel
+        / machines.bandwidth(together),
         gradients=2 * (replicas - 1) / replicas * communication.gradients / across,
         weights=(replicas - 1) / replicas * communication.weights / across,
     )

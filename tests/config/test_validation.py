@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megaegpt.config import BatchRampConfig, ModelConfig, RopeScalingConfig, RunConfig
+from megaegpt.config import BatchRampConfig, EGPTConfig, ModelConfig, RopeScalingConfig, RunConfig
 from megaegpt.config.loading import validate
 from megaegpt.config.training import ProfileConfig
 from megaegpt.errors import ConfigError
@@ -208,7 +208,8 @@ def test_processes_that_do_not_divide_into_those_that_share_samples_are_refused(
 @pytest.mark.parametrize("kind", ["egpt", "deepgpt"])
 def test_chunks_of_which_context_parallel_ranks_cannot_have_as_many_are_refused(kind):
     config = run_config(
-        model={"kind": kind, "egpt.num_chunks": 6}, parallel={"context_parallel_size": 4}
+        model={"kind": kind, "egpt": EGPTConfig(num_chunks=6)},
+        parallel={"context_parallel_size": 4},
     )
     with pytest.raises(ConfigError, match=r"num_chunks=6 is not divisible.*for example 8"):
         validate(config)

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megaegpt.config import ModelConfig, ParallelConfig, TrainingConfig
+from megaegpt.config import EGPTConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import ConfigError
-from megaegpt.model.build import build_model
+from megaegpt.model.build import build_inputs, build_model
+from megaegpt.parallel.chunks import ChunkShares
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.hardware import find_accelerator
 from megaegpt.planning.memory import estimate_memory, trace_rank
@@ -140,6 +141,44 @@ def test_sequence_parallel_traffic_is_what_training_sends(distributed: Distribut
     assert distributed(2, measure, configs) == [predicted] * 2
 
 
+_SHARED = dataclasses.replace(
+    _run(
+        1,
+        kind="egpt",
+        tied_embeddings=False,
+        egpt=EGPTConfig(
+            num_chunks=4, chunk_size=8, features_per_chunk=2, token_memory=True, memory_dim=6
+        ),
+    ),
+    parallel=ParallelConfig(context_parallel_size=2),
+)
+"""Windows that two ranks share."""
+
+
+def _shared_by_two() -> int:
+    """On a worker: bytes that a micro-step gathers and scatters."""
+    grid, model = grid_for(1, 2), _SHARED.model
+    states = torch.zeros(_SHARED.training.micro_batch_size, 4, 8, model.hidden_size)
+    tokens = torch.zeros(len(states), 32, dtype=torch.long)
+    inputs = build_inputs(model, lambda own: states[:, : own.shape[1]], shares=ChunkShares(grid))
+    batch = inputs.prepare({"tokens": tokens, "targets": tokens})
+    with Traffic() as traffic:
+        inputs.loss(build_model(model, grid), batch).backward()
+    return traffic.gathered
+
+
+def test_chunk_parallel_traffic_is_what_training_sends_and_what_the_formula_says(
+    distributed: Distributed,
+) -> None:
+    """P * C numbers a chunk once, and as many as keys have a token once, and once more backward."""
+    step = trace_rank(_SHARED, 1, "fp32", device_type="cpu")
+    rows, features, keys = _SHARED.training.micro_batch_size, 4 * 2 * 32, 4 * 8 * 6
+    assert step.shared == rows * (features + 2 * keys) * 4
+    assert distributed(2, _shared_by_two) == [step.shared] * 2
+    sent = count_communication(_SHARED, 1, "fp32", step)
+    assert sent.context_parallel == _SHARED.gradient_accumulation(1) * step.shared
+
+
 @pytest.mark.long
 def test_both_together_are_what_training_sends(distributed: Distributed) -> None:
     config = _run(2, "bf16")
@@ -171,6 +210,7 @@ def test_parameters_and_operations_are_the_models() -> None:
 def test_time_follows_from_the_peak_and_the_traffic() -> None:
     plan = _plan(efficiency=0.25)
     assert plan.time is not None
+    assert plan.time.context_parallel == 0
     assert plan.tokens_per_second is not None
     work = plan.size.flops_per_token * 8 * 1024 / 8  # 8 samples on 8 GPUs
     assert plan.time.compute == pytest.approx(work / (989e12 / 4))

@@ -38,7 +38,7 @@ from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Embedding
 from megaegpt.parallel.params import new_parameter, spec_of, unshard
-from megaegpt.parallel.rng import chunks_rng
+from megaegpt.parallel.rng import context_rng
 from megaegpt.parallel.sequence import SequenceShards, dropout
 from megaegpt.parallel.vocabulary import check_targets, check_tokens
 
@@ -227,7 +227,7 @@ class EGPT(LanguageModel):
     ) -> Predictions:
         cut = self._history_cut(token_states, shares)
         shared = shares is not None and self.training and self.config.dropout > 0
-        with chunks_rng(self.grid) if shared else contextlib.nullcontext():
+        with context_rng(self.grid) if shared else contextlib.nullcontext():
             hidden = self.hidden_states(token_states, features, cut, shares)
         if self.token_memory is None:
             return Predictions(self.head, hidden)
