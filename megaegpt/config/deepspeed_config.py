@@ -65,6 +65,9 @@ def deepspeed_config(
         # It would cast the gradients that it accumulated in fp32 down to send them, and back. They
         # are sent once a step here; at stage 2 they are sent as the backward pass makes them.
         generated["communication_data_type"] = "fp32"
+    if stage == 3:
+        # Small parameters, norms and biases above all, stay whole: gathering them costs a message.
+        del generated["zero_optimization"]["allgather_bucket_size"]
     if stage == 2 or (stage == 1 and precision != "bf16"):
         # It sums whole buckets in any case. Told so, it copies no gradient to another buffer and
         # back; and what is divided by the number of ranks first cannot overflow in fp16.

@@ -30,28 +30,34 @@ OWNED_KEYS: dict[str, str] = {
     "train_batch_size": "training.global_batch_size",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "wandb": "logging.wandb",
+    "zero_force_ds_cpu_optimizer": "parallel.offload",
+    "zero_optimization.cpu_offload": "parallel.offload",
+    "zero_optimization.cpu_offload_param": "parallel.offload",
+    "zero_optimization.cpu_offload_use_pin_memory": "parallel.offload",
+    "zero_optimization.offload_optimizer": "parallel.offload",
+    "zero_optimization.offload_param": "parallel.offload",
     "zero_optimization.overlap_comm": "parallel.overlap_comm",
     "zero_optimization.stage": "parallel.zero_stage",
 }
 """Raw keys that something else in a run decides, and what does."""
 
-_OFFLOAD = "offloading needs DeepSpeed's own optimizer, and AdamW here is torch's"
+_OTHER_OPTIMIZER = "it has an optimizer of its own, whose state checkpoints here do not hold"
 _LOADER = "DeepSpeed's data loader, which it is for, is not used"
-_STAGE_3 = "it belongs to ZeRO stage 3, which is not supported"
+_STAGE_3 = "it belongs to ZeRO stage 3: set parallel.zero_stage=3"
+_SECOND_PARTITION = "checkpoints here know of one partition of each parameter, in its own precision"
 _UNSUPPORTED_KEYS: dict[str, str] = {
     "autotuning": "it is for DeepSpeed's autotuner, which starts runs of its own",
     "data_efficiency": _LOADER,
     "dataloader_drop_last": _LOADER,
     "pipeline": "it is for DeepSpeed's pipeline engine, which is not used",
-    "zero_optimization.cpu_offload": _OFFLOAD,
-    "zero_optimization.cpu_offload_param": _OFFLOAD,
-    "zero_optimization.cpu_offload_use_pin_memory": _OFFLOAD,
-    "zero_optimization.offload_optimizer": _OFFLOAD,
-    "zero_optimization.offload_param": _OFFLOAD,
-    "zero_optimization.zenflow": _OFFLOAD,
-    "zero_optimization.zero_hpz_partition_size": _STAGE_3,
-    "zero_optimization.zero_quantized_gradients": _STAGE_3,
-    "zero_optimization.zero_quantized_weights": _STAGE_3,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "whole weights are exported "
+    "into each checkpoint in any case",
+    "zero_optimization.super_offload": _OTHER_OPTIMIZER,
+    "zero_optimization.zenflow": _OTHER_OPTIMIZER,
+    "zero_optimization.zero_hpz_partition_size": _SECOND_PARTITION,
+    "zero_optimization.zero_quantized_gradients": _SECOND_PARTITION,
+    "zero_optimization.zero_quantized_nontrainable_weights": _SECOND_PARTITION,
+    "zero_optimization.zero_quantized_weights": _SECOND_PARTITION,
 }
 _STAGE_3_PREFIX = "zero_optimization.stage3_"
 
@@ -62,8 +68,12 @@ _POSITIVE_KEYS = (
 )
 
 
-def deepspeed_problems(raw: dict[str, Any]) -> Iterator[Problem]:
+def deepspeed_problems(raw: dict[str, Any], zero_stage: int) -> Iterator[Problem]:
     """Find the keys that cannot stand in the section ``deepspeed`` of a run's configuration.
+
+    Args:
+        raw: the section.
+        zero_stage: ``parallel.zero_stage``.
 
     Keys that are not listed in this module are DeepSpeed's to judge, which refuses those that it
     does not know: see :func:`megaegpt.training.engine.compat.check_accepted`.
@@ -75,7 +85,7 @@ def deepspeed_problems(raw: dict[str, Any]) -> Iterator[Problem]:
             yield Problem((name,), f"{name} is set by {OWNED_KEYS[key]}: remove it")
         elif key in _UNSUPPORTED_KEYS:
             yield Problem((name,), f"{name} cannot be used: {_UNSUPPORTED_KEYS[key]}")
-        elif key.startswith(_STAGE_3_PREFIX):
+        elif key.startswith(_STAGE_3_PREFIX) and zero_stage != 3:
             yield Problem((name,), f"{name} cannot be used: {_STAGE_3}")
         elif key in _POSITIVE_KEYS and not _is_positive_integer(value):
             yield Problem((name,), f"{name}={value} must be an integer greater than 0")

@@ -25,8 +25,9 @@ class ParallelConfig:
     round otherwise, so that a run begun without it would not go on bit for bit."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share the tokens of their samples, each with a part of every sequence."""
-    zero_stage: Literal[0, 1, 2] = 2
-    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also shards gradients."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also shards gradients, 3 also
+    shards parameters, which are gathered layer by layer as forward and backward pass need them."""
     overlap_comm: bool = False
     """Overlap ZeRO's gradient reduction with the backward pass, in two buckets of 25 million
     gradients; a model that fits into one has nothing to overlap."""

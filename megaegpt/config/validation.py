@@ -70,6 +70,7 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
     if broken.isdisjoint(_BATCH):
         problems += _batch(config, world_size)
     problems += _context(config)
+    problems += _partitioned_parameters(config)
     problems += [p for p in _schedule(config) if broken.isdisjoint(p.keys)]
     problems += [p for p in _blend(config) if broken.isdisjoint(p.keys)]
     problems += parameter_group_problems(config.optimizer.groups)
@@ -78,8 +79,26 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
     problems += [p for p in _profile(config) if broken.isdisjoint(p.keys)]
     problems += _validation_split(config)
     problems += named_evaluation_problems(config)
-    problems += deepspeed_problems(config.deepspeed)
+    problems += deepspeed_problems(config.deepspeed, config.parallel.zero_stage)
     return problems
+
+
+def _partitioned_parameters(config: RunConfig) -> Iterator[Problem]:
+    """What cannot be where each rank has a part of every parameter only."""
+    if config.parallel.zero_stage != 3:
+        return
+    if config.optimizer.kind == "muon":
+        yield Problem(
+            ("parallel.zero_stage", "optimizer.kind"),
+            "optimizer.kind=muon steps whole matrices, of which parallel.zero_stage=3 leaves parts "
+            "to each rank: use zero_stage=2, or adamw",
+        )
+    if config.training.compile:
+        yield Problem(
+            ("parallel.zero_stage", "training.compile"),
+            "training.compile=true compiles whole blocks, between whose layers "
+            "parallel.zero_stage=3 gathers parameters: use zero_stage=2, or compile=false",
+        )
 
 
 def _schedule(config: RunConfig) -> Iterator[Problem]:

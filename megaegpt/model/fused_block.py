@@ -21,6 +21,7 @@ from megaegpt.parallel.block_operators import (
     project,
 )
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.partitions import is_partitioned
 
 if TYPE_CHECKING:
     from megaegpt.model.block import Block
@@ -49,7 +50,10 @@ def should_be_fused(block: Block, x: Tensor, wanted: bool | None) -> bool:
     """
     if not torch.is_grad_enabled() or (block.training and block.dropout):
         return False
-    if any(layer.lora is not None for layer in _layers(block)):
+    layers = _layers(block)
+    if any(layer.lora is not None for layer in layers):
+        return False
+    if is_partitioned(layers[0].weight):  # ZeRO stage 3 gathers for calls of layers
         return False
     if wanted is not None:
         return wanted

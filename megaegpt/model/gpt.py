@@ -58,8 +58,9 @@ class GPT(LanguageModel):
         length, start = tokens.shape[1], 0 if cache is None else cache.length
         positions, segments = place_tokens(tokens, cache, segments, self.config.document_end)
         self._check_length(positions, start + length)
-        rotary = rotary_table(self.config, positions, self.embedding.weight.dtype)
         shards = None if cache is not None else self.stack.shards(*tokens.shape)
+        embedded = self.embedding(tokens, shards)
+        rotary = rotary_table(self.config, positions, embedded.dtype)
         context: AttentionContext
         if cache is None:
             context = CausalContext(rotary, segments, shards)
@@ -67,7 +68,7 @@ class GPT(LanguageModel):
             context = CachedContext(cache, length, rotary)
         if shards is not None:
             positions = shards.own(positions.expand(tokens.shape))
-        x = self.positions(self.embedding(tokens, shards), positions, shards)
+        x = self.positions(embedded, positions, shards)
         x = self.stack(dropout(x, self.config.dropout, self.training, shards), context)
         if cache is not None:
             cache.length += length

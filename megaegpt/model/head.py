@@ -51,6 +51,26 @@ class OutputHead(nn.Module):
         mixed_with: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """hidden (..., C), targets (...) -> nats; see ``linear_cross_entropy``."""
+        return self(hidden, targets, reduction, mixed_with)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V/tp), this rank's columns; padding columns are -inf. No gradient of
+        TP.
+        """
+        return self(hidden)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        reduction: Literal["sum", "none"] = "sum",
+        mixed_with: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss, or without targets the logits: all that uses the weight is a call of the
+        module, around which ZeRO stage 3 gathers it.
+        """
+        if targets is None:
+            return self._logits(hidden)
         return linear_cross_entropy(
             hidden,
             self.weight,
@@ -62,10 +82,7 @@ class OutputHead(nn.Module):
             mixed_with,
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., V/tp), this rank's columns; padding columns are -inf. No gradient of
-        TP.
-        """
+    def _logits(self, hidden: Tensor) -> Tensor:
         logits = linear(hidden, self.weight, packed=self.packed, blas_rows=self.blas_rows)
         if (softcap := self.loss_options.softcap) is not None:
             logits = softcap * torch.tanh(logits / softcap)

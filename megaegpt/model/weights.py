@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from megaegpt.files import check_tensor_file, sha256_of_file, whole_file
 from megaegpt.json_files import conform, read_json
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import full_state, shard, spec_of
+from megaegpt.parallel.partitions import fill
 
 FORMAT, ADAPTER_FORMAT = "megaegpt-weights", "megaegpt-adapter"
 VERSION = 1
@@ -279,9 +279,8 @@ def load_weights(
                         "or no number: the run that wrote them had diverged, take an earlier "
                         "checkpoint of it"
                     )
-                with torch.no_grad():
-                    full = full if change is None else change(name, full)
-                    parameter.copy_(shard(full, spec, grid))
+                full = full if change is None else change(name, full)
+                fill(parameter, shard(full, spec, grid))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (OSError, SafetensorError) as error:

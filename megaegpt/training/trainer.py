@@ -244,7 +244,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Losses on the validation sets, the tasks, and a generated sample."""
         judged: dict[str, float] = {}
-        with self._not_training():
+        with self._not_training(), self.engine.whole_model():
             for name, evaluator in self.evaluators.items():
                 result = self._same_everywhere(evaluator.evaluate(self.model))
                 of_set = "" if name == "validation" else f"{name}: "

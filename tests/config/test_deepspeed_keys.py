@@ -26,14 +26,22 @@ def _zero(**options: Any) -> dict[str, Any]:
         ({"train_batch_size": 8}, "is set by training.global_batch_size"),
         ({"gradient_allreduce_op": "sum"}, "is set by the training loop"),
         (_zero(stage=2), "deepspeed.zero_optimization.stage is set by parallel.zero_stage"),
-        (_zero(offload_optimizer={"device": "cpu"}), "offload_optimizer cannot be used: offload"),
-        (_zero(offload_param={"device": "cpu"}), "offload_param cannot be used: offloading needs"),
+        (
+            _zero(offload_optimizer={"device": "cpu"}),
+            "offload_optimizer is set by parallel.offload",
+        ),
+        (_zero(offload_param={"device": "cpu"}), "offload_param is set by parallel.offload"),
+        (_zero(zero_quantized_weights=True), "checkpoints here know of one partition of each"),
+        (_zero(zenflow={}), "it has an optimizer of its own, whose state checkpoints here do not"),
         (
             {"data_efficiency": {"enabled": True}},
             "DeepSpeed's data loader, which it is for, is not",
         ),
         ({"pipeline": {"seed_layers": True}}, "it is for DeepSpeed's pipeline engine"),
-        (_zero(stage3_max_live_parameters=1), "it belongs to ZeRO stage 3, which is not supported"),
+        (
+            _zero(stage3_max_live_parameters=1),
+            "it belongs to ZeRO stage 3: set parallel.zero_stage=3",
+        ),
         (_zero(reduce_bucket_size=-1), "reduce_bucket_size=-1 must be an integer greater than 0"),
         (_zero(reduce_bucket_size=0), "reduce_bucket_size=0 must be an integer greater than 0"),
         (_zero(allgather_bucket_size=1.5), "allgather_bucket_size=1.5 must be an integer greater"),
@@ -56,7 +64,8 @@ def test_what_only_deepspeed_has_may_be_given() -> None:
         "wall_clock_breakdown": True,
         **_zero(reduce_bucket_size=5e7, round_robin_gradients=True, reduce_scatter=False),
     }
-    assert not list(deepspeed_problems(raw))
+    assert not list(deepspeed_problems(raw, zero_stage=2))
+    assert not list(deepspeed_problems(_zero(stage3_max_live_parameters=1), zero_stage=3))
 
 
 def test_no_value_that_a_run_generates_from_its_own_keys_can_be_replaced() -> None:

@@ -143,6 +143,14 @@ REFUSED = [
         {"data": {"train": ("a", "b"), "weights": (1.0, 0.0)}},
         "weights=[1.0, 0.0] must be greater than 0",
     ),
+    (
+        {"parallel": {"zero_stage": 3}, "optimizer": {"kind": "muon"}},
+        "parallel.zero_stage=3 leaves parts to each rank: use zero_stage=2, or adamw",
+    ),
+    (
+        {"parallel": {"zero_stage": 3}, "training": {"compile": True}},
+        "parallel.zero_stage=3 gathers parameters: use zero_stage=2, or compile=false",
+    ),
     ({"optimizer": {"momentum": 0.9}}, "momentum=0.9 has no effect without optimizer.kind=muon"),
     ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr=1.0 must not be above optimizer.lr"),
     ({"training": {"micro_batch_size": 0}}, "training.micro_batch_size=0 must be greater than 0"),

@@ -77,8 +77,8 @@ def test_resume_is_exact_for_every_zero_stage_and_precision_with_dropout(
     distributed: Distributed, tmp_path: Path
 ) -> None:
     dropout = {"model": {"dropout": 0.1}}
-    configs = [_config(stage=stage, **dropout) for stage in (0, 1, 2)]
-    configs += [_config(stage=s, training={"precision": "bf16"}, **dropout) for s in (1, 2)]
+    configs = [_config(stage=stage, **dropout) for stage in (0, 1, 2, 3)]
+    configs += [_config(stage=s, training={"precision": "bf16"}, **dropout) for s in (1, 2, 3)]
     configs += [_config(tp=2, stage=0, **dropout)]
     configs += [_config(stage=stage, optimizer={"kind": "muon"}) for stage in (0, 2)]
     configs += [_config(stage=1, optimizer={"groups": _GROUPS})]
@@ -124,7 +124,11 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 # Tensor parallel, data parallel, ZeRO stage: where a run is saved, and where it goes on.
 _ROUTES = {
-    "gpt": [((2, 2, 2), [(1, 4, 2), (1, 1, 0)]), ((1, 2, 2), [(2, 1, 1)])],
+    "gpt": [
+        ((2, 2, 2), [(1, 4, 2), (1, 1, 0)]),
+        ((1, 2, 2), [(2, 1, 1), (1, 2, 3)]),
+        ((1, 2, 3), [(1, 1, 0), (1, 2, 2)]),
+    ],
     "egpt": [((1, 2, 1), [(2, 2, 2)])],  # the whole run below goes the other way
     "one_key_value_head_for_all_ranks": [
         ((2, 2, 2), [(1, 1, 2)]),
@@ -228,7 +232,7 @@ def test_every_pair_of_topologies_and_zero_stages_goes_on(
     distributed: Distributed, tmp_path: Path, kind: str
 ) -> None:
     grids = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]
-    topologies = [(tp, dp, stage) for tp, dp in grids for stage in (0, 1, 2)]
+    topologies = [(tp, dp, stage) for tp, dp in grids for stage in (0, 1, 2, 3)]
     _assert_all_pairs_go_on(distributed, tmp_path, kind, topologies, topologies)
 
 

@@ -18,7 +18,16 @@ from megaegpt.training.engine.gradients import ModuleNorms
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.engines import make_engine, micro_batches, nats, run_config
 
-CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp16")]
+CASES = [
+    (0, "fp32"),
+    (1, "fp32"),
+    (2, "fp32"),
+    (1, "bf16"),
+    (2, "bf16"),
+    (2, "fp16"),
+    (3, "fp32"),
+    (3, "bf16"),
+]
 PARTS = ["embeddings", "layer_00", "layer_01", "norm"]
 
 

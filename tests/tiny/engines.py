@@ -60,6 +60,8 @@ def global_batch(step: int, config: RunConfig) -> dict[str, Tensor]:
     batch = {"token_states": states, "targets": targets.view(shape[:3])}
     if model.kind == "egpt":
         batch["features"] = chunk_features(states[:, :-1], model.egpt)
+    if model.egpt.token_memory:
+        batch["text"] = tokens % 9  # some come again
     return batch
 
 
@@ -116,7 +118,8 @@ def advance(engine: Engine, config: RunConfig, steps: range) -> Curve:
     curve = Curve()
     for step in steps:
         curve.add(engine.train_step(step, micro_batches(step, config, engine.grid)))
-    curve.weights = {n: t.float().clone() for n, t in full_state(engine.model, engine.grid)}
+    with engine.whole_model():
+        curve.weights = {n: t.float().clone() for n, t in full_state(engine.model, engine.grid)}
     return curve
 
 
@@ -130,13 +133,14 @@ def train(config: RunConfig, grid: ProcessGrid, steps: int = STEPS) -> Curve:
 
 
 def train_plainly(config: RunConfig, dtype: torch.dtype = torch.float32) -> Curve:
-    """The same run in plain torch: one process, fp32 master weights, torch's own AdamW and
-    clipping.
+    """The same run in plain torch: one process, master weights in at least fp32, torch's own AdamW
+    and clipping.
 
-    Gradients are computed in ``dtype`` and summed over micro-batches in fp32.
+    Gradients are computed in ``dtype`` and summed over micro-batches in the masters' type.
     """
+    precise = torch.promote_types(dtype, torch.float32)
     model = build_model(config.model, ProcessGrid(), seed=3).to(dtype)
-    masters = [nn.Parameter(p.detach().float().clone()) for p in model.parameters()]
+    masters = [nn.Parameter(p.detach().to(precise).clone()) for p in model.parameters()]
     optimizer = _plain_adamw(masters, config.optimizer)
     curve = Curve()
     for step in range(config.training.steps):
@@ -151,7 +155,7 @@ def train_plainly(config: RunConfig, dtype: torch.dtype = torch.float32) -> Curv
             loss += mean.item()
             for master, p in zip(masters, model.parameters(), strict=True):
                 summed = 0.0 if master.grad is None else master.grad
-                master.grad, p.grad = summed + p.grad.float(), None
+                master.grad, p.grad = summed + p.grad.to(precise), None
         norm = nn.utils.clip_grad_norm_(masters, config.training.gradient_clipping or torch.inf)
         optimizer.step()
         optimizer.zero_grad()
@@ -160,7 +164,7 @@ def train_plainly(config: RunConfig, dtype: torch.dtype = torch.float32) -> Curv
                 p.copy_(master)
         curve.losses.append(loss)
         curve.norms.append(norm.item())
-    curve.weights = {n: p.detach().float() for n, p in model.named_parameters()}
+    curve.weights = {n: p.detach().to(precise) for n, p in model.named_parameters()}
     return curve
 
 

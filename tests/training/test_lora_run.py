@@ -77,6 +77,7 @@ def cut_in_two(checkpoint: Path, output: Path) -> None:
         (2, 2, "bf16"),
         pytest.param(2, 0, "fp32", marks=pytest.mark.long),
         pytest.param(1, 1, "bf16", marks=pytest.mark.long),
+        pytest.param(1, 3, "bf16", marks=pytest.mark.long),
     ],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(

@@ -30,7 +30,12 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import ParamSpec
 from megaegpt.parallel.together import raising_together
 from megaegpt.training.checkpoint.host_copies import HostCopies
-from megaegpt.training.checkpoint.universal import MOMENTS, load_replicated, universal_info
+from megaegpt.training.checkpoint.universal import (
+    MOMENTS,
+    load_partitioned,
+    load_replicated,
+    universal_info,
+)
 
 _TRUSTED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 _SAFE_LOADING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -253,6 +258,13 @@ def load_universal(engine: Any, folder: Path, grid: ProcessGrid) -> None:
     Raises:
         CheckpointError: as for :func:`load`, on every rank.
     """
+    if engine.zero_optimization_partition_weights():
+        with raising_together(grid), loading(folder), _settings_kept(engine):
+            engine.optimizer.checkpoint_event_prologue()
+            names = {parameter: name for name, parameter in engine.module.named_parameters()}
+            load_partitioned(engine.optimizer, names, folder, grid)
+        engine.optimizer.checkpoint_event_epilogue()  # gathers small parameters, on all ranks
+        return
     with raising_together(grid), loading(folder), _settings_kept(engine):
         if not engine.zero_optimization():
             load_replicated(engine.module, engine.optimizer, folder, grid)

@@ -17,6 +17,7 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import write_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import spec_of, unshard
+from megaegpt.parallel.partitions import gathered
 from megaegpt.training.checkpoint.host_copies import HostCopies
 from megaegpt.training.run_data import RunData
 
@@ -31,7 +32,8 @@ def exported_weights(
     copies: HostCopies | None,
 ) -> Callable[[Path], None]:
     """Gather the model for generation, evaluation, conversion, or use as an encoder; or its
-    adapters, for the first three. Collective over the ranks of a TP group.
+    adapters, for the first three. Collective over the ranks of a TP group; over all ranks at ZeRO
+    stage 3.
 
     Args:
         base: of adapters.
@@ -41,11 +43,9 @@ def exported_weights(
     Returns:
         What writes the files into a folder; on all ranks but the main one, nothing.
     """
-    if grid.replica_rank != 0:
-        return _nothing
-    state = model.named_parameters() if base is None else adapter_state(model)
-    tensors = _whole_tensors(list(state), grid, copies)
-    if grid.tp_rank != 0:
+    state = list(model.named_parameters() if base is None else adapter_state(model))
+    tensors = _whole_tensors(state, grid, copies)
+    if grid.rank != 0:
         return _nothing
     extra: dict[str, Any] = {"tokenizer_fingerprint": data.tokenizer.fingerprint}
     if encoder is not None:
@@ -67,15 +67,20 @@ def exported_weights(
 def _whole_tensors(
     state: list[tuple[str, nn.Parameter]], grid: ProcessGrid, copies: HostCopies | None
 ) -> dict[str, Tensor]:
-    """Whole tensors in host memory, on TP rank 0; other ranks give their slices and have none."""
+    """Whole tensors in host memory, on rank 0; other ranks give their slices, where they are the
+    only ones, and have none.
+    """
     tensors = {}
     for name, parameter in state:
-        whole = unshard(parameter, spec_of(parameter), grid)
-        if grid.tp_rank != 0:
-            continue
-        if copies is not None and whole.data_ptr() == parameter.data_ptr():
-            whole = copies.of(whole)
-        tensors[name] = whole.detach().cpu().contiguous()
+        with gathered([parameter]):
+            if grid.replica_rank != 0:
+                continue
+            whole = unshard(parameter, spec_of(parameter), grid)
+            if grid.tp_rank != 0:
+                continue
+            if copies is not None and whole.data_ptr() == parameter.data_ptr():
+                whole = copies.of(whole)
+            tensors[name] = whole.detach().cpu().contiguous()
     return tensors
 
 

@@ -2,8 +2,9 @@
 
 Used by :mod:`megaegpt.training.engine.engine` only. A universal checkpoint holds, for every
 parameter, its full fp32 value and moments in files of their own; any number of ranks cuts its
-slices from them. DeepSpeed's converter makes one from a ZeRO checkpoint and its engine reads one
-into ZeRO. Stage 0, which both of them lack, is done here in the same format.
+slices from them. DeepSpeed's converter makes one from a checkpoint of ZeRO stage 1 or 2, and its
+engine reads one into these. Stage 0, which both of them lack, and stage 3, which they have for
+their own tensor parallelism only, are done here in the same format.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from deepspeed.checkpoint.constants import (
     BASE_OPTIMIZER_STATE,
     CAT_DIM,
     DS_VERSION,
+    FP32_FLAT_GROUPS,
+    LOSS_SCALER,
     OPTIMIZER_STATE_DICT,
     PARAM,
     PARAM_GROUPS,
+    PARAM_SHAPES,
     PARAM_SLICE_MAPPINGS,
     PARAMETER_WITH_ROW_PARALLELISM_PATTERNS,
     TP_REPLICATED_PARAMETER_PATTERNS,
@@ -41,6 +45,7 @@ _VERSION = 0.2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW; Muon has the first alone."""
 FP32 = "fp32"
+_GLOBAL_STATE = (LOSS_SCALER, "dynamic_loss_scale", "overflow")
 
 Specs = dict[str, ParamSpec]
 Shape = tuple[int, ...]
@@ -80,6 +85,9 @@ def convert(source: Path, target: Path, shapes: Shapes, zero_stage: int) -> None
     """
     if zero_stage == 0:
         _convert_replicated(source, target, shapes)
+        return
+    if zero_stage == 3:
+        _convert_partitioned(source, target)
         return
     options = argparse.Namespace(
         input_folder=str(source),
@@ -157,6 +165,63 @@ def _convert_replicated(source: Path, target: Path, shapes: Shapes) -> None:
         shutil.copy2(file, target)
 
 
+def _convert_partitioned(source: Path, target: Path) -> None:
+    """Of ZeRO stage 3, where each data-parallel rank has an equal part of every parameter, with
+    padding behind the last number.
+    """
+    models = _by_ranks(source, "model_states")
+    optimizers = {
+        ranks: state[OPTIMIZER_STATE_DICT]
+        for ranks, state in _by_ranks(source, "optim_states").items()
+    }
+    tp_size, dp_size = (1 + max(ranks) for ranks in zip(*models, strict=True))
+    info, first = models[0, 0][UNIVERSAL_CHECKPOINT_INFO], optimizers[0, 0]
+    for number, slices in enumerate(models[0, 0][PARAM_SHAPES]):
+        start = 0
+        for name, shape in slices.items():
+            size = -(-shape.numel() // dp_size)
+            tp_dim, folder = _saved_tp_dim(info, name), target / "zero" / name
+            folder.mkdir(parents=True)
+            for what in (FP32, *MOMENTS):
+                parts = [
+                    [
+                        _flat_states(optimizers[tp, dp], number)[what].narrow(0, start, size)
+                        for dp in range(dp_size)
+                    ]
+                    for tp in range(tp_size)
+                ]
+                joined = [torch.cat(of_rank)[: shape.numel()].view(shape) for of_rank in parts]
+                _save_joined(joined, tp_dim, folder / f"{what}.pt")
+            step = first[OPTIMIZER_STATE_DICT]["state"][number]["step"]
+            torch.save(step, folder / "step.pt")
+            start += size
+    common = {
+        PARAM_GROUPS: first[OPTIMIZER_STATE_DICT][PARAM_GROUPS],
+        DS_VERSION: deepspeed.__version__,
+        **{key: first[key] for key in _GLOBAL_STATE},
+    }
+    torch.save(common, target / "zero" / "optimizer_state.pt")
+    for tp in range(tp_size):
+        torch.save(models[tp, 0], target / f"mp_rank_{tp:02d}_model_states.pt")
+
+
+def _by_ranks(source: Path, kind: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """The files of ZeRO stage 3 by tensor-parallel and data-parallel rank."""
+    found = {}
+    for path in source.glob(f"*zero_pp_rank_*_mp_rank_*_{kind}.pt"):
+        dp_rank, tp_rank = re.findall(r"rank_(\d+)", path.name)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found[int(tp_rank), int(dp_rank)] = state
+    return found
+
+
+def _flat_states(optimizer: dict[str, Any], number: int) -> dict[str, Tensor]:
+    """A rank's parts of all parameters of a group: their fp32 values and moments."""
+    state = optimizer[OPTIMIZER_STATE_DICT]["state"][number]
+    moments = {moment: state[moment] for moment in MOMENTS}
+    return {FP32: optimizer[FP32_FLAT_GROUPS][number], **moments}
+
+
 def _saved_tp_dim(info: dict[str, Any], name: str) -> int | None:
     """The dimension that a parameter was cut in when :func:`universal_info` was taken of it."""
     if _exactly(name) in info[TP_REPLICATED_PARAMETER_PATTERNS]:
@@ -189,6 +254,34 @@ def _order_of(groups: list[dict[str, Any]]) -> list[str]:
 def optimizer_order(shapes: Shapes) -> Iterable[str]:
     """Names in the order of AdamW's groups: matrices, then vectors."""
     return sorted(shapes, key=lambda name: len(shapes[name]) < 2)  # stable
+
+
+@torch.no_grad()
+def load_partitioned(
+    optimizer: Any, names: dict[nn.Parameter, str], folder: Path, grid: ProcessGrid
+) -> None:
+    """Fill this rank's parts of ZeRO stage 3 from a universal checkpoint.
+
+    Args:
+        optimizer: DeepSpeed's, whose parameters no module has whole.
+        names: of its parameters.
+    """
+    path = folder / "zero" / "optimizer_state.pt"
+    optimizer._load_global_state_stage3(torch.load(path, map_location="cpu", weights_only=True))
+    for number, parameters in enumerate(optimizer.fp16_groups):
+        masters = optimizer.fp32_partitioned_groups_flat[number]
+        moments = {moment: torch.zeros_like(masters) for moment in MOMENTS}
+        start = 0
+        for parameter in parameters:
+            name, spec, size = names[parameter], spec_of(parameter), parameter.partition_numel()
+            for what, flat in ((FP32, masters), *moments.items()):
+                whole = read_parameter(folder, name, what, spec.full_shape)
+                part = shard(whole, spec, grid).reshape(-1)[grid.replica_rank * size :][:size]
+                flat[start : start + len(part)].copy_(part)
+            start += size
+        step = _read(folder, names[parameters[0]], "step").to(masters.device)
+        optimizer.optimizer.state[masters] = {"step": step, **moments}
+        optimizer.fp16_partitioned_groups_flat[number].copy_(masters)
 
 
 def load_replicated(

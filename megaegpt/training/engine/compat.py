@@ -1,6 +1,7 @@
 """One table of all that this project uses of DeepSpeed and DeepSpeed does not promise.
 
-Beside this module only ``engine``, ``fewer_operators``, ``gradients`` and ``optimizer`` here and
+Beside this module only ``engine``, ``fewer_operators``, ``gradients``, ``optimizer`` and
+``partitions`` here and
 ``deepspeed_state`` and ``universal`` in ``training.checkpoint`` know of it. A release that lacks
 one of these is refused by name when an engine is built, rather than found out in the middle of a
 run.
@@ -12,6 +13,7 @@ import contextlib
 import copy
 import importlib
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +46,22 @@ PARTITIONED = (
 )
 """Attributes of the optimizer of ZeRO stages 1 and 2, but of bf16 at stage 1."""
 
+PARTITIONED_PARAMETERS = (
+    "averaged_gradients",
+    "get_fp32_grad_partitions",  # this rank's share, by group
+    "fp16_groups",
+    "fp16_partitioned_groups_flat",
+    "fp32_partitioned_groups_flat",
+    "clip_grad",
+    "parameter_offload.forward_hooks",  # taken off for an evaluation, and put on again
+    "parameter_offload.backward_hooks",
+    "parameter_offload._register_deepspeed_module",
+    "checkpoint_event_prologue",  # lets go of whole parameters; the next gathers some of them
+    "checkpoint_event_epilogue",
+    "_load_global_state_stage3",
+)
+"""Attributes of the optimizer of ZeRO stage 3."""
+
 BF16_STAGE_1 = (
     "bf16_groups",
     "fp32_groups_gradients",
@@ -74,6 +92,9 @@ def quieten(device_type: str) -> None:
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
     log.addFilter(_is_news)
+    # Names of torch's collectives that DeepSpeed's stage 3 calls, and torch has new ones for.
+    renamed = ".*(all_gather_into_tensor|reduce_scatter_tensor)"
+    warnings.filterwarnings("ignore", renamed, FutureWarning)
     if device_type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -113,7 +134,9 @@ def check_compatible(engine: Any, stage: int, precision: str) -> None:
         missing += [f"optimizer.{name}" for name in _missing(optimizer, READ_BY_DEEPSPEED)]
     else:
         other = precision == "bf16" and not hasattr(optimizer, "averaged_gradients")
-        names = BF16_STAGE_1 if other else PARTITIONED
+        names: tuple[str, ...] = BF16_STAGE_1 if other else PARTITIONED
+        if stage == 3:
+            names = PARTITIONED_PARAMETERS
         missing += [f"optimizer.{name}" for name in _missing(optimizer, names)]
     if precision == "fp16":
         scaler = getattr(optimizer, "loss_scaler", None)

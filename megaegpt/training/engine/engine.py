@@ -50,6 +50,7 @@ from megaegpt.training.engine.gradients import ModuleNorms
 from megaegpt.training.engine.host_memory import keep_freed_memory
 from megaegpt.training.engine.muon import Muon
 from megaegpt.training.engine.optimizer import LR_SCALE, build_optimizer
+from megaegpt.training.engine.partitions import torchs_own_linear, without_hooks
 from megaegpt.training.engine.replicas import assert_replicas_equal, is_sharded
 from megaegpt.training.engine.schedule import learning_rate
 from megaegpt.training.engine.spikes import SpikeGuard
@@ -140,6 +141,8 @@ class Engine:
         check_accepted(options)
         quieten(grid.device.type)
         import_muon_uncompiled()
+        self._until_closed = contextlib.ExitStack()
+        self._until_closed.enter_context(torchs_own_linear())
         with contextlib.redirect_stdout(None), naming_raw_keys(config.deepspeed):
             # Its optimizers print memory figures.
             self._deepspeed, *_ = deepspeed.initialize(
@@ -270,6 +273,14 @@ class Engine:
         norm = norm.to(loss.device)
         return StepResult(loss, tokens, norm, lr, applied, nonfinite, micro_losses, norms)
 
+    def whole_model(self) -> contextlib.AbstractContextManager[None]:
+        """Have all parameters on this rank, for passes by which ranks do not go together, such as
+        those of an evaluation. Collective at the beginning.
+        """
+        if self.topology.zero_stage < 3:
+            return contextlib.nullcontext()
+        return without_hooks(self._deepspeed)
+
     # -- state ------------------------------------------------------------------------------------
 
     def save_state(self, folder: Path) -> list[Path]:
@@ -332,3 +343,4 @@ class Engine:
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""
         self._deepspeed.destroy()
+        self._until_closed.close()

@@ -20,7 +20,8 @@ from megaegpt.parallel.grid import ProcessGrid
 
 
 def use_fewer_operators(optimizer: Any, grid: ProcessGrid) -> None:
-    """Replace the methods of one of DeepSpeed's optimizers; another one is left as it is.
+    """Replace the methods of one of DeepSpeed's optimizers; others, stage 3's among them, are
+    left as they are.
 
     Parameters carry ``tensor_model_parallel`` as for the global norm
     (:func:`~megaegpt.training.engine.optimizer.gradient_norm`).
@@ -29,7 +30,7 @@ def use_fewer_operators(optimizer: Any, grid: ProcessGrid) -> None:
         optimizer: of ZeRO stage 1 or 2, which ``training.engine.compat`` has looked at.
         grid: norms are summed over its groups.
     """
-    if hasattr(optimizer, "averaged_gradients"):
+    if hasattr(optimizer, "params_in_partition"):
         # The norm of gradients that are not all finite is not finite, and is looked at anyway.
         optimizer.has_overflow = _finds_nothing
         optimizer.get_grad_norm_direct = functools.partial(_norm_of_partition, grid)

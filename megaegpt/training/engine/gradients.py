@@ -73,7 +73,7 @@ class ModuleNorms:
     def _add_up(self, squares: Tensor) -> None:
         """Sum up over the ranks that have other pieces."""
         grid = self._grid
-        partitioned = hasattr(self._optimizer, "averaged_gradients")
+        partitioned = hasattr(self._optimizer, "averaged_gradients")  # ZeRO stages 1, 2 and 3
         for group in (grid.tp_group, grid.replica_group if partitioned else None):
             if group is not None:
                 dist.all_reduce(squares, group=group)
@@ -81,7 +81,10 @@ class ModuleNorms:
     def _pieces(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield this rank's piece of each gradient: under ZeRO its partition's, else the whole."""
         optimizer = self._optimizer
-        if hasattr(optimizer, "averaged_gradients"):
+        if hasattr(optimizer, "get_fp32_grad_partitions"):  # stage 3
+            for number, pieces in optimizer.get_fp32_grad_partitions().items():
+                yield from zip(optimizer.fp16_groups[number], pieces.values(), strict=True)
+        elif hasattr(optimizer, "averaged_gradients"):
             for number, parameters in enumerate(optimizer.params_in_partition):
                 pieces = optimizer.averaged_gradients[number]
                 filled = (g for g in pieces if not getattr(g, "_zero_padding", False))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import spec_of
+from megaegpt.parallel.partitions import held, is_partitioned
 from megaegpt.parallel.together import all_reduce_max
 
 
@@ -30,12 +31,13 @@ def assert_replicas_equal(model: nn.Module, grid: ProcessGrid) -> None:
 
 
 def _like_first_rank(parameter: Tensor, grid: ProcessGrid) -> bool:
-    groups = [grid.replica_group]
+    groups = [] if is_partitioned(parameter) else [grid.replica_group]
     if not is_sharded(parameter, grid):
         groups.append(grid.tp_group)
     equal = True
+    mine = held(parameter).detach()
     for group in filter(None, groups):
-        first = parameter.detach().clone()
+        first = mine.clone()
         dist.broadcast(first, src=dist.get_global_rank(group, 0), group=group)
-        equal = equal and torch.equal(first, parameter)
+        equal = equal and torch.equal(first, mine)
     return equal
