@@ -30,7 +30,7 @@ from megaegpt.text_tables import format_table
 from tools.benchmarks.common import add_sizes
 
 _WORDS = "the prince said to his old friend that nothing of it was ever true".split()  # noqa: SIM905
-_WARM_UP = 0.2
+_WARM_UP = 0.5
 """Share of the time after which memory must not grow any more."""
 _MOST_GROWTH = 0.05
 _POINTS = 60
