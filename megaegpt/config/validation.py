@@ -31,9 +31,6 @@ _BATCH = {
     "training.batch_ramp.steps",
 }
 
-_KINDS_OVER_CONTEXT: frozenset[str] = frozenset({"egpt", "deepgpt"})
-"""Kinds of models that context-parallel ranks compute parts of."""
-
 
 def validate(config: RunConfig, world_size: int | None = None) -> None:
     """Check every rule between values; ``world_size`` (processes) adds those about ranks.
@@ -164,13 +161,7 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
 
 
 def _context(config: RunConfig) -> Iterator[Problem]:
-    kind, size = config.model.kind, config.parallel.context_parallel_size
-    if size > 1 and kind not in _KINDS_OVER_CONTEXT:
-        yield Problem(
-            ("parallel.context_parallel_size", "model.kind"),
-            f"parallel.context_parallel_size={size} is not for model.kind={kind}: set it to 1, and "
-            "use parallel.tensor_parallel_size or training.activation_checkpointing for memory",
-        )
+    size = config.parallel.context_parallel_size
     chunks = config.model.egpt.num_chunks
     if config.model.needs_encoder and size > 0 and chunks % size:
         yield Problem(

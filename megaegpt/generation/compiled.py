@@ -25,6 +25,7 @@ from megaegpt.model.attention.layer import AttentionLayer
 from megaegpt.model.decoding import new_cache
 from megaegpt.model.gpt import GPT
 from megaegpt.model.rotary import RotaryTable, rotary_table
+from megaegpt.parallel.context_shards import ContextShards
 from megaegpt.parallel.sequence import SequenceShards
 
 _CAPACITIES = 128
@@ -51,6 +52,7 @@ class SingleTokenContext:
 
     absorbed = True
     shards: SequenceShards | None = None
+    context_shards: ContextShards | None = None
 
     def __init__(
         self,

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.errors import ConfigError
+from megaegpt.labels import IGNORE
 from megaegpt.model.attention.cache import CachedContext, KVCache
 from megaegpt.model.attention.context import AttentionContext, CausalContext
+from megaegpt.model.attention.cut_context import CutContext
 from megaegpt.model.base import LanguageModel, Predictions
 from megaegpt.model.block import BlockStack
 from megaegpt.model.flops import attention_flops, matmul_flops
@@ -20,8 +22,10 @@ from megaegpt.model.head import OutputHead
 from megaegpt.model.positions import AddedPositions
 from megaegpt.model.rotary import rotary_table
 from megaegpt.model.token_positions import place_tokens
+from megaegpt.parallel.context_shards import ContextShards
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import VocabParallelEmbedding
+from megaegpt.parallel.rng import context_rng
 from megaegpt.parallel.sequence import dropout
 
 
@@ -40,7 +44,11 @@ class GPT(LanguageModel):
         self.head = OutputHead(config, grid, tied_to)
 
     def hidden_states(
-        self, tokens: Tensor, cache: KVCache | None = None, segments: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        segments: Tensor | None = None,
+        cut: ContextShards | None = None,
     ) -> Tensor:
         """(B, T) ids -> (B, T, C) after the final norm.
 
@@ -51,6 +59,7 @@ class GPT(LanguageModel):
                 :mod:`megaegpt.model.segments`); by default what ``config.document_end`` says, or,
                 behind the tokens of a cache, the text that is open there. Rows of a cache must be
                 padded on the left.
+            cut: compute the states of this rank's tokens alone, (B, n, C); without a cache.
 
         Raises:
             ConfigError: more tokens than the cache, or a learned position table, has room for.
@@ -58,11 +67,15 @@ class GPT(LanguageModel):
         length, start = tokens.shape[1], 0 if cache is None else cache.length
         positions, segments = place_tokens(tokens, cache, segments, self.config.document_end)
         self._check_length(positions, start + length)
+        if cut is not None:
+            tokens, positions = cut.own(tokens), cut.own(positions)
         shards = None if cache is not None else self.stack.shards(*tokens.shape)
         embedded = self.embedding(tokens, shards)
         rotary = rotary_table(self.config, positions, embedded.dtype)
         context: AttentionContext
-        if cache is None:
+        if cut is not None:
+            context = CutContext(cut, rotary, segments, shards)
+        elif cache is None:
             context = CausalContext(rotary, segments, shards)
         else:
             context = CachedContext(cache, length, rotary)
@@ -93,8 +106,18 @@ class GPT(LanguageModel):
         reduction: Literal["sum", "none"] = "sum",
         segments: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) ids and targets (-100: not predicted) -> nats, summed or of each position."""
-        return self.head.loss(self.hidden_states(tokens, segments=segments), targets, reduction)
+        """(B, T) ids and targets (-100: not predicted) -> nats, summed or of each position.
+
+        In training, the ranks of a context-parallel group are given the same samples, and each
+        computes its own tokens.
+        """
+        if not self.training or self.grid.cp_group is None:
+            hidden = self.hidden_states(tokens, segments=segments)
+            return self.head.loss(hidden, targets, reduction)
+        cut = ContextShards(self.grid, tokens.shape[1])
+        with context_rng(self.grid):
+            hidden = self.hidden_states(tokens, segments=segments, cut=cut)
+        return self.head.loss(hidden, cut.own(targets, IGNORE), reduction)
 
     def predictions(self, tokens: Tensor, segments: Tensor | None = None) -> Predictions:  # type: ignore[override]
         return Predictions(self.head, self.hidden_states(tokens, segments=segments))

@@ -44,7 +44,9 @@ def train(config: RunConfig, exit_minutes: float | None = None) -> None:
     """A rank of ``launchers/pretrain.py --resume --exit-minutes M``."""
     folders = (config.logging.directory, config.checkpoint.directory)
     with (
-        joined_processes(config.parallel.tensor_parallel_size) as grid,
+        joined_processes(
+            config.parallel.tensor_parallel_size, config.parallel.context_parallel_size
+        ) as grid,
         locked_folders(folders, grid),
     ):
         pretrain(config, grid, resume=True, stops=StopRequests(exit_minutes))

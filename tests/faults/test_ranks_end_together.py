@@ -14,7 +14,10 @@ import torch.distributed as dist
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.parallel import watch
 from megaegpt.parallel.launch import joined_processes
-from tests.faults.processes import Ranks
+from tests.faults.processes import Ranks, train
+from tests.tiny.runs import corpus, run_config
+
+__all__ = ["corpus"]
 
 WORLD = 3
 STARTING_S, ENDING_S = 60, 12
@@ -94,6 +97,32 @@ def test_all_ranks_end_with_one_message(
     if how == "bug":
         assert text.count("Traceback") == 1
         assert f"on rank {where} of {WORLD}, " in text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_context_parallel_rank_that_is_killed_in_a_step_ends_the_others(
+    corpus: Path, tmp_path: Path, victim: int
+) -> None:
+    """Which wait for its tokens in the middle of a layer."""
+    config = run_config(
+        "gpt",
+        corpus,
+        tmp_path,
+        parallel={"context_parallel_size": 2},
+        training={"steps": 100_000, "eval_interval": 0},
+        checkpoint={"interval": 0},
+    )
+    ranks = Ranks(2, tmp_path, train, config)
+    deadline = time.monotonic() + STARTING_S
+    while "| loss" not in ranks.shown(0):
+        assert time.monotonic() < deadline, ranks.shown(0)
+        time.sleep(0.01)
+    ranks.kill(victim)
+    codes = ranks.wait(60)
+    assert None not in codes
+    assert 0 not in codes
+    assert f"rank {victim} of 2 ended without a message" in ranks.shown(1 - victim)
 
 
 def test_an_error_that_all_ranks_meet_is_rank_0s_to_show(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import random
@@ -33,13 +34,18 @@ def _config(
     tp_size: int,
     schedule: str = "cosine",
     sequence_parallel: bool = False,
+    cp_size: int = 1,
     **training: object,
 ) -> RunConfig:
     return run_config(
         kind,
         corpus,
         folder,
-        parallel={"tensor_parallel_size": tp_size, "sequence_parallel": sequence_parallel},
+        parallel={
+            "tensor_parallel_size": tp_size,
+            "sequence_parallel": sequence_parallel,
+            "context_parallel_size": cp_size,
+        },
         training={
             "steps": STEPS,
             "eval_interval": 15,
@@ -54,7 +60,7 @@ def _config(
 
 
 def _run(config: RunConfig, resume: bool = False, stop_after: int = STEPS) -> bool:
-    grid = grid_for(config.parallel.tensor_parallel_size)
+    grid = grid_for(config.parallel.tensor_parallel_size, config.parallel.context_parallel_size)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return pretrain(config, grid, resume=resume, stops=StopAfter(stop_after))
 
@@ -109,6 +115,46 @@ def test_30_steps_with_sequence_parallelism_are_15_and_15_and_near_those_without
     distributed(2, _run, without)
     expected = losses(tmp_path / "without")
     assert losses(tmp_path / "straight") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "tp_size"), [(2, 1), (4, 2)])
+def test_30_steps_with_context_parallelism_are_15_and_15(
+    corpus: Path, tmp_path: Path, distributed: Distributed, ranks: int, tp_size: int
+) -> None:
+    """With dropout, and evaluations in which every rank has windows of its own."""
+    changes = {"cp_size": 2, "sequence_parallel": tp_size > 1}
+    distributed(ranks, _straight_and_interrupted, "gpt", corpus, tmp_path, tp_size, changes)
+    _assert_same_run(tmp_path / "straight", tmp_path / "interrupted")
+
+
+def _resumed_on_other_ranks(
+    distributed: Distributed, corpus: Path, folder: Path, before: int, after: int
+) -> dict[int, float]:
+    """Losses of a run without dropout, on so many context-parallel ranks, then on others."""
+
+    def without_dropout(cp_size: int) -> RunConfig:
+        config = _config("gpt", corpus, folder, 1, cp_size=cp_size)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+
+    assert not any(distributed(before, _run, without_dropout(before), False, STOPPED))
+    assert all(distributed(after, _run, without_dropout(after), True))
+    return losses(folder)
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_context_parallelism_and_without(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    alone = _resumed_on_other_ranks(distributed, corpus, tmp_path / "1_1", 1, 1)
+    evaluated = [r["validation_loss"] for r in records(tmp_path / "1_1") if "validation_loss" in r]
+    for before, after in ((1, 2), (2, 1)):
+        folder = tmp_path / f"{before}_{after}"
+        found = _resumed_on_other_ranks(distributed, corpus, folder, before, after)
+        assert found == pytest.approx(alone, rel=1e-4)
+        assert [
+            r["validation_loss"] for r in records(folder) if "validation_loss" in r
+        ] == pytest.approx(evaluated, rel=1e-4)
 
 
 def test_a_run_interrupted_while_its_batch_grows_goes_on_exactly_at_dp_2(

@@ -25,6 +25,7 @@ from megaegpt.errors import ConfigError
 from megaegpt.model.attention.causal import OncePerPass, Segments, causal_attention
 from megaegpt.model.attention.layer import AttentionLayer, layer_window
 from megaegpt.model.rotary import RotaryTable
+from megaegpt.parallel.context_shards import ContextShards
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.sequence import SequenceShards
 
@@ -261,6 +262,7 @@ class CachedContext:
 
     absorbed = True
     shards: SequenceShards | None = None
+    context_shards: ContextShards | None = None
 
     def __init__(self, cache: KVCache, new_tokens: int, rotary: RotaryTable | None = None) -> None:
         self.rotary = rotary

@@ -15,6 +15,7 @@ from torch import Tensor
 from megaegpt.model.attention.causal import OncePerPass, Segments, causal_attention
 from megaegpt.model.attention.layer import AttentionLayer
 from megaegpt.model.rotary import RotaryTable
+from megaegpt.parallel.context_shards import ContextShards
 from megaegpt.parallel.sequence import SequenceShards
 
 
@@ -29,9 +30,12 @@ class AttentionContext(Protocol):
     shards: SequenceShards | None
     """Of the tokens outside of attention and MLP; None: every rank has all of them, as while
     decoding."""
+    context_shards: ContextShards | None
+    """Of the sequences; None: every rank has all of their tokens."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
-        """q (B, H, T, D), k and v (B, K, T, D) of the same tokens -> (B, H, T, D).
+        """q (B, H, T, D), k and v (B, K, T, D) of the same tokens, or with ``context_shards`` of
+        those of all ranks -> (B, H, T, D).
 
         Scores are scaled by 1 / sqrt(D).
         """
@@ -48,6 +52,7 @@ class CausalContext:
     """
 
     absorbed = False
+    context_shards: ContextShards | None = None
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from megaegpt.model.attention.causal import OncePerPass, band_mask, scaled_dot_p
 from megaegpt.model.attention.context import CausalContext
 from megaegpt.model.attention.layer import AttentionLayer
 from megaegpt.model.rotary import RotaryTable
+from megaegpt.parallel.context_shards import ContextShards
 from megaegpt.parallel.sequence import SequenceShards
 
 Gates = Sequence[Tensor]
@@ -134,6 +135,7 @@ class ChunkWindowContext:
     """
 
     absorbed = False
+    context_shards: ContextShards | None = None
 
     def __init__(
         self,
@@ -268,6 +270,7 @@ class ReadingContext:
 
     absorbed = True
     shards: SequenceShards | None = None
+    context_shards: ContextShards | None = None
 
     def __init__(
         self,
