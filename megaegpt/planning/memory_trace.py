@@ -56,8 +56,8 @@ class MicroStep:
     cut: int
     """Bytes of the tensors that sequence parallelism gathers from them or scatters over them."""
     shared: int
-    """Bytes of the tensors that are gathered from the context-parallel ranks or scattered over
-    them."""
+    """Bytes of the tensors that are gathered from the context-parallel ranks, scattered over them
+    or exchanged with them."""
 
 
 class _CountingGroup(dist.ProcessGroup):
@@ -85,7 +85,14 @@ class _CountingGroup(dist.ProcessGroup):
         """Note the bytes of what is summed and scattered."""
         self.cut += source.nbytes
 
+    def all_to_all_single(  # type: ignore[override]
+        self, output: Tensor, source: Tensor, *sizes_and_options: object
+    ) -> None:
+        """Note the bytes of what is exchanged."""
+        self.cut += source.nbytes
+
     # Their names before torch 2.13.
+    alltoall_base = all_to_all_single  # type: ignore[assignment]
     _allgather_base = all_gather_single  # type: ignore[assignment]
     _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
 

@@ -61,7 +61,7 @@ class Communication:
     sequence_parallel: int
     """The same where each of these ranks has the sum for its tokens only, or gathers all of it."""
     context_parallel: int
-    """Gathered from the ranks that share samples, or scattered over them."""
+    """Gathered from the ranks that share samples, scattered over them or exchanged with them."""
     gradients: int
     """Summed over the replicas of the weights: data- and context-parallel ranks."""
     weights: int

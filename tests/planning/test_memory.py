@@ -41,6 +41,7 @@ def run_config(
     micro_batch: int = 4,
     tp: int = 1,
     sequence: bool = False,
+    cp: int = 1,
     optimizer: Literal["adamw", "muon"] = "adamw",
     **model: Any,
 ) -> RunConfig:
@@ -51,6 +52,7 @@ def run_config(
             zero_stage=stage,  # type: ignore[arg-type]
             tensor_parallel_size=tp,
             sequence_parallel=sequence,
+            context_parallel_size=cp,
         ),
         training=TrainingConfig(
             steps=10,
@@ -99,7 +101,11 @@ def measured_peak(config: RunConfig, grid: ProcessGrid) -> int:
 
 def measure(configs: list[RunConfig]) -> list[int]:
     """On a worker: the peak of each."""
-    return [measured_peak(c, grid_for(c.parallel.tensor_parallel_size)) for c in configs]
+    return [
+        measured_peak(c, grid_for(p.tensor_parallel_size, p.context_parallel_size))
+        for c in configs
+        for p in (c.parallel,)
+    ]
 
 
 def assert_estimates(configs: list[RunConfig], dp: int, *measured: list[int]) -> None:
@@ -155,6 +161,18 @@ def test_estimate_is_what_tensor_parallel_ranks_take(distributed: Distributed) -
         run_config(1, 0, "fp32", tp=2),
         run_config(1, 2, "bf16", tp=2, sequence=True, micro_batch=16),
         run_config(1, 0, "fp32", tp=2, sequence=True, recompute="full", micro_batch=16),
+    ]
+    assert_estimates(configs, 1, *distributed(2, measure, configs))
+
+
+@pytest.mark.long
+def test_estimate_is_what_context_parallel_ranks_take(distributed: Distributed) -> None:
+    """Which exchange heads, or gather the keys and values of one."""
+    long = {"max_seq_len": 512, "vocab_size": 500}
+    configs = [
+        run_config(1, 2, "fp32", cp=2, accumulation=2, **long),
+        run_config(1, 1, "bf16", cp=2, micro_batch=8, recompute="full", **long),
+        run_config(1, 0, "fp32", cp=2, num_kv_heads=1, positions="rotary", **long),
     ]
     assert_estimates(configs, 1, *distributed(2, measure, configs))
 

@@ -47,7 +47,7 @@ class Traffic(TorchDispatchMode):
             tensors = [x for x in tree_leaves(args[0]) if x.is_floating_point()]
             if "allreduce" in name:
                 self.summed += [_size(x) for x in tensors]
-            elif "reduce_scatter" in name:
+            elif "reduce_scatter" in name or "alltoall" in name or "all_to_all" in name:
                 self.gathered += _size(args[1])
             elif "gather" in name:
                 self.gathered += sum(_size(x) for x in tensors)
@@ -72,7 +72,9 @@ def measure(configs: list[RunConfig]) -> list[tuple[int, int]]:
     """On a worker: bytes summed, and gathered or scattered, in a training step of each."""
     found = []
     for config in configs:
-        engine = make_engine(config, grid_for(config.parallel.tensor_parallel_size))
+        parallel = config.parallel
+        grid = grid_for(parallel.tensor_parallel_size, parallel.context_parallel_size)
+        engine = make_engine(config, grid)
         for step in range(2):
             with Traffic() as traffic:
                 engine.train_step(step, micro_batches(step, config, engine.grid))
@@ -83,10 +85,11 @@ def measure(configs: list[RunConfig]) -> list[tuple[int, int]]:
 
 def predict(config: RunConfig, ranks: int) -> tuple[int, int]:
     """The same from the plan."""
-    dp, precision = ranks // config.parallel.tensor_parallel_size, config.training.precision
+    dp, precision = ranks // config.parallel.ranks_of_a_sample, config.training.precision
     step = trace_rank(config, dp, precision, device_type="cpu")  # type: ignore[arg-type]
     sent = count_communication(config, dp, precision, step)  # type: ignore[arg-type]
-    return sent.tensor_parallel + sent.gradients, sent.weights + sent.sequence_parallel
+    others = sent.weights + sent.sequence_parallel + sent.context_parallel
+    return sent.tensor_parallel + sent.gradients, others
 
 
 def _run(
@@ -95,6 +98,7 @@ def _run(
     stage: int = 2,
     recompute: str = "none",
     sequence: bool = False,
+    cp: int = 1,
     **model: Any,
 ) -> RunConfig:
     return run_config(
@@ -103,6 +107,7 @@ def _run(
             "tensor_parallel_size": tp,
             "zero_stage": stage,
             "sequence_parallel": sequence,
+            "context_parallel_size": cp,
         },
         training={"precision": precision, "activation_checkpointing": recompute},
     )
@@ -139,6 +144,50 @@ def test_sequence_parallel_traffic_is_what_training_sends(distributed: Distribut
     ]
     predicted = [predict(config, 2) for config in configs]
     assert distributed(2, measure, configs) == [predicted] * 2
+
+
+_LATENT = {"attention": "latent", "latent_dim": 16, "positions": "rotary", "rope_head_dim": 4}
+
+
+def test_context_parallel_traffic_is_what_training_sends(distributed: Distributed) -> None:
+    """By heads for all tokens; and gradients as of data parallelism."""
+    config = _run(1, cp=2)
+    assert distributed(2, measure, [config]) == [[predict(config, 2)]] * 2
+
+
+@pytest.mark.long
+def test_gathered_keys_and_latents_are_what_training_sends(distributed: Distributed) -> None:
+    configs = [
+        _run(1, cp=2, num_kv_heads=1, positions="rotary", window=4),
+        _run(1, cp=2, recompute="full", num_heads=3, head_dim=8, **_LATENT),
+    ]
+    predicted = [predict(config, 2) for config in configs]
+    assert distributed(2, measure, configs) == [predicted] * 2
+
+
+@pytest.mark.long
+def test_context_and_sequence_parallel_traffic_are_what_training_sends(
+    distributed: Distributed,
+) -> None:
+    configs = [
+        _run(2, cp=2, sequence=True),
+        _run(2, cp=2, recompute="selective", num_kv_heads=2),
+        _run(2, "bf16", cp=2, **_LATENT),
+    ]
+    predicted = [predict(config, 4) for config in configs]
+    assert distributed(4, measure, configs) == [predicted] * 4
+
+
+def test_exchanged_heads_and_gathered_keys_are_as_many_bytes_as_the_formulas_say() -> None:
+    """B rows of T tokens in fp32, and four kinds of numbers of C = 32 a token: queries, keys,
+    values and outputs, exchanged forward and their gradients backward by the rank that has half of
+    the tokens. Keys and values of one head of 8, gathered, are those of all tokens, twice.
+    """
+    rows, tokens, layers = 2, 16, 2
+    exchanged = trace_rank(_run(1, cp=2), 1, "fp32", device_type="cpu").shared
+    assert exchanged == layers * 2 * 4 * rows * tokens // 2 * 32 * 4
+    gathered = trace_rank(_run(1, cp=2, num_kv_heads=1), 1, "fp32", device_type="cpu").shared
+    assert gathered == layers * 2 * 2 * rows * tokens * 8 * 4
 
 
 _SHARED = dataclasses.replace(
