@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaegpt.config import ModelConfig
+from megaegpt.config import LoRAConfig, ModelConfig
 from megaegpt.config.run import RunConfig
+from megaegpt.model.adapters import add_adapters, initialize_adapters
 from megaegpt.model.build import Model, build_model
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import shard, spec_of, unshard
@@ -46,14 +47,21 @@ SOME = [
 ]
 
 
-def model_of(config: ModelConfig, grid: ProcessGrid, sequence: bool, recompute: str) -> Model:
+def model_of(
+    config: ModelConfig, grid: ProcessGrid, sequence: bool, recompute: str, adapted: bool = False
+) -> Model:
     """In fp64, with weights far from 0."""
     model = build_model(replace(config, init_std=0.15), grid, seed=3, sequence_parallel=sequence)
+    if adapted:
+        add_adapters(model, LoRAConfig(rank=2, targets=("attention", "mlp")))
+        initialize_adapters(model, 7, grid)
     model.stack.recompute = recompute
     model = model.double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spec = spec_of(parameter)
+            if adapted and parameter.requires_grad:  # the second factors are zero at first
+                parameter.add_(0.1)
             if len(spec.full_shape) == 1:
                 steps = torch.arange(spec.full_shape[0], dtype=torch.float64)
                 parameter.add_(shard(0.1 * torch.sin(steps + len(name)), spec, grid))
@@ -84,17 +92,19 @@ def trained(
     recompute: str = "none",
     *,
     steps: int,
+    adapted: bool = False,
 ) -> dict[str, Tensor]:
     """Losses and norms of steps of AdamW, the first step's gradients, and the losses of an
     evaluation at the end.
     """
-    model, found = model_of(config, grid, sequence, recompute), {}
+    model, found = model_of(config, grid, sequence, recompute, adapted), {}
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, eps=1e-4, foreach=False)
     losses, norms = [], []
     for step in range(steps):
         loss = model(**batch_of(config, grid, step))
         loss.backward()
-        parameters = list(model.parameters())
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        parameters = [parameter for _, parameter in named]
         loss, *gradients = summed([loss.detach(), *(p.grad for p in parameters)], grid)
         square = torch.zeros(1, dtype=torch.float64)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -106,7 +116,6 @@ def trained(
         losses.append(loss)
         norms.append(square.sqrt())
         if not found:
-            named = model.named_parameters()
             found = {f"of.{n}": unshard(p.grad, spec_of(p), grid).clone() for n, p in named}
         optimizer.step()
         optimizer.zero_grad()
@@ -162,6 +171,19 @@ def test_every_model_is_the_same_as_on_one_rank_for_10_steps(
         if config.num_heads % tp == 0
     ]
     assert_same_as_on_one_rank(distributed, ranks, cases, steps=10)
+
+
+def adapted_difference() -> float:
+    results = [
+        trained(MODELS["qwen2"], grid, sequence, steps=2, adapted=True)
+        for grid, sequence in ((ProcessGrid(), False), (grid_for(2, 2), True))
+    ]
+    return largest_difference(results[1], results[0])
+
+
+@pytest.mark.long
+def test_adapters_learn_the_same(distributed: Distributed) -> None:
+    assert max(distributed(4, adapted_difference)) <= 1e-9
 
 
 # -- with DeepSpeed

@@ -239,6 +239,13 @@ def rank_cases() -> dict[str, Case]:
         assert dist.get_process_group_ranks(grid.dp_group) == list(range(1, 64, 8))
         train(config, recompute, grid=grid, sequence=sequence)
 
+    def sharing_samples(config: ModelConfig, sequence: bool = False) -> None:
+        grid = ProcessGrid.create(4, DEVICE, cp_size=2)
+        assert (grid.tp_rank, grid.cp_rank, grid.dp_rank, grid.dp_size) == (1, 0, 1, 8)
+        assert dist.get_process_group_ranks(grid.cp_group) == [9, 13]
+        assert dist.get_process_group_ranks(grid.replica_group) == list(range(1, 64, 4))
+        train(config, "full", grid=grid, sequence=sequence)
+
     egpt = replace(wide, kind="egpt", egpt=CHUNKS, tied_embeddings=False)
     memory = replace(egpt, egpt=replace(CHUNKS, **EGPTS["improved"]))
     return {
@@ -248,6 +255,10 @@ def rank_cases() -> dict[str, Case]:
         "egpt on 8 x 8 ranks": functools.partial(of, egpt),
         "gpt2 on 8 x 8 ranks, cut by tokens": functools.partial(of, wide, "none", True),
         "egpt on 8 x 8 ranks, cut by tokens": functools.partial(of, memory, "selective", True),
+        "gpt2 on 4 x 2 x 8 ranks": functools.partial(sharing_samples, wide),
+        "latent attention on 4 x 2 x 8 ranks, cut by tokens": functools.partial(
+            sharing_samples, replace(wide, attention="latent", latent_dim=16), True
+        ),
     }
 
 
