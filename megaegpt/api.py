@@ -69,7 +69,7 @@ def pretrain(
     """Train a GPT, an EGPT or a DeepGPT as ``launchers/pretrain.py`` does, in this process.
 
     The run's files are in the folders that the configuration names, and :func:`load` takes either
-    of them. SIGTERM and SIGUSR1 save and stop; it must be called from the main thread.
+    of them. Ctrl-C, SIGTERM and SIGUSR1 save and stop; it must be called from the main thread.
 
     Args:
         config: a YAML file, the name of one that comes with the package (``"gpt_encoder_cpu"``),

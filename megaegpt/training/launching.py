@@ -13,7 +13,7 @@ from megaegpt.arguments import number
 from megaegpt.collector import paused_collector
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.run import RunConfig
-from megaegpt.parallel.launcher_variables import is_main_process, started_processes
+from megaegpt.parallel.launcher_variables import is_launched, is_main_process, started_processes
 from megaegpt.training.command_line import RunParser
 
 if TYPE_CHECKING:
@@ -110,6 +110,9 @@ def start_run(
 
     Returns:
         True if the run is complete, False if it was stopped, and saved, before its last step.
+
+    Raises:
+        KeyboardInterrupt: so it was, by Ctrl-C, on a single process.
     """
     from megaegpt.generation.generator import sample_text
     from megaegpt.parallel.launch import joined_processes
@@ -124,7 +127,10 @@ def start_run(
         ) as grid,
         locked_folders(folders, grid),
     ):
-        return train(config, grid, resume=resume, stops=stops, sample_text=sample_text)
+        complete = train(config, grid, resume=resume, stops=stops, sample_text=sample_text)
+    if stops.interrupted and not is_launched():
+        raise KeyboardInterrupt  # a script would go on behind an exit code of 0
+    return complete
 
 
 def _dry_run(config: RunConfig, world_size: int, find: Callable[[RunConfig], Preview]) -> None:

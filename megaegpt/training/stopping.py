@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from megaegpt.environment import is_other_rank
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.launcher_variables import is_launched
 from megaegpt.parallel.together import start_all_reduce_max
 
-_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequests:
-    """A context manager that turns SIGTERM and SIGUSR1 into requests to save and stop.
+    """A context manager that turns SIGTERM, SIGUSR1 and Ctrl-C (SIGINT) into requests to save and
+    stop.
+
+    A second Ctrl-C ends a single process at once. The ranks of a launcher get several for one: of
+    the terminal, and of the launcher, which ends them itself if they take too long.
 
     Args:
         exit_minutes: a request of its own after so many minutes; None: never.
@@ -31,7 +38,8 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as of a shell's background job
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -39,7 +47,17 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal != number:
+            if not is_launched():
+                signal.signal(number, self._previous[number])
+            if not is_other_rank():  # print() may be what was interrupted
+                os.write(2, b"\nstopping: this step is finished and saved first\n")
         self._signal = number
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was the request."""
+        return self._signal == signal.SIGINT
 
     def ask(self, failed: bool, grid: ProcessGrid) -> None:
         """Begin to ask all ranks: has one of them failed, and is there a reason to stop?

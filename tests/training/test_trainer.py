@@ -247,7 +247,7 @@ def _stop_by_signal(corpus: Path, folder: Path, number: int) -> tuple[bool, str,
     return complete, shown, signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_to_one_rank_saves_and_stops_all(
     corpus: Path, tmp_path: Path, name: str, distributed: Distributed
 ) -> None:
