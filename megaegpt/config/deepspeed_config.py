@@ -66,14 +66,27 @@ def deepspeed_config(
         # are sent once a step here; at stage 2 they are sent as the backward pass makes them.
         generated["communication_data_type"] = "fp32"
     if stage == 3:
-        # Small parameters, norms and biases above all, stay whole: gathering them costs a message.
-        del generated["zero_optimization"]["allgather_bucket_size"]
+        del generated["zero_optimization"]["allgather_bucket_size"]  # it gathers layer by layer
+        _offload(config, generated)
     if stage == 2 or (stage == 1 and precision != "bf16"):
         # It sums whole buckets in any case. Told so, it copies no gradient to another buffer and
         # back; and what is divided by the number of ranks first cannot overflow in fp16.
         generated["zero_optimization"]["reduce_scatter"] = False
         generated["prescale_gradients"] = not _is_scaled_otherwise(config.deepspeed)
     return _merge(generated, config.deepspeed)
+
+
+def _offload(config: RunConfig, generated: dict[str, Any]) -> None:
+    """Leave to host memory what ``parallel.offload`` says."""
+    if config.parallel.offload == "none":
+        return
+    on_host = {"device": "cpu", "pin_memory": True}
+    generated["zero_optimization"]["offload_optimizer"] = on_host
+    if config.parallel.offload == "parameters":
+        generated["zero_optimization"]["offload_param"] = dict(on_host)
+    # torch's fused AdamW updates on a CPU by vector instructions and threads as DeepSpeed's does,
+    # which would have to be compiled first.
+    generated["zero_force_ds_cpu_optimizer"] = False
 
 
 def _is_scaled_otherwise(raw: dict[str, Any]) -> bool:

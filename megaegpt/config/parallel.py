@@ -28,6 +28,10 @@ class ParallelConfig:
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also shards gradients, 3 also
     shards parameters, which are gathered layer by layer as forward and backward pass need them."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What ZeRO stage 3 keeps in host memory: with ``optimizer``, moments and fp32 weights, which
+    the CPU updates there; with ``parameters``, also the parts of the weights that a GPU computes
+    with, which it fetches layer by layer."""
     overlap_comm: bool = False
     """Overlap ZeRO's gradient reduction with the backward pass, in two buckets of 25 million
     gradients; a model that fits into one has nothing to overlap."""

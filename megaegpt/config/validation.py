@@ -83,6 +83,12 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
 def _partitioned_parameters(config: RunConfig) -> Iterator[Problem]:
     """What cannot be where each rank has a part of every parameter only."""
     if config.parallel.zero_stage != 3:
+        if config.parallel.offload != "none":
+            yield Problem(
+                ("parallel.offload", "parallel.zero_stage"),
+                f"parallel.offload={config.parallel.offload} needs parallel.zero_stage=3, not "
+                f"{config.parallel.zero_stage}",
+            )
         return
     if config.optimizer.kind == "muon":
         yield Problem(

@@ -67,7 +67,7 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "history_features token_features prefetch",
         "data.instructions": "train validation",
         "parallel": "tensor_parallel_size sequence_parallel context_parallel_size "
-        "zero_stage overlap_comm",
+        "zero_stage offload overlap_comm",
         "training": "activation_checkpointing eval_interval patience initialize_from compile "
         "deterministic",
         "checkpoint": "directory interval keep keep_every keep_best asynchronous best_of",

@@ -148,6 +148,10 @@ REFUSED = [
         "parallel.zero_stage=3 leaves parts to each rank: use zero_stage=2, or adamw",
     ),
     (
+        {"parallel": {"zero_stage": 2, "offload": "optimizer"}},
+        "parallel.offload=optimizer needs parallel.zero_stage=3, not 2",
+    ),
+    (
         {"parallel": {"zero_stage": 3}, "training": {"compile": True}},
         "parallel.zero_stage=3 gathers parameters: use zero_stage=2, or compile=false",
     ),

@@ -36,7 +36,7 @@ _GROUPS = (
 def _config(kind: str = "gpt", tp: int = 1, stage: int = 2, **changes: Any) -> RunConfig:
     training = {"global_batch_size": 4, "micro_batch_size": 1, **changes.pop("training", {})}
     model = {"kind": kind, "tied_embeddings": kind == "gpt", **changes.pop("model", {})}
-    parallel = {"tensor_parallel_size": tp, "zero_stage": stage}
+    parallel = {"tensor_parallel_size": tp, "zero_stage": stage, **changes.pop("parallel", {})}
     return run_config(model=model, parallel=parallel, training=training, **changes)
 
 
@@ -79,6 +79,7 @@ def test_resume_is_exact_for_every_zero_stage_and_precision_with_dropout(
     dropout = {"model": {"dropout": 0.1}}
     configs = [_config(stage=stage, **dropout) for stage in (0, 1, 2, 3)]
     configs += [_config(stage=s, training={"precision": "bf16"}, **dropout) for s in (1, 2, 3)]
+    configs += [_config(stage=3, parallel={"offload": "parameters"}, **dropout)]
     configs += [_config(tp=2, stage=0, **dropout)]
     configs += [_config(stage=stage, optimizer={"kind": "muon"}) for stage in (0, 2)]
     configs += [_config(stage=1, optimizer={"groups": _GROUPS})]

@@ -25,7 +25,7 @@ from tests.tiny.runs import StopAfter, corpus
 
 __all__ = ["corpus"]
 
-LAYOUTS = [
+LAYOUTS: list[tuple[Any, ...]] = [
     # Tensor parallel, ZeRO stage, precision: of two ranks.
     (2, 0, "fp32"),
     (1, 2, "fp32"),
@@ -33,7 +33,9 @@ LAYOUTS = [
     (1, 2, "fp16"),
     (1, 3, "bf16"),
     (1, 3, "fp16"),
+    (1, 3, "bf16", "optimizer"),  # offloaded
 ]
+
 GUARD = SpikeGuardConfig(factor=5.0, window=3)
 
 
@@ -49,9 +51,9 @@ def _step(engine: Engine, config: RunConfig, step: int, factor: float = 1.0) -> 
     return engine.train_step(step, batches)
 
 
-def _meet_a_spike(tp: int, stage: int, precision: str) -> list[float]:
+def _meet_a_spike(tp: int, stage: int, precision: str, offload: str = "none") -> list[float]:
     config = run_config(
-        parallel={"tensor_parallel_size": tp, "zero_stage": stage},
+        parallel={"tensor_parallel_size": tp, "zero_stage": stage, "offload": offload},
         training={"precision": precision, "spike_guard": GUARD},
     )
     if precision == "fp16":
@@ -78,7 +80,7 @@ def _meet_a_spike(tp: int, stage: int, precision: str) -> list[float]:
     return [spike.grad_norm.item(), spike.spike, after.loss.item()]
 
 
-def _meet_spikes(layouts: list[tuple[int, int, str]]) -> list[list[float]]:
+def _meet_spikes(layouts: list[tuple[Any, ...]]) -> list[list[float]]:
     return [_meet_a_spike(*layout) for layout in layouts]
 
 

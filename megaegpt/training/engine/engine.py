@@ -32,7 +32,7 @@ from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
 from megaegpt.parallel.params import ParamSpec, spec_of
 from megaegpt.parallel.rng import seed_micro_step
 from megaegpt.parallel.together import raising_together
-from megaegpt.precision import resolve_precision
+from megaegpt.precision import DTYPES, resolve_precision
 from megaegpt.training.checkpoint import deepspeed_state
 from megaegpt.training.checkpoint.host_copies import HostCopies
 from megaegpt.training.checkpoint.manifest import Topology
@@ -50,7 +50,7 @@ from megaegpt.training.engine.gradients import ModuleNorms
 from megaegpt.training.engine.host_memory import keep_freed_memory
 from megaegpt.training.engine.muon import Muon
 from megaegpt.training.engine.optimizer import LR_SCALE, build_optimizer
-from megaegpt.training.engine.partitions import torchs_own_linear, without_hooks
+from megaegpt.training.engine.partitions import partition, torchs_own_linear, without_hooks
 from megaegpt.training.engine.replicas import assert_replicas_equal, is_sharded
 from megaegpt.training.engine.schedule import learning_rate
 from megaegpt.training.engine.spikes import SpikeGuard
@@ -94,7 +94,8 @@ class Engine:
 
     Args:
         model: the trainable model with its initial weights and :class:`ParamSpec` marks; it is
-            moved to the grid's device and cast in place. Anything frozen stays outside.
+            moved to the grid's device and cast in place, and at ZeRO stage 3 cut over the ranks.
+            Anything frozen stays outside.
         grid: this process's place; the process groups must exist (``parallel.launch``).
         config: the run.
         loss_function: how the model is called on a micro-batch.
@@ -132,7 +133,8 @@ class Engine:
         for parameter in model.parameters():
             # DeepSpeed counts the gradients of unmarked parameters on TP rank 0 only.
             setattr(parameter, "tensor_model_parallel", is_sharded(parameter, grid))  # noqa: B010
-        model.to(grid.device)
+        if stage < 3:
+            model.to(grid.device)
         clipping = config.training.gradient_clipping if stage == 0 else None
         with raising_together(grid):
             optimizer = build_optimizer(model, config.optimizer, grid, clipping)
@@ -143,10 +145,13 @@ class Engine:
         import_muon_uncompiled()
         self._until_closed = contextlib.ExitStack()
         self._until_closed.enter_context(torchs_own_linear())
+        mpu = DeepSpeedMpu(grid)
         with contextlib.redirect_stdout(None), naming_raw_keys(config.deepspeed):
             # Its optimizers print memory figures.
+            if stage == 3:
+                partition(model, DTYPES[self.precision], mpu, options)
             self._deepspeed, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, mpu=DeepSpeedMpu(grid), config=options
+                model=model, optimizer=optimizer, mpu=mpu, config=options
             )
         check_compatible(self._deepspeed, stage, self.precision)
         if isinstance(optimizer, Muon) and stage:

@@ -66,8 +66,11 @@ class ModuleNorms:
     @torch.no_grad()
     def spoil(self) -> None:
         """Let the gradient be infinite, so that DeepSpeed leaves out the update."""
-        for _, piece in self._pieces():
+        for parameter, piece in self._pieces():
             piece.view(-1)[:1] = torch.inf
+            if norms := getattr(self._optimizer, "norm_for_param_grads", None):
+                # Offloaded, it has been measured on the way to host memory.
+                norms[self._optimizer.get_param_id(parameter)] = piece.norm()
             return
 
     def _add_up(self, squares: Tensor) -> None:
