@@ -40,6 +40,8 @@ LIBRARIES = {
         "training/engine/compat.py",
         "training/engine/engine.py",
         "training/engine/gradients.py",
+        "training/engine/stage_3.py",
+        "parallel/partitions.py",
     },
     "gguf": {"interop/gguf_weights.py", "data/tokenizers/gguf_vocabulary.py"},
     "tiktoken": {"data/tokenizers/byte_pair_core.py", "data/tokenizers/gpt2_tokenizer.py"},

@@ -67,6 +67,9 @@ def deepspeed_config(
         generated["communication_data_type"] = "fp32"
     if stage == 3:
         del generated["zero_optimization"]["allgather_bucket_size"]  # it gathers layer by layer
+        # Its function for products adds biases in place, so twice where results are kept and the
+        # rest is computed again; ``parallel.matmul`` has what it is for.
+        generated["zero_optimization"]["memory_efficient_linear"] = False
         _offload(config, generated)
     if stage == 2 or (stage == 1 and precision != "bf16"):
         # It sums whole buckets in any case. Told so, it copies no gradient to another buffer and

@@ -50,6 +50,8 @@ _UNSUPPORTED_KEYS: dict[str, str] = {
     "data_efficiency": _LOADER,
     "dataloader_drop_last": _LOADER,
     "pipeline": "it is for DeepSpeed's pipeline engine, which is not used",
+    "zero_optimization.memory_efficient_linear": "it has a wrong sum under "
+    "training.activation_checkpointing=selective, and products here save that memory in any case",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "whole weights are exported "
     "into each checkpoint in any case",
     "zero_optimization.super_offload": _OTHER_OPTIMIZER,

@@ -12,11 +12,14 @@ Shapes: (..., I) rows, (O, I) weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megaegpt.parallel.partitions import is_partitioned
 
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -50,9 +53,11 @@ def linear(
     if packed is not None:
         return onednn_linear(x, packed, bias)
     if not _is_foronednn_linear(x, weight):
+        if torch.is_grad_enabled() and is_partitioned(weight):
+            return _Linear.apply(x, weight, bias, F.linear)
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
-        return _OneDNNLinear.apply(x, weight, bias)
+        return _Linear.apply(x, weight, bias, onednn_linear)
     return onednn_linear(x, weight, bias)
 
 
@@ -96,17 +101,29 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-class _OneDNNLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """``F.linear`` by another product; and with one that keeps the weight itself for the backward
+    pass. torch's own keeps a transposed view of it, with which a weight that ZeRO stage 3 has
+    gathered would stay in memory after its layer's forward pass.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        product: Callable[..., Tensor],
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return onednn_linear(x, weight, bias)
+        ctx.product = product
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = grads[0].reshape(-1, weight.shape[0])
-        of_x = onednn_linear(grads[0], weight.t()) if needs_x else None
+        of_x = ctx.product(grads[0], weight.t()) if needs_x else None
         of_weight = rows.t() @ x.reshape(-1, weight.shape[1]) if needs_weight else None
-        return of_x, of_weight, rows.sum(0) if needs_bias else None
+        return of_x, of_weight, rows.sum(0) if needs_bias else None, None

@@ -31,6 +31,7 @@ def _zero(**options: Any) -> dict[str, Any]:
             "offload_optimizer is set by parallel.offload",
         ),
         (_zero(offload_param={"device": "cpu"}), "offload_param is set by parallel.offload"),
+        (_zero(memory_efficient_linear=True), "it has a wrong sum under"),
         (_zero(zero_quantized_weights=True), "checkpoints here know of one partition of each"),
         (_zero(zenflow={}), "it has an optimizer of its own, whose state checkpoints here do not"),
         (

@@ -32,7 +32,6 @@ LAYOUTS: list[tuple[Any, ...]] = [
     (1, 1, "bf16"),
     (1, 2, "fp16"),
     (1, 3, "bf16"),
-    (1, 3, "fp16"),
     (1, 3, "bf16", "optimizer"),  # offloaded
 ]
 

@@ -50,10 +50,10 @@ from megaegpt.training.engine.gradients import ModuleNorms
 from megaegpt.training.engine.host_memory import keep_freed_memory
 from megaegpt.training.engine.muon import Muon
 from megaegpt.training.engine.optimizer import LR_SCALE, build_optimizer
-from megaegpt.training.engine.partitions import partition, torchs_own_linear, without_hooks
 from megaegpt.training.engine.replicas import assert_replicas_equal, is_sharded
 from megaegpt.training.engine.schedule import learning_rate
 from megaegpt.training.engine.spikes import SpikeGuard
+from megaegpt.training.engine.stage_3 import partition, without_hooks
 
 LossFunction = Callable[[Callable[..., Tensor], Batch], Tensor]
 """(model, micro-batch) -> the sum of its losses in nats, through one call of the model; on a
@@ -143,8 +143,6 @@ class Engine:
         check_accepted(options)
         quieten(grid.device.type)
         import_muon_uncompiled()
-        self._until_closed = contextlib.ExitStack()
-        self._until_closed.enter_context(torchs_own_linear())
         mpu = DeepSpeedMpu(grid)
         with contextlib.redirect_stdout(None), naming_raw_keys(config.deepspeed):
             # Its optimizers print memory figures.
@@ -348,4 +346,3 @@ class Engine:
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""
         self._deepspeed.destroy()
-        self._until_closed.close()

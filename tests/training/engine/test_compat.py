@@ -28,7 +28,7 @@ PACKAGE = Path(__file__).parents[3] / "megaegpt"
 KNOW_DEEPSPEED = {
     "training/engine/engine.py",
     "training/engine/compat.py",
-    "training/engine/partitions.py",
+    "training/engine/stage_3.py",
     "parallel/partitions.py",
     "training/checkpoint/deepspeed_state.py",
     "training/checkpoint/universal.py",

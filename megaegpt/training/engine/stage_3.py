@@ -55,17 +55,3 @@ def without_hooks(engine: Any) -> Iterator[None]:
             yield
         finally:
             offload._register_deepspeed_module(offload.module)
-
-
-@contextlib.contextmanager
-def torchs_own_linear() -> Iterator[None]:
-    """Take back at the end what DeepSpeed does to ``torch.nn.functional.linear`` at stage 3.
-
-    Its own function keeps a weight itself for the backward pass; torch's keeps a transposed view of
-    it, with which a whole weight would stay in memory after its layer's forward pass.
-    """
-    before = torch.nn.functional.linear
-    try:
-        yield
-    finally:
-        torch.nn.functional.linear = before
