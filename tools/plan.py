@@ -138,12 +138,15 @@ def describe(plan: Plan, efficiency: float) -> Iterator[str]:
     )
     sent = plan.communication
     yield (
-        f"{'traffic':<11}a rank's collectives a step: gradients {_gb(sent.gradients)}, weights "
+        f"{'traffic':<11}a rank's collectives a step: gradients "
+        f"{_gb(sent.gradients + sent.scattered)}, weights "
         f"{_gb(sent.weights)}, tensor-parallel {_gb(sent.tensor_parallel)}, sequence-parallel "
         f"{_gb(sent.sequence_parallel)} (half as much is sent of them), context-parallel "
         f"{_gb(sent.context_parallel)}"
     )
-    if plan.time is None or plan.tokens_per_second is None:
+    if config.parallel.offload != "none":
+        yield f"{'time':<11}unknown: how fast a machine's CPUs update what is offloaded"
+    elif plan.time is None or plan.tokens_per_second is None:
         yield f"{'time':<11}unknown: give the GPU's peak in {plan.precision} by --tflops"
     else:
         time = plan.time

@@ -21,6 +21,11 @@ _REDUCED_AT_ONCE = 500_000_000
 """Gradient elements that DeepSpeed reduces at once without a bucket (stage 0, bf16 stage 1)."""
 
 
+_LIVE, _SUB_GROUP = 1_000_000_000, 1_000_000_000
+"""Parameters that DeepSpeed's stage 3 leaves whole until they are used again, and those of a rank
+that it updates at once."""
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of a rank at the moment of a step when they are most."""
@@ -33,6 +38,8 @@ class MemoryEstimate:
     """Gradients that are kept between micro-steps and until the update."""
     buffers: int = 0
     """Gradients in the course of their reduction over data-parallel ranks."""
+    gathered: int = 0
+    """Whole parameters that ZeRO stage 3 has beside a rank's parts of all of them."""
     frozen: int = 0
     """Weights of the encoder and of frozen parts."""
     activations: int = 0
@@ -119,6 +126,8 @@ class _Zero:
         """The candidates for the peak: in the backward pass, and when gradients are reduced."""
         n = self.passed.parameters
         item = DTYPES[self.precision].itemsize
+        if self.stage == 3:
+            return self._stage_3(n, item)
         shared = 1 if self.stage == 0 else self.replicas
         muon = sum(self.passed.muon) if self.config.optimizer.kind == "muon" else 0
         states = ((8 if self.stage == 0 else 12) * n - 4 * muon) // shared  # Muon has one moment
@@ -179,6 +188,38 @@ class _Zero:
             dataclasses.replace(base, gradients=part, buffers=buckets + widened, activations=left),
         ]
 
+    def _stage_3(self, n: int, item: int) -> list[MemoryEstimate]:
+        """In the passes, at the update, and in an evaluation, which has the whole model.
+
+        DeepSpeed keeps what it has gathered until it is used again, up to a number of parameters.
+        """
+        offload, part = self.config.parallel.offload, -(-n // self.replicas)
+        largest = self.passed.largest_parameter
+        whole = item * n + self.passed.frozen_parts
+        base = MemoryEstimate(
+            weights=0 if offload == "parameters" else whole // self.replicas,
+            optimizer=0 if offload != "none" else 12 * part,
+            gradients=0 if offload != "none" else 4 * part,
+            buffers=item * self._bucket(n),
+            frozen=self.passed.frozen - self.passed.frozen_parts,
+        )
+        at_once = 0 if offload != "none" else 4 * min(part, _SUB_GROUP)  # a copy for the optimizer
+        return [
+            dataclasses.replace(
+                base,
+                gathered=min(whole, item * (most_whole(self.config) + largest)),
+                activations=self.passed.peak,
+            ),
+            dataclasses.replace(base, gradients=base.gradients + at_once),
+            dataclasses.replace(base, gathered=whole),
+        ]
+
     def _bucket(self, n: int) -> int:
         options = deepspeed_config(self.config, self.dp_size, self.precision, n)
         return min(n, int(options["zero_optimization"]["reduce_bucket_size"]))
+
+
+def most_whole(config: RunConfig) -> int:
+    """Parameters that ZeRO stage 3 leaves whole at once."""
+    raw = config.deepspeed.get("zero_optimization", {})
+    return int(raw.get("stage3_max_live_parameters", _LIVE))

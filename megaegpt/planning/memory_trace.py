@@ -48,6 +48,8 @@ class MicroStep:
     """Of those, the elements of each matrix that Muon would step."""
     frozen: int
     """Weights of the encoder and of frozen parts."""
+    frozen_parts: int
+    """Of those, the model's own, which ZeRO stage 3 cuts as well."""
     kept: int
     """Between forward and backward."""
     peak: int
@@ -172,6 +174,7 @@ def trace_micro_step(
         largest_parameter=max(sizes),
         muon=muon,
         frozen=frozen_bytes,
+        frozen_parts=_frozen_bytes(model),
         kept=kept,
         peak=peak,
         summed=group.summed,

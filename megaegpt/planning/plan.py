@@ -14,7 +14,7 @@ from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.config.validation import find_problems, validate
 from megaegpt.planning.hardware import Accelerator
-from megaegpt.planning.memory import MemoryEstimate, peak_of_step, trace_rank
+from megaegpt.planning.memory import MemoryEstimate, most_whole, peak_of_step, trace_rank
 from megaegpt.planning.memory_trace import MicroStep
 from megaegpt.planning.summary import ModelSize, measure_model
 from megaegpt.precision import DTYPES, Precision
@@ -64,8 +64,10 @@ class Communication:
     """Gathered from the ranks that share samples, scattered over them or exchanged with them."""
     gradients: int
     """Summed over the replicas of the weights: data- and context-parallel ranks."""
+    scattered: int
+    """The same where each rank has the sum for its parts only, as at ZeRO stage 3."""
     weights: int
-    """Gathered from the replicas that have updated them."""
+    """Gathered from the replicas that have updated them; at ZeRO stage 3, for every pass."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Plan:
     memory: MemoryEstimate
     communication: Communication
     time: StepTime | None
-    """None where the speed of the computation is not known."""
+    """None where the speed of the computation is not known, or a CPU has a part in it."""
 
     @property
     def dp_size(self) -> int:
@@ -153,7 +155,9 @@ def make_plan(
     tokens = config.training.global_batch_size * config.model.sample_len
     work = size.flops_per_token * tokens / machines.gpus
     work *= _RECOMPUTED_WORK[config.training.activation_checkpointing]
-    time = _step_time(config, machines, communication, work / (peak * efficiency)) if peak else None
+    known = peak is not None and config.parallel.offload == "none"
+    seconds = work / (peak * efficiency) if peak else 0.0
+    time = _step_time(config, machines, communication, seconds) if known else None
     return Plan(config, machines, precision, size, memory, communication, time)
 
 
@@ -164,18 +168,27 @@ def count_communication(
 
     DeepSpeed 0.19.8 sums whole buckets of gradients over all replicas, at stage 2 after
     every micro-step in the weights' type and otherwise once a step in fp32, and gathers the updated
-    weights from stage 1 on.
+    weights from stage 1 on. Stage 3 scatters gradients, and gathers weights for every forward and
+    backward pass; once a micro-step, if all may stay whole so long.
     """
     micro_steps = config.gradient_accumulation(dp_size)
     replicas = dp_size * config.parallel.context_parallel_size
     stage = effective_zero_stage(config.parallel.zero_stage, precision)
     weights = step.parameters * DTYPES[precision].itemsize
     gradients = weights * micro_steps if stage == 2 else step.parameters * torch.float32.itemsize
+    scattered = 0
+    if stage == 3:
+        gradients, scattered = 0, weights * micro_steps
+        whole = weights + step.frozen_parts
+        stays = whole <= most_whole(config) * DTYPES[precision].itemsize
+        again = 3 if config.training.activation_checkpointing == "full" else 2
+        weights = whole * micro_steps * (1 if stays else again)
     return Communication(
         tensor_parallel=step.summed * micro_steps,
         sequence_parallel=step.cut * micro_steps,
         context_parallel=step.shared * micro_steps,
         gradients=gradients if replicas > 1 else 0,
+        scattered=scattered if replicas > 1 else 0,
         weights=weights if stage > 0 and replicas > 1 else 0,
     )
 
@@ -198,7 +211,10 @@ def _step_time(
         / cp
         * communication.context_parallel
         / machines.bandwidth(together),
-        gradients=2 * (replicas - 1) / replicas * communication.gradients / across,
+        gradients=(replicas - 1)
+        / replicas
+        * (2 * communication.gradients + communication.scattered)
+        / across,
         weights=(replicas - 1) / replicas * communication.weights / across,
     )
 
@@ -242,11 +258,14 @@ def _best_stage(
     plan: Plan, tp: int, recompute: str, replan: Callable[[RunConfig], Plan]
 ) -> Plan | None:
     """At ZeRO stage 1, which sums gradients in fp32, sends them once a step and starts half as many
-    operators; at stage 2 where that fits more, or is clearly faster by the plan.
+    operators; at stage 2 where that fits more, or is clearly faster by the plan; at stage 3 where
+    nothing else fits.
     """
     first = _largest_batch(plan, tp, recompute, 1, replan)
     accumulates = first is None or first.config.gradient_accumulation(first.dp_size) > 1
     second = _largest_batch(plan, tp, recompute, 2, replan) if accumulates else None
+    if first is None and second is None:
+        return _largest_batch(plan, tp, recompute, 3, replan)
     if first is None or second is None:
         return first or second
     return second if _seconds(second) < (1 - STAGE_1_MAY_COST) * _seconds(first) else first

@@ -88,6 +88,8 @@ def describe_run(
     cp = config.parallel.context_parallel_size
     over_context = f" x {cp} context-parallel" if cp > 1 else ""
     stage = effective_zero_stage(config.parallel.zero_stage, precision)
+    offload = config.parallel.offload
+    offloaded = "" if offload == "none" else f" ({offload} in host memory)"
     accumulation = config.gradient_accumulation(dp_size)
     tokens: float = config.model.sample_len
     samples = f"samples of {tokens:,}"
@@ -98,7 +100,7 @@ def describe_run(
     lines = {
         "model": f"{config.model.kind}, {size.parameters:,} trainable parameters",
         "ranks": f"{tp * cp * dp_size} = {tp} tensor-parallel{over_context} x {dp_size} "
-        f"data-parallel, ZeRO stage {stage}, {precision} on {device}",
+        f"data-parallel, ZeRO stage {stage}{offloaded}, {precision} on {device}",
         "step": f"{per_step:,} tokens = {training.global_batch_size} {samples} = "
         f"{dp_size} ranks x {accumulation} micro-steps x {training.micro_batch_size}",
         "run": f"{training.steps:,} steps, {short_count(total)} tokens",

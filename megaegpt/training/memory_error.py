@@ -105,6 +105,11 @@ def remedies(config: RunConfig, grid: ProcessGrid) -> Iterator[tuple[str, RunCon
             yield changed("training", activation_checkpointing=kind)
     if config.parallel.zero_stage < 2 and grid.replica_size > 1:
         yield changed("parallel", zero_stage=2)
+    if config.optimizer.kind == "adamw" and not config.training.compile:
+        if config.parallel.zero_stage < 3 and grid.replica_size > 1:
+            yield changed("parallel", zero_stage=3)
+        if config.parallel.offload == "none" and grid.device.type != "cpu":
+            yield changed("parallel", zero_stage=3, offload="optimizer")
 
 
 def _smaller(size: int) -> int:

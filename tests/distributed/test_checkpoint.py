@@ -77,7 +77,7 @@ def test_resume_is_exact_for_every_zero_stage_and_precision_with_dropout(
     distributed: Distributed, tmp_path: Path
 ) -> None:
     dropout = {"model": {"dropout": 0.1}}
-    configs = [_config(stage=stage, **dropout) for stage in (0, 1, 2, 3)]
+    configs = [_config(stage=stage, **dropout) for stage in (0, 1, 2)]
     configs += [_config(stage=s, training={"precision": "bf16"}, **dropout) for s in (1, 2, 3)]
     configs += [_config(stage=3, parallel={"offload": "parameters"}, **dropout)]
     configs += [_config(tp=2, stage=0, **dropout)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import subprocess
@@ -142,6 +143,13 @@ def test_estimate_is_what_an_egpt_takes(distributed: Distributed, memory: bool) 
     assert_estimates([config], 1, distributed(1, measure, [config])[0])
 
 
+def _stage_3(precision: str, **options: int) -> RunConfig:
+    """Of which all but norms and biases is cut."""
+    zero = {"stage3_param_persistence_threshold": 1000, **options}
+    config = run_config(2, 3, precision, accumulation=2)
+    return dataclasses.replace(config, deepspeed={"zero_optimization": zero})
+
+
 @pytest.mark.long
 def test_estimate_is_what_data_parallel_ranks_take(distributed: Distributed) -> None:
     configs = [
@@ -150,6 +158,8 @@ def test_estimate_is_what_data_parallel_ranks_take(distributed: Distributed) -> 
         run_config(2, 2, "fp32", accumulation=2),
         run_config(2, 2, "bf16", micro_batch=16),
         run_config(2, 2, "fp32", micro_batch=1, optimizer="muon", vocab_size=500),
+        _stage_3("fp32"),
+        _stage_3("bf16", stage3_max_live_parameters=0, stage3_max_reuse_distance=0),
     ]
     assert_estimates(configs, 2, *distributed(2, measure, configs))
 

@@ -88,8 +88,8 @@ def predict(config: RunConfig, ranks: int) -> tuple[int, int]:
     dp, precision = ranks // config.parallel.ranks_of_a_sample, config.training.precision
     step = trace_rank(config, dp, precision, device_type="cpu")  # type: ignore[arg-type]
     sent = count_communication(config, dp, precision, step)  # type: ignore[arg-type]
-    others = sent.weights + sent.sequence_parallel + sent.context_parallel
-    return sent.tensor_parallel + sent.gradients, others
+    in_parts = sent.weights + sent.scattered + sent.sequence_parallel + sent.context_parallel
+    return sent.tensor_parallel + sent.gradients, in_parts
 
 
 def _run(
@@ -115,6 +115,10 @@ def _run(
 
 def test_data_parallel_traffic_is_what_training_sends(distributed: Distributed) -> None:
     configs = [_run(1, precision, stage) for precision in ("fp32", "bf16") for stage in (0, 1, 2)]
+    small_too = {"stage3_param_persistence_threshold": 0}  # gathers them in every micro-step
+    configs.append(
+        dataclasses.replace(_run(1, "bf16", 3), deepspeed={"zero_optimization": small_too})
+    )
     predicted = [predict(config, 2) for config in configs]
     assert distributed(2, measure, configs) == [predicted] * 2
 
@@ -272,6 +276,25 @@ def test_time_follows_from_the_peak_and_the_traffic() -> None:
     assert across.gradients == pytest.approx(2 * 15 / 16 * weights / 50e9)
     assert _plan(gpu="cpu").time is None
     assert _plan(gpu="cpu", flops=1e12).time is not None
+
+
+def test_stage_3_takes_weights_off_a_rank_and_gathers_them_for_every_pass() -> None:
+    def at(stage: int, offload: str = "none") -> Plan:
+        parallel = ParallelConfig(zero_stage=stage, offload=offload)  # type: ignore[arg-type]
+        live = {"stage3_max_live_parameters": 0} if stage == 3 else {}
+        raw = {"zero_optimization": live}
+        return _plan(dataclasses.replace(_GPT2, parallel=parallel, deepspeed=raw))
+
+    second, third, offloaded = at(2), at(3), at(3, "parameters")
+    size = 2 * third.size.parameters
+    assert third.memory.weights == pytest.approx(size / 8, rel=1e-3)
+    assert third.memory.optimizer == pytest.approx(second.memory.optimizer, rel=1e-3)
+    assert third.communication.weights == 2 * second.communication.weights == 2 * size
+    assert third.communication.scattered == second.communication.gradients == size
+    assert third.time is not None
+    assert third.time.gradients == pytest.approx(7 / 8 * size / 450e9)
+    assert offloaded.memory.weights == offloaded.memory.optimizer == 0
+    assert offloaded.time is None
 
 
 def test_sequence_parallelism_takes_memory_off_a_rank_and_sends_parts_in_the_place_of_sums() -> (
