@@ -134,7 +134,7 @@ def _add_checkpoints(commands: Any) -> None:
         help="ranks that share one copy of the model (default: 1); the rest is data-parallel",
     )
     command.add_argument(
-        "--zero-stage", type=int, choices=(0, 1, 2), help="of DeepSpeed (default: as it was)"
+        "--zero-stage", type=int, choices=(0, 1, 2, 3), help="of DeepSpeed (default: as it was)"
     )
     command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
     command.set_defaults(run=_reshape)

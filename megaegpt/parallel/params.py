@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.partitions import gathered
 from megaegpt.parallel.rng import derive_seed
 
 _ATTRIBUTE = "tp_spec"
@@ -93,10 +94,12 @@ def unshard(local: Tensor, spec: ParamSpec, grid: ProcessGrid) -> Tensor:
 
 def full_state(model: nn.Module, grid: ProcessGrid) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) of every parameter in order, tied ones once; collective over the TP
-    group.
+    group, and over all ranks where ZeRO stage 3 has cut parameters.
     """
     for name, parameter in model.named_parameters():
-        yield name, unshard(parameter, spec_of(parameter), grid)
+        with gathered([parameter]):
+            full = unshard(parameter, spec_of(parameter), grid)
+        yield name, full
 
 
 def initialize(model: nn.Module, seed: int, grid: ProcessGrid) -> None:

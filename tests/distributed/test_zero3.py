@@ -86,8 +86,7 @@ def _trained(config: RunConfig) -> Curve:
         curve.losses.append(result.loss.item())
         curve.norms.append(float(vars(engine.optimizer)["_global_grad_norm"]))
         curve.applied.append(result.applied)
-    with engine.whole_model():
-        curve.weights = {n: t.clone() for n, t in full_state(engine.model, engine.grid)}
+    curve.weights = {n: t.clone() for n, t in full_state(engine.model, engine.grid)}
     engine.assert_replicas_equal()
     engine.close()
     return curve

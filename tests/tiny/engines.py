@@ -118,8 +118,7 @@ def advance(engine: Engine, config: RunConfig, steps: range) -> Curve:
     curve = Curve()
     for step in steps:
         curve.add(engine.train_step(step, micro_batches(step, config, engine.grid)))
-    with engine.whole_model():
-        curve.weights = {n: t.float().clone() for n, t in full_state(engine.model, engine.grid)}
+    curve.weights = {n: t.float().clone() for n, t in full_state(engine.model, engine.grid)}
     return curve
 
 

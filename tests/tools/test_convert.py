@@ -251,7 +251,7 @@ def _assert_equal(ours: Curve, theirs: Curve) -> None:
 def _split(merged: Path, folder: Path) -> None:
     """Over two tensor-parallel ranks again; what cannot be done is refused."""
     grid = grid_for(2)
-    reshape(merged / "step_00000003", folder, grid, zero_stage=2)
+    reshape(merged / "step_00000003", folder, grid, zero_stage=3)
     with pytest.raises(CheckpointError, match="holds checkpoints already"):
         reshape(merged / "step_00000003", folder, grid)
 
@@ -308,12 +308,14 @@ def _train_in_bf16(stage: int, folder: Path) -> dict[str, Tensor]:
     for name, parameter in engine.model.named_parameters():
         if parameter.requires_grad:
             own = safe_get_full_fp32_param(parameter)
-            masters[name] = unshard(own.view(parameter.shape), spec_of(parameter), grid).clone()
+            masters[name] = unshard(
+                own.view(getattr(parameter, "ds_shape", parameter.shape)), spec_of(parameter), grid
+            ).clone()
     engine.close()
     return masters
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.long)])
 def test_masters_are_the_fp32_weights_that_the_optimizer_has(
     distributed: Distributed, convert: _Convert, tmp_path: Path, stage: int
 ) -> None:

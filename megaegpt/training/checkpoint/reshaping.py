@@ -27,7 +27,7 @@ from megaegpt.training.checkpoint.manager import STATE, CheckpointManager, Part
 from megaegpt.training.checkpoint.manifest import Manifest
 from megaegpt.training.engine.engine import Engine
 
-ZeroStage = Literal[0, 1, 2]
+ZeroStage = Literal[0, 1, 2, 3]
 
 
 def reshape(
