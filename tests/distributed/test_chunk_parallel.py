@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
 from megaegpt.labels import IGNORE, NOTHING_BEFORE
@@ -176,14 +177,34 @@ def test_ten_steps_of_every_form_are_those_of_one_rank(distributed: Distributed)
     assert_same_as_on_one_rank(distributed, 2, [Case(model, cp=2) for model in MODELS])
 
 
-# -- memory
+def dropped(kind: str) -> tuple[float, float]:
+    """The loss of chunks that are alike on all ranks, and the next number of the common stream."""
+    config = replace(egpt(kind=kind, history=False), positions="none", dropout=0.5)
+    grid = grid_for(1, 2)
+    model = build_model(config, grid, seed=3)
+    states = torch.ones(1, 2, CHUNK, config.hidden_size)
+    shares = {"shares": ChunkShares(grid), "features": states[:, :, :0]} if kind == "egpt" else {}
+    torch.manual_seed(1)
+    loss = model(states, targets=torch.ones(1, 2, CHUNK, dtype=torch.long), **shares)  # type: ignore[arg-type]
+    return loss.item(), torch.rand(()).item()
 
+
+@pytest.mark.parametrize("kind", ["egpt", "deepgpt"])
+def test_ranks_drop_other_numbers_of_their_chunks(distributed: Distributed, kind: str) -> None:
+    (loss, next_number), (loss_there, next_number_there) = distributed(2, dropped, kind)
+    assert loss != loss_there
+    assert next_number == next_number_there
+
+
+# -- memory and operations
 
 LONG = 64  # tokens of a chunk
 
 
-def activations(form: str, chunks: int, cp: int) -> int:
-    """The most bytes that a micro-step ever holds beside weights and gradients."""
+def work(form: str, chunks: int, cp: int) -> tuple[int, int]:
+    """The most bytes that a micro-step ever holds beside weights and gradients, and its operations
+    in products.
+    """
     grid, small = grid_for(1, cp), MODELS[form]
     config = replace(
         small,
@@ -203,24 +224,33 @@ def activations(form: str, chunks: int, cp: int) -> int:
         batch = inputs.prepare({"tokens": tokens, "targets": tokens})
         before = meter.live
         meter.reset_peak()
-        inputs.loss(model, batch).backward()
-    return meter.peak - before
+        with FlopCounterMode(display=False) as counter:
+            inputs.loss(model, batch).backward()
+    return meter.peak - before, counter.get_total_flops()
 
 
-def measure_growth(form: str) -> tuple[int, int]:
+def measure_growth(form: str) -> tuple[tuple[int, int], tuple[int, int]]:
     scores = copy_attention.SCORES_AT_ONCE
     before = scores["cpu"]
     scores["cpu"] = 1 << 13  # as of windows that are far longer than those of this test
     try:
-        return activations(form, 4, 1), activations(form, 16, 4)
+        return work(form, 4, 1), work(form, 16, 4)
     finally:
         scores["cpu"] = before
 
 
-@pytest.mark.parametrize(("form", "most"), [("original", 1.08), ("memory", 1.15)])
-def test_four_ranks_hold_four_times_the_window_of_one(
-    distributed: Distributed, form: str, most: float
+@pytest.mark.parametrize(
+    ("form", "bytes_", "operations"), [("original", 1.08, 1.08), ("memory", 1.15, 1.2)]
+)
+def test_four_ranks_train_on_four_times_the_window_of_one(
+    distributed: Distributed, form: str, bytes_: float, operations: float
 ) -> None:
-    """What is gathered is held by every rank: features, and keys with their gradients."""
+    """Every rank holds what is gathered, features and keys with their gradients, and runs the
+    features through the decoder; and there are more keys to be compared with.
+    """
+    done = []
     for alone, shared in distributed(4, measure_growth, form):
-        assert shared <= most * alone
+        assert shared[0] <= bytes_ * alone[0]
+        assert shared[1] <= operations * alone[1]
+        done.append(shared[1])
+    assert max(done) <= 1.001 * min(done)  # though late chunks see more than early ones
