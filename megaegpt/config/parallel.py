@@ -24,7 +24,8 @@ class ParallelConfig:
     ``tensor_parallel_size`` is 1. Not on by itself: gradients of norms are then sums of parts and
     round otherwise, so that a run begun without it would not go on bit for bit."""
     context_parallel_size: PositiveInt = 1
-    """Ranks that share the tokens of their samples, each with a part of every sequence."""
+    """Ranks that share the tokens of their samples, each with a part of every sequence, or of the
+    chunks of every window."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also shards gradients, 3 also
     shards parameters, which are gathered layer by layer as forward and backward pass need them."""

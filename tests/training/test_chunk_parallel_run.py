@@ -107,7 +107,6 @@ def test_a_run_that_shares_windows_is_the_one_that_does_not(
     runs = [
         Run("whole", (1, 1)),
         Run("stored", (1, 2), stored=True, stage=0),
-        Run("begun_whole", (1, 1), resumed_by=(1, 2)),
         Run("begun_shared", (1, 2), resumed_by=(1, 1)),
     ]
     assert_same(distributed, corpus, folder, 2, runs)
@@ -123,6 +122,8 @@ def test_windows_are_shared_beside_tensor_and_data_parallel_ranks(
         Run("dp2_cp2_accumulated", (1, 2), micro_batch_size=1),
         Run("cp4_stored", (1, 4), stored=True, stage=0),
         Run("cp4_then_dp4", (1, 4), resumed_by=(1, 1)),
+        Run("dp4_then_cp4", (1, 1), resumed_by=(1, 4)),
+        Run("cp4_stage_3", (1, 4), stage=3),
         Run("tp2_cp2_then_cp4", (2, 2), resumed_by=(1, 4), stage=1),
     ]
     assert_same(distributed, corpus, folder, 4, runs)
