@@ -47,9 +47,12 @@ class ContextShards:
         first, last = self.grid.cp_rank, 2 * self.grid.cp_size - 1 - self.grid.cp_rank
         return first * self.piece, last * self.piece
 
-    def divides(self, heads: int) -> bool:
-        """Whether each rank can have some of so many heads."""
-        return heads % self.grid.cp_size == 0
+    def divides(self, heads: int, kv_heads: int) -> bool:
+        """Whether each rank can have some of a tensor-parallel rank's query heads, and whole the
+        key heads that they read.
+        """
+        ranks = self.grid.cp_size
+        return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
 
     def padded(self, x: Tensor, value: int) -> Tensor:
         """(..., T) -> (..., T')"""

@@ -183,6 +183,7 @@ def test_estimate_is_what_context_parallel_ranks_take(distributed: Distributed) 
         run_config(1, 2, "fp32", cp=2, accumulation=2, **long),
         run_config(1, 1, "bf16", cp=2, micro_batch=8, recompute="full", **long),
         run_config(1, 0, "fp32", cp=2, num_kv_heads=1, positions="rotary", **long),
+        run_config(1, 2, "fp32", cp=2, num_heads=6, num_kv_heads=3, head_dim=16, **long),
     ]
     assert_estimates(configs, 1, *distributed(2, measure, configs))
 

@@ -150,6 +150,8 @@ def test_sequence_parallel_traffic_is_what_training_sends(distributed: Distribut
     assert distributed(2, measure, configs) == [predicted] * 2
 
 
+_GATHERED = {"num_heads": 6, "num_kv_heads": 3, "head_dim": 8}
+"""Heads that two ranks cannot share out."""
 _LATENT = {"attention": "latent", "latent_dim": 16, "positions": "rotary", "rope_head_dim": 4}
 
 
@@ -162,7 +164,7 @@ def test_context_parallel_traffic_is_what_training_sends(distributed: Distribute
 @pytest.mark.long
 def test_gathered_keys_and_latents_are_what_training_sends(distributed: Distributed) -> None:
     configs = [
-        _run(1, cp=2, num_kv_heads=1, positions="rotary", window=4),
+        _run(1, cp=2, **_GATHERED, positions="rotary", window=4),
         _run(1, cp=2, recompute="full", num_heads=3, head_dim=8, **_LATENT),
     ]
     predicted = [predict(config, 2) for config in configs]
@@ -185,13 +187,16 @@ def test_context_and_sequence_parallel_traffic_are_what_training_sends(
 def test_exchanged_heads_and_gathered_keys_are_as_many_bytes_as_the_formulas_say() -> None:
     """B rows of T tokens in fp32, and four kinds of numbers of C = 32 a token: queries, keys,
     values and outputs, exchanged forward and their gradients backward by the rank that has half of
-    the tokens. Keys and values of one head of 8, gathered, are those of all tokens, twice.
+    the tokens; of keys and values of a single head of 8, both ranks have it. Keys and values of 3
+    heads, gathered, are those of all tokens, twice.
     """
     rows, tokens, layers = 2, 16, 2
     exchanged = trace_rank(_run(1, cp=2), 1, "fp32", device_type="cpu").shared
     assert exchanged == layers * 2 * 4 * rows * tokens // 2 * 32 * 4
-    gathered = trace_rank(_run(1, cp=2, num_kv_heads=1), 1, "fp32", device_type="cpu").shared
-    assert gathered == layers * 2 * 2 * rows * tokens * 8 * 4
+    single = trace_rank(_run(1, cp=2, num_kv_heads=1), 1, "fp32", device_type="cpu").shared
+    assert single == layers * 2 * rows * tokens // 2 * 2 * (32 + 2 * 8) * 4
+    gathered = trace_rank(_run(1, cp=2, **_GATHERED), 1, "fp32", device_type="cpu").shared
+    assert gathered == layers * 2 * 2 * rows * tokens * 3 * 8 * 4
 
 
 _SHARED = dataclasses.replace(

@@ -52,14 +52,18 @@ class CutContext:
         """
         if k.shape[2] > q.shape[2]:
             return self._attend_to_all(q, k, v, layer)
-        if self._cut.divides(k.shape[1]):  # and so the queries' heads, a multiple of them
+        if self._cut.divides(q.shape[1], k.shape[1]):
             return self._attend_by_heads(q, k, v, layer)
         k, v = self._cut.gather(torch.cat([k, v], dim=1)).chunk(2, dim=1)
         return self._attend_to_all(q, k, v, layer)
 
     def _attend_by_heads(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
-        """All three in one message, which each rank is sent its heads of."""
+        """All three in one message, which each rank is sent its heads of; a key head to all ranks
+        whose queries read it.
+        """
         ranks = self._cut.grid.cp_size
+        if k.shape[1] < ranks:
+            k, v = (x.repeat_interleave(ranks // x.shape[1], dim=1) for x in (k, v))
         by_rank = [x.unflatten(1, (ranks, -1)) for x in (q, k, v)]
         heads = [x.shape[2] for x in by_rank]
         exchanged = self._cut.to_heads(torch.cat(by_rank, dim=2).flatten(1, 2))

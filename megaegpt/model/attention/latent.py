@@ -82,7 +82,7 @@ class LatentAttention(nn.Module):
         """(B, T, C) -> (B, T, C), or this rank's rows (n, C) -> (n, C)"""
         q, q_rope = self._queries(x, context)
         latents, cut = self._latents(x, context), context.context_shards
-        if cut is not None and not cut.divides(q.shape[1]):
+        if cut is not None and not cut.divides(q.shape[1], q.shape[1]):
             latents = cut.gather(latents)  # of which heads are made for all tokens
         layer = self.layer if self.training else self.layer.without_dropout()
         attend = self._attend_absorbed if context.absorbed else self._attend_expanded
