@@ -36,7 +36,7 @@ _MOST_GPUS = 1 << 20
 def main() -> None:
     """Print the plan."""
     arguments = _parse_arguments()
-    from megaegpt.planning.plan import Machines, alternatives, make_plan
+    from megaegpt.planning.plan import Machines, alternatives_over_context, make_plan
 
     if arguments.config is None:
         for line in gpt2_ceilings(arguments.gpu):
@@ -60,7 +60,7 @@ def main() -> None:
         for line in roofline_of(plan, encoder):
             print(line)
     if arguments.alternatives or not plan.fits:
-        for line in compare(alternatives(plan, replan)):
+        for line in compare(alternatives_over_context(plan, replan)):
             print(line)
 
 
@@ -215,6 +215,7 @@ def compare(plans: list[Plan]) -> Iterator[str]:
     columns = (
         "tensor_parallel_size",
         "sequence_parallel",
+        "context_parallel_size",
         "zero_stage",
         "activation_checkpointing",
         "micro_batch_size",
@@ -224,7 +225,8 @@ def compare(plans: list[Plan]) -> Iterator[str]:
         training, parallel = plan.config.training, plan.config.parallel
         seconds = "n/a" if plan.time is None else f"{plan.time.total:.3g}"
         sequence = str(parallel.sequence_parallel).lower()
-        cut = (str(parallel.tensor_parallel_size), sequence, str(parallel.zero_stage))
+        tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
+        cut = (str(tp), sequence, str(cp), str(parallel.zero_stage))
         choices = (*cut, training.activation_checkpointing, str(training.micro_batch_size))
         table.append((*choices, _gib(plan.memory.total), seconds))
     yield format_table(table, names=0)

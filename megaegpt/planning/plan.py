@@ -245,6 +245,22 @@ def alternatives(plan: Plan, replan: Callable[[RunConfig], Plan]) -> list[Plan]:
     return sorted(found, key=_seconds)
 
 
+def alternatives_over_context(plan: Plan, replan: Callable[[RunConfig], Plan]) -> list[Plan]:
+    """:func:`alternatives` on as few context-parallel ranks, from the plan's number on, as let any
+    of them fit: a sample that is too long for one rank is shared.
+    """
+    while True:
+        found = alternatives(plan, replan)
+        parallel = plan.config.parallel
+        if any(other.fits for other in found) or plan.machines.gpus < 2 * (
+            cp := parallel.context_parallel_size
+        ):
+            return found
+        parallel = dataclasses.replace(parallel, context_parallel_size=2 * cp)
+        config = dataclasses.replace(plan.config, parallel=parallel)
+        plan = dataclasses.replace(plan, config=config)
+
+
 def recommend(plan: Plan, replan: Callable[[RunConfig], Plan]) -> Plan | None:
     """The ZeRO stage and the micro-batch for a run whose tensor-parallel size and recomputation
     stay; None if a single sample does not fit. Arguments as for :func:`alternatives`.

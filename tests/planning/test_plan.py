@@ -25,6 +25,7 @@ from megaegpt.planning.plan import (
     Machines,
     Plan,
     alternatives,
+    alternatives_over_context,
     count_communication,
     make_plan,
     recommend,
@@ -343,6 +344,25 @@ def test_what_does_not_fit_has_alternatives_that_do() -> None:
     assert times == sorted(times)
     tried = {other.config.training.activation_checkpointing for other in found}
     assert len(tried) > 1
+
+
+def test_a_sample_too_long_for_one_rank_is_shared_by_as_few_as_it_fits() -> None:
+    config = _gpt2(global_batch_size=8)
+    plan, limit = _plan(config, gpus=8), USABLE_MEMORY * find_accelerator("h100", 8).memory
+
+    def replan(config: RunConfig) -> Plan:
+        """Of samples that take three times a GPU."""
+        share = config.training.micro_batch_size / config.parallel.ranks_of_a_sample
+        memory = dataclasses.replace(plan.memory, activations=int(3 * limit * share))
+        return dataclasses.replace(plan, config=config, memory=memory)
+
+    on_one_rank = dataclasses.replace(
+        replan(config), machines=Machines(plan.machines.accelerator, 8, 1)
+    )
+    assert not alternatives(on_one_rank, replan)
+    found = alternatives_over_context(on_one_rank, replan)
+    assert {other.config.parallel.context_parallel_size for other in found} == {4}
+    assert all(other.fits for other in found)
 
 
 def test_stage_2_is_recommended_where_only_it_fits() -> None:
