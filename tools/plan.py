@@ -128,7 +128,7 @@ def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:
 
 def describe(plan: Plan, efficiency: float) -> Iterator[str]:
     """The plan, a line each, and a warning if it does not fit."""
-    from megaegpt.planning.plan import USABLE_MEMORY
+    from megaegpt.planning.hardware import USABLE_MEMORY
     from megaegpt.planning.summary import describe_run
     from megaegpt.text_tables import short_count, short_time
 
@@ -136,6 +136,8 @@ def describe(plan: Plan, efficiency: float) -> Iterator[str]:
     yield from describe_run(
         config, plan.size, plan.dp_size, plan.precision, str(machines), plan.memory
     )
+    if plan.micro_batch is not None:
+        yield f"{'batch':<11}{plan.micro_batch}"
     sent = plan.communication
     yield (
         f"{'traffic':<11}a rank's collectives a step: gradients "

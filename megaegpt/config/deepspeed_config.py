@@ -42,7 +42,7 @@ def deepspeed_config(
         # Context-parallel ranks count as data-parallel ones, though they have the same samples.
         "train_batch_size": config.training.global_batch_size
         * config.parallel.context_parallel_size,
-        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "train_micro_batch_size_per_gpu": config.training.chosen_micro_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation(data_parallel_size),
         # Explicit: DeepSpeed clips at 1.0 when the key is absent. ClippedAdamW clips for stage 0.
         "gradient_clipping": config.training.gradient_clipping if stage else 0.0,

@@ -135,8 +135,8 @@ def describe(annotation: Any) -> str:
     if _is_union(annotation):
         return " or ".join(describe(choice) for choice in get_args(annotation))
     if get_origin(annotation) is Literal:
-        choices = get_args(annotation)
-        return f"one of {', '.join(map(str, choices))}"
+        choices = [str(choice) for choice in get_args(annotation)]
+        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     if (item := _section_of_items(annotation)) is not None:
         return f"a list of {{{', '.join(get_type_hints(item))}}}"
     if get_origin(annotation) is tuple:
@@ -153,6 +153,9 @@ def _parse_value(value: Any, annotation: Any) -> Any:
         choices = get_args(annotation)
         if value is None and types.NoneType in choices:
             return None
+        words = [choice for choice in choices if get_origin(choice) is Literal]
+        if words and isinstance(value, str):
+            return _parse_value(value, words[0])
         return _parse_value(value, next(c for c in choices if c is not types.NoneType))
     if get_origin(annotation) is Literal:
         return _parse_choice(value, get_args(annotation))

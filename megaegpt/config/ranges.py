@@ -78,7 +78,7 @@ def range_problems(section: Any, prefix: str = "") -> Iterator[Problem]:
                 if is_dataclass(item):
                     yield from range_problems(item, f"{dotted}[{number}].")
         allowed = metadata(annotation, Range)
-        if allowed is None or value is None:
+        if allowed is None or value is None or isinstance(value, str):  # a word for a number
             continue
         numbers = value if isinstance(value, tuple) else (value,)
         rules = [rule for number in numbers if (rule := allowed.violation(number)) is not None]

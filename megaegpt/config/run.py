@@ -40,7 +40,7 @@ class RunConfig:
         While the batch grows, steps have fewer: those that follow from :attr:`batches`.
         """
         return self.training.global_batch_size // (
-            self.training.micro_batch_size * data_parallel_size
+            self.training.chosen_micro_batch_size * data_parallel_size
         )
 
     @property

@@ -45,8 +45,9 @@ class TrainingConfig:
     """Samples (gpt: sequences; egpt, deepgpt: windows) per optimizer step over all ranks."""
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
     """How the global batch grows to ``global_batch_size``."""
-    micro_batch_size: BatchSize = 1
-    """Samples a rank runs at once; gradient accumulation follows from the two."""
+    micro_batch_size: BatchSize | Literal["auto"] = 1
+    """Samples a rank runs at once; gradient accumulation follows from the two. auto: as many as fit
+    the memory, or on a CPU as make it faster."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU. fp16 uses dynamic loss scaling."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -75,6 +76,17 @@ class TrainingConfig:
     """Adapters that are trained beside the weights of ``initialize_from``."""
     compile: bool = False
     """torch.compile each transformer block, the encoder's too."""
+
+    @property
+    def chosen_micro_batch_size(self) -> int:
+        """``micro_batch_size`` as a number, which a run has chosen before it builds anything.
+
+        Raises:
+            ValueError: it is still ``auto`` (``planning.micro_batch`` chooses).
+        """
+        if self.micro_batch_size == "auto":
+            raise ValueError("training.micro_batch_size is auto: choose a number first")
+        return self.micro_batch_size
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,9 @@ class LoggingConfig:
     """With every log line record the gradient norm of each layer, the embeddings and the rest."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """The steps whose operators are timed."""
+    memory_snapshot: bool = False
+    """On a GPU record allocations, so that a run that ends for lack of memory writes what lay there
+    and which lines put it there."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"

@@ -142,6 +142,7 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Processes = TP x CP x DP, and global batch = micro batch x DP x gradient accumulation."""
     training, sharing = config.training, config.parallel.ranks_of_a_sample
     batch, micro = training.global_batch_size, training.micro_batch_size
+    least = 1 if micro == "auto" else micro
     if world_size is not None and world_size % sharing:
         sizes = f"parallel.tensor_parallel_size={config.parallel.tensor_parallel_size}"
         if config.parallel.context_parallel_size > 1:
@@ -153,17 +154,18 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         )
         world_size = None
     dp = 1 if world_size is None else world_size // sharing
-    if batch % (micro * dp):
-        ranks = f" x {dp} data-parallel ranks" if dp > 1 else ""
-        multiple = micro * dp
+    multiple = least * dp
+    if batch % multiple:
+        ranks = f"{dp} data-parallel ranks" if dp > 1 else ""
+        size = "" if micro == "auto" else f"training.micro_batch_size={micro}"
         suggestion = -(-batch // multiple) * multiple
         yield Problem(
             ("training.global_batch_size", "training.micro_batch_size"),
             f"training.global_batch_size={batch} is not divisible by "
-            f"training.micro_batch_size={micro}{ranks}: use for example {suggestion}",
+            f"{' x '.join(part for part in (size, ranks) if part)}: use for example {suggestion}",
         )
     else:
-        yield from _batch_ramp(config, micro * dp)
+        yield from _batch_ramp(config, multiple)
 
 
 def _context(config: RunConfig) -> Iterator[Problem]:

@@ -7,14 +7,20 @@ network is divided by its GPUs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from megaegpt.errors import ConfigError
 
 if TYPE_CHECKING:
     from megaegpt.precision import Precision
+
+USABLE_MEMORY = 0.9
+"""Share of a GPU's memory that a plan may fill; the rest is left to its context, libraries'
+workspaces and fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -189,3 +195,31 @@ def find_accelerator(name: str, per_node: int) -> Accelerator:
         known = ", ".join(accelerator_names())
         raise ConfigError(f"--gpu {name} is not in the table: choose one of {known}")
     return _ACCELERATORS[name.lower()]
+
+
+def available_memory(
+    meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Bytes of this machine's memory that programs can still have, within the limit of the
+    container (cgroup v2) that this one runs in.
+
+    Source: proc_meminfo(5); Documentation/admin-guide/cgroup-v2.rst of Linux.
+    """
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found = int(line.split()[1]) << 10
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: there is no limit
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        found = min(found, max(0, limit - used + _file_cache(group)))
+    return found
+
+
+def _file_cache(group: Path) -> int:
+    """Bytes of a container's memory that are given back when they are wanted."""
+    for line in (group / "memory.stat").read_text(encoding="ascii").splitlines():
+        if line.startswith("inactive_file "):
+            return int(line.split()[1])
+    return 0

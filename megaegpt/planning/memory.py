@@ -87,22 +87,38 @@ def trace_rank(
     sample_tokens: int | None = None,
 ) -> MicroStep:
     """A rank's micro-step with gradients that come and go as ZeRO lets them; arguments as above."""
+    kept = keeps_gradients(config, dp_size, precision)
+    return trace_micro_step(
+        config, precision, encoder, device_type, kept, sample_tokens=sample_tokens
+    )
+
+
+def keeps_gradients(config: RunConfig, dp_size: int, precision: Precision) -> bool:
+    """Whether a micro-step's gradients stay with their parameters until its backward pass ends."""
     stage = effective_zero_stage(config.parallel.zero_stage, precision)
     several = config.gradient_accumulation(dp_size) > 1
-    keeps_gradients = stage < 2 and (precision != "fp32" or not several)
-    return trace_micro_step(
-        config, precision, encoder, device_type, keeps_gradients, sample_tokens=sample_tokens
-    )
+    return stage < 2 and (precision != "fp32" or not several)
 
 
 def peak_of_step(
     config: RunConfig, dp_size: int, precision: Precision, step: MicroStep
 ) -> MemoryEstimate:
     """:func:`estimate_memory` from a micro-step that has been traced."""
+    return max(_moments(config, dp_size, precision, step), key=lambda moment: moment.total)
+
+
+def held_in_backward(config: RunConfig, dp_size: int, precision: Precision, step: MicroStep) -> int:
+    """Bytes that lie beside weights and activations while these are most."""
+    moment = _moments(config, dp_size, precision, step)[0]
+    return moment.optimizer + moment.gradients + moment.buffers
+
+
+def _moments(
+    config: RunConfig, dp_size: int, precision: Precision, step: MicroStep
+) -> list[MemoryEstimate]:
     stage = effective_zero_stage(config.parallel.zero_stage, precision)
     several = config.gradient_accumulation(dp_size) > 1
-    zero = _Zero(config, dp_size, precision, stage, several, step)
-    return max(zero.moments(), key=lambda moment: moment.total)
+    return _Zero(config, dp_size, precision, stage, several, step).moments()
 
 
 @dataclass(frozen=True)

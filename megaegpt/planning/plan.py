@@ -13,15 +13,18 @@ import torch
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.config.validation import find_problems, validate
-from megaegpt.planning.hardware import Accelerator
+from megaegpt.planning.hardware import USABLE_MEMORY, Accelerator
 from megaegpt.planning.memory import MemoryEstimate, most_whole, peak_of_step, trace_rank
 from megaegpt.planning.memory_trace import MicroStep
+from megaegpt.planning.micro_batch import (
+    CPU_TOKENS,
+    MemoryLimit,
+    MicroBatchChoice,
+    largest_that_fits,
+    with_micro_batch,
+)
 from megaegpt.planning.summary import ModelSize, measure_model
 from megaegpt.precision import DTYPES, Precision
-
-USABLE_MEMORY = 0.9
-"""Share of a GPU's memory that a plan may fill; the rest is left to its context, libraries'
-workspaces and fragmentation."""
 
 STAGE_1_MAY_COST = 0.05
 """Share of a step that ZeRO stage 2 must save by the plan to be recommended where both fit. What
@@ -98,6 +101,8 @@ class Plan:
     communication: Communication
     time: StepTime | None
     """None where the speed of the computation is not known, or a CPU has a part in it."""
+    micro_batch: MicroBatchChoice | None = None
+    """Where the configuration has ``auto``."""
 
     @property
     def dp_size(self) -> int:
@@ -147,6 +152,11 @@ def make_plan(
     accelerator = machines.accelerator
     precision = accelerator.precision(config.training.precision)
     dp_size = machines.gpus // config.parallel.ranks_of_a_sample
+    choice = None
+    if config.training.micro_batch_size == "auto":
+        kind, limit = accelerator.device_type, _limit(accelerator)
+        choice = largest_that_fits(config, dp_size, precision, limit, encoder, kind)
+        config = with_micro_batch(config, choice.size)
     size = measure_model(config, encoder)
     step = trace_rank(config, dp_size, precision, encoder, accelerator.device_type)
     communication = count_communication(config, dp_size, precision, step)
@@ -158,7 +168,13 @@ def make_plan(
     known = peak is not None and config.parallel.offload == "none"
     seconds = work / (peak * efficiency) if peak else 0.0
     time = _step_time(config, machines, communication, seconds) if known else None
-    return Plan(config, machines, precision, size, memory, communication, time)
+    return Plan(config, machines, precision, size, memory, communication, time, choice)
+
+
+def _limit(accelerator: Accelerator) -> MemoryLimit:
+    size = int(USABLE_MEMORY * accelerator.memory)
+    tokens = CPU_TOKENS if accelerator.device_type == "cpu" else None
+    return MemoryLimit(size, f"{USABLE_MEMORY:.0%} of {accelerator.name}", tokens)
 
 
 def count_communication(

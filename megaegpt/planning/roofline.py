@@ -221,7 +221,7 @@ class Roofline:
     @property
     def tokens(self) -> int:
         """Of a rank in a micro-step."""
-        return self.plan.config.training.micro_batch_size * self.plan.config.model.sample_len
+        return self.plan.config.training.chosen_micro_batch_size * self.plan.config.model.sample_len
 
     @property
     def communication(self) -> float:

@@ -102,7 +102,7 @@ def describe_run(
         "ranks": f"{tp * cp * dp_size} = {tp} tensor-parallel{over_context} x {dp_size} "
         f"data-parallel, ZeRO stage {stage}{offloaded}, {precision} on {device}",
         "step": f"{per_step:,} tokens = {training.global_batch_size} {samples} = "
-        f"{dp_size} ranks x {accumulation} micro-steps x {training.micro_batch_size}",
+        f"{dp_size} ranks x {accumulation} micro-steps x {training.chosen_micro_batch_size}",
         "run": f"{training.steps:,} steps, {short_count(total)} tokens",
         "operations": f"{short_count(size.flops_per_token)}FLOP a token, "
         f"{short_count(size.flops_per_token * per_step)}FLOP a step",

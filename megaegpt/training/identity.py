@@ -71,7 +71,8 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "training": "activation_checkpointing eval_interval patience initialize_from compile "
         "deterministic",
         "checkpoint": "directory interval keep keep_every keep_best asynchronous best_of",
-        "logging": "directory interval gradient_norms tensorboard wandb wandb_project",
+        "logging": "directory interval gradient_norms memory_snapshot tensorboard wandb "
+        "wandb_project",
         "logging.profile": "start steps",
         "generation": "prompt max_new_tokens temperature top_k top_p seed",
     },
@@ -276,6 +277,14 @@ def check_resume(
             "done: give more, or name an earlier checkpoint in the file `latest`"
         )
     return _describe_changes(changes)
+
+
+def recorded_micro_batch(config: RunConfig, manifest: Manifest, folder: Path) -> int | None:
+    """The micro-batch of the run that made the checkpoint in ``folder``; None where it is not known
+    (an earlier version's).
+    """
+    size = _saved_config(config, manifest, folder).training.micro_batch_size
+    return None if size == "auto" else size
 
 
 def _saved_config(config: RunConfig, manifest: Manifest, folder: Path) -> RunConfig:

@@ -157,11 +157,20 @@ def _dry_run(config: RunConfig, world_size: int, find: Callable[[RunConfig], Pre
         except CheckpointError as error:
             print(f"notice: the encoder is left out of the numbers below: {error}")
     dp_size = world_size // config.parallel.ranks_of_a_sample
+    lines = list(preview.lines)
+    if config.training.micro_batch_size == "auto":
+        from megaegpt.planning.micro_batch import largest_that_fits, with_micro_batch
+        from megaegpt.training.automatic_batch import memory_limit
+
+        limit, longest = memory_limit(device, world_size), preview.longest_sample
+        choice = largest_that_fits(config, dp_size, precision, limit, encoder, device.type, longest)
+        config = with_micro_batch(config, choice.size)
+        lines.append(f"{'batch':<11}{choice}")
     size = measure_model(config, encoder, preview.tokens_per_sample)
     memory = estimate_memory(
         config, dp_size, precision, encoder, device.type, preview.longest_sample
     )
     name, tokens = device_name(device), preview.tokens_per_sample
     described = describe_run(config, size, dp_size, precision, name, memory, tokens)
-    for line in [*described, *preview.lines]:
+    for line in [*described, *lines]:
         print(line)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.errors import MegaEGPTError, TrainingError
-from megaegpt.files import write_whole
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.memory import estimate_memory
 from megaegpt.precision import Precision
+from megaegpt.training.logging.memory_snapshot import MemorySnapshot
 
-_CPU_ALLOCATOR = "DefaultCPUAllocator"
-"""What the message of torch's RuntimeError begins its cause with: it has no class of its own."""
+_OTHER_TEXTS = re.compile(
+    r"DefaultCPUAllocator: (can't|not enough)|CUDA error: out of memory|_ALLOC_FAILED"
+    r"|Cannot allocate memory"
+)
+"""In errors that have no class of their own: of torch's allocator on a CPU, of CUDA's libraries,
+which allocate beside torch, and of the operating system."""
 
 _SHOWN = 3
 
@@ -29,6 +33,7 @@ def explaining_memory(
     grid: ProcessGrid,
     encoder: ModelConfig | None,
     precision: Precision,
+    snapshot: MemorySnapshot,
     sample_tokens: int | None = None,
 ) -> Iterator[None]:
     """Turn a device's lack of memory into an error that says which settings help.
@@ -38,6 +43,7 @@ def explaining_memory(
         grid: its processes.
         encoder: the frozen GPT under egpt and deepgpt.
         precision: what ``auto`` has become.
+        snapshot: what it has to tell of a GPU is part of the error.
         sample_tokens: of the longest sample there is; None: as long as the model's samples are.
 
     Raises:
@@ -45,12 +51,11 @@ def explaining_memory(
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        lines = describe(config, grid, encoder, precision, sample_tokens)
-        if (summary := _save_summary(config, grid)) is not None:
-            lines.append(f"  what lay in memory: {summary}")
+        written = snapshot.write()  # before anything else is done on the device
+        lines = [*describe(config, grid, encoder, precision, sample_tokens), *written]
         # Its first line says what was asked for; the rest is torch's own stack.
         reason = (str(error).splitlines() or ["an allocation failed"])[0].strip()
         message = [f"{grid.device} has too little memory: {reason}", *lines]
@@ -59,7 +64,9 @@ def explaining_memory(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or a CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _CPU_ALLOCATOR in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and bool(_OTHER_TEXTS.search(str(error)))
 
 
 def describe(
@@ -98,8 +105,8 @@ def remedies(config: RunConfig, grid: ProcessGrid) -> Iterator[tuple[str, RunCon
         part = dataclasses.replace(getattr(config, section), **values)
         return shown, dataclasses.replace(config, **{section: part})
 
-    if config.training.micro_batch_size > 1:
-        yield changed("training", micro_batch_size=_smaller(config.training.micro_batch_size))
+    if (size := config.training.chosen_micro_batch_size) > 1:
+        yield changed("training", micro_batch_size=_smaller(size))
     for kind in ("selective", "full"):
         if kind != config.training.activation_checkpointing != "full":
             yield changed("training", activation_checkpointing=kind)
@@ -115,17 +122,6 @@ def remedies(config: RunConfig, grid: ProcessGrid) -> Iterator[tuple[str, RunCon
 def _smaller(size: int) -> int:
     """The largest smaller micro-batch that divides whatever ``size`` does."""
     return next(size // n for n in range(2, size + 1) if size % n == 0)
-
-
-def _save_summary(config: RunConfig, grid: ProcessGrid) -> Path | None:
-    """Write the allocator's account of a GPU's memory, where there is one."""
-    if grid.device.type != "cuda":
-        return None
-    path = Path(config.logging.directory) / f"memory_rank{grid.rank}.txt"
-    with contextlib.suppress(OSError, RuntimeError):  # the error itself must not be hidden
-        write_whole(path, torch.cuda.memory_summary(grid.device).encode())
-        return path
-    return None
 
 
 def _gib(size: int) -> str:

@@ -37,6 +37,7 @@ from megaegpt.parallel.together import broadcast_object, raising_together
 from megaegpt.planning.hardware import peak_flops
 from megaegpt.planning.summary import ModelSize, describe_run, measure_model
 from megaegpt.precision import DTYPES, Precision, resolve_precision, slow_precision_notice
+from megaegpt.training.automatic_batch import settle_micro_batch
 from megaegpt.training.checkpoint.exported_weights import exported_weights
 from megaegpt.training.checkpoint.manager import CheckpointManager, TrainerState
 from megaegpt.training.checkpoint.manifest import Manifest
@@ -47,8 +48,9 @@ from megaegpt.training.consistency import (
 )
 from megaegpt.training.engine.deterministic import make_deterministic
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
-from megaegpt.training.identity import check_resume, run_identity
+from megaegpt.training.identity import check_resume, recorded_micro_batch, run_identity
 from megaegpt.training.logging.best import BestLoss
+from megaegpt.training.logging.memory_snapshot import MemorySnapshot
 from megaegpt.training.logging.metrics import SpeedMeter, device_name
 from megaegpt.training.logging.monitor import Monitor, has_evaluation
 from megaegpt.training.logging.profiling import StepProfiler
@@ -103,13 +105,18 @@ def train(
     """
     data, checkpoints, precision = _open_run(config, grid, read_data, resume)
     latest = broadcast_object(checkpoints.latest, grid) if resume else None
+    notices: list[str] = []
+    saved, recorded = None, None
+    if latest is not None:
+        saved = broadcast_object(lambda: Manifest.read(latest), grid)
+        if config.training.micro_batch_size == "auto":
+            recorded = broadcast_object(lambda: recorded_micro_batch(config, saved, latest), grid)
+    config = settle_micro_batch(config, grid, precision, data.longest_sample, recorded, notices)
     encoder = load_encoder(config, grid, precision)
     base = base_of_adapters(config, grid)
     identity = run_identity(config, encoder, data.fingerprint, base and base.sha256)
     state: TrainerState = {}
-    notices: list[str] = []
-    if latest is not None:
-        saved = broadcast_object(lambda: Manifest.read(latest), grid)
+    if latest is not None and saved is not None:
         notices += broadcast_object(lambda: check_resume(config, identity, latest, saved), grid)
         if broadcast_object(
             lambda: _says_complete(config, data, latest, saved.step, notices), grid
@@ -121,13 +128,18 @@ def train(
     tasks = _tasks(config, grid, LoadedModel(model, encoder, data.tokenizer), precision)
     feed = functools.partial(_inputs, config, grid, data, encoder, precision)
     inputs = feed("train")
-    with paused_collector():
+    encoder_config = None if encoder is None else encoder.config
+    snapshot = MemorySnapshot(config.logging, grid)
+    explaining = functools.partial(
+        explaining_memory, config, grid, encoder_config, precision, snapshot, data.longest_sample
+    )
+    snapshot.start()
+    with paused_collector(), explaining():
         from megaegpt.training.engine.engine import Engine  # DeepSpeed: seconds; all is checked
 
         engine = Engine(model, grid, config, inputs.loss)
-    if latest is not None:
-        _restore(config, grid, engine, checkpoints, latest)
-    encoder_config = None if encoder is None else encoder.config
+        if latest is not None:
+            _restore(config, grid, engine, checkpoints, latest)
     size = measure_model(config, encoder_config, data.tokens_per_sample)
     with raising_together(grid):
         best = BestLoss.restored(state.get("best", {}))
@@ -159,9 +171,10 @@ def train(
         spikes=state.get("spikes", 0),
     )
     try:
-        with explaining_memory(config, grid, encoder_config, precision, data.longest_sample):
+        with explaining():
             return trainer.train()
     finally:
+        snapshot.stop()
         monitor.close()
         engine.close()
 
@@ -223,7 +236,7 @@ def _loader(
         data.samples,
         grid,
         config.batches,
-        config.training.micro_batch_size,
+        config.training.chosen_micro_batch_size,
         start_step,
         config.data.prefetch,
         prepare=lambda batch: inputs.prepare(data.trim(batch)),
@@ -250,7 +263,7 @@ def _evaluators(
             num_chunks=data.num_chunks,
             inputs=feed(split),
             grid=grid,
-            batch_size=config.training.micro_batch_size,
+            batch_size=config.training.chosen_micro_batch_size,
             token_byte_lengths=lengths,
             trim=data.trim,
         )
@@ -267,7 +280,7 @@ def _tasks(
     config: RunConfig, grid: ProcessGrid, trained: LoadedModel, precision: Precision
 ) -> dict[str, TaskInTraining]:
     """Score ``data.tasks``, by their names."""
-    rows = config.training.micro_batch_size
+    rows = config.training.chosen_micro_batch_size
     return {
         name: TaskInTraining(
             name, path, trained.model, Scorer(trained, grid, rows, DTYPES[precision]), grid
@@ -337,6 +350,8 @@ def _introduce(
         slower = "; the head's loss is slower for it" if on_gpu else ""
         off = f"training.compile is off, it does not work here: {problem}{slower}"
         notices = [*notices, off]
+    if config.logging.memory_snapshot and not on_gpu:
+        notices = [*notices, "logging.memory_snapshot has no effect on a CPU"]
     has_kernels = on_gpu and precision != "fp32" and can_be_fused(config.model, grid)
     if has_kernels and (problem := kernel_problem(grid.device.type)):
         notices = [*notices, f"blocks are computed without their own kernels, as {problem}"]

@@ -385,7 +385,7 @@ class Trainer:
         """Which rank's loss on which samples of the step after ``before`` steps is at fault.
         Collective.
         """
-        grid, size = self._grid, self.config.training.micro_batch_size
+        grid, size = self._grid, self.config.training.chosen_micro_batch_size
         start, last = self._samples_of(before)
         own = [
             start + (micro_step * grid.dp_size + grid.dp_rank) * size + row

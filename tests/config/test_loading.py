@@ -81,6 +81,14 @@ def test_no_follow_up_problem_is_invented_from_a_value_that_was_refused(write):
     [
         ("training: {compile: 1}", "training.compile must be true or false, not 1"),
         ("training: {steps: true}", "training.steps must be an integer, not true"),
+        (
+            "training: {micro_batch_size: atuo}",
+            "training.micro_batch_size must be an integer or auto, not 'atuo'; did you mean auto?",
+        ),
+        (
+            "training: {micro_batch_size: 1.5}",
+            "training.micro_batch_size must be an integer or auto, not 1.5",
+        ),
         ("training: {steps: 1.5}", "training.steps must be an integer, not 1.5"),
         ("training: {steps: 1e3}", "training.steps must be an integer, not 1000.0"),
         ("model: {num_kv_heads: two}", "must be an integer or null, not 'two'"),

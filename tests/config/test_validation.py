@@ -158,6 +158,10 @@ REFUSED = [
     ({"optimizer": {"momentum": 0.9}}, "momentum=0.9 has no effect without optimizer.kind=muon"),
     ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr=1.0 must not be above optimizer.lr"),
     ({"training": {"micro_batch_size": 0}}, "training.micro_batch_size=0 must be greater than 0"),
+    (
+        {"training": {"micro_batch_size": "auto", "batch_ramp": BatchRampConfig(9, 2)}},
+        "training.batch_ramp.start=9 must be below",
+    ),
     ({"optimizer": {"weight_decay": -0.1}}, "optimizer.weight_decay=-0.1 must not be negative"),
     ({"generation": {"top_p": 1.5}}, "generation.top_p=1.5 must be above 0, at most 1"),
 ]
@@ -202,6 +206,13 @@ def test_the_global_batch_divides_over_the_ranks_of_the_run(batch, micro, tp, wo
     else:
         with pytest.raises(ConfigError, match=f"training.global_batch_size={batch}"):
             validate(config, world)
+
+
+def test_an_automatic_micro_batch_needs_a_batch_that_the_ranks_divide():
+    config = run_config(training={"global_batch_size": 6, "micro_batch_size": "auto"})
+    validate(config, 3)
+    with pytest.raises(ConfigError, match="is not divisible by 4 data-parallel ranks: use for exa"):
+        validate(config, 4)
 
 
 def test_processes_that_do_not_divide_into_tensor_parallel_groups_are_refused():

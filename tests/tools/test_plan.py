@@ -58,6 +58,16 @@ def test_a_speed_that_is_not_known_is_asked_for(monkeypatch, capsys) -> None:
     assert "unknown: give the GPU's peak in fp32 by --tflops" in capsys.readouterr().out
 
 
+@pytest.mark.long
+def test_an_automatic_micro_batch_is_the_largest_that_fits(monkeypatch, capsys) -> None:
+    batch = ["training.micro_batch_size=auto", "training.global_batch_size=64"]
+    assert run(monkeypatch, "--gpu", "rtx3090", "--gpus", "1", *batch) == 0
+    shown = capsys.readouterr().out
+    assert "training.micro_batch_size=auto is " in shown
+    assert "90% of NVIDIA GeForce RTX 3090" in shown
+    assert "warning" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

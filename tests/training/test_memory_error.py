@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import TrainingError
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.engine.engine import Engine
+from megaegpt.training.logging.memory_snapshot import MemorySnapshot
 from megaegpt.training.memory_error import (
     describe,
     explaining_memory,
@@ -21,7 +27,6 @@ from megaegpt.training.memory_error import (
     remedies,
 )
 from megaegpt.training.pretraining import pretrain
-from megaegpt.training.trainer import Trainer
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import corpus, run_config
 
@@ -54,37 +59,69 @@ def test_remedies_keep_the_batch_and_fit_the_run(corpus: Path, tmp_path: Path) -
     assert {c.training.global_batch_size for c in named.values()} == {8}
 
 
-def test_failed_allocations_are_known_on_a_gpu_and_on_a_cpu() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+def _allocate_on_cpu() -> None:
+    torch.empty(2**50, dtype=torch.uint8)  # more than there are addresses
+
+
+def _allocate_by_numpy() -> None:
+    np.empty(2**50, dtype=np.uint8)
+
+
+def _allocate_on_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+
+@pytest.mark.parametrize("allocate", [_allocate_on_cpu, _allocate_by_numpy, _allocate_on_gpu])
+def test_a_failed_allocation_is_known(allocate: Callable[[], None]) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate()
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), True),
+        (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), True),
+        (RuntimeError("shapes do not fit"), False),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
+        (ValueError("Cannot allocate memory"), False),
+    ],
+)
+def test_errors_of_other_allocators_are_told_from_others(error: Exception, is_one: bool) -> None:
+    assert is_out_of_memory(error) is is_one
+
+
+def _ends_of_runs(config: RunConfig) -> list[str]:
+    """What is said of a lack of memory in a step, or as the engine is made."""
+    messages = []
+    for name, allocate in (("train_step", _allocate_on_cpu), ("__init__", _allocate_on_gpu)):
+        with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(None):
+            patched.setattr(Engine, name, lambda *_, allocate=allocate: allocate())
+            with pytest.raises(TrainingError) as caught:
+                pretrain(config, grid_for(1))
+        messages.append(str(caught.value))
+    return messages
 
 
 def test_a_lack_of_memory_ends_a_run_with_advice(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:
-    error = RuntimeError("[enforce] data. DefaultCPUAllocator: can't allocate memory: 8 bytes")
-    (message,) = distributed(1, _run_short_of_memory, _config(corpus, tmp_path), error)
-    first, *rest = message.splitlines()
-    assert re.fullmatch(r"cpu has too little memory: .*llocate.*", first)
-    assert any("training.micro_batch_size=2" in line for line in rest)
-
-
-def _run_short_of_memory(config: RunConfig, error: RuntimeError) -> str:
-    def fails(_: Trainer) -> bool:
-        raise error
-
-    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(None):
-        patched.setattr(Trainer, "train", fails)
-        with pytest.raises(TrainingError) as caught:
-            pretrain(config, grid_for(1))
-    return str(caught.value)
+    (messages,) = distributed(1, _ends_of_runs, _config(corpus, tmp_path))
+    assert len(messages) == 2
+    for message in messages:
+        first, *rest = message.splitlines()
+        assert re.fullmatch(r"cpu has too little memory: .*llocate.*", first)
+        assert any("training.micro_batch_size=2" in line for line in rest)
 
 
 def test_other_errors_pass(corpus: Path, tmp_path: Path) -> None:
     config = _config(corpus, tmp_path)
+    snapshot = MemorySnapshot(config.logging, ProcessGrid())
     with (
         pytest.raises(RuntimeError, match="shapes"),
-        explaining_memory(config, ProcessGrid(), None, "fp32"),
+        explaining_memory(config, ProcessGrid(), None, "fp32", snapshot),
     ):
         raise RuntimeError("shapes do not fit")

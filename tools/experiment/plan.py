@@ -246,5 +246,11 @@ def make_run(values: dict[str, Any], folder: Path, **sections: dict[str, Any]) -
     }
     problems: list[Problem] = []
     config = run_config_from_dict(merged(values, generated), problems)
-    raise_problems(str(folder), problems or find_problems(config))
+    problems = problems or find_problems(config)
+    if config.training.micro_batch_size == "auto":
+        key = "training.micro_batch_size"
+        problems.append(
+            Problem((key,), f"{key}=auto may differ between runs to be compared: give a number")
+        )
+    raise_problems(str(folder), problems)
     return config

@@ -246,7 +246,9 @@ class Experiment:
         byte_lengths = self._tokenizer.token_byte_lengths
         measured = {}
         for kind in kinds:
-            nats = token_nats(loaded, text, config.training.micro_batch_size, dtype, kind, store)
+            nats = token_nats(
+                loaded, text, config.training.chosen_micro_batch_size, dtype, kind, store
+            )
             measured[kind] = summarize(nats, text, byte_lengths)
         remembers = isinstance(loaded.model, EGPT) and loaded.model.token_memory is not None
         if remembers and self.plan.memory_tokens is not None:
