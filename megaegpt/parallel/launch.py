@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megaegpt.errors import LaunchError
+from megaegpt.parallel.affinity import bind_rank
 from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launcher_variables import is_launched
@@ -65,7 +66,8 @@ def init_distributed() -> torch.device:
 
     Raises:
         LaunchError: the launcher's variables are incomplete or contradict each other, the address
-            cannot be used, or as for :func:`~megaegpt.parallel.devices.local_device`.
+            cannot be used, or as for :func:`~megaegpt.parallel.devices.local_device` and
+            :func:`~megaegpt.parallel.affinity.bind_rank`.
     """
     launched = is_launched()
     device = local_device()
@@ -82,6 +84,8 @@ def init_distributed() -> torch.device:
     try:
         found, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = _of_this_attempt(found)
+        if device.type == "cpu":
+            bind_rank(store)
         if interface := interface_to_others(store, world_size):
             # Gloo would take the network that this machine's own name stands for: on Debian its
             # loopback address, on a cluster perhaps a network for its administration.

@@ -29,6 +29,7 @@ from megaegpt.model.calling import ModelInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.fused_block import can_be_fused
 from megaegpt.model.weights import load_weights
+from megaegpt.parallel.affinity import describe_threads
 from megaegpt.parallel.block_operators import kernel_problem
 from megaegpt.parallel.chunks import ChunkShares
 from megaegpt.parallel.compiling import compile_problem
@@ -342,6 +343,8 @@ def _introduce(
     tokens = data.tokens_per_sample
     for line in describe_run(config, size, grid.dp_size, precision, name, sample_tokens=tokens):
         monitor.log(line)
+    if grid.device.type == "cpu" and grid.world_size > 1:
+        monitor.log(f"{'threads':<11}{describe_threads()}")
     monitor.log(f"{'data':<11}{data.describe()}")
     if (slow := slow_precision_notice(precision, grid.device)) is not None:
         notices = [slow, *notices]

@@ -193,7 +193,9 @@ def _serve(candidate: Candidate, rank: int, port: int, pipe: Connection) -> None
     world = candidate.processes
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(world))
-    torch.set_num_threads(candidate.threads or max(torch.get_num_threads() // world, 1))
+    threads = candidate.threads or max(torch.get_num_threads() // world, 1)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # given, so that ranks do not choose their own
     try:
         workload = candidate.factory(*candidate.arguments)
         pipe.send((True, (workload.units, workload.info)))
