@@ -54,12 +54,15 @@ SOME = [
 def model_of(
     config: ModelConfig, grid: ProcessGrid, sequence: bool, recompute: str, adapted: bool = False
 ) -> Model:
-    """In fp64, with weights far from 0."""
+    """In fp64, with weights far from 0; by the operators of fused blocks, if it can be, where ranks
+    share tokens.
+    """
     model = build_model(replace(config, init_std=0.15), grid, seed=3, sequence_parallel=sequence)
     if adapted:
         add_adapters(model, LoRAConfig(rank=2, targets=("attention", "mlp")))
         initialize_adapters(model, 7, grid)
     model.stack.recompute = recompute
+    model.stack.fused = grid.cp_group is not None
     model = model.double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
