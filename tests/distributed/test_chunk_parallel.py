@@ -168,6 +168,28 @@ def test_ten_steps_of_every_form_are_those_of_one_rank(distributed: Distributed)
     assert_same_as_on_one_rank(distributed, 2, [Case(model, cp=2) for model in MODELS])
 
 
+def compiled_difference(name: str) -> float:
+    """Of gradients through blocks that are one graph each, from those through plain ones."""
+    grid, found = grid_for(1, 2), []
+    encoder = FrozenEncoder(build_model(GPT, grid, seed=4).double())  # type: ignore[arg-type]
+    inputs = build_inputs(MODELS[name], encoder, torch.float64, shares=ChunkShares(grid))
+    for compiled in (False, True):
+        model = build_model(MODELS[name], grid, seed=3).double()
+        for block in model.stack.blocks:
+            if compiled:
+                block.compile(backend="eager", fullgraph=True)
+        torch.manual_seed(0)
+        inputs.loss(model, inputs.prepare(batch_of(Case(name), 0))).backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    return max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["original", "memory"])
+def test_a_compiled_block_is_one_graph(distributed: Distributed, name: str) -> None:
+    assert distributed(2, compiled_difference, name) == [0.0, 0.0]
+
+
 def dropped(kind: str) -> tuple[float, float]:
     """The loss of chunks that are alike on all ranks, and the next number of the common stream."""
     config = replace(egpt(kind=kind, history=False), positions="none", dropout=0.5)

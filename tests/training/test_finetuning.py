@@ -66,6 +66,37 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _with_and_without_sharing(corpus: Path, folder: Path) -> None:
+    for ranks in (1, 2):
+        config = _config(
+            "egpt",
+            corpus,
+            folder / str(ranks),
+            parallel={"context_parallel_size": ranks},
+            training={"global_batch_size": 4, "micro_batch_size": 2},
+        )
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            finetune(config, grid_for(1, ranks))
+
+
+@pytest.mark.long
+def test_ranks_that_share_the_chunks_of_records_learn_the_same(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    """Most windows of records are shorter than the model's, and their chunks seldom divide."""
+    chunks = EGPTConfig(num_chunks=4, chunk_size=16, token_memory=True)
+    source = EncoderConfig(source=str(corpus / "gpt"))
+    egpt = dataclasses.replace(EGPT, egpt=chunks, encoder=source)
+    grid = ProcessGrid()
+    gpt = build_model(GPT, grid, seed=1)
+    extra = {"encoder_fingerprint": FrozenEncoder(gpt).fingerprint}  # type: ignore[arg-type]
+    save_weights(build_model(egpt, grid, seed=2), tmp_path / "egpt", grid, extra)
+    (tmp_path / "records.json").write_text(json.dumps(RECORDS))
+    distributed(2, _with_and_without_sharing, tmp_path, tmp_path / "runs")
+    expected = losses(tmp_path / "runs" / "1")
+    assert losses(tmp_path / "runs" / "2") == pytest.approx(expected, rel=1e-4)
+
+
 def _config(kind: str, corpus: Path, folder: Path, packing: bool = False, **changes: Any) -> Any:
     config = run_config("gpt", corpus, folder, **changes)
     records = InstructionConfig(
