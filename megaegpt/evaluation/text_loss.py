@@ -19,6 +19,7 @@ from megaegpt.errors import DataError
 from megaegpt.labels import IGNORE
 from megaegpt.model.calling import ModelInputs
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.partitions import is_partitioned
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class Evaluator:
                 last = len(self._byte_lengths) - 1  # the end of text, without bytes as all beyond
                 bytes_of = self._byte_lengths[targets.clamp(0, last)]
                 counts[1, rows] = self._by_chunk(bytes_of.where(valid, 0))
+        if any(is_partitioned(parameter) for parameter in model.parameters()):
+            self._pass_with_the_others(model, mover)
         model.train(was_training)
         return self._summarize(nats, counts.to(device))
 
@@ -138,6 +141,16 @@ class Evaluator:
         if self._progress is None:
             return firsts
         return progress_bar(firsts, self._progress, unit="batch", disable=not grid.is_main)
+
+    def _pass_with_the_others(self, model: nn.Module, mover: DeviceMover) -> None:
+        """Take part in the last pass of ranks that have a batch more: ZeRO stage 3 gathers
+        parameters in every pass, on all ranks together.
+        """
+        size, grid = self._batch_size, self._grid
+        batches = -(-len(self._windows) // size)
+        if 0 < batches % grid.replica_size <= grid.replica_rank:
+            batch = self._batch(np.arange(min(size, len(self._windows))))
+            self._inputs.loss(model, mover.finish(mover.start(batch)), "none")
 
     def _batch(self, numbers: np.ndarray) -> Batch:
         windows = self._windows.batch(numbers)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -40,7 +40,7 @@ def fill(parameter: Any, values: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Have whole parameters on every rank, which are only read. Collective, where some of them are
     partitioned.
     """

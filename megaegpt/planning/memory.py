@@ -205,7 +205,8 @@ class _Zero:
         ]
 
     def _stage_3(self, n: int, item: int) -> list[MemoryEstimate]:
-        """In the passes, at the update, and in an evaluation, which has the whole model.
+        """In the passes, at the update, and while tasks are scored or a sample is generated, for
+        which a rank has the whole model.
 
         DeepSpeed keeps what it has gathered until it is used again, up to a number of parameters.
         """
@@ -220,15 +221,17 @@ class _Zero:
             frozen=self.passed.frozen - self.passed.frozen_parts,
         )
         at_once = 0 if offload != "none" else 4 * min(part, _SUB_GROUP)  # a copy for the optimizer
-        return [
+        moments = [
             dataclasses.replace(
                 base,
                 gathered=min(whole, item * (most_whole(self.config) + largest)),
                 activations=self.passed.peak,
             ),
             dataclasses.replace(base, gradients=base.gradients + at_once),
-            dataclasses.replace(base, gathered=whole),
         ]
+        if self.config.data.tasks or self.config.generation.max_new_tokens:
+            moments.append(dataclasses.replace(base, gathered=whole))
+        return moments
 
     def _bucket(self, n: int) -> int:
         options = deepspeed_config(self.config, self.dp_size, self.precision, n)

@@ -244,26 +244,38 @@ class Trainer:
     def evaluate(self) -> None:
         """Losses on the validation sets, the tasks, and a generated sample."""
         judged: dict[str, float] = {}
-        with self._not_training(), self.engine.whole_model():
+        with self._not_training():
             for name, evaluator in self.evaluators.items():
                 result = self._same_everywhere(evaluator.evaluate(self.model))
                 of_set = "" if name == "validation" else f"{name}: "
                 self.monitor.log(f"step {self.done}: {of_set}{result}")
                 self.monitor.validation(self.done, result, name)
                 judged[name] = result.loss
+            judged |= self._try_out()
+            self.monitor.flush()
+        if (value := judged.get(self.config.checkpoint.best_of)) is not None:
+            self._judge(value)
+
+    def _try_out(self) -> dict[str, float]:
+        """Log what the model does with tasks, its own metrics, and a generated sample.
+
+        Returns:
+            The errors of the tasks.
+        """
+        errors = {}
+        whole = self.tasks or self.sample is not None
+        with self.engine.whole_model() if whole else contextlib.nullcontext():
             for name, task in self.tasks.items():
                 measured = self._same_everywhere(task.evaluate())
                 self.monitor.log(f"step {self.done}: {name}: {measured}")
                 self.monitor.task(self.done, measured, name)
-                judged[name] = measured.error
+                errors[name] = measured.error
             self._report_metrics()
             if self.sample is not None:
                 text = self.sample()
                 self.monitor.log(f"step {self.done}: sample\n{text}")
                 self.monitor.text("sample", text, self.done)
-            self.monitor.flush()
-        if (value := judged.get(self.config.checkpoint.best_of)) is not None:
-            self._judge(value)
+        return errors
 
     def _same_everywhere(self, result: T) -> T:
         """Rank 0's, for what follows from it must be the same everywhere, to the last bit."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,8 +18,11 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from megaegpt.config import EGPTConfig
 from megaegpt.config.run import RunConfig
+from megaegpt.generation.generator import sample_text
 from megaegpt.parallel.params import full_state
+from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
+from tests.tiny import runs
 from tests.tiny.engines import (
     Curve,
     largest_difference,
@@ -25,6 +31,9 @@ from tests.tiny.engines import (
     run_config,
     train_plainly,
 )
+from tests.tiny.runs import corpus
+
+__all__ = ["corpus"]
 
 _STEPS = 10
 _LLAMA = {"norm": "rms_norm", "mlp": "swiglu", "bias": False, "positions": "rotary"}
@@ -99,6 +108,35 @@ def _differences(configs: list[RunConfig]) -> list[float]:
         for config in configs:
             found.append(largest_difference(_trained(config), train_plainly(config, torch.float64)))
     return found
+
+
+def _whole_run(config: RunConfig) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pretrain(config, grid_for(1), sample_text=sample_text)
+
+
+def test_an_evaluation_has_the_same_loss_where_a_rank_has_fewer_windows(
+    distributed: Distributed, corpus: Path, tmp_path: Path
+) -> None:
+    """Each pass gathers parameters on all ranks; one of two has a batch less, and none hangs."""
+    small_too = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    for stage in (2, 3):
+        config = runs.run_config(
+            "egpt",
+            corpus,
+            tmp_path / str(stage),
+            parallel={"zero_stage": stage},
+            training={"steps": 4, "eval_interval": 2},
+            generation={"prompt": "!", "max_new_tokens": 2},
+        )
+        windows = -(-(runs.VALIDATION_TOKENS - 1) // config.model.sample_len)
+        batches = -(-windows // config.training.micro_batch_size)
+        assert batches % 2 == 1
+        raw = small_too if stage == 3 else {}
+        distributed(2, _whole_run, dataclasses.replace(config, deepspeed=raw))
+    second, third = (runs.validation_losses(tmp_path / str(stage)) for stage in (2, 3))
+    assert list(third) == [2, 4]
+    assert third == pytest.approx(second, rel=1e-6)
 
 
 def test_runs_are_the_same_as_on_one_rank_in_double_precision(distributed: Distributed) -> None:

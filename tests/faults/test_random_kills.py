@@ -5,6 +5,7 @@ Two kills by default; ``MEGAEGPT_KILLS=100`` makes it a hundred (minutes).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import re
@@ -155,3 +156,25 @@ def _assert_same(straight: KilledRun, killed: KilledRun) -> None:
         for run in (straight, killed)
     ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.long
+def test_a_rank_that_waits_for_a_killed_ones_part_of_the_weights_ends(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = _config(corpus, tmp_path)
+    zero = {"stage3_param_persistence_threshold": 0}  # or all of so small a model stays whole
+    config = dataclasses.replace(
+        config,
+        parallel=dataclasses.replace(config.parallel, zero_stage=3),
+        deepspeed={"zero_optimization": zero},
+    )
+    ranks = Ranks(2, tmp_path, train, config)
+    while ranks.processes[0].is_alive() and "saved" not in ranks.shown(0):
+        time.sleep(0.002)
+    ranks.kill(1)
+    codes = ranks.wait(ENDING_S)
+    assert None not in codes
+    assert codes[0] != 0
+    assert Ranks(2, tmp_path, train, config).wait(600) == [0, 0]
+    assert sorted(losses(tmp_path)) == list(range(1, STEPS + 1))

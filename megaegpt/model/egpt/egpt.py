@@ -38,6 +38,7 @@ from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Embedding
 from megaegpt.parallel.params import new_parameter, spec_of, unshard
+from megaegpt.parallel.partitions import gathered
 from megaegpt.parallel.rng import context_rng
 from megaegpt.parallel.sequence import SequenceShards, dropout
 from megaegpt.parallel.vocabulary import check_targets, check_tokens
@@ -332,8 +333,10 @@ class EGPT(LanguageModel):
         """How far each layer's memory gate is open: the mean of ``|tanh(gate)|`` over its heads, 0
         to 1.
         """
-        full = [unshard(gate, spec_of(gate), self.grid) for gate in self._gates()]
-        openness = [gate.float().tanh().abs().mean().item() for gate in full]
+        gates = list(self._gates())
+        with gathered(gates):
+            full = [unshard(gate, spec_of(gate), self.grid) for gate in gates]
+            openness = [gate.float().tanh().abs().mean().item() for gate in full]
         return {f"memory_gate/{layer:02d}": value for layer, value in enumerate(openness)}
 
     def flops_per_token(self) -> int:

@@ -278,7 +278,7 @@ class Engine:
 
     def whole_model(self) -> contextlib.AbstractContextManager[None]:
         """Have all parameters on this rank, for passes by which ranks do not go together, such as
-        those of an evaluation. Collective at the beginning.
+        those that generate texts. Collective at the beginning.
         """
         if self.topology.zero_stage < 3:
             return contextlib.nullcontext()
