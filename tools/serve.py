@@ -5,7 +5,7 @@
     MEGAEGPT_TOKEN=secret python tools/serve.py --checkpoint weights --host 0.0.0.0
 
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
-        -d '{"model": "egpt", "prompt": "Well, Prince,", "max_tokens": 50}'
+        -d '{"prompt": "Well, Prince,", "max_tokens": 50}'
 
 /v1/models, /v1/completions and /v1/chat/completions are what clients of OpenAI's expect, with
 streams, `stop`, `logprobs`, `seed` and usage; /health says that it runs, and / is a page to talk to
@@ -173,11 +173,16 @@ def _new_app(arguments: argparse.Namespace) -> tuple[FastAPI, str]:
 
 
 def _chat_of(loaded: LoadedModel, wanted: str | None) -> Chat | None:
+    from megaegpt.data.instruction.named_templates import NAMED_TEMPLATES
     from megaegpt.generation.chat import find_chat
 
     chat = find_chat(loaded, wanted)
     if chat is None:
-        print("no chat template: /v1/chat/completions is off (--chat-template NAME)", flush=True)
+        print(
+            "the tokenizer has no chat template: /v1/chat/completions is off "
+            f"(--chat-template {', '.join(NAMED_TEMPLATES)}, or a file of Jinja)",
+            flush=True,
+        )
     return chat
 
 

@@ -60,7 +60,8 @@ class StreamOptions(_Strict):
 class _Request(_Strict):
     """What both kinds of requests have."""
 
-    model: str
+    model: str | None = None
+    """None: the one that the server has."""
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)

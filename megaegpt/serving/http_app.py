@@ -227,8 +227,8 @@ class _Endpoints:
             "chat": self._served.chat is not None,
         }
 
-    def _check_model(self, name: str) -> None:
-        if name != self._served.name:
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, self._served.name):
             raise ApiError(
                 404,
                 f"there is no model {name!r} here; this server has {self._served.name!r}",

@@ -86,6 +86,14 @@ def test_64_requests_at_once_get_what_each_gets_alone(server: Server) -> None:
     assert server.batcher.counts() == (0, 0)
 
 
+def test_a_request_that_names_no_model_is_for_the_one_that_is_served(server: Server) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    for path, asked in ((COMPLETE, {"prompt": PROMPT}), (CHAT, {"messages": messages})):
+        for model in ({}, {"model": None}):
+            status, _, body = server.ask("POST", path, asked | model | {"max_tokens": 1})
+            assert (status, json.loads(body)["model"]) == (200, NAME)
+
+
 def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
     stream = client.completions.create(
         model=NAME, prompt=PROMPT, max_tokens=9, temperature=0, stream=True,

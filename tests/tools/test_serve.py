@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import uvicorn
 
 from tests.generation.test_trained import save_egpt, save_gpt
 from tools import serve
@@ -81,6 +82,17 @@ def test_what_does_not_fit_the_model_is_refused(
 def test_a_model_has_the_name_of_its_run(checkpoint: str, name: str) -> None:
     assert serve.model_name(Path(checkpoint)) == name
     assert serve.model_name(Path("other"), Path(checkpoint).name).encode()
+
+
+def test_a_model_without_a_chat_template_is_served_with_the_names_of_some(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+    checkpoint = save_gpt(tmp_path / "gpt")
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--port", "0", "--checkpoint", str(checkpoint)])
+    serve.main()
+    off = "/v1/chat/completions is off (--chat-template chatml, llama3, alpaca, or a file of Jinja)"
+    assert off in capsys.readouterr().out
 
 
 @pytest.mark.long
