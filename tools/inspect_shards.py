@@ -1,8 +1,11 @@
 """Look into token shards: counts, lengths of documents, text, damage, differences.
 
+python tools/inspect_shards.py data/web/train
 python tools/inspect_shards.py show data/web/train --samples 3 --plot lengths.png
 python tools/inspect_shards.py verify data/web/train
 python tools/inspect_shards.py compare data/web/train data/other/train
+
+Without a command the shards are shown.
 """
 
 from __future__ import annotations
@@ -55,7 +58,10 @@ def parse_arguments() -> argparse.Namespace:
     compare.add_argument("first", metavar="PREFIX")
     compare.add_argument("second", metavar="PREFIX")
     compare.set_defaults(run=_compare)
-    return parser.parse_args()
+    words = sys.argv[1:]
+    if words and words[0] not in (*commands.choices, "-h", "--help"):
+        words.insert(0, "show")
+    return parser.parse_args(words)
 
 
 def _count(text: str) -> int:

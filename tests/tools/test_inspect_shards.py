@@ -95,6 +95,19 @@ def test_more_samples_than_documents_show_each_once(
     assert [line.split()[2] for line in output.splitlines() if line[:3] == "---"] == list("02")
 
 
+def test_shards_are_shown_where_no_command_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = write_texts(tmp_path / "s", ["one", "two"])
+    assert call(monkeypatch, "show", prefix, "--samples", 1) == 0
+    shown = capsys.readouterr().out
+    for words in ([prefix, "--samples", 1], ["--samples", 1, prefix]):
+        assert call(monkeypatch, *words) == 0
+        assert capsys.readouterr().out == shown
+    assert call(monkeypatch) == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--samples", "--tokens"])
 @pytest.mark.parametrize("value", ["-1", "1.5", "many"])
 def test_counts_that_are_none_are_refused(
