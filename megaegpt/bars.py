@@ -26,12 +26,16 @@ def progress_bar(
 def progress_bar(
     iterable: Iterable[Any] | None = None, title: str | None = None, **options: Any
 ) -> tqdm[Any]:
-    """A bar of tqdm's, drawn anew every 0.2 s, or every 30 s where stderr is no terminal.
+    """A bar of tqdm's, drawn anew every 0.2 s. Where stderr is no terminal it is drawn every 30 s,
+    so not at all for shorter work, and ends with a newline: nothing can be wiped from a file.
 
     Args:
         iterable: what is walked through; None: the bar is moved by its method ``update``.
         title: before it.
         options: of tqdm.
     """
-    interval = _TERMINAL_S if sys.stderr.isatty() else _FILE_S
+    interval = _TERMINAL_S
+    if not sys.stderr.isatty():
+        interval = _FILE_S
+        options |= {"leave": True, "delay": _FILE_S}
     return tqdm(iterable, title, mininterval=interval, maxinterval=2 * interval, **options)

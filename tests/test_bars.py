@@ -9,7 +9,7 @@ import pytest
 from megaegpt.bars import progress_bar
 
 
-@pytest.mark.parametrize(("terminal", "drawn"), [(True, 2), (False, 1)])
+@pytest.mark.parametrize(("terminal", "drawn"), [(True, 2), (False, 0)])
 def test_a_log_is_not_filled_with_bars(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool, drawn: int
 ) -> None:
@@ -20,3 +20,18 @@ def test_a_log_is_not_filled_with_bars(
     bar.update(1)
     assert capsys.readouterr().err.count("pages") == drawn
     bar.close()
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_a_bar_in_a_file_ends_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], leave: bool
+) -> None:
+    """Whether it stays on a terminal or not: what follows is not written behind it."""
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: False, raising=False)
+    bar = progress_bar(total=2, title="pages", leave=leave)
+    bar.start_t = bar.last_print_t = bar.last_print_t - 31.0
+    bar.update(2)
+    bar.close()
+    error = capsys.readouterr().err
+    assert "pages: 100%" in error
+    assert error.endswith("\n")

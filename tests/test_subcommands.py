@@ -43,6 +43,7 @@ def test_help_has_a_sentence_for_each(words: list[str], capsys: pytest.CaptureFi
     assert code == 0
     assert [line.split()[0] for line in lines] == list(SUBCOMMANDS)
     assert all(line.endswith(".") for line in lines)
+    assert "`" not in out
 
 
 def test_an_unknown_command_is_named_with_the_one_that_was_meant(

@@ -1,4 +1,4 @@
-"""Get a corpus ready for ``tools/preprocess.py``: downloaded or read, cleaned, written as JSONL.
+"""Get a corpus ready for tools/preprocess.py: downloaded or read, cleaned, written as JSONL.
 
     python tools/prepare_data.py book --output data            # War and Peace, or else the Bible
     python tools/prepare_data.py war_and_peace --output data --input 2600-0.txt
@@ -6,7 +6,7 @@
     python tools/prepare_data.py enron --output data --input maildir
     python tools/prepare_data.py instructions --output data    # for launchers/finetune.py
 
-Each line of the output is one document, ``{"text": ..., "meta": ...}``; of instructions, short
+Each line of the output is one document, {"text": ..., "meta": ...}; of instructions, short
 tasks made by rules, one task with its answer. A file appears whole or not at all.
 """
 
