@@ -55,7 +55,9 @@ def _preview(config: RunConfig) -> Preview:
         try:
             find_model(source, only_here=True)
         except CheckpointError:
-            config = dataclasses.replace(config, model=source_config(source))
+            config = dataclasses.replace(
+                config, model=source_config(source, "training.initialize_from")
+            )
             return _unread(config, f"the weights {source} are not on this machine yet")
     config = finetuning_config(config, ProcessGrid())
     records = (*config.data.instructions.train, *config.data.instructions.validation)

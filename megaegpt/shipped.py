@@ -6,6 +6,7 @@ inside the package, in ``programs/``, so that nothing of theirs is at the top of
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 _INSTALLED = Path(__file__).with_name("programs")
@@ -33,6 +34,21 @@ def find_config(name: str | Path) -> Path:
         if _exists(SHIPPED / "configs" / candidate, file=True):
             return SHIPPED / "configs" / candidate
     return given
+
+
+def near_configs(name: str | Path) -> list[str]:
+    """Names of shipped configurations that may be meant by one that is not there, the likeliest
+    first.
+
+    Example:
+        >>> near_configs("configs/gpt2_142m.yaml")[0]
+        'gpt2_124m'
+    """
+    folder = SHIPPED / "configs"
+    paths = [path.relative_to(folder).with_suffix("") for path in sorted(folder.rglob("*.yaml"))]
+    by_name = {path.name: path.as_posix() for path in reversed(paths)}
+    wanted = Path(name).name.removesuffix(".yaml")
+    return [by_name[near] for near in difflib.get_close_matches(wanted, by_name)]
 
 
 def _exists(path: Path, file: bool = False) -> bool:

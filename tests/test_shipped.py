@@ -46,5 +46,11 @@ def test_it_is_loaded_with_what_it_extends() -> None:
 
 
 def test_a_name_that_is_nowhere_is_an_error_that_names_it() -> None:
-    with pytest.raises(ConfigError, match=r"gpt2_124\b"):
+    with pytest.raises(ConfigError, match=r"^gpt2_124: no such file; did you mean gpt2_124m or"):
         load_config("gpt2_124")
+    with pytest.raises(
+        ConfigError, match=r"^a/smoked\.yaml: no .*; did you mean experiments/smoke"
+    ):
+        load_config("a/smoked.yaml")
+    with pytest.raises(ConfigError, match=r"^zzz: no such file; those shipped are in .*/configs$"):
+        load_config("zzz")

@@ -23,11 +23,10 @@ from megaegpt.config.parsing import (
 )
 from megaegpt.config.paths import expand_paths
 from megaegpt.config.run import RunConfig
-from megaegpt.config.run_files import RunValues, merged, read_run_file
+from megaegpt.config.run_files import RunValues, find_run_file, merged, read_run_file
 from megaegpt.config.suggestions import LIKELY_RUN_KEYS, KeyFinder
 from megaegpt.config.validation import find_problems, validate
 from megaegpt.config.yaml_text import parse_yaml, write_yaml
-from megaegpt.shipped import find_config
 
 __all__ = [
     "config_from_values",
@@ -56,7 +55,7 @@ def load_config(
         ConfigError: the file cannot be read; or one message with every unknown key (and the closest
             valid one), wrong type and combination of values that cannot be run.
     """
-    path = find_config(path)
+    path = find_run_file(path)
     return _checked(read_run_file(path), str(path), overrides, world_size)
 
 

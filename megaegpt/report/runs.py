@@ -62,6 +62,7 @@ def read_run(folder: Path) -> Run:
         DataError: the folder holds no records of a run, or damaged ones.
         ConfigError: its ``config.yaml`` cannot be read.
     """
+    _check_is_run(folder)
     config = load_config(folder / "config.yaml")
     path = folder / "metrics.jsonl"
     try:
@@ -71,6 +72,16 @@ def read_run(folder: Path) -> Run:
         raise DataError(f"{folder}: no metrics.jsonl of a run ({reason})") from None
     name = folder.resolve().name.encode(errors="backslashreplace").decode()
     return Run(name, config, records)
+
+
+def _check_is_run(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such run: give the folder that its logging.directory named")
+    if not (folder / "config.yaml").exists():
+        raise DataError(
+            f"{folder}: this folder is no run's: it has no config.yaml; give the folder that a "
+            "run's logging.directory named"
+        )
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

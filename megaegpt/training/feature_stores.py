@@ -24,6 +24,8 @@ from megaegpt.precision import DTYPES, Precision
 from megaegpt.training.consistency import check_ranks_agree, weights_facts
 from megaegpt.training.run_lock import locked_folders
 
+_KEY = "model.encoder.source"
+
 
 def find_encoder(config: RunConfig) -> ModelConfig | None:
     """The architecture of the encoder, if it is known on this machine; None for a gpt.
@@ -35,7 +37,7 @@ def find_encoder(config: RunConfig) -> ModelConfig | None:
     if not config.model.needs_encoder:
         return None
     source = _source(config)
-    return _fitting_encoder(config.model, source_config(source), source)
+    return _fitting_encoder(config.model, source_config(source, _KEY), source)
 
 
 def load_encoder(
@@ -52,8 +54,8 @@ def load_encoder(
     """
     if not config.model.needs_encoder:
         return None
-    folder = resolve_weights_source(_source(config), grid)
-    check_ranks_agree(lambda: weights_facts("model.encoder.source", folder), grid)
+    folder = resolve_weights_source(_source(config), grid, key=_KEY)
+    check_ranks_agree(lambda: weights_facts(_KEY, folder), grid)
     with raising_together(grid):
         _fitting_encoder(config.model, read_weights_config(folder)[0], str(folder))
     source = dataclasses.replace(config.model.encoder, source=str(folder))

@@ -87,7 +87,7 @@ def finetuning_config(config: RunConfig, grid: ProcessGrid) -> RunConfig:
                 )
         if not config.data.instructions.train:
             raise ConfigError("data.instructions.train is empty: give files of records")
-    weights = resolve_weights_source(str(source), grid)
+    weights = resolve_weights_source(str(source), grid, key="training.initialize_from")
     with raising_together(grid):
         model = model_of_weights(weights, config.model)
         if config.data.instructions.packing and model.needs_encoder:

@@ -27,6 +27,8 @@ from megaegpt.training.consistency import check_ranks_agree, weights_facts
 from megaegpt.training.identity import check_initialization
 from megaegpt.training.run_data import RunData
 
+_KEY = "training.initialize_from"
+
 MEMORY_SAMPLE = 8192
 """Tokens of the training text on whose states a token memory begins."""
 
@@ -76,8 +78,8 @@ def starting_model(
         if model.sink is not None:
             initialize_sink(model, encoder, _first_chunks(data, chunk_size))
     if training.initialize_from is not None:
-        weights = resolve_weights_source(training.initialize_from, grid)
-        check_ranks_agree(lambda: weights_facts("training.initialize_from", weights), grid)
+        weights = resolve_weights_source(training.initialize_from, grid, key=_KEY)
+        check_ranks_agree(lambda: weights_facts(_KEY, weights), grid)
         with raising_together(grid):
             _check_encoder(weights, encoder)
             notices += check_initialization(config.model, weights)
@@ -97,7 +99,7 @@ def base_of_adapters(config: RunConfig, grid: ProcessGrid) -> Base | None:
     source = config.training.initialize_from
     if config.training.lora.rank is None or source is None:
         return None
-    return Base(source, tensors_digest(resolve_weights_source(source, grid)))
+    return Base(source, tensors_digest(resolve_weights_source(source, grid, key=_KEY)))
 
 
 def _first_chunks(data: RunData, size: int) -> torch.Tensor:

@@ -326,11 +326,40 @@ def test_a_name_of_the_hub_is_downloaded_as_safetensors_where_there_are_any(
     assert asked[-1][2], "describing a model must not download it"
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("smollm2-13m", "smollm2-13m, and no model of this name: did you mean smollm2-135m?"),
+        (
+            "x",
+            "x, and no model of this name; there are gpt2, gpt2-medium, gpt2-large, gpt2-xl, smol",
+        ),
+        ("runs/x", "runs/x"),
+    ],
+)
+def test_a_word_that_names_nothing_is_an_error_with_the_names_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for find in (lambda name: resolve_weights_source(name, GRID), source_config):
+        with pytest.raises(CheckpointError) as error:
+            find(name)
+        assert str(error.value).startswith(f"there is no folder {words}")
+
+
 def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", os.devnull)
-    with pytest.raises(CheckpointError, match=r"gpt2-xl cannot be had .* and give its folder"):
+    words = (
+        r"gpt2-xl cannot be had .* and give its folder; without a network .*, smollm2-135m "
+    )
+    with pytest.raises(CheckpointError, match=words):
         resolve_weights_source("gpt2-xl", GRID)
+    words = r"^model\.encoder\.source=hf:a/b: a/b cannot be had"
+    with pytest.raises(CheckpointError, match=words):
+        resolve_weights_source("hf:a/b", GRID, key="model.encoder.source")
+    with pytest.raises(CheckpointError, match=words):
+        source_config("hf:a/b", "model.encoder.source")
     assert source_config("gpt2-xl") == create_model_config("gpt2-xl (1558M)")
 
 

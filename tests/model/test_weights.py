@@ -109,6 +109,17 @@ def test_a_file_latest_that_names_no_checkpoint_is_named(tmp_path, size, content
         find_weights(place if deeper else tmp_path)
 
 
+def test_a_run_without_a_checkpoint_is_told_from_a_folder_of_something_else(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no weights: give a folder with config"):
+        find_weights(tmp_path)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match="holds no weights: this run has no checkpoint yet"):
+        find_weights(tmp_path)
+    with pytest.raises(CheckpointError, match="absent holds no weights: there is no such folder"):
+        find_weights(tmp_path / "absent")
+
+
 def test_a_path_that_is_not_utf8_is_named_as_what_is_wrong(tmp_path):
     folder = tmp_path / "caf\udce9"
     save_weights(build_model(GPT, GRID), folder, GRID)

@@ -47,6 +47,13 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     assert read_run(folder).steps == 3
 
 
+def test_a_folder_that_is_no_runs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="absent: no such run: give the folder"):
+        read_run(tmp_path / "absent")
+    with pytest.raises(DataError, match=f"{tmp_path}: this folder is no run's: it has no config"):
+        read_run(tmp_path)
+
+
 @pytest.mark.parametrize(
     "line",
     [

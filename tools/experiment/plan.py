@@ -11,10 +11,9 @@ from megaegpt.config import RunConfig
 from megaegpt.config.loading import run_config_from_dict
 from megaegpt.config.parsing import Problem, parse_section, raise_problems
 from megaegpt.config.ranges import PositiveInt, range_problems
-from megaegpt.config.run_files import merged
+from megaegpt.config.run_files import find_run_file, merged
 from megaegpt.config.validation import find_problems
 from megaegpt.config.yaml_text import read_yaml
-from megaegpt.shipped import find_config
 
 Budget = Literal["steps", "flops", "time"]
 BUDGETS: tuple[Budget, ...] = ("steps", "flops", "time")
@@ -135,7 +134,7 @@ def load_plan(path: str | Path) -> ExperimentPlan:
     Raises:
         ConfigError: one message with everything that is wrong.
     """
-    values, problems = read_yaml(find_config(path))
+    values, problems = read_yaml(find_run_file(path))
     plan = parse_section(ExperimentPlan, values, "", problems)
     for name, corpus in plan.corpora.items():
         parse_section(CorpusPlan, corpus, f"corpora.{name}.", problems)
