@@ -350,9 +350,7 @@ def test_a_word_that_names_nothing_is_an_error_with_the_names_there_are(
 def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", os.devnull)
-    words = (
-        r"gpt2-xl cannot be had .* and give its folder; without a network .*, smollm2-135m "
-    )
+    words = r"gpt2-xl cannot be had .* and give its folder; without a network .*, smollm2-135m "
     with pytest.raises(CheckpointError, match=words):
         resolve_weights_source("gpt2-xl", GRID)
     words = r"^model\.encoder\.source=hf:a/b: a/b cannot be had"
