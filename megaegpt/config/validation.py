@@ -128,8 +128,8 @@ def _schedule(config: RunConfig) -> Iterator[Problem]:
         if end <= warmup:
             yield Problem(
                 (name, "optimizer.warmup_steps"),
-                f"{name}={end} must be greater than optimizer.warmup_steps={warmup}: lower that too, "
-                "to 0 for a short try",
+                f"{name}={end} must be greater than optimizer.warmup_steps={warmup}: "
+                "lower that too, to 0 for a short try",
             )
     elif optimizer.schedule == "wsd" and warmup + (optimizer.decay_steps or steps // 5) > steps:
         yield Problem(
