@@ -71,6 +71,8 @@ PRIVATE_IN_TORCH = {
     "torch._foreach_mul_",
     "torch._foreach_norm",
     "torch._foreach_zero_",
+    "torch.cuda.memory._dump_snapshot",
+    "torch.cuda.memory._record_memory_history",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.ops.aten._scaled_dot_product_cudnn_attention",
     "torch.ops.aten._scaled_dot_product_efficient_attention",
