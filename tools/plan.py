@@ -3,19 +3,27 @@
     python tools/plan.py --config configs/gpt2_124m.yaml --gpu h100 --gpus 8
     python tools/plan.py --config X.yaml --gpu a100 --gpus 64 --alternatives model.num_layers=48
     python tools/plan.py --gpu h100 --gpus 1 --roofline
+    python tools/plan.py --published
 
 Parameters and operations are counted, and memory and communication follow from a micro-step played
-through with tensors that have no memory. Time is an estimate: the computation at a share of the
-GPU's peak, and the communication at the data sheet's speed, one after the other. What follows the
-options as section.key=value replaces values of the configuration. --roofline gives the least time
-that the operators of a step can take, and the most MFU; without --config of the sizes of GPT-2.
+through with tensors that have no memory. Time is simulated: each operator at the speed that a GPU
+reaches, and of the communication what no computation hides; all that this assumes is printed, and
+--published holds it against runs that others have measured. A GPU that the table does not know, or
+--efficiency, makes it an estimate: the computation at a share of the peak, and the communication at
+the data sheet's speed, one after the other. What follows the options as section.key=value replaces
+values of the configuration. --roofline gives the least time that the operators of a step can take,
+and the most MFU; without --config of the sizes of GPT-2.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaegpt.arguments import ArgumentParser, integer, number
@@ -27,23 +35,31 @@ from megaegpt.text_tables import format_table
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.planning.plan import Plan
+    from megaegpt.planning.simulation import Simulation
 
 _GPUS_OF_A_MACHINE = 8
 _MOST_GPUS = 1 << 20
+_EFFICIENCY = 0.5
+"""Share of the peak where a step is not simulated."""
 
 
 @exits_cleanly
 def main() -> None:
     """Print the plan."""
     arguments = _parse_arguments()
-    from megaegpt.planning.plan import Machines, alternatives_over_context, make_plan
+    if arguments.published:
+        for line in published():
+            print(line)
+        return
+    from megaegpt.planning.plan import Machines, make_plan
 
     if arguments.config is None:
         for line in gpt2_ceilings(arguments.gpu):
             print(line)
         return
-    config = load_config(arguments.config, arguments.overrides, arguments.gpus)
-    encoder, notices = _find_encoder(config)
+    overrides, notices = _enough_samples(arguments)
+    config = load_config(arguments.config, overrides, arguments.gpus)
+    encoder, left_out = _find_encoder(config)
     per_node = arguments.per_node or min(arguments.gpus, _GPUS_OF_A_MACHINE)
     machines = Machines(find_accelerator(arguments.gpu, per_node), arguments.gpus, per_node)
     replan = functools.partial(
@@ -51,16 +67,27 @@ def main() -> None:
         machines=machines,
         encoder=encoder,
         flops=None if arguments.tflops is None else 1e12 * arguments.tflops,
-        efficiency=arguments.efficiency,
+        efficiency=arguments.efficiency or _EFFICIENCY,
     )
     plan = replan(config)
-    for line in [*notices, *describe(plan, arguments.efficiency)]:
+    simulated = simulation_of(plan, encoder, arguments)
+    for line in [
+        *notices,
+        *left_out,
+        *describe(plan, simulated, arguments.efficiency or _EFFICIENCY),
+    ]:
         print(line)
     if arguments.roofline:
         for line in roofline_of(plan, encoder):
             print(line)
+    if arguments.scaling:
+        for line in scaling(plan, encoder, arguments.scaling):
+            print(line)
+    if arguments.check_ranks:
+        for line in check_ranks(plan, encoder, arguments.check_ranks):
+            print(line)
     if arguments.alternatives or not plan.fits:
-        for line in compare(alternatives_over_context(plan, replan)):
+        for line in _alternatives(plan, replan, encoder, arguments):
             print(line)
 
 
@@ -69,10 +96,8 @@ def _parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="YAML of the run")
-    parser.add_argument("--gpu", required=True, help=f"one of {', '.join(accelerator_names())}")
-    parser.add_argument(
-        "--gpus", required=True, type=integer(1, _MOST_GPUS), help="of all machines together"
-    )
+    parser.add_argument("--gpu", help=f"one of {', '.join(accelerator_names())}")
+    parser.add_argument("--gpus", type=integer(1, _MOST_GPUS), help="of all machines together")
     parser.add_argument(
         "--per-node", type=integer(1, _MOST_GPUS), help="GPUs of a machine (default: at most 8)"
     )
@@ -84,8 +109,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--efficiency",
         type=number(above=0, most=1),
-        default=0.5,
-        help="share of the peak that the computation reaches (default: 0.5)",
+        help="share of the peak that the computation reaches, in the place of a simulation "
+        f"(default, where there can be none: {_EFFICIENCY})",
     )
     parser.add_argument(
         "--alternatives", action="store_true", help="other ways to run it, though this one fits"
@@ -94,9 +119,34 @@ def _parse_arguments() -> argparse.Namespace:
         "--roofline", action="store_true", help="the least time of a step, by its operators"
     )
     parser.add_argument(
+        "--check-ranks",
+        type=integer(1, _MOST_GPUS),
+        metavar="N",
+        help="play about N of the ranks, and say whether they all make the same collectives",
+    )
+    parser.add_argument(
+        "--scaling",
+        type=Path,
+        metavar="PNG",
+        help="a step on 8 GPUs up to --gpus, with a rank's samples as they are; draws it, too",
+    )
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="measured runs of Megatron, torchtitan and llm-foundry beside what is predicted",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values that differ from the file"
     )
     arguments = parser.parse_intermixed_args()
+    if arguments.published:
+        if len(sys.argv) > 2:
+            parser.error("--published shows other programs' runs and takes nothing else")
+        return arguments
+    missing = [name for name in ("gpu", "gpus") if getattr(arguments, name) is None]
+    if missing:
+        names = ", ".join("--" + name for name in missing)
+        parser.error(f"the following arguments are required: {names}")
     if arguments.config is None and (not arguments.roofline or arguments.overrides):
         parser.error("the following arguments are required: --config")
     if arguments.config is None and (unused := _of_a_run(parser, arguments)):
@@ -109,10 +159,25 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _of_a_run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
     """The options given that only a configuration's plan takes; ``--gpus 1`` is none."""
-    options = ("gpus", "per_node", "tflops", "efficiency", "alternatives")
+    options = ("gpus", "per_node", "tflops", "efficiency", "alternatives", "scaling", "check_ranks")
     plain = {"gpus": 1, **{name: parser.get_default(name) for name in options[1:]}}
     given = [name for name in options if getattr(arguments, name) != plain[name]]
     return ", ".join("--" + name.replace("_", "-") for name in given)
+
+
+def _enough_samples(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The overrides, with a larger global batch where the file's has no micro-batch for each
+    data-parallel rank and none was asked for; and a notice of it.
+    """
+    key, overrides = "training.global_batch_size", list(arguments.overrides)
+    config = load_config(arguments.config, overrides)
+    dp_size = arguments.gpus // config.parallel.ranks_of_a_sample
+    size = config.training.micro_batch_size
+    least, given = dp_size * (1 if size == "auto" else size), config.training.global_batch_size
+    if given >= least or any(text.startswith(key) for text in overrides):
+        return overrides, []
+    notice = f"notice: {key}={least}, not {given}: a micro-batch for each of {dp_size} ranks"
+    return [*overrides, f"{key}={least}"], [notice]
 
 
 def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:
@@ -126,11 +191,22 @@ def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:
         return None, [f"notice: the encoder is left out of the numbers below: {error}"]
 
 
-def describe(plan: Plan, efficiency: float) -> Iterator[str]:
+def simulation_of(
+    plan: Plan, encoder: ModelConfig | None, arguments: argparse.Namespace
+) -> Simulation | None:
+    """The plan's step; None where the GPU is not in the table, or a share of its peak was given."""
+    from megaegpt.planning.simulation import can_simulate, simulate
+
+    flat = arguments.efficiency or arguments.tflops or plan.time is None
+    if flat or not can_simulate(plan.machines, plan.precision):
+        return None
+    return simulate(plan, encoder)
+
+
+def describe(plan: Plan, simulated: Simulation | None, efficiency: float) -> Iterator[str]:
     """The plan, a line each, and a warning if it does not fit."""
     from megaegpt.planning.hardware import USABLE_MEMORY
     from megaegpt.planning.summary import describe_run
-    from megaegpt.text_tables import short_count, short_time
 
     config, machines = plan.config, plan.machines
     yield from describe_run(
@@ -146,26 +222,56 @@ def describe(plan: Plan, efficiency: float) -> Iterator[str]:
         f"{_gb(sent.sequence_parallel)} (half as much is sent of them), context-parallel "
         f"{_gb(sent.context_parallel)}"
     )
-    if config.parallel.offload != "none":
-        yield f"{'time':<11}unknown: how fast a machine's CPUs update what is offloaded"
-    elif plan.time is None or plan.tokens_per_second is None:
-        yield f"{'time':<11}unknown: give the GPU's peak in {plan.precision} by --tflops"
-    else:
-        time = plan.time
-        whole = short_time(config.training.steps * time.total)
-        yield (
-            f"{'time':<11}about {time.total:.3g} s a step at {efficiency:.0%} of the peak: compute "
-            f"{time.compute:.3g}, gradients {time.gradients:.3g}, weights {time.weights:.3g}, "
-            f"tensor-parallel {time.tensor_parallel:.3g}, context-parallel "
-            f"{time.context_parallel:.3g}"
-        )
-        yield f"{'':<11}{short_count(plan.tokens_per_second)} tokens/s, {whole} for the run"
+    times = _estimated(plan, efficiency) if simulated is None else _simulated(plan, simulated)
+    for title, line in zip(itertools.chain(["time"], itertools.repeat("")), times, strict=False):
+        yield f"{title:<11}{line}"
+    if simulated is not None:
+        from megaegpt.planning.simulation import assumptions
+
+        yield "the time assumes, and --published holds against what others have measured:"
+        yield format_table(assumptions(simulated), names=3)
     if not plan.fits:
         yield (
             f"warning: {_gib(plan.memory.total)} do not fit in {USABLE_MEMORY:.0%} of "
             f"{_gib(machines.accelerator.memory)}: lower training.micro_batch_size, recompute by "
             "training.activation_checkpointing, or raise parallel.tensor_parallel_size or --gpus"
         )
+
+
+def _simulated(plan: Plan, simulated: Simulation) -> Iterator[str]:
+    from megaegpt.planning.simulation import describe_simulation
+    from megaegpt.text_tables import short_count, short_time
+
+    yield from describe_simulation(simulated)
+    whole = short_time(plan.config.training.steps * simulated.seconds)
+    yield f"{short_count(plan.tokens / simulated.seconds)} tokens/s, {whole} for the run"
+
+
+def _estimated(plan: Plan, efficiency: float) -> Iterator[str]:
+    from megaegpt.text_tables import short_count, short_time
+
+    if plan.config.parallel.offload != "none":
+        yield "unknown: how fast a machine's CPUs update what is offloaded"
+        return
+    if plan.time is None or plan.tokens_per_second is None:
+        yield f"unknown: give the GPU's peak in {plan.precision} by --tflops"
+        return
+    time = plan.time
+    whole = short_time(plan.config.training.steps * time.total)
+    yield (
+        f"about {time.total:.3g} s a step at {efficiency:.0%} of the peak: compute "
+        f"{time.compute:.3g}, gradients {time.gradients:.3g}, weights {time.weights:.3g}, "
+        f"tensor-parallel {time.tensor_parallel:.3g}, context-parallel {time.context_parallel:.3g}"
+    )
+    yield f"{short_count(plan.tokens_per_second)} tokens/s, {whole} for the run"
+
+
+def published() -> Iterator[str]:
+    """Other programs' runs, measured and predicted."""
+    from megaegpt.planning.published import compare_published, published_runs
+
+    yield "tokens a second and GPU in bf16, measured by others and predicted by this program:"
+    yield format_table(compare_published(published_runs()), names=1)
 
 
 def roofline_of(plan: Plan, encoder: ModelConfig | None) -> Iterator[str]:
@@ -191,6 +297,36 @@ def roofline_of(plan: Plan, encoder: ModelConfig | None) -> Iterator[str]:
     yield assumptions()
 
 
+def scaling(plan: Plan, encoder: ModelConfig | None, picture: Path) -> Iterator[str]:
+    """The run on fewer GPUs up to the plan's, as a table and a picture."""
+    from megaegpt.planning.scaling import describe_scaling, plot_scaling, weak_scaling
+
+    steps = weak_scaling(plan, encoder)
+    yield "the same samples a rank and step, on more and more GPUs:"
+    yield format_table(describe_scaling(steps), names=0)
+    accelerator = plan.machines.accelerator.name
+    plot_scaling(steps, picture, f"{plan.size.parameters / 1e9:.1f}B on {accelerator}")
+    yield f"wrote {picture}"
+
+
+def check_ranks(plan: Plan, encoder: ModelConfig | None, count: int) -> Iterator[str]:
+    """What ranks of the run do differently in a forward and a backward pass, if anything."""
+    from megaegpt.planning.rank_check import choose_ranks, find_differences, record_rank
+
+    config, world_size = plan.config, plan.machines.gpus
+    ranks = choose_ranks(world_size, config.parallel.ranks_of_a_sample, count)
+    records = [record_rank(config, r, world_size, plan.precision, encoder) for r in ranks]
+    differences = find_differences(records)
+    yield from differences
+    if differences:
+        raise ConfigError("ranks differ, so that the run would hang: see above")
+    yield (
+        f"{len(ranks)} of {world_size} ranks have their slices of {len(records[0].shapes)} "
+        f"parameters, and make the same {len(records[0].calls)} collectives in a micro-step; "
+        "DeepSpeed's own are not among them"
+    )
+
+
 def gpt2_ceilings(gpu: str) -> Iterator[str]:
     """The sizes of GPT-2 on one GPU."""
     from megaegpt.planning.plan import Machines, make_plan
@@ -208,12 +344,46 @@ def gpt2_ceilings(gpu: str) -> Iterator[str]:
     yield assumptions()
 
 
-def compare(plans: list[Plan]) -> Iterator[str]:
-    """A table of plans that fit, the fastest first."""
-    if not plans:
+def _alternatives(
+    plan: Plan,
+    replan: Callable[[RunConfig], Plan],
+    encoder: ModelConfig | None,
+    arguments: argparse.Namespace,
+) -> Iterator[str]:
+    from megaegpt.planning.plan import alternatives_over_context, impossible_sizes
+
+    steps: dict[int, tuple[Plan, Simulation | None]] = {}
+
+    def step(other: Plan) -> Simulation | None:
+        """Once a plan, which is kept so that no other has its number."""
+        if id(other) not in steps:
+            steps[id(other)] = other, simulation_of(other, encoder, arguments)
+        return steps[id(other)][1]
+
+    def seconds(other: Plan) -> float:
+        simulated = step(other)
+        if simulated is not None:
+            return simulated.seconds
+        return other.time.total if other.time else 0.0
+
+    yield from compare(
+        alternatives_over_context(plan, replan, seconds), impossible_sizes(plan), step
+    )
+
+
+def compare(
+    plans: list[Plan], impossible: dict[int, str], step: Callable[[Plan], Simulation | None]
+) -> Iterator[str]:
+    """A table of plans, the fastest that fits first, and why others are not possible.
+
+    Args:
+        impossible: by tensor-parallel size, why it cannot be.
+        step: a plan's simulated one.
+    """
+    if not any(plan.fits for plan in plans):
         yield "nothing fits: more GPUs, GPUs with more memory, or a smaller model"
-        return
-    yield "recommended, with the largest micro-batch that fits, the fastest first:"
+    else:
+        yield "recommended, with the largest micro-batch that fits, the fastest first:"
     columns = (
         "tensor_parallel_size",
         "sequence_parallel",
@@ -222,16 +392,32 @@ def compare(plans: list[Plan]) -> Iterator[str]:
         "activation_checkpointing",
         "micro_batch_size",
     )
-    table = [(*columns, "memory a rank", "s a step")]
+    table: list[tuple[str, ...]] = [(*columns, "memory a rank", "s a step", "MFU", "exposed")]
     for plan in plans:
         training, parallel = plan.config.training, plan.config.parallel
-        seconds = "n/a" if plan.time is None else f"{plan.time.total:.3g}"
         sequence = str(parallel.sequence_parallel).lower()
         tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
         cut = (str(tp), sequence, str(cp), str(parallel.zero_stage))
         choices = (*cut, training.activation_checkpointing, str(training.micro_batch_size))
-        table.append((*choices, _gib(plan.memory.total), seconds))
+        times = _times(plan, step(plan)) if plan.fits else (f"does not fit: {_largest(plan)}",)
+        table.append((*choices, _gib(plan.memory.total), *times))
     yield format_table(table, names=0)
+    for size, why in impossible.items():
+        yield f"tensor_parallel_size {size} is not possible: {why}"
+
+
+def _times(plan: Plan, simulated: Simulation | None) -> tuple[str, ...]:
+    """Seconds, MFU and the exposed share of a step."""
+    if simulated is None:
+        return ("n/a" if plan.time is None else f"{plan.time.total:.3g}",)
+    exposed = simulated.exposed / simulated.seconds
+    return f"{simulated.seconds:.3g}", f"{simulated.mfu:.1%}", f"{exposed:.1%}"
+
+
+def _largest(plan: Plan) -> str:
+    """The part of a rank's memory that takes most."""
+    size, name = max((size, name) for name, size in dataclasses.asdict(plan.memory).items())
+    return f"{name} take {_gib(size)}"
 
 
 def _gib(size: float) -> str:

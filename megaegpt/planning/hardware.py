@@ -11,7 +11,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from megaegpt.errors import ConfigError
 
@@ -38,6 +38,13 @@ class Accelerator:
     device_type: str = "cuda"
     memory_bandwidth: float | None = None
     """Bytes per second between the GPU and its own memory; None where it is not known."""
+    reached_products: float = 0.6
+    """Share of the peak that matrix products with long sums reach, in training."""
+    products_from: str = "assumption: as an H100's"
+    """Where that is from."""
+    reached_attention: float = 0.35
+    """Share of the peak that fused attention reaches at 128 columns a head, forward and backward,
+    where the half that causality hides is not counted."""
 
     def peak_flops(self, precision: Precision) -> float | None:
         """Dense matrix FLOP/s; None where it is not known."""
@@ -79,22 +86,51 @@ def _planned(
     speed: float,
     node: float,
     network: float,
+    **reached: Any,
 ) -> _Device:
-    accelerator = Accelerator(name, int(memory), node, network, memory_bandwidth=speed)
+    accelerator = Accelerator(name, int(memory), node, network, memory_bandwidth=speed, **reached)
     return _Device(words, tflops, option, accelerator)
 
+
+# Of products: each chosen by a published run (planning/published.py). Of attention: what
+# FlashAttention-2 reaches, 35% on an H100 (arXiv 2407.08608) and 50 to 73% on an A100 (arXiv
+# 2307.08691).
+_OF_H100 = {"reached_products": 0.6, "products_from": "Megatron's 7.1B on 96 H100s"}
+_OF_A100 = {
+    "reached_products": 0.74,
+    "products_from": "torchtitan's Llama 2 13B on 64 A100s",
+    "reached_attention": 0.6,
+}
 
 _DEVICES = (  # the first whose words all occur in a device's name counts
     # NVIDIA DGX B200 data sheet: 1,440 GB over 8 GPUs, NVLink 14.4 TB/s in all, 8 x 400 Gb/s
     _planned("B200", 2250.0, "b200", "NVIDIA B200", 180 * _GB, 8000 * _GB, 900 * _GB, 50 * _GB),
     _Device("GH200", 989.0),
     # NVIDIA H200 data sheet: 141 GB, NVLink 900 GB/s; DGX H200: 8 x 400 Gb/s
-    _planned("H200", 989.0, "h200", "NVIDIA H200", 141 * _GB, 4800 * _GB, 450 * _GB, 50 * _GB),
+    _planned(
+        "H200",
+        989.0,
+        "h200",
+        "NVIDIA H200",
+        141 * _GB,
+        4800 * _GB,
+        450 * _GB,
+        50 * _GB,
+        **_OF_H100,
+    ),
     _Device("H100 PCIe", 756.0),
     _Device("H100 NVL", 835.0),
     # NVIDIA H100 data sheet (SXM): 80 GB, NVLink 900 GB/s; DGX H100: 8 x 400 Gb/s
     _planned(
-        "H100", 989.0, "h100", "NVIDIA H100 80GB HBM3", 80 * _GIB, 3350 * _GB, 450 * _GB, 50 * _GB
+        "H100",
+        989.0,
+        "h100",
+        "NVIDIA H100 80GB HBM3",
+        80 * _GIB,
+        3350 * _GB,
+        450 * _GB,
+        50 * _GB,
+        **_OF_H100,
     ),
     # NVIDIA A100 data sheet (SXM): 80 or 40 GB, NVLink 600 GB/s; DGX A100: 8 x 200 Gb/s
     _planned(
@@ -106,9 +142,18 @@ _DEVICES = (  # the first whose words all occur in a device's name counts
         1555 * _GB,
         300 * _GB,
         25 * _GB,
+        **_OF_A100,
     ),
     _planned(
-        "A100", 312.0, "a100", "NVIDIA A100-SXM4-80GB", 80 * _GIB, 2039 * _GB, 300 * _GB, 25 * _GB
+        "A100",
+        312.0,
+        "a100",
+        "NVIDIA A100-SXM4-80GB",
+        80 * _GIB,
+        2039 * _GB,
+        300 * _GB,
+        25 * _GB,
+        **_OF_A100,
     ),
     # NVIDIA L40S data sheet: 48 GB, PCIe 4.0 x16
     _planned("L40S", 362.0, "l40s", "NVIDIA L40S", 48 * _GIB, 864 * _GB, _PCIE_4, _HUNDRED_GIGABIT),

@@ -68,16 +68,21 @@ class LoneRank:
         config: the run; ``model.encoder.source`` is not read.
         precision: what ``auto`` has become.
         encoder: the frozen GPT under egpt and deepgpt; None: it is left out.
+        grid: its place, whose groups are called; None: the first, whose bytes are counted.
     """
 
     def __init__(
-        self, config: RunConfig, precision: Precision, encoder: ModelConfig | None
+        self,
+        config: RunConfig,
+        precision: Precision,
+        encoder: ModelConfig | None,
+        grid: ProcessGrid | None = None,
     ) -> None:
         parallel = config.parallel
         tp_size, cp_size = parallel.tensor_parallel_size, parallel.context_parallel_size
         self._config = config
         self.group, self.context_group = CountingGroup(tp_size), CountingGroup(cp_size)
-        grid = ProcessGrid(
+        grid = grid or ProcessGrid(
             tp_size=tp_size,
             tp_group=self.group if tp_size > 1 else None,
             cp_size=cp_size,

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.model.parts import matrices_of
+from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import LOGITS_AT_ONCE, ROWS_AT_ONCE, fused_rows
 from megaegpt.planning.allocations import TensorMeter
 from megaegpt.planning.lone_rank import LoneRank
@@ -64,6 +65,7 @@ def trace_micro_step(
     fused_head: bool | None = None,
     sample_tokens: int | None = None,
     fused_blocks: bool | None = None,
+    grid: ProcessGrid | None = None,
 ) -> MicroStep:
     """Forward and backward by the CPU's operators; fused attention keeps what a GPU's does.
 
@@ -77,9 +79,10 @@ def trace_micro_step(
         fused_head: see ``LossOptions.fused``; None: as the device has it.
         sample_tokens: columns of the micro-batch; None: as long as the model's samples are.
         fused_blocks: see ``BlockStack.fused``; None: as the device has it.
+        grid: a rank's place, whose groups are called; None: the first's, whose bytes are counted.
     """
     with _faked(DTYPES[precision]), TensorMeter() as meter:
-        rank = LoneRank(config, precision, encoder)
+        rank = LoneRank(config, precision, encoder, grid)
         model = rank.model
         _compute_as_on(device_type, rank)
         has_kernels = device_type == "cuda" and precision != "fp32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +44,21 @@ class Machines:
     """GPUs of all machines together."""
     per_node: int
 
-    def bandwidth(self, ranks: int) -> float:
-        """Bytes per second that a rank sends to its neighbour among so many consecutive ranks."""
-        inside = ranks <= self.per_node
-        return self.accelerator.node_bandwidth if inside else self.accelerator.network_bandwidth
+    def bandwidth(self, ranks: int, stride: int = 1) -> float:
+        """Bytes per second that a rank sends to its neighbour of a group.
+
+        Each GPU of a machine has its own way to the network, and NCCL makes as many rings as the
+        group has ranks in a machine, which use these ways side by side.
+
+        Args:
+            ranks: of the group.
+            stride: between the numbers of two neighbours.
+        """
+        accelerator = self.accelerator
+        if ranks * stride <= self.per_node:
+            return accelerator.node_bandwidth
+        rings = max(1, self.per_node // stride)
+        return min(accelerator.node_bandwidth, accelerator.network_bandwidth * rings)
 
     def __str__(self) -> str:
         nodes = -(-self.gpus // self.per_node)
@@ -219,7 +230,7 @@ def _step_time(
     cp, together = config.parallel.context_parallel_size, config.parallel.ranks_of_a_sample
     replicas = machines.gpus // tp
     within = 2 * communication.tensor_parallel + communication.sequence_parallel
-    inside, across = machines.bandwidth(tp), machines.bandwidth(machines.gpus)
+    inside, across = machines.bandwidth(tp), machines.bandwidth(replicas, stride=tp)
     return StepTime(
         compute=compute,
         tensor_parallel=(tp - 1) / tp * within / inside,
@@ -235,38 +246,72 @@ def _step_time(
     )
 
 
-def alternatives(plan: Plan, replan: Callable[[RunConfig], Plan]) -> list[Plan]:
+def _seconds(plan: Plan) -> float:
+    return plan.time.total if plan.time else 0.0
+
+
+def alternatives(
+    plan: Plan, replan: Callable[[RunConfig], Plan], seconds: Callable[[Plan], float] = _seconds
+) -> list[Plan]:
     """The largest micro-batch that fits, for tensor-parallel sizes inside a machine (with sequence
     parallelism) and kinds of recomputation, at the ZeRO stage that suits each: the fastest first,
     which is what the plan recommends. The global batch, and so what is learnt, stays. What costs
-    more is left out where a rank's whole batch fits without it.
+    more is left out where a rank's whole batch fits without it. Behind them come those that do not
+    fit even with one sample a micro-batch, the smallest first.
 
     Args:
         replan: :func:`make_plan` with everything given but the configuration.
+        seconds: of a plan's step, by which they are ranked.
     """
     found: list[Plan] = []
-    tp = 1
-    while tp <= plan.machines.per_node:
+    too_large: list[Plan] = []
+    for tp in _tensor_parallel_sizes(plan):
         parallel = dataclasses.replace(plan.config.parallel, sequence_parallel=tp > 1)
         cut = dataclasses.replace(plan, config=dataclasses.replace(plan.config, parallel=parallel))
         for recompute in ("none", "selective", "full"):
-            largest = _best_stage(cut, tp, recompute, replan)
-            if largest is not None:
-                found.append(largest)
-                if largest.config.gradient_accumulation(largest.dp_size) == 1:
-                    break
+            best = _best_stage(cut, tp, recompute, replan, seconds)
+            if best is None:
+                continue
+            if not best.fits:
+                too_large.append(best)
+                continue
+            found.append(best)
+            if best.config.gradient_accumulation(best.dp_size) == 1:
+                break
         if found and found[-1].config.training.activation_checkpointing == "none":
             break
+    return sorted(found, key=seconds) + sorted(too_large, key=lambda plan: plan.memory.total)
+
+
+def _tensor_parallel_sizes(plan: Plan) -> Iterator[int]:
+    tp = 1
+    while tp <= plan.machines.per_node:
+        yield tp
         tp *= 2
-    return sorted(found, key=_seconds)
 
 
-def alternatives_over_context(plan: Plan, replan: Callable[[RunConfig], Plan]) -> list[Plan]:
+def impossible_sizes(plan: Plan) -> dict[int, str]:
+    """Tensor-parallel sizes inside a machine that the run cannot have, and why."""
+    problems = {}
+    for tp in _tensor_parallel_sizes(plan):
+        parallel = dataclasses.replace(
+            plan.config.parallel, tensor_parallel_size=tp, sequence_parallel=tp > 1
+        )
+        training = dataclasses.replace(plan.config.training, micro_batch_size=1)
+        config = dataclasses.replace(plan.config, parallel=parallel, training=training)
+        if found := find_problems(config, plan.machines.gpus):
+            problems[tp] = found[0].message
+    return problems
+
+
+def alternatives_over_context(
+    plan: Plan, replan: Callable[[RunConfig], Plan], seconds: Callable[[Plan], float] = _seconds
+) -> list[Plan]:
     """:func:`alternatives` on as few context-parallel ranks, from the plan's number on, as let any
     of them fit: a sample that is too long for one rank is shared.
     """
     while True:
-        found = alternatives(plan, replan)
+        found = alternatives(plan, replan, seconds)
         parallel = plan.config.parallel
         if any(other.fits for other in found) or plan.machines.gpus < 2 * (
             cp := parallel.context_parallel_size
@@ -283,34 +328,40 @@ def recommend(plan: Plan, replan: Callable[[RunConfig], Plan]) -> Plan | None:
     """
     config = plan.config
     recompute = config.training.activation_checkpointing
-    return _best_stage(plan, config.parallel.tensor_parallel_size, recompute, replan)
+    best = _best_stage(plan, config.parallel.tensor_parallel_size, recompute, replan, _seconds)
+    return best if best is not None and best.fits else None
 
 
 def _best_stage(
-    plan: Plan, tp: int, recompute: str, replan: Callable[[RunConfig], Plan]
+    plan: Plan,
+    tp: int,
+    recompute: str,
+    replan: Callable[[RunConfig], Plan],
+    seconds: Callable[[Plan], float],
 ) -> Plan | None:
     """At ZeRO stage 1, which sums gradients in fp32, sends them once a step and starts half as many
     operators; at stage 2 where that fits more, or is clearly faster by the plan; at stage 3 where
-    nothing else fits.
+    nothing else fits. None if the run cannot be cut so.
     """
     first = _largest_batch(plan, tp, recompute, 1, replan)
-    accumulates = first is None or first.config.gradient_accumulation(first.dp_size) > 1
-    second = _largest_batch(plan, tp, recompute, 2, replan) if accumulates else None
-    if first is None and second is None:
-        return _largest_batch(plan, tp, recompute, 3, replan)
-    if first is None or second is None:
-        return first or second
-    return second if _seconds(second) < (1 - STAGE_1_MAY_COST) * _seconds(first) else first
-
-
-def _seconds(plan: Plan) -> float:
-    return plan.time.total if plan.time else 0.0
+    if first is None:
+        return None
+    if first.fits and first.config.gradient_accumulation(first.dp_size) == 1:
+        return first
+    second = _largest_batch(plan, tp, recompute, 2, replan)
+    if not first.fits and (second is None or not second.fits):
+        return _largest_batch(plan, tp, recompute, 3, replan) or second or first
+    if second is None or not (first.fits and second.fits):
+        return first if second is None or first.fits else second
+    return second if seconds(second) < (1 - STAGE_1_MAY_COST) * seconds(first) else first
 
 
 def _largest_batch(
     plan: Plan, tp: int, recompute: str, stage: int, replan: Callable[[RunConfig], Plan]
 ) -> Plan | None:
-    """By bisection over powers of two; None if a single sample does not fit."""
+    """By bisection over powers of two; a micro-batch of one, which does not fit, where none does.
+    None if the run cannot be cut so.
+    """
     configs = (_changed(plan.config, tp, recompute, stage, 2**power) for power in itertools.count())
     runs = itertools.takewhile(lambda c: not find_problems(c, plan.machines.gpus), configs)
     possible = list(runs)
@@ -322,6 +373,8 @@ def _largest_batch(
             best, possible = candidate, possible[middle + 1 :]
         else:
             possible = possible[:middle]
+            if best is None and not possible:
+                best = candidate
     return best
 
 

@@ -85,13 +85,29 @@ class Rates:
     """Reachable rates of a GPU, per second."""
 
     flops: float
+    """Of products whose sums are long."""
     attention_flops: float
     bytes: float
+    half_depth: int = 0
+    """Terms of a product's sums with which it reaches half of ``flops``: a tile's pipeline fills
+    and drains once, however long its sums are."""
+    head_columns: int | None = None
+    """Columns of a head at which attention reaches ``attention_flops``; at fewer, by proportion, as
+    its exponentials are then more. None: at any."""
 
     @staticmethod
     def of(peak: float, bandwidth: float) -> Rates:
         """From the data sheet's peak and the speed of its memory."""
         return Rates(peak * REACHED_FLOPS, peak * ATTENTION_FLOPS, bandwidth * REACHED_BANDWIDTH)
+
+    def product(self, depth: float) -> float:
+        """Operations per second of a product whose sums have ``depth`` terms."""
+        return self.flops * depth / (depth + self.half_depth)
+
+    def attention(self, columns: int) -> float:
+        """Operations per second of fused attention at ``columns`` a head."""
+        full = self.head_columns or columns
+        return self.attention_flops * min(1.0, columns / full)
 
 
 class OperatorCosts(TorchDispatchMode):
@@ -133,12 +149,14 @@ class OperatorCosts(TorchDispatchMode):
         size = _bytes(name, tensors)
         rates = self._rates
         if "scaled_dot_product" in name:
-            kind, flops, rate = "attention", _attention_flops(name, args), rates.attention_flops
+            kind, flops = "attention", _attention_flops(name, args)
+            rate = rates.attention(args[0].shape[-1])
         else:
             formula = _formula(func)
             flops = formula(*args, **kwargs, out_val=result) if formula else 0
             of_products = "own products" if func.namespace == "megaegpt" else "products"
-            kind, rate = (of_products if flops else self._kind(name, tensors)), rates.flops
+            kind = of_products if flops else self._kind(name, tensors)
+            rate = rates.product(_depth(flops, args, result)) if flops else rates.flops
         cost = self.costs[kind]
         cost.kernels += 1
         cost.flops += flops
@@ -157,6 +175,16 @@ def _formula(func: Any) -> Any:
     if func.namespace == "aten" and packet.__name__ == "addmm_":
         packet = torch.ops.aten.addmm
     return flop_registry.get(packet)
+
+
+def _depth(flops: float, args: tuple[Any, ...], result: Any) -> float:
+    """Terms of the sums of a product; one in place returns nothing, and its result is an argument.
+
+    Args:
+        flops: of the product: two for each term of each sum.
+    """
+    results = [x for x in tree_leaves(result) if isinstance(x, Tensor)] or [args[0]]
+    return flops / (2 * results[0].numel())
 
 
 def _overwritten(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
@@ -232,9 +260,7 @@ class Roofline:
     @property
     def compiled(self) -> float:
         """Share of the bytes of ``rest`` that is left in compiled blocks."""
-        model = self.plan.config.model
-        is_gpt2s = model.norm == "layer_norm" and not model.has_gated_mlp
-        return COMPILED_GPT2 if is_gpt2s and model.positions != "rotary" else COMPILED_LLAMA
+        return compiled_share(self.plan.config.model)
 
     def seconds(self, blocks: Blocks = "fused", *, fused_head: bool = True) -> float:
         """Of a micro-step, forward and backward.
@@ -273,6 +299,12 @@ class Roofline:
         columns = self.plan.config.model.padded_vocab_size
         columns //= self.plan.config.parallel.tensor_parallel_size
         return (self.head if fused else self.head_unfused).bytes / (self.tokens * columns)
+
+
+def compiled_share(model: ModelConfig) -> float:
+    """Share of the bytes of a block's norms and elementwise operators that compiled code moves."""
+    is_gpt2s = model.norm == "layer_norm" and not model.has_gated_mlp
+    return COMPILED_GPT2 if is_gpt2s and model.positions != "rotary" else COMPILED_LLAMA
 
 
 def peak_of(plan: Plan) -> float:
@@ -324,7 +356,7 @@ def make_roofline(plan: Plan, encoder: ModelConfig | None = None) -> Roofline:
         if "own products" in fused
         else None,
         outside,
-        _update_bytes(plan) / rates.bytes,
+        update_bytes(plan) / rates.bytes,
     )
 
 
@@ -357,7 +389,7 @@ def _trace(
     return counter.costs
 
 
-def _update_bytes(plan: Plan) -> float:
+def update_bytes(plan: Plan) -> float:
     """A rank's, in a step: AdamW over its share, and gradients copied and added up on the way."""
     tp = plan.config.parallel.tensor_parallel_size
     parameters = plan.size.parameters / tp

@@ -19,7 +19,7 @@ from megaegpt.model.build import build_inputs, build_model
 from megaegpt.parallel.chunks import ChunkShares
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.hardware import find_accelerator
-from megaegpt.planning.memory import estimate_memory, trace_rank
+from megaegpt.planning.memory import MemoryEstimate, estimate_memory, trace_rank
 from megaegpt.planning.plan import (
     USABLE_MEMORY,
     Machines,
@@ -27,6 +27,7 @@ from megaegpt.planning.plan import (
     alternatives,
     alternatives_over_context,
     count_communication,
+    impossible_sizes,
     make_plan,
     recommend,
 )
@@ -279,9 +280,27 @@ def test_time_follows_from_the_peak_and_the_traffic() -> None:
     assert plan.tokens_per_second == pytest.approx(8 * 1024 / plan.time.total)
     across = _plan(_gpt2(global_batch_size=16), gpus=16).time
     assert across is not None
-    assert across.gradients == pytest.approx(2 * 15 / 16 * weights / 50e9)
+    assert across.gradients == pytest.approx(2 * 15 / 16 * weights / 400e9)  # 8 ways of 50 GB/s
     assert _plan(gpu="cpu").time is None
     assert _plan(gpu="cpu", flops=1e12).time is not None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stride", "speed"),
+    [
+        (8, 1, 450e9),  # in one machine
+        (2, 4, 450e9),
+        (16, 1, 400e9),  # over the network, by the ways of all 8 GPUs of a machine
+        (8, 2, 200e9),  # by those of every other
+        (2, 8, 50e9),
+        (4, 16, 50e9),
+    ],
+)
+def test_a_group_uses_the_links_of_all_its_ranks_in_a_machine(
+    ranks: int, stride: int, speed: float
+) -> None:
+    machines = Machines(find_accelerator("h100", 8), 64, 8)
+    assert machines.bandwidth(ranks, stride) == speed
 
 
 def test_stage_3_takes_weights_off_a_rank_and_gathers_them_for_every_pass() -> None:
@@ -333,8 +352,11 @@ def test_what_does_not_fit_has_alternatives_that_do() -> None:
     replan = functools.partial(make_plan, machines=Machines(small, 2, 2))
     plan = replan(config)
     assert not plan.fits
-    found = alternatives(plan, replan)
+    every = alternatives(plan, replan)
+    found = [other for other in every if other.fits]
     assert found
+    assert every[: len(found)] == found  # what does not fit comes last
+    assert [other.config.training.micro_batch_size for other in every[len(found) :]] in ([], [1])
     for other in found:
         assert other.memory.total <= USABLE_MEMORY * small.memory
         assert other.config.training.global_batch_size == 64
@@ -344,6 +366,43 @@ def test_what_does_not_fit_has_alternatives_that_do() -> None:
     assert times == sorted(times)
     tried = {other.config.training.activation_checkpointing for other in found}
     assert len(tried) > 1
+
+
+def test_alternatives_are_ranked_by_the_time_that_is_given_and_name_what_does_not_fit() -> None:
+    model = ModelConfig(vocab_size=500, max_seq_len=32, hidden_size=64, num_layers=1, num_heads=2)
+    config = RunConfig(model=model, training=_gpt2(global_batch_size=8).training)
+    plan = _plan(config, gpus=4)
+
+    def replan(config: RunConfig) -> Plan:
+        """A sample takes 80 GiB without recomputation, and 20 with it."""
+        training = config.training
+        size = {"none": 80, "selective": 20, "full": 20}[training.activation_checkpointing]
+        memory = MemoryEstimate(activations=training.micro_batch_size * size * 2**30)
+        return dataclasses.replace(plan, config=config, memory=memory)
+
+    def seconds(other: Plan) -> float:
+        """The more is recomputed, the less: nothing else ranks them so."""
+        return -len(other.config.training.activation_checkpointing)
+
+    every = alternatives(plan, replan, seconds)
+    shown = [
+        (
+            other.fits,
+            other.config.parallel.tensor_parallel_size,
+            other.config.training.activation_checkpointing,
+            other.config.training.micro_batch_size,
+        )
+        for other in every
+    ]
+    assert shown == [
+        (True, 1, "selective", 2),
+        (True, 2, "selective", 2),
+        (True, 2, "full", 2),
+        (False, 1, "none", 1),
+        (False, 2, "none", 1),
+    ]
+    assert list(impossible_sizes(plan)) == [4]
+    assert "num_heads" in impossible_sizes(plan)[4]
 
 
 def test_a_sample_too_long_for_one_rank_is_shared_by_as_few_as_it_fits() -> None:
@@ -359,7 +418,7 @@ def test_a_sample_too_long_for_one_rank_is_shared_by_as_few_as_it_fits() -> None
     on_one_rank = dataclasses.replace(
         replan(config), machines=Machines(plan.machines.accelerator, 8, 1)
     )
-    assert not alternatives(on_one_rank, replan)
+    assert not any(other.fits for other in alternatives(on_one_rank, replan))
     found = alternatives_over_context(on_one_rank, replan)
     assert {other.config.parallel.context_parallel_size for other in found} == {4}
     assert all(other.fits for other in found)

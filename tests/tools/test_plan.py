@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megaegpt.config import ModelConfig
-from megaegpt.planning import roofline
+from megaegpt.planning import published, roofline
 from tools import plan
 
 SMALL = ["model.num_layers=1", "model.hidden_size=64", "model.num_heads=2", "model.vocab_size=500"]
@@ -34,11 +34,72 @@ def test_a_plan_names_all_that_a_run_takes(monkeypatch, capsys) -> None:
         "FLOP a step",
         "GiB a rank",
         "gradients",
-        "s a step at 50% of the peak",
-        "tokens/s",
+        "s a step (products",
+        "exposed communication",
+        "% MFU",
+        "tokens/s a GPU",
+        "matrix products",
+        "Megatron's 7.1B",
+        "pipeline parallelism",
     ):
         assert words in shown
     assert "warning" not in shown
+
+
+def test_an_efficiency_takes_the_place_of_the_simulation(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--gpu", "h100", "--gpus", "16", "--efficiency", "0.4") == 0
+    shown = capsys.readouterr().out
+    assert "s a step at 40% of the peak" in shown
+    assert "MFU" not in shown
+
+
+def test_more_gpus_than_samples_get_a_sample_each_and_it_is_said(monkeypatch, capsys) -> None:
+    batch = ["training.micro_batch_size=4"]
+    assert run(monkeypatch, "--gpu", "h100", "--gpus", "128", *batch) == 0
+    shown = capsys.readouterr().out
+    assert "notice: training.global_batch_size=512, not 256" in shown
+    assert "512 samples of 1,024 = 128 ranks x 1 micro-steps x 4" in shown
+    asked = [*batch, "training.global_batch_size=256"]
+    assert run(monkeypatch, "--gpu", "h100", "--gpus", "128", *asked) == 2
+
+
+def test_other_programs_runs_are_shown_beside_what_is_predicted(monkeypatch, capsys) -> None:
+    runs = published.published_runs()[:1]
+    monkeypatch.setattr(published, "published_runs", lambda: runs)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--published"])
+    plan.main()
+    shown = capsys.readouterr().out
+    assert "Megatron 1.7B, H100 80GB HBM3" in shown
+    assert "36,259" in shown
+
+
+@pytest.mark.long
+def test_alternatives_name_what_is_not_possible(monkeypatch, capsys) -> None:
+    few = ["training.global_batch_size=16", "training.micro_batch_size=2"]
+    assert run(monkeypatch, "--gpu", "h100", "--gpus", "4", "--alternatives", *few) == 0
+    shown = capsys.readouterr().out
+    assert "recommended, with the largest micro-batch that fits, the fastest first:" in shown
+    assert "MFU  exposed" in shown
+    assert "tensor_parallel_size 4 is not possible: " in shown
+
+
+def test_ranks_are_checked_for_the_same_collectives(monkeypatch, capsys) -> None:
+    grid = ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]
+    assert run(monkeypatch, "--gpu", "h100", "--gpus", "16", "--check-ranks", "4", *grid) == 0
+    shown = capsys.readouterr().out
+    assert "4 of 16 ranks have their slices of 20 parameters, and make the same" in shown
+
+
+@pytest.mark.parametrize("options", [["--published", "--gpus", "8"], ["--gpus", "8"], []])
+def test_options_that_do_not_go_together_or_are_missing(
+    options: list[str], monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *options])
+    with pytest.raises(SystemExit) as end:
+        plan.main()
+    assert end.value.code == 2
+    words = "takes nothing else" if "--published" in options else "are required: --gpu"
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.long

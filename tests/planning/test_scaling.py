@@ -1,0 +1,35 @@
+"""A run on more and more GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megaegpt.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megaegpt.planning.hardware import find_accelerator
+from megaegpt.planning.plan import Machines, make_plan
+from megaegpt.planning.scaling import describe_scaling, plot_scaling, weak_scaling
+
+
+@pytest.mark.long
+def test_each_rank_does_the_same_on_any_number_of_gpus_and_waits_longer(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    config = RunConfig(
+        model=ModelConfig(
+            vocab_size=500, max_seq_len=32, hidden_size=64, num_layers=1, num_heads=2
+        ),
+        parallel=ParallelConfig(tensor_parallel_size=2),
+        training=TrainingConfig(precision="bf16", global_batch_size=32, micro_batch_size=1),
+    )
+    plan = make_plan(config, Machines(find_accelerator("h100", 8), 16, 8))
+    steps = weak_scaling(plan)
+    assert [step.plan.machines.gpus for step in steps] == [8, 16]
+    assert [step.plan.config.training.global_batch_size for step in steps] == [16, 32]
+    assert {step.compute for step in steps} == {steps[0].compute}
+    assert {step.micro_steps for step in steps} == {4}
+    exposed = [step.exposed for step in steps]
+    assert exposed[1] > exposed[0]
+    assert len(describe_scaling(steps)) == 3
+    plot_scaling(steps, tmp_path / "scaling.png", "a model")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")

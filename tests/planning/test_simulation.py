@@ -1,0 +1,181 @@
+"""Simulated steps: what they add up, hide and extrapolate."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+
+from megaegpt.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megaegpt.errors import ConfigError
+from megaegpt.planning.hardware import find_accelerator
+from megaegpt.planning.memory_trace import trace_micro_step
+from megaegpt.planning.plan import Machines, Plan, make_plan
+from megaegpt.planning.roofline import OperatorCosts, Rates
+from megaegpt.planning.simulation import (
+    NETWORK_HOP,
+    NVLINK_HOP,
+    REACHED_LINKS,
+    Program,
+    TracedBlocks,
+    assumptions,
+    can_simulate,
+    reachable_rates,
+    ring_hops,
+    simulate,
+    sum_hops,
+    trace_blocks,
+)
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 1000,
+    "max_seq_len": 64,
+    "hidden_size": 64,
+    "num_layers": 3,
+    "num_heads": 4,
+}
+
+
+def _config(tp: int = 1, stage: int = 2, overlap: bool = False, **model: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(**_SIZES | model),
+        parallel=ParallelConfig(
+            tensor_parallel_size=tp,
+            zero_stage=stage,
+            overlap_comm=overlap,
+            sequence_parallel=tp > 1,
+        ),
+        training=TrainingConfig(
+            precision="bf16", global_batch_size=128, activation_checkpointing="selective"
+        ),
+    )
+
+
+@functools.cache
+def _plan(tp: int = 1) -> Plan:
+    """On 32 H100s; made once, as it is played through."""
+    return make_plan(_config(tp), Machines(find_accelerator("h100", 8), 32, 8))
+
+
+@functools.cache
+def _traced(tp: int = 1) -> TracedBlocks:
+    return trace_blocks(_config(tp), "bf16", reachable_rates(_plan(tp).machines, "bf16"))
+
+
+def test_blocks_are_alike_so_that_two_of_them_say_what_all_take() -> None:
+    tp = 2
+    config = _config(tp)
+    rates = reachable_rates(_plan(tp).machines, "bf16")
+    traced = _traced(tp)
+    compute = traced.compute(compiled=False)
+    counter = OperatorCosts(config.model.padded_vocab_size // tp, rates)
+    step = trace_micro_step(config, "bf16", None, "cuda", False, observed_by=counter)
+    for kind in ("products", "attention", "head", "rest"):
+        assert getattr(compute, kind) == pytest.approx(counter.costs[kind].seconds)
+    assert (traced.summed, traced.cut) == (step.summed, step.cut)
+
+
+def test_a_step_is_its_computation_its_update_and_what_is_exposed() -> None:
+    plan = _plan()
+    step = simulate(plan)
+    assert plan.time is not None
+    assert step.micro_steps == 4
+    exposed = step.sent["gradients"].seconds + step.sent["weights"].seconds
+    assert step.exposed == pytest.approx(exposed)
+    whole = 4 * step.compute.total + step.update + exposed
+    assert step.seconds == pytest.approx(whole)
+    assert step.tokens_per_gpu == pytest.approx(128 * 64 / whole / 32)
+    assert step.mfu == pytest.approx(step.tokens_per_gpu * plan.size.flops_per_token / 989e12)
+    hops = 28 * NVLINK_HOP + 3 * NETWORK_HOP
+    gathered = plan.time.weights / REACHED_LINKS + hops
+    assert step.sent["weights"].seconds == pytest.approx(gathered)
+
+
+def test_what_is_hidden_is_what_the_program_sends_beside_its_computation() -> None:
+    plan, traced = _plan(tp=2), _traced(tp=2)
+    exposed = simulate(plan, program=Program(False, False, 10), traced=traced).sent
+    hiding = Program(True, True, 10, hides_tensor_parallel=0.75)
+    hidden = simulate(plan, program=hiding, traced=traced).sent
+    for kind, share in (("gradients", 0.1), ("weights", 0.1), ("tensor_parallel", 0.25)):
+        assert exposed[kind].exposed == exposed[kind].seconds > 0
+        assert hidden[kind].seconds == exposed[kind].seconds
+        least = share * hidden[kind].seconds
+        assert least * (1 - 1e-9) <= hidden[kind].exposed < exposed[kind].exposed
+
+
+def test_no_more_is_hidden_than_there_is_computation_beside_it() -> None:
+    plan = _plan()
+    assert plan.time is not None
+    slow = dataclasses.replace(plan, time=dataclasses.replace(plan.time, gradients=1.0))
+    step = simulate(slow, program=Program(True, False, 10), traced=_traced())
+    backward = 4 * step.compute.total * 2 / 3
+    assert step.sent["gradients"].exposed == pytest.approx(
+        step.sent["gradients"].seconds - backward
+    )
+
+
+def test_this_program_hides_gradients_at_stage_2_where_it_is_told_to() -> None:
+    def hides(stage: int, overlap: bool) -> bool:
+        config = _config(stage=stage, overlap=overlap)
+        return Program.of(dataclasses.replace(_plan(), config=config)).hides_gradients
+
+    assert [hides(2, True), hides(2, False), hides(1, True)] == [True, False, False]
+
+
+def test_a_ring_waits_for_each_of_its_links() -> None:
+    machines = Machines(find_accelerator("h100", 8), 64, 8)
+    assert ring_hops(machines, 8) == pytest.approx(7 * NVLINK_HOP)
+    assert ring_hops(machines, 64) == pytest.approx(56 * NVLINK_HOP + 7 * NETWORK_HOP)
+    assert ring_hops(machines, 8, stride=8) == pytest.approx(7 * NETWORK_HOP)
+
+
+def test_a_sum_over_many_machines_goes_by_a_tree() -> None:
+    machines = Machines(find_accelerator("h100", 8), 4096, 8)
+    assert sum_hops(machines, 8) == pytest.approx(2 * 7 * NVLINK_HOP)
+    assert sum_hops(machines, 4096) == pytest.approx(2 * (7 * NVLINK_HOP + 9 * NETWORK_HOP))
+    assert sum_hops(machines, 2, stride=8) == pytest.approx(2 * NETWORK_HOP)
+
+
+def test_short_sums_and_narrow_heads_are_slower() -> None:
+    rates = reachable_rates(Machines(find_accelerator("h100", 8), 8, 8), "bf16")
+    assert rates.product(320) == pytest.approx(rates.flops / 2)
+    assert rates.product(1e9) == pytest.approx(0.6 * 989e12)
+    assert rates.attention(128) == rates.attention(256) == pytest.approx(0.35 * 989e12)
+    assert rates.attention(64) == rates.attention(128) / 2
+
+
+def test_repeated_products_and_compiled_blocks_change_the_computation() -> None:
+    config = _config(norm="rms_norm", mlp="swiglu", positions="rotary")
+    traced = trace_blocks(config, "bf16", Rates(1e12, 1e12, 1e11), own_operators=False)
+    plain, repeated = traced.compute(False), traced.compute(False, repeats_products=1.0)
+    assert plain.products < repeated.products < 4 / 3 * plain.products
+    compiled = traced.compute(True)
+    assert compiled.rest < plain.rest
+    assert compiled.products == plain.products
+
+
+def test_what_has_no_peak_is_not_simulated() -> None:
+    machines = Machines(find_accelerator("cpu", 8), 8, 8)
+    assert not can_simulate(machines, "fp32")
+    with pytest.raises(ConfigError, match="cannot be simulated"):
+        reachable_rates(machines, "fp32")
+
+
+def test_every_constant_of_the_simulation_is_listed() -> None:
+    machines = Machines(find_accelerator("a100", 8), 32, 8)
+    plan = dataclasses.replace(_plan(), machines=machines)
+    rows = assumptions(simulate(plan, traced=_traced()))
+    text = "\n".join(" ".join(row) for row in rows)
+    for words in (
+        "312 TFLOP/s in bf16",
+        "74% of the peak, half of that at sums of 320 terms",
+        "60% of the peak at 128 columns",
+        "85% of 2,039 GB/s",
+        "80% of 300 GB/s, 3.4 us",
+        "80% of 25.0 GB/s a GPU",
+        "100% exposed",
+        "36 bytes",
+    ):
+        assert words in text
