@@ -51,6 +51,7 @@ from megaegpt.training.engine.deterministic import make_deterministic
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
 from megaegpt.training.identity import check_resume, recorded_micro_batch, run_identity
 from megaegpt.training.logging.best import BestLoss
+from megaegpt.training.logging.earlier import set_aside_records
 from megaegpt.training.logging.memory_snapshot import MemorySnapshot
 from megaegpt.training.logging.metrics import SpeedMeter, device_name
 from megaegpt.training.logging.monitor import Monitor, has_evaluation
@@ -146,6 +147,8 @@ def train(
         best = BestLoss.restored(state.get("best", {}))
         engine.spike_guard.restore(state.get("gradient_norms", []))
         judged, done = config.checkpoint.best_of, state.get("step", 0)
+        if grid.is_main and not resume and (kept := set_aside_records(config.logging.directory)):
+            notices.append(f"records of an earlier run lay here: they are in {kept} now")
         monitor = Monitor(config.logging, grid, done, judged, task_files(config.data.tasks))
     _introduce(config, grid, monitor, data, size, precision, state, resume, notices)
     trainer = Trainer(

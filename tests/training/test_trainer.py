@@ -84,8 +84,12 @@ def _plain_run(corpus: Path, folder: Path) -> str:
 def test_a_run_shows_derived_quantities_before_step_0_and_leaves_records(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 9.0}\n')  # an earlier start's
     (shown,) = distributed(1, _plain_run, corpus, tmp_path)
     before, _ = shown.split("step 00002/00006")
+    kept = tmp_path / "earlier_1"
+    assert f"notice: records of an earlier run lay here: they are in {kept} now" in before
+    assert records(kept) == [{"step": 5, "loss": 9.0}]
     for words in (
         "10,944 trainable parameters over a frozen encoder of 8,768",
         "192 tokens = 8 samples of 24 = 1 ranks x 4 micro-steps x 2",
