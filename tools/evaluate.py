@@ -113,7 +113,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     """Add the evaluations, of which one is chosen, and the options of each."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", nargs="+", metavar="PREFIX", help="shards, without .bin and .idx")
-    what.add_argument("--text", nargs="+", metavar="FILE", help="text files, or folders of them")
+    what.add_argument("--text", nargs="+", metavar="FILE", help="texts, JSON Lines, or folders")
     what.add_argument(
         "--lambada", type=path, metavar="FILE", help='last words: {"text": ...} a line'
     )

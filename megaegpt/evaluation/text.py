@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megaegpt.data.readers import plain
-from megaegpt.data.readers.documents import Problems
+from megaegpt.data.readers import json_lines, plain
+from megaegpt.data.readers.documents import Document, Problems
+from megaegpt.data.readers.inputs import ends_in, expand
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.windows import EvaluationWindows, TokenSource
-from megaegpt.errors import ConfigError
+from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.text_loss import Evaluation, Evaluator
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.model.build import build_inputs
@@ -21,11 +22,12 @@ from megaegpt.parallel.grid import ProcessGrid
 
 
 class TextTokens:
-    """Text files, each behind an end-of-text token, or behind a BOS where that is the tokenizer's
+    """Documents, each behind an end-of-text token, or behind a BOS where that is the tokenizer's
     rule: every byte of them is predicted.
 
     Args:
-        paths: UTF-8 text files, compressed or not, or folders of them. Line ends become LF.
+        paths: text files, which are one document each and whose line ends become LF; JSON Lines,
+            whose documents are the texts under ``text``; compressed or not; or folders of them.
         tokenizer: the model's.
 
     Attributes:
@@ -38,8 +40,10 @@ class TextTokens:
     def __init__(self, paths: Sequence[str], tokenizer: Tokenizer) -> None:
         first = np.array([tokenizer.first_token], np.int64)
         problems = Problems("fail", "leaving it out of the list")
-        documents = plain.read(map(Path, paths), problems)
+        documents = _documents(map(Path, paths), problems)
         parts = [part for d in documents for part in (first, tokenizer.encode_numpy(d.text))]
+        if not parts:
+            raise DataError(f"{', '.join(paths)}: no document is in it")
         self._tokens = np.concatenate(parts).astype(np.int64)
         self.left_out = problems.left_out
 
@@ -50,6 +54,13 @@ class TextTokens:
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens from ``start`` on."""
         return self._tokens[start : start + length]
+
+
+def _documents(paths: Iterable[Path], problems: Problems) -> Iterator[Document]:
+    """Of files by their names, as preprocessing takes them; any other name is a text's."""
+    for path in expand(paths, json_lines.SUFFIXES + plain.SUFFIXES, problems.left_out):
+        reader = json_lines if ends_in(path.name, json_lines.SUFFIXES) else plain
+        yield from reader.read([path], problems)
 
 
 def inputs_of(loaded: LoadedModel, dtype: torch.dtype) -> ModelInputs:

@@ -49,6 +49,22 @@ def test_texts_are_documents_and_bad_ones_are_named(tmp_path: Path) -> None:
         TextTokens([str(tmp_path)], TOKENIZER)
 
 
+def test_json_lines_are_their_texts_given_by_name_or_in_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b", "meta": {}}\n')
+    (a,), (b,) = TOKENIZER.encode("a"), TOKENIZER.encode("b")
+    for given in (path, tmp_path):
+        source = TextTokens([str(given)], TOKENIZER)
+        assert source.read(0, len(source)).tolist() == [50256, a, 50256, b]
+        assert source.left_out.lines() == []
+    path.write_text('{"content": "a"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: no text column 'text'"):
+        TextTokens([str(path)], TOKENIZER)
+    path.write_text("\n")
+    with pytest.raises(DataError, match=r"a\.jsonl: no document is in it"):
+        TextTokens([str(path)], TOKENIZER)
+
+
 def test_a_text_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with (tmp_path / "a.txt").open("wb") as file:
         file.truncate(8 << 30)
