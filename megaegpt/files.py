@@ -213,6 +213,25 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder``, and those above it, where they are missing; what was made and is empty when
+    the block ends is removed again.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with naming_failures(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # something is in it
+            for path in missing:
+                path.rmdir()
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its place, synced, when the block ends
     well; otherwise nothing is left behind.

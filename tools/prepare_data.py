@@ -27,6 +27,7 @@ from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.files import (
     LOCK,
     locked_folder,
+    made_folder,
     naming_failures,
     temporary_name,
     whole_file,
@@ -49,9 +50,8 @@ TOLSTOY = {"train": ("war_and_peace", "anna_karenina"), "validation": ("moby_dic
 def main() -> None:
     """Prepare the corpus named on the command line and print the files it is in."""
     arguments = parse_arguments()
-    with naming_failures(arguments.output):
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    with locked_folder(arguments.output):  # downloads are in it too
+    output = arguments.output
+    with made_folder(output), locked_folder(output):  # downloads are in it too
         paths = _prepare(arguments)
     for made in paths:
         print(made)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megaegpt.errors import FolderInUseError
-from megaegpt.files import locked_folder, naming_failures
+from megaegpt.files import locked_folder, made_folder
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
 
@@ -41,7 +41,7 @@ def locked_folders(
         with raising_together(grid):
             if grid.is_main:
                 for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
-                    held.enter_context(_made(folder))
+                    held.enter_context(made_folder(folder))
                     _lock(folder, held, remedy)
         yield
 
@@ -59,16 +59,3 @@ def _lock(folder: Path, held: contextlib.ExitStack, remedy: str) -> None:
                 print(f"notice: {error}: waiting {WAIT_S:.0f} s for its end", flush=True)
                 told = True
         time.sleep(_POLL_S)
-
-
-@contextlib.contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    with naming_failures(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # something is in it
-            for path in missing:
-                path.rmdir()

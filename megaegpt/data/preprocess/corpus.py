@@ -45,7 +45,7 @@ from megaegpt.data.tokens.shard_tokenizer import save_beside_shards
 from megaegpt.data.tokens.shards import ShardSummary, ShardWriter
 from megaegpt.data.tokens.stream import shard_name
 from megaegpt.errors import DataError
-from megaegpt.files import locked_folder, naming_failures
+from megaegpt.files import locked_folder, made_folder
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -165,9 +165,7 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
     }
     if options.encode.text_key != EncodeOptions.text_key:
         check_text_key(options.encode.text_key, [f for files in groups.values() for f in files])
-    with naming_failures(options.output):
-        options.output.mkdir(parents=True, exist_ok=True)
-    with locked_folder(options.output) as lock:
+    with made_folder(options.output), locked_folder(options.output) as lock:
         run = _Run(options, groups, lock, show_progress, left_out)
         try:
             return run.run()

@@ -18,7 +18,7 @@ from megaegpt.files import (
     LFS_POINTER_MESSAGE,
     is_same_file,
     locked_folder,
-    naming_failures,
+    made_folder,
 )
 
 BLOCK_TOKENS = 1 << 22
@@ -41,9 +41,7 @@ def import_files(files: Sequence[Path], output: Path, overwrite: bool = False) -
             place or another shard's, or the folder is in use.
     """
     files_of_splits = _by_split(files, output)
-    with naming_failures(output):
-        output.mkdir(parents=True, exist_ok=True)
-    with locked_folder(output):
+    with made_folder(output), locked_folder(output):
         plan = {"from_nanogpt": [_identify(file) for file in files]}
         progress = Progress(output, plan, list(files_of_splits), overwrite)
         if progress.complete is not None:

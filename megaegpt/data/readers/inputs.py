@@ -46,6 +46,8 @@ EXPANSION_FREE_BYTES = 1 << 26
 
 _PIECE_BYTES = 1 << 20
 
+_OF_SHARDS = "shards of tokens and their manifests"
+
 # All that a piece stands for comes out at once. Four bytes can stand for 128 KiB, so these pieces
 # cannot be more than 128 MiB.
 _ZSTD_BLOCK = 1 << 12
@@ -89,7 +91,9 @@ def expand(
                 "(-), or write it to a file first"
             )
         elif path.exists():
-            if not left_out.written(path):
+            if _is_of_shards(path) and not left_out.written(path):
+                left_out.add(str(path), _OF_SHARDS)
+            elif not left_out.written(path):
                 yield path
         else:
             raise DataError(f"{path}: no such file or folder")
@@ -105,12 +109,22 @@ def _walk(folder: Path, suffixes: tuple[str, ...] | None, left_out: LeftOut) -> 
         path = folder / entry.name
         if left_out.written(path):
             continue
-        if why := _reason_to_leave_out(entry, suffixes):
+        if _is_of_shards(path):
+            left_out.add(str(path), _OF_SHARDS)
+        elif why := _reason_to_leave_out(entry, suffixes):
             left_out.add(str(path), why)
         elif entry.is_dir():
             yield from _walk(path, suffixes, left_out)
         else:
             yield path
+
+
+def _is_of_shards(path: Path) -> bool:
+    """Whether preprocessing has made it: one of a pair .bin and .idx, or the manifest beside it."""
+    if path.name == "manifest.json":
+        return any(path.parent.glob("*.idx"))
+    other = {".bin": ".idx", ".idx": ".bin"}.get(path.suffix)
+    return other is not None and path.with_suffix(other).exists()
 
 
 def _reason_to_leave_out(entry: os.DirEntry[str], suffixes: tuple[str, ...] | None) -> str:

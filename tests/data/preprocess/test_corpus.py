@@ -154,7 +154,7 @@ def test_a_bad_line_stops_the_run_or_is_counted(tmp_path: Path, case: str, suffi
         run(tmp_path / "fail", path)
     assert str(error.value).startswith(f"{path}, line 3001: ")
     assert "\n" not in str(error.value)
-    assert not list((tmp_path / "fail").iterdir())
+    assert not (tmp_path / "fail").exists()
     report = run(tmp_path / "skip", path, on_bad_input="skip")
     assert documents(tmp_path / "skip" / "train") == many_texts() + TEXTS
     assert report.manifest.counts["bad_inputs"] == 1
@@ -546,6 +546,27 @@ def test_shards_below_the_input_are_no_input(tmp_path: Path, place: str, pattern
     run(tmp_path / place, tmp_path / pattern, overwrite=True)
     assert documents(tmp_path / place / "train") == TEXTS
     assert before is None or files_of(tmp_path / place) == before
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.*"])
+def test_shards_of_other_sets_are_no_input_either(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    run(tmp_path / "earlier", tmp_path / "a.jsonl")
+    report = run(tmp_path / "out", tmp_path / pattern)
+    assert documents(tmp_path / "out" / "train") == TEXTS
+    (line,) = report.problems.left_out.lines()
+    assert line.startswith("3 not read, shards of tokens and their manifests: ")
+
+
+def test_a_folder_is_left_only_where_something_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n")
+    for place in ("out", "deep/out"):
+        with pytest.raises(DataError, match="no text column"):
+            run(tmp_path / place, tmp_path / "a.jsonl")
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(DataError, match="no text column"):
+        run(tmp_path / "kept", tmp_path / "a.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "kept"]
 
 
 def test_names_of_files_need_not_be_utf8(tmp_path: Path) -> None:
