@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,15 +101,23 @@ def test_all_ranks_end_with_one_message(
 
 
 @pytest.mark.long
-def test_a_context_parallel_rank_that_is_killed_in_a_step_ends_the_others(
-    corpus: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "parallel"),
+    [
+        ("gpt", {"context_parallel_size": 2}),
+        ("egpt", {"context_parallel_size": 2}),
+        ("gpt", {"tensor_parallel_size": 2, "sequence_parallel": True}),
+    ],
+)
+def test_a_rank_that_is_killed_in_a_step_ends_those_that_share_its_samples(
+    corpus: Path, tmp_path: Path, kind: str, parallel: dict[str, Any]
 ) -> None:
-    """Which wait for its tokens in the middle of a layer."""
+    """Which wait for its part in the middle of a layer."""
     config = run_config(
-        "gpt",
+        kind,
         corpus,
         tmp_path,
-        parallel={"context_parallel_size": 2},
+        parallel=parallel,
         training={"steps": 100_000, "eval_interval": 100_000},
         checkpoint={"interval": 100_000},
     )
