@@ -1,9 +1,12 @@
-"""Progress bars on stderr: often on a terminal, seldom in the file of a job's output."""
+"""What long work says of itself on stderr: progress bars, often on a terminal and seldom in the
+file of a job's output, and lines for work whose end is not known."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, TypeVar, overload
 
 from tqdm import tqdm
@@ -11,6 +14,27 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 _TERMINAL_S, _FILE_S = 0.2, 30.0
+
+SILENT_S = 2.0
+"""Seconds of work without a word from which on :func:`telling_if_slow` says what is done."""
+
+
+@contextlib.contextmanager
+def telling_if_slow(text: str) -> Iterator[None]:
+    """Say ``text`` once, in a line on stderr, where the block takes longer than :data:`SILENT_S`.
+
+    Example:
+        >>> with telling_if_slow("loading runs/egpt ..."):
+        ...     pass
+    """
+    timer = threading.Timer(SILENT_S, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # a line that has begun stands before what follows
 
 
 @overload

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 
-from megaegpt.bars import progress_bar
+from megaegpt import bars
+from megaegpt.bars import progress_bar, telling_if_slow
 
 
 @pytest.mark.parametrize(("terminal", "drawn"), [(True, 2), (False, 0)])
@@ -35,3 +37,14 @@ def test_a_bar_in_a_file_ends_its_line(
     error = capsys.readouterr().err
     assert "pages: 100%" in error
     assert error.endswith("\n")
+
+
+def test_only_slow_work_says_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with telling_if_slow("loading a ..."):
+        pass
+    monkeypatch.setattr(bars, "SILENT_S", 0.0)
+    with telling_if_slow("loading b ..."):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == "loading b ...\n"

@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 from megaegpt.arguments import ArgumentParser, integer, path
+from megaegpt.bars import telling_if_slow
 from megaegpt.errors import ConfigError, exits_cleanly
 
 
@@ -163,7 +164,8 @@ def _import(arguments: argparse.Namespace) -> None:
     if not source.exists() and is_model_name(arguments.source):
         source = find_model(arguments.source)
     foreign = need_foreign(source)
-    with whole_folder(output) as temporary:
+    told = telling_if_slow(f"converting {foreign} ...")
+    with told, whole_folder(output) as temporary:
         import_model(foreign, temporary)
     print("\n".join(describe_contents(output, tensors=False)))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import TYPE_CHECKING
 
 from megaegpt.arguments import path
+from megaegpt.bars import telling_if_slow
 from megaegpt.config import GenerationConfig
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
@@ -45,19 +47,22 @@ def load_model(arguments: argparse.Namespace, grid: ProcessGrid | None = None) -
     Raises:
         MegaEGPTError: what :func:`~megaegpt.generation.trained.load_for_inference` raises.
     """
-    from megaegpt.generation.trained import load_for_inference
-    from megaegpt.parallel.devices import local_device
-    from megaegpt.parallel.grid import ProcessGrid
-    from megaegpt.precision import inference_dtype
+    is_main = grid is None or grid.is_main
+    told = telling_if_slow(f"loading {arguments.checkpoint} ...")
+    with told if is_main else contextlib.nullcontext():
+        from megaegpt.generation.trained import load_for_inference
+        from megaegpt.parallel.devices import local_device
+        from megaegpt.parallel.grid import ProcessGrid
+        from megaegpt.precision import inference_dtype
 
-    grid = grid or ProcessGrid(device=local_device())
-    return load_for_inference(
-        arguments.checkpoint,
-        grid,
-        inference_dtype(arguments.dtype, grid.device),
-        encoder_source=arguments.encoder,
-        vocabulary=arguments.vocabulary,
-    )
+        grid = grid or ProcessGrid(device=local_device())
+        return load_for_inference(
+            arguments.checkpoint,
+            grid,
+            inference_dtype(arguments.dtype, grid.device),
+            encoder_source=arguments.encoder,
+            vocabulary=arguments.vocabulary,
+        )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, defaults: GenerationConfig) -> None:

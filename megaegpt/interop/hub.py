@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaegpt.bars import telling_if_slow
 from megaegpt.errors import CheckpointError
 from megaegpt.files import cache_folder, whole_folder
 from megaegpt.interop.foreign_models import import_model
@@ -138,8 +139,9 @@ def converted(source: Path) -> Path:
     target = cache_folder() / "converted" / f"{source.resolve().name}-{_state_of(source)}"
     if target.is_dir():
         return target
+    told = telling_if_slow(f"converting {source}, once, into {target.parent} ...")
     try:
-        with whole_folder(target) as temporary:
+        with told, whole_folder(target) as temporary:
             import_model(source, temporary)
     except CheckpointError:
         if not target.is_dir():  # else another process was quicker, with the same result
