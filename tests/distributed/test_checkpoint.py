@@ -152,7 +152,7 @@ def _at(kind: str, topology: tuple[int, int, int]) -> RunConfig:
 @pytest.mark.parametrize(
     "kind",
     [
-        kind if kind in ("gpt", "egpt", "latent") else pytest.param(kind, marks=pytest.mark.long)
+        kind if kind in ("gpt", "egpt") else pytest.param(kind, marks=pytest.mark.long)
         for kind in _ROUTES
     ],
 )

@@ -186,8 +186,12 @@ def _assert_same(
 
 @pytest.mark.parametrize(
     ("names", "dtype", "tolerance"),
-    [(list(MODELS), torch.float64, 1e-9), (["gpt", "egpt", "deepgpt"], torch.float32, 1e-5)],
-    ids=["fp64", "fp32"],
+    [
+        pytest.param(list(MODELS), torch.float64, 1e-9, id="fp64"),
+        pytest.param(
+            ["gpt", "egpt", "deepgpt"], torch.float32, 1e-5, id="fp32", marks=pytest.mark.long
+        ),
+    ],
 )
 def test_every_model_is_the_same_at_tp_1_2_and_4(distributed, names, dtype, tolerance):
     configs = {name: MODELS[name] for name in names}
@@ -202,7 +206,7 @@ def _shallow(config: ModelConfig) -> ModelConfig:
 @pytest.mark.parametrize(
     "positions",
     [
-        kind if kind in ("learned", "rotary") else pytest.param(kind, marks=pytest.mark.long)
+        kind if kind == "rotary" else pytest.param(kind, marks=pytest.mark.long)
         for kind in POSITIONS
     ],
 )

@@ -58,7 +58,7 @@ def test_every_zero_stage_takes_the_steps_of_plain_adamw(
             assert largest_difference(curve, plain) <= _ROUNDING, config.parallel
 
 
-@pytest.mark.parametrize("bucket", [1_200, 5_000])
+@pytest.mark.parametrize("bucket", [pytest.param(1_200, marks=pytest.mark.long), 5_000])
 def test_gradients_reduced_during_the_backward_pass_are_those_of_plain_adamw(
     distributed: Distributed, plain: Curve, bucket: int
 ) -> None:

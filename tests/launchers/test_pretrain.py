@@ -252,6 +252,7 @@ def test_features_are_computed_by_all_ranks_then_checked_and_others_refused(
     assert "chunk_size is 8 there and 4 here" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_evaluate_gives_the_loss_that_training_recorded(corpus: Path, tmp_path: Path) -> None:
     vocabulary = {"vocab_size": 50257, "dropout": 0.0}
     training = {"steps": 3, "eval_interval": 3}

@@ -125,6 +125,7 @@ def test_data_parallel_traffic_is_what_training_sends(distributed: Distributed) 
     assert distributed(2, measure, configs) == [predicted] * 2
 
 
+@pytest.mark.long
 def test_tensor_parallel_traffic_is_what_training_sends(distributed: Distributed) -> None:
     configs = [
         _run(2),

@@ -178,6 +178,7 @@ def _differences(config: RunConfig, ranks: list[int], odd: int | None = None) ->
         process.join()
 
 
+@pytest.mark.long
 def test_engines_of_a_grid_call_the_same_in_a_step() -> None:
     differences, groups, calls = _differences(_config(), SOME)
     assert differences == []

@@ -105,6 +105,7 @@ def test_what_is_hidden_is_what_the_program_sends_beside_its_computation() -> No
         assert least * (1 - 1e-9) <= hidden[kind].exposed < exposed[kind].exposed
 
 
+@pytest.mark.long
 def test_no_more_is_hidden_than_there_is_computation_beside_it() -> None:
     plan = _plan()
     assert plan.time is not None

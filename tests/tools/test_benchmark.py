@@ -83,6 +83,7 @@ def test_an_exponent_is_that_of_the_upper_half():
     assert growth.exponent([1, 64], [3.0, 3.0]) == pytest.approx(0)
 
 
+@pytest.mark.long
 def test_growth_of_what_must_not_grow(run, tmp_path, capsys):
     """A corpus of any length is drawn from at one cost, and any number of ranks is planned at one;
     these are counted, so a rank's share of the optimizer falls exactly as it should."""

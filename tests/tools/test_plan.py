@@ -83,6 +83,7 @@ def test_alternatives_name_what_is_not_possible(monkeypatch, capsys) -> None:
     assert "tensor_parallel_size 4 is not possible: " in shown
 
 
+@pytest.mark.long
 def test_ranks_are_checked_for_the_same_collectives(monkeypatch, capsys) -> None:
     grid = ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]
     assert run(monkeypatch, "--gpu", "h100", "--gpus", "16", "--check-ranks", "4", *grid) == 0

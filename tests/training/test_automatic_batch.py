@@ -89,7 +89,12 @@ def test_a_number_is_left_as_it_is(corpus: Path, tmp_path: Path) -> None:
     ("taken", "chosen", "words"),
     [
         ({4: 512}, 4, "and 0.50 GiB in a dry step, which may have 0.90 GiB (90% of what its GPU"),
-        ({4: None, 2: 1024, 1: 512}, 1, "; 2 takes 1.00 GiB in a dry step"),
+        pytest.param(
+            {4: None, 2: 1024, 1: 512},
+            1,
+            "; 2 takes 1.00 GiB in a dry step",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_dry_step_that_does_not_fit_is_made_again_with_fewer_samples(

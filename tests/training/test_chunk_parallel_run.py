@@ -101,6 +101,7 @@ def assert_same(distributed: Distributed, corpus: Path, folder: Path, ranks: int
         assert validation_losses(folder / run.name) == pytest.approx(validated, rel=1e-4), run.name
 
 
+@pytest.mark.long
 def test_a_run_that_shares_windows_is_the_one_that_does_not(
     corpus: Path, folder: Path, distributed: Distributed
 ) -> None:

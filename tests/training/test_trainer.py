@@ -235,6 +235,9 @@ def test_a_checkpoint_precedes_evaluation_which_is_made_up_for_on_resume(
 
 
 def _stop_by_signal(corpus: Path, folder: Path, number: int) -> tuple[bool, str, bool]:
+    inherited = signal.getsignal(number)
+    if number == signal.SIGINT:  # ignored in what a shell has started in the background
+        signal.signal(number, signal.default_int_handler)
     before = signal.getsignal(number)
     original = Engine.train_step
 
@@ -248,7 +251,9 @@ def _stop_by_signal(corpus: Path, folder: Path, number: int) -> tuple[bool, str,
         complete, shown = _run("gpt", corpus, folder)
     finally:
         Engine.train_step = original  # type: ignore[method-assign]
-    return complete, shown, signal.getsignal(number) is before
+    restored = signal.getsignal(number) is before
+    signal.signal(number, inherited)
+    return complete, shown, restored
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])

@@ -74,10 +74,12 @@ PRIVATE_IN_TORCH = {
     "torch.cuda.memory._dump_snapshot",
     "torch.cuda.memory._record_memory_history",
     "torch._subclasses.fake_tensor.FakeTensorMode",
+    "torch.distributed._tools.fake_collectives",
     "torch.ops.aten._scaled_dot_product_cudnn_attention",
     "torch.ops.aten._scaled_dot_product_efficient_attention",
     "torch.ops.aten._scaled_dot_product_flash_attention",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+    "torch.testing._internal.distributed.fake_pg.FakeStore",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils._pytree.tree_leaves",
 }
