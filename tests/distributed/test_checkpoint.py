@@ -233,6 +233,8 @@ def test_every_pair_of_topologies_and_zero_stages_goes_on(
     distributed: Distributed, tmp_path: Path, kind: str
 ) -> None:
     grids = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]
+    if kind == "two_key_value_heads_for_four_ranks":  # which differs in how four ranks have them
+        grids = [(1, 2), (2, 2), (4, 1)]
     topologies = [(tp, dp, stage) for tp, dp in grids for stage in (0, 1, 2)]
     topologies += [(1, 4, 3), (2, 2, 3)]
     _assert_all_pairs_go_on(distributed, tmp_path, kind, topologies, topologies)

@@ -170,6 +170,7 @@ def test_ten_steps_of_every_form_are_those_of_one_rank(distributed: Distributed)
 
 def compiled_difference(name: str) -> float:
     """Of gradients through blocks that are one graph each, from those through plain ones."""
+    torch.compiler.reset()  # which forgets what other tests have compiled on this worker
     grid, found = grid_for(1, 2), []
     encoder = FrozenEncoder(build_model(GPT, grid, seed=4).double())  # type: ignore[arg-type]
     inputs = build_inputs(MODELS[name], encoder, torch.float64, shares=ChunkShares(grid))

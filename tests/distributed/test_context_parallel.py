@@ -302,6 +302,7 @@ def test_a_rank_of_two_keeps_and_needs_little_more_than_half(
 
 def compiled_difference(name: str) -> float:
     """Of blocks that are one graph each, from the same ones not compiled, at several widths."""
+    torch.compiler.reset()  # which forgets what other tests have compiled on this worker
     config, grid = replace(MODELS[name], num_layers=1), grid_for(1, 2)
     kept, compiled = (model_of(config, grid, False, "none") for _ in range(2))
     for block in compiled.stack.blocks:

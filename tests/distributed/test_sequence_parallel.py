@@ -266,6 +266,7 @@ def test_a_deep_models_peak_is_nearly_half(distributed: Distributed) -> None:
 
 def compiled_difference(name: str) -> float:
     """Of blocks that are one graph each, from the same ones not compiled, at several widths."""
+    torch.compiler.reset()  # which forgets what other tests have compiled on this worker
     config = replace(MODELS[name], num_layers=1)
     kept, compiled = (model_of(config, grid_for(2), True) for _ in range(2))
     for block in compiled.stack.blocks:

@@ -105,7 +105,7 @@ def test_all_ranks_end_with_one_message(
     ("kind", "parallel"),
     [
         ("gpt", {"context_parallel_size": 2}),
-        ("egpt", {"context_parallel_size": 2}),
+        ("egpt", {"context_parallel_size": 3}),
         ("gpt", {"tensor_parallel_size": 2, "sequence_parallel": True}),
     ],
 )
@@ -121,7 +121,8 @@ def test_a_rank_that_is_killed_in_a_step_ends_those_that_share_its_samples(
         training={"steps": 100_000, "eval_interval": 100_000},
         checkpoint={"interval": 100_000},
     )
-    ranks = Ranks(2, tmp_path, train, config)
+    size = config.parallel.ranks_of_a_sample
+    ranks = Ranks(size, tmp_path, train, config)
     deadline = time.monotonic() + STARTING_S
     while "| loss" not in ranks.shown(0):
         assert ranks.processes[0].is_alive(), ranks.shown(0)
@@ -131,7 +132,7 @@ def test_a_rank_that_is_killed_in_a_step_ends_those_that_share_its_samples(
     codes = ranks.wait(60)
     assert None not in codes
     assert 0 not in codes
-    assert "rank 1 of 2 ended without a message" in ranks.shown(0)
+    assert f"rank 1 of {size} ended without a message" in ranks.shown(0)
 
 
 def test_an_error_that_all_ranks_meet_is_rank_0s_to_show(tmp_path: Path) -> None:

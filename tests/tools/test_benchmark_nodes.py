@@ -195,7 +195,7 @@ def test_a_part_that_fails_dies_or_hangs_does_not_stop_the_rest(tmp_path: Path) 
     program.write_text(BROKEN)
     shown = _launch([str(program)], 1)
     found, raised, died, hung = shown.split("FOUND\n")[1].splitlines()[:4]
-    assert found == "{'works': [0, 1]}"
+    assert found == "{'works': [0, 1]}", shown
     assert raised == "raises: ValueError: no such thing"
     assert died.startswith("dies: rank 1 on ")
     assert died.endswith("its process ended without a message")
