@@ -71,7 +71,7 @@ settings() { # of a run whose configuration is for the full length and its folde
     [ "$name" = quickstart_minute ] || return 0
     printf '%s\n' "data.train=[$data/train]" "data.validation=[$data/validation]" \
         "checkpoint.directory=$runs/$1/checkpoints" "logging.directory=$runs/$1" \
-        training.steps=4 training.eval_interval=4 optimizer.warmup_steps=2
+        training.steps=3 training.eval_interval=3 optimizer.warmup_steps=1
     [ "$1" = encoder ] || echo "model.encoder.source=$runs/encoder"
 }
 
