@@ -1,5 +1,6 @@
 """Measure MegaEGPT against other programs' models, in one run on one machine.
 
+    python tools/benchmark.py overview --peer nanogpt=../nanoGPT --peer hf
     python tools/benchmark.py train --peer nanogpt=../nanoGPT --peer hf
     python tools/benchmark.py egpt --peer egpt=../egpt
     python tools/benchmark.py generate --peer hf
@@ -25,6 +26,7 @@ from megaegpt.errors import MegaEGPTError, exits_cleanly
 from megaegpt.files import write_whole
 
 SUBCOMMANDS = {
+    "overview": "decoding, training and EGPT beside other programs, in one table",
     "train": "a training step of a GPT through the engine",
     "egpt": "a training window of EGPT: online and stored features, and the original",
     "generate": "decoding with a cache, GPT and EGPT",

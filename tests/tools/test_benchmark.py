@@ -17,7 +17,7 @@ import torch
 from megaegpt.errors import ConfigError, LaunchError
 from tests.generation.test_trained import save_gpt
 from tools import benchmark
-from tools.benchmarks import attention, device_checks, gpu, growth
+from tools.benchmarks import attention, device_checks, gpu, growth, overview
 from tools.benchmarks.common import parse_peers
 from tools.benchmarks.processes import Candidate, Workload, compare
 
@@ -28,7 +28,7 @@ def run(tmp_path, monkeypatch):
 
     def run(*words: str) -> dict[str, Any]:
         path = tmp_path / "record.json"
-        threads = [] if words[0] in ("data", "gpu") else ["--threads", "1"]
+        threads = [] if words[0] in ("data", "gpu", "overview") else ["--threads", "1"]
         repetitions = [] if words[0] == "machine" else ["--repetitions", "1"]
         options = [*words, *repetitions, *threads, "--json", str(path)]
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
@@ -369,3 +369,32 @@ def test_serve(tmp_path, monkeypatch, capsys):
     assert found["left"] > 0
     assert found["tokens_per_second"] > 0
     assert "first token" in capsys.readouterr().out
+
+
+def test_an_overview_has_the_fastest_other_program_beside_each_of_ours(run, capsys, monkeypatch):
+    tiny = ("--hidden", "16", "--layers", "1", "--heads", "2")
+    parts = {
+        "decode": ("decoding", ("generate", *tiny, "--tokens", "2", "--threads", "1")),
+        "egpt": (
+            "training",
+            ("egpt", *tiny, "--encoder-layers", "1", "--chunks", "2", "--chunk-size", "4"),
+        ),
+    }
+    monkeypatch.setattr(overview, "PARTS", parts)
+    record = run("overview", "--peer", "hf")
+    ours, peer, _ = record["parts"]["decode"]["results"]
+    table = capsys.readouterr().out.split("the fastest other")[1].splitlines()
+    (line,) = [line for line in table if line.startswith("decoding")]
+    ratio = ours["units_per_second"] / peer["units_per_second"]
+    assert peer["name"] == "hf"
+    assert line.split()[-2:] == ["hf", f"{ratio:.2f}"]
+    (line,) = [line for line in table if line.startswith("training")]  # an EGPT is only ours
+    assert line.split()[1:3] == ["online", "features"]
+
+
+def test_an_overview_leaves_a_program_out_where_it_has_no_such_model():
+    peers = ["nanogpt=x", "hf", "egpt=y"]
+    assert overview.peers_for(("generate",), peers) == ["--peer", "nanogpt=x", "--peer", "hf"]
+    llama = overview.PARTS["train-llama"][1]
+    assert overview.peers_for(llama, peers) == ["--peer", "hf"]
+    assert overview.peers_for(("egpt",), peers) == ["--peer", "egpt=y"]

@@ -159,5 +159,7 @@ def _plot(curves: dict[str, Any], path: Path) -> None:
                 shown = label if kind == "measured" else None
                 axes.plot(x, values, style, color=f"C{number}", label=shown)
         axes.set(xscale="log", yscale="log", xlabel=curve["axis"], ylabel="of the last point")
+        low, high = axes.get_ylim()  # what does not grow looks like it
+        axes.set_ylim(min(low, 0.3), max(high, 3.0))
         axes.legend(fontsize=7, title="exponents; dotted: as expected", title_fontsize=7)
     figure.savefig(path, dpi=110)
