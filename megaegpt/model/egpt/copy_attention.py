@@ -208,7 +208,7 @@ def _products(queries: Tensor, keys: Tensor) -> Tensor:
 
 def _equal(queries: Tensor, keys: Tensor) -> Tensor:
     """Ids (B, R) and (B, G, K) -> (B, G, R, K)"""
-    return queries[:, None, :, None] == keys.unsqueeze(2)
+    return queries[:, None, :, None].int() == keys.int().unsqueeze(2)  # twice as many at a time
 
 
 def _seen_in_window(queries: Tensor, block: _Block, scoring: Scoring) -> _Seen:
@@ -218,10 +218,12 @@ def _seen_in_window(queries: Tensor, block: _Block, scoring: Scoring) -> _Seen:
         for earlier, own in zip(_triples(block.earlier.text), _triples(block.own.text), strict=True)
     )
     count, device = block.earlier.num_keys, queries.device
-    places, keys = count + block.offsets, torch.arange(tokens.shape[2], device=device)
-    visible = (successors >= 0).unsqueeze(2) & (keys < places.unsqueeze(1))
+    visible = (successors >= 0).unsqueeze(2).repeat(1, 1, len(block.offsets), 1)
+    own = torch.arange(block.own.num_keys, device=device)
+    visible[..., count:] &= own < block.offsets.unsqueeze(1)
     wanted_before = block.own.text[:, block.offsets]
     if block.from_chunk is not None:  # what is before the first that is seen is not known
+        keys, places = torch.arange(tokens.shape[2], device=device), count + block.offsets
         begin = block.from_chunk * scoring.chunk_size  # (B, 1)
         visible = visible & (keys >= begin)[:, None, None]
         before = before.masked_fill((keys == begin).unsqueeze(1), _UNKNOWN)
@@ -328,14 +330,15 @@ def _weigh(found: _Scores) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Weights, in place of the scores, their log_sum (B, H, R), and what is known of how sure they
     are: all of :class:`Pointers` but the probability.
     """
-    scores = found.scores
-    log_sum = scores.logsumexp(-1)
-    largest, nearest = scores.max(-1)  # (B, H, R)
+    largest, nearest = found.scores.max(-1)  # (B, H, R)
     nothing = largest == -torch.inf
-    weights = _weights(scores, log_sum)
-    known = found.successors.expand(-1, nearest.shape[1], -1)  # (B, H, K)
+    weights = _weights(found.scores, largest)
+    total = weights.sum(-1)
+    log_sum = largest + total.log()
+    weights /= total.masked_fill(nothing, 1.0).unsqueeze(-1)
+    known = found.successors.expand(-1, nearest.shape[1], -1).int()  # (B, H, K)
     agrees = known.unsqueeze(2) == known.gather(2, nearest).unsqueeze(-1)
-    agreement = (weights * agrees).sum(-1).log().masked_fill(nothing, 0.0)
+    agreement = torch.where(agrees, weights, 0.0).sum(-1).log().masked_fill(nothing, 0.0)
     peak = (largest - log_sum).masked_fill(nothing, 0.0)
     longest = _any(found.same) + _any(found.same_before)
     return weights, log_sum, (largest, peak, agreement, longest.expand_as(largest))
@@ -369,7 +372,8 @@ class _CopyAttention(torch.autograd.Function):
             found = scan.scores(queries[:, :, block.rows], block)
             weights, log_sum[part], sureness = _weigh(found)
             largest[part], peak[part], agreement[part], longest[part] = sureness
-            probability[part] = weights.mul_(_hits(found, scan.targets, block)).sum(-1)
+            hits = _hits(found, scan.targets, block)
+            probability[part] = torch.where(hits, weights, 0.0).sum(-1)
         ctx.save_for_backward(
             queries, earlier_keys, own_keys, distance_bias, match_bonus, probability, log_sum
         )
@@ -390,9 +394,9 @@ class _CopyAttention(torch.autograd.Function):
             rows = queries[:, :, block.rows]
             found = scan.scores(rows, block)
             weights = _weights(found.scores, log_sum[part])
-            factor = _hits(found, scan.targets, block).to(weights.dtype)
-            factor = factor.sub(probability[part].unsqueeze(-1))
-            factor *= by_probability[part].unsqueeze(-1)
+            scale, known = (x[part].unsqueeze(-1) for x in (by_probability, probability))
+            hits = _hits(found, scan.targets, block)
+            factor = torch.where(hits, scale * (1 - known), -scale * known)
             found = found._replace(scores=weights.mul_(factor))  # now their gradients
             by_queries[:, :, block.rows] = _add_gradients(found, rows, block, scan, by_parameters)
         grads = tuple(
@@ -422,8 +426,10 @@ def _add_gradients(
     by_chunk = by_key[:, :count].unflatten(1, (-1, scan.scoring.chunk_size)).sum(2)
     by_bias.index_add_(1, _distances(block, scan.scoring), by_chunk)
     by_bias[:, 0] += by_key[:, count:].sum(1)
-    twice = (by_scores * found.same_before).sum((0, 2, 3))
-    by_bonus[:, 0] += (by_scores * found.same).sum((0, 2, 3)) - twice
+    once, twice = (
+        torch.where(same, by_scores, 0.0).sum((0, 2, 3)) for same in (found.same, found.same_before)
+    )
+    by_bonus[:, 0] += once - twice
     by_bonus[:, 1] += twice
     return by_queries
 
