@@ -55,6 +55,10 @@ class Evaluation:
         )
 
 
+class AbandonedEvaluationError(Exception):
+    """It was asked to end before there is a result; the message is why."""
+
+
 def nothing_to_predict(name: str) -> DataError:
     """Instead of a loss of 0 over 0 tokens, which would be the best of all."""
     error = DataError(f"{name} has no token to predict (its first never is): give longer text")
@@ -101,11 +105,19 @@ class Evaluator:
         self._trim = trim
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, why_end: Callable[[], str | None] = lambda: None
+    ) -> Evaluation:
         """Collective over all ranks. The model is left in the mode it was in.
+
+        Args:
+            model: in any mode.
+            why_end: called by every rank before each of its batches, and equally often; a reason,
+                the same on all ranks, ends the evaluation.
 
         Raises:
             DataError: the text has no token to predict.
+            AbandonedEvaluationError: ``why_end`` gave a reason.
 
         Sums are kept by window and chunk and added in one order at the end, so that the result
         does not depend on which rank had which window.
@@ -117,6 +129,7 @@ class Evaluator:
         model.eval()
         mover = DeviceMover(device)
         for first in self._first_windows():
+            self._go_on(model, was_training, why_end)
             rows = slice(first, min(first + self._batch_size, len(self._windows)))
             batch = self._batch(np.arange(rows.start, rows.stop))
             on_device = mover.finish(mover.start(batch))  # no copy from pageable memory: it waits
@@ -129,8 +142,10 @@ class Evaluator:
                 last = len(self._byte_lengths) - 1  # the end of text, without bytes as all beyond
                 bytes_of = self._byte_lengths[targets.clamp(0, last)]
                 counts[1, rows] = self._by_chunk(bytes_of.where(valid, 0))
-        if any(is_partitioned(parameter) for parameter in model.parameters()):
-            self._pass_with_the_others(model, mover)
+        if self._others_have_one_more():
+            self._go_on(model, was_training, why_end)
+            if any(is_partitioned(parameter) for parameter in model.parameters()):
+                self._pass_with_the_others(model, mover)
         model.train(was_training)
         return self._summarize(nats, counts.to(device))
 
@@ -142,15 +157,24 @@ class Evaluator:
             return firsts
         return progress_bar(firsts, self._progress, unit="batch", disable=not grid.is_main)
 
+    def _go_on(
+        self, model: nn.Module, was_training: bool, why_end: Callable[[], str | None]
+    ) -> None:
+        if (reason := why_end()) is not None:
+            model.train(was_training)
+            raise AbandonedEvaluationError(reason)
+
+    def _others_have_one_more(self) -> bool:
+        """Whether ranks have a batch more than this one."""
+        batches = -(-len(self._windows) // self._batch_size)
+        return 0 < batches % self._grid.replica_size <= self._grid.replica_rank
+
     def _pass_with_the_others(self, model: nn.Module, mover: DeviceMover) -> None:
         """Take part in the last pass of ranks that have a batch more: ZeRO stage 3 gathers
         parameters in every pass, on all ranks together.
         """
-        size, grid = self._batch_size, self._grid
-        batches = -(-len(self._windows) // size)
-        if 0 < batches % grid.replica_size <= grid.replica_rank:
-            batch = self._batch(np.arange(min(size, len(self._windows))))
-            self._inputs.loss(model, mover.finish(mover.start(batch)), "none")
+        batch = self._batch(np.arange(min(self._batch_size, len(self._windows))))
+        self._inputs.loss(model, mover.finish(mover.start(batch)), "none")
 
     def _batch(self, numbers: np.ndarray) -> Batch:
         windows = self._windows.batch(numbers)

@@ -73,10 +73,28 @@ class StopRequests:
         """Whether some rank had failed when all were asked last, and why the run should stop (None:
         go on). Waits for the slowest rank to be asked.
         """
-        some_failed, number, some_late = self._answers()
+        some_failed, *why = self._answers()
+        return bool(some_failed), self._reason(*why)
+
+    def watch(self, grid: ProcessGrid) -> Callable[[], str | None]:
+        """For long work between steps: why it should stop, as it was when asked the time before,
+        so that no rank waits for another's latest piece of work.
+
+        What is returned is collective, and called equally often by all ranks.
+        """
+        asked: list[Callable[[], list[int]]] = []
+
+        def why() -> str | None:
+            before = asked.pop()()[1:] if asked else (0, 0)
+            asked.append(start_all_reduce_max(self._own_answer(failed=False), grid))
+            return self._reason(*before)
+
+        return why
+
+    def _reason(self, number: int, some_late: int) -> str | None:
         if number:
-            return bool(some_failed), signal.Signals(number).name
-        return bool(some_failed), f"--exit-minutes {self._limit:g}" if some_late else None
+            return signal.Signals(number).name
+        return f"--exit-minutes {self._limit:g}" if some_late else None
 
     def _own_answer(self, failed: bool) -> list[int]:
         minutes = (time.monotonic() - self._started) / 60

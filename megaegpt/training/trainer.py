@@ -19,7 +19,7 @@ from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.errors import CheckpointError, MegaEGPTError, TrainingError
 from megaegpt.evaluation.task_in_training import TaskInTraining
-from megaegpt.evaluation.text_loss import Evaluator
+from megaegpt.evaluation.text_loss import AbandonedEvaluationError, Evaluation, Evaluator
 from megaegpt.model.base import LanguageModel
 from megaegpt.parallel.together import (
     all_gather_object,
@@ -100,8 +100,8 @@ class Trainer:
 
     def _take_steps(self) -> bool:
         run, logging, total = self.config, self.config.logging, self.config.training.steps
-        if self._due(run.training.eval_interval):
-            self._make_up_for_evaluation()
+        if self._due(run.training.eval_interval) and not self._make_up_for_evaluation():
+            return False
         while self.done < total and not self.best.lost_patience(run.training.patience):
             self._watch.start()
             batch, reason = self._next_batch()
@@ -120,8 +120,8 @@ class Trainer:
                 self.report()
             if self._due(run.checkpoint.interval) or self._due(run.checkpoint.keep_every or 0):
                 self.save()
-            if self._due(run.training.eval_interval):
-                self.evaluate()
+            if self._due(run.training.eval_interval) and not self.evaluate():
+                return False
         if self.done < total:
             self._end_early()
         return True
@@ -241,20 +241,40 @@ class Trainer:
             self.monitor.log(f"saved {folder} in {seconds:.1f} s; training waited {waited:.1f} s")
             self._saving = None
 
-    def evaluate(self) -> None:
-        """Losses on the validation sets, the tasks, and a generated sample."""
+    def evaluate(self) -> bool:
+        """Losses on the validation sets, the tasks, and a generated sample; False if all was left
+        for a request to stop, and the run is saved.
+        """
         judged: dict[str, float] = {}
-        with self._not_training():
-            for name, evaluator in self.evaluators.items():
-                result = self._same_everywhere(evaluator.evaluate(self.model))
-                of_set = "" if name == "validation" else f"{name}: "
-                self.monitor.log(f"step {self.done}: {of_set}{result}")
-                self.monitor.validation(self.done, result, name)
-                judged[name] = result.loss
-            judged |= self._try_out()
-            self.monitor.flush()
+        try:
+            with self._not_training():
+                for name, result in self._validation().items():
+                    of_set = "" if name == "validation" else f"{name}: "
+                    self.monitor.log(f"step {self.done}: {of_set}{result}")
+                    self.monitor.validation(self.done, result, name)
+                    judged[name] = result.loss
+                judged |= self._try_out()
+                self.monitor.flush()
+        except AbandonedEvaluationError as end:
+            self._leave_evaluation(str(end))
+            return False
         if (value := judged.get(self.config.checkpoint.best_of)) is not None:
             self._judge(value)
+        return True
+
+    def _validation(self) -> dict[str, Evaluation]:
+        """Of each set, all of which are on record or none."""
+        why_end, results = self.stops.watch(self._grid), {}
+        for name, evaluator in self.evaluators.items():
+            results[name] = self._same_everywhere(evaluator.evaluate(self.model, why_end))
+        return results
+
+    def _leave_evaluation(self, reason: str) -> None:
+        self.stops.answer()  # about a step that is not taken
+        self.monitor.log(
+            f"step {self.done}: the evaluation was left for {reason}; --resume makes up for it"
+        )
+        self._stop(reason)
 
     def _try_out(self) -> dict[str, float]:
         """Log what the model does with tasks, its own metrics, and a generated sample.
@@ -300,13 +320,15 @@ class Trainer:
             self.monitor.log(f"step {self.done}: {shown}")
             self.monitor.training(self.done, metrics)
 
-    def _make_up_for_evaluation(self) -> None:
-        """The evaluation due at the step resumed from may have been made before the stop."""
+    def _make_up_for_evaluation(self) -> bool:
+        """The evaluation due at the step resumed from may have been made before the stop; False as
+        of :meth:`evaluate`.
+        """
         loss = broadcast_object(lambda: self.monitor.judged_value(self.done), self._grid)
         if loss is None:
-            self.evaluate()
-        else:
-            self._judge(loss)
+            return self.evaluate()
+        self._judge(loss)
+        return True
 
     def _end_early(self) -> None:
         self.stops.answer()  # about a step that is not taken

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from megaegpt.config import EncoderConfig
 from megaegpt.data.tokens.shards import ShardWriter
+from megaegpt.data.tokens.windows import EvaluationWindows
 from megaegpt.errors import CheckpointError, ConfigError, DataError, MegaEGPTError, TrainingError
 from megaegpt.evaluation.text_loss import Evaluator
 from megaegpt.model.build import build_model
@@ -212,7 +213,7 @@ def test_stored_and_online_features_give_the_same_losses(
 def _fail_in_evaluation(corpus: Path, folder: Path) -> None:
     original = Evaluator.evaluate
 
-    def failing(self: Evaluator, model: Any) -> Any:
+    def failing(self: Evaluator, model: Any, *_: Any) -> Any:
         raise RuntimeError("out of memory in evaluation")
 
     Evaluator.evaluate = failing  # type: ignore[method-assign]
@@ -266,6 +267,36 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     assert f"stopped by {name} after step 3 of 6; go on with --resume" in results[0][1]
     assert results[1][1] == ""  # one rank speaks
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000003"
+
+
+def _stop_in_evaluation(corpus: Path, folder: Path, ranks: int) -> tuple[bool, str]:
+    original = EvaluationWindows.batch
+
+    def with_signal(self: EvaluationWindows, numbers: np.ndarray) -> Any:
+        if numbers[0] == 2 * ranks - 1:  # the last rank's second
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, numbers)
+
+    single = {"micro_batch_size": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EvaluationWindows, "batch", with_signal)
+        complete, shown = _run("gpt", corpus, folder, training=single)
+    assert not (folder / "checkpoints" / "step_00000006").exists()
+    _run("gpt", corpus, folder, resume=True, training=single)
+    return complete, shown
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_in_an_evaluation_leaves_it_for_the_next_start(
+    corpus: Path, tmp_path: Path, ranks: int, distributed: Distributed
+) -> None:
+    results = distributed(ranks, _stop_in_evaluation, corpus, tmp_path, ranks)
+    assert not any(complete for complete, _ in results)
+    shown = results[0][1]
+    assert "step 3: the evaluation was left for SIGTERM; --resume makes up for it" in shown
+    assert "stopped by SIGTERM after step 3 of 6; go on with --resume" in shown
+    assert sorted(validation_losses(tmp_path)) == [3, 6]
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
 
 
 class _Counted(StopRequests):
@@ -506,7 +537,7 @@ def _evaluate_apart(corpus: Path, folder: Path) -> tuple[bool, str]:
     rank, losses = grid_for(1).rank, iter((4.0, 4.0))
     shift = iter((math.inf, -math.inf) if rank else (4.0, 4.0))
 
-    def evaluate(self: Any, model: Any) -> Evaluation:
+    def evaluate(self: Any, model: Any, *_: Any) -> Evaluation:
         return Evaluation(math.nextafter(next(losses), next(shift)), 1.0, 1)
 
     with pytest.MonkeyPatch.context() as patch:
