@@ -19,13 +19,22 @@ def test_variants_differ_in_the_model_only_and_share_steps_and_order(path, tmp_p
     plan = load_plan(path)
     runs = {v: make_run(decoder_values(plan, v), tmp_path) for v in plan.variants}
     base = runs[plan.baseline]
+    frozen = base.training.freeze
     for run in runs.values():
-        assert (run.training, run.optimizer, run.data) == (base.training, base.optimizer, base.data)
+        assert replace(run.training, freeze=frozen) == base.training
+        assert run.data == base.data
         assert run.model.sample_len == base.model.sample_len
     assert base.checkpoint.interval == base.training.eval_interval
     if path.name == "smollm2.yaml":  # what a memory is worth, whose zero is the encoder itself
-        assert all(run.model.egpt.token_memory for run in runs.values())
+        memories = {name for name, run in runs.items() if run.model.egpt.token_memory}
+        assert set(runs) - memories == {"deepgpt", "original"}
+        for name, run in runs.items():
+            assert (run.optimizer == base.optimizer) == (name in memories)
+            assert set(run.training.freeze) | {"sink"} == set(frozen) or name not in memories
         return
+    assert all(
+        (run.training, run.optimizer) == (base.training, base.optimizer) for run in runs.values()
+    )
     assert base.model.kind == "deepgpt"
     assert runs["egpt_improved"].model.egpt.local_attention
     if "ablations" in path.name:
