@@ -394,7 +394,8 @@ def test_an_overview_has_the_fastest_other_program_beside_each_of_ours(run, caps
 
 def test_an_overview_leaves_a_program_out_where_it_has_no_such_model():
     peers = ["nanogpt=x", "hf", "egpt=y"]
-    assert overview.peers_for(("generate",), peers) == ["--peer", "nanogpt=x", "--peer", "hf"]
+    assert overview.peers_for(("generate",), peers) == ["--peer", "hf"]
+    assert overview.peers_for(("train",), peers) == ["--peer", "nanogpt=x", "--peer", "hf"]
     llama = overview.PARTS["train-llama"][1]
     assert overview.peers_for(llama, peers) == ["--peer", "hf"]
     assert overview.peers_for(("egpt",), peers) == ["--peer", "egpt=y"]

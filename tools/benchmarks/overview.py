@@ -33,7 +33,7 @@ PARTS = {
 }
 """By name: what stands in the table, and the subcommand that measures it."""
 _PEERS = {
-    "generate": ("nanogpt", "hf", "litgpt"),
+    "generate": ("hf", "litgpt"),  # nanoGPT has no cache
     "train": ("nanogpt", "hf", "litgpt"),
     "egpt": ("egpt",),
 }
