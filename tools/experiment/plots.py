@@ -56,14 +56,17 @@ def _frontier(name: str, corpus: dict[str, Any], folder: Path) -> str:
     figure = Figure(figsize=(12, 5), layout="constrained")
     by_flops, by_bytes = figure.subplots(1, 2, sharey=True)
     alone, trained = readings_of(corpus), corpus["steps"]
+    top = _top(alone, trained)
     for axes, cost in ((by_flops, "forward_flops"), (by_bytes, "cache_bytes")):
         for results, marker in ((alone, "s"), (trained, "o")):
             shown = {n: r for n, r in results.items() if r.get("cost")}
             x = [r["cost"][cost] for r in shown.values()]
-            y = [r["losses"]["true"]["mean"] for r in shown.values()]
+            losses = {n: r["losses"]["true"]["mean"] for n, r in shown.items()}
+            y = [min(loss, top) for loss in losses.values()]
             axes.plot(x, y, marker, label="trained" if results is trained else "encoder alone")
-            for label, *at in zip(shown, x, y, strict=True):
-                axes.annotate(label, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            for (label, loss), *at in zip(losses.items(), x, y, strict=True):
+                text = label if loss <= top else f"{label}: {loss:.2f}"
+                axes.annotate(text, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
             carried = [r["losses"].get(CARRIED) for r in shown.values()]
             points = [(a, c["mean"]) for a, c in zip(x, carried, strict=True) if c]
             axes.plot(*zip(*points, strict=True) if points else ([], []), "k^", fillstyle="none")
@@ -75,6 +78,15 @@ def _frontier(name: str, corpus: dict[str, Any], folder: Path) -> str:
     path = f"{name}_frontier.png"
     figure.savefig(folder / path, dpi=110)
     return path
+
+
+def _top(alone: dict[str, Any], trained: dict[str, Any]) -> float:
+    """Above it a loss would squeeze the others; it is drawn here, with its number: of models far
+    behind the encoder alone.
+    """
+    losses = [r["losses"]["true"]["mean"] for r in (*alone.values(), *trained.values())]
+    highest = max(r["losses"]["true"]["mean"] for r in alone.values())
+    return highest + 0.5 * (highest - min(losses))
 
 
 def _totals(axes: Any, corpus: dict[str, Any]) -> None:
