@@ -25,8 +25,7 @@ def _forget_launcher() -> None:
 
 
 _forget_launcher()  # these processes are none of its ranks
-if not torch.cuda.is_available():  # programs would refuse a GPU that this torch cannot use
-    os.environ.setdefault("MEGAEGPT_DEVICE", "cpu")
+os.environ.setdefault("MEGAEGPT_DEVICE", "cpu")  # on any machine, but for the tests marked gpu
 
 os.environ.setdefault("MEGAEGPT_KERNELS", "onednn")  # nothing depends on how fast products are
 
@@ -40,6 +39,17 @@ def _no_group_is_left_behind() -> Iterator[None]:
     _forget_launcher()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def _tests_for_a_gpu_may_use_it(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others compute on the CPU where there is a GPU as well: they compare bits, and start more
+    ranks than it has GPUs."""
+    if request.node.get_closest_marker("gpu") is not None:
+        for name in ("MEGAEGPT_DEVICE", "DS_ACCELERATOR"):
+            monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

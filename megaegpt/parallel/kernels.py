@@ -151,7 +151,7 @@ def stored_table(
         except (OSError, DataError):
             return KernelTable(machine, measured())
         table = KernelTable(machine, measured())
-        if len(table.products) == len(_DTYPES) * len(_SHAPES) * len(ROWS):
+        if len(table.products) == len(_measured_dtypes()) * len(_SHAPES) * len(ROWS):
             with contextlib.suppress(OSError, DataError):
                 write_whole(path, (json.dumps(asdict(table), indent=1) + "\n").encode())
         return table
@@ -189,7 +189,7 @@ def measure(
     speeds: list[ProductSpeed] = []
     begun = clock()
     with torch.inference_mode():
-        for name, dtype in _DTYPES.items():
+        for name, dtype in _measured_dtypes().items():
             for size, shape in _SHAPES.items():
                 weights = _weights(shape, dtype, cold_bytes)
                 packed = [packed_order(weight) for weight in weights]
@@ -203,6 +203,11 @@ def measure(
                     best = [gigabytes / max(min(times), 1e-9) for times in (onednn, blas)]
                     speeds.append(ProductSpeed(name, size, rows, best[0], best[1], faster))
     return tuple(speeds)
+
+
+def _measured_dtypes() -> dict[Dtype, torch.dtype]:
+    """Those of which there is a product to choose."""
+    return {name: dtype for name, dtype in _DTYPES.items() if onednn_is_available(dtype)}
 
 
 def _weights(shape: tuple[int, int], dtype: torch.dtype, size: int) -> list[Tensor]:

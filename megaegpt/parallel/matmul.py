@@ -63,9 +63,11 @@ def linear(
 
 def packed_order(weight: Tensor) -> Tensor | None:
     """A copy of ``weight`` in the order in which oneDNN reads it with few rows, for inference; None
-    where it gains nothing (in fp32 oneDNN is as fast without).
+    where it gains nothing (in fp32 oneDNN is as fast without) or oneDNN has no product for it.
     """
-    if not _AVAILABLE or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return None
+    if not onednn_is_available(weight.dtype):
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
 
@@ -91,9 +93,12 @@ def _is_foronednn_linear(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def onednn_is_available() -> bool:
-    """Whether this build of torch has oneDNN's products."""
-    return _AVAILABLE
+def onednn_is_available(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this build of torch has oneDNN's products, and for bf16 the processor what they need
+    (AVX-512; without it torch raises).
+    """
+    bf16_is_missing = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return _AVAILABLE and not bf16_is_missing
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

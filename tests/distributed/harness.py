@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from megaegpt.parallel.grid import ProcessGrid
 
-CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-"""Where ranks come from; CUDA does not survive a fork."""
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Where ranks come from. They compute on the CPU: a GPU's driver does not survive a fork."""
 CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
 
 

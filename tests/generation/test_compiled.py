@@ -18,6 +18,7 @@ from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.trained import choose_products
 from megaegpt.model.build import gpt_of
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.matmul import onednn_is_available
 from tests.generation.test_generator import VARIANTS
 from tests.tiny.models import GPT, SAMPLING, build_with_encoder, prompt
 
@@ -66,6 +67,9 @@ def test_logits_are_those_of_the_whole_text(name: str) -> None:
     torch.testing.assert_close(torch.stack(logits, 1), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.skipif(
+    not onednn_is_available(torch.bfloat16), reason="oneDNN needs AVX-512 for products in bf16"
+)
 def test_weights_packed_for_uncompiled_steps_are_no_hindrance() -> None:
     model, _ = build_with_encoder(GPT)
     choose_products(model.bfloat16())

@@ -21,6 +21,7 @@ from megaegpt.parallel.kernels import (
     measure,
     stored_table,
 )
+from megaegpt.parallel.matmul import onednn_is_available, packed_order
 
 MACHINE = Machine("a processor", "9.9.9", threads=3)
 _BY_BLAS = {("fp32", "block", 1), ("fp32", "block", 8), ("bf16", "head", 4)}
@@ -49,7 +50,8 @@ def measurer() -> Measurer:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where tables are kept; nothing in the environment chooses."""
+    """Where tables are kept; nothing in the environment chooses, and the processor has all."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setenv("MEGAEGPT_CACHE", str(tmp_path))
     monkeypatch.delenv("MEGAEGPT_KERNELS")
     return tmp_path / "kernels"
@@ -200,4 +202,16 @@ def test_a_product_is_faster_if_it_is_in_every_round() -> None:
 def test_a_table_has_every_type_size_and_number_of_rows() -> None:
     speeds = measure(_clock([0] * 4, [0] * 4), cold_bytes=1)
     keys = [(speed.dtype, speed.size, speed.rows) for speed in speeds]
-    assert keys == [(speed.dtype, speed.size, speed.rows) for speed in SPEEDS]
+    dtypes = {"fp32"} | ({"bf16"} if onednn_is_available(torch.bfloat16) else set())
+    assert keys == [(s.dtype, s.size, s.rows) for s in SPEEDS if s.dtype in dtypes]
+
+
+def test_bf16_is_not_measured_where_the_processor_has_no_product_of_onednn_for_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor without AVX-512, where torch raises: its table is whole, and kept."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    table = stored_table(MACHINE, lambda: measure(_clock([0] * 4, [0] * 4), cold_bytes=1))
+    assert {speed.dtype for speed in table.products} == {"fp32"}
+    assert len(list(folder.glob("*.json"))) == 1
+    assert packed_order(torch.ones(64, 64).bfloat16()) is None

@@ -85,6 +85,7 @@ PRIVATE_IN_TORCH = {
 }
 PRIVATE_OF_SOME_BUILDS = {
     "torch._assert_async",
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported",
     "torch.ops.mkldnn._is_mkldnn_fp16_supported",
     "torch.ops.mkldnn._linear_pointwise",
     "torch.ops.mkldnn._reorder_linear_weight",
