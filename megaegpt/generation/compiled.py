@@ -30,6 +30,8 @@ from megaegpt.parallel.sequence import SequenceShards
 
 _CAPACITIES = 128
 """Caches are made for a multiple of so many tokens: texts of like lengths share a compiled step."""
+_RUNS_BEFORE_RECORDING = 3
+"""In them code is generated and libraries take the memory that they keep."""
 
 
 def uncompilable(gpt: GPT) -> str | None:
@@ -89,7 +91,7 @@ def _attention_over_places(q: Tensor, keys: Tensor, values: Tensor, filled: Tens
     return y.to(q.dtype).flatten(1, 2).unsqueeze(2)  # (B, H, 1, D)
 
 
-def _compiled(step: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
+def _compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The step as code of its own, which does not look for changes in its model before it runs.
 
     Looking takes half a millisecond, and of a model nothing changes between steps but values.
@@ -97,10 +99,37 @@ def _compiled(step: Callable[..., Tensor], options: dict[str, Any]) -> Callable[
     """
     apart: dict[str, Any] = {}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        apart = {"isolate_recompiles": True}
         unchanging = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        options = options | {"guard_filter_fn": unchanging}
-    return torch.compile(step, dynamic=False, options=options, **apart)
+        apart = {"isolate_recompiles": True, "options": {"guard_filter_fn": unchanging}}
+    return torch.compile(step, dynamic=False, **apart)
+
+
+def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What ``run`` launches, as a CUDA graph: each call launches it again, on the same memory.
+
+    torch can compile into graphs by itself, but looks at every tensor before it launches one, which
+    takes longer than a small model's step.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_RUNS_BEFORE_RECORDING):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may go on
+        result = run()
+
+    def launch() -> Tensor:
+        graph.replay()
+        return result
+
+    return launch
+
+
+def places_in_memory(gpt: GPT) -> list[int]:
+    """Of the parameters."""
+    return [parameter.data_ptr() for parameter in gpt.parameters()]
 
 
 class CompiledStep:
@@ -115,12 +144,11 @@ class CompiledStep:
         for store in self._stores:
             for tensor in store:
                 tensor.zero_()  # what is masked is multiplied by 0, and must be finite
-                # Or a graph would copy the whole cache in and out.
-                torch._dynamo.mark_static_address(tensor)
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
-        options = {"triton.cudagraphs": True} if device.type == "cuda" else {}
-        self._run = _compiled(self._compute, options)
+        self._code = _compiled(self._compute)
+        self._launch: Callable[[], Tensor] | None = None
+        self._places: list[int] = []
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B, 1) ids behind those in the cache -> (B, V) logits of the next, or without the head
@@ -128,10 +156,23 @@ class CompiledStep:
         """
         self._tokens.copy_(tokens)  # always the same strides: others would be compiled anew
         self._column.fill_(self.cache.length)
-        torch.compiler.cudagraph_mark_step_begin()  # the result before is not needed any more
-        result = self._run(self._tokens, self._column)
+        result = self._run() if self._launch is None else self._launch()
         self.cache.length += 1
         return result
+
+    def begin(self) -> None:
+        """Empty the cache for a new text, and record the step on CUDA, unless it is recorded."""
+        self.cache.reset()
+        if self._tokens.device.type != "cuda":
+            return
+        places = places_in_memory(self._gpt)
+        if self._launch is None or places != self._places:  # or it would read what was there before
+            self._launch = None  # its memory is free for the next
+            with torch.inference_mode():
+                self._launch, self._places = record(self._run), places
+
+    def _run(self) -> Tensor:
+        return self._code(self._tokens, self._column)
 
     def _compute(self, tokens: Tensor, column: Tensor) -> Tensor:
         gpt = self._gpt
@@ -166,5 +207,5 @@ class CompiledSteps:
             free = [CompiledStep(self._gpt, batch_size, rounded, self._with_head)]
             steps += free
         free[0].borrower = weakref.ref(borrower)
-        free[0].cache.reset()
+        free[0].begin()
         return free[0]

@@ -28,6 +28,7 @@ AMD_DRIVER = Path("/dev/kfd")
 
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _OLDER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+_GROWING = "expandable_segments:True"
 _CHOICE = "MEGAEGPT_DEVICE"
 _ON_PURPOSE = f"or set {_CHOICE}=cpu to compute on the CPU on purpose"
 _NO_DEVICES = ("", "NoDevFiles")  # the second is Slurm's
@@ -76,10 +77,13 @@ def _let_segments_grow() -> None:
 
     Widths of instructions and of texts differ from batch to batch, and ZeRO takes and frees buffers
     of all gradients in each step. In segments of a fixed size that leaves holes which nothing fits.
-    The allocator reads the variable when it is first used. ROCm's lacks the option, and warns.
+    The allocator has read the variable when torch was imported: it is for processes that this one
+    starts. ROCm's lacks the option, and warns.
     """
-    if torch.version.cuda is not None and not os.environ.get(_OLDER_ALLOCATOR):
-        os.environ.setdefault(_ALLOCATOR, "expandable_segments:True")
+    if torch.version.cuda is None or os.environ.get(_OLDER_ALLOCATOR) or _ALLOCATOR in os.environ:
+        return
+    os.environ[_ALLOCATOR] = _GROWING
+    torch._C._accelerator_setAllocatorSettings(_GROWING)
 
 
 def local_device() -> torch.device:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import megaegpt.model.encoder
 from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
+from megaegpt.generation import compiled as compiled_steps
 from megaegpt.generation.compiled import CompiledSteps
 from megaegpt.model.build import Model, build_inputs, empty_model, gpt_of, new_decoder
 from megaegpt.model.encoder import FrozenEncoder
@@ -284,7 +285,7 @@ def join_two_backends(rank: int, port: int) -> None:
 
 
 def _prepare() -> None:
-    """Replace what needs values or a compiler: nothing here is compiled."""
+    """Replace what needs values or a compiler: nothing here is compiled, or recorded as a graph."""
     enable()
     torch.set_num_threads(1)
     megaegpt.model.encoder.weights_fingerprint = lambda model: ""  # it reads the weights
@@ -292,6 +293,8 @@ def _prepare() -> None:
     torch.cuda.get_device_properties = lambda device: properties  # type: ignore[assignment]
     as_it_is = functools.wraps(torch.compile)(lambda function, **_: function)
     torch.compile = as_it_is  # type: ignore[assignment]
+    compiled_steps.record = lambda run: run
+    compiled_steps.places_in_memory = lambda gpt: []
 
 
 def run_rank(rank: int, port: int, results: Connection) -> None:

@@ -205,7 +205,10 @@ def test_the_allocator_enlarges_its_segments_unless_it_is_configured(
     machine.has_gpus(1)
     machine.has_torch_for(cuda or "13.0", usable=1)
     monkeypatch.setattr(torch.version, "cuda", cuda)
+    told: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert local_device().type == "cuda"
-    assert os.environ.get("PYTORCH_ALLOC_CONF") == allocator
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == allocator  # for processes to come
+    assert told == ([allocator] if cuda and not given else [])  # this one has read it at its import

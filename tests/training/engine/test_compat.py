@@ -66,13 +66,13 @@ IMPORTED = [
 ]
 PRIVATE_IN_TORCH = {
     "torch._dynamo.config.recompile_limit",
-    "torch._dynamo.mark_static_address",
     "torch._foreach_add_",
     "torch._foreach_mul_",
     "torch._foreach_norm",
     "torch._foreach_zero_",
     "torch.cuda.memory._dump_snapshot",
     "torch.cuda.memory._record_memory_history",
+    "torch._C._accelerator_setAllocatorSettings",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.distributed._tools.fake_collectives",
     "torch.ops.aten._scaled_dot_product_cudnn_attention",
