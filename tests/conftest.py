@@ -52,9 +52,13 @@ def _tests_for_a_gpu_may_use_it(
             monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def distributed() -> Iterator[Distributed]:
-    """Run a function on 1, 2 or 4 gloo ranks: ``distributed(2, function, *args)``."""
+    """Run a function on 1, 2 or 4 gloo ranks: ``distributed(2, function, *args)``.
+
+    A module's, since every gloo group keeps threads that look for messages all the time: those of a
+    whole session's tests took two fifths of the processors.
+    """
     groups = Distributed()
     yield groups
     groups.close()

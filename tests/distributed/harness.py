@@ -1,7 +1,7 @@
-"""Persistent groups of gloo processes: started once a session, fed functions by queue.
+"""Persistent groups of gloo processes: started once a module of tests, fed functions by queue.
 
 Starting a process costs seconds (importing torch and DeepSpeed), so one group of each size serves
-all tests, and ranks are forked from one process that has imported everything.
+a module's tests, and ranks are forked from one process that has imported everything.
 """
 
 from __future__ import annotations
