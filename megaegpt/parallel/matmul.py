@@ -21,7 +21,8 @@ from torch import Tensor
 
 from megaegpt.parallel.partitions import is_partitioned
 
-_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether this build of torch has oneDNN's products."""
 
 SMALLEST = 1 << 18
 """Numbers of a weight from which on oneDNN's 12 microseconds a call are worth it."""
@@ -65,9 +66,8 @@ def packed_order(weight: Tensor) -> Tensor | None:
     """A copy of ``weight`` in the order in which oneDNN reads it with few rows, for inference; None
     where it gains nothing (in fp32 oneDNN is as fast without) or oneDNN has no product for it.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return None
-    if not onednn_is_available(weight.dtype):
+    is_bf16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if not is_bf16 or not onednn_is_available(torch.bfloat16):
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
 
@@ -85,7 +85,7 @@ def _by_dot_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _is_foronednn_linear(x: Tensor, weight: Tensor) -> bool:
     return (
-        _AVAILABLE
+        HAS_ONEDNN
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
@@ -97,8 +97,9 @@ def onednn_is_available(dtype: torch.dtype = torch.float32) -> bool:
     """Whether this build of torch has oneDNN's products, and for bf16 the processor what they need
     (AVX-512; without it torch raises).
     """
-    bf16_is_missing = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return _AVAILABLE and not bf16_is_missing
+    if not HAS_ONEDNN:
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaegpt.parallel import matmul
 from megaegpt.parallel.matmul import linear, onednn_is_available, packed_order
 
 ROWS = [(1,), (5,), (2, 3), (300,)]
@@ -109,6 +110,20 @@ def test_compiled_code_gets_the_same_product(
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     exact = F.linear(x, weight, bias)
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance * 20)
+
+
+def test_a_build_without_onednn_is_not_asked_for_its_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor for what they need of the processor: the question is not there either."""
+    monkeypatch.setattr(matmul, "HAS_ONEDNN", False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    weight = _draw(768, 512, seed=2)
+    assert packed_order(weight.bfloat16()) is None
+    x = _draw(3, 512, seed=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = x.to(dtype), weight.to(dtype)
+        assert torch.equal(linear(a, b), F.linear(a, b))
 
 
 def test_in_fp32_nothing_is_packed() -> None:
