@@ -9,18 +9,20 @@ processes, or a machine of its own:
 
 The result does not depend on the number of processes. An interrupted computation goes on where it
 stopped when it is started again; features of another encoder, other shards or another chunk size
-are refused. With data.token_features=stored every token's state is stored too.
+are refused. With data.token_features=stored every token's state is stored too, and with
+data.predictions=stored what a frozen decoder predicts of them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import ConfigError, exits_cleanly
 from megaegpt.training.command_line import RunParser
 
 if TYPE_CHECKING:
+    from megaegpt.model.egpt.egpt import EGPT
     from megaegpt.parallel.grid import ProcessGrid
 
 
@@ -50,6 +52,8 @@ def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> Non
     from megaegpt.parallel.together import raising_together
     from megaegpt.precision import resolve_precision
     from megaegpt.training.feature_stores import load_encoder, prepare_store
+    from megaegpt.training.frozen_predictions import FrozenDecoder
+    from megaegpt.training.starting_model import starting_model
 
     with raising_together(grid):
         precision = resolve_precision(config.training.precision, grid.device)
@@ -66,6 +70,11 @@ def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> Non
         if encoder is None:
             raise ConfigError("model.kind=gpt has no chunk features: give an egpt configuration")
     assert encoder is not None
+    decoder = None
+    if config.data.predictions == "stored":
+        text = streams.get("train")
+        model = starting_model(config, grid, text, encoder, compiles=False, notices=[], new=True)
+        decoder = FrozenDecoder(cast("EGPT", model), grid, precision)
     chunk_size = config.model.egpt.chunk_size
     for name, stream in streams.items():
         if len(stream) < chunk_size:  # training encodes it in the loop
@@ -74,13 +83,16 @@ def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> Non
                     f"{name}: nothing to store, {len(stream):,} of a chunk's {chunk_size:,} tokens"
                 )
             continue
-        store = prepare_store(config, grid, encoder, stream, name, precision)
-        with raising_together(grid):
-            if verify and grid.is_main:
-                store.verify()
-        if grid.is_main:
-            state = "verified" if verify else "complete"
-            print(f"{store.folder}: {store.spec.num_chunks:,} chunks, {state}", flush=True)
+        stores = [prepare_store(config, grid, encoder, stream, name, precision)]
+        if decoder is not None:
+            stores.append(decoder.prepare(config, stores[0], stream, name))
+        for store in stores:
+            with raising_together(grid):
+                if verify and grid.is_main:
+                    store.verify()
+            if grid.is_main:
+                state = "verified" if verify else "complete"
+                print(f"{store.folder}: {store.spec.num_chunks:,} chunks, {state}", flush=True)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,9 @@ class DataConfig:
     """Earlier chunks' features: read from the store, or encoded again in the loop."""
     token_features: Literal["online", "stored"] = "online"
     """The current chunks' encoder states: encoded in the loop, or read (large: a vector each)."""
+    predictions: Literal["online", "stored"] = "online"
+    """What an egpt's blocks and head predict: computed in the loop, or, where training.freeze
+    leaves the token memory alone to learn, once for all runs, and read (large: a vector each)."""
     feature_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Storage type of features; auto: the training precision."""
     prefetch: PositiveInt = 2

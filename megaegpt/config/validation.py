@@ -72,6 +72,7 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
     problems += [p for p in _blend(config) if broken.isdisjoint(p.keys)]
     problems += parameter_group_problems(config.optimizer.groups)
     problems += _freezing(config)
+    problems += _stored_predictions(config)
     problems += _adapters(config)
     problems += [p for p in _profile(config) if broken.isdisjoint(p.keys)]
     problems += _validation_split(config)
@@ -226,6 +227,40 @@ def _freezing(config: RunConfig) -> Iterator[Problem]:
     for part in config.training.freeze:
         if wrong := part_problem(part, config.model.num_layers):
             yield Problem(("training.freeze", "model.num_layers"), f"training.freeze: {wrong}")
+
+
+def _stored_predictions(config: RunConfig) -> Iterator[Problem]:
+    """What blocks and head predict is the same in every step and window only where nothing about
+    them changes; whether ``training.freeze`` names all of them is seen when the model is built.
+    """
+    model, key = config.model, "data.predictions"
+    if config.data.predictions == "online":
+        return
+    if model.kind != "egpt" or not model.egpt.token_memory:
+        yield Problem(
+            (key, "model.kind", "model.egpt.token_memory"),
+            f"{key}=stored is for an egpt with model.egpt.token_memory, which alone learns",
+        )
+        return
+    for other, needed in (
+        ("data.token_features", config.data.token_features == "stored"),
+        ("model.egpt.memory_gate", model.egpt.memory_gate),
+        ("training.freeze", bool(config.training.freeze)),
+    ):
+        if not needed:
+            yield Problem((key, other), f"{key}=stored needs {other}{_NEEDED[other]}")
+    if model.dropout:
+        yield Problem(
+            (key, "model.dropout"),
+            f"{key}=stored is without dropout: model.dropout={model.dropout}",
+        )
+
+
+_NEEDED = {
+    "data.token_features": "=stored: the token memory reads the encoder's states",
+    "model.egpt.memory_gate": "=true, closed: the blocks must not see earlier chunks",
+    "training.freeze": ": all parts but the token memory",
+}
 
 
 def _adapters(config: RunConfig) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ Shapes: N chunks of a window, S chunk size, C hidden.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -34,6 +35,7 @@ class CarriedMemory(EGPTInputs):
         dtype: what the model computes in.
         limits: what is held before a window; the oldest chunks leave.
         token_states: store of the text's encoder states; None: it is encoded.
+        predictions: store of what the model predicts of it without a memory; None: it does.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class CarriedMemory(EGPTInputs):
         dtype: torch.dtype,
         limits: MemoryLimits,
         token_states: FeatureStore | None = None,
+        predictions: FeatureStore | None = None,
     ) -> None:
-        super().__init__(model.config, encode, dtype, token_states)
+        super().__init__(model.config, encode, dtype, token_states, predictions=predictions)
         self._model, self._limits = model, limits
         self._held, self._next_chunk = self._nothing(), 0
 
@@ -75,12 +78,11 @@ class CarriedMemory(EGPTInputs):
             self._held, self._next_chunk = self._nothing(), 0
         if len(batch["tokens"]) != 1 or first != self._next_chunk:
             raise ValueError("a memory is carried over windows in order, one at a time")
-        arguments = self.arguments(batch)
+        batch = {**batch, **self.arguments(batch)}  # the states are held too
         past = {"past_keys": self._held.precise_keys(), "past_text": self._held.earlier.text}
-        targets = batch["targets"]
-        nats = model(**arguments, **past, targets=targets, reduction=reduction)
+        nats = super().loss(functools.partial(model, **past), batch, reduction)
         for states, tokens in zip(
-            arguments["token_states"].unbind(1), batch["tokens"].unbind(1), strict=True
+            batch["token_states"].unbind(1), batch["tokens"].unbind(1), strict=True
         ):
             self._held.append(states, tokens)
             self._held.finish_chunk()

@@ -55,9 +55,10 @@ class ShuffledHistory(EGPTInputs):
         dtype: torch.dtype,
         source: TokenSource,
         token_states: FeatureStore | None = None,
+        predictions: FeatureStore | None = None,
     ) -> None:
-        config = loaded.model.config
-        super().__init__(config, _encoder(loaded), dtype, token_states)
+        config, encoder = loaded.model.config, _encoder(loaded)
+        super().__init__(config, encoder, dtype, token_states, predictions=predictions)
         self._egpt, self._source = config.egpt, source
         self._whole = len(source) // config.sample_len
         if self._whole < 2:

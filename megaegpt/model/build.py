@@ -66,6 +66,7 @@ def build_inputs(
     token_states: FeatureStore | None = None,
     history: FeatureStore | None = None,
     shares: ChunkShares | None = None,
+    predictions: FeatureStore | None = None,
 ) -> ModelInputs:
     """How a model of ``config`` is called.
 
@@ -75,13 +76,15 @@ def build_inputs(
         token_states: store of the chunks' encoder states; None: they are encoded in the loop.
         history: store of the features of earlier chunks; None: they are pooled from the states.
         shares: of the chunks of an egpt or deepgpt under chunk parallelism.
+        predictions: store of what a frozen egpt's blocks and head predict; None: they do in the
+            loop.
     """
     if not config.needs_encoder:
         return SequenceInputs()
     if encode is None:
         raise ValueError(f"a model of kind {config.kind} reads the states of an encoder: pass it")
     if config.kind == "egpt":
-        return EGPTInputs(config, encode, dtype, token_states, history, shares)
+        return EGPTInputs(config, encode, dtype, token_states, history, shares, predictions)
     return ChunkInputs(config, encode, dtype, token_states, shares)
 
 

@@ -19,6 +19,7 @@ from megaegpt.config import EncoderConfig, ModelConfig
 from megaegpt.config.arithmetic import arithmetic_differences, model_arithmetic
 from megaegpt.errors import ConfigError
 from megaegpt.labels import NOTHING_BEFORE
+from megaegpt.model.base import LanguageModel
 from megaegpt.model.block import BlockStack
 from megaegpt.model.flops import attention_flops, matmul_flops
 from megaegpt.model.gpt import GPT
@@ -136,10 +137,14 @@ def _cut(gpt: GPT, layers: int) -> None:
     gpt.stack.norm = None
 
 
-def weights_fingerprint(model: GPT) -> str:
-    """sha256 over names, shapes, types and bytes of the full weights: the same at any TP size."""
+def weights_fingerprint(model: LanguageModel, without: str | None = None) -> str:
+    """sha256 over names, shapes, types and bytes of the full weights, but for those whose names
+    begin with ``without``: the same at any TP size. Collective over the TP group.
+    """
     digest = hashlib.sha256()
     for name, tensor in full_state(model, model.grid):
+        if without is not None and name.startswith(without):
+            continue
         data = tensor.cpu().contiguous()
         digest.update(f"{name}:{tuple(data.shape)}:{data.dtype}".encode())
         digest.update(data.flatten().view(torch.uint8).numpy().data)

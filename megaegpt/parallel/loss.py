@@ -268,6 +268,21 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return grad_hidden, grad_weight, None, grad_mixture, None, None, None
 
 
+class _MixedSum(torch.autograd.Function):
+    """Sum of nats of known ones (n,) in a mixture (n, 2), differentiable by the mixture."""
+
+    @staticmethod
+    def forward(ctx: Any, nats: Tensor, targets: Tensor, mixture: Tensor) -> Tensor:
+        mixed, _, by_mixture = _mix(nats, targets, mixture)
+        ctx.save_for_backward(by_mixture)
+        return mixed.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (by_mixture,) = ctx.saved_tensors
+        return None, None, by_mixture * grads[0]
+
+
 def _rows_of(
     hidden: Tensor,
     weight: Tensor,
@@ -373,6 +388,25 @@ def linear_cross_entropy(
     nats = _nats_of_rows(flat, weight, flat_targets, grid, vocab_size, options)
     if mixture is not None:
         nats, _, _ = _mix(nats, flat_targets, mixture)
+    return nats.view(targets.shape)
+
+
+def mixed_cross_entropy(
+    log_probabilities: Tensor,
+    targets: Tensor,
+    mixed_with: tuple[Tensor, Tensor],
+    reduction: Literal["sum", "none"] = "sum",
+) -> Tensor:
+    """As :func:`linear_cross_entropy` where what the head gives each target is known already, and
+    does not change: log-probabilities (...), any finite number where a target is ``IGNORE``.
+    """
+    targets_flat = targets.reshape(-1)
+    mixture = torch.stack([x.reshape(-1) for x in mixed_with], dim=1)  # (n, 2)
+    nats = -log_probabilities.reshape(-1).to(mixture.dtype)
+    if reduction == "sum":
+        return _MixedSum.apply(nats, targets_flat, mixture)
+    with torch.no_grad():
+        nats, _, _ = _mix(nats, targets_flat, mixture)
     return nats.view(targets.shape)
 
 

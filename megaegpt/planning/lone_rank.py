@@ -127,13 +127,16 @@ class LoneRank:
 
 
 def _batch(config: RunConfig, inputs: ModelInputs, sample_tokens: int) -> Batch:
-    """A micro-batch as it is on the device; states of the encoder are in it if they are stored."""
+    """A micro-batch as it is on the device, with what is stored of it."""
     model, rows = config.model, config.training.chosen_micro_batch_size
     tokens = torch.zeros(rows, sample_tokens, dtype=torch.int64)
     batch = inputs.prepare({"tokens": tokens, "targets": tokens})
     if model.needs_encoder and config.data.token_features == "stored":
         states = torch.zeros(*batch["tokens"].shape, model.hidden_size)
-        return {**batch, "token_states": states}
+        batch = {**batch, "token_states": states}
+    if config.data.predictions == "stored":
+        nothing = torch.zeros(batch["tokens"].shape)
+        batch = {**batch, "hidden": batch["token_states"], "log_probabilities": nothing}
     return batch
 
 

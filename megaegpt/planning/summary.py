@@ -11,6 +11,7 @@ from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.config.parameter_groups import assign_groups
 from megaegpt.model.adapters import choose_trained
 from megaegpt.model.build import meta_model
+from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.encoder import encoding_flops
 from megaegpt.model.flops import attention_flops
 from megaegpt.planning.memory import MemoryEstimate
@@ -26,7 +27,7 @@ class ModelSize:
     """Trainable."""
     flops_per_token: int
     """Operations of training on one token, the encoder's forward pass included where it runs in
-    the loop, and frozen parts as if they were trained."""
+    the loop, and frozen parts that do as if they were trained."""
     frozen: int = 0
     """Parameters of frozen parts."""
     encoder_parameters: int = 0
@@ -51,7 +52,10 @@ def measure_model(
     frozen = choose_trained(model, config.training)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assign_groups(trained, config.optimizer.groups)
-    flops = model.flops_per_token()
+    if config.data.predictions == "stored" and isinstance(model, EGPT):
+        flops = model.memory_flops_per_token()
+    else:
+        flops = model.flops_per_token()
     if sample_tokens is not None and not config.model.needs_encoder:
         whole, seen = config.model.max_seq_len, round(sample_tokens)
         if seen < whole:

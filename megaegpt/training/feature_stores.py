@@ -9,8 +9,9 @@ from pathlib import Path
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.arithmetic import arithmetic_digest
+from megaegpt.data.features.contents import ChunkContents, EncodedChunks
 from megaegpt.data.features.store import FeatureSpec, FeatureStore
-from megaegpt.data.features.writer import compute_features
+from megaegpt.data.features.writer import compute_store
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import ConfigError
 from megaegpt.interop.sources import resolve_weights_source, source_config
@@ -145,22 +146,38 @@ def prepare_store(
         FolderInUseError: it is not complete, and another process is writing it.
         DataError: it is of something else, damaged, or cannot be written.
     """
-    folder = store_folder(config, split)
     spec = store_spec(config, encoder, stream, precision)
+    pool = functools.partial(chunk_features, config=config.model.egpt)
+    contents = EncodedChunks(spec, stream, encoder, pool)
+    folder = store_folder(config, split)
+    return write_or_open(config, folder, spec, contents, grid, what=f"{split} features")
+
+
+def write_or_open(
+    config: RunConfig,
+    folder: Path,
+    spec: FeatureSpec,
+    contents: ChunkContents,
+    grid: ProcessGrid,
+    what: str,
+) -> FeatureStore:
+    """Open a store that may have to be computed, or completed, before. Collective over all ranks.
+
+    Raises:
+        FolderInUseError, DataError: see :func:`prepare_store`.
+    """
     if grid.is_main and not FeatureStore.exists(folder):
         size = f"{spec.num_bytes / 2**20:,.1f} MiB"
-        print(f"features of {spec.num_chunks:,} chunks -> {folder} ({size})", flush=True)
+        print(f"{what}: {spec.num_chunks:,} chunks -> {folder} ({size})", flush=True)
     complete = broadcast_object(lambda: FeatureStore.exists(folder), grid)
     remedy = "let it end, its features are for this run too"
     with contextlib.nullcontext() if complete else locked_folders([folder], grid, remedy):
-        return compute_features(
+        return compute_store(
             folder,
             spec,
-            stream,
-            encode=encoder,
-            pool=functools.partial(chunk_features, config=config.model.egpt),
-            grid=grid,
+            contents,
+            grid,
             batch_size=config.model.encoder.batch_size,
-            title=f"{split} features",
+            title=what,
             verify=config.data.verify_checksums,
         )

@@ -96,7 +96,9 @@ def finetuning_config(config: RunConfig, grid: ProcessGrid) -> RunConfig:
                 "chunks would see other records: set it to false"
             )
     # Records have no chunk numbers to store features by.
-    data = dataclasses.replace(config.data, history_features="online", token_features="online")
+    data = dataclasses.replace(
+        config.data, history_features="online", token_features="online", predictions="online"
+    )
     if data.vocabulary is None and has_tokenizer(weights):
         data = dataclasses.replace(data, vocabulary=str(weights))
     return dataclasses.replace(config, model=model, data=data)

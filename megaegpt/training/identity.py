@@ -64,7 +64,7 @@ _KEYS: dict[Effect, dict[str, str]] = {
         "model": "init_std",
         "model.encoder": "source initialize_decoder batch_size",
         "data": "train validation validation_sets tasks verify_checksums vocabulary features "
-        "history_features token_features prefetch",
+        "history_features token_features predictions prefetch",
         "data.instructions": "train validation",
         "parallel": "tensor_parallel_size sequence_parallel context_parallel_size "
         "zero_stage offload overlap_comm",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megaegpt.collector import paused_collector
 from megaegpt.config import GenerationConfig, RunConfig
@@ -26,6 +25,7 @@ from megaegpt.generation.generator import Prompt
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.model.build import Model, build_inputs
 from megaegpt.model.calling import ModelInputs
+from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.fused_block import can_be_fused
 from megaegpt.model.weights import load_weights
@@ -49,6 +49,7 @@ from megaegpt.training.consistency import (
 )
 from megaegpt.training.engine.deterministic import make_deterministic
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
+from megaegpt.training.frozen_predictions import FrozenDecoder
 from megaegpt.training.identity import check_resume, recorded_micro_batch, run_identity
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.earlier import set_aside_records
@@ -61,9 +62,6 @@ from megaegpt.training.run_data import PretrainingData, RunData
 from megaegpt.training.starting_model import base_of_adapters, starting_model
 from megaegpt.training.stopping import StopRequests
 from megaegpt.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    from megaegpt.training.engine.engine import Engine
 
 SampleText = Callable[[Model, FrozenEncoder | None, Tokenizer, GenerationConfig, Prompt], str]
 """Writes a text with the model in training; ``megaegpt.generation`` has it."""
@@ -126,10 +124,16 @@ def train(
             return True
         state = saved.trainer
     compiles = config.training.compile and compile_problem(grid.device.type) is None
-    model = starting_model(config, grid, data, encoder, compiles, notices, new=latest is None)
+    model = starting_model(
+        config, grid, data.streams.get("train"), encoder, compiles, notices, new=latest is None
+    )
+    if latest is not None and config.training.freeze:
+        # An engine's state has only what is trained, and the rest's source may have changed since.
+        with raising_together(grid):
+            load_weights(model, latest / "weights", grid, allow_nonfinite=True)
     tasks = _tasks(config, grid, LoadedModel(model, encoder, data.tokenizer), precision)
-    feed = functools.partial(_inputs, config, grid, data, encoder, precision)
-    inputs = feed("train")
+    feeds = _feeds(config, grid, data, encoder, model, precision)
+    inputs = feeds["train"]
     encoder_config = None if encoder is None else encoder.config
     snapshot = MemorySnapshot(config.logging, grid)
     explaining = functools.partial(
@@ -141,7 +145,7 @@ def train(
 
         engine = Engine(model, grid, config, inputs.loss)
         if latest is not None:
-            _restore(config, grid, engine, checkpoints, latest)
+            checkpoints.load(engine, latest)
     size = measure_model(config, encoder_config, data.tokens_per_sample)
     with raising_together(grid):
         best = BestLoss.restored(state.get("best", {}))
@@ -161,7 +165,7 @@ def train(
         meter=_meter(config, grid, data, size, precision),
         stops=stops or StopRequests(),
         profiler=StepProfiler(config.logging, grid, monitor.log),
-        evaluators=_evaluators(config, grid, data, feed),
+        evaluators=_evaluators(config, grid, data, feeds),
         tasks=tasks,
         sample=_sampler(config, model, encoder, data, sample_text),
         parts={
@@ -203,25 +207,55 @@ def _open_run(
 # -- what the model is fed with -------------------------------------------------------------
 
 
+def _feeds(
+    config: RunConfig,
+    grid: ProcessGrid,
+    data: RunData,
+    encoder: FrozenEncoder | None,
+    model: Model,
+    precision: Precision,
+) -> dict[str, ModelInputs]:
+    """How the model is fed from each split. Stores are computed here, before an engine has the
+    model.
+    """
+    decoder = None
+    if config.data.predictions == "stored":
+        assert isinstance(model, EGPT)
+        decoder = FrozenDecoder(model, grid, precision)
+    splits = ["train", *([] if data.validation is None else ["validation"])]
+    splits += [_set_split(name) for name in data.validation_sets]
+    return {
+        split: _inputs(config, grid, data, encoder, decoder, precision, split) for split in splits
+    }
+
+
+def _set_split(name: str) -> str:
+    """The split of one of ``data.validation_sets``."""
+    return f"validation_{name}"
+
+
 def _inputs(
     config: RunConfig,
     grid: ProcessGrid,
     data: RunData,
     encoder: FrozenEncoder | None,
+    decoder: FrozenDecoder | None,
     precision: Precision,
     split: str,
 ) -> ModelInputs:
-    """How the model is fed from a split; computes the split's feature store if need be.
+    """How the model is fed from a split; computes the split's stores if need be.
 
     Only training windows are shared by context-parallel ranks: what is held out gives each of them
     windows of its own.
     """
     shared = split == "train" and grid.cp_size > 1 and config.model.needs_encoder
-    store, stream = None, data.streams.get(split)
+    store, predictions, stream = None, None, data.streams.get(split)
     # A split shorter than a chunk has none to store: it is encoded in the loop.
     if stream is not None and needs_store(config) and len(stream) >= config.model.egpt.chunk_size:
         assert encoder is not None
         store = prepare_store(config, grid, encoder, stream, split, precision)
+        if decoder is not None:
+            predictions = decoder.prepare(config, store, stream, split)
     return build_inputs(
         config.model,
         encoder,
@@ -229,6 +263,7 @@ def _inputs(
         token_states=store if config.data.token_features == "stored" else None,
         history=store if config.data.history_features == "stored" else None,
         shares=ChunkShares(grid) if shared else None,
+        predictions=predictions,
     )
 
 
@@ -251,7 +286,7 @@ def _loader(
 
 
 def _evaluators(
-    config: RunConfig, grid: ProcessGrid, data: RunData, feed: Callable[[str], ModelInputs]
+    config: RunConfig, grid: ProcessGrid, data: RunData, feeds: Mapping[str, ModelInputs]
 ) -> dict[str, Evaluator]:
     """Evaluate what is held out, by its name: ``validation`` first, if there is one."""
 
@@ -265,7 +300,7 @@ def _evaluators(
         return Evaluator(
             windows,
             num_chunks=data.num_chunks,
-            inputs=feed(split),
+            inputs=feeds[split],
             grid=grid,
             batch_size=config.training.chosen_micro_batch_size,
             token_byte_lengths=lengths,
@@ -276,7 +311,7 @@ def _evaluators(
     if data.validation is not None:
         found["validation"] = evaluator(data.validation, "validation")
     for name, windows in data.validation_sets.items():
-        found[name] = evaluator(windows, f"validation_{name}")
+        found[name] = evaluator(windows, _set_split(name))
     return found
 
 
@@ -370,20 +405,6 @@ def _introduce(
 
 
 # -- resuming --------------------------------------------------------------------------------------
-
-
-def _restore(
-    config: RunConfig,
-    grid: ProcessGrid,
-    engine: Engine,
-    checkpoints: CheckpointManager,
-    folder: Path,
-) -> None:
-    """Go on from a checkpoint, whatever has become of where frozen parts came from."""
-    if config.training.freeze:  # the engine's state has only what is trained
-        with raising_together(grid):
-            load_weights(engine.model, folder / "weights", grid, allow_nonfinite=True)
-    checkpoints.load(engine, folder)
 
 
 def _says_complete(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megaegpt.config import RunConfig
+from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import CheckpointError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.adapter_files import Base
@@ -25,7 +26,6 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import raising_together
 from megaegpt.training.consistency import check_ranks_agree, weights_facts
 from megaegpt.training.identity import check_initialization
-from megaegpt.training.run_data import RunData
 
 _KEY = "training.initialize_from"
 
@@ -36,7 +36,7 @@ MEMORY_SAMPLE = 8192
 def starting_model(
     config: RunConfig,
     grid: ProcessGrid,
-    data: RunData,
+    training_text: TokenStream | None,
     encoder: FrozenEncoder | None,
     compiles: bool,
     notices: list[str],
@@ -46,6 +46,7 @@ def starting_model(
     Collective over all ranks.
 
     Args:
+        training_text: on whose first tokens an EGPT's memory begins; None: there is no such text.
         compiles: its blocks, and the encoder's.
         notices: what should be known of these weights is added.
         new: no checkpoint will overwrite the weights.
@@ -71,12 +72,13 @@ def starting_model(
             initialize_from_encoder(model, source, grid)
     new = new and training.initialize_from is None
     if encoder is not None and new and isinstance(model, EGPT):
-        chunk_size = config.model.egpt.chunk_size
+        if model.token_memory is not None or model.sink is not None:
+            first = _first_chunks(training_text, config.model.egpt.chunk_size)
         if model.token_memory is not None:
             source = resolve_weights_source(str(config.model.encoder.source), grid)
-            initialize_token_memory(model, encoder, source, _first_chunks(data, chunk_size))
+            initialize_token_memory(model, encoder, source, first)
         if model.sink is not None:
-            initialize_sink(model, encoder, _first_chunks(data, chunk_size))
+            initialize_sink(model, encoder, first)
     if training.initialize_from is not None:
         weights = resolve_weights_source(training.initialize_from, grid, key=_KEY)
         check_ranks_agree(lambda: weights_facts(_KEY, weights), grid)
@@ -102,9 +104,9 @@ def base_of_adapters(config: RunConfig, grid: ProcessGrid) -> Base | None:
     return Base(source, tensors_digest(resolve_weights_source(source, grid, key=_KEY)))
 
 
-def _first_chunks(data: RunData, size: int) -> torch.Tensor:
+def _first_chunks(stream: TokenStream | None, size: int) -> torch.Tensor:
     """Tokens (n, S) of the training text's first chunks, on whose states a token memory begins."""
-    stream = data.streams["train"]
+    assert stream is not None
     chunks = min(len(stream) // size, max(1, MEMORY_SAMPLE // size))
     return torch.from_numpy(stream.read(0, chunks * size).astype(np.int64)).view(-1, size)
 

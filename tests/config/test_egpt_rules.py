@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
+from megaegpt.config import DataConfig, EGPTConfig, EncoderConfig, ModelConfig, TrainingConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.config.validation import validate
 from megaegpt.errors import ConfigError
@@ -36,6 +36,32 @@ def test_a_value_without_sense_is_refused(changes, words):
     validate(RunConfig(model=MODEL))
     with pytest.raises(ConfigError, match=words):
         validate(RunConfig(model=replace(MODEL, **changes)))
+
+
+def test_stored_predictions_need_a_decoder_that_stays_as_it_is(tmp_path: Path):
+    memory = EGPTConfig(token_memory=True, memory_gate=True)
+    right = RunConfig(
+        model=replace(MODEL, egpt=memory),
+        data=DataConfig(token_features="stored", predictions="stored"),
+        training=TrainingConfig(freeze=("head",)),
+    )
+    validate(right)
+    wrong = [
+        (replace(right, model=MODEL), "is for an egpt with model.egpt.token_memory, which alone"),
+        (replace(right, data=DataConfig(predictions="stored")), "needs data.token_features=stored"),
+        (replace(right, training=TrainingConfig()), "needs training.freeze: all parts but the tok"),
+        (
+            replace(right, model=replace(MODEL, egpt=EGPTConfig(token_memory=True))),
+            "needs model.egpt.memory_gate=true",
+        ),
+        (
+            replace(right, model=replace(right.model, dropout=0.1)),
+            "is without dropout: model.dropout=0.1",
+        ),
+    ]
+    for config, words in wrong:
+        with pytest.raises(ConfigError, match=words):
+            validate(config)
 
 
 def test_what_does_not_fit_the_encoder_is_refused_together(tmp_path: Path):

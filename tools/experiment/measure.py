@@ -7,7 +7,7 @@ Shapes: W windows, N chunks, S chunk size.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,16 @@ from megaegpt.model.build import build_inputs
 from megaegpt.model.calling import ModelInputs, SequenceInputs
 from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.egpt.held_tokens import MemoryLimits
+
+
+class Stores(NamedTuple):
+    """What is stored of a text; None: it is computed."""
+
+    token_states: FeatureStore | None = None
+    predictions: FeatureStore | None = None
+
+
+NOTHING_STORED = Stores()
 
 
 class Text:
@@ -68,7 +78,7 @@ def token_nats(
     batch_size: int,
     dtype: torch.dtype,
     features: str = "true",
-    store: FeatureStore | None = None,
+    stores: Stores = NOTHING_STORED,
 ) -> np.ndarray:
     """Nats of each target, (W, N, S) float64; 0 where there is none.
 
@@ -78,9 +88,9 @@ def token_nats(
         batch_size: windows at once.
         dtype: the model computes in it.
         features: of an EGPT: one of ``megaegpt.evaluation.history.HISTORIES``.
-        store: the text's encoder states; None: they are computed.
+        stores: of the text.
     """
-    return _nats(loaded, text, _inputs(loaded, text, dtype, features, store), batch_size)
+    return _nats(loaded, text, _inputs(loaded, text, dtype, features, stores), batch_size)
 
 
 def _nats(loaded: LoadedModel, text: Text, inputs: ModelInputs, batch_size: int) -> np.ndarray:
@@ -102,27 +112,28 @@ def nats_with_memory(
     text: Text,
     dtype: torch.dtype,
     limits: MemoryLimits,
-    store: FeatureStore | None = None,
+    stores: Stores = NOTHING_STORED,
 ) -> np.ndarray:
     """Nats of each target, (W, N, S) float64, of an EGPT whose token memory goes on over the whole
     text.
     """
     assert isinstance(loaded.model, EGPT)
     assert loaded.encoder is not None
-    inputs = CarriedMemory(loaded.model, loaded.encoder, dtype, limits, store)
+    inputs = CarriedMemory(loaded.model, loaded.encoder, dtype, limits, *stores)
     return _nats(loaded, text, inputs, 1)
 
 
 def _inputs(
-    loaded: LoadedModel, text: Text, dtype: torch.dtype, features: str, store: FeatureStore | None
+    loaded: LoadedModel, text: Text, dtype: torch.dtype, features: str, stores: Stores
 ) -> ModelInputs:
     if loaded.encoder is None:
         return ChunksApart(text.chunk_size)
     if features == "shuffled":
-        return ShuffledHistory(loaded, dtype, text.source, store)
+        return ShuffledHistory(loaded, dtype, text.source, *stores)
+    kept = stores._asdict()
     if features == "zero":
-        return ZeroHistory(loaded.model.config, loaded.encoder, dtype, store)
-    return build_inputs(loaded.model.config, loaded.encoder, dtype, token_states=store)
+        return ZeroHistory(loaded.model.config, loaded.encoder, dtype, **kept)
+    return build_inputs(loaded.model.config, loaded.encoder, dtype, **kept)
 
 
 def summarize(nats: np.ndarray, text: Text, byte_lengths: np.ndarray) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import CheckpointError, DataError
 from megaegpt.evaluation.history import HISTORIES
 from megaegpt.files import locked_folder, write_whole
-from megaegpt.generation.trained import load_for_inference
+from megaegpt.generation.trained import LoadedModel, load_for_inference
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.json_files import conform, read_json
 from megaegpt.model.egpt.egpt import EGPT
@@ -30,10 +30,18 @@ from megaegpt.planning.summary import measure_model
 from megaegpt.precision import DTYPES, resolve_precision
 from megaegpt.report.runs import read_run
 from megaegpt.training.feature_stores import find_encoder, prepare_store
+from megaegpt.training.frozen_predictions import FrozenDecoder
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.stopping import StopRequests
 from tools.experiment.costs import reading_cost, variant_cost
-from tools.experiment.measure import Text, nats_with_memory, summarize, token_nats
+from tools.experiment.measure import (
+    NOTHING_STORED,
+    Stores,
+    Text,
+    nats_with_memory,
+    summarize,
+    token_nats,
+)
 from tools.experiment.place import describe_machine
 from tools.experiment.plan import Budget, ExperimentPlan, ReadingPlan, decoder_values, make_run
 from tools.experiment.readings import load_reader, reading_nats
@@ -237,25 +245,35 @@ class Experiment:
         """Losses on the reported part."""
         dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
         loaded = load_for_inference(weights, self._grid, dtype)
-        text, store = self._reported(config), None
-        if loaded.encoder is not None and config.data.token_features == "stored":
-            precision = resolve_precision(config.training.precision, self._grid.device)
-            source = text.source
-            assert isinstance(source, TokenStream)
-            store = prepare_store(config, self._grid, loaded.encoder, source, "report", precision)
+        text = self._reported(config)
+        stores = self._stores(config, loaded, text)
         byte_lengths = self._tokenizer.token_byte_lengths
         measured = {}
         for kind in kinds:
             nats = token_nats(
-                loaded, text, config.training.chosen_micro_batch_size, dtype, kind, store
+                loaded, text, config.training.chosen_micro_batch_size, dtype, kind, stores
             )
             measured[kind] = summarize(nats, text, byte_lengths)
         remembers = isinstance(loaded.model, EGPT) and loaded.model.token_memory is not None
         if remembers and self.plan.memory_tokens is not None:
             limits = MemoryLimits(self.plan.memory_tokens)
-            nats = nats_with_memory(loaded, text, dtype, limits, store)
+            nats = nats_with_memory(loaded, text, dtype, limits, stores)
             measured[CARRIED] = summarize(nats, text, byte_lengths)
         return {"losses": measured, "gates": list(loaded.model.metrics().values())}
+
+    def _stores(self, config: RunConfig, loaded: LoadedModel, text: Text) -> Stores:
+        """Stored of the reported part what is of the training text."""
+        if loaded.encoder is None or config.data.token_features == "online":
+            return NOTHING_STORED
+        precision = resolve_precision(config.training.precision, self._grid.device)
+        source = text.source
+        assert isinstance(source, TokenStream)
+        states = prepare_store(config, self._grid, loaded.encoder, source, "report", precision)
+        if config.data.predictions == "online":
+            return Stores(states)
+        assert isinstance(loaded.model, EGPT)
+        decoder = FrozenDecoder(loaded.model, self._grid, precision)
+        return Stores(states, decoder.prepare(config, states, source, "report"))
 
     def _reported(self, config: RunConfig) -> Text:
         """The part of the held-out text that losses are reported of."""

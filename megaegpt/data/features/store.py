@@ -9,6 +9,11 @@ memory-mapped afterwards. A store is a folder:
     manifest.json            the plan and every part's sha256; published last: a store without it is
                              incomplete
 
+One of what a frozen decoder predicts from such states (``FeatureSpec.decoder``) has in their place
+
+    hidden-00000.npy             (chunks, S, C): what its head reads
+    log_probabilities-00000.npy  (chunks, S): what it gives the token behind each, in float32
+
 Parts hold the same chunks however many ranks write them, so the bytes do not depend on the number
 of ranks. bfloat16 is stored as uint16 bit patterns (NumPy has no such type).
 
@@ -18,6 +23,7 @@ Shapes: S tokens of a chunk, P memory vectors of a chunk, C hidden size.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +46,7 @@ AUTO_VERIFY_BYTES = 4 << 30
 """Bytes of a store that the policy ``auto`` still reads to verify its checksums."""
 
 _FORMAT_VERSION = 1
+_LOG_PROBABILITIES = "log_probabilities"
 _MOST_PARTS, _SMALLEST_PART = 256, 16  # parts are the unit of sharing work and of continuing it
 
 
@@ -73,6 +80,9 @@ class FeatureSpec:
     positions; see :func:`megaegpt.config.arithmetic.arithmetic_digest`. A store of an earlier
     version does not say it, or in a form that cannot be compared.
     """
+    decoder: str = ""
+    """Fingerprint of the frozen decoder whose predictions are stored; empty: the encoder's states
+    are."""
 
     @property
     def chunks_per_part(self) -> int:
@@ -87,16 +97,22 @@ class FeatureSpec:
     @property
     def num_bytes(self) -> int:
         """Disk space of the arrays."""
-        vectors = self.features_per_chunk + (self.chunk_size if self.token_states else 0)
-        itemsize = np.dtype(STORED_AS[self.dtype]).itemsize
-        return self.num_chunks * vectors * self.hidden_size * itemsize
+        return self.num_chunks * sum(
+            math.prod(shape) * np.dtype(STORED_AS[self.dtype_of(array)]).itemsize
+            for array, shape in self.arrays().items()
+        )
 
-    def arrays(self) -> dict[str, tuple[int, int]]:
+    def arrays(self) -> dict[str, tuple[int, ...]]:
         """Name of each stored array and the shape of a chunk in it."""
+        by_token = (self.chunk_size, self.hidden_size)
+        if self.decoder:
+            return {"hidden": by_token, _LOG_PROBABILITIES: (self.chunk_size,)}
         arrays = {"features": (self.features_per_chunk, self.hidden_size)}
-        if self.token_states:
-            arrays["token_states"] = (self.chunk_size, self.hidden_size)
-        return arrays
+        return {**arrays, "token_states": by_token} if self.token_states else {**arrays}
+
+    def dtype_of(self, array: str) -> Literal["float32", "bfloat16"]:
+        """Storage type of an array: bfloat16 would leave three digits of a log-probability."""
+        return "float32" if array == _LOG_PROBABILITIES else self.dtype
 
     def part_chunks(self, part: int) -> range:
         """Chunk numbers of a part."""
@@ -159,6 +175,13 @@ class FeatureStore:
         """Encoder states of chunks: ids (...) -> (..., S, C), on the CPU in the stored type."""
         return self._read("token_states", np.asarray(chunk_ids))
 
+    def predictions(self, chunk_ids: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+        """What a frozen decoder predicts in chunks: ids (...) -> what its head reads (..., S, C) in
+        the stored type, and log-probabilities of the tokens behind each (..., S) in fp32.
+        """
+        ids = np.asarray(chunk_ids)
+        return self._read("hidden", ids), self._read(_LOG_PROBABILITIES, ids)
+
     def verify(self, policy: VerifyPolicy = "always", rank: int = 0, world_size: int = 1) -> None:
         """Read the parts and compare their sha256 with the manifest's; ranks share the parts.
 
@@ -186,14 +209,15 @@ class FeatureStore:
     def _read(self, array: str, chunk_ids: np.ndarray) -> Tensor:
         shape = self.spec.arrays()[array]
         flat = chunk_ids.reshape(-1)
-        out = np.empty((flat.size, *shape), STORED_AS[self.spec.dtype])
+        dtype = self.spec.dtype_of(array)
+        out = np.empty((flat.size, *shape), STORED_AS[dtype])
         self._pages.note(flat.size, out.nbytes, list(self._parts.values()))
         parts, rows = np.divmod(flat, self.spec.chunks_per_part)
         for part in np.unique(parts):
             wanted = parts == part
             out[wanted] = self._part(array, int(part))[rows[wanted]]
         values = torch.from_numpy(out.reshape(*chunk_ids.shape, *shape))
-        return values.view(torch.bfloat16) if self.spec.dtype == "bfloat16" else values
+        return values.view(torch.bfloat16) if dtype == "bfloat16" else values
 
     def _part(self, array: str, part: int) -> np.ndarray:
         if (array, part) not in self._parts:
@@ -217,9 +241,10 @@ def part_problem(folder: Path, spec: FeatureSpec, array: str, part: int) -> str 
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception:  # NumPy reads the header as Python, and a damaged one fails in any way
         return "truncated, or no array"
-    wanted = np.dtype(STORED_AS[spec.dtype])
+    dtype = spec.dtype_of(array)
+    wanted = np.dtype(STORED_AS[dtype])
     if stored.dtype != wanted:
-        return f"holds {stored.dtype} instead of {wanted}, as {spec.dtype} is stored"
+        return f"holds {stored.dtype} instead of {wanted}, as {dtype} is stored"
     if stored.shape != shape:
         return f"holds an array of {stored.shape} instead of {shape}"
     if path.stat().st_size != stored.offset + stored.nbytes:
@@ -234,7 +259,7 @@ def check_same(folder: Path, found: dict[str, Any], expected: FeatureSpec) -> No
     Raises:
         DataError: names everything that differs.
     """
-    wanted, found = expected.as_json(), {"overlap": 0, **found}
+    wanted, found = expected.as_json(), {"overlap": 0, "decoder": "", **found}
     harmless = set()
     if not str(found.get("encoder_arithmetic", "")).startswith(DIGEST_VERSION):
         harmless.add("encoder_arithmetic")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megaegpt.bars import progress_bar
 from megaegpt.config.data import VerifyPolicy
+from megaegpt.data.features.contents import ChunkContents, EncodedChunks
 from megaegpt.data.features.store import (
     MANIFEST,
     PLAN,
@@ -26,7 +27,7 @@ from megaegpt.data.features.store import (
     read_json,
     write_json,
 )
-from megaegpt.data.tokens.windows import TokenSource, tokens_before
+from megaegpt.data.tokens.windows import TokenSource
 from megaegpt.files import (
     naming_failures,
     publish,
@@ -66,8 +67,26 @@ def compute_features(
     Raises:
         DataError: the folder holds a store of something else, a damaged one, or cannot be written.
     """
+    contents = EncodedChunks(spec, stream, encode, pool)
+    return compute_store(folder, spec, contents, grid, batch_size, title, verify)
+
+
+def compute_store(
+    folder: str | Path,
+    spec: FeatureSpec,
+    contents: ChunkContents,
+    grid: ProcessGrid,
+    batch_size: int,
+    title: str,
+    verify: VerifyPolicy = "auto",
+) -> FeatureStore:
+    """The same of any contents.
+
+    Raises:
+        DataError: as :func:`compute_features`.
+    """
     folder = Path(folder)
-    writer = _Writer(folder, spec, stream, encode, pool, grid, batch_size)
+    writer = _Writer(folder, spec, contents, grid, batch_size)
     complete = writer.prepare()
     if not complete:
         writer.write_missing_parts(title)
@@ -85,9 +104,7 @@ def compute_features(
 class _Writer:
     folder: Path
     spec: FeatureSpec
-    stream: TokenSource
-    encode: Callable[..., Tensor]
-    pool: Callable[[Tensor], Tensor]
+    contents: ChunkContents
     grid: ProcessGrid
     batch_size: int
 
@@ -155,50 +172,31 @@ class _Writer:
         }
 
     def _write_part(self, part: int, files: dict[str, PartFile]) -> None:
-        """Encode and write one part. The ranks of a TP group encode to the end even if one of them
-        cannot read or write: encoding is collective, so the others would wait for it for ever.
+        """Compute and write one part. The ranks of a TP group compute to the end even if one of
+        them cannot read or write: it is collective, so the others would wait for it for ever.
         """
         chunks = self.spec.part_chunks(part)
         failure: Exception | None = None
         for start in range(0, len(chunks), self.batch_size):
             batch = chunks[start : start + self.batch_size]
-            tokens = np.zeros((len(batch), self.spec.chunk_size), np.int64)  # (n, S)
-            before = np.zeros((len(batch), self.spec.overlap), np.int64)  # (n, O)
+            inputs = self.contents.blank(len(batch))
             try:
                 if failure is None:
-                    tokens[:] = self._read(batch)
-                    before[:] = self._read_before(batch)
+                    inputs = self.contents.read(batch)
             except Exception as error:
                 failure = error
-            states = self._encode(tokens, before)
+            with torch.no_grad():
+                arrays = self.contents.compute(*(x.to(self.grid.device) for x in inputs))
             try:
                 if failure is None:
-                    self._append(files, states)
+                    for array, file in files.items():
+                        file.append(arrays[array])
             except Exception as error:
                 failure = error
         if failure is not None:
             raise failure
         for file in files.values():
             file.publish()
-
-    def _read(self, chunks: range) -> np.ndarray:
-        size = self.spec.chunk_size
-        return self.stream.read(chunks[0] * size, len(chunks) * size).reshape(-1, size)
-
-    def _read_before(self, chunks: range) -> np.ndarray:
-        size, overlap = self.spec.chunk_size, self.spec.overlap
-        return np.stack([tokens_before(self.stream, chunk * size, overlap) for chunk in chunks])
-
-    @torch.no_grad()
-    def _encode(self, tokens: np.ndarray, before: np.ndarray) -> Tensor:
-        inputs = [torch.from_numpy(x).to(self.grid.device) for x in (tokens, before)]
-        return self.encode(*inputs) if self.spec.overlap else self.encode(inputs[0])
-
-    def _append(self, files: dict[str, PartFile], states: Tensor) -> None:
-        if "features" in files:
-            files["features"].append(self.pool(states))
-        if "token_states" in files:
-            files["token_states"].append(states)
 
     def publish(self) -> None:
         """Write the manifest (rank 0), with checksums each rank took of its share of the files."""
@@ -230,10 +228,10 @@ class PartFile:
     def __init__(self, folder: Path, spec: FeatureSpec, array: str, part: int) -> None:
         self._path = folder / part_name(array, part)
         self._temporary = temporary_name(self._path)
-        self._bfloat16 = spec.dtype == "bfloat16"
+        self._bfloat16 = spec.dtype_of(array) == "bfloat16"
         self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by __exit__)
         header = {
-            "descr": np.lib.format.dtype_to_descr(np.dtype(STORED_AS[spec.dtype])),
+            "descr": np.lib.format.dtype_to_descr(np.dtype(STORED_AS[spec.dtype_of(array)])),
             "fortran_order": False,
             "shape": (len(spec.part_chunks(part)), *spec.arrays()[array]),
         }

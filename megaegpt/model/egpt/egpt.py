@@ -37,6 +37,7 @@ from megaegpt.parallel.chunks import ChunkShares
 from megaegpt.parallel.collectives import copy_to_tp
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.layers import Embedding
+from megaegpt.parallel.loss import mixed_cross_entropy
 from megaegpt.parallel.params import new_parameter, spec_of, unshard
 from megaegpt.parallel.partitions import gathered
 from megaegpt.parallel.rng import context_rng
@@ -188,6 +189,7 @@ class EGPT(LanguageModel):
         targets: Tensor,
         reduction: Literal["sum", "none"] = "sum",
         shares: ChunkShares | None = None,
+        predicted: tuple[Tensor, Tensor] | None = None,
         **earlier: Tensor,
     ) -> Tensor:
         """States (B, N, S, C), features (B, N - 1, P, C), targets (B, N, S) -> nats.
@@ -195,14 +197,36 @@ class EGPT(LanguageModel):
         Args:
             shares: of the window's chunks; states and targets are then of this rank's (B, n, S),
                 and so are the nats. Collective over the context-parallel group.
+            predicted: what :meth:`predict_alone` has given of these states and targets, in the
+                place of blocks and head.
             earlier: what :meth:`predictions` needs besides.
         """
-        _, hidden, mixture = self._predictions(token_states, features, shares, earlier)
+        hidden = None if predicted is None else predicted[0]
+        _, hidden, mixture = self._predictions(token_states, features, shares, earlier, hidden)
         if mixture is None:
             return self.head.loss(hidden, targets, reduction)
         check_targets(targets, hidden.shape[:-1], self.config.vocab_size)  # they are looked up
         log_keep, added = (x.view(targets.shape) for x in mixture.of(targets.flatten(1)))
+        if predicted is not None:
+            return mixed_cross_entropy(predicted[1], targets, (log_keep, added), reduction)
         return self.head.loss(hidden, targets, reduction, (log_keep, added))
+
+    @torch.no_grad()
+    def predict_alone(self, token_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What blocks and head make of chunks without any history.
+
+        Args:
+            token_states: (n, S, C).
+            targets: (n, S) the tokens behind each, ``IGNORE`` where there is none.
+
+        Returns:
+            What the head and the memory's gates read (n, S, C), and the head's log-probabilities of
+            the targets (n, S) in at least fp32.
+        """
+        states = token_states.unsqueeze(1)
+        hidden = self.hidden_states(states, chunk_features(states[:, :0], self.config.egpt))
+        nats = self.head.loss(hidden, targets.unsqueeze(1), "none")
+        return hidden.squeeze(1), -nats.squeeze(1)
 
     def predictions(  # type: ignore[override]
         self,
@@ -225,11 +249,13 @@ class EGPT(LanguageModel):
         features: Tensor,
         shares: ChunkShares | None,
         memory: Mapping[str, Tensor],
+        hidden: Tensor | None = None,
     ) -> Predictions:
         cut = self._history_cut(token_states, shares)
-        shared = shares is not None and self.training and self.config.dropout > 0
-        with context_rng(self.grid) if shared else contextlib.nullcontext():
-            hidden = self.hidden_states(token_states, features, cut, shares)
+        if hidden is None:
+            shared = shares is not None and self.training and self.config.dropout > 0
+            with context_rng(self.grid) if shared else contextlib.nullcontext():
+                hidden = self.hidden_states(token_states, features, cut, shares)
         if self.token_memory is None:
             return Predictions(self.head, hidden)
         mixture = self._remembered(token_states, hidden, cut, shares, **memory)
@@ -347,8 +373,14 @@ class EGPT(LanguageModel):
         per_position = matmul_flops(self.stack) + matmul_flops(self.input_mlp)
         visible = features + (egpt.chunk_size if egpt.local_attention else 1)
         forward = positions * per_position + attention_flops(config, visible)
-        if self.token_memory is not None:
-            seen = egpt.num_chunks * egpt.chunk_size / 2  # on average over a window
-            forward += matmul_flops(self.token_memory)
-            forward += 2 * seen * egpt.memory_dim * egpt.memory_pointers
-        return int(3 * (forward + 2 * config.vocab_size * config.hidden_size))
+        forward += 2 * config.vocab_size * config.hidden_size
+        return int(3 * forward) + self.memory_flops_per_token()
+
+    def memory_flops_per_token(self) -> int:
+        """Of :meth:`flops_per_token` those of the token memory."""
+        if self.token_memory is None:
+            return 0
+        egpt = self.config.egpt
+        seen = egpt.num_chunks * egpt.chunk_size / 2  # on average over a window
+        compared = 2 * seen * egpt.memory_dim * egpt.memory_pointers
+        return int(3 * (matmul_flops(self.token_memory) + compared))

@@ -32,6 +32,8 @@ class EGPTInputs(ChunkInputs):
         token_states: store of the chunks' states; None: they are encoded in the loop.
         history: store of the earlier chunks' features; None: they are pooled from the states.
         shares: of the chunks; each rank's features are gathered when the model is called.
+        predictions: store of what the decoder, being frozen, predicts without its token memory;
+            None: it predicts in the loop.
     """
 
     def __init__(
@@ -42,15 +44,21 @@ class EGPTInputs(ChunkInputs):
         token_states: FeatureStore | None = None,
         history: FeatureStore | None = None,
         shares: ChunkShares | None = None,
+        predictions: FeatureStore | None = None,
     ) -> None:
         super().__init__(config, encode, dtype, token_states, shares)
-        self._history = history
+        self._history, self._predictions = history, predictions
 
     def prepare(self, batch: Batch) -> Batch:
         """As for DeepGPT, and ``features`` (B, N - 1, P, C) if they are stored, with shares those
-        of this rank's chunks (B, n, P, C).
+        of this rank's chunks (B, n, P, C); where predictions are, ``hidden`` (B, n, S, C) and
+        ``log_probabilities`` (B, n, S).
         """
         prepared = super().prepare(batch)
+        if self._predictions is not None and "token_states" in prepared:
+            hidden, log_probabilities = self._predictions.predictions(chunk_ids_of(prepared))
+            stored = {"hidden": hidden, "log_probabilities": log_probabilities}
+            prepared = {**prepared, **stored}
         if self._history is None:
             return prepared
         ids = chunk_ids_of(prepared)
@@ -73,6 +81,9 @@ class EGPTInputs(ChunkInputs):
     ) -> Tensor:
         if self._shares is not None:
             model = functools.partial(model, shares=self._shares)
+        if "hidden" in batch:
+            predicted = (batch["hidden"].to(self._dtype), batch["log_probabilities"])
+            model = functools.partial(model, predicted=predicted)
         return super().loss(model, batch, reduction)
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:

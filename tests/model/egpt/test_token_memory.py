@@ -332,3 +332,28 @@ def test_the_windows_tokens_are_needed():
     del batch["text"]
     with pytest.raises(ValueError, match="needs the tokens of the window"):
         _model()(**batch)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_what_a_frozen_decoder_predicts_can_be_known_before(softcap: float | None) -> None:
+    egpt = replace(CONFIG.egpt, local_attention=True, attention_sink=True, memory_gate=True)
+    config = replace(CONFIG, egpt=egpt, positions="rotary", logit_softcap=softcap)
+    model, batch = _model(config), _batch()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("token_memory."))
+        if name.endswith("attention.gate"):
+            torch.nn.init.zeros_(parameter)
+    states, targets = batch["token_states"], batch["targets"]
+    of_chunks = model.predict_alone(states.flatten(0, 1), targets.flatten(0, 1))
+    predicted = tuple(x.unflatten(0, (B, N)) for x in of_chunks)
+    results = []
+    for known in (None, predicted):
+        model.zero_grad()
+        loss = model(**batch, predicted=known)
+        loss.backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        each = model(**batch, predicted=known, reduction="none")
+        results.append((loss, each, *grads))
+    for online, stored in zip(*results, strict=True):
+        torch.testing.assert_close(stored, online, rtol=1e-12, atol=1e-12)
+    assert results[0][1][targets == IGNORE].eq(0).all()

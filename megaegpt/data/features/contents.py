@@ -1,0 +1,115 @@
+"""What is stored of chunks: the frozen encoder's states, or what a frozen decoder predicts of them.
+
+Shapes: n chunks, S tokens of a chunk, O of the encoder's overlap, P memory vectors of a chunk, C
+hidden size.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaegpt.data.features.store import FeatureSpec, FeatureStore
+from megaegpt.data.tokens.windows import TokenSource, tokens_before
+from megaegpt.labels import IGNORE
+
+
+class ChunkContents(abc.ABC):
+    """What one rank reads of chunks, and what all of a tensor-parallel group compute of it."""
+
+    @abc.abstractmethod
+    def blank(self, count: int) -> tuple[Tensor, ...]:
+        """Make inputs of as many chunks, for a rank that could not read its own: computing is
+        collective.
+        """
+
+    @abc.abstractmethod
+    def read(self, chunks: range) -> tuple[Tensor, ...]:
+        """Read the inputs of chunks."""
+
+    @abc.abstractmethod
+    def compute(self, *inputs: Tensor) -> Mapping[str, Tensor]:
+        """Compute the stored arrays by name, (n, ...) each, of inputs that are on the device."""
+
+
+class EncodedChunks(ChunkContents):
+    """The frozen encoder's states and the memory vectors made of them.
+
+    Args:
+        spec: of the store.
+        stream: the tokens.
+        encode: tokens (n, S) int64 -> states (n, S, C); called with the tokens before each chunk
+            (n, O) too where the store has an overlap.
+        pool: states (n, S, C) -> memory vectors (n, P, C).
+    """
+
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        stream: TokenSource,
+        encode: Callable[..., Tensor],
+        pool: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._spec, self._stream, self._encode, self._pool = spec, stream, encode, pool
+
+    def blank(self, count: int) -> tuple[Tensor, ...]:
+        tokens = torch.zeros(count, self._spec.chunk_size, dtype=torch.int64)
+        before = torch.zeros(count, self._spec.overlap, dtype=torch.int64)
+        return (tokens, before) if self._spec.overlap else (tokens,)
+
+    def read(self, chunks: range) -> tuple[Tensor, ...]:
+        size, overlap = self._spec.chunk_size, self._spec.overlap
+        tokens = self._stream.read(chunks[0] * size, len(chunks) * size).reshape(-1, size)
+        rows = [tokens]
+        if overlap:
+            begins = (chunk * size for chunk in chunks)
+            rows.append(np.stack([tokens_before(self._stream, at, overlap) for at in begins]))
+        return tuple(torch.from_numpy(row.astype(np.int64)) for row in rows)
+
+    def compute(self, *inputs: Tensor) -> Mapping[str, Tensor]:
+        states = self._encode(*inputs)
+        return {"features": self._pool(states), "token_states": states}
+
+
+class PredictedChunks(ChunkContents):
+    """What a frozen decoder makes of stored states, and gives the tokens behind each.
+
+    Args:
+        states: the store of the encoder's states.
+        stream: the tokens.
+        predict: states (n, S, C) and the tokens behind each (n, S), ``IGNORE`` where the stream
+            ends -> what the head reads (n, S, C), log-probabilities (n, S).
+    """
+
+    NAMES: ClassVar = ("hidden", "log_probabilities")
+
+    def __init__(
+        self,
+        states: FeatureStore,
+        stream: TokenSource,
+        predict: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        self._states, self._stream, self._predict = states, stream, predict
+
+    def blank(self, count: int) -> tuple[Tensor, ...]:
+        shape = (count, self._states.spec.chunk_size)
+        width = self._states.spec.hidden_size
+        return torch.zeros(*shape, width), torch.zeros(shape, dtype=torch.int64)
+
+    def read(self, chunks: range) -> tuple[Tensor, ...]:
+        size = self._states.spec.chunk_size
+        behind = chunks[0] * size + 1
+        count = min(len(chunks) * size, len(self._stream) - behind)
+        targets = np.full(len(chunks) * size, IGNORE, np.int64)
+        targets[:count] = self._stream.read(behind, count)
+        states = self._states.token_states(np.arange(chunks.start, chunks.stop))
+        return states, torch.from_numpy(targets).view(-1, size)
+
+    def compute(self, *inputs: Tensor) -> Mapping[str, Tensor]:
+        states, targets = inputs
+        return dict(zip(self.NAMES, self._predict(states, targets), strict=True))
