@@ -18,10 +18,14 @@ from megaegpt.errors import DataError
 from megaegpt.evaluation.history import HISTORIES
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.model.build import build_model
+from megaegpt.model.egpt.egpt import EGPT
+from megaegpt.model.egpt.held_tokens import MemoryLimits
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.feature_stores import prepare_store
+from megaegpt.training.frozen_predictions import FrozenDecoder
 from tests.tiny.runs import CHUNK, CHUNKS, VOCAB, encoder_config, run_config
-from tools.experiment.measure import Text, summarize, token_nats
+from tools.experiment.measure import Stores, Text, nats_with_memory, summarize, token_nats
 from tools.experiment.report import binned, compare_losses, insert
 
 LENGTH = 3 * CHUNK * CHUNKS + 5  # three whole windows, and four targets of a fourth
@@ -75,6 +79,36 @@ def test_features_are_true_those_of_another_window_or_zero(text: Text) -> None:
     assert len({nats[:, 1:].sum() for nats in losses}) == 3
     for nats in losses[1:]:
         np.testing.assert_allclose(nats[:, 0], losses[0][:, 0], rtol=1e-5)
+
+
+def test_stored_states_and_predictions_give_the_losses_of_the_computed_ones(
+    text: Text, tmp_path: Path
+) -> None:
+    loaded = _loaded("egpt")
+    egpt = replace(
+        loaded.model.config.egpt, local_attention=True, memory_gate=True, token_memory=True
+    )
+    encoder = replace(loaded.model.config.encoder, source=str(tmp_path / "encoder"))
+    config = run_config("egpt", tmp_path, tmp_path, data={"token_features": "stored"})
+    config = replace(
+        config, model=replace(config.model, egpt=egpt, encoder=encoder, positions="rotary")
+    )
+    model = build_model(config.model, ProcessGrid(), seed=2).requires_grad_(False).eval()
+    loaded = LoadedModel(model, loaded.encoder, loaded.tokenizer)
+    assert loaded.encoder is not None
+    assert isinstance(model, EGPT)
+    stream, grid = text.source, ProcessGrid()
+    assert isinstance(stream, TokenStream)
+    states = prepare_store(config, grid, loaded.encoder, stream, "report", "fp32")
+    predicted = FrozenDecoder(model, grid, "fp32").prepare(config, states, stream, "report")
+    for kind in HISTORIES:
+        computed = token_nats(loaded, text, 2, torch.float32, kind)
+        stored = token_nats(loaded, text, 2, torch.float32, kind, Stores(states, predicted))
+        np.testing.assert_allclose(stored, computed, rtol=1e-4)
+    limits = MemoryLimits(3 * CHUNK)
+    computed = nats_with_memory(loaded, text, torch.float32, limits)
+    stored = nats_with_memory(loaded, text, torch.float32, limits, Stores(states, predicted))
+    np.testing.assert_allclose(stored, computed, rtol=1e-4)
 
 
 def test_the_tables_in_the_documentation_are_those_of_the_report_beside_it() -> None:
