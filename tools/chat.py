@@ -26,7 +26,7 @@ import argparse
 import contextlib
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from megaegpt.arguments import ArgumentParser, integer
@@ -117,7 +117,7 @@ class Session:
         self.system = ""
         self.turns: list[Message] = []
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str]:
         """Yield the answer to a message in pieces. Both become part of the conversation, the answer
         as far as it has come when the iteration is left.
 

@@ -6,6 +6,7 @@ constant: from them follows the exponent that the measured one should have.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -161,7 +162,7 @@ def corpora(threads: int | None) -> Iterator[Point]:
     draw(10**6)  # imports what drawing needs
     for tokens in (10**6, 10**7, 10**8, 10**9, 10**10, 10**11, 10**12):
         expected = {"seconds to start": 1.0, "seconds a batch": 1.0}
-        yield Point(tokens, expected, measured=lambda tokens=tokens: draw(tokens))
+        yield Point(tokens, expected, measured=functools.partial(draw, tokens))
 
 
 def draw(tokens: int) -> dict[str, float]:
@@ -194,7 +195,7 @@ def planned_ranks(threads: int | None) -> Iterator[Point]:
     plan(1)  # imports what a plan needs
     for count in (1, 4, 16, 64, 256, 1024, 4096):
         expected = {"optimizer bytes a rank": 1 / count, "seconds to plan": 1.0}
-        yield Point(count, expected, measured=lambda count=count: plan(count))
+        yield Point(count, expected, measured=functools.partial(plan, count))
 
 
 def plan(count: int) -> dict[str, float]:

@@ -92,9 +92,10 @@ def _table(records: dict[str, Any]) -> str:
     """Tokens a second of each of ours, of the fastest other program, and how many times that is."""
     rows = [("tokens/s", "", "megaegpt", "the fastest other", "", "ratio")]
     for part, record in records.items():
-        ours, others = [], []
+        by_whom: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for result in record["results"]:
-            (ours if result["name"].startswith("megaegpt") else others).append(result)
+            by_whom[result["name"].startswith("megaegpt")].append(result)
+        ours, others = by_whom[True], by_whom[False]
         peers = [result for result in others if not result["name"].startswith("only")]
         best = max(peers, key=lambda result: result["units_per_second"], default=None)
         for number, result in enumerate(ours):
