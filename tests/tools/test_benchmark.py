@@ -61,6 +61,16 @@ def test_egpt(run, capsys):
     assert all(name in out for name in names)
 
 
+@pytest.mark.long
+def test_egpt_whose_memory_alone_learns(run):
+    record = run(
+        *("egpt", "--memory", "--hidden", "16", "--layers", "1", "--encoder-layers", "1"),
+        *("--heads", "2", "--chunks", "2", "--chunk-size", "4"),
+    )
+    kinds = ("online features", "stored states", "stored predictions")
+    assert [result["name"] for result in record["results"]] == [f"megaegpt, {k}" for k in kinds]
+
+
 def test_a_token_memory_is_timed_by_how_much_it_holds(run, capsys):
     record = run("generate", "--memory", "--hidden", "16", "--heads", "2", "--repetitions", "1")
     assert [row["held"] for row in record["memory"]] == [1024, 16384, 131072]
@@ -212,7 +222,7 @@ def test_gpu_without_one(run, capsys, tmp_path, monkeypatch):
     assert [name for name, *_ in record["summary"]] == [
         "training small",
         "EGPT, online features",
-        "EGPT, stored features",
+        "EGPT, stored states",
         "decoding, batch 1",
         "decoding, batch 8",
     ]
@@ -320,6 +330,7 @@ def test_unknown_peers_are_refused(value, message):
     ("line", "message"),
     [
         ("train --kv-heads 2", "--kv-heads is for --family llama"),
+        ("egpt --memory --peer egpt=original", "--memory is ours alone"),
         ("generate --egpt --compile", "--egpt measures EGPT alone"),
         ("generate --memory --compile", "--egpt measures EGPT alone"),
         ("data --input a.jsonl --megabytes 3", "--megabytes is for a corpus that is made"),

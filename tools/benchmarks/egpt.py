@@ -1,5 +1,7 @@
 """A training window of EGPT: ours with online and with stored features, and the original program's.
 
+With --memory the form over a pretrained model: nothing but a token memory learns.
+
 The original (github trtuananh/egpt) walks the window chunk by chunk and decodes one short sequence
 per token. With its weights copied into ours, loss and gradients are compared before anything is
 timed.
@@ -15,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaegpt.config import EGPTConfig, ModelConfig
-from megaegpt.errors import MegaEGPTError
+from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
+from megaegpt.data.features.contents import PredictedChunks
+from megaegpt.errors import ConfigError, MegaEGPTError
 from megaegpt.model.build import build_inputs, build_model
 from megaegpt.model.egpt.egpt import EGPT, chunk_features
 from megaegpt.model.encoder import FrozenEncoder
@@ -34,6 +37,7 @@ from tools.benchmarks.peers import load_module
 from tools.benchmarks.processes import Candidate, Workload, compare
 
 VOCAB = 50257
+_FROZEN = ("norm", "head", "input_mlp", "embeddings", "sink")
 _TOLERANCE = {"loss": 1e-5, "gradient": 1e-4}  # fp32, relative
 
 
@@ -52,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         },
     )
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="a token memory over frozen blocks and head, which alone learns; an overlap of a "
+        "quarter of a chunk",
+    )
     parser.add_argument("--peer", action="append", default=[], metavar="egpt=DIR")
     add_profile(parser)
     add_repetitions(parser, default=3)
@@ -64,10 +74,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     shape = {name: getattr(arguments, name) for name in names}
     threads = arguments.threads
     options = {"zero": 0, "precision": "auto", "recompute": "none", "compile": arguments.compile}
+    kinds = ["online features", "stored history", "stored states"]
+    if arguments.memory:
+        if arguments.peer:
+            raise ConfigError("--memory is ours alone: leave --peer out")
+        options["freeze"] = (f"layers:0-{shape['layers'] - 1}", *_FROZEN)
+        kinds = ["online features", "stored states", "stored predictions"]
     candidates = [
-        Candidate("megaegpt, online features", ours, (shape, "online", options), threads=threads),
-        Candidate("megaegpt, stored history", ours, (shape, "history", options), threads=threads),
-        Candidate("megaegpt, stored states", ours, (shape, "stored", options), threads=threads),
+        Candidate(f"megaegpt, {kind}", ours, (shape, kind, options), threads=threads)
+        for kind in kinds
     ]
     record: dict[str, Any] = {"shape": shape}
     for folder in parse_peers(arguments.peer, ("egpt",)).values():
@@ -78,20 +93,31 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return record | {"results": [result.as_dict() for result in results]}
 
 
-def _configs(shape: dict[str, int]) -> tuple[ModelConfig, ModelConfig]:
+def _configs(shape: dict[str, int], memory: bool = False) -> tuple[ModelConfig, ModelConfig]:
+    overlap = shape["chunk_size"] // 4 if memory else 0
     common = {
         "hidden_size": shape["hidden"],
         "num_heads": shape["heads"],
         "activation": "gelu",
-        "max_seq_len": shape["chunk_size"],
+        "max_seq_len": shape["chunk_size"] + overlap,
+        "positions": "rotary" if memory else "learned",
     }
     encoder = ModelConfig(num_layers=shape["encoder_layers"], **common)  # type: ignore[arg-type]
-    chunks = EGPTConfig(num_chunks=shape["chunks"], chunk_size=shape["chunk_size"])
+    chunks = EGPTConfig(
+        num_chunks=shape["chunks"],
+        chunk_size=shape["chunk_size"],
+        local_attention=memory,
+        attention_sink=memory,
+        memory_gate=memory,
+        adapter_residual=memory,
+        token_memory=memory,
+    )
     decoder = ModelConfig(
         kind="egpt",
         num_layers=shape["layers"],
         bias=False,
         egpt=chunks,
+        encoder=EncoderConfig(overlap=overlap),
         **common,  # type: ignore[arg-type]
     )
     return encoder, decoder
@@ -110,25 +136,36 @@ def ours(shape: dict[str, int], features: str, options: dict[str, Any]) -> Workl
     from megaegpt.precision import DTYPES, resolve_precision
     from tools.benchmarks.engines import build_engine, facts
 
-    encoder_config, config = _configs(shape)
+    encoder_config, config = _configs(shape, memory="freeze" in options)
     gpt = build_model(encoder_config, single_grid(), compile_blocks=options["compile"])
     encoder = FrozenEncoder(gpt)  # type: ignore[arg-type]
-    dtype = DTYPES[resolve_precision(options["precision"], gpt.grid.device)]
+    precision = resolve_precision(options["precision"], gpt.grid.device)
+    dtype = DTYPES[precision]
     inputs = build_inputs(config, encoder.to(dtype), dtype)
     engine = build_engine(config, shape["windows"], options, inputs.loss)
     tokens, targets = _window(shape, engine.grid.device)
     batch = {"tokens": tokens, "targets": targets.contiguous()}
-    if features != "online":  # as a store has them
-        states = encoder(tokens)
-        batch["features"] = chunk_features(states[:, :-1], config.egpt)
-        if features != "history":
-            batch["token_states"] = states
+    if features != "online features":  # as a store has them
+        arguments = inputs.arguments(batch)
+        batch["features"] = arguments["features"]
+        if features != "stored history":
+            batch["token_states"] = arguments["token_states"]
+        if features == "stored predictions":
+            batch |= _predicted(engine.model, batch)
     step = itertools.count()
 
     def one() -> None:
         engine.train_step(next(step), [batch])
 
     return Workload(one, targets.numel(), facts(engine, config))
+
+
+def _predicted(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What blocks and head predict of a batch's chunks, as a store has it."""
+    assert isinstance(model, EGPT)
+    of_chunks = (batch[name].flatten(0, 1) for name in ("token_states", "targets"))
+    found = zip(PredictedChunks.NAMES, model.predict_alone(*of_chunks), strict=True)
+    return {name: x.unflatten(0, batch["tokens"].shape[:2]) for name, x in found}
 
 
 def _original_model(folder: Path, shape: dict[str, int]) -> Any:

@@ -43,7 +43,8 @@ def build_engine(
         batch: samples a step over all processes, in one micro-step.
         options: as :data:`PLAIN`; and, to measure what they are worth, ``fused_head``,
             ``fused_blocks``, ``fewer_operators`` and ``cudnn`` (its attention), which are on unless
-            they are false; ``lora``, the rank of adapters that are trained instead of the weights.
+            they are false; ``lora``, the rank of adapters that are trained instead of the weights;
+            ``freeze``, parts that are not trained.
         loss_function: how the model is called; with its inputs and targets by default.
     """
     device = local_device() if dist.is_initialized() else init_distributed()
@@ -57,6 +58,7 @@ def build_engine(
             micro_batch_size=batch // grid.dp_size,
             precision=options["precision"],
             lora=LoRAConfig(rank=options.get("lora")),
+            freeze=options.get("freeze", ()),
         ),
         optimizer=OptimizerConfig(warmup_steps=0),
     )

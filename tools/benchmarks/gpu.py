@@ -217,8 +217,8 @@ def _egpt(suite: Suite) -> None:
     windows, size = (4, 1024) if suite.on_gpu else (1, 4)
     shape = _EGPT if suite.on_gpu else _TINY
     rates = {}
-    for features in ("online", "stored"):
-        name = f"EGPT, {features} features"
+    for features in ("online features", "stored states"):
+        name = f"EGPT, {features}"
         result = suite.measure(
             name, _egpt_step, windows, shape, size, features, suite.on_gpu, unit="tokens"
         )
