@@ -249,6 +249,12 @@ def _stored_predictions(config: RunConfig) -> Iterator[Problem]:
     ):
         if not needed:
             yield Problem((key, other), f"{key}=stored needs {other}{_NEEDED[other]}")
+    if config.parallel.zero_stage == 3:  # a split's last window has a chunk that is not stored
+        yield Problem(
+            (key, "parallel.zero_stage"),
+            f"{key}=stored is for parallel.zero_stage of 0 to 2: with 3 all ranks must run the "
+            "blocks together, and a rank runs them for what is not stored only",
+        )
     if model.dropout:
         yield Problem(
             (key, "model.dropout"),

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from megaegpt.config import DataConfig, EGPTConfig, EncoderConfig, ModelConfig, TrainingConfig
+from megaegpt.config import (
+    DataConfig,
+    EGPTConfig,
+    EncoderConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from megaegpt.config.run import RunConfig
 from megaegpt.config.validation import validate
 from megaegpt.errors import ConfigError
@@ -58,6 +65,7 @@ def test_stored_predictions_need_a_decoder_that_stays_as_it_is(tmp_path: Path):
             replace(right, model=replace(right.model, dropout=0.1)),
             "is without dropout: model.dropout=0.1",
         ),
+        (replace(right, parallel=ParallelConfig(zero_stage=3)), "zero_stage of 0 to 2: with 3"),
     ]
     for config, words in wrong:
         with pytest.raises(ConfigError, match=words):

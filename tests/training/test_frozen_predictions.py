@@ -72,7 +72,7 @@ def _config(
     }
     kept = "stored" if stored else "online"
     data = {"history_features": "online", "token_features": kept, "predictions": kept}
-    parallel = {"tensor_parallel_size": tp, "context_parallel_size": cp, "zero_stage": 2}
+    parallel = {"tensor_parallel_size": tp, "context_parallel_size": cp}
     sections = {"model": model, "data": data, "parallel": parallel, "training": {"freeze": FROZEN}}
     for name, values in changes.items():
         sections[name] = {**sections[name], **values}
@@ -86,10 +86,9 @@ def _train(
     tp: int = 1,
     cp: int = 1,
     stop: int | None = None,
-    **changes: Any,
 ) -> None:
     """Stopped after some steps, and gone on with, if ``stop`` is given."""
-    config = _config(corpus, folder, stored, tp, cp, **changes)
+    config = _config(corpus, folder, stored, tp, cp)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         if stop is not None:
             assert not pretrain(config, grid_for(tp, cp), stops=StopAfter(stop))
