@@ -27,8 +27,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megaegpt.model.egpt.same_ids import (
+    Found,
+    KeyIds,
+    SameTokens,
+    Shape,
+    SortedIds,
+    Visible,
+)
+
 SCORES_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Scores that exist at once, by device type."""
+
+SPAN = 64
+"""Scores of which the largest is found first."""
 
 _UNKNOWN = -1
 """In the place of an id."""
@@ -102,6 +114,21 @@ class _Block(NamedTuple):
     """Of their chunk, from its first token to at least the last of them."""
     from_chunk: Tensor | None
     """(B, 1): the first chunk that is seen; None: all are."""
+    lookup: _Lookup
+    """Of the keys of their chunk and of all before it."""
+
+
+class _Lookup(NamedTuple):
+    """The ids of keys, and of the tokens behind them, sorted by row; None: they are compared."""
+
+    tokens: tuple[SortedIds, ...] | None = None
+    successors: tuple[SortedIds, ...] | None = None
+
+    @staticmethod
+    def of(earlier: Keys, own: Keys) -> _Lookup:
+        """Of the keys of a chunk and of all before it."""
+        _, tokens, successors = (torch.cat(ids, dim=1) for ids in _both(earlier, own))
+        return _Lookup(SortedIds.of(tokens), SortedIds.of(successors))
 
 
 class _Scan(NamedTuple):
@@ -139,12 +166,14 @@ class _Scan(NamedTuple):
             earlier = self.earlier.cut(0, chunk * size)
             columns = queries.shape[0] * queries.shape[1] * (earlier.num_keys + end - start)
             rows = max(budget // columns, 1)
+            whole = self.own.cut(number * size, number * size + end - start)
+            lookup = _Lookup.of(earlier, whole)
             begin = None if self.from_chunk is None else self.from_chunk[:, chunk : chunk + 1]
             for row in range(start, end, rows):
                 stop = min(row + rows, end)
                 offsets = torch.arange(row - start, stop - start, device=queries.device)
                 own = self.own.cut(number * size, number * size + stop - start)
-                yield _Block(slice(row, stop), offsets, number * size, earlier, own, begin)
+                yield _Block(slice(row, stop), offsets, number * size, earlier, own, begin, lookup)
 
 
 class _Seen(NamedTuple):
@@ -158,12 +187,12 @@ class _Seen(NamedTuple):
     """(B or 1, H, K), by distance"""
     before: Tensor
     """(B, G, K) ids: the token before each key's"""
-    tokens: Tensor
-    """(B, G, K): the key's"""
-    successors: Tensor
-    """(B, G, K): the one behind it"""
-    visible: Tensor
-    """(B, H or 1, R, K): the successor is known, and the query's token has read it"""
+    tokens: KeyIds
+    """The key's"""
+    successors: KeyIds
+    """The one behind it"""
+    visible: Visible
+    """Those whose successor is known, and read before the query's token"""
     wanted: tuple[Tensor, Tensor]
     """(B, R) ids: the token before each query's, and the query's"""
 
@@ -173,26 +202,33 @@ class _Scores(NamedTuple):
 
     scores: Tensor
     """(B, H, R, K) in at least fp32; -inf at what is not seen."""
-    same: Tensor
-    """(B, H or 1, R, K): what is seen and has the query's token."""
-    same_before: Tensor
-    """The same, and the token before is the same too."""
-    successors: Tensor
-    """(B, H or 1, K)"""
+    same: SameTokens
+    """Of what is seen the keys with the query's token."""
+    successors: KeyIds
+
+    def followed_by(self, ids: Tensor) -> Found:
+        """The keys behind which came an id of each query, (B, H or 1, R)."""
+        return self.successors.having(ids, _shape(self.scores))
+
+
+def _shape(scores: Tensor) -> Shape:
+    batch, pointers, queries, keys = scores.shape
+    return batch, pointers, queries, keys
 
 
 def _scores(queries: Tensor, seen: _Seen, match_bonus: Tensor) -> _Scores:
     """Scores of a block's queries (B, H, R, D)."""
     queries = _precise(queries)
-    scores = torch.cat([_products(queries, part) for part in seen.keys], -1)
-    scores += seen.bias.to(scores.dtype).unsqueeze(2)
-    scores.masked_fill_(~seen.visible, -torch.inf)
+    if queries.shape[2] > queries.shape[3]:  # keys are fewer numbers than scores
+        scores = _products(queries, torch.cat(seen.keys, dim=2))
+    else:
+        scores = torch.cat([_products(queries, part) for part in seen.keys], -1)
+    seen.visible.add_(scores, seen.bias)
     before, token = seen.wanted
-    same = _equal(token, seen.tokens) & seen.visible
-    same_before = _equal(before, seen.before) & same
-    once, twice = match_bonus.to(scores.dtype)[..., None, None].unbind(1)
-    scores += torch.where(same_before, twice, torch.where(same, once, 0.0))
-    return _Scores(scores, same, same_before, seen.successors)
+    having = seen.tokens.having(token.unsqueeze(1), _shape(scores))
+    same = having.seen(seen.visible, seen.before, before)
+    same.add_(scores, match_bonus)
+    return _Scores(scores, same, seen.successors)
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -206,40 +242,36 @@ def _products(queries: Tensor, keys: Tensor) -> Tensor:
     return queries @ keys.to(queries.dtype).transpose(-1, -2)
 
 
-def _equal(queries: Tensor, keys: Tensor) -> Tensor:
-    """Ids (B, R) and (B, G, K) -> (B, G, R, K)"""
-    return queries[:, None, :, None].int() == keys.int().unsqueeze(2)  # twice as many at a time
-
-
 def _seen_in_window(queries: Tensor, block: _Block, scoring: Scoring) -> _Seen:
     """All earlier keys of a block; of each query's own choice where ``most_chunks`` says so."""
     before, tokens, successors = (
-        torch.cat([earlier, own], dim=1).unsqueeze(1)
-        for earlier, own in zip(_triples(block.earlier.text), _triples(block.own.text), strict=True)
+        torch.cat(ids, dim=1).unsqueeze(1) for ids in _both(block.earlier, block.own)
     )
-    count, device = block.earlier.num_keys, queries.device
-    visible = (successors >= 0).unsqueeze(2).repeat(1, 1, len(block.offsets), 1)
-    own = torch.arange(block.own.num_keys, device=device)
-    visible[..., count:] &= own < block.offsets.unsqueeze(1)
+    count, known, chosen = block.earlier.num_keys, successors >= 0, None
     wanted_before = block.own.text[:, block.offsets]
     if block.from_chunk is not None:  # what is before the first that is seen is not known
-        keys, places = torch.arange(tokens.shape[2], device=device), count + block.offsets
+        keys = torch.arange(tokens.shape[2], device=queries.device)
         begin = block.from_chunk * scoring.chunk_size  # (B, 1)
-        visible = visible & (keys >= begin)[:, None, None]
+        known = known & (keys >= begin).unsqueeze(1)
         before = before.masked_fill((keys == begin).unsqueeze(1), _UNKNOWN)
-        wanted_before = wanted_before.masked_fill(places == begin, _UNKNOWN)
+        wanted_before = wanted_before.masked_fill(count + block.offsets == begin, _UNKNOWN)
     most = scoring.most_chunks
     if most is not None and most * scoring.chunk_size < count:
-        visible = visible & _chosen(_precise(queries), block, most, scoring.chunk_size)
+        chosen = _chosen(_precise(queries), block, most, scoring.chunk_size)
     return _Seen(
         (block.earlier.keys, block.own.keys),
         _bias_by_key(block, scoring).unsqueeze(0),
         before,
-        tokens,
-        successors,
-        visible,
+        KeyIds(tokens, block.lookup.tokens),
+        KeyIds(successors, block.lookup.successors),
+        Visible(known, count, block.offsets, chosen),
         (_unlike_keys(wanted_before), block.own.text[:, 1 + block.offsets]),
     )
+
+
+def _both(earlier: Keys, own: Keys) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of both (B, J) each: the ids before keys, of keys, and behind them."""
+    return zip(_triples(earlier.text), _triples(own.text), strict=True)
 
 
 def _triples(text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,9 +345,9 @@ def _seen_by_one(
         (keys, block.own.keys),
         torch.cat([far, near], dim=2),
         before,
-        tokens,
-        successors,
-        ((successors >= 0) & ~unread).unsqueeze(2),
+        KeyIds(tokens),
+        KeyIds(successors),
+        Visible((successors >= 0) & ~unread, keys.shape[2], None),
         (_unlike_keys(block.own.text[:, block.offsets]), block.own.text[:, 1 + block.offsets]),
     )
 
@@ -330,23 +362,35 @@ def _weigh(found: _Scores) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Weights, in place of the scores, their log_sum (B, H, R), and what is known of how sure they
     are: all of :class:`Pointers` but the probability.
     """
-    largest, nearest = found.scores.max(-1)  # (B, H, R)
-    nothing = largest == -torch.inf
-    weights = _weights(found.scores, largest)
+    most, nearest = largest(found.scores)  # (B, H, R)
+    nothing = most == -torch.inf
+    weights = _weights(found.scores, most)
     total = weights.sum(-1)
-    log_sum = largest + total.log()
+    log_sum = most + total.log()
     weights /= total.masked_fill(nothing, 1.0).unsqueeze(-1)
-    known = found.successors.expand(-1, nearest.shape[1], -1).int()  # (B, H, K)
-    agrees = known.unsqueeze(2) == known.gather(2, nearest).unsqueeze(-1)
-    agreement = torch.where(agrees, weights, 0.0).sum(-1).log().masked_fill(nothing, 0.0)
-    peak = (largest - log_sum).masked_fill(nothing, 0.0)
-    longest = _any(found.same) + _any(found.same_before)
-    return weights, log_sum, (largest, peak, agreement, longest.expand_as(largest))
+    successors = found.successors.ids.expand(-1, nearest.shape[1], -1)  # (B, H, K)
+    agrees = found.followed_by(successors.gather(2, nearest))
+    agreement = agrees.sums(weights).log().masked_fill(nothing, 0.0)
+    peak = (most - log_sum).masked_fill(nothing, 0.0)
+    longest = found.same.longest().expand_as(most)
+    return weights, log_sum, (most, peak, agreement, longest)
 
 
-def _any(mask: Tensor) -> Tensor:
-    """``mask.any(-1)`` as 0 or 1; torch's own takes many times as long on a CPU."""
-    return mask.view(torch.uint8).amax(-1).long()
+def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``scores.max(-1)``, which on a CPU takes as long as an exponential of all: the largest of
+    each of some spans first, then its place in the span that has it.
+    """
+    span, count = SPAN, scores.shape[-1]
+    whole = count - count % span
+    if scores.device.type != "cpu" or whole < 2 * span:
+        return scores.max(-1)
+    spans = scores[..., :whole].unflatten(-1, (-1, span)).amax(-1)
+    largest, number = torch.cat([spans, scores[..., whole:]], dim=-1).max(-1)
+    inside = number < whole // span
+    first = number.where(inside, 0) * span
+    places = first.unsqueeze(-1) + torch.arange(span)
+    place = first + scores.gather(-1, places).argmax(-1)
+    return largest, place.where(inside, number - whole // span + whole)
 
 
 class _CopyAttention(torch.autograd.Function):
@@ -372,8 +416,8 @@ class _CopyAttention(torch.autograd.Function):
             found = scan.scores(queries[:, :, block.rows], block)
             weights, log_sum[part], sureness = _weigh(found)
             largest[part], peak[part], agreement[part], longest[part] = sureness
-            hits = _hits(found, scan.targets, block)
-            probability[part] = torch.where(hits, weights, 0.0).sum(-1)
+            hits = found.followed_by(scan.targets[:, None, block.rows])
+            probability[part] = hits.sums(weights)
         ctx.save_for_backward(
             queries, earlier_keys, own_keys, distance_bias, match_bonus, probability, log_sum
         )
@@ -394,10 +438,10 @@ class _CopyAttention(torch.autograd.Function):
             rows = queries[:, :, block.rows]
             found = scan.scores(rows, block)
             weights = _weights(found.scores, log_sum[part])
-            scale, known = (x[part].unsqueeze(-1) for x in (by_probability, probability))
-            hits = _hits(found, scan.targets, block)
-            factor = torch.where(hits, scale * (1 - known), -scale * known)
-            found = found._replace(scores=weights.mul_(factor))  # now their gradients
+            scale, known = by_probability[part], probability[part]
+            hits = found.followed_by(scan.targets[:, None, block.rows])
+            by_scores = hits.multiply_(weights, scale * (1 - known), -scale * known)
+            found = found._replace(scores=by_scores)
             by_queries[:, :, block.rows] = _add_gradients(found, rows, block, scan, by_parameters)
         grads = tuple(
             by.to(x.dtype)
@@ -426,17 +470,8 @@ def _add_gradients(
     by_chunk = by_key[:, :count].unflatten(1, (-1, scan.scoring.chunk_size)).sum(2)
     by_bias.index_add_(1, _distances(block, scan.scoring), by_chunk)
     by_bias[:, 0] += by_key[:, count:].sum(1)
-    once, twice = (
-        torch.where(same, by_scores, 0.0).sum((0, 2, 3)) for same in (found.same, found.same_before)
-    )
-    by_bonus[:, 0] += once - twice
-    by_bonus[:, 1] += twice
+    by_bonus += found.same.by_bonus(by_scores)
     return by_queries
-
-
-def _hits(found: _Scores, targets: Tensor, block: _Block) -> Tensor:
-    """Where keys are followed by the target: (B, 1, R, K)."""
-    return _equal(targets[:, block.rows], found.successors)
 
 
 def point(
@@ -488,7 +523,7 @@ def pointed_at(
         means: :func:`mean_keys` of the earlier ones. With them, and one query a row, only the keys
             of the ``most_chunks`` that it sees are read.
     """
-    block = _Block(slice(None), offsets, 0, earlier, own, None)
+    block = _Block(slice(None), offsets, 0, earlier, own, None, _Lookup())
     most = scoring.most_chunks
     if most is not None and means is not None and most < means.shape[2] and len(offsets) == 1:
         seen = _seen_by_one(queries, block, scoring, means, most)
@@ -497,4 +532,4 @@ def pointed_at(
     found = _scores(queries, seen, scoring.match_bonus)
     weights, _, sureness = _weigh(found)
     nothing = torch.zeros_like(sureness[0])
-    return weights, found.successors, Pointers(nothing, *sureness)
+    return weights, found.successors.ids, Pointers(nothing, *sureness)

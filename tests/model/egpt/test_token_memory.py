@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.labels import IGNORE
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt import copy_attention
+from megaegpt.model.egpt import copy_attention, same_ids
 from megaegpt.model.egpt.egpt import EGPT, chunk_features
 from megaegpt.model.egpt.held_tokens import HeldTokens, MemoryLimits
 from megaegpt.parallel.grid import ProcessGrid
@@ -188,12 +188,16 @@ def _nats(p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -p[real].gather(1, targets[real].unsqueeze(1)).log().squeeze(1)
 
 
+@pytest.mark.parametrize("listed", [True, False], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize(
     ("first", "rows", "most"),
-    [(None, 1 << 22, None), (None, 70, None), ([2, 1], 70, None), ([0, 3], 1, 1)],
+    [(None, 1 << 22, None), (None, 70, None), ([2, 1], 1 << 22, None), ([0, 3], 1, 1)],
 )
-def test_loss_and_gradients_are_those_of_the_definition(first, rows, most, monkeypatch):
+def test_loss_and_gradients_are_those_of_the_definition(first, rows, most, listed, monkeypatch):
     monkeypatch.setitem(copy_attention.SCORES_AT_ONCE, "cpu", rows)
+    monkeypatch.setattr(copy_attention, "SPAN", 4)
+    if not listed:
+        monkeypatch.setattr(same_ids, "AS_PLACES", set())
     model, batch = _model(changed(random_history=first is not None, memory_chunks=most)), _batch()
     if first is not None:
         monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor(first))
@@ -357,3 +361,14 @@ def test_what_a_frozen_decoder_predicts_can_be_known_before(softcap: float | Non
     for online, stored in zip(*results, strict=True):
         torch.testing.assert_close(stored, online, rtol=1e-12, atol=1e-12)
     assert results[0][1][targets == IGNORE].eq(0).all()
+
+
+@pytest.mark.parametrize("count", [5, 8, 19, 64])
+def test_the_largest_score_is_found_where_it_is(count, monkeypatch):
+    monkeypatch.setattr(copy_attention, "SPAN", 4)
+    scores = torch.randn(2, 1, 30, count, generator=torch.Generator().manual_seed(count))
+    scores[0, 0, 0] = -torch.inf
+    scores[0, 0, 1, -1] = 9.0
+    for found, expected in zip(copy_attention.largest(scores), scores.max(-1), strict=True):
+        assert found[:, :, 1:].equal(expected[:, :, 1:])
+    assert copy_attention.largest(scores)[0][0, 0, 0] == -torch.inf
