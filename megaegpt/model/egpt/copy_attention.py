@@ -219,7 +219,8 @@ def _shape(scores: Tensor) -> Shape:
 def _scores(queries: Tensor, seen: _Seen, match_bonus: Tensor) -> _Scores:
     """Scores of a block's queries (B, H, R, D)."""
     queries = _precise(queries)
-    if queries.shape[2] > queries.shape[3]:  # keys are fewer numbers than scores
+    same_type = seen.keys[0].dtype == seen.keys[1].dtype
+    if same_type and queries.shape[2] > queries.shape[3]:  # keys are fewer numbers than scores
         scores = _products(queries, torch.cat(seen.keys, dim=2))
     else:
         scores = torch.cat([_products(queries, part) for part in seen.keys], -1)
