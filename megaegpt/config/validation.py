@@ -242,13 +242,25 @@ def _stored_predictions(config: RunConfig) -> Iterator[Problem]:
             f"{key}=stored is for an egpt with model.egpt.token_memory, which alone learns",
         )
         return
-    for other, needed in (
-        ("data.token_features", config.data.token_features == "stored"),
-        ("model.egpt.memory_gate", model.egpt.memory_gate),
-        ("training.freeze", bool(config.training.freeze)),
+    for other, given, needed in (
+        (
+            "data.token_features",
+            config.data.token_features == "stored",
+            "=stored: the token memory reads the encoder's states",
+        ),
+        (
+            "model.egpt.memory_gate",
+            model.egpt.memory_gate,
+            "=true, closed: the blocks must not see earlier chunks",
+        ),
+        (
+            "training.freeze",
+            bool(config.training.freeze),
+            ": all parts but the token memory",
+        ),
     ):
-        if not needed:
-            yield Problem((key, other), f"{key}=stored needs {other}{_NEEDED[other]}")
+        if not given:
+            yield Problem((key, other), f"{key}=stored needs {other}{needed}")
     if config.parallel.zero_stage == 3:  # a split's last window has a chunk that is not stored
         yield Problem(
             (key, "parallel.zero_stage"),
@@ -260,13 +272,6 @@ def _stored_predictions(config: RunConfig) -> Iterator[Problem]:
             (key, "model.dropout"),
             f"{key}=stored is without dropout: model.dropout={model.dropout}",
         )
-
-
-_NEEDED = {
-    "data.token_features": "=stored: the token memory reads the encoder's states",
-    "model.egpt.memory_gate": "=true, closed: the blocks must not see earlier chunks",
-    "training.freeze": ": all parts but the token memory",
-}
 
 
 def _adapters(config: RunConfig) -> Iterator[Problem]:

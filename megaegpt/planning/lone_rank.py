@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.data.features.store import PREDICTIONS
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.model.adapters import choose_trained
 from megaegpt.model.build import Model, build_inputs, empty_model
@@ -135,8 +136,8 @@ def _batch(config: RunConfig, inputs: ModelInputs, sample_tokens: int) -> Batch:
         states = torch.zeros(*batch["tokens"].shape, model.hidden_size)
         batch = {**batch, "token_states": states}
     if config.data.predictions == "stored":
-        nothing = torch.zeros(batch["tokens"].shape)
-        batch = {**batch, "hidden": batch["token_states"], "log_probabilities": nothing}
+        known = (batch["token_states"], torch.zeros(batch["tokens"].shape))
+        batch = {**batch, **dict(zip(PREDICTIONS, known, strict=True))}
     return batch
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megaegpt.config import RunConfig
 from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.errors import CheckpointError
+from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.interop.sources import resolve_weights_source
 from megaegpt.model.adapter_files import Base
 from megaegpt.model.adapters import choose_trained, initialize_adapters
@@ -52,7 +52,8 @@ def starting_model(
         new: no checkpoint will overwrite the weights.
 
     Raises:
-        ConfigError: ``training.freeze`` or ``training.lora`` does not fit the model.
+        ConfigError: ``training.freeze`` or ``training.lora`` does not fit the model, or the
+            training text has no chunk where one is needed.
         CheckpointError: weights that it starts from are missing, damaged or do not fit.
     """
     if encoder is not None and compiles:
@@ -106,7 +107,12 @@ def base_of_adapters(config: RunConfig, grid: ProcessGrid) -> Base | None:
 
 def _first_chunks(stream: TokenStream | None, size: int) -> torch.Tensor:
     """Tokens (n, S) of the training text's first chunks, on whose states a token memory begins."""
-    assert stream is not None
+    if stream is None or len(stream) < size:
+        found = 0 if stream is None else len(stream)
+        raise ConfigError(
+            f"data.train has {found:,} tokens: a token memory and an attention sink begin as the "
+            f"encoder's states of its first chunk of {size:,}"
+        )
     chunks = min(len(stream) // size, max(1, MEMORY_SAMPLE // size))
     return torch.from_numpy(stream.read(0, chunks * size).astype(np.int64)).view(-1, size)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.pretraining import pretrain
 from megaegpt.training.stopping import StopRequests
 
 VOCAB, HIDDEN, CHUNK, CHUNKS = 100, 16, 8, 3
@@ -104,6 +107,14 @@ class StopAfter(StopRequests):
         some_failed, reason = super().answer()
         self.left -= 1
         return some_failed, "the test" if self.left < 0 else reason
+
+
+def pretrain_quietly(config: RunConfig, grid: ProcessGrid, stop: int | None = None) -> None:
+    """A whole run; with ``stop`` it is stopped after so many steps, and gone on with."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        if stop is not None:
+            assert not pretrain(config, grid, stops=StopAfter(stop))
+        assert pretrain(config, grid, resume=stop is not None)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,10 +31,10 @@ from tests.tiny.runs import (
     CHUNK,
     CHUNKS,
     VALIDATION_TOKENS,
-    StopAfter,
     corpus,
     encoder_config,
     losses,
+    pretrain_quietly,
     run_config,
     validation_losses,
 )
@@ -89,10 +87,7 @@ def _train(
 ) -> None:
     """Stopped after some steps, and gone on with, if ``stop`` is given."""
     config = _config(corpus, folder, stored, tp, cp)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        if stop is not None:
-            assert not pretrain(config, grid_for(tp, cp), stops=StopAfter(stop))
-        assert pretrain(config, grid_for(tp, cp), resume=stop is not None)
+    pretrain_quietly(config, grid_for(tp, cp), stop)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +161,21 @@ def test_memories_of_any_kind_share_what_one_decoder_predicts(
     assert again == written
 
 
+def test_predictions_are_not_computed_before_there_is_a_text_to_begin_on(
+    corpus: Path,
+    online: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = _config(corpus, online.with_name("no_text"), True, data={"train": ()})
+    (tmp_path / "run.yaml").write_text(config_to_yaml(config))
+    monkeypatch.setattr(sys, "argv", ["precompute", "--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(SystemExit, match="2"):
+        precompute_features.main()
+    assert "data.train has 0 tokens: a token memory" in capsys.readouterr().err
+
+
 def _decoder(config: RunConfig, change: str | None = None) -> FrozenDecoder:
     model = build_model(config.model, ProcessGrid())
     assert isinstance(model, EGPT)
@@ -219,7 +229,7 @@ def test_what_is_stored_is_what_the_decoder_makes_of_each_chunk(
     decoder = _decoder(config)
     store = decoder.prepare(config, states, stream, "validation")
     ids = torch.tensor([[25, 3]])  # the last whole chunk of the split, and one within
-    hidden, log_probabilities = store.predictions(ids)
+    hidden, log_probabilities = store.predictions(ids).values()
     tokens = torch.from_numpy(stream.read(0, VALIDATION_TOKENS).astype(np.int64))
     targets = torch.stack([tokens[i * CHUNK + 1 : (i + 1) * CHUNK + 1] for i in ids[0].tolist()])
     expected = decoder.predict(states.token_states(ids[0]), targets)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 
 import pytest
@@ -12,15 +10,14 @@ from megaegpt.config import EGPTConfig, EncoderConfig
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import (
     CHUNK,
     CHUNKS,
-    StopAfter,
     corpus,
     encoder_config,
     losses,
+    pretrain_quietly,
     run_config,
     validation_losses,
 )
@@ -51,10 +48,7 @@ def _train(
         data={"history_features": kept, "token_features": kept},
         parallel={"tensor_parallel_size": tp, "zero_stage": 2},
     )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        if stop is not None:
-            assert not pretrain(config, grid_for(tp), stops=StopAfter(stop))
-        assert pretrain(config, grid_for(tp), resume=stop is not None)
+    pretrain_quietly(config, grid_for(tp), stop)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
-from megaegpt.data.features.contents import PredictedChunks
+from megaegpt.data.features.store import PREDICTIONS
 from megaegpt.errors import ConfigError, MegaEGPTError
 from megaegpt.model.build import build_inputs, build_model
 from megaegpt.model.egpt.egpt import EGPT, chunk_features
@@ -164,7 +164,7 @@ def _predicted(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Te
     """What blocks and head predict of a batch's chunks, as a store has it."""
     assert isinstance(model, EGPT)
     of_chunks = (batch[name].flatten(0, 1) for name in ("token_states", "targets"))
-    found = zip(PredictedChunks.NAMES, model.predict_alone(*of_chunks), strict=True)
+    found = zip(PREDICTIONS, model.predict_alone(*of_chunks), strict=True)
     return {name: x.unflatten(0, batch["tokens"].shape[:2]) for name, x in found}
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megaegpt.data.features.store import FeatureSpec, FeatureStore
+from megaegpt.data.features.store import PREDICTIONS, FeatureSpec, FeatureStore
 from megaegpt.data.tokens.windows import TokenSource, tokens_before
 from megaegpt.labels import IGNORE
 
@@ -86,8 +85,6 @@ class PredictedChunks(ChunkContents):
             ends -> what the head reads (n, S, C), log-probabilities (n, S).
     """
 
-    NAMES: ClassVar = ("hidden", "log_probabilities")
-
     def __init__(
         self,
         states: FeatureStore,
@@ -112,4 +109,4 @@ class PredictedChunks(ChunkContents):
 
     def compute(self, *inputs: Tensor) -> Mapping[str, Tensor]:
         states, targets = inputs
-        return dict(zip(self.NAMES, self._predict(states, targets), strict=True))
+        return dict(zip(PREDICTIONS, self._predict(states, targets), strict=True))

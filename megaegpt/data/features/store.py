@@ -45,8 +45,10 @@ STORED_AS: dict[str, type[np.generic]] = {"float32": np.float32, "bfloat16": np.
 AUTO_VERIFY_BYTES = 4 << 30
 """Bytes of a store that the policy ``auto`` still reads to verify its checksums."""
 
+PREDICTIONS = ("hidden", "log_probabilities")
+"""The arrays of a store of what a decoder predicts."""
+
 _FORMAT_VERSION = 1
-_LOG_PROBABILITIES = "log_probabilities"
 _MOST_PARTS, _SMALLEST_PART = 256, 16  # parts are the unit of sharing work and of continuing it
 
 
@@ -104,15 +106,19 @@ class FeatureSpec:
 
     def arrays(self) -> dict[str, tuple[int, ...]]:
         """Name of each stored array and the shape of a chunk in it."""
-        by_token = (self.chunk_size, self.hidden_size)
+        by_token: tuple[int, ...] = (self.chunk_size, self.hidden_size)
         if self.decoder:
-            return {"hidden": by_token, _LOG_PROBABILITIES: (self.chunk_size,)}
-        arrays = {"features": (self.features_per_chunk, self.hidden_size)}
-        return {**arrays, "token_states": by_token} if self.token_states else {**arrays}
+            return dict(zip(PREDICTIONS, (by_token, by_token[:1]), strict=True))
+        arrays: dict[str, tuple[int, ...]] = {
+            "features": (self.features_per_chunk, self.hidden_size)
+        }
+        if self.token_states:
+            arrays["token_states"] = by_token
+        return arrays
 
     def dtype_of(self, array: str) -> Literal["float32", "bfloat16"]:
         """Storage type of an array: bfloat16 would leave three digits of a log-probability."""
-        return "float32" if array == _LOG_PROBABILITIES else self.dtype
+        return "float32" if array == PREDICTIONS[1] else self.dtype
 
     def part_chunks(self, part: int) -> range:
         """Chunk numbers of a part."""
@@ -175,12 +181,13 @@ class FeatureStore:
         """Encoder states of chunks: ids (...) -> (..., S, C), on the CPU in the stored type."""
         return self._read("token_states", np.asarray(chunk_ids))
 
-    def predictions(self, chunk_ids: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-        """What a frozen decoder predicts in chunks: ids (...) -> what its head reads (..., S, C) in
-        the stored type, and log-probabilities of the tokens behind each (..., S) in fp32.
+    def predictions(self, chunk_ids: Tensor | np.ndarray) -> dict[str, Tensor]:
+        """What a frozen decoder predicts in chunks: ids (...) -> by the names of ``PREDICTIONS``
+        what its head reads (..., S, C) in the stored type, and log-probabilities of the tokens
+        behind each (..., S) in fp32.
         """
         ids = np.asarray(chunk_ids)
-        return self._read("hidden", ids), self._read(_LOG_PROBABILITIES, ids)
+        return {array: self._read(array, ids) for array in PREDICTIONS}
 
     def verify(self, policy: VerifyPolicy = "always", rank: int = 0, world_size: int = 1) -> None:
         """Read the parts and compare their sha256 with the manifest's; ranks share the parts.

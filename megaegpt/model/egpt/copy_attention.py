@@ -34,6 +34,7 @@ from megaegpt.model.egpt.same_ids import (
     Shape,
     SortedIds,
     Visible,
+    lists_places,
 )
 
 SCORES_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
@@ -127,6 +128,8 @@ class _Lookup(NamedTuple):
     @staticmethod
     def of(earlier: Keys, own: Keys) -> _Lookup:
         """Of the keys of a chunk and of all before it."""
+        if not lists_places(own.text):
+            return _Lookup()
         _, tokens, successors = (torch.cat(ids, dim=1) for ids in _both(earlier, own))
         return _Lookup(SortedIds.of(tokens), SortedIds.of(successors))
 
@@ -386,12 +389,12 @@ def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
     if scores.device.type != "cpu" or whole < 2 * span:
         return scores.max(-1)
     spans = scores[..., :whole].unflatten(-1, (-1, span)).amax(-1)
-    largest, number = torch.cat([spans, scores[..., whole:]], dim=-1).max(-1)
+    values, number = torch.cat([spans, scores[..., whole:]], dim=-1).max(-1)
     inside = number < whole // span
     first = number.where(inside, 0) * span
     places = first.unsqueeze(-1) + torch.arange(span)
     place = first + scores.gather(-1, places).argmax(-1)
-    return largest, place.where(inside, number - whole // span + whole)
+    return values, place.where(inside, number - whole // span + whole)
 
 
 class _CopyAttention(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
-from megaegpt.data.features.store import FeatureStore
+from megaegpt.data.features.store import PREDICTIONS, FeatureStore
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.labels import NOTHING_BEFORE
 from megaegpt.model.calling import ChunkInputs, Encode, Reduction, chunk_ids_of
@@ -56,9 +56,7 @@ class EGPTInputs(ChunkInputs):
         """
         prepared = super().prepare(batch)
         if self._predictions is not None and "token_states" in prepared:
-            hidden, log_probabilities = self._predictions.predictions(chunk_ids_of(prepared))
-            stored = {"hidden": hidden, "log_probabilities": log_probabilities}
-            prepared = {**prepared, **stored}
+            prepared = {**prepared, **self._predictions.predictions(chunk_ids_of(prepared))}
         if self._history is None:
             return prepared
         ids = chunk_ids_of(prepared)
@@ -81,8 +79,9 @@ class EGPTInputs(ChunkInputs):
     ) -> Tensor:
         if self._shares is not None:
             model = functools.partial(model, shares=self._shares)
-        if "hidden" in batch:
-            predicted = (batch["hidden"].to(self._dtype), batch["log_probabilities"])
+        if PREDICTIONS[0] in batch:
+            hidden, log_probabilities = (batch[name] for name in PREDICTIONS)
+            predicted = (hidden.to(self._dtype), log_probabilities)
             model = functools.partial(model, predicted=predicted)
         return super().loss(model, batch, reduction)
 

@@ -37,10 +37,8 @@ class SortedIds(NamedTuple):
     """(K,): of which key each is"""
 
     @staticmethod
-    def of(ids: Tensor) -> tuple[SortedIds, ...] | None:
-        """Of each row of ids (B, K) in any order; None on a device on which all are compared."""
-        if not _lists_places(ids):
-            return None
+    def of(ids: Tensor) -> tuple[SortedIds, ...]:
+        """Of each row of ids (B, K) in any order."""
         return tuple(SortedIds(*row.sort()) for row in ids)
 
     def find(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +64,7 @@ class KeyIds:
         """Which of them are the id that each query wants, (B, H or 1, R); among scores of
         ``shape``.
         """
-        if not _lists_places(self.ids):
+        if not lists_places(self.ids):
             return FoundMask(equal_ids(wanted, self.ids))
         batch, pointers, queries, keys = shape
         flat = []
@@ -88,8 +86,10 @@ class KeyIds:
         return query[inside], key[inside]
 
 
-def _lists_places(ids: Tensor) -> bool:
-    """A plan's tensors, of a type of their own, have no values, and so no places."""
+def lists_places(ids: Tensor) -> bool:
+    """Whether places are listed for ids. A plan's tensors, of a type of their own, have no values,
+    and so no places.
+    """
     return ids.device.type in AS_PLACES and type(ids) is Tensor
 
 
