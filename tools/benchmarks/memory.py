@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megaegpt.config import EGPTConfig, ModelConfig
-from megaegpt.model.egpt.held_tokens import HeldTokens, MemoryLimits
+from megaegpt.model.egpt.held_tokens import HeldTokens, KeyType, MemoryLimits
 from megaegpt.model.egpt.token_memory import TokenMemory
 from megaegpt.text_tables import format_table
 from tools.benchmarks.common import single_grid
@@ -18,6 +18,11 @@ from tools.benchmarks.common import single_grid
 _HELD = (1024, 16_384, 131_072)
 _CHUNK, _CHUNKS = 1024, 4
 """Tokens in a chunk, and how many chunks are looked at where not all are."""
+_LOOK_UPS: tuple[tuple[str, int | None, KeyType], ...] = (
+    ("all", None, "fp32"),
+    ("all_int8", None, "int8"),
+    ("few", _CHUNKS, "fp32"),
+)
 
 
 def memory_by_tokens(hidden: int, vocab_size: int, repetitions: int) -> list[dict[str, Any]]:
@@ -32,8 +37,8 @@ def memory_by_tokens(hidden: int, vocab_size: int, repetitions: int) -> list[dic
     rows = []
     for tokens in _HELD:
         row: dict[str, Any] = {"held": tokens}
-        for name, chunks in (("all", None), ("few", _CHUNKS)):
-            held, module = _filled(hidden, vocab_size, tokens, chunks)
+        for name, chunks, dtype in _LOOK_UPS:
+            held, module = _filled(hidden, vocab_size, MemoryLimits(tokens, dtype), chunks)
             states = torch.randn(2, 1, 1, hidden)
             logits = torch.randn(1, 1, vocab_size)
             held.append(states[0], torch.zeros(1, 1, dtype=torch.long))
@@ -46,9 +51,10 @@ def memory_by_tokens(hidden: int, vocab_size: int, repetitions: int) -> list[dic
         numbers = torch.ones(keys // 4)
         row["read_ms"] = _milliseconds(numbers.sum, repetitions)
         rows.append(row)
-    table = [["held tokens", "keys, MB", "all keys, ms", f"{_CHUNKS} chunks, ms", "bytes read, ms"]]
+    columns = ("all keys, ms", "in int8, ms", f"{_CHUNKS} chunks, ms", "bytes read, ms")
+    table = [["held tokens", "keys, MB", *columns]]
     for row in rows:
-        times = [f"{row[name]:.2f}" for name in ("all_ms", "few_ms", "read_ms")]
+        times = [f"{row[name]:.2f}" for name in ("all_ms", "all_int8_ms", "few_ms", "read_ms")]
         table.append([f"{row['held']:,}", f"{row['bytes'] / 1e6:.1f}", *times])
     print("what the token memory adds to a token that is written")
     print(format_table(table))
@@ -56,15 +62,15 @@ def memory_by_tokens(hidden: int, vocab_size: int, repetitions: int) -> list[dic
 
 
 def _filled(
-    hidden: int, vocab_size: int, tokens: int, chunks: int | None
+    hidden: int, vocab_size: int, limits: MemoryLimits, chunks: int | None
 ) -> tuple[HeldTokens, TokenMemory]:
     """A memory of random states."""
     egpt = EGPTConfig(chunk_size=_CHUNK, token_memory=True, memory_chunks=chunks)
     config = ModelConfig(kind="egpt", hidden_size=hidden, vocab_size=vocab_size, egpt=egpt)
     module = TokenMemory(config, single_grid()).requires_grad_(False)
-    held = HeldTokens(module, 1, torch.empty(0), MemoryLimits(tokens))
+    held = HeldTokens(module, 1, torch.empty(0), limits)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(tokens // _CHUNK):
+    for _ in range(held.most_chunks):
         ids = torch.randint(vocab_size, (1, _CHUNK), generator=generator)
         held.append(torch.randn(1, _CHUNK, hidden, generator=generator), ids)
         held.finish_chunk()

@@ -43,6 +43,10 @@ SCORES_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
 SPAN = 64
 """Scores of which the largest is found first."""
 
+CONVERTED_AT_ONCE = 4096
+"""Keys of a smaller type that a CPU converts before their products with few queries are computed:
+so many stay in its cache, where all of a long text's would be written to memory and read again."""
+
 _UNKNOWN = -1
 """In the place of an id."""
 
@@ -243,7 +247,25 @@ def _products(queries: Tensor, keys: Tensor) -> Tensor:
     """(B, H, R, D), keys (B, H, J, D) -> (B, H, R, J)"""
     if keys.dtype == torch.int8:
         queries = queries / 127
+    few = queries.shape[2] <= queries.shape[3]  # scores are fewer numbers than keys
+    if few and keys.dtype != queries.dtype and keys.device.type == "cpu":
+        return _products_by_parts(queries.detach(), keys)
     return queries @ keys.to(queries.dtype).transpose(-1, -2)
+
+
+def _products_by_parts(queries: Tensor, keys: Tensor) -> Tensor:
+    """The same without a gradient, through one buffer: a new tensor for each part is given back to
+    the system and taken from it again, at four times the time of all else.
+    """
+    most = min(CONVERTED_AT_ONCE, keys.shape[2])
+    buffer = queries.new_empty(*keys.shape[:2], most, keys.shape[3])
+    scores = queries.new_empty(*queries.shape[:3], keys.shape[2])
+    for part, to in zip(
+        keys.split(CONVERTED_AT_ONCE, 2), scores.split(CONVERTED_AT_ONCE, 3), strict=True
+    ):
+        converted = buffer[:, :, : part.shape[2]].copy_(part)
+        to.copy_(queries @ converted.transpose(-1, -2))
+    return scores
 
 
 def _seen_in_window(queries: Tensor, block: _Block, scoring: Scoring) -> _Seen:

@@ -310,6 +310,27 @@ def test_token_by_token_the_memory_says_what_it_does_to_a_window(dtype, most):
     assert torch.equal(held.earlier.text[:, :-1], batch["text"][:, S:])
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+@torch.no_grad()
+def test_keys_that_are_converted_by_parts_say_what_they_do_as_numbers(dtype, monkeypatch):
+    monkeypatch.setattr(copy_attention, "CONVERTED_AT_ONCE", 5)  # of 12 keys
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(-127, 128, (B, H, 2 * S, D), generator=generator).double()
+    text = torch.randint(4, (B, 2 * S + 2), generator=generator)
+    queries, numbers = torch.randn(B, H, 1, D, dtype=torch.float64), keys / 127
+    if dtype != torch.int8:
+        numbers = numbers.to(dtype).double()
+    held = keys.to(dtype) if dtype == torch.int8 else numbers.to(dtype)
+    own = copy_attention.Keys(numbers[:, :, :S], text[:, : S + 2])
+    scoring = copy_attention.Scoring(torch.randn(H, 3), torch.randn(H, 2), S)
+    offsets = torch.tensor([S - 1])
+    found, expected = (
+        copy_attention.pointed_at(queries, offsets, copy_attention.Keys(k, text), own, scoring)[0]
+        for k in (held, numbers)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @torch.no_grad()
 def test_a_token_reads_no_key_of_a_chunk_that_it_does_not_choose():
     model, batch = _model(changed(memory_chunks=1)), _batch()
