@@ -137,13 +137,13 @@ def _cut(gpt: GPT, layers: int) -> None:
     gpt.stack.norm = None
 
 
-def weights_fingerprint(model: LanguageModel, without: str | None = None) -> str:
+def weights_fingerprint(model: LanguageModel, without: tuple[str, ...] = ()) -> str:
     """sha256 over names, shapes, types and bytes of the full weights, but for those whose names
-    begin with ``without``: the same at any TP size. Collective over the TP group.
+    begin with one of ``without``: the same at any TP size. Collective over the TP group.
     """
     digest = hashlib.sha256()
     for name, tensor in full_state(model, model.grid):
-        if without is not None and name.startswith(without):
+        if name.startswith(without):
             continue
         data = tensor.cpu().contiguous()
         digest.update(f"{name}:{tuple(data.shape)}:{data.dtype}".encode())

@@ -24,11 +24,14 @@ from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.encoder import weights_fingerprint
 from megaegpt.model.parts import part_of
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import full_state
 from megaegpt.parallel.together import raising_together
 from megaegpt.precision import DTYPES, Precision
 from megaegpt.training.feature_stores import write_or_open
 
 _MEMORY = "token_memory."
+_BEFORE_INPUTS = ("input_norm.", "input_mlp.up.", "input_mlp.gate.")
+"""Weights that differ from seed to seed and change nothing where the input MLP ends in zeros."""
 _KEY = "data.predictions=stored"
 
 
@@ -50,7 +53,9 @@ class FrozenDecoder:
             if (problem := _problem(model)) is not None:
                 raise ConfigError(f"{_KEY} {problem}")
         digest = hashlib.sha256(_arithmetic(model.config).encode())
-        digest.update(weights_fingerprint(model, without=_MEMORY).encode())
+        adds = any(bool(full.any()) for _, full in full_state(model.input_mlp.down, grid))
+        without = (_MEMORY,) if adds else (_MEMORY, *_BEFORE_INPUTS)
+        digest.update(weights_fingerprint(model, without).encode())
         self.fingerprint = digest.hexdigest()
         self._model, self._dtype = model, DTYPES[precision]
 

@@ -145,11 +145,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert validation_losses(folder) == validation_losses(stored)
 
 
-def test_memories_of_any_kind_share_what_one_decoder_predicts(
+def test_memories_of_any_kind_and_seed_share_what_one_decoder_predicts(
     corpus: Path, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     narrow = {"egpt": dataclasses.replace(MEMORY, memory_dim=3)}
-    config = _config(corpus, stored.with_name("narrow"), True, model=narrow)
+    seed = {"seed": 5}  # of the memory, and of weights that do nothing
+    config = _config(corpus, stored.with_name("narrow"), True, model=narrow, training=seed)
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, features=str(stored / "features"))
     )
@@ -181,8 +182,8 @@ def _decoder(config: RunConfig, change: str | None = None) -> FrozenDecoder:
     assert isinstance(model, EGPT)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("token_memory."))
-        if change is not None and name.endswith(change):
-            torch.nn.init.normal_(parameter)
+        if change is not None and change in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     return FrozenDecoder(model, ProcessGrid(), "fp32")
 
 
@@ -217,6 +218,18 @@ def test_another_decoder_s_predictions_lie_elsewhere_and_a_store_knows_its_own(
     stores[0].folder.rename(stores[1].folder)
     with pytest.raises(DataError, match=r"decoder is .* there and .* here"):
         decoders[1].prepare(config, states, stream, "validation")
+
+
+def test_weights_before_an_input_mlp_that_ends_in_zeros_do_not_tell_decoders_apart(
+    corpus: Path, online: Path
+) -> None:
+    config = _config(corpus, online.with_name("apart"), True)
+    initial, before, end, both = (
+        _decoder(config, change).fingerprint
+        for change in (None, "input_mlp.up", "input_mlp.down", "input_mlp")
+    )
+    assert before == initial
+    assert len({initial, end, both}) == 3
 
 
 def test_what_is_stored_is_what_the_decoder_makes_of_each_chunk(
