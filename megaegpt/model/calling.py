@@ -97,10 +97,10 @@ class ChunkInputs(ModelInputs):
             prepared[name] = batch[name].unflatten(1, chunks)
         if self._shares is not None:
             prepared = self._share(prepared, self._shares)
-        store = self._token_states
-        # The partial chunk at a split's end is not stored: its window is encoded.
-        if store is not None and bool((chunk_ids_of(prepared) < store.spec.num_chunks).all()):
-            prepared["token_states"] = store.token_states(chunk_ids_of(prepared))
+        if (store := self._token_states) is not None:
+            if self._shares is None:
+                _check_stored(prepared, store)
+            prepared["token_states"] = store.token_states(stored_ids(prepared, store))
         return prepared
 
     def _share(self, whole: dict[str, Tensor], shares: ChunkShares) -> dict[str, Tensor]:
@@ -150,6 +150,19 @@ def overlapped(tokens: Tensor, before: Tensor | None, overlap: int) -> Tensor:
     if before is None:
         before = tokens.new_full((len(tokens), overlap), NOTHING_BEFORE)
     return torch.cat([before.unsqueeze(1), tokens[:, :-1, -overlap:]], dim=1)
+
+
+def stored_ids(batch: Batch, store: FeatureStore) -> Tensor:
+    """The chunks (B, N) to read of a store: in the place of those behind the end of its text, in
+    which nothing is predicted, its last.
+    """
+    return chunk_ids_of(batch).clamp(max=store.spec.num_chunks - 1)
+
+
+def _check_stored(batch: Batch, store: FeatureStore) -> None:
+    missing = chunk_ids_of(batch) >= store.spec.num_chunks
+    if bool(missing.any()) and bool((batch["targets"][missing] != IGNORE).any()):
+        raise ValueError("tokens are predicted in chunks of which no states are stored")
 
 
 def chunk_ids_of(batch: Batch) -> Tensor:

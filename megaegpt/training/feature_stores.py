@@ -109,17 +109,28 @@ def store_folder(config: RunConfig, split: str) -> Path:
 
 
 def store_spec(
-    config: RunConfig, encoder: FrozenEncoder, stream: TokenStream, precision: Precision
+    config: RunConfig,
+    encoder: FrozenEncoder,
+    stream: TokenStream,
+    split: str,
+    precision: Precision,
 ) -> FeatureSpec:
-    """Make the spec of the store over ``stream`` that the run needs."""
+    """Make the spec of the store over ``stream`` that the run needs.
+
+    Training draws whole chunks. An evaluation goes to the end of its text: of tokens' states those
+    of its last, partial chunk are stored too, without which every evaluation would encode it.
+    """
     egpt, dtype = config.model.egpt, config.data.feature_dtype
     if dtype == "auto":
         dtype = "bfloat16" if precision == "bf16" else "float32"
+    num_chunks = len(stream) // egpt.chunk_size
+    if config.data.token_features == "stored" and split != "train":
+        num_chunks = -(-(len(stream) - 1) // egpt.chunk_size)  # the last token predicts nothing
     return FeatureSpec(
         encoder=encoder.fingerprint,
         encoder_arithmetic=arithmetic_digest(encoder.config),
         shards=stream.fingerprint,
-        num_chunks=len(stream) // egpt.chunk_size,
+        num_chunks=num_chunks,
         chunk_size=egpt.chunk_size,
         features_per_chunk=egpt.features_per_chunk,
         pooling=egpt.feature_pooling,
@@ -146,7 +157,7 @@ def prepare_store(
         FolderInUseError: it is not complete, and another process is writing it.
         DataError: it is of something else, damaged, or cannot be written.
     """
-    spec = store_spec(config, encoder, stream, precision)
+    spec = store_spec(config, encoder, stream, split, precision)
     pool = functools.partial(chunk_features, config=config.model.egpt)
     contents = EncodedChunks(spec, stream, encoder, pool)
     folder = store_folder(config, split)

@@ -167,7 +167,7 @@ def test_the_result_does_not_depend_on_the_number_of_ranks(
 
 
 class Store:
-    """A feature store in memory, of whole chunks only."""
+    """A feature store in memory."""
 
     def __init__(self, states: Tensor, config: Any) -> None:
         self.states, self.config = states, config
@@ -191,17 +191,21 @@ def test_stored_features_give_the_online_loss_also_of_the_partial_chunk(
     gpt = build_model(encoder_config(max_seq_len=CHUNK + overlap), grid, seed=1)
     encoder = FrozenEncoder(gpt)
     model = build_model(config, grid, seed=2)
-    whole = TokenStream([split]).read(0, LENGTH // CHUNK * CHUNK).astype(np.int64)
-    chunks = torch.from_numpy(whole).view(1, -1, CHUNK)
+    count = -(-LENGTH // CHUNK)
+    padded = np.zeros(count * CHUNK, np.int64)
+    padded[:LENGTH] = TokenStream([split]).read(0, LENGTH)
+    chunks = torch.from_numpy(padded).view(1, -1, CHUNK)
     before = (overlapped(chunks, None, overlap),) if overlap else ()
     states = encoder(chunks, *before)[0]
-    assert states.shape == (LENGTH // CHUNK, CHUNK, HIDDEN)
+    assert states.shape == (count, CHUNK, HIDDEN)
+    assert LENGTH % CHUNK > 1
     store: Any = Store(states, config.egpt)
+    history: Any = Store(states[: LENGTH // CHUNK], config.egpt)  # what follows it is not there
     results = [
         evaluator(split, build_inputs(config, encoder, **stores), grid, overlap=overlap).evaluate(
             model
         )
-        for stores in ({}, {"history": store}, {"history": store, "token_states": store})
+        for stores in ({}, {"history": history}, {"history": history, "token_states": store})
     ]
     for result in results[1:]:
         assert result.loss == pytest.approx(results[0].loss, rel=1e-6)

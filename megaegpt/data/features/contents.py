@@ -63,12 +63,15 @@ class EncodedChunks(ChunkContents):
 
     def read(self, chunks: range) -> tuple[Tensor, ...]:
         size, overlap = self._spec.chunk_size, self._spec.overlap
-        tokens = self._stream.read(chunks[0] * size, len(chunks) * size).reshape(-1, size)
-        rows = [tokens]
+        start = chunks[0] * size
+        count = min(len(chunks) * size, len(self._stream) - start)
+        tokens = np.zeros(len(chunks) * size, np.int64)
+        tokens[:count] = self._stream.read(start, count)
+        rows = [tokens.reshape(-1, size)]
         if overlap:
             begins = (chunk * size for chunk in chunks)
             rows.append(np.stack([tokens_before(self._stream, at, overlap) for at in begins]))
-        return tuple(torch.from_numpy(row.astype(np.int64)) for row in rows)
+        return tuple(map(torch.from_numpy, rows))
 
     def compute(self, *inputs: Tensor) -> Mapping[str, Tensor]:
         states = self._encode(*inputs)

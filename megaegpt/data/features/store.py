@@ -61,7 +61,7 @@ class FeatureSpec:
     shards: str
     """Fingerprint of the token stream."""
     num_chunks: int
-    """Whole chunks in the stream; a last, partial chunk is not stored."""
+    """From the stream's start on; of a partial one, padded by token 0, where it is counted."""
     chunk_size: int
     """Tokens in a chunk (S)."""
     features_per_chunk: int

@@ -17,7 +17,7 @@ from megaegpt.config import ModelConfig
 from megaegpt.data.features.store import PREDICTIONS, FeatureStore
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.labels import NOTHING_BEFORE
-from megaegpt.model.calling import ChunkInputs, Encode, Reduction, chunk_ids_of
+from megaegpt.model.calling import ChunkInputs, Encode, Reduction, stored_ids
 from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.parallel.chunks import ChunkShares
 
@@ -55,16 +55,14 @@ class EGPTInputs(ChunkInputs):
         ``log_probabilities`` (B, n, S).
         """
         prepared = super().prepare(batch)
-        if self._predictions is not None and "token_states" in prepared:
-            prepared = {**prepared, **self._predictions.predictions(chunk_ids_of(prepared))}
-        if self._history is None:
+        if (store := self._predictions) is not None:
+            prepared = {**prepared, **store.predictions(stored_ids(prepared, store))}
+        if (store := self._history) is None:
             return prepared
-        ids = chunk_ids_of(prepared)
-        # The partial chunk at a split's end is not stored; no target comes after it.
-        read = (ids[:, :-1] if self._shares is None else ids).clamp(
-            max=self._history.spec.num_chunks - 1
-        )
-        return {**prepared, "features": self._history.history(read)}
+        # A partial chunk at a text's end need not be stored: nothing comes after it.
+        ids = stored_ids(prepared, store)
+        read = ids[:, :-1] if self._shares is None else ids
+        return {**prepared, "features": store.history(read)}
 
     def _share(self, whole: dict[str, Tensor], shares: ChunkShares) -> dict[str, Tensor]:
         """The ids of the whole window too (B, 1 + N * S), which all ranks read of their shards."""

@@ -39,6 +39,9 @@ class Stream:
 
     tokens = np.random.default_rng(0).integers(0, 100, CHUNKS * SIZE + 2).astype(np.uint16)
 
+    def __len__(self) -> int:
+        return len(self.tokens)
+
     def read(self, start: int, length: int) -> np.ndarray:
         return self.tokens[start : start + length]
 
