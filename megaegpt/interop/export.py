@@ -23,7 +23,7 @@ from megaegpt.interop.tensor_files import check_finite
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.tensor_writer import write_tensors
 from megaegpt.interop.translation import CONFIG, nearest_family, to_theirs
-from megaegpt.interop.vocabulary_files import tokenizer_beside
+from megaegpt.interop.vocabulary_files import copy_tokenizer, tokenizer_beside
 from megaegpt.model.build import meta_model
 from megaegpt.model.weights import WEIGHTS, read_weights_config, verify_weights
 
@@ -59,13 +59,8 @@ def export_weights(
     with whole_folder(Path(output)) as folder:
         for name in (WEIGHTS, CONFIG):
             shutil.copyfile(weights / name, folder / name)
-        _copy_chat_template(weights, folder)
+        copy_tokenizer(weights, folder)
     return differences
-
-
-def _copy_chat_template(weights: Path, folder: Path) -> None:
-    if (weights / CHAT_TEMPLATE_FILE).is_file():
-        shutil.copyfile(weights / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_FILE)
 
 
 def export_huggingface(
@@ -100,7 +95,8 @@ def export_huggingface(
         (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder, config.max_seq_len)
-        _copy_chat_template(weights, folder)
+        if (weights / CHAT_TEMPLATE_FILE).is_file():
+            shutil.copyfile(weights / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_FILE)
 
 
 def _description(

@@ -118,6 +118,7 @@ def export_peft(adapter_folder: Path, output: Path) -> str:
     with whole_folder(output) as folder:
         save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
         (folder / PEFT_CONFIG).write_text(f"{json.dumps(config, indent=2)}\n", encoding="utf-8")
+        copy_tokenizer(adapter_folder, folder)
     return family.title
 
 

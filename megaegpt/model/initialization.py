@@ -106,6 +106,9 @@ def initialize_token_memory(
     a few numbers tells too little of two states. Collective over all ranks, which end with the same
     numbers.
 
+    Each of several pointers has other ones of those directions: with the same they would learn the
+    same, and stay equal.
+
     Over a cut encoder states first go through the whole one's final norm, which weighs their
     columns as its head does.
 
@@ -132,7 +135,8 @@ def initialize_token_memory(
         basis = torch.linalg.eigh(covariance).eigenvectors.flip(1).T  # (C, C), largest first
         largest = basis.abs().argmax(1, keepdim=True)
         basis = basis * basis.gather(1, largest).sign()  # the sign is arbitrary otherwise
-        wanted = basis[: memory.dim].repeat(memory.pointers, 1).cpu()
+        apart = memory.pointers
+        wanted = torch.cat([basis[h::apart][: memory.dim] for h in range(apart)]).cpu()
         wanted = broadcast_object(lambda: wanted, grid)
         for parameter in (memory.query, memory.key):
             parameter.copy_(wanted)

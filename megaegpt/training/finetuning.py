@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from megaegpt.training.pretraining import SampleText
     from megaegpt.training.stopping import StopRequests
 
+_FREE = {"dropout", "encoder", "encoder.source", "encoder.batch_size"}
+"""Keys of ``model`` that a run may set whatever its weights say; a section's own are compared."""
+
 _WIDTH_MULTIPLES = {"cpu": 8, "cuda": 128}  # of a gpt's rows; CUDA may make a kernel for each width
 
 
@@ -99,9 +102,23 @@ def finetuning_config(config: RunConfig, grid: ProcessGrid) -> RunConfig:
     data = dataclasses.replace(
         config.data, history_features="online", token_features="online", predictions="online"
     )
-    if data.vocabulary is None and has_tokenizer(weights):
-        data = dataclasses.replace(data, vocabulary=str(weights))
+    if data.vocabulary is None:
+        with raising_together(grid):
+            data = dataclasses.replace(data, vocabulary=_tokenizer_of(weights))
     return dataclasses.replace(config, model=model, data=data)
+
+
+def _tokenizer_of(weights: Path) -> str | None:
+    """The place of the tokenizer beside weights; None: there is none, and it is GPT-2's."""
+    if has_tokenizer(weights):
+        return str(weights)
+    _, extra = read_weights_config(weights)
+    if extra.get("tokenizer_fingerprint") not in (None, Tokenizer.load().fingerprint):
+        raise CheckpointError(
+            f"{weights} was not trained with GPT-2's tokenizer, and its own is not beside it: set "
+            "data.vocabulary to that"
+        )
+    return None
 
 
 def model_of_weights(weights: Path, wanted: ModelConfig) -> ModelConfig:
@@ -112,11 +129,15 @@ def model_of_weights(weights: Path, wanted: ModelConfig) -> ModelConfig:
         ConfigError: ``wanted`` has a value that is neither the default nor the weights'.
     """
     found, _ = read_weights_config(weights)
-    free = {"dropout", "encoder"}
+    default = ModelConfig()
     different = [
-        f"model.{name}={value!r}, the weights have {getattr(found, name)!r}"
-        for name, value in vars(wanted).items()
-        if name not in free and value not in (getattr(ModelConfig(), name), getattr(found, name))
+        f"model.{prefix}{name}={value!r}, the weights have {getattr(theirs, name)!r}"
+        for prefix, ours, usual, theirs in (
+            ("", wanted, default, found),
+            ("encoder.", wanted.encoder, default.encoder, found.encoder),
+        )
+        for name, value in vars(ours).items()
+        if prefix + name not in _FREE and value not in (getattr(usual, name), getattr(theirs, name))
     ]
     if different:
         raise ConfigError(
@@ -126,6 +147,8 @@ def model_of_weights(weights: Path, wanted: ModelConfig) -> ModelConfig:
     encoder = found.encoder
     if wanted.encoder.source is not None:
         encoder = dataclasses.replace(encoder, source=wanted.encoder.source)
+    if wanted.encoder.batch_size != default.encoder.batch_size:
+        encoder = dataclasses.replace(encoder, batch_size=wanted.encoder.batch_size)
     return dataclasses.replace(found, dropout=wanted.dropout, encoder=encoder)
 
 

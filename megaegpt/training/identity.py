@@ -115,7 +115,6 @@ _MAY_CHANGE_AT_THE_START = {
     "model.egpt.features_per_chunk",
     "model.egpt.feature_pooling",
     "model.egpt.local_attention",
-    "model.egpt.attention_sink",
     "model.egpt.history",
     "model.encoder.layers",
     "model.encoder.overlap",

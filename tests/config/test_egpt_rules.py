@@ -36,6 +36,10 @@ MODEL = ModelConfig(kind="egpt", encoder=EncoderConfig(source="somewhere"))
             "model.egpt.random_history=true has no effect",
         ),
         ({"egpt": EGPTConfig(features_per_chunk=3)}, "is not divisible by"),
+        (
+            {"egpt": EGPTConfig(token_memory=True, memory_dim=400, memory_pointers=2)},
+            "memory_dim=400 for each of model.egpt.memory_pointers=2 is more than",
+        ),
         ({"encoder": EncoderConfig("x", layers=0)}, "model.encoder.layers=0 must be greater than"),
     ],
 )

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from megaegpt.config import ModelConfig
 from megaegpt.config.presets import create_model_config
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.interop import hub
 from megaegpt.interop.description import Description
@@ -41,6 +42,7 @@ from tests.tiny.gpt2 import (
     their_logits,
     tokens,
 )
+from tests.tiny.tokenizers import trained_tokenizer
 
 GRID = ProcessGrid()
 CLOSE = 1e-4
@@ -202,10 +204,13 @@ def test_their_tokenizer_reads_what_is_exported_and_cuts_text_as_ours(tmp_path: 
 def test_what_gpt2_cannot_compute_keeps_our_form(tmp_path: Path) -> None:
     rotary = dataclasses.replace(OURS, positions="rotary", num_kv_heads=2)
     save_weights(build_model(rotary, GRID, seed=3), tmp_path / "ours", GRID)
+    save_tokenizer(trained_tokenizer(), tmp_path / "ours")
     assert export_weights(tmp_path / "ours", tmp_path / "out") == [
         "num_kv_heads=2",
         "positions=rotary",
     ]
+    written = load_tokenizer(str(tmp_path / "out"))
+    assert written.fingerprint == trained_tokenizer().fingerprint
     assert torch.equal(our_logits(tmp_path / "out"), our_logits(tmp_path / "ours"))
     with pytest.raises(CheckpointError, match="GPT-2 has no num_kv_heads=2, positions=rotary"):
         export_huggingface(tmp_path / "ours", tmp_path / "theirs")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megaegpt.config import LoRAConfig
+from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.interop.foreign_models import import_model
 from megaegpt.interop.peft import export_peft, import_peft
@@ -21,6 +22,7 @@ from megaegpt.model.weights import load_weights, read_weights_config, tensors_di
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import spec_of
 from tests.tiny.families import in_fp64, random_model, sequences
+from tests.tiny.tokenizers import trained_tokenizer
 
 peft = pytest.importorskip("peft", reason="the package peft is not installed")
 
@@ -84,7 +86,9 @@ def test_peft_loads_ours_and_computes_the_same(
 ) -> None:
     lora = LoRAConfig(rank=2, alpha=5.0, targets=targets)
     ours = adapted(folder, lora, tmp_path / "adapter")
+    save_tokenizer(trained_tokenizer(), tmp_path / "adapter")
     export_peft(tmp_path / "adapter", tmp_path / "peft")
+    assert load_tokenizer(tmp_path / "peft").fingerprint == trained_tokenizer().fingerprint
     theirs = peft.PeftModel.from_pretrained(random_model(case), tmp_path / "peft").eval()
     assert difference(ours, theirs) < 1e-6
     theirs = peft.PeftModel.from_pretrained(in_fp64(random_model(case)), tmp_path / "peft")

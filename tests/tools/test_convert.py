@@ -20,6 +20,7 @@ import tools.convert
 from megaegpt.arguments import ArgumentParser
 from megaegpt.config import EncoderConfig, LoRAConfig, ModelConfig, ParallelConfig
 from megaegpt.config.run import RunConfig
+from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.model.adapter_files import Base, save_adapter
 from megaegpt.model.adapters import adapter_state, add_adapters
@@ -39,6 +40,7 @@ from megaegpt.training.checkpoint.reshaping import reshape
 from megaegpt.training.engine.engine import Engine
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.engines import Curve, advance, nats, run_config
+from tests.tiny.tokenizers import trained_tokenizer
 
 ROOT = Path(__file__).parents[2]
 GRID = ProcessGrid()
@@ -320,7 +322,9 @@ def test_masters_are_the_fp32_weights_that_the_optimizer_has(
     distributed: Distributed, convert: _Convert, tmp_path: Path, stage: int
 ) -> None:
     masters = distributed(2, _train_in_bf16, stage, tmp_path / "run")[0]
+    save_tokenizer(trained_tokenizer(), tmp_path / "run" / "step_00000003" / "weights")
     said = convert("masters", tmp_path / "run", tmp_path / "masters")
+    assert load_tokenizer(tmp_path / "masters").fingerprint == trained_tokenizer().fingerprint
     assert "the fp32 weights of step 3, trained in bf16" in said
     rounded = load_file(tmp_path / "run" / "step_00000003" / "weights" / "model.safetensors")
     exported = load_file(tmp_path / "masters" / "model.safetensors")
@@ -334,8 +338,7 @@ def test_masters_are_the_fp32_weights_that_the_optimizer_has(
     model = empty_model(config, ProcessGrid())
     load_weights(model, tmp_path / "masters", ProcessGrid())  # as training.initialize_from does
     assert all(parameter.equal(exported[name]) for name, parameter in model.named_parameters())
-    assert {path.name for path in (tmp_path / "masters").iterdir()} == {
-        "config.json",
-        "model.safetensors",
-    }
+    written = {path.name for path in (tmp_path / "masters").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= written
+    assert "scratch" not in written
     assert "exists already" in convert.fails("masters", tmp_path / "run", tmp_path / "masters")

@@ -208,6 +208,14 @@ def test_the_model_is_that_of_the_weights(corpus: Path, tmp_path: Path) -> None:
     assert found == dataclasses.replace(EGPT, dropout=0.25, encoder=source)
 
 
+def test_an_encoder_that_contradicts_the_weights_is_refused(corpus: Path, tmp_path: Path) -> None:
+    config = _config("egpt", corpus, tmp_path)
+    encoder = dataclasses.replace(config.model.encoder, overlap=3, batch_size=2)
+    model = dataclasses.replace(config.model, encoder=encoder)
+    with pytest.raises(ConfigError, match=r"model\.encoder\.overlap=3, the weights have 0; leave"):
+        finetuning_config(dataclasses.replace(config, model=model), ProcessGrid())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -257,6 +265,19 @@ def test_weights_of_another_vocabulary_are_refused(corpus: Path, tmp_path: Path)
     save_weights(build_model(small, ProcessGrid()), corpus / "small", ProcessGrid())
     with pytest.raises(CheckpointError, match="a vocabulary of 100"):
         finetune(_config("small", corpus, tmp_path), ProcessGrid())
+
+
+def test_a_tokenizer_that_is_not_beside_its_weights_has_to_be_named(
+    corpus: Path, tmp_path: Path
+) -> None:
+    extra = {"tokenizer_fingerprint": "another"}
+    save_weights(build_model(GPT, ProcessGrid()), corpus / "lone", ProcessGrid(), extra)
+    config = _config("lone", corpus, tmp_path)
+    with pytest.raises(CheckpointError, match=r"its own is not beside it: set data\.vocabulary"):
+        finetuning_config(config, ProcessGrid())
+    data = dataclasses.replace(config.data, vocabulary="named")
+    found = finetuning_config(dataclasses.replace(config, data=data), ProcessGrid())
+    assert found.data.vocabulary == "named"
 
 
 def test_held_out_records_are_a_share_and_not_trained_on() -> None:

@@ -156,6 +156,13 @@ def _instruction(row: Mapping[str, Any], where: str, problems: Problems) -> Inst
     return Instruction(*texts)
 
 
+def _says_something(record: Record) -> bool:
+    """Whether any answer in it is more than an empty text, after which it would only end."""
+    if isinstance(record, Instruction):
+        return bool(record.response)
+    return any(m.content for m in record.conversation if m.role == "assistant" and m.learned)
+
+
 class InstructionDataset(torch.utils.data.Dataset):
     """Records as token ids and as what is to be predicted.
 
@@ -202,8 +209,10 @@ class InstructionDataset(torch.utils.data.Dataset):
         self._items: list[tuple[torch.Tensor, torch.Tensor]] = []
         for record in records:
             encoded = self._encode(record)
-            if encoded is not None:
+            if encoded is not None and _says_something(record):
                 self._add(encoded, max_seq_len, mask_prompt)
+            else:
+                self.dropped += encoded is not None
 
     def _encode(self, record: Record) -> EncodedChat | None:
         """None: a problem was reported."""
@@ -220,8 +229,7 @@ class InstructionDataset(torch.utils.data.Dataset):
 
     def _encode_task(self, record: Instruction) -> EncodedChat:
         prompt = self._tokenizer.encode_prompt(record.prompt)
-        answer = self._tokenizer.encode(record.response)
-        answer += [self._tokenizer.eot_token] if answer else []
+        answer = [*self._tokenizer.encode(record.response), self._tokenizer.eot_token]
         return EncodedChat([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
     def _add(self, encoded: EncodedChat, max_seq_len: int, mask_prompt: bool) -> None:

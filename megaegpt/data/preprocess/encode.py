@@ -16,6 +16,8 @@ from megaegpt.data.preprocess.progress import Counts
 from megaegpt.data.preprocess.reader_jobs import CollectedProblems, Documents
 from megaegpt.data.readers.inputs import (
     BYTE_ORDER_MARK,
+    UTF_16_MARKS,
+    UTF_16_MESSAGE,
     normalize_newlines,
     read_bytes,
 )
@@ -172,6 +174,9 @@ def _read(
         raw = _read_span(content) if isinstance(content, LineSpan) else content.content
         first_line = 1 if isinstance(content, LineSpan) else content.first_line
         at_start = content.start == 0 if isinstance(content, LineSpan) else first_line == 1
+        if at_start and raw.startswith(UTF_16_MARKS):
+            problems.append(Problem(content.path, None, UTF_16_MESSAGE))
+            return
         if at_start:
             raw = raw.removeprefix(BYTE_ORDER_MARK)
         for line, text in _read_lines(content.path, raw, first_line, text_key, problems):
@@ -220,6 +225,9 @@ def _read_text_file(path: str, problems: list[Problem]) -> str | None:
         raw = read_bytes(Path(path)).removeprefix(BYTE_ORDER_MARK)
     except DataError as error:
         problems.append(Problem(path, None, str(error).removeprefix(f"{path}: ")))
+        return None
+    if raw.startswith(UTF_16_MARKS):
+        problems.append(Problem(path, None, UTF_16_MESSAGE))
         return None
     try:
         text = normalize_newlines(raw.decode())

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megaegpt.data.readers.inputs import is_tokenizer_of_shards
 from megaegpt.data.tokens.corpus_manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -31,7 +32,11 @@ def written_into(output: Path) -> Callable[[Path], bool]:
     folder = output.resolve()
 
     def is_written(path: Path) -> bool:
-        is_ours = path.name == MANIFEST_NAME or path.suffix in (".bin", ".idx", TEMPORARY_SUFFIX)
+        is_ours = (
+            path.name == MANIFEST_NAME
+            or path.suffix in (".bin", ".idx", TEMPORARY_SUFFIX)
+            or is_tokenizer_of_shards(path)
+        )
         return is_ours and path.parent.resolve() == folder
 
     return is_written

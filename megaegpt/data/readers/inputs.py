@@ -44,6 +44,9 @@ _MAX_EXPANSION = 100
 EXPANSION_FREE_BYTES = 1 << 26
 """Decompressed bytes up to which a file may expand by any factor."""
 
+SHARD_TOKENIZER = "tokenizer"
+"""The folder of a tokenizer beside the shards that were made with it."""
+
 _PIECE_BYTES = 1 << 20
 
 _OF_SHARDS = "shards of tokens and their manifests"
@@ -120,11 +123,18 @@ def _walk(folder: Path, suffixes: tuple[str, ...] | None, left_out: LeftOut) -> 
 
 
 def _is_of_shards(path: Path) -> bool:
-    """Whether preprocessing has made it: one of a pair .bin and .idx, or the manifest beside it."""
-    if path.name == "manifest.json":
+    """Whether preprocessing has made it: one of a pair .bin and .idx, or the manifest or the folder
+    of the tokenizer beside it.
+    """
+    if path.name == "manifest.json" or is_tokenizer_of_shards(path):
         return any(path.parent.glob("*.idx"))
     other = {".bin": ".idx", ".idx": ".bin"}.get(path.suffix)
     return other is not None and path.with_suffix(other).exists()
+
+
+def is_tokenizer_of_shards(path: Path) -> bool:
+    """Whether it has the name of the folder in which shards' tokenizer lies, and is one."""
+    return path.name == SHARD_TOKENIZER and path.is_dir()
 
 
 def _reason_to_leave_out(entry: os.DirEntry[str], suffixes: tuple[str, ...] | None) -> str:
@@ -282,8 +292,11 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: the file cannot be opened, is truncated, or is not UTF-8.
     """
+    content = read_bytes(path)
+    if content.startswith(UTF_16_MARKS):
+        raise DataError(f"{path}: {UTF_16_MESSAGE}")
     try:
-        return normalize_newlines(read_bytes(path).decode("utf-8-sig"))
+        return normalize_newlines(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start:,}") from error
 

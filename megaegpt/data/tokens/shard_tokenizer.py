@@ -6,13 +6,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from megaegpt.data.readers.inputs import SHARD_TOKENIZER
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer, save_tokenizer
 from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.files import naming_failures
-
-_FOLDER = "tokenizer"
 
 
 def save_beside_shards(tokenizer: Tokenizer, output: Path) -> None:
@@ -21,7 +20,7 @@ def save_beside_shards(tokenizer: Tokenizer, output: Path) -> None:
     Raises:
         DataError: they cannot be written.
     """
-    folder = output / _FOLDER
+    folder = output / SHARD_TOKENIZER
     with naming_failures(folder):
         if has_tokenizer(folder):
             shutil.rmtree(folder)
@@ -37,7 +36,7 @@ def tokenizer_of_shards(prefixes: Sequence[str], vocabulary: str | None) -> Toke
     Raises:
         DataError: it cannot be loaded.
     """
-    places = [Path(prefix).parent / _FOLDER for prefix in prefixes]
+    places = [Path(prefix).parent / SHARD_TOKENIZER for prefix in prefixes]
     beside = next((str(place) for place in places if has_tokenizer(place)), None)
     return load_tokenizer(vocabulary or beside)
 

@@ -104,7 +104,7 @@ class EvaluationWindows:
             before[row] = tokens_before(self.source, start, self.overlap)
         mask_after(self.document_end, tokens, targets)
         batch = {"tokens": tokens, "targets": targets}
-        if self.num_chunks > 1:
+        if self.stride % (self.sample_len // self.num_chunks) == 0:
             per_stride = self.stride * self.num_chunks // self.sample_len
             batch["chunk_ids"] = numbers[:, None] * per_stride + np.arange(self.num_chunks)
         return batch | {"before": before} if self.overlap else batch

@@ -378,9 +378,10 @@ class EGPT(LanguageModel):
 
     def memory_flops_per_token(self) -> int:
         """Of :meth:`flops_per_token` those of the token memory."""
-        if self.token_memory is None:
+        if (memory := self.token_memory) is None:
             return 0
         egpt = self.config.egpt
+        projected = 2 * sum(x.numel() for x in (memory.query, memory.key, memory.gate))
         seen = egpt.num_chunks * egpt.chunk_size / 2  # on average over a window
         compared = 2 * seen * egpt.memory_dim * egpt.memory_pointers
-        return int(3 * (matmul_flops(self.token_memory) + compared))
+        return int(3 * (projected + compared))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from megaegpt.errors import CheckpointError
 from megaegpt.files import check_tensor_file, whole_folder
+from megaegpt.interop.vocabulary_files import copy_tokenizer
 from megaegpt.model.weights import WEIGHTS, read_weights_config, write_weights
 from megaegpt.training.checkpoint.deepspeed_state import loading, make_scratch
 from megaegpt.training.checkpoint.manager import STATE
@@ -48,6 +49,7 @@ def export_masters(checkpoint: Path, output: Path) -> Manifest:
                 tensors[name] = whole.clone(memory_format=torch.contiguous_format)
         shutil.rmtree(scratch)
         write_weights(tensors, config, temporary, extra)
+        copy_tokenizer(checkpoint / "weights", temporary)
     return manifest
 
 

@@ -247,8 +247,10 @@ def test_conversations_without_anything_to_learn_are_counted() -> None:
         (Message("user", "a"), Message("assistant", "b", learned=False)), "there"
     )
     late = ChatRecord((Message("user", "a" * 99), Message("assistant", "b")), "there")
-    dataset = InstructionDataset([silent, unlearned, late], TOKENIZER, 30, chat=chat)
-    assert (len(dataset), dataset.dropped, dataset.cut) == (0, 3, 0)
+    empty = ChatRecord((Message("user", "a"), Message("assistant", "")), "there")
+    records = [silent, unlearned, late, empty, Instruction("Say nothing.", "", "")]
+    dataset = InstructionDataset(records, TOKENIZER, 30, chat=chat, tasks_are_chats=True)
+    assert (len(dataset), dataset.dropped, dataset.cut) == (0, 5, 0)
 
 
 def test_conversations_that_a_template_refuses_are_bad_records() -> None:

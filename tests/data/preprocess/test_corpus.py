@@ -22,11 +22,13 @@ from megaegpt.data.preprocess.pool import EncoderPool
 from megaegpt.data.readers import inputs as input_files
 from megaegpt.data.readers.gutenberg import cut_wrapper
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.data.tokens.corpus_manifest import Manifest
 from megaegpt.data.tokens.shards import Shard, ShardWriter
 from megaegpt.data.tokens.stream import TokenStream, resolve_prefixes
 from megaegpt.errors import DataError
 from megaegpt.files import LFS_POINTER, locked_folder
+from tests.tiny.tokenizers import trained_tokenizer
 
 TOKENIZER = Tokenizer.load()
 TEXTS = ["Hello world.", "Zwei\nZeilen, größer.", "日本語 <|endoftext|> text", " spaces  \n\n"]
@@ -169,6 +171,9 @@ def test_a_bad_line_stops_the_run_or_is_counted(tmp_path: Path, case: str, suffi
         ("a.txt", b" \n", "", "the file is empty"),
         ("a.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:-20], "", "truncated or damaged"),
         ("a.txt.gz", b"no gzip", "", "truncated or damaged"),
+        ("a.txt", "caf\xe9".encode("utf-16"), "", "text in UTF-16: convert it"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "", "text in UTF-16: convert it"),
+        ("a.jsonl.gz", gzip.compress('{"text": "a"}'.encode("utf-16")), "", "text in UTF-16"),
     ],
 )
 def test_a_bad_text_file_stops_the_run_or_is_counted(
@@ -546,6 +551,20 @@ def test_shards_below_the_input_are_no_input(tmp_path: Path, place: str, pattern
     run(tmp_path / place, tmp_path / pattern, overwrite=True)
     assert documents(tmp_path / place / "train") == TEXTS
     assert before is None or files_of(tmp_path / place) == before
+
+
+@pytest.mark.parametrize("place", ["shards", "."])
+def test_the_tokenizer_beside_shards_is_no_input(tmp_path: Path, place: str) -> None:
+    for name in ("vocabulary", "in"):
+        (tmp_path / name).mkdir()
+    save_tokenizer(trained_tokenizer(), tmp_path / "vocabulary")
+    (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(TEXTS))
+    vocabulary, shards = {"vocabulary": str(tmp_path / "vocabulary")}, tmp_path / "in" / place
+    run(shards, tmp_path / "in", encode=dict(vocabulary))
+    assert (shards / "tokenizer" / "tokenizer.json").exists()
+    assert run(shards, tmp_path / "in", encode=dict(vocabulary)).meter.counts.documents == 0
+    report = run(tmp_path / "other", tmp_path / "in", encode=dict(vocabulary))
+    assert report.manifest.counts["documents"] == len(TEXTS)
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.*"])

@@ -42,7 +42,9 @@ def test_chunk_numbers_are_those_of_the_text(tmp_path: Path) -> None:
     ids = sliding["chunk_ids"]
     assert ids[:3].tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
     assert (sliding["tokens"][:, 0] == ids[:, 0] * 10).all()
-    assert "chunk_ids" not in EvaluationWindows(stream, 30).batch(np.arange(1))
+    whole = EvaluationWindows(stream, 30).batch(np.arange(2))  # of one chunk
+    assert whole["chunk_ids"].tolist() == [[0], [1]]
+    assert "chunk_ids" not in EvaluationWindows(stream, 30, stride=7).batch(np.arange(1))
 
 
 def test_the_tokens_before_a_window_are_those_of_the_text(tmp_path: Path) -> None:
