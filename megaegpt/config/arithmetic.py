@@ -39,6 +39,10 @@ RESOLVED = {
 }
 """Keys whose default follows from others, and the property that resolves it."""
 
+_ORIGINAL_LENGTH = "rope_scaling.original_max_seq_len"
+_COMPUTED = {**RESOLVED, _ORIGINAL_LENGTH: "rope_original_length"}
+"""And a key whose default follows from one that else decides no arithmetic."""
+
 DIGEST_VERSION = "2:"
 """Prefix of digests. Those of version 1, which begin with nothing, changed with every key
 that was added, and cannot be compared."""
@@ -54,7 +58,7 @@ def model_arithmetic(model: ModelConfig) -> dict[str, Any]:
         for name in names.split()
     ]
     return {
-        f"model.{name}": _value(model, RESOLVED.get(name, name))
+        f"model.{name}": _value(model, _COMPUTED.get(name, name))
         for name in names
         if has_effect(model, name)
     }
@@ -74,6 +78,8 @@ def arithmetic_differences(
         for key, value in here.items()
     }
     kept = {key: value for key, value in there.items() if not is_unused(key, value)}
+    if kept.get(original := f"model.{_ORIGINAL_LENGTH}") is None:  # not resolved, once
+        kept[original] = here.get(original)
     there = {**defaults, **kept}
     return {key: (there[key], here.get(key)) for key in there if there[key] != here.get(key)}
 
@@ -92,7 +98,7 @@ def _usual(model: ModelConfig, key: str) -> Any:
     if name in RESOLVED:
         unsaid: dict[str, Any] = {name: None}
         return _value(dataclasses.replace(model, **unsaid), RESOLVED[name])
-    return _value(ModelConfig(), name)
+    return _value(ModelConfig(), _COMPUTED.get(name, name))
 
 
 def _name(key: str) -> str:

@@ -236,6 +236,16 @@ class ModelConfig:
         return int(self.head_size * self.rope_fraction)
 
     @property
+    def rope_original_length(self) -> float | None:
+        """The length trained before scaling, with the default resolved; None where no frequency
+        depends on it.
+        """
+        scaling = self.rope_scaling
+        if self.positions != "rotary" or scaling.kind not in ("yarn", "llama3"):
+            return None
+        return scaling.original_max_seq_len or self.max_seq_len / scaling.factor
+
+    @property
     def latent_size(self) -> int:
         """Latent width with the default resolved."""
         return self.hidden_size // 8 if self.latent_dim is None else self.latent_dim

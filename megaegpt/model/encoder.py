@@ -137,15 +137,18 @@ def _cut(gpt: GPT, layers: int) -> None:
     gpt.stack.norm = None
 
 
-def weights_fingerprint(model: LanguageModel, without: tuple[str, ...] = ()) -> str:
-    """sha256 over names, shapes, types and bytes of the full weights, but for those whose names
-    begin with one of ``without``: the same at any TP size. Collective over the TP group.
+def weights_fingerprint(
+    model: LanguageModel, without: tuple[str, ...] = (), dtype: torch.dtype | None = None
+) -> str:
+    """sha256 over names, shapes, types and bytes of the full weights, or of what they are in
+    ``dtype``, but for those whose names begin with one of ``without``: the same at any TP size.
+    Collective over the TP group.
     """
     digest = hashlib.sha256()
     for name, tensor in full_state(model, model.grid):
         if name.startswith(without):
             continue
-        data = tensor.cpu().contiguous()
+        data = tensor.cpu().to(dtype or tensor.dtype).contiguous()
         digest.update(f"{name}:{tuple(data.shape)}:{data.dtype}".encode())
         digest.update(data.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -35,6 +35,7 @@ _SAME_ROTARY = (
     "rope_pairs",
     "rope_scaling",
     "rope_head_dim",
+    "rope_original_length",
 )
 _SAME = (
     "attention",

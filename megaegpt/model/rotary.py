@@ -87,7 +87,8 @@ def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
         return frequencies / scaling.factor
     if scaling.kind in ("none", "ntk"):
         return frequencies
-    original = scaling.original_max_seq_len or config.max_seq_len / scaling.factor
+    original = config.rope_original_length
+    assert original is not None
     if scaling.kind == "llama3":
         kept = _kept_by_llama3(frequencies, scaling, original)
     else:

@@ -138,6 +138,7 @@ def store_spec(
         dtype=dtype,
         token_states=config.data.token_features == "stored",
         overlap=config.model.encoder.overlap,
+        computed=precision,
     )
 
 

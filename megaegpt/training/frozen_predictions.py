@@ -55,9 +55,10 @@ class FrozenDecoder:
         digest = hashlib.sha256(_arithmetic(model.config).encode())
         adds = any(bool(full.any()) for _, full in full_state(model.input_mlp.down, grid))
         without = (_MEMORY,) if adds else (_MEMORY, *_BEFORE_INPUTS)
-        digest.update(weights_fingerprint(model, without).encode())
-        self.fingerprint = digest.hexdigest()
         self._model, self._dtype = model, DTYPES[precision]
+        # As it computes: a checkpoint holds frozen weights so, and going on from it is the same.
+        digest.update(weights_fingerprint(model, without, self._dtype).encode())
+        self.fingerprint = digest.hexdigest()
 
     @functools.cached_property
     def _copy(self) -> EGPT:

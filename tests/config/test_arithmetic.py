@@ -14,6 +14,7 @@ from megaegpt.config.arithmetic import (
     arithmetic_digest,
     model_arithmetic,
 )
+from megaegpt.config.model import RopeScalingConfig
 from tests.tiny.runs import encoder_config
 
 
@@ -55,6 +56,25 @@ def test_a_digest_changes_with_the_arithmetic_and_not_with_how_it_is_said(
     )
     same = encoder_config(num_kv_heads=4, head_dim=4, ffn_hidden_size=64, dropout=0.3)
     assert arithmetic_digest(same) == arithmetic_digest(plain)
+
+
+def test_the_length_trained_before_scaling_is_part_of_it_said_or_not() -> None:
+    yarn = RopeScalingConfig("yarn", factor=4.0)
+    short, long = (
+        encoder_config(positions="rotary", rope_scaling=yarn, max_seq_len=n) for n in (64, 128)
+    )
+    assert arithmetic_digest(short) != arithmetic_digest(long)
+    scaling = dataclasses.replace(yarn, original_max_seq_len=16)
+    said = dataclasses.replace(short, rope_scaling=scaling)
+    assert model_arithmetic(said) == model_arithmetic(short)
+    assert "model.rope_scaling.original_max_seq_len" in arithmetic_differences(
+        model_arithmetic(short), model_arithmetic(long)
+    )
+    before = {**model_arithmetic(short), "model.rope_scaling.original_max_seq_len": None}
+    assert arithmetic_differences(before, model_arithmetic(short)) == {}
+    linear = dataclasses.replace(yarn, kind="linear")
+    plain = [dataclasses.replace(model, rope_scaling=linear) for model in (short, long)]
+    assert arithmetic_digest(plain[0]) == arithmetic_digest(plain[1])
 
 
 def test_a_key_that_came_later_had_its_default_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
+from megaegpt.config.model import RopeScalingConfig
 from megaegpt.errors import ConfigError
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model
@@ -140,6 +141,14 @@ def test_what_cannot_start_as_the_encoder_is_refused_by_name(changes, words):
     assert any(
         words in problem for problem in initialization_problems(replace(EGPT, **changes), GPT)
     )
+
+
+def test_frequencies_that_follow_from_the_context_must_be_the_encoders():
+    yarn = RopeScalingConfig("yarn", factor=4.0)
+    encoder = replace(GPT, positions="rotary", rope_scaling=yarn, max_seq_len=256)
+    egpt = replace(EGPT, positions="rotary", rope_scaling=yarn, max_seq_len=64)
+    (problem,) = (p for p in initialization_problems(egpt, encoder) if "length" in p)
+    assert "rope_original_length is 64.0, model's 16.0" in problem
 
 
 @pytest.mark.parametrize("layers", [None, 3])

@@ -232,6 +232,26 @@ def test_weights_before_an_input_mlp_that_ends_in_zeros_do_not_tell_decoders_apa
     assert len({initial, end, both}) == 3
 
 
+def test_a_decoder_is_known_by_the_weights_that_it_computes_with(
+    corpus: Path, online: Path
+) -> None:
+    """A checkpoint holds frozen weights as they are computed with: going on from it finds what was
+    stored."""
+    config = _config(corpus, online.with_name("apart"), True)
+    model = build_model(config.model, ProcessGrid())
+    assert isinstance(model, EGPT)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("token_memory."))
+    precise, rounded = (
+        FrozenDecoder(model, ProcessGrid(), p).fingerprint for p in ("fp32", "bf16")
+    )
+    assert precise != rounded
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    assert FrozenDecoder(model, ProcessGrid(), "bf16").fingerprint == rounded
+
+
 def test_what_is_stored_is_what_the_decoder_makes_of_each_chunk(
     corpus: Path, online: Path, tmp_path: Path
 ) -> None:

@@ -39,11 +39,19 @@ NOTHING_STORED = Stores()
 class Text:
     """A split in non-overlapping windows of chunks; every token but the first is predicted once.
 
+    Args:
+        source: its tokens.
+        num_chunks: of a window.
+        chunk_size: tokens of a chunk.
+        before: tokens before a window that the model is told of.
+
     Raises:
         DataError: it has less than two whole windows, so that features cannot be exchanged.
     """
 
-    def __init__(self, source: TokenSource, num_chunks: int, chunk_size: int) -> None:
+    def __init__(
+        self, source: TokenSource, num_chunks: int, chunk_size: int, before: int = 0
+    ) -> None:
         size = num_chunks * chunk_size
         if len(source) <= 2 * size:
             raise DataError(
@@ -52,7 +60,7 @@ class Text:
             )
         self.source = source
         self.num_chunks, self.chunk_size = num_chunks, chunk_size
-        self.windows = EvaluationWindows(source, size, num_chunks)
+        self.windows = EvaluationWindows(source, size, num_chunks, overlap=before)
 
     @cached_property
     def targets(self) -> np.ndarray:

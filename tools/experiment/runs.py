@@ -278,7 +278,8 @@ class Experiment:
     def _reported(self, config: RunConfig) -> Text:
         """The part of the held-out text that losses are reported of."""
         prefix, egpt = Path(config.data.validation[0]).with_name("report"), config.model.egpt
-        return Text(TokenStream([str(prefix)]), egpt.num_chunks, egpt.chunk_size)
+        before = config.model.preceding_tokens
+        return Text(TokenStream([str(prefix)]), egpt.num_chunks, egpt.chunk_size, before)
 
     def _training_figures(self, config: RunConfig) -> dict[str, Any]:
         """Collect the figures of a run: its tokens, operations, speed and memory."""

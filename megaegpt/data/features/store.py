@@ -35,7 +35,7 @@ from torch import Tensor
 from megaegpt import json_files
 from megaegpt.config.arithmetic import DIGEST_VERSION
 from megaegpt.config.data import VerifyPolicy
-from megaegpt.data.tokens.memory_map import ResidentPages
+from megaegpt.data.tokens.memory_map import ResidentPages, allow_many_maps
 from megaegpt.errors import DataError
 from megaegpt.files import sha256_of_file, write_whole
 
@@ -85,6 +85,9 @@ class FeatureSpec:
     decoder: str = ""
     """Fingerprint of the frozen decoder whose predictions are stored; empty: the encoder's states
     are."""
+    computed: str = ""
+    """Precision that the encoder, or the decoder, computed in, whatever the storage type. A store
+    of an earlier version does not say it."""
 
     @property
     def chunks_per_part(self) -> int:
@@ -228,6 +231,7 @@ class FeatureStore:
 
     def _part(self, array: str, part: int) -> np.ndarray:
         if (array, part) not in self._parts:
+            allow_many_maps()
             path = self.folder / part_name(array, part)
             self._parts[array, part] = np.load(path, mmap_mode="r", allow_pickle=False)
         return self._parts[array, part]
@@ -261,7 +265,7 @@ def part_problem(folder: Path, spec: FeatureSpec, array: str, part: int) -> str 
 
 def check_same(folder: Path, found: dict[str, Any], expected: FeatureSpec) -> None:
     """Compare a plan or manifest with what a run needs; token states may be there unneeded, and the
-    encoder's arithmetic unsaid, or said as an earlier version did.
+    encoder's arithmetic unsaid, or said as an earlier version did, and the precision unsaid.
 
     Raises:
         DataError: names everything that differs.
@@ -272,6 +276,8 @@ def check_same(folder: Path, found: dict[str, Any], expected: FeatureSpec) -> No
         harmless.add("encoder_arithmetic")
     if not expected.token_states:
         harmless.add("token_states")
+    if not found.get("computed"):
+        harmless.add("computed")
     differences = [
         f"{name} is {_short(found.get(name))} there and {_short(value)} here"
         for name, value in wanted.items()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import mmap
 import os
+import resource
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,21 @@ MAX_RESIDENT_BYTES = 1 << 27
 _AROUND_A_READ = 1 << 17  # what the kernel maps beside the pages asked for, roughly
 
 
+_MOST_OPEN_FILES = 1 << 16
+
+
+@functools.cache
+def allow_many_maps() -> None:
+    """Let this process open as many files as it may: a map keeps its file open, large corpora and
+    feature stores are hundreds of files, and the usual limit, a soft one, is 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # a system may have a lower one of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def map_bytes(path: Path) -> np.ndarray:
     """The bytes of a file as a read-only uint8 array over its memory map.
 
@@ -27,6 +45,7 @@ def map_bytes(path: Path) -> np.ndarray:
     Raises:
         DataError: the file cannot be read.
     """
+    allow_many_maps()
     try:
         check_regular(path)
         with path.open("rb") as file:

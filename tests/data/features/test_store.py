@@ -253,6 +253,19 @@ def test_a_store_of_an_encoder_that_computes_otherwise_is_refused_and_an_earlier
         compute(tmp_path, spec(encoder_arithmetic="2:" + "b" * 64))
 
 
+def test_what_another_precision_computed_is_refused_and_an_earlier_store_taken(
+    tmp_path: Path,
+) -> None:
+    compute(tmp_path, spec(computed="bf16"))
+    with pytest.raises(DataError, match="computed is bf16 there and fp32 here"):
+        compute(tmp_path, spec(computed="fp32"))
+    for name in ("manifest.json", "plan.json"):
+        content = json.loads((tmp_path / name).read_text())
+        del content["computed"]
+        (tmp_path / name).write_text(json.dumps(content))
+    compute(tmp_path, spec(computed="fp32"))
+
+
 def test_without_a_manifest_a_store_does_not_open(tmp_path: Path) -> None:
     compute(tmp_path, spec())
     (tmp_path / "manifest.json").unlink()

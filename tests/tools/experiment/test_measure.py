@@ -42,8 +42,8 @@ def text(tmp_path: Path) -> Text:
     return Text(stream, CHUNKS, CHUNK)
 
 
-def _loaded(kind: str) -> LoadedModel:
-    encoder = FrozenEncoder(build_model(encoder_config(), ProcessGrid(), seed=1))
+def _loaded(kind: str, **encoder_changes: Any) -> LoadedModel:
+    encoder = FrozenEncoder(build_model(encoder_config(**encoder_changes), ProcessGrid(), seed=1))
     if kind == "gpt":
         return LoadedModel(encoder.gpt, None, None)  # type: ignore[arg-type]
     config = replace(run_config(kind, Path(), Path()).model, init_std=0.3)
@@ -81,14 +81,18 @@ def test_features_are_true_those_of_another_window_or_zero(text: Text) -> None:
         np.testing.assert_allclose(nats[:, 0], losses[0][:, 0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("overlap", [0, 3])
 def test_stored_states_and_predictions_give_the_losses_of_the_computed_ones(
-    text: Text, tmp_path: Path
+    text: Text, tmp_path: Path, overlap: int
 ) -> None:
-    loaded = _loaded("egpt")
+    loaded = _loaded("egpt", max_seq_len=CHUNK + overlap)
+    text = Text(text.source, CHUNKS, CHUNK, before=max(overlap, 1))
     egpt = replace(
         loaded.model.config.egpt, local_attention=True, memory_gate=True, token_memory=True
     )
-    encoder = replace(loaded.model.config.encoder, source=str(tmp_path / "encoder"))
+    encoder = replace(
+        loaded.model.config.encoder, source=str(tmp_path / "encoder"), overlap=overlap
+    )
     config = run_config("egpt", tmp_path, tmp_path, data={"token_features": "stored"})
     config = replace(
         config, model=replace(config.model, egpt=egpt, encoder=encoder, positions="rotary")
