@@ -23,21 +23,37 @@ def default_precision(device_type: str) -> Precision:
 
 
 def inference_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
-    """What a trained model computes in; None: as :func:`default_precision` says."""
-    return DTYPES[wanted or default_precision(device.type)]
+    """What a trained model computes in; None: what ``auto`` stands for."""
+    return DTYPES[wanted or _auto(device)]
+
+
+def _auto(device: torch.device) -> Precision:
+    """Of the device as it is: GPUs before Ampere have fp16 alone."""
+    if device.type == "cuda" and not _gpu_has_bf16():
+        return "fp16"
+    return default_precision(device.type)
+
+
+def _gpu_has_bf16() -> bool:
+    """In hardware: torch counts emulation otherwise. Where there is no GPU it is asked for another
+    machine's.
+    """
+    has = torch.cuda.is_bf16_supported
+    return not torch.cuda.is_available() or has(including_emulation=False)
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
-    """``auto`` is bf16 on a GPU and fp32 on a CPU; the rest is taken as it is.
+    """``auto`` is bf16 on a GPU, fp16 on one without it, and fp32 on a CPU; the rest is taken as it
+    is.
 
     Raises:
         ConfigError: this device cannot compute in ``wanted``.
     """
     if wanted == "auto":
-        return default_precision(device.type)
+        return _auto(device)
     if wanted == "fp16" and device.type == "cpu" and not cpu_supports_fp16():
         raise ConfigError("training.precision=fp16 is not supported on this CPU: use fp32, or auto")
-    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if wanted == "bf16" and device.type == "cuda" and not _gpu_has_bf16():
         raise ConfigError("training.precision=bf16 is not supported on this GPU: use fp16")
     return cast(Precision, wanted)
 

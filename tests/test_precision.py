@@ -7,7 +7,8 @@ import torch
 
 from megaegpt import precision
 from megaegpt.errors import ConfigError
-from megaegpt.precision import resolve_precision, slow_precision_notice
+from megaegpt.planning.hardware import find_accelerator
+from megaegpt.precision import inference_dtype, resolve_precision, slow_precision_notice
 
 _CPU, _GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -16,6 +17,20 @@ def test_auto_precision_is_fp32_on_a_cpu_and_bf16_on_a_gpu() -> None:
     assert resolve_precision("auto", _CPU) == "fp32"
     assert resolve_precision("auto", _GPU) == "bf16"
     assert resolve_precision("bf16", _CPU) == "bf16"
+
+
+def test_a_gpu_without_bf16_computes_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch counts bf16 that is emulated, at a fraction of fp32's speed, as support."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert resolve_precision("auto", _GPU) == "fp16"
+    assert inference_dtype(None, _GPU) == torch.float16
+    with pytest.raises(ConfigError, match=r"training\.precision=bf16 is not supported on this GPU"):
+        resolve_precision("bf16", _GPU)
+    assert find_accelerator("v100", 8).precision("auto") == "fp16"
+    assert find_accelerator("h100", 8).precision("auto") == "bf16"
 
 
 def test_fp16_is_refused_where_the_processor_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,9 +54,11 @@ class Accelerator:
         """Resolve ``auto`` for this device; any other precision is returned unchanged."""
         from megaegpt.precision import default_precision  # imports torch, which --help need not
 
-        return (
-            default_precision(self.device_type) if wanted == "auto" else cast("Precision", wanted)
-        )
+        if wanted != "auto":
+            return cast("Precision", wanted)
+        if self.peak_flops("bf16") is None and self.peak_flops("fp16") is not None:
+            return "fp16"  # a GPU before Ampere
+        return default_precision(self.device_type)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,8 @@ def train(
         best = BestLoss.restored(state.get("best", {}))
         engine.spike_guard.restore(state.get("gradient_norms", []))
         judged, done = config.checkpoint.best_of, state.get("step", 0)
-        if grid.is_main and not resume and (kept := set_aside_records(config.logging.directory)):
+        begins = grid.is_main and latest is None  # with --resume too, where there is no checkpoint
+        if begins and (kept := set_aside_records(config.logging.directory)):
             notices.append(f"records of an earlier run lay here: they are in {kept} now")
         monitor = Monitor(config.logging, grid, done, judged, task_files(config.data.tasks))
     _introduce(config, grid, monitor, data, size, precision, state, resume, notices)

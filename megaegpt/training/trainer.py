@@ -305,7 +305,6 @@ class Trainer:
         """Compare the validation loss of the steps so far with those before."""
         if not isfinite(loss):
             self._on_nonfinite(f"step {self.done}: the validation loss is not finite ({loss})")
-            return
         self.best.count(self.done, loss)
         if self.config.checkpoint.keep_best and self.best.step == self.done:
             if self._saved != self.done:

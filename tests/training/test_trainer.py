@@ -77,7 +77,8 @@ def _error_of(*args: Any, **kwargs: Any) -> MegaEGPTError:
 
 
 def _plain_run(corpus: Path, folder: Path) -> str:
-    complete, shown = _run("egpt", corpus, folder, logging={"gradient_norms": True})
+    logging = {"gradient_norms": True}
+    complete, shown = _run("egpt", corpus, folder, resume=True, logging=logging)
     assert complete
     return shown
 

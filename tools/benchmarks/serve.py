@@ -49,10 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         {
             "clients": (16, "that ask at once"),
             "batch-size": (8, "of the server"),
-            "context": (1024, "of the server"),
             "prompt-words": (128, "most words of a prompt"),
             "new-tokens": (64, "most tokens of an answer"),
         },
+    )
+    parser.add_argument(
+        "--context",
+        type=integer(1),
+        metavar="N",
+        help="of the server (default: as much as the model sees; an egpt and a deepgpt have none)",
     )
     parser.add_argument(
         "--leaving",
@@ -81,9 +86,11 @@ def _server(arguments: argparse.Namespace) -> Iterator[tuple[psutil.Process, int
     program = Path(__file__).parents[1] / "serve.py"
     given = [
         *("--checkpoint", str(arguments.checkpoint), "--port", "0"),
-        *("--batch-size", str(arguments.batch_size), "--context", str(arguments.context)),
-        *("--queue", str(arguments.clients), "--name", "load"),
+        *("--batch-size", str(arguments.batch_size), "--queue", str(arguments.clients)),
+        *("--name", "load"),
     ]
+    if arguments.context is not None:
+        given += ["--context", str(arguments.context)]
     with subprocess.Popen(
         [sys.executable, str(program), *given], stdout=subprocess.PIPE, text=True
     ) as process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -119,6 +120,23 @@ def test_a_run_ends_without_patience_resumed_or_not_and_keeps_the_best_at_dp_2(
         assert sorted(p.name for p in checkpoints.iterdir()) == kept
         assert os.readlink(checkpoints / "best") == "step_00000002"
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+
+
+def _never_finite(corpus: Path, folder: Path) -> str:
+    global _script
+    _script = itertools.repeat(math.nan)
+    training = {"steps": 9, "eval_interval": 1, "patience": 2, "on_nonfinite": "skip"}
+    shown = io.StringIO()
+    with _scripted(), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
+        assert pretrain(run_config("gpt", corpus, folder, training=training), grid_for(1))
+    return shown.getvalue()
+
+
+def test_losses_that_are_not_finite_are_evaluations_without_a_better_one(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    (shown,) = distributed(1, _never_finite, corpus, tmp_path)
+    assert "ended after step 2 of 9: no validation loss was finite in 2 evaluations" in shown
 
 
 def _die_before_the_best_is_marked(corpus: Path, folder: Path) -> None:
