@@ -52,8 +52,8 @@ class DataConfig:
     """Leave the first token after a document's end in a sample of shards out of the losses, of
     training and of validation: it does not follow from what is before it."""
     verify_checksums: VerifyPolicy = "auto"
-    """Hold shards and feature stores against their ``manifest.json`` when a run starts; auto: up to
-    4 GiB of either."""
+    """Hold shards and feature stores against their ``manifest.json`` when a run starts; auto: if
+    either is 4 GiB at most."""
     vocabulary: PathText | None = None
     """Tokenizer: a folder with ``tokenizer.json``, such a file, a ``.gguf`` or ``.tiktoken`` file,
     ``cl100k_base`` or ``o200k_base``, or a folder with GPT-2's ``encoder.json``. None: that of the
@@ -66,9 +66,10 @@ class DataConfig:
     """The current chunks' encoder states: encoded in the loop, or read (large: a vector each)."""
     predictions: Literal["online", "stored"] = "online"
     """What an egpt's blocks and head predict: computed in the loop, or, where training.freeze
-    leaves the token memory alone to learn, once for all runs, and read (large: a vector each)."""
+    leaves the token memory alone to learn, once for all runs that share ``features``, and read
+    (large: a vector each)."""
     feature_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Storage type of features; auto: the training precision."""
+    """Storage type of features; auto: bfloat16 where a run computes in bf16, else float32."""
     prefetch: PositiveInt = 2
     """Global batches prepared ahead by a background thread."""
     instructions: InstructionConfig = field(default_factory=InstructionConfig)

@@ -27,8 +27,9 @@ class ParallelConfig:
     """Ranks that share the tokens of their samples, each with a part of every sequence, or of the
     chunks of every window."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also shards gradients, 3 also
-    shards parameters, which are gathered layer by layer as forward and backward pass need them."""
+    """DeepSpeed ZeRO: 0 replicates (in half precision as 1), 1 shards optimizer states, 2 also
+    shards gradients, 3 also shards parameters, which are gathered layer by layer as forward and
+    backward pass need them."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What ZeRO stage 3 keeps in host memory: with ``optimizer``, moments and fp32 weights, which
     the CPU updates there; with ``parameters``, also the parts of the weights that a GPU computes

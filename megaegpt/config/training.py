@@ -106,7 +106,7 @@ class OptimizerConfig:
     warmup_steps: NonNegativeInt = 20
     """Linear warm-up from 0."""
     decay_steps: PositiveInt | None = None
-    """cosine, linear: step at which min_lr is reached (None: the last).
+    """cosine, linear: step at which min_lr is reached (None: behind the last).
     wsd: length of the decay (None: a fifth of all steps)."""
     beta1: Fraction = 0.9
     """Decay of the first moment."""
@@ -165,7 +165,8 @@ class LoggingConfig:
     interval: PositiveInt = 10
     """Steps between log lines."""
     gradient_norms: bool = False
-    """With every log line record the gradient norm of each layer, the embeddings and the rest."""
+    """At steps that ``interval`` divides record the gradient norm of each layer, the embeddings and
+    the rest."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """The steps whose operators are timed."""
     memory_snapshot: bool = False
