@@ -152,9 +152,12 @@ class _Writer:
                 with contextlib.ExitStack() as files:
                     with raising_together(grid), naming_failures(self.folder):
                         opened = self._open_part(own, files)
+                    failure = None if own is None else self._write_part(own, opened)
                     with raising_together(grid), naming_failures(self.folder):
-                        if own is not None:
-                            self._write_part(own, opened)
+                        if failure is not None:
+                            raise failure
+                        for file in opened.values():
+                            file.publish()
                 bar.update(sum(len(spec.part_chunks(part)) for part in round_parts))
 
     def _is_there(self, part: int) -> bool:
@@ -171,9 +174,10 @@ class _Writer:
             for array in self.spec.arrays()
         }
 
-    def _write_part(self, part: int, files: dict[str, PartFile]) -> None:
-        """Compute and write one part. The ranks of a TP group compute to the end even if one of
-        them cannot read or write: it is collective, so the others would wait for it for ever.
+    def _write_part(self, part: int, files: dict[str, PartFile]) -> Exception | None:
+        """Compute and write one part; what went wrong with it. The ranks of a TP group compute to
+        the end even if one of them cannot read or write: it is collective, so the others would wait
+        for it for ever. A rank that cannot compute raises at once, which ends all of them.
         """
         chunks = self.spec.part_chunks(part)
         failure: Exception | None = None
@@ -185,18 +189,20 @@ class _Writer:
                     inputs = self.contents.read(batch)
             except Exception as error:
                 failure = error
-            with torch.no_grad():
-                arrays = self.contents.compute(*(x.to(self.grid.device) for x in inputs))
+            try:
+                with torch.no_grad():
+                    arrays = self.contents.compute(*(x.to(self.grid.device) for x in inputs))
+            except Exception as error:
+                if self.grid.tp_size > 1:
+                    raise
+                return error
             try:
                 if failure is None:
                     for array, file in files.items():
                         file.append(arrays[array])
             except Exception as error:
                 failure = error
-        if failure is not None:
-            raise failure
-        for file in files.values():
-            file.publish()
+        return failure
 
     def publish(self) -> None:
         """Write the manifest (rank 0), with checksums each rank took of its share of the files."""
