@@ -100,6 +100,8 @@ def _refuse_useless(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         useless = ["keep_wraps", "straight_quotes", "doubled_newlines"]
     elif name in ("king_james_bible", "instructions"):
         useless += ["keep_wraps", "straight_quotes", "doubled_newlines", "input"]
+    if name == "tolstoy" and arguments.input is not None and arguments.input.is_file():
+        parser.error("--input for tolstoy is a folder with the three books, not one file")
     given = [key for key in useless if getattr(arguments, key) != parser.get_default(key)]
     if given:
         options = ", ".join("--" + key.replace("_", "-") for key in given)

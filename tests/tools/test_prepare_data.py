@@ -242,6 +242,17 @@ def test_tolstoy_is_two_books_to_train_on_and_one_to_validate(
         assert line["text"].count("\n") == 2 * line["text"].count("\n\n")
 
 
+def test_three_books_are_not_made_of_one_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "book.txt").write_text("A book.")
+    given = ["tolstoy", "--input", str(tmp_path / "book.txt"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["prepare_data", *given])
+    with pytest.raises(SystemExit, match="2"):
+        prepare_data.main()
+    assert "is a folder with the three books, not one file" in capsys.readouterr().err
+
+
 def test_two_runs_do_not_write_into_one_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,8 @@ def test_standard_input_fills_one_shard(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr.decode()
     shard = Shard(tmp_path / "out" / "train")
     assert Tokenizer.load().decode(shard.tokens) == "onetwo"
+    again = run("-", "--output", tmp_path / "out", "--no-append-eod", stdin=lines)
+    assert b"holds shards of other inputs" in again.stderr  # what comes next is another text
     result = run("-", "--output", tmp_path / "more", "--shards", 2, stdin=lines)
     assert result.returncode == 2
     assert "no known length" in result.stderr.decode()

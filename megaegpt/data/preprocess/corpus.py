@@ -12,7 +12,10 @@ out), compressed input cannot be read out of order, and one pass over the text s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +26,7 @@ import numpy as np
 from megaegpt.data.preprocess.duplicates import SeenHashes
 from megaegpt.data.preprocess.encode import Encoded, EncodeOptions, Problem
 from megaegpt.data.preprocess.jobs import (
+    STDIN,
     InputFile,
     Job,
     Kind,
@@ -41,7 +45,7 @@ from megaegpt.data.readers import Option
 from megaegpt.data.readers.documents import BadInputPolicy, LeftOut, Problems
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
-from megaegpt.data.tokens.shard_tokenizer import save_beside_shards
+from megaegpt.data.tokens.shard_tokenizer import check_tokenizer_place, save_beside_shards
 from megaegpt.data.tokens.shards import ShardSummary, ShardWriter
 from megaegpt.data.tokens.stream import shard_name
 from megaegpt.errors import DataError
@@ -49,6 +53,8 @@ from megaegpt.files import locked_folder, made_folder
 
 TRAIN, VALIDATION = "train", "validation"
 
+MOST_LISTED = 10_000
+"""Input files that a manifest lists one by one."""
 _MOST_SHARDS = 99_999  # their names have five digits
 _MOST_WORKERS = 4096  # more than any machine has cores
 
@@ -119,10 +125,16 @@ class PreprocessOptions:
 
     def plan(self, groups: dict[str, list[InputFile]], tokenizer: Tokenizer) -> dict[str, Any]:
         """All that the output depends on, as plain data."""
-        # Corpora that were made before documents could be shuffled have no such entry.
-        shuffle = {} if self.shuffle_seed is None else {"shuffle_documents": self.shuffle_seed}
+        # Corpora that were made before there were these have no such entries.
+        later: dict[str, Any] = {}
+        if self.shuffle_seed is not None:
+            later["shuffle_documents"] = self.shuffle_seed
+        if tokenizer.adds_bos:
+            later["begins_with"] = tokenizer.bos_token
+        if any(file.path == STDIN for files in groups.values() for file in files):
+            later["standard_input"] = secrets.token_hex(8)  # what comes next is another text
         return {
-            "inputs": {name: [asdict(file) for file in files] for name, files in groups.items()},
+            "inputs": {name: _described(files) for name, files in groups.items()},
             "tokenizer": tokenizer.fingerprint,
             "text_key": self.encode.text_key,
             "append_eod": self.encode.append_eod,
@@ -132,8 +144,18 @@ class PreprocessOptions:
             "split_tokens": self.split_tokens,
             "deduplicate": self.deduplicate,
             "on_bad_input": self.on_bad_input,
-            **shuffle,
+            **later,
         }
+
+
+def _described(files: Sequence[InputFile]) -> list[dict[str, Any]]:
+    """Files as plain data; of very many a digest, for a manifest is read whole."""
+    described = [asdict(file) for file in files]
+    if len(files) <= MOST_LISTED:
+        return described
+    content = json.dumps(described).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    return [{"files": len(files), "size": sum(f.size for f in files), "sha256": digest}]
 
 
 @dataclass(frozen=True)
@@ -195,6 +217,7 @@ class _Run:
         self.groups = groups
         self.tokenizer = Tokenizer.load(options.encode.vocabulary)
         plan = options.plan(groups, self.tokenizer)
+        check_tokenizer_place(self.tokenizer, options.output)
         names = [
             shard_name(split, number, options.shards)
             for split in options.splits

@@ -8,6 +8,7 @@ that a job's documents go to follows from the job's place in that row.
 from __future__ import annotations
 
 import glob
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,7 +186,9 @@ def _glob(pattern: str) -> list[str]:
     names = sorted(glob.glob(pattern, recursive=True), key=natural_key)
     if not names:
         raise DataError(f"{pattern}: no file matches")
-    return names
+    # What lies below a folder that matches is read with it, and once.
+    folders = {Path(name) for name in names if os.path.isdir(name)}
+    return [name for name in names if folders.isdisjoint(Path(name).parents)]
 
 
 def _describe(path: str, kind: Kind | None) -> InputFile:

@@ -11,6 +11,7 @@ from megaegpt.data.preprocess.progress import Progress
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
 from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
 from megaegpt.data.tokens.memory_map import map_bytes
+from megaegpt.data.tokens.shard_tokenizer import check_tokenizer_place, save_beside_shards
 from megaegpt.data.tokens.shards import ShardSummary, ShardWriter, bin_path
 from megaegpt.errors import DataError
 from megaegpt.files import (
@@ -43,6 +44,8 @@ def import_files(files: Sequence[Path], output: Path, overwrite: bool = False) -
     files_of_splits = _by_split(files, output)
     with made_folder(output), locked_folder(output):
         plan = {"from_nanogpt": [_identify(file) for file in files]}
+        tokenizer = Tokenizer.load()
+        check_tokenizer_place(tokenizer, output)
         progress = Progress(output, plan, list(files_of_splits), overwrite)
         if progress.complete is not None:
             return progress.complete
@@ -59,7 +62,8 @@ def import_files(files: Sequence[Path], output: Path, overwrite: bool = False) -
             "documents": sum(shard.documents for shard in shards),
             "tokens": sum(shard.tokens for shard in shards),
         }
-        manifest = Manifest(describe_tokenizer(Tokenizer.load()), progress.plan, counts, splits)
+        manifest = Manifest(describe_tokenizer(tokenizer), progress.plan, counts, splits)
+        save_beside_shards(tokenizer, output)
         progress.finish(manifest)
         return manifest
 

@@ -109,7 +109,9 @@ class Progress:
                     "command to finish it, or give --overwrite to start afresh"
                 )
             self.clear()
-        elif not overwrite and not self._plan_path.exists():
+        elif not overwrite and not (
+            self._plan_path.exists() and self._unfinished_plan() == self.plan
+        ):
             self._refuse_to_replace()
         with naming_failures(self.folder):
             self.folder.mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from megaegpt.data.readers import Option, read_documents, reader_suffixes, wikipedia
 from megaegpt.data.readers.documents import Document, LeftOut, Problems
@@ -74,7 +75,7 @@ def read_pieces(
     characters: int,
     left_out: LeftOut | None = None,
 ) -> Iterator[tuple[int, Documents]]:
-    """Pieces of about ``characters``, each with the bytes of the files that are finished by then.
+    """Pieces of about ``characters``, each with the bytes that are read of the files by then.
 
     Args:
         left_out: told of the members of archives that the reader does not take; the files below a
@@ -84,26 +85,47 @@ def read_pieces(
         DataError: input that no policy lets pass, such as a file of another kind.
     """
     left_out = left_out or LeftOut()
-    finished = 0
+    finished, current = 0, _Opened()
 
     def files() -> Iterator[Path]:
-        nonlocal finished
+        nonlocal finished, current
         known = LeftOut(left_out.written)
         for file in expand([Path(path)], reader_suffixes(source), known):
-            yield file
+            current = _Opened(file)
+            yield current
             finished += file.stat().st_size  # the next is asked for, so this one is done
+            current = _Opened()
 
     problems = CollectedProblems(left_out)
     waiting: list[tuple[str, str, bool]] = []
     size = 0
     for document, is_wikitext in _documents(source, files(), problems, options):
         if problems.found or size >= characters:  # problems were met before this document
-            yield finished, _piece(waiting, problems)
+            yield finished + current.position(), _piece(waiting, problems)
             waiting, size = [], 0
         waiting.append((document.text, document.where, is_wikitext))
         size += len(document.text)
     if waiting or problems.found:
-        yield finished, _piece(waiting, problems)
+        yield finished + current.position(), _piece(waiting, problems)
+
+
+class _Opened(type(Path())):  # type: ignore[misc]
+    """A path that knows how far its file is read, as it lies on disk: an archive may be all of a
+    corpus, and is cut into shards too. Deterministic, since one reader reads it from its start.
+    """
+
+    _file: IO[bytes] | None = None
+
+    def open(self, *args: Any, **kwargs: Any) -> IO[Any]:
+        file: IO[Any] = super().open(*args, **kwargs)
+        self._file = file
+        return file
+
+    def position(self) -> int:
+        """Bytes; 0 where it is not open yet, or read by other means."""
+        if (file := self._file) is None:
+            return 0
+        return self.stat().st_size if file.closed else file.tell()
 
 
 def _documents(

@@ -56,7 +56,9 @@ def read_documents(
         if type(value) is not type(known[name]):
             kind = type(known[name]).__name__
             raise ConfigError(f"reader {source!r}: option {name!r} must be a {kind}, not {value!r}")
-    return _reader(source)((Path(path) for path in paths), problems, **options)
+    # A caller's own kind of path may know how far its file is read.
+    given = (path if isinstance(path, Path) else Path(path) for path in paths)
+    return _reader(source)(given, problems, **options)
 
 
 def reader_suffixes(source: str) -> tuple[str, ...] | None:

@@ -132,9 +132,11 @@ def _messages(paths: Iterable[Path], problems: Problems) -> Iterator[tuple[str, 
         else:
             try:
                 with path.open("rb") as file:
-                    yield str(path), "", read_whole(file, str(path), MAX_DOCUMENT_BYTES)
-            except OSError as error:
-                raise DataError(f"{path}: {error.strerror or error}") from error
+                    message = read_whole(file, str(path), MAX_DOCUMENT_BYTES)
+            except (DataError, OSError) as error:
+                problems.report(str(path), str(error).removeprefix(f"{path}: "))
+            else:
+                yield str(path), "", message
 
 
 def _from_csv(path: Path, problems: Problems) -> Iterator[tuple[str, str, bytes]]:

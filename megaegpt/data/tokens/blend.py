@@ -14,6 +14,7 @@ from megaegpt.data.tokens.samples import StreamSamples
 from megaegpt.errors import DataError
 
 _SMALLEST_BLOCK = 1024
+_COUNTED_AT_ONCE = 1 << 16
 _SMALLEST_SHARE = 1e-9
 """A source of less would not give a sample in any run, and blocks grow with its inverse."""
 
@@ -69,6 +70,9 @@ class Blend:
         self.block_size = max(_SMALLEST_BLOCK, int(2 / min(self.weights)) + 1)
         self._seed = seed
         self._cached: tuple[int, Permutation, list[int], list[int]] | None = None
+        # Up to which sample a block's were counted, and how many are of each source: a run asks
+        # again and again, and a small weight's block is millions of samples.
+        self._counted = 0, np.zeros(len(self.sources), np.int64)
 
     def __len__(self) -> int:
         """Samples in which the source that runs out first is seen once."""
@@ -119,15 +123,22 @@ class Blend:
 
     def tokens_by_source(self, samples: int) -> list[int]:
         """Tokens predicted from each source in the first ``samples`` samples of a run."""
-        block, rest = divmod(samples, self.block_size)
-        counts = np.array(self.counts(block))
-        sources, _ = self.locate(np.arange(rest) + block * self.block_size)
-        counts += np.bincount(sources, minlength=len(self.sources))
+        block = samples // self.block_size
+        counted, within = self._counted
+        if counted // self.block_size != block or counted > samples:
+            counted, within = block * self.block_size, np.zeros(len(self.sources), np.int64)
+        for start in range(counted, samples, _COUNTED_AT_ONCE):
+            numbers = np.arange(start, min(start + _COUNTED_AT_ONCE, samples))
+            within = within + np.bincount(self.locate(numbers)[0], minlength=len(self.sources))
+        self._counted = samples, within
+        counts = np.array(self.counts(block)) + within
         return (counts * self.sources[0].sample_len).tolist()
 
     def epochs_by_source(self, samples: int) -> list[float]:
         """How often each source has been seen after ``samples`` samples of a run."""
-        tokens = self.tokens_by_source(samples)
+        return self._epochs(self.tokens_by_source(samples))
+
+    def _epochs(self, tokens: Sequence[float]) -> list[float]:
         return [
             seen / (self.sources[0].sample_len * len(source))
             for seen, source in zip(tokens, self.sources, strict=True)
@@ -135,7 +146,8 @@ class Blend:
 
     def progress(self, samples: int) -> dict[str, float]:
         """Tokens and epochs of each source after ``samples`` samples of a run, to be recorded."""
-        tokens, epochs = self.tokens_by_source(samples), self.epochs_by_source(samples)
+        tokens = self.tokens_by_source(samples)
+        epochs = self._epochs(tokens)
         return {
             **{f"tokens/{name}": count for name, count in zip(self.names, tokens, strict=True)},
             **{f"epochs/{name}": seen for name, seen in zip(self.names, epochs, strict=True)},
@@ -143,5 +155,6 @@ class Blend:
 
     def describe(self, samples: int) -> str:
         """One line on the shares and epochs of the corpora in a run of ``samples`` samples."""
-        parts = zip(self.names, self.weights, self.epochs_by_source(samples), strict=True)
+        tokens = [weight * samples * self.sources[0].sample_len for weight in self.weights]
+        parts = zip(self.names, self.weights, self._epochs(tokens), strict=True)
         return ", ".join(f"{w:.1%} {name} ({epochs:.2f} epochs)" for name, w, epochs in parts)

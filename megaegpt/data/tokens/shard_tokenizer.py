@@ -14,8 +14,30 @@ from megaegpt.errors import ConfigError, DataError
 from megaegpt.files import naming_failures
 
 
+def check_tokenizer_place(tokenizer: Tokenizer, output: Path) -> None:
+    """Refuse to put shards beside a tokenizer that neither is theirs nor that of the shards that
+    they replace: it is somebody's, and whoever reads the shards would take it for theirs.
+
+    Raises:
+        DataError: names it.
+    """
+    folder = output / SHARD_TOKENIZER
+    if not has_tokenizer(folder):
+        return
+    found = load_tokenizer(folder).fingerprint
+    earlier = None
+    if (output / MANIFEST_NAME).exists():
+        earlier = Manifest.load(output).tokenizer.get("fingerprint")
+    if found not in (tokenizer.fingerprint, earlier):
+        raise DataError(
+            f"{folder} holds a tokenizer that the shards would not be made with: name it by "
+            "--vocabulary, or choose another --output"
+        )
+
+
 def save_beside_shards(tokenizer: Tokenizer, output: Path) -> None:
-    """Write the tokenizer's files, or remove those of another one; GPT-2's needs none.
+    """Write the tokenizer's files where they are not yet, or remove those of the shards that these
+    replace; GPT-2's needs none.
 
     Raises:
         DataError: they cannot be written.
@@ -23,6 +45,8 @@ def save_beside_shards(tokenizer: Tokenizer, output: Path) -> None:
     folder = output / SHARD_TOKENIZER
     with naming_failures(folder):
         if has_tokenizer(folder):
+            if load_tokenizer(folder).fingerprint == tokenizer.fingerprint:
+                return
             shutil.rmtree(folder)
         if not tokenizer.is_installed:
             folder.mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ HASHED_BLOCKS = 64
 MAX_OPEN_FILES = 256
 """Shards that a stream keeps open to read rows from; those read longest ago are closed."""
 
-_PART_OF = re.compile(r"-(\d{5})-of-(\d{5})$")
+_PART_OF = re.compile(r"-(\d{5})-of-(\d{5})")
 _LOOK_INTERVAL_S = 5.0
 """Seconds between looks at whether shards have changed: few against a run, and rarely a call."""
 
@@ -262,7 +262,7 @@ def _complete_set(prefix: str) -> list[str]:
     names = sorted(
         name.removesuffix(".idx")
         for name in glob.glob(f"{glob.escape(prefix)}-*.idx")
-        if _PART_OF.search(name.removesuffix(".idx"))
+        if _PART_OF.fullmatch(name.removesuffix(".idx").removeprefix(prefix))
     )
     if not names:
         return []

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from megaegpt.data.preprocess import corpus
 from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preprocess
 from megaegpt.data.preprocess.encode import EncodeOptions
 from megaegpt.data.preprocess.jobs import Damage, Job
@@ -610,6 +611,62 @@ def test_where_everything_is_bad_the_reason_is_given_and_nothing_stays(tmp_path:
         run(tmp_path / "out", path, encode={"min_chars": 100})
     run(tmp_path / "out", path)  # other options than those that failed
     assert documents(tmp_path / "out" / "train") == TEXTS
+
+
+def test_after_a_killed_run_of_other_options_foreign_shards_are_still_somebody_s(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"body": 1}\n')
+    (tmp_path / "out").mkdir()
+    with ShardWriter(tmp_path / "out" / "train") as writer:
+        writer.add_document(np.arange(3, dtype=np.uint16))
+        writer.finish()
+    (tmp_path / "out" / ".progress").mkdir()
+    (tmp_path / "out" / ".progress" / "plan.json").write_text("{}")
+    with pytest.raises(DataError, match=r"train\.idx exists already and would be replaced"):
+        run(tmp_path / "out", tmp_path / "a.jsonl")
+    assert Shard(tmp_path / "out" / "train").document(0).tolist() == [0, 1, 2]
+
+
+def test_what_a_glob_matches_below_a_folder_that_it_matches_is_read_once(tmp_path: Path) -> None:
+    for name in ("in/a/deep/x.jsonl", "in/y.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl([name]))
+    for pattern in ("in/**", "in/*", "in/**/*.jsonl"):
+        run(tmp_path / "out", tmp_path / pattern, overwrite=True)
+        found = documents(tmp_path / "out" / "train")
+        assert sorted(found) == ["in/a/deep/x.jsonl", "in/y.jsonl"], pattern
+
+
+def test_a_manifest_of_very_many_files_stays_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "MOST_LISTED", 2)
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.txt").write_text("A text.")
+    report = run(tmp_path / "out", tmp_path / "in")
+    (described,) = report.manifest.plan["inputs"]["train"]
+    assert described.keys() == {"files", "size", "sha256"}
+    assert run(tmp_path / "out", tmp_path / "in").meter.counts.documents == 0
+    (tmp_path / "in" / "2.txt").write_text("B text.")
+    with pytest.raises(DataError, match="shards of other inputs"):
+        run(tmp_path / "out", tmp_path / "in")
+
+
+def test_a_tokenizer_beside_the_output_is_neither_lost_nor_taken_for_the_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # two tokenizers
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    own = tmp_path / "out" / "tokenizer"
+    own.mkdir(parents=True)
+    save_tokenizer(trained_tokenizer(), own)
+    (own / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"out/tokenizer holds a tokenizer that the shards would"):
+        run(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True)
+    run(tmp_path / "out", tmp_path / "a.jsonl", encode={"vocabulary": str(own)})
+    assert (own / "notes.txt").read_text() == "mine"
 
 
 def test_shards_that_no_manifest_lists_are_not_replaced_unasked(tmp_path: Path) -> None:

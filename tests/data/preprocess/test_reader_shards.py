@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preprocess
@@ -158,6 +161,22 @@ def test_the_number_of_workers_does_not_change_a_byte(tmp_path: Path) -> None:
     assert len(one) == 6
     assert one == two == three
     assert all(len(content) > 0 for content in one.values())
+
+
+def test_one_archive_fills_every_shard(tmp_path: Path) -> None:
+    """Its size is that on disk, and so is how far it is read."""
+    words = np.random.default_rng(0).integers(0, 1 << 30, (400, 400))
+    with tarfile.open(tmp_path / "corpus.tar", "w") as archive:
+        for number, row in enumerate(words):
+            text = " ".join(map(str, row)).encode()
+            member = tarfile.TarInfo(f"{number:03}.txt")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    run(tmp_path / "out", "openwebtext", tmp_path / "corpus.tar", shards=4)
+    shards = [Shard(prefix) for prefix in resolve_prefixes([str(tmp_path / "out" / "train")])]
+    counts = [shard.num_documents for shard in shards]
+    assert sum(counts) == 400
+    assert min(counts) > 50, counts
 
 
 def test_changed_reader_options_are_another_corpus(tmp_path: Path) -> None:

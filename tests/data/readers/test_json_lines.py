@@ -134,7 +134,8 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "what"), [(b"\xff\xfe", "not UTF-8 at byte 0"), (b" ", "empty")]
+    ("content", "what"),
+    [(b"\xff\xfa", "not UTF-8 at byte 0"), (b"\xff\xfea\0", "in UTF-16"), (b" ", "empty")],
 )
 def test_a_bad_text_file_is_named_or_counted(tmp_path: Path, content: bytes, what: str) -> None:
     path = tmp_path / "a.txt"

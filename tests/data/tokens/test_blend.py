@@ -116,6 +116,28 @@ def test_tokens_and_epochs_are_counted_by_source(sources: list[PretrainingSample
     assert max(epochs) == pytest.approx(1.0, abs=0.05)
 
 
+def test_what_was_counted_before_is_not_counted_again(
+    sources: list[PretrainingSamples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reports ask at every step; a weight of a millionth has a block of two million samples."""
+    weights = [0.5, 0.4999, 0.0001]
+    counted = []
+    locate = Blend.locate
+
+    def noting(blend: Blend, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        counted.append(len(numbers))
+        return locate(blend, numbers)
+
+    monkeypatch.setattr(Blend, "locate", noting)
+    blend = Blend(sources, weights, seed=1)
+    for samples in (3, 10, 11, 30_000, 7, 40_010):
+        assert blend.tokens_by_source(samples) == (
+            Blend(sources, weights, seed=1).tokens_by_source(samples)
+        ), samples
+    assert counted[::2] == [3, 7, 1, 30_000 % blend.block_size, 7, 40_010 % blend.block_size]
+    assert sum(blend.tokens_by_source(40_010)) == 40_010 * 4
+
+
 def test_weights_that_do_not_fit_are_refused(sources: list[PretrainingSamples]) -> None:
     for weights in ([1.0], [1.0, 0.0, 1.0], [1.0, -1.0, 2.0]):
         with pytest.raises(DataError, match="positive weights"):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megaegpt.data.tokens import stream as stream_module
-from megaegpt.data.tokens.shards import HEADER, MAGIC
+from megaegpt.data.tokens.shards import HEADER, MAGIC, ShardWriter
 from megaegpt.data.tokens.stream import TokenStream, resolve_prefixes, shard_name
 from megaegpt.errors import DataError
 from tests.data.corpora import counting_stream, write_shard
@@ -108,6 +108,15 @@ def test_patterns_name_a_shard_a_set_or_a_glob(tmp_path: Path) -> None:
         f"{tmp_path}/validation-00001-of-00002",
         f"{tmp_path}/train",
     ]
+
+
+def test_a_set_is_not_one_whose_name_begins_alike(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001", "train-code-00000-of-00001", "train-00000-of-00001.old"):
+        with ShardWriter(tmp_path / name) as writer:
+            writer.add_document(np.arange(3, dtype=np.uint16))
+            writer.finish()
+    prefix = str(tmp_path / "train")
+    assert resolve_prefixes([prefix]) == [f"{prefix}-00000-of-00001"]
 
 
 def test_a_pattern_for_nothing_names_what_is_there(tmp_path: Path) -> None:
