@@ -98,15 +98,16 @@ def read_pieces(
 
     problems = CollectedProblems(left_out)
     waiting: list[tuple[str, str, bool]] = []
-    size = 0
+    size = done = 0
     for document, is_wikitext in _documents(source, files(), problems, options):
         if problems.found or size >= characters:  # problems were met before this document
-            yield finished + current.position(), _piece(waiting, problems)
+            yield done, _piece(waiting, problems)
             waiting, size = [], 0
+        done = finished + current.position()
         waiting.append((document.text, document.where, is_wikitext))
         size += len(document.text)
     if waiting or problems.found:
-        yield finished + current.position(), _piece(waiting, problems)
+        yield finished, _piece(waiting, problems)
 
 
 class _Opened(type(Path())):  # type: ignore[misc]
