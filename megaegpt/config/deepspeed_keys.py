@@ -52,6 +52,8 @@ _UNSUPPORTED_KEYS: dict[str, str] = {
     "pipeline": "it is for DeepSpeed's pipeline engine, which is not used",
     "zero_optimization.memory_efficient_linear": "it has a wrong sum under "
     "training.activation_checkpointing=selective, and products here save that memory in any case",
+    "zero_optimization.round_robin_gradients": "it puts optimizer states in an order that "
+    "checkpoints here do not know",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "whole weights are exported "
     "into each checkpoint in any case",
     "zero_optimization.super_offload": _OTHER_OPTIMIZER,
@@ -91,6 +93,15 @@ def deepspeed_problems(raw: dict[str, Any], zero_stage: int) -> Iterator[Problem
             yield Problem((name,), f"{name} cannot be used: {_STAGE_3}")
         elif key in _POSITIVE_KEYS and not _is_positive_integer(value):
             yield Problem((name,), f"{name}={value} must be an integer greater than 0")
+
+
+def without_stage_3_keys(raw: dict[str, Any]) -> dict[str, Any]:
+    """The section ``deepspeed`` for another stage: keys that stage 3 alone has are left out."""
+    section, prefix = "zero_optimization", _STAGE_3_PREFIX.partition(".")[2]
+    if not isinstance(raw.get(section), dict):
+        return raw
+    kept = {key: value for key, value in raw[section].items() if not key.startswith(prefix)}
+    return {**raw, section: kept}
 
 
 def dotted_keys(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -118,7 +118,7 @@ def _schedule(config: RunConfig) -> Iterator[Problem]:
         key = "training.spike_guard"
         keys = (f"{key}.factor", f"{key}.window")
         yield Problem(keys, f"{key} has no effect without {key}.factor")
-    if optimizer.min_lr > optimizer.lr:
+    if optimizer.min_lr > optimizer.lr and optimizer.schedule != "constant":
         yield Problem(
             ("optimizer.min_lr", "optimizer.lr"),
             f"optimizer.min_lr={optimizer.min_lr} must not be above optimizer.lr={optimizer.lr}",

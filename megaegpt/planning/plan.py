@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.config.deepspeed_keys import without_stage_3_keys
 from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.config.validation import find_problems, validate
 from megaegpt.planning.hardware import USABLE_MEMORY, Accelerator
@@ -227,7 +228,7 @@ def _step_time(
     scattering half as often.
     """
     tp = config.parallel.tensor_parallel_size
-    cp, together = config.parallel.context_parallel_size, config.parallel.ranks_of_a_sample
+    cp = config.parallel.context_parallel_size
     replicas = machines.gpus // tp
     within = 2 * communication.tensor_parallel + communication.sequence_parallel
     inside, across = machines.bandwidth(tp), machines.bandwidth(replicas, stride=tp)
@@ -237,7 +238,7 @@ def _step_time(
         context_parallel=(cp - 1)
         / cp
         * communication.context_parallel
-        / machines.bandwidth(together),
+        / machines.bandwidth(cp, stride=tp),
         gradients=(replicas - 1)
         / replicas
         * (2 * communication.gradients + communication.scattered)
@@ -344,8 +345,8 @@ def _best_stage(
     nothing else fits. None if the run cannot be cut so.
     """
     first = _largest_batch(plan, tp, recompute, 1, replan)
-    if first is None:
-        return None
+    if first is None:  # such as a batch that this stage cannot be cut into
+        return _largest_batch(plan, tp, recompute, 3, replan)
     if first.fits and first.config.gradient_accumulation(first.dp_size) == 1:
         return first
     second = _largest_batch(plan, tp, recompute, 2, replan)
@@ -381,6 +382,9 @@ def _largest_batch(
 def _changed(config: RunConfig, tp: int, recompute: Any, stage: int, micro_batch: int) -> RunConfig:
     replace = dataclasses.replace
     parallel = replace(config.parallel, tensor_parallel_size=tp, zero_stage=stage)
+    if stage != 3:
+        parallel = replace(parallel, offload="none")
+        config = replace(config, deepspeed=without_stage_3_keys(config.deepspeed))
     training = replace(
         config.training, micro_batch_size=micro_batch, activation_checkpointing=recompute
     )

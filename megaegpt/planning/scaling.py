@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megaegpt.config import ModelConfig
+from megaegpt.config.training import BatchRampConfig
 from megaegpt.errors import ConfigError
 from megaegpt.planning.plan import Plan, make_plan
 from megaegpt.planning.simulation import Simulation, reachable_rates, simulate, trace_blocks
@@ -28,10 +29,12 @@ def weak_scaling(plan: Plan, encoder: ModelConfig | None = None) -> list[Simulat
     of_a_rank = plan.config.training.global_batch_size // plan.dp_size
     rates = reachable_rates(plan.machines, plan.precision)
     traced = trace_blocks(plan.config, plan.precision, rates, encoder)
-    steps, gpus = [], max(LEAST_GPUS, group)
+    steps, gpus = [], -(-LEAST_GPUS // group) * group
     while gpus <= plan.machines.gpus:
         training = dataclasses.replace(
-            plan.config.training, global_batch_size=of_a_rank * (gpus // group)
+            plan.config.training,
+            global_batch_size=of_a_rank * (gpus // group),
+            batch_ramp=BatchRampConfig(),  # the plan is of the last steps
         )
         config = dataclasses.replace(plan.config, training=training)
         machines = dataclasses.replace(plan.machines, gpus=gpus)

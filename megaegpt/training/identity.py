@@ -265,6 +265,7 @@ def check_resume(
             f"{kinds[1]} here. Resume with the kind as it was, or begin a new run by "
             "training.initialize_from"
         )
+    _check_same_groups(saved, config, folder)
     _check_same_model(saved.model, config.model, folder)
     _check_same_encoder(state, identity, folder)
     _check_same_adapters(saved, config, folder)
@@ -336,6 +337,19 @@ def _check_same_run(changes: Mapping[str, tuple[Any, Any]], folder: Path) -> Non
             f"{folder} is of another run: {_there_and_here({**places, **others})}. To begin a new "
             "run with its weights set training.initialize_from; to go on with that run leave its "
             "folders or its seed and data as they were"
+        )
+
+
+def _check_same_groups(saved: RunConfig, config: RunConfig, folder: Path) -> None:
+    """Under ZeRO stage 3 optimizer states lie in groups of so many parameters."""
+    there, here = (
+        run.deepspeed.get("zero_optimization", {}).get("sub_group_size") for run in (saved, config)
+    )
+    if there != here and 3 in (saved.parallel.zero_stage, config.parallel.zero_stage):
+        raise CheckpointError(
+            f"{folder} has optimizer states in other groups: "
+            f"deepspeed.zero_optimization.sub_group_size is {there} there and {here} here. Resume "
+            "with it as it was"
         )
 
 

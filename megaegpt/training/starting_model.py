@@ -71,8 +71,8 @@ def starting_model(
         source = resolve_weights_source(str(config.model.encoder.source), grid)
         with raising_together(grid):
             initialize_from_encoder(model, source, grid)
-    new = new and training.initialize_from is None
-    if encoder is not None and new and isinstance(model, EGPT):
+    random = new and training.initialize_from is None
+    if encoder is not None and random and isinstance(model, EGPT):
         if model.token_memory is not None or model.sink is not None:
             first = _first_chunks(training_text, config.model.egpt.chunk_size)
         if model.token_memory is not None:
@@ -80,7 +80,9 @@ def starting_model(
             initialize_token_memory(model, encoder, source, first)
         if model.sink is not None:
             initialize_sink(model, encoder, first)
-    if training.initialize_from is not None:
+    # A checkpoint has all weights but those that adapters lie beside.
+    needed = new or training.lora.rank is not None
+    if training.initialize_from is not None and needed:
         weights = resolve_weights_source(training.initialize_from, grid, key=_KEY)
         check_ranks_agree(lambda: weights_facts(_KEY, weights), grid)
         with raising_together(grid):

@@ -100,7 +100,7 @@ class Trainer:
 
     def _take_steps(self) -> bool:
         run, logging, total = self.config, self.config.logging, self.config.training.steps
-        if self._due(run.training.eval_interval) and not self._make_up_for_evaluation():
+        if not self._make_up_for_evaluation():
             return False
         while self.done < total and not self.best.lost_patience(run.training.patience):
             self._watch.start()
@@ -320,12 +320,12 @@ class Trainer:
             self.monitor.training(self.done, metrics)
 
     def _make_up_for_evaluation(self) -> bool:
-        """The evaluation due at the step resumed from may have been made before the stop; False as
-        of :meth:`evaluate`.
+        """The evaluation at the step resumed from may have been made before the stop, and be newer
+        than its checkpoint, whether one is due there now or not; False as of :meth:`evaluate`.
         """
         loss = broadcast_object(lambda: self.monitor.judged_value(self.done), self._grid)
         if loss is None:
-            return self.evaluate()
+            return not self._due(self.config.training.eval_interval) or self.evaluate()
         self._judge(loss)
         return True
 

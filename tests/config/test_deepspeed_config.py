@@ -34,9 +34,9 @@ def test_clipping_is_always_explicit() -> None:
 
 def test_raw_keys_are_merged_beside_the_generated_ones() -> None:
     options = _generate(
-        {"zero_optimization": {"round_robin_gradients": True}, "prescale_gradients": True}
+        {"zero_optimization": {"allgather_partitions": False}, "prescale_gradients": True}
     )
-    assert options["zero_optimization"]["round_robin_gradients"] is True
+    assert options["zero_optimization"]["allgather_partitions"] is False
     assert options["zero_optimization"]["stage"] == 2
     assert options["prescale_gradients"] is True
 

@@ -63,9 +63,11 @@ def test_what_only_deepspeed_has_may_be_given() -> None:
     raw = {
         "fp16": {"initial_scale_power": 12},
         "wall_clock_breakdown": True,
-        **_zero(reduce_bucket_size=5e7, round_robin_gradients=True, reduce_scatter=False),
+        **_zero(reduce_bucket_size=5e7, reduce_scatter=False),
     }
     assert not list(deepspeed_problems(raw, zero_stage=2))
+    (problem,) = deepspeed_problems(_zero(round_robin_gradients=True), zero_stage=2)
+    assert "an order that checkpoints here do not know" in problem.message
     assert not list(deepspeed_problems(_zero(stage3_max_live_parameters=1), zero_stage=3))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megaegpt.config import BatchRampConfig, EGPTConfig, ModelConfig, RopeScalingConfig, RunConfig
 from megaegpt.config.loading import validate
-from megaegpt.config.training import ProfileConfig
+from megaegpt.config.training import OptimizerConfig, ProfileConfig
 from megaegpt.errors import ConfigError
 
 
@@ -165,6 +165,10 @@ REFUSED = [
     ({"optimizer": {"weight_decay": -0.1}}, "optimizer.weight_decay=-0.1 must not be negative"),
     ({"generation": {"top_p": 1.5}}, "generation.top_p=1.5 must be above 0, at most 1"),
 ]
+
+
+def test_where_no_rate_falls_the_lowest_is_not_asked_for() -> None:
+    validate(RunConfig(optimizer=OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0)))
 
 
 @pytest.mark.parametrize(("sections", "expected"), REFUSED)

@@ -15,11 +15,13 @@ import pytest
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from safetensors.torch import load_file
 
 from megaegpt.config import EGPTConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.generation.generator import sample_text
 from megaegpt.parallel.params import full_state
+from megaegpt.training.checkpoint.exported_weights import exported_weights
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny import runs
@@ -53,6 +55,35 @@ MODELS: dict[str, dict[str, Any]] = {
     "egpt_memory": {"kind": "egpt", "egpt": dataclasses.replace(_EGPT, **_MEMORY)},
     "deepgpt": {"kind": "deepgpt"},
 }
+
+
+def _export(folder: Path) -> bool:
+    config = _config("gpt2", zero_stage=3)
+    config = dataclasses.replace(
+        config, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    )
+    engine, grid = make_engine(config, grid_for(1)), grid_for(1)
+    data = mock.Mock()
+    data.tokenizer.is_installed, data.tokenizer.fingerprint = True, "some"
+    data.save_beside.return_value = {}
+    copies = mock.Mock()
+    for given in (copies, None):
+        write = exported_weights(config, engine.model, grid, data, None, None, given)
+        write(folder / str(given is None))
+    return copies.of.called
+
+
+def test_no_gathered_weight_is_kept_until_a_checkpoint_is_written(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    """A copy beside training holds on to what it was made of: here, that would be the model."""
+    (held,) = distributed(1, _export, tmp_path)
+    assert not held
+    beside, waiting = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("False", "True")
+    )
+    assert beside.keys() == waiting.keys()
+    assert all(value.equal(waiting[name]) for name, value in beside.items())
 
 
 def _config(name: str, **parallel: Any) -> RunConfig:

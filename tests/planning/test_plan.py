@@ -340,6 +340,35 @@ def test_sequence_parallelism_takes_memory_off_a_rank_and_sends_parts_in_the_pla
     assert plan.time.tensor_parallel == pytest.approx(3 / 4 * parts / 450e9)
 
 
+def test_a_ring_of_ranks_with_strides_has_as_many_ways_as_a_machine_has_of_them() -> None:
+    config = _gpt2(global_batch_size=8)
+    parallel = ParallelConfig(tensor_parallel_size=8, context_parallel_size=2)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_heads=16, hidden_size=1024),
+        parallel=parallel,
+    )
+    plan = _plan(config, gpus=16)
+    sent = plan.communication.context_parallel
+    assert plan.time is not None
+    assert plan.time.context_parallel == pytest.approx(sent / 2 / 50e9)  # one way of eight
+
+
+def test_what_is_offloaded_is_so_at_stage_3_alone() -> None:
+    config = dataclasses.replace(
+        _gpt2(global_batch_size=8),
+        parallel=ParallelConfig(zero_stage=3, offload="optimizer"),
+        deepspeed={"zero_optimization": {"stage3_max_live_parameters": 10, "reduce_scatter": True}},
+    )
+    plan = _plan(config)
+    found = recommend(plan, functools.partial(make_plan, machines=plan.machines))
+    assert found is not None
+    assert found.fits
+    assert found.config.parallel.zero_stage == 1
+    assert found.config.parallel.offload == "none"
+    assert found.config.deepspeed == {"zero_optimization": {"reduce_scatter": True}}
+
+
 @pytest.mark.long
 def test_what_does_not_fit_has_alternatives_that_do() -> None:
     sizes = {"vocab_size": 1000, "max_seq_len": 128, "hidden_size": 128, "num_layers": 1}

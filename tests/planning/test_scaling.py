@@ -7,9 +7,29 @@ from pathlib import Path
 import pytest
 
 from megaegpt.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megaegpt.config.training import BatchRampConfig
 from megaegpt.planning.hardware import find_accelerator
 from megaegpt.planning.plan import Machines, make_plan
 from megaegpt.planning.scaling import describe_scaling, plot_scaling, weak_scaling
+
+
+def test_it_begins_with_whole_samples_and_without_a_ramp() -> None:
+    config = RunConfig(
+        model=ModelConfig(
+            vocab_size=600, max_seq_len=36, hidden_size=64, num_layers=1, num_heads=4
+        ),
+        parallel=ParallelConfig(tensor_parallel_size=2, context_parallel_size=3),
+        training=TrainingConfig(
+            precision="bf16",
+            global_batch_size=32,
+            micro_batch_size=1,
+            batch_ramp=BatchRampConfig(start=8, increment=8),
+        ),
+    )
+    plan = make_plan(config, Machines(find_accelerator("h100", 8), 24, 8))
+    steps = weak_scaling(plan)
+    assert [step.plan.machines.gpus for step in steps] == [12, 24]
+    assert [step.plan.config.training.global_batch_size for step in steps] == [16, 32]
 
 
 @pytest.mark.long

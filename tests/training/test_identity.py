@@ -188,6 +188,19 @@ def test_another_kind_of_optimizer_is_refused(config: RunConfig, tmp_path: Path)
         _check(_changed(config, optimizer={"kind": "muon"}), folder)
 
 
+def test_other_groups_of_optimizer_states_at_stage_3_are_refused(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    raw = {"zero_optimization": {"sub_group_size": 1000}}
+    checkpoint = _checkpoint(tmp_path / "two", config)
+    grouped = dataclasses.replace(config, deepspeed=raw)
+    _check(grouped, checkpoint)  # of no other stage's states
+    config = _changed(config, parallel={"zero_stage": 3})
+    checkpoint = _checkpoint(tmp_path / "three", config)
+    with pytest.raises(CheckpointError, match="sub_group_size is None there and 1000 here"):
+        _check(dataclasses.replace(config, deepspeed=raw), checkpoint)
+
+
 def test_another_corpus_and_another_batch_are_named(config: RunConfig, tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path, config)
     ramp = BatchRampConfig(start=2, increment=2, steps=1)

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,24 @@ def _error_of(*args: Any, **kwargs: Any) -> MegaEGPTError:
 
 
 # -- what a run shows and leaves
+
+
+def _go_on_without_the_source(corpus: Path, folder: Path) -> str:
+    source = folder / "source"
+    config = run_config("gpt", corpus, folder).model
+    save_weights(build_model(config, grid_for(1), seed=5), source, grid_for(1))
+    start = {"initialize_from": str(source)}
+    _run("gpt", corpus, folder, training={"steps": 3, **start})
+    shutil.rmtree(source)
+    return _run("gpt", corpus, folder, resume=True, training={"steps": 6, **start})[1]
+
+
+def test_a_run_goes_on_though_the_weights_that_it_began_with_are_gone(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    (shown,) = distributed(1, _go_on_without_the_source, corpus, tmp_path)
+    assert "resuming after step 3" in shown
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
 
 
 def _plain_run(corpus: Path, folder: Path) -> str:

@@ -17,7 +17,7 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import write_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import spec_of, unshard
-from megaegpt.parallel.partitions import gathered
+from megaegpt.parallel.partitions import gathered, is_partitioned
 from megaegpt.training.checkpoint.host_copies import HostCopies
 from megaegpt.training.run_data import RunData
 
@@ -77,6 +77,9 @@ def _whole_tensors(
                 continue
             whole = unshard(parameter, spec_of(parameter), grid)
             if grid.tp_rank != 0:
+                continue
+            if is_partitioned(parameter):  # what was gathered goes again, and is nobody else's
+                tensors[name] = whole.detach().to("cpu", copy=True).contiguous()
                 continue
             if copies is not None and whole.data_ptr() == parameter.data_ptr():
                 whole = copies.of(whole)

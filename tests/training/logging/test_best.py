@@ -139,6 +139,30 @@ def test_losses_that_are_not_finite_are_evaluations_without_a_better_one(
     assert "ended after step 2 of 9: no validation loss was finite in 2 evaluations" in shown
 
 
+def _go_on_after_the_end(corpus: Path, folder: Path) -> None:
+    """The last step is evaluated whatever the interval, after it was saved."""
+    global _script
+    _script = iter([3.0, 2.0, 2.5, 2.6])
+    for steps, resume in ((3, False), (6, True)):
+        config = run_config(
+            "gpt",
+            corpus,
+            folder,
+            training={"steps": steps, "eval_interval": 2},
+            checkpoint={"interval": 3, "keep": 1, "keep_best": True},
+        )
+        with _scripted(), contextlib.redirect_stdout(io.StringIO()):
+            assert pretrain(config, grid_for(1), resume=resume)
+
+
+def test_a_run_with_more_steps_knows_the_best_that_its_checkpoint_does_not(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    distributed(1, _go_on_after_the_end, corpus, tmp_path)
+    assert validation_losses(tmp_path) == {2: 3.0, 3: 2.0, 4: 2.5, 6: 2.6}
+    assert os.readlink(tmp_path / "checkpoints" / "best") == "step_00000003"
+
+
 def _die_before_the_best_is_marked(corpus: Path, folder: Path) -> None:
     original = CheckpointManager.mark_best
 
