@@ -202,7 +202,7 @@ def _export(arguments: argparse.Namespace) -> None:
         print(f"{output}: a GGUF file in {dtype}")
     elif differences := export_weights(weights, output, DTYPES[dtype]):
         reason = f"Hugging Face's {family.title} has no {', '.join(differences)}"
-        print(f"{output}: as safetensors; {reason}")
+        print(f"{output}: as safetensors in the type that it has; {reason}")
         return
     else:
         has_tokenizer = any((output / name).exists() for name in TOKENIZER_FILES)

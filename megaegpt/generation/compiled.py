@@ -141,9 +141,6 @@ class CompiledStep:
         device = gpt.grid.device
         self.cache = new_cache(gpt, batch_size, capacity)
         self._stores = self.cache.stores()
-        for store in self._stores:
-            for tensor in store:
-                tensor.zero_()  # what is masked is multiplied by 0, and must be finite
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._code = _compiled(self._compute)
@@ -163,6 +160,10 @@ class CompiledStep:
     def begin(self) -> None:
         """Empty the cache for a new text, and record the step on CUDA, unless it is recorded."""
         self.cache.reset()
+        with torch.inference_mode():
+            for store in self._stores:
+                for tensor in store:
+                    tensor.zero_()  # what is masked is multiplied by 0, and must be finite
         if self._tokens.device.type != "cuda":
             return
         places = places_in_memory(self._gpt)

@@ -102,9 +102,11 @@ def export_huggingface(
 def _description(
     config: ModelConfig, family: Family, dtype: torch.dtype, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    end = None if tokenizer is None else tokenizer.eot_token
+    end = begin = None if tokenizer is None else tokenizer.eot_token
+    if tokenizer is not None and tokenizer.bos_token is not None:
+        begin = tokenizer.bos_token
     return to_theirs(config, family) | {
-        "bos_token_id": end,
+        "bos_token_id": begin,
         "eos_token_id": end,
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -22,6 +22,7 @@ from megaegpt.interop.gguf_weights import (
     llama3_factors,
 )
 from megaegpt.interop.tensor_layout import TensorLayout
+from megaegpt.interop.tensor_writer import narrowed
 from megaegpt.interop.translation import differences, to_theirs
 from megaegpt.interop.vocabulary_files import tokenizer_beside
 from megaegpt.model.weights import read_weights_config, verify_weights
@@ -77,7 +78,8 @@ def export_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name, shape in layout.shapes.items():
-                tensor = layout.give(name, read).to(dtype if len(shape) > 1 else torch.float32)
+                kept = dtype if len(shape) > 1 else torch.float32
+                tensor = narrowed(layout.give(name, read), kept, name)
                 writer.write_tensor_data(tensor.contiguous().numpy())
             for values in vectors.values():
                 writer.write_tensor_data(values)

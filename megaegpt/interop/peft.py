@@ -55,6 +55,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "layer_replication": (None, []),
     "exclude_modules": (None, []),
+    # Others, such as pissa, take the first product off the base's weights.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 """Keys of theirs that change what an adapter computes, and the values with which they do not."""
 

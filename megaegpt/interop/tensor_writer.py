@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megaegpt.errors import CheckpointError
+
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -47,7 +49,22 @@ def write_tensors(
             tensor = read(name)
             if tuple(tensor.shape) != tuple(shapes[name]):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {shapes[name]}")
-            file.write(bytes_of(tensor.to(dtype)))
+            file.write(bytes_of(narrowed(tensor, dtype, name)))
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor of finite numbers in another type.
+
+    Raises:
+        CheckpointError: some of them are too large for it.
+    """
+    converted = tensor.to(dtype)
+    if dtype == torch.float16 and not bool(converted.isfinite().all()):
+        raise CheckpointError(
+            f"{name} has numbers up to {tensor.abs().max().item():.3g}, which fp16 cannot hold: "
+            "write bf16 or fp32 (--dtype)"
+        )
+    return converted
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

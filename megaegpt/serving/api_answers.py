@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ class AnswerForm:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._written = 0  # characters
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def whole(
         self, text: str, choices: Sequence[TokenChoice], reason: str, usage: dict[str, int]
@@ -76,9 +78,10 @@ class AnswerForm:
             return None
         tokens = [self._text(choice.token) for choice in choices]
         offsets = []
-        for token in tokens:
+        for choice in choices:
             offsets.append(self._written)
-            self._written += len(token)
+            content = self._tokenizer.decode_bytes([choice.token])
+            self._written += len(self._decoder.decode(content))
         return {
             "tokens": tokens,
             "token_logprobs": [choice.logprob for choice in choices],
@@ -89,7 +92,12 @@ class AnswerForm:
         }
 
     def _text(self, token: int) -> str:
-        return self._tokenizer.decode([token])
+        """As OpenAI shows parts of a character, which would look alike as text."""
+        content = self._tokenizer.decode_bytes([token])
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 class ChatAnswerForm(AnswerForm):

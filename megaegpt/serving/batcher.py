@@ -247,6 +247,9 @@ class Batcher:
         except MegaEGPTError as error:  # no memory for it
             job.deliver(Failed("refused", str(error)))
             return
+        except Exception:
+            job.deliver(Failed("internal", "the text could not be begun"))
+            raise
         self._reading = _Running(job, reading, self._tokenizer, self._device)
 
     def _read(self, new: _Running) -> None:

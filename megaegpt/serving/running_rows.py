@@ -152,6 +152,8 @@ class BatchedRows:
         if read.length > self._cache.length:
             self._move(self._cache.length - read.length)
         first = self._cache.length - read.length
+        for store in distinct_stores(self._cache):
+            store[row].zero_()  # a text before it may have left what is not finite
         copy_columns(read, self._cache, [row], first)
         segments = self._segments
         segments[row, :first] = PADDING

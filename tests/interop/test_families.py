@@ -257,6 +257,13 @@ def test_what_cannot_be_expressed_is_refused_by_its_name(
     assert "\n" not in str(caught.value)
 
 
+def test_a_window_that_qwen_does_not_say_has_its_default_size() -> None:
+    theirs = random_model("qwen2").config.to_dict() | {"use_sliding_window": True}
+    theirs |= {"max_window_layers": 0, "layer_types": None}
+    del theirs["sliding_window"]
+    assert to_ours(Description(theirs, "x"), family_of(Description(theirs, "x"))).window == 4096
+
+
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     model = random_model("qwen3")
     kept = {n: t for n, t in model.state_dict().items() if "1.self_attn.k_norm" not in n}

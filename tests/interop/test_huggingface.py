@@ -216,6 +216,30 @@ def test_what_gpt2_cannot_compute_keeps_our_form(tmp_path: Path) -> None:
         export_huggingface(tmp_path / "ours", tmp_path / "theirs")
 
 
+def test_numbers_that_fp16_cannot_hold_are_not_written(tmp_path: Path) -> None:
+    model = build_model(OURS, GRID)
+    with torch.no_grad():
+        model.stack.blocks[0].mlp.up.weight[0, 0] = 1e5
+    save_weights(model, tmp_path / "ours", GRID)
+    with pytest.raises(CheckpointError, match=r"numbers up to 1e\+05, which fp16 cannot hold"):
+        export_weights(tmp_path / "ours", tmp_path / "theirs", torch.float16)
+    assert not (tmp_path / "theirs").exists()
+    export_weights(tmp_path / "ours", tmp_path / "theirs", torch.bfloat16)
+
+
+def test_the_beginning_of_a_text_is_the_tokenizer_s_own(tmp_path: Path) -> None:
+    model = build_model(dataclasses.replace(OURS, vocab_size=700), GRID)
+    save_weights(model, tmp_path / "ours", GRID)
+    save_tokenizer(trained_tokenizer(), tmp_path / "ours")
+    settings = tmp_path / "ours" / "tokenizer_config.json"
+    content = json.loads(settings.read_text()) | {"bos_token": "<|im_start|>"}
+    settings.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path / "ours")
+    export_weights(tmp_path / "ours", tmp_path / "theirs")
+    described = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert described["bos_token_id"] == tokenizer.bos_token != described["eos_token_id"]
+
+
 def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path: Path) -> None:
     save_weights(build_model(OURS, GRID), tmp_path / "ours", GRID)
     (tmp_path / "taken").mkdir()

@@ -156,6 +156,10 @@ def test_an_adapter_comes_back_from_ours_bit_for_bit(
     [
         ({"use_dora": True}, "use_dora=True is no adapter of low rank alone"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights='pissa' is no adapter of low rank alone",
+        ),
     ],
 )
 def test_what_adapters_of_ours_do_not_compute_is_refused(

@@ -70,6 +70,31 @@ def test_the_logits_of_every_text_are_those_of_the_text_alone(name: str) -> None
             torch.testing.assert_close(text.logits[number], expected, rtol=1e-9, atol=1e-9)
 
 
+@torch.inference_mode()
+def test_what_a_text_leaves_that_is_not_finite_reaches_no_other() -> None:
+    model, encoder = build_with_encoder(GPT)
+    rows = BatchedRows(model, 2, MAX_LEN)
+    healthy = rows.read(3, 9)
+    healthy.advance(torch.tensor([prompt(3, 1)]))
+    bad = rows.read(3, 9)
+    bad.advance(torch.tensor([prompt(3, 2)]))
+    for store in bad.cache.stores():  # type: ignore[attr-defined]
+        for tensor in store:
+            tensor.fill_(torch.nan)
+    rows.join(healthy)
+    rows.join(bad)
+    assert not rows.advance([1, 1])[1].isfinite().any()
+    rows.leave(1)
+    rows.advance([1])
+    text = prompt(4, 3)
+    after = rows.read(3, 9)
+    after.advance(torch.tensor([text[:3]]))
+    rows.join(after)
+    found = rows.advance([1, text[3]])[1]
+    expected = RecomputingDecoder(model, encoder).advance(torch.tensor([text]))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_the_cache_is_bounded_by_the_rows_and_their_context() -> None:
     model, _ = build_with_encoder(GPT)
     small, large = BatchedRows(model, 2, MAX_LEN), BatchedRows(model, 4, MAX_LEN)

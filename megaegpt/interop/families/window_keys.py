@@ -16,7 +16,7 @@ EVERY_LAYER = Key("sliding_window", "window", 4096, nullable=True)
 
 def _read(theirs: Description) -> dict[str, Any]:
     layers = theirs.read("num_hidden_layers", int, 32)
-    size = theirs.read("sliding_window", int, None)
+    size = theirs.read("sliding_window", int, 4096, nullable=True)
     used = theirs.read("use_sliding_window", bool, False)
     first = theirs.read("max_window_layers", int, 28)
     kinds = theirs.values.get("layer_types")
