@@ -174,7 +174,12 @@ def test_a_bad_line_stops_the_run_or_is_counted(tmp_path: Path, case: str, suffi
         ("a.txt.gz", b"no gzip", "", "truncated or damaged"),
         ("a.txt", "caf\xe9".encode("utf-16"), "", "text in UTF-16: convert it"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "", "text in UTF-16: convert it"),
-        ("a.jsonl.gz", gzip.compress('{"text": "a"}'.encode("utf-16")), "", "text in UTF-16"),
+        (
+            "a.jsonl.gz",
+            gzip.compress('{"text": "a"}'.encode("utf-16"), mtime=0),
+            "",
+            "text in UTF-16",
+        ),
     ],
 )
 def test_a_bad_text_file_stops_the_run_or_is_counted(
