@@ -103,7 +103,7 @@ def read_pieces(
         if problems.found or size >= characters:  # problems were met before this document
             yield done, _piece(waiting, problems)
             waiting, size = [], 0
-        done = finished + current.position()
+        done = max(done, finished + current.position())
         waiting.append((document.text, document.where, is_wikitext))
         size += len(document.text)
     if waiting or problems.found:
