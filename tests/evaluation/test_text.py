@@ -44,7 +44,7 @@ def test_texts_are_documents_and_bad_ones_are_named(tmp_path: Path) -> None:
     source = TextTokens([str(tmp_path)], TOKENIZER)
     (a,), (b,) = TOKENIZER.encode("a"), TOKENIZER.encode("b")
     assert source.read(0, 4).tolist() == [50256, a, 50256, b]
-    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfa")
     with pytest.raises(DataError, match=r"c\.txt: not UTF-8"):
         TextTokens([str(tmp_path)], TOKENIZER)
 
