@@ -126,7 +126,9 @@ def test_other_models_are_exported_as_they_are(convert: _Convert, tmp_path: Path
     config = ModelConfig(**{**vars(GPT), "attention": "latent", "document_end": 7})
     save_weights(build_model(config, GRID), tmp_path / "weights", GRID)
     said = convert("export", tmp_path / "weights", tmp_path / "out")
-    assert said.endswith("as safetensors; Hugging Face's GPT-2 has no attention=latent\n")
+    assert said.endswith(
+        "as safetensors in the type that it has; Hugging Face's GPT-2 has no attention=latent\n"
+    )
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "weights" / name).read_bytes()
 
