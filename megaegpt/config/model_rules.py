@@ -47,24 +47,9 @@ def model_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
         _window,
         _documents,
         _chunks_and_encoder,
-        _memory,
     ):
         yield from rule(model)
     yield from _divisible_by_tp(model, tp)
-
-
-def _memory(model: ModelConfig) -> Iterator[Problem]:
-    """Keys are directions of the encoder's states, each pointer's others."""
-    egpt = model.egpt
-    if model.kind != "egpt" or not egpt.token_memory:
-        return
-    if egpt.memory_pointers * egpt.memory_dim > model.hidden_size:
-        yield Problem(
-            ("model.egpt.memory_dim", "model.egpt.memory_pointers", "model.hidden_size"),
-            f"model.egpt.memory_dim={egpt.memory_dim} for each of "
-            f"model.egpt.memory_pointers={egpt.memory_pointers} is more than "
-            f"model.hidden_size={model.hidden_size}: keys are made of so many numbers of a state",
-        )
 
 
 def _heads(model: ModelConfig) -> Iterator[Problem]:

@@ -21,6 +21,7 @@ from megaegpt.config.run import RunConfig
 from megaegpt.config.training import OptimizerConfig, SpikeGuardConfig
 from megaegpt.config.validation_sets import named_evaluation_problems
 
+_MEMORY = ("model.egpt.memory_dim", "model.egpt.memory_pointers", "model.hidden_size")
 _BATCH = {
     "parallel.tensor_parallel_size",
     "parallel.context_parallel_size",
@@ -73,12 +74,30 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> list[Prob
     problems += parameter_group_problems(config.optimizer.groups)
     problems += _freezing(config)
     problems += _stored_predictions(config)
+    if broken.isdisjoint(_MEMORY):
+        problems += _new_memory(config)
     problems += _adapters(config)
     problems += [p for p in _profile(config) if broken.isdisjoint(p.keys)]
     problems += _validation_split(config)
     problems += named_evaluation_problems(config)
     problems += deepspeed_problems(config.deepspeed, config.parallel.zero_stage)
     return problems
+
+
+def _new_memory(config: RunConfig) -> Iterator[Problem]:
+    """The keys of a token memory begin as directions of the encoder's states, each pointer's as
+    others.
+    """
+    model, egpt = config.model, config.model.egpt
+    if model.kind != "egpt" or not egpt.token_memory or config.training.initialize_from is not None:
+        return
+    if egpt.memory_pointers * egpt.memory_dim > model.hidden_size:
+        yield Problem(
+            _MEMORY,
+            f"model.egpt.memory_dim={egpt.memory_dim} for each of "
+            f"model.egpt.memory_pointers={egpt.memory_pointers} is more than "
+            f"model.hidden_size={model.hidden_size}: keys are made of so many numbers of a state",
+        )
 
 
 def _partitioned_parameters(config: RunConfig) -> Iterator[Problem]:
