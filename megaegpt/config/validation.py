@@ -89,7 +89,8 @@ def _new_memory(config: RunConfig) -> Iterator[Problem]:
     others.
     """
     model, egpt = config.model, config.model.egpt
-    if model.kind != "egpt" or not egpt.token_memory or config.training.initialize_from is not None:
+    begins = config.data.train and config.training.initialize_from is None
+    if model.kind != "egpt" or not egpt.token_memory or not begins:
         return
     if egpt.memory_pointers * egpt.memory_dim > model.hidden_size:
         yield Problem(

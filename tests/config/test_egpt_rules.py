@@ -36,10 +36,6 @@ MODEL = ModelConfig(kind="egpt", encoder=EncoderConfig(source="somewhere"))
             "model.egpt.random_history=true has no effect",
         ),
         ({"egpt": EGPTConfig(features_per_chunk=3)}, "is not divisible by"),
-        (
-            {"egpt": EGPTConfig(token_memory=True, memory_dim=400, memory_pointers=2)},
-            "memory_dim=400 for each of model.egpt.memory_pointers=2 is more than",
-        ),
         ({"encoder": EncoderConfig("x", layers=0)}, "model.encoder.layers=0 must be greater than"),
     ],
 )
@@ -47,6 +43,14 @@ def test_a_value_without_sense_is_refused(changes, words):
     validate(RunConfig(model=MODEL))
     with pytest.raises(ConfigError, match=words):
         validate(RunConfig(model=replace(MODEL, **changes)))
+
+
+def test_a_memory_begins_with_keys_of_no_more_numbers_than_a_state_has():
+    egpt = EGPTConfig(token_memory=True, memory_dim=400, memory_pointers=2)
+    run = RunConfig(model=replace(MODEL, egpt=egpt))
+    validate(run)  # of weights that are there
+    with pytest.raises(ConfigError, match="memory_dim=400 for each of .*memory_pointers=2 is more"):
+        validate(replace(run, data=replace(run.data, train=("text",))))
 
 
 def test_stored_predictions_need_a_decoder_that_stays_as_it_is(tmp_path: Path):
