@@ -49,7 +49,9 @@ def test_a_memory_begins_with_keys_of_no_more_numbers_than_a_state_has():
     egpt = EGPTConfig(token_memory=True, memory_dim=400, memory_pointers=2)
     run = RunConfig(model=replace(MODEL, egpt=egpt))
     validate(run)  # of weights that are there
-    with pytest.raises(ConfigError, match="memory_dim=400 for each of .*memory_pointers=2 is more"):
+    with pytest.raises(
+        ConfigError, match=r"memory_dim=400 for each of .*memory_pointers=2 is more"
+    ):
         validate(replace(run, data=replace(run.data, train=("text",))))
 
 
