@@ -39,15 +39,7 @@ def model_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
     """Yield the reasons why ``model`` cannot be built on ``tp`` tensor-parallel ranks; sizes are
     positive.
     """
-    for rule in (
-        _heads,
-        _positions,
-        _rotary,
-        _latent,
-        _window,
-        _documents,
-        _chunks_and_encoder,
-    ):
+    for rule in (_heads, _positions, _rotary, _latent, _window, _documents, _chunks_and_encoder):
         yield from rule(model)
     yield from _divisible_by_tp(model, tp)
 
