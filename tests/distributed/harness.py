@@ -6,13 +6,10 @@ a module's tests, and ranks are forked from one process that has imported everyt
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import multiprocessing
 import os
 import queue
-import random
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -21,21 +18,11 @@ import torch
 import torch.distributed as dist
 
 from megaegpt.parallel.grid import ProcessGrid
+from tools.benchmarks.processes import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 """Where ranks come from. They compute on the CPU: a GPU's driver does not survive a fork."""
 CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
-
-
-def free_port() -> int:
-    """One that no connection is given between this call and its use, as it is not of their range
-    (32768 and more on Linux).
-    """
-    while True:
-        port = random.SystemRandom().randrange(15000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 @functools.cache

@@ -20,7 +20,8 @@ from megaegpt.parallel.launch import joined_processes
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.run_lock import locked_folders
 from megaegpt.training.stopping import StopRequests
-from tests.distributed.harness import CONTEXT, free_port
+from tests.distributed.harness import CONTEXT
+from tools.benchmarks.processes import free_port
 
 
 def _rank(

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import CONTEXT, free_port
+from tests.distributed.harness import CONTEXT
 from tests.gpu import fake_cases, fake_device
+from tools.benchmarks.processes import free_port
 
 _LONGEST = 600.0
 """Seconds that a process may take, on a busy machine."""

@@ -18,10 +18,10 @@ import pytest
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.run import RunConfig
 from tests.data.corpora import write_shard
-from tests.distributed.harness import free_port
 from tests.faults.processes import Ranks, train
 from tests.tiny.runs import corpus, losses, records, run_config
 from tools import precompute_features
+from tools.benchmarks.processes import free_port
 
 __all__ = ["corpus"]
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from megaegpt.errors import LaunchError
-from tests.distributed.harness import Distributed, free_port, grid_for
+from tests.distributed.harness import Distributed, grid_for
 from tools import benchmark
 from tools.benchmarks import node_parts
 from tools.benchmarks.node_parts import Place
 from tools.benchmarks.nodes import NodesChecklist
+from tools.benchmarks.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 FAST = ("groups", "bandwidth", "agreement")

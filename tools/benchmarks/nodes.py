@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from megaegpt.errors import LaunchError
 from megaegpt.parallel.launcher_variables import is_launched, number
 from tools.benchmarks.checklist import Checklist
 from tools.benchmarks.node_parts import Part, Place, all_parts
+from tools.benchmarks.processes import free_port
 
 _MEETING = timedelta(minutes=10)
 """How long ranks wait for each other between parts."""
@@ -109,22 +111,28 @@ class Ranks:
         key, self._parts = f"part_{self._parts}", self._parts + 1
         size = self.per_node if part.one_node else self.world_size
         if self.rank == 0:
-            self.store.set(f"{key}/port", str(_free_port()))
+            self.store.set(f"{key}/port", str(free_port()))
         port = int(self.store.get(f"{key}/port"))
-        if self.rank < size:
-            answer, problem = self._measure(part, size, port, f"{key}/failed")
-            if problem is not None:
-                self.store.set(
-                    f"{key}/failed", f"rank {self.rank} on {socket.gethostname()}: {problem}"
-                )
-            self.store.set(f"{key}/answer/{self.rank}", json.dumps(answer))
-        self.store.wait([f"{key}/answer/{rank}" for rank in range(size)], _MEETING)
-        answers = [json.loads(self.store.get(f"{key}/answer/{rank}")) for rank in range(size)]
+        keys = [f"{key}/answer/{rank}" for rank in range(size)]
+        with contextlib.ExitStack() as until_all_have_answered:
+            if self.rank < size:
+                process, pipe = self._start(part, size, port)
+                until_all_have_answered.callback(_end, process)
+                answer, problem = self._answer(pipe, part, f"{key}/failed")
+                if problem is not None:
+                    self.store.set(
+                        f"{key}/failed", f"rank {self.rank} on {socket.gethostname()}: {problem}"
+                    )
+                self.store.set(keys[self.rank], json.dumps(answer))
+            self.store.wait(keys, _MEETING)
+        answers = [json.loads(self.store.get(key)) for key in keys]
         failed = self.store.check([f"{key}/failed"])
         return answers, self.store.get(f"{key}/failed").decode() if failed else None
 
-    def _measure(self, part: Part, size: int, port: int, failed: str) -> tuple[Any, str | None]:
-        """This rank's answer, or what its process said instead of one."""
+    def _start(self, part: Part, size: int, port: int) -> tuple[BaseProcess, Connection]:
+        """This rank's process, which stays until it is ended: the first one's has the store that
+        the others may still be reading when it has its own answer.
+        """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo", "megaegpt.model.build"])
         ours, theirs = context.Pipe()
@@ -133,20 +141,26 @@ class Ranks:
         )
         process.start()
         theirs.close()
+        return process, ours
+
+    def _answer(self, pipe: Connection, part: Part, failed: str) -> tuple[Any, str | None]:
+        """This rank's answer, or what its process said instead of one."""
         end = time.monotonic() + 60 * part.minutes
+        while not pipe.poll(_POLL_S):
+            if time.monotonic() > end:
+                return None, f"no answer after {part.minutes:g} minutes"
+            if self.store.check([failed]):
+                return None, None
         try:
-            while not ours.poll(_POLL_S):
-                if time.monotonic() > end:
-                    return None, f"no answer after {part.minutes:g} minutes"
-                if self.store.check([failed]):
-                    return None, None
-            answer, problem = ours.recv()
+            answer, problem = pipe.recv()
             return answer, problem
         except EOFError:
             return None, "its process ended without a message"
-        finally:
-            process.kill()
-            process.join()
+
+
+def _end(process: BaseProcess) -> None:
+    process.kill()
+    process.join()
 
 
 def measure(ranks: Ranks, checklist: NodesChecklist, parts: Sequence[Part]) -> dict[str, list[Any]]:
@@ -167,12 +181,6 @@ def measure(ranks: Ranks, checklist: NodesChecklist, parts: Sequence[Part]) -> d
     return found
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def _serve(part: Part, rank: int, size: int, per_node: int, port: int, pipe: Connection) -> None:
     """In a process of its own: one rank's share of a part."""
     from megaegpt.parallel.grid import ProcessGrid
@@ -189,3 +197,4 @@ def _serve(part: Part, rank: int, size: int, per_node: int, port: int, pipe: Con
         pipe.send((part.measure(place), None))
     except BaseException:
         pipe.send((None, traceback.format_exc().strip()))
+    pipe.poll(None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import resource
 import socket
 import statistics
@@ -123,6 +125,17 @@ def compare(
     return results
 
 
+def free_port() -> int:
+    """One that no connection is given between this call and its use, as it is not of their range
+    (32768 and more on Linux).
+    """
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
 class _Group:
     """The processes of one candidate, idle unless asked."""
 
@@ -132,9 +145,7 @@ class _Group:
         # A server that has imported torch, and run nothing with threads, forks the processes.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo", "megaegpt.model.build"])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(candidate.processes):
