@@ -142,7 +142,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         "--memory-tokens",
         type=integer(1),
         metavar="N",
-        help="of an EGPT with token_memory: tokens held before a window, also of earlier windows",
+        help="of an EGPT with token_memory: tokens held before a chunk, in whole chunks, also of "
+        "earlier windows",
     )
     text.add_argument(
         "--memory-dtype",

@@ -106,7 +106,7 @@ def _memory_limits(arguments: argparse.Namespace, model: Model, grid: ProcessGri
     """What a token memory may hold, which is shown.
 
     Raises:
-        ConfigError: the model has none.
+        ConfigError: the model has none, or would hold not a chunk.
     """
     from megaegpt.model.egpt.egpt import EGPT
     from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, HeldTokens, MemoryLimits
@@ -182,8 +182,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--memory-tokens",
         type=integer(1),
         metavar="N",
-        help="of an EGPT with token_memory: tokens of earlier chunks that it holds, the newest "
-        "(default: as many as a training window shows)",
+        help="of an EGPT with token_memory: tokens of earlier chunks that it holds, the newest, in "
+        "whole chunks (default: as many as a training window shows)",
     )
     parser.add_argument(
         "--memory-dtype",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # torch is imported once the command line is right
 
     from megaegpt.generation.chat import Chat
     from megaegpt.generation.trained import LoadedModel
+    from megaegpt.model.egpt.held_tokens import MemoryLimits
 
 _TOKEN_VARIABLE = "MEGAEGPT_TOKEN"
 _DRAIN_EXTRA_S = 5.0
@@ -125,7 +126,7 @@ def _parse_arguments() -> argparse.Namespace:
         "--memory-tokens",
         type=integer(1),
         metavar="N",
-        help="of an EGPT with token_memory: tokens of earlier chunks that it holds",
+        help="of an EGPT with token_memory: tokens of earlier chunks that it holds, whole chunks",
     )
     arguments = parser.parse_args()
     if arguments.token is None:
@@ -151,14 +152,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _new_app(arguments: argparse.Namespace) -> tuple[FastAPI, str]:
     """The application and the name of its model."""
-    from megaegpt.model.egpt.held_tokens import MemoryLimits
     from megaegpt.serving.batcher import Batcher
     from megaegpt.serving.http_app import Served, create_app
     from megaegpt.serving.running_rows import new_rows
 
     loaded = load_model(arguments)
     context = _context(arguments, loaded)
-    limits = MemoryLimits(arguments.memory_tokens)
+    limits = _limits(arguments, loaded)
     rows = new_rows(loaded.model, loaded.encoder, arguments.batch_size, context, limits)
     batcher = Batcher(rows, loaded.tokenizer, loaded.model.grid.device, arguments.queue)
     served = Served(
@@ -186,13 +186,26 @@ def _chat_of(loaded: LoadedModel, wanted: str | None) -> Chat | None:
     return chat
 
 
+def _limits(arguments: argparse.Namespace, loaded: LoadedModel) -> MemoryLimits:
+    """Raises:
+    ConfigError: there is no token memory, or not a chunk of it.
+    """
+    from megaegpt.model.egpt.held_tokens import MemoryLimits
+
+    limits = MemoryLimits(arguments.memory_tokens)
+    if limits.tokens is not None:
+        memory = getattr(loaded.model, "token_memory", None)
+        if memory is None:
+            raise ConfigError("--memory-tokens is for an egpt with token_memory")
+        limits.most_chunks(memory)
+    return limits
+
+
 def _context(arguments: argparse.Namespace, loaded: LoadedModel) -> int | None:
     """Raises:
-    ConfigError: the model sees less, or any length, or has no token memory.
+    ConfigError: the model sees less, or any length.
     """
     config, wanted = loaded.model.config, arguments.context
-    if arguments.memory_tokens is not None and getattr(loaded.model, "token_memory", None) is None:
-        raise ConfigError("--memory-tokens is for an egpt with token_memory")
     if config.needs_encoder:
         if wanted is not None:
             raise ConfigError(f"--context is for a gpt: an {config.kind} takes texts of any length")

@@ -19,6 +19,7 @@ from megaegpt.errors import ConfigError
 from megaegpt.evaluation.text import evaluate_text
 from megaegpt.evaluation.text_loss import Evaluation
 from megaegpt.generation.trained import LoadedModel
+from megaegpt.labels import IGNORE
 from megaegpt.model.calling import Encode, chunk_ids_of
 from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.egpt.egpt_inputs import EGPTInputs
@@ -27,13 +28,14 @@ from megaegpt.parallel.grid import ProcessGrid
 
 
 class CarriedMemory(EGPTInputs):
-    """Windows of one text in order, one by one; each also sees the chunks before it.
+    """Windows of one text in order, one by one. A chunk sees those before it, of earlier windows
+    too, that are held when a text is written.
 
     Args:
         model: with a token memory.
         encode: its frozen encoder.
         dtype: what the model computes in.
-        limits: what is held before a window; the oldest chunks leave.
+        limits: what is held before a chunk; the oldest chunks leave.
         token_states: store of the text's encoder states; None: it is encoded.
         predictions: store of what the model predicts of it without a memory; None: it does.
     """
@@ -79,15 +81,26 @@ class CarriedMemory(EGPTInputs):
         if len(batch["tokens"]) != 1 or first != self._next_chunk:
             raise ValueError("a memory is carried over windows in order, one at a time")
         batch = {**batch, **self.arguments(batch)}  # the states are held too
-        past = {"past_keys": self._held.precise_keys(), "past_text": self._held.earlier.text}
+        past = {
+            "past_keys": self._held.precise_keys(),
+            "past_text": self._held.earlier.text,
+            "from_chunk": self._first_held(batch["tokens"]),
+        }
         nats = super().loss(functools.partial(model, **past), batch, reduction)
-        for states, tokens in zip(
-            batch["token_states"].unbind(1), batch["tokens"].unbind(1), strict=True
-        ):
-            self._held.append(states, tokens)
+        whole = int((batch["targets"] != IGNORE).all(-1).sum())  # behind them the text ends
+        for chunk in range(whole):
+            self._held.append(batch["token_states"][:, chunk], batch["tokens"][:, chunk])
             self._held.finish_chunk()
         self._next_chunk += len(numbers)
         return nats
+
+    def _first_held(self, tokens: Tensor) -> Tensor:
+        """Which chunk is the oldest held before each of those of tokens (1, N, S): (1, N), counted
+        from the oldest before the window.
+        """
+        size = self._config.egpt.chunk_size
+        before = self._held.num_tokens // size + torch.arange(tokens.shape[1], device=tokens.device)
+        return (before - self._held.most_chunks).clamp(min=0).unsqueeze(0)
 
 
 def evaluate_with_memory(
@@ -100,8 +113,8 @@ def evaluate_with_memory(
     """Loss on a text, window after window, and what was held at its end.
 
     Raises:
-        ConfigError: the model has no token memory, or there are several data-parallel ranks: the
-            windows follow one another.
+        ConfigError: the model has no token memory, a chunk is more than the limits allow, or there
+            are several data-parallel ranks: the windows follow one another.
     """
     if not isinstance(loaded.model, EGPT) or loaded.encoder is None:
         raise ConfigError("--memory-tokens is for an egpt with token_memory")

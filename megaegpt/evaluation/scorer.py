@@ -18,7 +18,7 @@ from megaegpt.bars import progress_bar
 from megaegpt.errors import DataError
 from megaegpt.evaluation.text import inputs_of
 from megaegpt.generation.trained import LoadedModel
-from megaegpt.labels import IGNORE
+from megaegpt.labels import IGNORE, NOTHING_BEFORE
 from megaegpt.parallel.grid import ProcessGrid
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -89,7 +89,7 @@ class Scorer:
         self._inputs = inputs_of(loaded, dtype)
         config = loaded.model.config
         self.max_len = config.sample_len
-        self._vocab_size = config.vocab_size
+        self._vocab_size, self._preceding = config.vocab_size, config.preceding_tokens
         few_shapes = 128 if grid.device.type == "cuda" else 1  # a kernel may be made for each
         self._multiple_of = math.lcm(config.length_multiple, few_shapes)
 
@@ -140,7 +140,8 @@ class Scorer:
     def _score_batch(self, pairs: list[Pair]) -> Tensor:
         """Log-likelihoods and whether they are greedy, (2, B)."""
         device = self._grid.device
-        rows = [[*context, *continuation][-self.max_len - 1 :] for context, continuation in pairs]
+        texts = [[*context, *continuation] for context, continuation in pairs]
+        rows = [text[-self.max_len - 1 :] for text in texts]
         longest = max(map(len, rows)) - 1
         width = min(-(-longest // self._multiple_of) * self._multiple_of, self.max_len)
         tokens = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -150,7 +151,10 @@ class Scorer:
             tokens[number, : len(row) - 1] = ids[:-1]
             start = len(row) - 1 - len(continuation)
             targets[number, start : len(row) - 1] = ids[start + 1 :]
-        prepared = self._inputs.prepare({"tokens": tokens, "targets": targets})
+        given = {"tokens": tokens, "targets": targets}
+        if self._preceding:
+            given["before"] = self._before(texts)
+        prepared = self._inputs.prepare(given)
         batch = {name: x.to(device) for name, x in prepared.items()}
         predicted = batch["targets"] >= 0
         predictions = self._model.predictions(**self._inputs.arguments(batch))
@@ -161,6 +165,16 @@ class Scorer:
         sums[1].index_add_(0, places, (~greedy).double())
         sums[1] = sums[1] == 0
         return sums
+
+    def _before(self, texts: list[list[int]]) -> Tensor:
+        """The last tokens (B, O) that were cut off each, of which the model is told; -1 where there
+        are no more.
+        """
+        before = torch.full((len(texts), self._preceding), NOTHING_BEFORE)
+        for row, text in zip(before, texts, strict=True):
+            cut = text[: -self.max_len - 1][-self._preceding :]
+            row[len(row) - len(cut) :] = torch.tensor(cut)
+        return before
 
 
 def _judge(blocks: Iterable[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:

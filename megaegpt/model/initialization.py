@@ -128,7 +128,8 @@ def initialize_token_memory(
         opened = _weights_file(folder, "the token memory")
         with raising_together(grid), opened as file, torch.no_grad():
             for name, parameter in memory.norm.named_parameters():
-                parameter.copy_(file.get_tensor(f"stack.norm.{name}"))
+                if name != "bias" or encoder.config.bias:  # else it stays 0
+                    parameter.copy_(file.get_tensor(f"stack.norm.{name}"))
     with torch.no_grad():
         states = encoder(tokens.to(grid.device)).flatten(0, 1).float()  # (n * S, C)
         directions = F.normalize(memory.norm(states), dim=-1).double()

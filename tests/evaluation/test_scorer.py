@@ -12,7 +12,7 @@ from megaegpt.evaluation.scorer import Pair, Score, Scorer, encode_pair
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.loaded import TOKENIZER, load, naive_score
-from tests.tiny.models import MAX_LEN, prompt
+from tests.tiny.models import CHUNK, MAX_LEN, prompt
 
 
 def pairs() -> list[Pair]:
@@ -47,6 +47,21 @@ def test_a_long_context_is_cut_on_the_left() -> None:
     context, continuation = prompt(40), prompt(3, seed=1)
     kept = context[-(MAX_LEN + 1 - 3) :]
     assert scorer.score([(context, continuation)]) == scorer.score([(kept, continuation)])
+
+
+@pytest.mark.parametrize("kind", ["egpt_memory", "egpt_overlap"])
+def test_a_cut_context_is_no_start_of_a_text(kind: str) -> None:
+    """The loop begins its windows at whole chunks of the text, as this cut is."""
+    loaded = load(kind)
+    window = loaded.model.config.sample_len
+    text = prompt(2 * window + 1)
+    text[-4:-2] = text[window - 1 : window + 1]  # across the cut, and again where it matters
+    continuation = text[-CHUNK + 2 :]
+    long = text[: -CHUNK + 2], continuation
+    short = prompt(5), continuation
+    scores = Scorer(loaded, ProcessGrid(), 2, torch.float32).score([short, long])
+    for score, pair in zip(scores, (short, long), strict=True):
+        assert score.log_likelihood == pytest.approx(naive_score(loaded, *pair)[0], rel=1e-5)
 
 
 def _score(kind: str, tp_size: int) -> list[Score]:

@@ -213,8 +213,14 @@ def _tokens_at(tp_size: int, config: ModelConfig) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     "config",
-    [GPT, egpt(local_attention=True, features_per_chunk=2, memory_gate=True), DEEPGPT],
-    ids=["gpt", "egpt", "deepgpt"],
+    [
+        GPT,
+        egpt(local_attention=True, features_per_chunk=2, memory_gate=True),
+        EGPT_VARIANTS["memory"],
+        EGPT_VARIANTS["memory_local"],
+        DEEPGPT,
+    ],
+    ids=["gpt", "egpt", "egpt_memory", "egpt_memory_local", "deepgpt"],
 )
 def test_tensor_parallel_ranks_write_the_text_of_one(
     distributed: Distributed, config: ModelConfig

@@ -176,3 +176,20 @@ def test_a_token_memory_begins_as_a_cache_over_the_encoders_states(tmp_path, lay
     for pointer, rows in enumerate(memory.query.split(5)):  # each has directions of its own
         similar = (rows @ expected[pointer:10:2].T).abs()
         torch.testing.assert_close(similar, torch.eye(5), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_token_memory_with_biases_begins_over_a_cut_encoder_with_or_without_them(tmp_path, bias):
+    whole = build_model(replace(GPT, bias=bias), ProcessGrid(), seed=9)
+    with torch.no_grad():
+        for parameter in whole.stack.norm.parameters():
+            parameter.copy_(torch.linspace(0.5, 1.5, 16))
+    save_weights(whole, tmp_path, ProcessGrid())
+    egpt = EGPTConfig(num_chunks=N, chunk_size=S, token_memory=True, memory_dim=5)
+    config = replace(EGPT, egpt=egpt, encoder=EncoderConfig(str(tmp_path), layers=3))
+    encoder = FrozenEncoder.from_source(config.encoder, ProcessGrid())
+    model = build_model(config, ProcessGrid())
+    initialize_token_memory(model, encoder, tmp_path, torch.randint(300, (12, S)))
+    norm = model.token_memory.norm
+    assert torch.equal(norm.weight, whole.stack.norm.weight)
+    assert torch.equal(norm.bias, whole.stack.norm.bias if bias else torch.zeros(16))

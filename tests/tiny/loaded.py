@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from megaegpt.config import EncoderConfig
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.generation.recomputing import RecomputingDecoder
 from megaegpt.generation.trained import LoadedModel
@@ -18,6 +19,7 @@ CONFIGS = {
     "gpt": GPT,
     "egpt": EGPT,
     "egpt_memory": egpt(token_memory=True, memory_dim=8),
+    "egpt_overlap": replace(egpt(local_attention=True), encoder=EncoderConfig(overlap=3)),
     "deepgpt": DEEPGPT,
 }
 

@@ -272,6 +272,7 @@ class EGPT(LanguageModel):
         earlier_states: Tensor | None = None,
         past_keys: Tensor | None = None,
         past_text: Tensor | None = None,
+        from_chunk: Tensor | None = None,
     ) -> MemoryMixture:
         """What the token memory says of the tokens behind a window's.
 
@@ -285,6 +286,8 @@ class EGPT(LanguageModel):
             earlier_states: encoder states of them (B, N - 1, S, C); None: the window's.
             past_keys: (B, H, J, D) held of chunks before the window; None: nothing is.
             past_text: (B, J + 2) ids of them, with that before them and one that is not read.
+            from_chunk: (B, N) the first chunk whose keys each chunk sees, counted from that of the
+                first key held; None: all are, or what ``cut`` leaves.
         """
         memory, size = self.token_memory, self.config.egpt.chunk_size
         assert memory is not None
@@ -304,7 +307,7 @@ class EGPT(LanguageModel):
             earlier = earlier._replace(text=earlier_text)
         if earlier_states is not None:
             earlier = earlier._replace(keys=memory.keys(earlier_states.flatten(1, 2)))
-        first_chunk, from_chunk = 0, None
+        first_chunk = 0
         if past_keys is not None and past_text is not None:
             first_chunk = past_keys.shape[2] // size
             earlier = Keys(
@@ -313,9 +316,11 @@ class EGPT(LanguageModel):
             )
         if cut is not None:
             chunk = torch.arange(own.num_keys // size, device=cut.device)
-            from_chunk = torch.where(chunk >= cut.unsqueeze(1), cut.unsqueeze(1), 0)
+            first_seen = first_chunk + cut.unsqueeze(1)
+            from_chunk = torch.where(chunk >= cut.unsqueeze(1), first_seen, 0)
         query = memory.ask(states, hidden.flatten(1, 2))
-        return MemoryMixture(memory, query, earlier, own, first_chunk, from_chunk, numbers)
+        seen = first_chunk, from_chunk, numbers, cut is not None
+        return MemoryMixture(memory, query, earlier, own, *seen)
 
     def record_memory(self, features: Tensor) -> Recorded:
         """Features of the chunks before the current one, (B, n, P, C) with n < N -> each layer's

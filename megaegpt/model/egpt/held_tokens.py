@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megaegpt.errors import ConfigError
 from megaegpt.labels import NOTHING_BEFORE
 from megaegpt.model.egpt.copy_attention import Keys, mean_keys
 from megaegpt.model.egpt.token_memory import TokenMemory, mixed
@@ -25,9 +26,26 @@ class MemoryLimits:
     """How much of a document is held."""
 
     tokens: int | None = None
-    """Tokens before the current chunk; None: as many as a training window shows."""
+    """Tokens before the current chunk, of which whole chunks are held; None: as many as a training
+    window shows."""
     dtype: KeyType | None = None
     """Of the keys, whose numbers are between -1 and 1; None: the model's."""
+
+    def most_chunks(self, module: TokenMemory) -> int:
+        """Whole chunks that are held.
+
+        Raises:
+            ConfigError: so few tokens are not one chunk: nothing would be held.
+        """
+        size = module.chunk_size
+        if self.tokens is None:
+            return module.window_tokens // size
+        if self.tokens < size:
+            raise ConfigError(
+                f"--memory-tokens {self.tokens} is less than a chunk, and whole ones are held: "
+                f"give at least {size}"
+            )
+        return self.tokens // size
 
 
 AS_IN_TRAINING = MemoryLimits()
@@ -43,6 +61,9 @@ class HeldTokens:
         like: on whose device and in whose type keys are; those of whole chunks are in the type of
             ``limits``.
         limits: how much is held of whole chunks, and in which type.
+
+    Raises:
+        ConfigError: of :meth:`MemoryLimits.most_chunks`.
     """
 
     def __init__(
@@ -53,8 +74,7 @@ class HeldTokens:
         limits: MemoryLimits = AS_IN_TRAINING,
     ) -> None:
         size = module.chunk_size
-        tokens = module.window_tokens if limits.tokens is None else limits.tokens
-        self._module, self.most_chunks = module, tokens // size
+        self._module, self.most_chunks = module, limits.most_chunks(module)
         dtype = like.dtype if limits.dtype is None else KEY_TYPES[limits.dtype]
         shape = (batch_size, module.pointers)
         ids = torch.full((batch_size, size + 2), NOTHING_BEFORE, device=like.device)

@@ -157,8 +157,9 @@ class MemoryMixture:
         query: of T tokens, the first of which is the first of its chunk.
         earlier: keys of whole chunks; a token sees those of the chunks before its own.
         own: the keys of the T tokens, or of more.
-        first_chunk, from_chunk, chunks: see :func:`~megaegpt.model.egpt.copy_attention.point`.
-            With ``chunks`` the mixture gives probabilities of targets alone.
+        first_chunk, from_chunk, chunks, begins_text: see
+            :func:`~megaegpt.model.egpt.copy_attention.point`. With ``from_chunk`` or ``chunks`` the
+            mixture gives probabilities of targets alone.
     """
 
     def __init__(
@@ -170,17 +171,19 @@ class MemoryMixture:
         first_chunk: int = 0,
         from_chunk: Tensor | None = None,
         chunks: Sequence[int] | None = None,
+        begins_text: bool = True,
     ) -> None:
         self._module, self._query, self._earlier, self._own = module, query, earlier, own
-        self._first_chunk, self._from_chunk, self._chunks = first_chunk, from_chunk, chunks
+        self._first_chunk = first_chunk
+        self._chunks = first_chunk, from_chunk, chunks, begins_text
 
     def of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T) ids, negative where there is none -> (B, T) each: the log of the head's share, and
         what the memory adds to their probability.
         """
         scoring = self._module.scoring()
-        chunks = self._first_chunk, self._from_chunk, self._chunks
-        found = point(self._query.queries, self._earlier, self._own, scoring, targets, *chunks)
+        queries, chunks = self._query.queries, self._chunks
+        found = point(queries, self._earlier, self._own, scoring, targets, *chunks)
         log_shares = self._module.log_shares(self._query, found)
         return log_shares[:, 0], (log_shares[:, 1:].exp() * found.probability).sum(1)
 

@@ -160,14 +160,14 @@ def naive_probabilities(
             held = _places(past[0][b], behind) + held
         for t, place in enumerate(window):
             n = place.chunk - start
-            begin = 0 if first is None or n < first[b] else first[b]
+            begin = 0 if first is None or n < first[b] else start + first[b]
             sees = held[begin * S : (start + n) * S]
             own = window[n * S : t]
             if first is not None:  # nothing before the first that is seen is known
                 sees = [replace(key, before=-1) if i == 0 else key for i, key in enumerate(sees)]
-                if begin == n:
+                if begin == start + n:
                     own = [replace(key, before=-1) if i == 0 else key for i, key in enumerate(own)]
-                place = replace(place, before=-1) if t == begin * S else place
+                place = replace(place, before=-1) if t == (begin - start) * S else place
             h_t = hidden[b].flatten(0, 1)[t]
             gates = [torch.zeros((), dtype=torch.float64)]
             predictions = [F.softmax(model.head.weight[:VOCAB] @ h_t, -1)]
@@ -236,16 +236,19 @@ def test_only_the_chunks_of_the_most_similar_mean_key_are_seen():
     assert not torch.allclose(nats[:, 2:], everything[:, 2:])
 
 
-def test_what_is_held_of_chunks_before_the_window_is_seen():
-    model, batch = _model(), _batch()
+@pytest.mark.parametrize("first", [None, [2, 1]])
+def test_what_is_held_of_chunks_before_the_window_is_seen(first, monkeypatch):
+    model, batch = _model(changed(random_history=first is not None)), _batch()
     generator = torch.Generator().manual_seed(5)
     states = torch.randn(B, 3 * S, C, generator=generator, dtype=torch.float64)
     text = torch.randint(4, (B, 3 * S + 2), generator=generator)
     batch["text"][:, 0] = text[:, -2]
+    if first is not None:  # of the window, from which on what is held is not seen either
+        monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor(first))
     with torch.no_grad():
         keys = model.token_memory.keys(states)
         nats = model(**batch, past_keys=keys, past_text=text, reduction="none")
-        p = naive_probabilities(model, batch, past=(states, text))
+        p = naive_probabilities(model, batch, first, past=(states, text))
     torch.testing.assert_close(nats[batch["targets"] >= 0], _nats(p, batch["targets"]))
 
 
@@ -393,3 +396,15 @@ def test_the_largest_score_is_found_where_it_is(count, monkeypatch):
     for found, expected in zip(copy_attention.largest(scores), scores.max(-1), strict=True):
         assert found[:, :, 1:].equal(expected[:, :, 1:])
     assert copy_attention.largest(scores)[0][0, 0, 0] == -torch.inf
+
+
+def test_in_bf16_the_memory_costs_what_it_does_in_fp32():
+    model, batch = _model(), _batch()
+    with torch.no_grad():
+        losses = []
+        for dtype in (torch.float32, torch.bfloat16):
+            given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in batch.items()}
+            losses.append(model.to(dtype)(**given).item())
+    exact, rounded = losses
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=5e-3)
