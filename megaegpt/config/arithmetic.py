@@ -23,8 +23,8 @@ ARITHMETIC_KEYS = {
     "layer_norm_eps",
     "model.rope_scaling": "kind factor original_max_seq_len low_freq_factor high_freq_factor "
     "beta_fast beta_slow attention_factor",
-    "model.egpt": "chunk_size features_per_chunk feature_pooling local_attention attention_sink "
-    "memory_gate history token_memory memory_dim memory_pointers memory_chunks adapter_norm "
+    "model.egpt": "chunk_size local_attention attention_sink "
+    "memory_gate history token_memory memory_dim memory_pointers memory_chunks "
     "adapter_residual",
     "model.encoder": "layers overlap",
 }

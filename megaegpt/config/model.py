@@ -51,10 +51,6 @@ class EGPTConfig:
     """Chunks in a training window; a token sees at most ``num_chunks - 1`` earlier chunks."""
     chunk_size: TensorSize = 1024
     """Tokens in a chunk; at most the encoder's ``max_seq_len``."""
-    features_per_chunk: TensorSize = 1
-    """Memory vectors an earlier chunk is seen through. 1 is the original."""
-    feature_pooling: Literal["last", "mean"] = "last"
-    """``last``: the encoder state of a span's last token (the original); ``mean``: their mean."""
     local_attention: bool = False
     """Tokens of the current chunk also attend to each other causally in the decoder."""
     attention_sink: bool = False
@@ -63,8 +59,6 @@ class EGPTConfig:
     on it (Xiao et al., arXiv 2309.17453), and over an encoder with an overlap no chunk holds it."""
     memory_gate: bool = False
     """A learned, zero-initialised gate per head on what is read from earlier chunks."""
-    random_history: bool = False
-    """In training, each window shows a random number of its earlier chunks."""
     history: bool = True
     """Earlier chunks are seen. false: the same model over the same windows without its memory."""
     token_memory: bool = False
@@ -77,11 +71,9 @@ class EGPTConfig:
     memory_chunks: TensorSize | None = None
     """Earlier chunks whose keys a token is compared with, those of the most similar mean key; None:
     all."""
-    adapter_norm: bool = False
-    """A norm, as the blocks have it, before the MLP that encoder states go through first."""
     adapter_residual: bool = False
-    """States are added to that MLP's output; it and the chunk and length tables start at zero, so
-    that the decoder's input starts as the encoder's output."""
+    """States are added to the output of the MLP that they go through first; it and the chunk and
+    length tables start at zero, so that the decoder's input starts as the encoder's output."""
 
 
 @dataclass(frozen=True)

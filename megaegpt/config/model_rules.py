@@ -222,12 +222,6 @@ def _chunks_and_encoder(model: ModelConfig) -> Iterator[Problem]:
     if model.kind == "gpt":
         return
     chunks = model.egpt
-    if chunks.chunk_size % chunks.features_per_chunk:
-        yield Problem(
-            ("model.egpt.chunk_size", "model.egpt.features_per_chunk"),
-            f"model.egpt.chunk_size={chunks.chunk_size} is not divisible by "
-            f"model.egpt.features_per_chunk={chunks.features_per_chunk}",
-        )
     if model.encoder.overlap > chunks.chunk_size:
         yield Problem(
             ("model.encoder.overlap", "model.egpt.chunk_size"),
@@ -236,7 +230,7 @@ def _chunks_and_encoder(model: ModelConfig) -> Iterator[Problem]:
         )
     if chunks.attention_sink:
         yield from _sink_problems(model)
-    for name in ("memory_gate", "random_history", "token_memory"):
+    for name in ("memory_gate", "token_memory"):
         if not chunks.history and getattr(chunks, name):
             yield Problem(
                 (f"model.egpt.{name}", "model.egpt.history"),

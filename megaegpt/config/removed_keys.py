@@ -12,10 +12,20 @@ class _RemovedKey(NamedTuple):
     """What to do where it did something, as the end of a sentence."""
 
 
+_CHANGED_NOTHING = (
+    "it changed nothing that a longer study could tell; such a model is trained anew without it"
+)
+
 _REMOVED = {
     "model.egpt.token_counts": _RemovedKey(
         False, "model.egpt.token_memory took its place and gains more; such a model is trained anew"
     ),
+    "model.egpt.features_per_chunk": _RemovedKey(1, _CHANGED_NOTHING),
+    "model.egpt.feature_pooling": _RemovedKey("last", _CHANGED_NOTHING),
+    "model.egpt.random_history": _RemovedKey(
+        False, "it changed nothing, and a run goes on without it; leave the key out"
+    ),
+    "model.egpt.adapter_norm": _RemovedKey(False, _CHANGED_NOTHING),
 }
 
 

@@ -3,7 +3,7 @@
 A model that uses what earlier chunks say gets worse with those of another text, the more chunks
 there are; one that has learned only that there are earlier chunks does not.
 
-Shapes: B windows, N chunks, S chunk size, P features a chunk, C hidden.
+Shapes: B windows, N chunks, S chunk size, C hidden.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from megaegpt.evaluation.text import evaluate_text
 from megaegpt.evaluation.text_loss import Evaluation
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.model.calling import chunk_ids_of
-from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.egpt.egpt_inputs import EGPTInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
@@ -95,8 +94,7 @@ class ShuffledHistory(EGPTInputs):
             states = batch["states_of_donors"].to(self._dtype)
         else:
             states = self._encoded(batch["donors"], batch.get("before_donors"))
-        features = chunk_features(states, self._egpt)
-        arguments = super().arguments({**batch, "features": features})
+        arguments = super().arguments({**batch, "features": states[:, :, -1]})
         if self._egpt.token_memory:
             arguments["earlier_states"] = states
             parts = (batch["before_donors"][:, -1:], batch["donors"], batch["behind_donors"])

@@ -6,7 +6,7 @@ Training, evaluation, scoring, memory traces and benchmarks call models through 
 stored is encoded.
 
 Shapes: B samples, T tokens of a sequence, N chunks, n those of a rank under chunk parallelism, S
-chunk size, O tokens of the encoder's overlap, P features a chunk, C hidden.
+chunk size, O tokens of the encoder's overlap, C hidden.
 """
 
 from __future__ import annotations

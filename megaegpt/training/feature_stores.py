@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from pathlib import Path
 
 from megaegpt.config import ModelConfig, RunConfig
@@ -15,7 +14,6 @@ from megaegpt.data.features.writer import compute_store
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import ConfigError
 from megaegpt.interop.sources import resolve_weights_source, source_config
-from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.initialization import initialization_problems
 from megaegpt.model.weights import read_weights_config
@@ -132,8 +130,6 @@ def store_spec(
         shards=stream.fingerprint,
         num_chunks=num_chunks,
         chunk_size=egpt.chunk_size,
-        features_per_chunk=egpt.features_per_chunk,
-        pooling=egpt.feature_pooling,
         hidden_size=encoder.config.hidden_size,
         dtype=dtype,
         token_states=config.data.token_features == "stored",
@@ -159,8 +155,7 @@ def prepare_store(
         DataError: it is of something else, damaged, or cannot be written.
     """
     spec = store_spec(config, encoder, stream, split, precision)
-    pool = functools.partial(chunk_features, config=config.model.egpt)
-    contents = EncodedChunks(spec, stream, encoder, pool)
+    contents = EncodedChunks(spec, stream, encoder)
     folder = store_folder(config, split)
     return write_or_open(config, folder, spec, contents, grid, what=f"{split} features")
 

@@ -30,7 +30,7 @@ from megaegpt.precision import DTYPES, Precision
 from megaegpt.training.feature_stores import write_or_open
 
 _MEMORY = "token_memory."
-_BEFORE_INPUTS = ("input_norm.", "input_mlp.up.", "input_mlp.gate.")
+_BEFORE_INPUTS = ("input_mlp.up.", "input_mlp.gate.")
 """Weights that differ from seed to seed and change nothing where the input MLP ends in zeros."""
 _KEY = "data.predictions=stored"
 

@@ -51,7 +51,6 @@ _KEYS: dict[Effect, dict[str, str]] = {
     },
     "optimization": {
         "model": "dropout z_loss",
-        "model.egpt": "random_history",
         "data": "feature_dtype mask_after_document_end",
         "training": "steps micro_batch_size precision gradient_clipping on_nonfinite freeze",
         "training.spike_guard": "factor window",
@@ -112,8 +111,6 @@ _MAY_CHANGE_AT_THE_START = {
     "model.rope_scaling.kind",
     "model.rope_scaling.factor",
     "model.rope_scaling.original_max_seq_len",
-    "model.egpt.features_per_chunk",
-    "model.egpt.feature_pooling",
     "model.egpt.local_attention",
     "model.egpt.history",
     "model.encoder.layers",

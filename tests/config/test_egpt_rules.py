@@ -31,11 +31,6 @@ MODEL = ModelConfig(kind="egpt", encoder=EncoderConfig(source="somewhere"))
             {"egpt": EGPTConfig(history=False, memory_gate=True)},
             "model.egpt.memory_gate=true has no effect with model.egpt.history=false",
         ),
-        (
-            {"egpt": EGPTConfig(history=False, random_history=True)},
-            "model.egpt.random_history=true has no effect",
-        ),
-        ({"egpt": EGPTConfig(features_per_chunk=3)}, "is not divisible by"),
         ({"encoder": EncoderConfig("x", layers=0)}, "model.encoder.layers=0 must be greater than"),
     ],
 )

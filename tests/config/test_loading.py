@@ -205,6 +205,12 @@ def test_a_key_of_earlier_versions_is_read_where_it_did_nothing_and_named_where_
     assert model_config_from_dict({"egpt": {"token_counts": False}}) == ModelConfig()
     with pytest.raises(ConfigError, match=r"egpt\.token_counts is a key of earlier versions"):
         model_config_from_dict({"egpt": {"token_counts": True}})
+    original = {"features_per_chunk": 1, "feature_pooling": "last"}
+    plain = {"random_history": False, "adapter_norm": False}
+    assert model_config_from_dict({"egpt": original | plain}) == ModelConfig()
+    for key, value in (("features_per_chunk", 4), ("random_history", True)):
+        with pytest.raises(ConfigError, match=rf"egpt\.{key} is a key of earlier versions"):
+            model_config_from_dict({"egpt": {key: value}})
 
 
 def test_a_models_config_json_is_read_back_and_checked():

@@ -16,7 +16,7 @@ from megaegpt.data.features.writer import compute_features
 from megaegpt.errors import DataError
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
-from tests.data.features.test_store import CHUNKS, SIZE, Stream, encode, pool, spec
+from tests.data.features.test_store import CHUNKS, SIZE, Stream, encode, spec
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import HIDDEN, encoder_config
 
@@ -26,7 +26,7 @@ def _compute(folder: Path, dtype: str, tp_size: int) -> str:
     grid = grid_for(tp_size)
     encoder = FrozenEncoder(build_model(encoder_config(), grid, seed=3))
     wanted = spec(encoder=encoder.fingerprint, hidden_size=HIDDEN, dtype=dtype, token_states=True)
-    compute_features(folder, wanted, Stream(), encoder, pool, grid, batch_size=3)
+    compute_features(folder, wanted, Stream(), encoder, grid, batch_size=3)
     return encoder.fingerprint
 
 
@@ -55,7 +55,7 @@ def test_tensor_parallel_ranks_write_one_store_of_the_same_encoder(
     alone, cut = (FeatureStore.open(tmp_path / name, wanted) for name in ("1", "4"))
     ids = torch.arange(CHUNKS)
     torch.testing.assert_close(cut.token_states(ids), alone.token_states(ids))
-    assert cut.history(ids).equal(pool(cut.token_states(ids)))
+    assert cut.history(ids).equal(cut.token_states(ids)[:, -1])
 
 
 def _fail_on_rank_1(folder: Path) -> tuple[str, bool, str]:
@@ -67,7 +67,7 @@ def _fail_on_rank_1(folder: Path) -> tuple[str, bool, str]:
         return encode(tokens)
 
     try:
-        compute_features(folder, spec(), Stream(), failing, pool, grid, batch_size=3)
+        compute_features(folder, spec(), Stream(), failing, grid, batch_size=3)
     except DataError as error:
         return type(error).__name__, error.on_every_rank, str(error)
     return "no error", False, ""
@@ -82,7 +82,7 @@ def test_a_failure_on_one_rank_ends_all_and_the_others_parts_are_kept(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features-00000.npy", "plan.json"]
     part = np.load(tmp_path / "features-00000.npy")
     tokens = torch.from_numpy(Stream.tokens[: 16 * SIZE].astype(np.int64)).view(16, SIZE)
-    assert torch.from_numpy(part).equal(pool(encode(tokens)))
+    assert torch.from_numpy(part).equal(encode(tokens)[:, -1:])
 
 
 class _UnreadableStream(Stream):
@@ -117,7 +117,7 @@ def _fail_on_rank_0(folder: Path, where: str, tp_size: int) -> str:
             else:
                 stream = _UnreadableStream()
         try:
-            compute_features(folder, wanted, stream, encoder, pool, grid, batch_size=3)
+            compute_features(folder, wanted, stream, encoder, grid, batch_size=3)
         except DataError as error:
             return str(error)
     return "no error"
@@ -152,7 +152,7 @@ def _count_looks(folder: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureStore, "exists", counting_exists)
         patch.setattr(writer, "part_problem", counting_problem)
-        compute_features(folder, spec(), Stream(), encode, pool, grid, batch_size=3)
+        compute_features(folder, spec(), Stream(), encode, grid, batch_size=3)
     return seen
 
 
@@ -167,7 +167,7 @@ def test_one_rank_alone_looks_for_what_is_there_already(
 
 def _open_again(folder: Path) -> str:
     try:
-        compute_features(folder, spec(), Stream(), encode, pool, grid_for(1), batch_size=3)
+        compute_features(folder, spec(), Stream(), encode, grid_for(1), batch_size=3)
     except DataError as error:
         return str(error)
     return "no error"

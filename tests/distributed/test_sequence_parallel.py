@@ -12,7 +12,6 @@ from torch import Tensor
 from megaegpt.config import LoRAConfig, ModelConfig
 from megaegpt.model.adapters import add_adapters, initialize_adapters
 from megaegpt.model.build import Model, build_model
-from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.gpt import GPT
 from megaegpt.parallel.grid import ProcessGrid
@@ -24,8 +23,8 @@ from tests.tiny.engines import advance, make_engine, run_config
 from tests.tiny.models import ATTENTION, BASE, of_kind, tokens_of, variant
 
 SMALL = replace(BASE, max_seq_len=16, num_layers=2)
-EXTENDED = {"local_attention": True, "features_per_chunk": 2, "memory_gate": True}
-RESIDUAL = {"adapter_norm": True, "adapter_residual": True, "attention_sink": True}
+EXTENDED = {"local_attention": True, "memory_gate": True}
+RESIDUAL = {"adapter_residual": True, "attention_sink": True}
 MEMORY = {"token_memory": True, "memory_dim": 8, "memory_pointers": 2}
 ROWS, LENGTH = 3, 11  # of no tensor-parallel size a multiple
 MODELS: dict[str, ModelConfig] = {
@@ -70,7 +69,7 @@ def batch_of(config: ModelConfig, grid: ProcessGrid, sequence: bool) -> dict[str
     batch = {"token_states": states, "targets": targets.view(shape)}
     if config.kind == "deepgpt":
         return batch
-    batch["features"] = chunk_features(states[:, :-1], egpt)
+    batch["features"] = states[:, :-1, -1]
     text = torch.cat([tokens[:, :1], tokens % 9], dim=1)  # some come again
     return {**batch, "text": text} if egpt.token_memory else batch
 

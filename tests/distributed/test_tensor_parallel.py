@@ -30,9 +30,7 @@ IMPROVED = replace(
     egpt=replace(
         EGPT.egpt,
         local_attention=True,
-        features_per_chunk=2,
         memory_gate=True,
-        adapter_norm=True,
         adapter_residual=True,
     ),
 )
@@ -63,7 +61,7 @@ def _batch(config: ModelConfig, step: int, dtype: torch.dtype) -> dict[str, torc
     batch = {"token_states": states, "targets": targets}
     if config.kind == "deepgpt":
         return batch
-    features = torch.randn(2, 2, egpt.features_per_chunk, 32, generator=generator)
+    features = torch.randn(2, 2, 32, generator=generator)
     batch["features"] = features.to(dtype)
     if not egpt.token_memory:
         return batch

@@ -40,8 +40,8 @@ __all__ = ["corpus"]
 _STEPS = 10
 _LLAMA = {"norm": "rms_norm", "mlp": "swiglu", "bias": False, "positions": "rotary"}
 _MEMORY = {"token_memory": True, "memory_dim": 8, "memory_pointers": 2}
-_EXTENDED = {"local_attention": True, "features_per_chunk": 2, "memory_gate": True}
-_RESIDUAL = {"adapter_norm": True, "adapter_residual": True, "attention_sink": True}
+_EXTENDED = {"local_attention": True, "memory_gate": True}
+_RESIDUAL = {"adapter_residual": True, "attention_sink": True}
 _EGPT = EGPTConfig(num_chunks=3, chunk_size=8)
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {},

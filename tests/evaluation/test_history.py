@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.history import HISTORIES, compare_histories, history_table
 from megaegpt.evaluation.text_loss import Evaluation
-from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.loaded import load
@@ -51,11 +50,11 @@ def naive(kind: str) -> dict[str, list[float]]:
         inputs[0, : len(span) - 1], targets[0, : len(span) - 1] = span[:-1], span[1:]
         shape = (1, CHUNKS, CHUNK)
         states = encoder(inputs.view(shape))
-        features = chunk_features(states[:, :-1], model.config.egpt)
+        features = states[:, :-1, -1]
         donor = (window + 2) % 4
         others = tokens[donor * WINDOW : (donor + 1) * WINDOW].view(shape)
         states_of = {"true": states, "shuffled": encoder(others), "zero": states}
-        foreign = chunk_features(states_of["shuffled"][:, :-1], model.config.egpt)
+        foreign = states_of["shuffled"][:, :-1, -1]
         histories = {
             "true": features,
             "shuffled": foreign,

@@ -21,7 +21,6 @@ from megaegpt.evaluation import text_loss
 from megaegpt.evaluation.text_loss import Evaluation, Evaluator
 from megaegpt.model.build import build_inputs, build_model
 from megaegpt.model.calling import ModelInputs, SequenceInputs, overlapped
-from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
@@ -169,13 +168,13 @@ def test_the_result_does_not_depend_on_the_number_of_ranks(
 class Store:
     """A feature store in memory."""
 
-    def __init__(self, states: Tensor, config: Any) -> None:
-        self.states, self.config = states, config
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
         self.spec = self
         self.num_chunks = len(states)
 
     def history(self, ids: Tensor) -> Tensor:
-        return chunk_features(self.states[ids], self.config)
+        return self.states[ids][..., -1, :]
 
     def token_states(self, ids: Tensor) -> Tensor:
         return self.states[ids]
@@ -199,8 +198,8 @@ def test_stored_features_give_the_online_loss_also_of_the_partial_chunk(
     states = encoder(chunks, *before)[0]
     assert states.shape == (count, CHUNK, HIDDEN)
     assert LENGTH % CHUNK > 1
-    store: Any = Store(states, config.egpt)
-    history: Any = Store(states[: LENGTH // CHUNK], config.egpt)  # what follows it is not there
+    store: Any = Store(states)
+    history: Any = Store(states[: LENGTH // CHUNK])  # what follows it is not there
     results = [
         evaluator(split, build_inputs(config, encoder, **stores), grid, overlap=overlap).evaluate(
             model

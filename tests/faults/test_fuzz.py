@@ -196,7 +196,7 @@ def test_any_damage_to_a_shard_is_survived_or_refused(
     assert error is None or str(shard) in error
 
 
-SPEC = FeatureSpec("e" * 8, "s" * 8, 40, 4, 1, "last", 8, "float32")
+SPEC = FeatureSpec("e" * 8, "s" * 8, 40, 4, 8, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             SPEC,
             TokenStream((str(folder / "train"),)),
             encode=encode,  # type: ignore[arg-type]
-            pool=lambda states: states[..., -1:, :],
             grid=ProcessGrid(),
             batch_size=8,
             title="test",

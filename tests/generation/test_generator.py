@@ -32,11 +32,9 @@ from tests.tiny.models import (
 OVERLAP = EncoderConfig(overlap=3)
 EGPT_VARIANTS = {
     "original": EGPT,
-    "features": egpt(features_per_chunk=2),
-    "mean_features": egpt(features_per_chunk=4, feature_pooling="mean"),
     "local": egpt(local_attention=True),
     "gate": egpt(memory_gate=True),
-    "local_features_gate": egpt(local_attention=True, features_per_chunk=2, memory_gate=True),
+    "local_gate": egpt(local_attention=True, memory_gate=True),
     "memory": egpt(token_memory=True, memory_dim=8, memory_pointers=2),
     "memory_local": replace(
         egpt(local_attention=True, token_memory=True, memory_dim=8, memory_chunks=1),
@@ -215,7 +213,7 @@ def _tokens_at(tp_size: int, config: ModelConfig) -> list[list[int]]:
     "config",
     [
         GPT,
-        egpt(local_attention=True, features_per_chunk=2, memory_gate=True),
+        egpt(local_attention=True, memory_gate=True),
         EGPT_VARIANTS["memory"],
         EGPT_VARIANTS["memory_local"],
         DEEPGPT,

@@ -27,7 +27,7 @@ from megaegpt.parallel.together import all_gather_object, all_reduce_max, broadc
 from tests.gpu.fake_device import DEVICE, Transfers, enable, fake_gpu
 
 SMALL = ModelConfig(vocab_size=500, max_seq_len=256, hidden_size=64, num_layers=2, num_heads=4)
-CHUNKS = EGPTConfig(num_chunks=4, chunk_size=32, features_per_chunk=2)
+CHUNKS = EGPTConfig(num_chunks=4, chunk_size=32)
 LLAMA: dict[str, Any] = {
     "norm": "rms_norm",
     "mlp": "swiglu",
@@ -51,14 +51,12 @@ EGPTS: dict[str, dict[str, Any]] = {
         "local_attention": True,
         "token_memory": True,
         "memory_dim": 16,
-        "adapter_norm": True,
         "adapter_residual": True,
     },
-    "gate_random_history": {"memory_gate": True, "random_history": True},
+    "gate": {"memory_gate": True},
     "no_history": {"history": False},
     "token_memory": {
         "local_attention": True,
-        "random_history": True,
         "token_memory": True,
         "memory_dim": 16,
         "memory_pointers": 2,
@@ -186,7 +184,7 @@ def short_cases() -> dict[str, Case]:
         config = replace(SMALL, **GPTS[name])
         case = functools.partial(train, config, recompute)
         cases[f"{name} trains, recomputing {recompute}"] = case
-    for name in ("improved", "gate_random_history"):
+    for name in ("improved", "gate"):
         config = _of_kind("egpt", EGPTS[name])
         cases[f"egpt {name} trains"] = functools.partial(train, config)
     for name in ("improved", "token_memory"):

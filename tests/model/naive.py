@@ -47,15 +47,12 @@ def naive_egpt_hidden(weights: dict[str, Tensor], config, states: Tensor) -> Ten
     last of a sequence of its own, [features of earlier chunks..., tokens of the chunk up to it].
     """
     egpt, rows = config.egpt, []
-    span = egpt.chunk_size // egpt.features_per_chunk
+    last = egpt.chunk_size - 1
     for chunk in range(egpt.num_chunks):
         memory, places = [], []
         for earlier in range(chunk if egpt.history else 0):
-            for start in range(0, egpt.chunk_size, span):
-                of_span, last = states[earlier, start : start + span], start + span - 1
-                feature = of_span[-1] if egpt.feature_pooling == "last" else of_span.mean(0)
-                memory.append(_egpt_input(weights, config, feature, earlier, last))
-                places.append(earlier * egpt.chunk_size + last if egpt.local_attention else earlier)
+            memory.append(_egpt_input(weights, config, states[earlier, last], earlier, last))
+            places.append(earlier * egpt.chunk_size + last if egpt.local_attention else earlier)
         for offset in range(egpt.chunk_size):
             own = [
                 _egpt_input(weights, config, states[chunk, t], chunk, t)
@@ -74,10 +71,7 @@ def _egpt_input(
     weights: dict[str, Tensor], config, state: Tensor, chunk: int, offset: int
 ) -> Tensor:
     """A state (C,) as the decoder takes it in."""
-    x = state
-    if config.egpt.adapter_norm:
-        x = _norm(weights, config, "input_norm", x)
-    x = _linear(weights, "input_mlp.down", _gelu(_linear(weights, "input_mlp.up", x)))
+    x = _linear(weights, "input_mlp.down", _gelu(_linear(weights, "input_mlp.up", state)))
     if config.egpt.adapter_residual:
         x = state + x
     if config.positions == "learned":

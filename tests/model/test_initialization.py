@@ -14,7 +14,6 @@ from megaegpt.config.model import RopeScalingConfig
 from megaegpt.errors import ConfigError
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder, encoding_flops, weights_fingerprint
 from megaegpt.model.initialization import (
     initialization_problems,
@@ -35,11 +34,8 @@ EGPT = replace(
     egpt=EGPTConfig(
         num_chunks=N,
         chunk_size=S,
-        features_per_chunk=2,
-        feature_pooling="mean",
         local_attention=True,
         memory_gate=True,
-        adapter_norm=True,
         adapter_residual=True,
     ),
 )
@@ -103,7 +99,7 @@ def _differences(source: str, encoder: ModelConfig, tp: int) -> dict[str, float]
         assert initialization_problems(config, encoder) == []
         model = build_model(config, grid, seed=1)
         initialize_from_encoder(model, source, grid)
-        features = [chunk_features(states[:, :-1], config.egpt)] if config.has_history else []
+        features = [states[:, :-1, -1]] if config.has_history else []
         found[config.kind] = model.double()(states, *features, targets).item() / expected - 1
     return found
 

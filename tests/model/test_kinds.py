@@ -12,14 +12,13 @@ from torch import Tensor
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
 from tests.model.naive import naive_egpt_hidden, naive_stack
 from tests.tiny.models import ATTENTION, BASE, VARIANTS, build, of_kind, tokens_of, variant
 
 GRID = ProcessGrid()
-EXTENDED = {"local_attention": True, "features_per_chunk": 2, "memory_gate": True}
+EXTENDED = {"local_attention": True, "memory_gate": True}
 
 
 def _states(config: ModelConfig, rows: int) -> Tensor:
@@ -62,7 +61,7 @@ def test_egpt_of_any_kind_is_one_sequence_a_token(attention, positions, extensio
     egpt = EGPTConfig(num_chunks=3, chunk_size=2, **extensions)
     model = _opened(replace(config, kind="egpt", egpt=egpt))
     states = _states(model.config, 1)
-    features = chunk_features(states, model.config.egpt)[:, :-1]
+    features = states[:, :-1, -1]
     weights = dict(model.named_parameters())
     naive = naive_egpt_hidden(weights, model.config, states[0])
     _assert_same_with_gradients(weights, model.hidden_states(states, features)[0], naive)
@@ -89,7 +88,7 @@ def test_decoding_of_any_kind_equals_the_whole_window(name):
     egpt = _opened(of_kind(VARIANTS[name], "egpt", **EXTENDED))
     deepgpt = build(of_kind(VARIANTS[name], "deepgpt"))
     states = _states(egpt.config, 2)
-    features = chunk_features(states, egpt.config.egpt)[:, :-1]
+    features = states[:, :-1, -1]
     whole, of_deepgpt = egpt.hidden_states(states, features), deepgpt.hidden_states(states)
     for chunk in range(egpt.config.egpt.num_chunks):
         memory = egpt.record_memory(features[:, :chunk])
@@ -118,7 +117,7 @@ def _batch(config: ModelConfig, encoder: FrozenEncoder) -> list[Tensor]:
     states, targets = encoder(tokens.view(2, 3, 8)), targets.view(2, 3, 8)
     if config.kind == "deepgpt":
         return [states, targets]
-    return [states, chunk_features(states, config.egpt)[:, :-1], targets]
+    return [states, states[:, :-1, -1], targets]
 
 
 @pytest.mark.parametrize("kind", ["egpt", "deepgpt"])
@@ -149,8 +148,7 @@ def test_recomputation_changes_no_gradient_with_dropout(attention, kind):
     config = replace(variant(attention, "rotary"), dropout=0.3)
     encoder = FrozenEncoder(build_model(config, GRID, seed=1))
     if kind != "gpt":
-        extensions = EXTENDED | {"random_history": True}
-        config = of_kind(config, kind, **(extensions if kind == "egpt" else {}))
+        config = of_kind(config, kind, **(EXTENDED if kind == "egpt" else {}))
     batch, gradients = _batch(config, encoder), []
     for recompute in ("none", "selective", "full"):
         model = build_model(config, GRID, activation_checkpointing=recompute)

@@ -14,7 +14,6 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megaegpt.config import ModelConfig, RopeScalingConfig
-from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.rotary import RotaryTable, rotary_factor, rotary_frequencies, rotary_table
 from megaegpt.model.segments import padding_segments
 from tests.tiny.models import build, of_kind, tokens_of, variant
@@ -45,7 +44,7 @@ def forward(model):
     if config.kind == "deepgpt":
         model.hidden_states(states)
     else:
-        model.hidden_states(states, chunk_features(states[:, :-1], egpt))
+        model.hidden_states(states, states[:, :-1, -1])
 
 
 CPU = torch.device("cpu")

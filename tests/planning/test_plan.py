@@ -207,9 +207,7 @@ _SHARED = dataclasses.replace(
         1,
         kind="egpt",
         tied_embeddings=False,
-        egpt=EGPTConfig(
-            num_chunks=4, chunk_size=8, features_per_chunk=2, token_memory=True, memory_dim=6
-        ),
+        egpt=EGPTConfig(num_chunks=4, chunk_size=8, token_memory=True, memory_dim=6),
     ),
     parallel=ParallelConfig(context_parallel_size=2),
 )

@@ -13,7 +13,6 @@ from megaegpt.config import EGPTConfig, ModelConfig, OptimizerConfig, ParallelCo
 from megaegpt.config.run import RunConfig
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import full_state
 from megaegpt.training.engine.engine import Engine, LossFunction, StepResult
@@ -59,7 +58,7 @@ def global_batch(step: int, config: RunConfig) -> dict[str, Tensor]:
     states = torch.randn(shape, generator=generator)
     batch = {"token_states": states, "targets": targets.view(shape[:3])}
     if model.kind == "egpt":
-        batch["features"] = chunk_features(states[:, :-1], model.egpt)
+        batch["features"] = states[:, :-1, -1]
     if model.egpt.token_memory:
         batch["text"] = tokens % 9  # some come again
     return batch

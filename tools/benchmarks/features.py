@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import shutil
 import tempfile
@@ -16,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaegpt.config import EGPTConfig, ModelConfig
+from megaegpt.config import ModelConfig
 from megaegpt.data.features.store import FeatureSpec
 from megaegpt.data.features.writer import compute_features
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.model.encoder import FrozenEncoder
 from tools.benchmarks.common import (
     add_profile,
@@ -118,8 +116,6 @@ def _spec(
         shards=stream.fingerprint,
         num_chunks=shape["chunks"],
         chunk_size=shape["chunk_size"],
-        features_per_chunk=1,
-        pooling="last",
         hidden_size=shape["hidden"],
         dtype="bfloat16" if encoder.gpt.grid.device.type == "cuda" else "float32",
         token_states=states,
@@ -132,12 +128,11 @@ def _computation(
     """Return the spec of the store, and the function that computes it into a folder."""
     encoder, stream = _encoder(shape), TokenStream([str(folder / "corpus")])
     spec = _spec(shape, encoder, stream, states)
-    pool = functools.partial(chunk_features, config=EGPTConfig(chunk_size=shape["chunk_size"]))
 
     def compute(target: Path) -> Any:
         grid, batch = encoder.gpt.grid, shape["batch"]
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-            return compute_features(target, spec, stream, encoder, pool, grid, batch)
+            return compute_features(target, spec, stream, encoder, grid, batch)
 
     return spec, compute
 

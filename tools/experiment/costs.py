@@ -38,7 +38,7 @@ def variant_cost(gpt: ModelConfig, model: ModelConfig) -> Cost:
         current += _kept(model) * egpt.chunk_size
     kept = current / model.sample_len
     if model.has_history:
-        kept += _NUMBER * model.hidden_size * egpt.features_per_chunk / egpt.chunk_size
+        kept += _NUMBER * model.hidden_size / egpt.chunk_size
         if egpt.token_memory:
             kept += _NUMBER * egpt.memory_dim * egpt.memory_pointers + _ID
     return {

@@ -1,7 +1,6 @@
 """What is stored of chunks: the frozen encoder's states, or what a frozen decoder predicts of them.
 
-Shapes: n chunks, S tokens of a chunk, O of the encoder's overlap, P memory vectors of a chunk, C
-hidden size.
+Shapes: n chunks, S tokens of a chunk, O of the encoder's overlap, C hidden size.
 """
 
 from __future__ import annotations
@@ -37,14 +36,13 @@ class ChunkContents(abc.ABC):
 
 
 class EncodedChunks(ChunkContents):
-    """The frozen encoder's states and the memory vectors made of them.
+    """The frozen encoder's states and the last one of each chunk.
 
     Args:
         spec: of the store.
         stream: the tokens.
         encode: tokens (n, S) int64 -> states (n, S, C); called with the tokens before each chunk
             (n, O) too where the store has an overlap.
-        pool: states (n, S, C) -> memory vectors (n, P, C).
     """
 
     def __init__(
@@ -52,9 +50,8 @@ class EncodedChunks(ChunkContents):
         spec: FeatureSpec,
         stream: TokenSource,
         encode: Callable[..., Tensor],
-        pool: Callable[[Tensor], Tensor],
     ) -> None:
-        self._spec, self._stream, self._encode, self._pool = spec, stream, encode, pool
+        self._spec, self._stream, self._encode = spec, stream, encode
 
     def blank(self, count: int) -> tuple[Tensor, ...]:
         tokens = torch.zeros(count, self._spec.chunk_size, dtype=torch.int64)
@@ -75,7 +72,7 @@ class EncodedChunks(ChunkContents):
 
     def compute(self, *inputs: Tensor) -> Mapping[str, Tensor]:
         states = self._encode(*inputs)
-        return {"features": self._pool(states), "token_states": states}
+        return {"features": states[:, -1:], "token_states": states}
 
 
 class PredictedChunks(ChunkContents):

@@ -3,8 +3,8 @@
 A frozen encoder's states never change, so they are computed once, over all data-parallel ranks, and
 memory-mapped afterwards. A store is a folder:
 
-    plan.json                what the store is of (encoder, shards, chunk size, pooling, type)
-    features-00000.npy       (chunks, P, C): the memory vectors of a part's chunks
+    plan.json                what the store is of (encoder, shards, chunk size, type)
+    features-00000.npy       (chunks, 1, C): the state of the last token of a part's chunks
     token_states-00000.npy   (chunks, S, C): every token's state, if asked for
     manifest.json            the plan and every part's sha256; published last: a store without it is
                              incomplete
@@ -17,7 +17,7 @@ One of what a frozen decoder predicts from such states (``FeatureSpec.decoder``)
 Parts hold the same chunks however many ranks write them, so the bytes do not depend on the number
 of ranks. bfloat16 is stored as uint16 bit patterns (NumPy has no such type).
 
-Shapes: S tokens of a chunk, P memory vectors of a chunk, C hidden size.
+Shapes: S tokens of a chunk, C hidden size.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ PREDICTIONS = ("hidden", "log_probabilities")
 """The arrays of a store of what a decoder predicts."""
 
 _FORMAT_VERSION = 1
+_FEATURES = {"features_per_chunk": 1, "pooling": "last"}
+"""What a plan says of the features; stores of earlier versions may have others."""
 _MOST_PARTS, _SMALLEST_PART = 256, 16  # parts are the unit of sharing work and of continuing it
 
 
@@ -64,10 +66,6 @@ class FeatureSpec:
     """From the stream's start on; of a partial one, padded by token 0, where it is counted."""
     chunk_size: int
     """Tokens in a chunk (S)."""
-    features_per_chunk: int
-    """Memory vectors of a chunk (P)."""
-    pooling: str
-    """How a span's states become one vector."""
     hidden_size: int
     """Width of a vector (C)."""
     dtype: Literal["float32", "bfloat16"]
@@ -112,9 +110,7 @@ class FeatureSpec:
         by_token: tuple[int, ...] = (self.chunk_size, self.hidden_size)
         if self.decoder:
             return dict(zip(PREDICTIONS, (by_token, by_token[:1]), strict=True))
-        arrays: dict[str, tuple[int, ...]] = {
-            "features": (self.features_per_chunk, self.hidden_size)
-        }
+        arrays: dict[str, tuple[int, ...]] = {"features": (1, self.hidden_size)}
         if self.token_states:
             arrays["token_states"] = by_token
         return arrays
@@ -134,7 +130,7 @@ class FeatureSpec:
 
     def as_json(self) -> dict[str, Any]:
         """The content of plan and manifest, as JSON values."""
-        return {"version": _FORMAT_VERSION, **asdict(self)}
+        return {"version": _FORMAT_VERSION, **asdict(self), **_FEATURES}
 
 
 class FeatureStore:
@@ -177,8 +173,8 @@ class FeatureStore:
         return FeatureStore(folder, expected, checksums)
 
     def history(self, chunk_ids: Tensor | np.ndarray) -> Tensor:
-        """Memory vectors of chunks: ids (...) -> (..., P, C), on the CPU in the stored type."""
-        return self._read("features", np.asarray(chunk_ids))
+        """Features of chunks: ids (...) -> (..., C), on the CPU in the stored type."""
+        return self._read("features", np.asarray(chunk_ids)).squeeze(-2)
 
     def token_states(self, chunk_ids: Tensor | np.ndarray) -> Tensor:
         """Encoder states of chunks: ids (...) -> (..., S, C), on the CPU in the stored type."""

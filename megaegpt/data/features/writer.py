@@ -44,7 +44,6 @@ def compute_features(
     spec: FeatureSpec,
     stream: TokenSource,
     encode: Callable[..., Tensor],
-    pool: Callable[[Tensor], Tensor],
     grid: ProcessGrid,
     batch_size: int,
     title: str = "chunk features",
@@ -59,7 +58,6 @@ def compute_features(
     Args:
         encode: the frozen encoder, tokens (n, S) int64 -> states (n, S, C); called with the tokens
             before each chunk (n, O) too where the store has an overlap.
-        pool: states (n, S, C) -> memory vectors (n, P, C).
         batch_size: chunks encoded at once.
         title: what the progress bar calls it.
         verify: whether a complete store is read whole; see :meth:`FeatureStore.verify`.
@@ -67,7 +65,7 @@ def compute_features(
     Raises:
         DataError: the folder holds a store of something else, a damaged one, or cannot be written.
     """
-    contents = EncodedChunks(spec, stream, encode, pool)
+    contents = EncodedChunks(spec, stream, encode)
     return compute_store(folder, spec, contents, grid, batch_size, title, verify)
 
 

@@ -5,8 +5,8 @@ chunks..., token]. The features come before the token, so causal attention never
 on it: their stream is the same for all tokens and is run once a window. A training pass holds
 [M memory vectors, then the window's tokens] as one sequence.
 
-Shapes: B batch, N chunks, S chunk size, P features a chunk, M memory vectors, T tokens, L local
-keys, H heads, K kv heads, G = H / K, D head dim, Dv value dim.
+Shapes: B batch, N chunks, S chunk size, M memory vectors, T tokens, L local keys, H heads, K kv
+heads, G = H / K, D head dim, Dv value dim.
 """
 
 from __future__ import annotations
@@ -114,23 +114,15 @@ def _read(
     return own + gate.tanh().view(-1, 1, 1) * read_memory(q, memory, dropout)
 
 
-def on_one_side(chunks: Tensor, others: Tensor, cut: Tensor) -> Tensor:
-    """Which of chunks (Q,) and others (M,) are on the same side of a row's cut (B,): (B, Q, M)."""
-    after, others_after = (x >= cut.unsqueeze(1) for x in (chunks, others))
-    return after.unsqueeze(2) == others_after.unsqueeze(1)
-
-
 class ChunkWindowContext:
     """A training window: features of chunks from the first on, then chunks of tokens.
 
     Args:
         chunks: (N,) numbers of the chunks of tokens.
-        memory_size: features, those of consecutive chunks.
-        features_per_chunk: memory vectors of a chunk.
+        memory_size: features, one of each of the first chunks.
         local: tokens of a chunk also attend to each other.
         rotary: rotations of features and tokens.
         gates: open the tokens' way to the memory.
-        cut: (B,) or None; the history of chunks from this one on starts at it.
         shards: of features and tokens.
     """
 
@@ -142,12 +134,10 @@ class ChunkWindowContext:
         chunks: Tensor,
         chunk_size: int,
         memory_size: int,
-        features_per_chunk: int,
         *,
         local: bool,
         rotary: RotaryTable | None,
         gates: Gates,
-        cut: Tensor | None,
         shards: SequenceShards | None,
     ) -> None:
         self.rotary, self.shards = rotary, shards
@@ -156,9 +146,7 @@ class ChunkWindowContext:
         self.memory_size = memory_size
         self._token_chunk = chunks
         self._slot = torch.arange(memory_size, device=chunks.device)  # (M,)
-        self._slot_chunk = self._slot // features_per_chunk
-        self._features_per_chunk = features_per_chunk
-        self._gates, self._cut = gates, cut
+        self._gates = gates
         self._masks = OncePerPass()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
@@ -173,15 +161,12 @@ class ChunkWindowContext:
         return torch.cat([of_memory, of_tokens], dim=2)
 
     def _memory_stream(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
-        """The features among themselves: causal, in the window, not across a cut."""
+        """The features among themselves: causal, in the window."""
         if self.memory_size == 0:
             return v.new_zeros((*q.shape[:3], v.shape[-1]))
 
-        def make() -> Tensor:  # (B or 1, 1, M, M)
-            mask = band_mask(self._slot, self._slot, layer.window).unsqueeze(0)
-            if self._cut is not None:
-                mask = mask & on_one_side(self._slot_chunk, self._slot_chunk, self._cut)
-            return mask.unsqueeze(1)
+        def make() -> Tensor:  # (M, M)
+            return band_mask(self._slot, self._slot, layer.window)
 
         mask = self._masks.get(("memory", layer.window), make)
         return scaled_dot_product(q, k, v, mask, dropout=layer.dropout)
@@ -191,8 +176,8 @@ class ChunkWindowContext:
     ) -> Tensor:
         """Every token reads the memory and itself: (B, H, N * S, D) -> (B, H, N * S, Dv)."""
 
-        def make() -> Tensor:  # (B or 1, N * S, M)
-            visible = self._visible(layer.window, 1)  # (B or 1, N, 1, M)
+        def make() -> Tensor:  # (1, N * S, M)
+            visible = self._visible(layer.window, 1)  # (1, N, 1, M)
             return visible.expand(-1, -1, self.chunk_size, -1).flatten(1, 2)
 
         visible = self._masks.get(("tokens", layer.window), make)
@@ -200,20 +185,17 @@ class ChunkWindowContext:
         return _read(q, k, v, Memory(*memory, visible), None, layer.dropout, gate)
 
     def _visible(self, window: int | None, rows: int) -> Tensor:
-        """(B or 1, N, rows, M): memory seen by the first ``rows`` tokens of each chunk.
+        """(1, N, rows, M): memory seen by the first ``rows`` tokens of each chunk.
 
-        A token at offset t of chunk n has place n * P + t in its own sequence [features..., tokens
+        A token at offset t of chunk n has place n + t in its own sequence [features..., tokens
         of the chunk]; without local attention every token is its first.
         """
-        earlier = self._slot_chunk < self._token_chunk.unsqueeze(1)  # (N, M)
+        earlier = self._slot < self._token_chunk.unsqueeze(1)  # (N, M)
         visible = earlier.unsqueeze(1).expand(-1, rows, -1).unsqueeze(0)  # (1, N, rows, M)
         if window is not None:
             offsets = torch.arange(rows, device=self._slot.device)
-            place = self._token_chunk.unsqueeze(1) * self._features_per_chunk + offsets
+            place = self._token_chunk.unsqueeze(1) + offsets
             visible = visible & (place.unsqueeze(-1) - self._slot < window)
-        if self._cut is not None:
-            together = on_one_side(self._token_chunk, self._slot_chunk, self._cut)  # (B, N, M)
-            visible = visible & together.unsqueeze(2)
         return visible
 
     def _tokens_with_local(

@@ -119,8 +119,6 @@ class _Block(NamedTuple):
     """Of their chunk, from its first token to at least the last of them."""
     from_chunk: Tensor | None
     """(B, 1): the first chunk that is seen; None: all are."""
-    begins_text: bool
-    """It is as the first of a text: the token before it is not known."""
     lookup: _Lookup
     """Of the keys of their chunk and of all before it."""
 
@@ -150,7 +148,6 @@ class _Scan(NamedTuple):
     first_chunk: int
     from_chunk: Tensor | None
     chunks: Sequence[int] | None
-    begins_text: bool
 
     def of(self, earlier: Tensor, own: Tensor, distance_bias: Tensor, match_bonus: Tensor) -> _Scan:
         """The same with other keys and numbers."""
@@ -179,12 +176,11 @@ class _Scan(NamedTuple):
             whole = self.own.cut(number * size, number * size + end - start)
             lookup = _Lookup.of(earlier, whole)
             begin = None if self.from_chunk is None else self.from_chunk[:, number : number + 1]
-            seen = begin, self.begins_text, lookup
             for row in range(start, end, rows):
                 stop = min(row + rows, end)
                 offsets = torch.arange(row - start, stop - start, device=queries.device)
                 own = self.own.cut(number * size, number * size + stop - start)
-                yield _Block(slice(row, stop), offsets, number * size, earlier, own, *seen)
+                yield _Block(slice(row, stop), offsets, number * size, earlier, own, begin, lookup)
 
 
 class _Seen(NamedTuple):
@@ -283,9 +279,6 @@ def _seen_in_window(queries: Tensor, block: _Block, scoring: Scoring) -> _Seen:
         keys = torch.arange(tokens.shape[2], device=queries.device)
         begin = block.from_chunk * scoring.chunk_size  # (B, 1)
         known = known & (keys >= begin).unsqueeze(1)
-        if block.begins_text:
-            before = before.masked_fill((keys == begin).unsqueeze(1), _UNKNOWN)
-            wanted_before = wanted_before.masked_fill(count + block.offsets == begin, _UNKNOWN)
     most = scoring.most_chunks
     if most is not None and most * scoring.chunk_size < count:
         chosen = _chosen(_precise(queries), block, most, scoring.chunk_size)
@@ -514,7 +507,6 @@ def point(
     first_chunk: int = 0,
     from_chunk: Tensor | None = None,
     chunks: Sequence[int] | None = None,
-    begins_text: bool = True,
 ) -> Pointers:
     """Each query's pointers at earlier tokens, and what they say of its target.
 
@@ -530,10 +522,8 @@ def point(
             they see, all counted as ``first_chunk`` is; None: they see all.
         chunks: where ``own`` has further tokens, the numbers of the queries' chunks among its;
             None: it has none.
-        begins_text: of ``from_chunk``: the token before the first chunk that is seen is not known
-            either.
     """
-    scan = _Scan(earlier, own, scoring, targets, first_chunk, from_chunk, chunks, begins_text)
+    scan = _Scan(earlier, own, scoring, targets, first_chunk, from_chunk, chunks)
     parameters = (earlier.keys, own.keys, scoring.distance_bias, scoring.match_bonus)
     return Pointers(*_CopyAttention.apply(queries, *parameters, scan))
 
@@ -557,7 +547,7 @@ def pointed_at(
         means: :func:`mean_keys` of the earlier ones. With them, and one query a row, only the keys
             of the ``most_chunks`` that it sees are read.
     """
-    block = _Block(slice(None), offsets, 0, earlier, own, None, True, _Lookup())
+    block = _Block(slice(None), offsets, 0, earlier, own, None, _Lookup())
     most = scoring.most_chunks
     if most is not None and means is not None and most < means.shape[2] and len(offsets) == 1:
         seen = _seen_by_one(queries, block, scoring, means, most)

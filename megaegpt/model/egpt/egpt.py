@@ -1,8 +1,8 @@
 """EGPT's trainable part: a shallow decoder that reads encoder states of the current chunk's tokens
-and one or more features of each earlier chunk of the window.
+and one feature of each earlier chunk of the window: the encoder's state of its last token.
 
-Shapes: B batch, N chunks, n those of a rank under chunk parallelism, S chunk size, P features a
-chunk, M = (N - 1) * P, C hidden.
+Shapes: B batch, N chunks, n those of a rank under chunk parallelism, S chunk size, M
+features of earlier chunks, C hidden.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaegpt.config import EGPTConfig, ModelConfig
+from megaegpt.config import ModelConfig
 from megaegpt.labels import NOTHING_BEFORE
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.base import LanguageModel, Predictions
-from megaegpt.model.block import BlockStack, block_norm
+from megaegpt.model.block import BlockStack
 from megaegpt.model.egpt.chunk_memory import (
     ChunkWindowContext,
     Gates,
@@ -47,16 +47,6 @@ from megaegpt.parallel.vocabulary import check_targets, check_tokens
 Recorded = list[tuple[Tensor, Tensor]]
 
 
-def chunk_features(token_states: Tensor, config: EGPTConfig) -> Tensor:
-    """Pool a chunk's encoder states into its features: (..., S, C) -> (..., P, C).
-
-    The chunk is cut into P equal spans; a span's feature is its last state, or the mean of its
-    states.
-    """
-    spans = token_states.unflatten(-2, (config.features_per_chunk, -1))  # (..., P, S / P, C)
-    return spans[..., -1, :] if config.feature_pooling == "last" else spans.mean(-2)
-
-
 class EGPT(LanguageModel):
     """The decoder over a frozen encoder (``FrozenEncoder``, kept outside of this module)."""
 
@@ -64,7 +54,6 @@ class EGPT(LanguageModel):
         super().__init__()
         self.config, self.grid = config, grid
         chunks, width = config.egpt, config.hidden_size
-        self.input_norm = block_norm(config, grid) if chunks.adapter_norm else None
         residual = chunks.adapter_residual  # then nothing is added to the states at first
         std, out_std = (0.0, 0.0) if residual else (config.init_std, config.residual_std)
         self.input_mlp = MLP(config, grid, out_std=out_std)
@@ -95,8 +84,7 @@ class EGPT(LanguageModel):
             tokens = states.shape[:2]
             chunk, offset = (shards.own(x.expand(tokens)) for x in (chunk, offset))
             states = shards.own(states)
-        x = states if self.input_norm is None else self.input_norm(states, shards)
-        x = self.input_mlp(x, shards)
+        x = self.input_mlp(states, shards)
         if self.config.egpt.adapter_residual:
             x = states + x
         x = self.chunk_positions(x, chunk, shards) + self.lengths(offset.clamp(min=0), shards)
@@ -121,27 +109,20 @@ class EGPT(LanguageModel):
         return [block.get_parameter("attention.gate") for block in self.stack.blocks]
 
     def _feature_places(self, chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Chunk number and last offset of each of the first ``chunks`` chunks' features, (M,)
-        each.
-        """
-        egpt = self.config.egpt
-        span = egpt.chunk_size // egpt.features_per_chunk
-        ends = torch.arange(1, egpt.features_per_chunk + 1, device=device) * span - 1  # (P,)
-        number = torch.arange(chunks, device=device).repeat_interleave(egpt.features_per_chunk)
-        return number, ends.repeat(chunks)
+        """Chunk number and offset of each of the first ``chunks`` chunks' features, (M,) each."""
+        number = torch.arange(chunks, device=device)
+        return number, torch.full_like(number, self.config.egpt.chunk_size - 1)
 
     def hidden_states(
         self,
         token_states: Tensor,
         features: Tensor,
-        cut: Tensor | None = None,
         shares: ChunkShares | None = None,
     ) -> Tensor:
-        """A whole window: states (B, N, S, C), features (B, N - 1, P, C) -> (B, N, S, C) after the
+        """A whole window: states (B, N, S, C), features (B, N - 1, C) -> (B, N, S, C) after the
         final norm; with ``shares`` states (B, n, S, C) of this rank's chunks -> (B, n, S, C).
 
-        Positions computed: N * S tokens and (N - 1) * P features, each once. Nothing before the
-        chunk ``cut`` (B,) of a window is seen from that chunk on.
+        Positions computed: N * S tokens and N - 1 features, each once.
         """
         egpt = self.config.egpt
         if not egpt.history:
@@ -158,29 +139,19 @@ class EGPT(LanguageModel):
         chunk = torch.cat([feature_chunk, token_chunk])  # (M + N * S,)
         offset = torch.cat([feature_offset, token_offset])
         tokens = F.pad(token_states, (0, 0, sinks, 0)) if sinks else token_states
-        states = torch.cat([features.flatten(1, 2), tokens.flatten(1, 2)], dim=1)
+        states = torch.cat([features, tokens.flatten(1, 2)], dim=1)
         shards = self.stack.shards(*states.shape[:2])
         context = ChunkWindowContext(
             numbers,
             sinks + size,
             feature_chunk.numel(),
-            egpt.features_per_chunk,
             local=egpt.local_attention,
             rotary=self._rotary(chunk, offset, states.dtype),
             gates=self._gates(),
-            cut=cut,
             shards=shards,
         )
         x = self.stack(self._embed(states, chunk, offset, shards), context)
         return x[:, feature_chunk.numel() :].unflatten(1, (chunks, sinks + size))[:, :, sinks:]
-
-    def _history_cut(self, token_states: Tensor, shares: ChunkShares | None) -> Tensor | None:
-        """A random chunk of each window before which nothing is seen from it on (training only)."""
-        if not (self.training and self.config.egpt.random_history):
-            return None
-        batch, chunks = token_states.shape[:2]
-        whole = chunks if shares is None else shares.whole(chunks)
-        return torch.randint(whole, (batch,), device=token_states.device)
 
     def forward(
         self,
@@ -192,7 +163,7 @@ class EGPT(LanguageModel):
         predicted: tuple[Tensor, Tensor] | None = None,
         **earlier: Tensor,
     ) -> Tensor:
-        """States (B, N, S, C), features (B, N - 1, P, C), targets (B, N, S) -> nats.
+        """States (B, N, S, C), features (B, N - 1, C), targets (B, N, S) -> nats.
 
         Args:
             shares: of the window's chunks; states and targets are then of this rank's (B, n, S),
@@ -224,7 +195,7 @@ class EGPT(LanguageModel):
             the targets (n, S) in at least fp32.
         """
         states = token_states.unsqueeze(1)
-        hidden = self.hidden_states(states, chunk_features(states[:, :0], self.config.egpt))
+        hidden = self.hidden_states(states, states[:, :0, -1])
         nats = self.head.loss(hidden, targets.unsqueeze(1), "none")
         return hidden.squeeze(1), -nats.squeeze(1)
 
@@ -238,7 +209,7 @@ class EGPT(LanguageModel):
 
         Args:
             token_states: (B, N, S, C).
-            features: (B, N - 1, P, C).
+            features: (B, N - 1, C).
             memory: with ``token_memory`` what :meth:`_remembered` needs.
         """
         return self._predictions(token_states, features, None, memory)
@@ -251,21 +222,19 @@ class EGPT(LanguageModel):
         memory: Mapping[str, Tensor],
         hidden: Tensor | None = None,
     ) -> Predictions:
-        cut = self._history_cut(token_states, shares)
         if hidden is None:
             shared = shares is not None and self.training and self.config.dropout > 0
             with context_rng(self.grid) if shared else contextlib.nullcontext():
-                hidden = self.hidden_states(token_states, features, cut, shares)
+                hidden = self.hidden_states(token_states, features, shares)
         if self.token_memory is None:
             return Predictions(self.head, hidden)
-        mixture = self._remembered(token_states, hidden, cut, shares, **memory)
+        mixture = self._remembered(token_states, hidden, shares, **memory)
         return Predictions(self.head, hidden, mixture)
 
     def _remembered(
         self,
         token_states: Tensor,
         hidden: Tensor,
-        cut: Tensor | None,
         shares: ChunkShares | None,
         text: Tensor | None = None,
         earlier_text: Tensor | None = None,
@@ -279,7 +248,7 @@ class EGPT(LanguageModel):
         Args:
             token_states: (B, N, S, C) of the encoder.
             hidden: (B, N, S, C), what the head reads.
-            cut, shares: see :meth:`hidden_states`.
+            shares: see :meth:`hidden_states`.
             text: (B, 1 + N * S) ids of the window, and of the token before it; -1: it is not known.
             earlier_text: (B, (N - 1) * S + 2) ids that are seen in the place of all chunks but the
                 last, those before and behind them included; -1: none is known. None: the window's.
@@ -287,7 +256,7 @@ class EGPT(LanguageModel):
             past_keys: (B, H, J, D) held of chunks before the window; None: nothing is.
             past_text: (B, J + 2) ids of them, with that before them and one that is not read.
             from_chunk: (B, N) the first chunk whose keys each chunk sees, counted from that of the
-                first key held; None: all are, or what ``cut`` leaves.
+                first key held; None: they see all.
         """
         memory, size = self.token_memory, self.config.egpt.chunk_size
         assert memory is not None
@@ -314,23 +283,18 @@ class EGPT(LanguageModel):
                 torch.cat([past_keys, earlier.keys], dim=2),
                 torch.cat([past_text[:, :-1], earlier.text[:, 1:]], dim=1),
             )
-        if cut is not None:
-            chunk = torch.arange(own.num_keys // size, device=cut.device)
-            first_seen = first_chunk + cut.unsqueeze(1)
-            from_chunk = torch.where(chunk >= cut.unsqueeze(1), first_seen, 0)
         query = memory.ask(states, hidden.flatten(1, 2))
-        seen = first_chunk, from_chunk, numbers, cut is not None
-        return MemoryMixture(memory, query, earlier, own, *seen)
+        return MemoryMixture(memory, query, earlier, own, first_chunk, from_chunk, numbers)
 
     def record_memory(self, features: Tensor) -> Recorded:
-        """Features of the chunks before the current one, (B, n, P, C) with n < N -> each layer's
+        """Features of the chunks before the current one, (B, n, C) with n < N -> each layer's
         keys, values.
         """
         if not self.config.egpt.history:
             features = features[:, :0]
         chunk, offset = self._feature_places(features.shape[1], features.device)
         context = RecordingContext(self._rotary(chunk, offset, features.dtype))
-        self.stack(self._embed(features.flatten(1, 2), chunk, offset), context)
+        self.stack(self._embed(features, chunk, offset), context)
         return context.recorded
 
     def decode(
@@ -372,7 +336,7 @@ class EGPT(LanguageModel):
 
     def flops_per_token(self) -> int:
         config, egpt = self.config, self.config.egpt
-        features = (egpt.num_chunks - 1) * egpt.features_per_chunk if egpt.history else 0
+        features = egpt.num_chunks - 1 if egpt.history else 0
         beside = features + (egpt.num_chunks if egpt.attention_sink else 0)
         positions = 1 + beside / (egpt.num_chunks * egpt.chunk_size)  # a token's share of them
         per_position = matmul_flops(self.stack) + matmul_flops(self.input_mlp)

@@ -1,6 +1,6 @@
 """How an EGPT writes on: what it holds of the current chunk, and of those before it.
 
-Shapes: B rows, T new tokens, S chunk size, N chunks, P features a chunk, C hidden, V vocabulary.
+Shapes: B rows, T new tokens, S chunk size, N chunks, C hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megaegpt.model.decoding import ChunkEncoder, DecodingSteps, new_cache
-from megaegpt.model.egpt.egpt import EGPT, Recorded, chunk_features
+from megaegpt.model.egpt.egpt import EGPT, Recorded
 from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, HeldTokens, MemoryLimits
 from megaegpt.model.encoder import FrozenEncoder
 
@@ -41,9 +41,7 @@ class EGPTDecoder:
         places = capacity + int(egpt.attention_sink)
         self._local_cache = new_cache(model, batch_size, places) if egpt.local_attention else None
         self._states = weight.new_empty(batch_size, egpt.chunk_size, config.hidden_size)
-        self._features = weight.new_empty(
-            batch_size, 0, egpt.features_per_chunk, config.hidden_size
-        )
+        self._features = weight.new_empty(batch_size, 0, config.hidden_size)
         self._memory: Recorded | None = None
         self._tokens = torch.empty(
             batch_size, egpt.chunk_size, dtype=torch.long, device=weight.device
@@ -92,10 +90,9 @@ class EGPTDecoder:
         return states
 
     def _finish_chunk(self) -> None:
-        """The current chunk becomes features, and the oldest one leaves a full window."""
+        """The current chunk becomes a feature, and the oldest one leaves a full window."""
         size = self._model.config.egpt.chunk_size
-        features = chunk_features(self._states, self._model.config.egpt).unsqueeze(1)
-        held = torch.cat([self._features, features], dim=1)  # (B, n, P, C)
+        held = torch.cat([self._features, self._states[:, -1:]], dim=1)  # (B, n, C)
         self._features = held[:, max(held.shape[1] - self._held, 0) :]
         if self._held_tokens is not None:
             self._held_tokens.finish_chunk()

@@ -1,7 +1,6 @@
 """How an EGPT is called: its encoder's states, and what is kept of earlier chunks.
 
-Shapes: B windows, N chunks, n those of a rank under chunk parallelism, S chunk size, P features a
-chunk, C hidden.
+Shapes: B windows, N chunks, n those of a rank under chunk parallelism, S chunk size, C hidden.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from megaegpt.data.features.store import PREDICTIONS, FeatureStore
 from megaegpt.data.tokens.batch import Batch
 from megaegpt.labels import NOTHING_BEFORE
 from megaegpt.model.calling import ChunkInputs, Encode, Reduction, stored_ids
-from megaegpt.model.egpt.egpt import chunk_features
 from megaegpt.parallel.chunks import ChunkShares
 
 
@@ -30,7 +28,7 @@ class EGPTInputs(ChunkInputs):
         encode: encodes what is not read from a store.
         dtype: what the model computes in.
         token_states: store of the chunks' states; None: they are encoded in the loop.
-        history: store of the earlier chunks' features; None: they are pooled from the states.
+        history: store of the earlier chunks' features; None: they are taken from the states.
         shares: of the chunks; each rank's features are gathered when the model is called.
         predictions: store of what the decoder, being frozen, predicts without its token memory;
             None: it predicts in the loop.
@@ -50,8 +48,8 @@ class EGPTInputs(ChunkInputs):
         self._history, self._predictions = history, predictions
 
     def prepare(self, batch: Batch) -> Batch:
-        """As for DeepGPT, and ``features`` (B, N - 1, P, C) if they are stored, with shares those
-        of this rank's chunks (B, n, P, C); where predictions are, ``hidden`` (B, n, S, C) and
+        """As for DeepGPT, and ``features`` (B, N - 1, C) if they are stored, with shares those
+        of this rank's chunks (B, n, C); where predictions are, ``hidden`` (B, n, S, C) and
         ``log_probabilities`` (B, n, S).
         """
         prepared = super().prepare(batch)
@@ -89,8 +87,8 @@ class EGPTInputs(ChunkInputs):
         if "features" in batch:
             features = batch["features"].to(self._dtype)
         else:
-            pooled = states[:, :-1] if self._shares is None else states
-            features = chunk_features(pooled, self._config.egpt)
+            earlier = states[:, :-1] if self._shares is None else states
+            features = earlier[:, :, -1]
         if self._shares is not None:
             features = self._of_all_ranks(features, self._shares)
         arguments["features"] = features
@@ -99,7 +97,7 @@ class EGPTInputs(ChunkInputs):
         return arguments
 
     def _of_all_ranks(self, features: Tensor, shares: ChunkShares) -> Tensor:
-        """Every rank's (B, n, P, C) -> (B, N - 1, P, C); nobody reads them in a model without a
+        """Every rank's (B, n, C) -> (B, N - 1, C); nobody reads them in a model without a
         history, and the last chunk's are read by no chunk.
         """
         if not self._config.egpt.history:

@@ -157,9 +157,8 @@ class MemoryMixture:
         query: of T tokens, the first of which is the first of its chunk.
         earlier: keys of whole chunks; a token sees those of the chunks before its own.
         own: the keys of the T tokens, or of more.
-        first_chunk, from_chunk, chunks, begins_text: see
-            :func:`~megaegpt.model.egpt.copy_attention.point`. With ``from_chunk`` or ``chunks`` the
-            mixture gives probabilities of targets alone.
+        first_chunk, from_chunk, chunks: see :func:`~megaegpt.model.egpt.copy_attention.point`. With
+            ``from_chunk`` or ``chunks`` the mixture gives probabilities of targets alone.
     """
 
     def __init__(
@@ -171,11 +170,10 @@ class MemoryMixture:
         first_chunk: int = 0,
         from_chunk: Tensor | None = None,
         chunks: Sequence[int] | None = None,
-        begins_text: bool = True,
     ) -> None:
         self._module, self._query, self._earlier, self._own = module, query, earlier, own
         self._first_chunk = first_chunk
-        self._chunks = first_chunk, from_chunk, chunks, begins_text
+        self._chunks = first_chunk, from_chunk, chunks
 
     def of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T) ids, negative where there is none -> (B, T) each: the log of the head's share, and

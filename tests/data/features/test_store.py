@@ -30,7 +30,7 @@ from megaegpt.data.tokens import memory_map
 from megaegpt.errors import DataError
 from megaegpt.parallel.grid import ProcessGrid
 
-CHUNKS, SIZE, WIDTH, POOLED = 45, 4, 6, 2
+CHUNKS, SIZE, WIDTH = 45, 4, 12
 _TABLE = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
@@ -51,18 +51,12 @@ def encode(tokens: Tensor) -> Tensor:
     return _TABLE[tokens].cumsum(-2)
 
 
-def pool(states: Tensor) -> Tensor:
-    return states.unflatten(-2, (POOLED, -1))[..., -1, :]
-
-
 def spec(**changes: Any) -> FeatureSpec:
     values: dict[str, Any] = {
         "encoder": "e" * 64,
         "shards": "s" * 64,
         "num_chunks": CHUNKS,
         "chunk_size": SIZE,
-        "features_per_chunk": POOLED,
-        "pooling": "last",
         "hidden_size": WIDTH,
         "dtype": "float32",
     }
@@ -70,7 +64,7 @@ def spec(**changes: Any) -> FeatureSpec:
 
 
 def compute(folder: Path, wanted: FeatureSpec, encoder: Any = encode) -> FeatureStore:
-    return compute_features(folder, wanted, Stream(), encoder, pool, ProcessGrid(), batch_size=5)
+    return compute_features(folder, wanted, Stream(), encoder, ProcessGrid(), batch_size=5)
 
 
 def all_states() -> Tensor:
@@ -84,8 +78,8 @@ def test_a_store_gives_back_the_encoder_s_states_in_any_order(tmp_path: Path, dt
     states = all_states().to(getattr(torch, dtype))
     ids = torch.tensor([[44, 0, 17], [17, 3, 31]])
     assert store.token_states(ids).equal(states[ids])
-    assert store.history(ids).equal(pool(states[ids]))
-    assert store.history(ids[:, :0]).shape == (2, 0, POOLED, WIDTH)
+    assert store.history(ids).equal(states[ids][..., -1, :])
+    assert store.history(ids[:, :0]).shape == (2, 0, WIDTH)
     on_disk = sum(len(np.load(p).tobytes()) for p in tmp_path.glob("*.npy"))
     assert store.spec.num_bytes == on_disk
 
@@ -103,7 +97,7 @@ def test_reading_lets_go_of_pages_and_reads_them_again(
     monkeypatch.setattr(memory_map, "drop_pages", noting)
     store = compute(tmp_path, spec())
     for _ in range(3):
-        assert store.history(torch.arange(CHUNKS)).equal(pool(all_states()))
+        assert store.history(torch.arange(CHUNKS)).equal(all_states()[:, -1])
     assert len(dropped) >= 2 * store.spec.num_parts
     assert set(dropped) == {mmap.mmap}
 
@@ -123,7 +117,6 @@ def test_a_complete_store_is_not_computed_again(tmp_path: Path) -> None:
         ({"encoder": "f" * 64}, ["encoder", "eeee", "ffff"]),
         ({"shards": "t" * 64}, ["shards"]),
         ({"chunk_size": 2, "num_chunks": 90}, ["chunk_size is 4 there and 2 here", "num_chunks"]),
-        ({"pooling": "mean"}, ["pooling is last there and mean here"]),
         ({"dtype": "bfloat16"}, ["dtype"]),
         ({"token_states": True}, ["token_states is False there and True here"]),
     ],
@@ -142,10 +135,19 @@ def test_a_store_of_something_else_is_refused_by_name(
     assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
+def test_a_store_of_an_earlier_versions_features_is_refused(tmp_path: Path) -> None:
+    compute(tmp_path, spec())
+    path = tmp_path / "manifest.json"
+    assert json.loads(path.read_text())["features_per_chunk"] == 1
+    path.write_text(path.read_text().replace('"pooling": "last"', '"pooling": "mean"'))
+    with pytest.raises(DataError, match="pooling is mean there and last here"):
+        FeatureStore.open(tmp_path, spec())
+
+
 def test_token_states_that_are_not_needed_do_no_harm(tmp_path: Path) -> None:
     compute(tmp_path, spec(token_states=True))
     store = compute(tmp_path, spec())
-    assert store.history(torch.arange(CHUNKS)).equal(pool(all_states()))
+    assert store.history(torch.arange(CHUNKS)).equal(all_states()[:, -1])
 
 
 def test_a_damaged_store_is_refused_by_the_file_s_name(tmp_path: Path) -> None:
@@ -340,7 +342,7 @@ def test_a_killed_computation_goes_on_where_it_stopped(tmp_path: Path) -> None:
     store = compute(tmp_path, spec(), counting)
     assert first.stat().st_mtime_ns == written
     assert sum(seen) == CHUNKS - 16
-    assert store.history(torch.arange(CHUNKS)).equal(pool(all_states()))
+    assert store.history(torch.arange(CHUNKS)).equal(all_states()[:, -1])
     assert not list(tmp_path.glob("*.tmp"))
     assert os.listdir(tmp_path).count("manifest.json") == 1
 

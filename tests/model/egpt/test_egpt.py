@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model
-from megaegpt.model.egpt.egpt import EGPT, chunk_features
+from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.rotary import rotary_table
 from megaegpt.parallel.grid import ProcessGrid
 from tests.model.naive import naive_egpt_hidden
@@ -35,15 +35,12 @@ def _variant(**changes) -> ModelConfig:
 VARIANTS = {
     "original": ORIGINAL,
     "biases": replace(ORIGINAL, bias=True),
-    "features_3": _variant(features_per_chunk=3),
-    "mean_features_2": _variant(features_per_chunk=2, feature_pooling="mean"),
     "local": _variant(local_attention=True),
-    "local_features_2": _variant(local_attention=True, features_per_chunk=2),
     "sinusoidal": replace(ORIGINAL, positions="sinusoidal"),
     "window_2": replace(ORIGINAL, window=2),
     "window_3_local": replace(_variant(local_attention=True), window=3),
     "grouped_query": replace(ORIGINAL, num_kv_heads=1),
-    "adapter": _variant(adapter_norm=True, adapter_residual=True),
+    "adapter": _variant(adapter_residual=True),
     "no_history": _variant(history=False, local_attention=True),
     "sink": replace(_variant(local_attention=True, attention_sink=True), positions="rotary"),
 }
@@ -65,7 +62,7 @@ def _batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     states = torch.randn(BATCH, N, S, C, generator=generator, dtype=torch.float64)
     targets = torch.randint(40, (BATCH, N, S), generator=generator)
     targets[0, 1, 2] = -100
-    return states, chunk_features(states, config.egpt)[:, :-1], targets
+    return states, states[:, :-1, -1], targets
 
 
 @pytest.mark.parametrize("name", SINKLESS)
@@ -102,26 +99,25 @@ def test_a_window_computes_each_token_and_each_feature_once():
     assert lengths == [N * S + (N - 1)] * 3
 
 
-@pytest.mark.parametrize("name", ["original", "local_features_2"])
+@pytest.mark.parametrize("name", ["original", "local"])
 def test_a_token_sees_earlier_chunks_and_its_own_past_and_nothing_else(name):
-    """Perturb one encoder state at a time; its feature changes too where it is a span's last."""
+    """Perturb one encoder state at a time; it is the feature too where it is its chunk's last."""
     config = VARIANTS[name]
     model = _model(config)
     states, _, _ = _batch(config)
     states = states[:1]
-    before = model.hidden_states(states, chunk_features(states, config.egpt)[:, :-1])
-    span = S // config.egpt.features_per_chunk
+    before = model.hidden_states(states, states[:, :-1, -1])
     for n in range(N):
         for t in range(S):
             changed = states.clone()
             changed[0, n, t] += 1.0
-            after = model.hidden_states(changed, chunk_features(changed, config.egpt)[:, :-1])
+            after = model.hidden_states(changed, changed[:, :-1, -1])
             moved = (after != before).any(-1)[0]  # (N, S)
             expected = torch.zeros(N, S, dtype=torch.bool)
             expected[n, t] = True
             if config.egpt.local_attention:
                 expected[n, t:] = True
-            if t % span == span - 1:  # this state is a feature of chunk n
+            if t == S - 1:  # this state is the feature of chunk n
                 expected[n + 1 :] = True
             assert torch.equal(moved, expected), (n, t)
 
@@ -148,41 +144,23 @@ def test_gates_receive_gradient_from_the_first_step():
     assert all(block.attention.gate.grad.abs().min() > 0 for block in model.stack.blocks)
 
 
-def test_a_cut_history_is_that_of_two_shorter_windows(monkeypatch):
-    """Chunks before the cut and chunks after it do not see each other, in either stream."""
-    config = _variant(random_history=True)
-    model = _model(config)
-    states, features, targets = _batch(config)
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([2, 0]))
-    before = model(states, features, targets, "none")
-    changed = features.clone()
-    changed[:, 0] += 1.0
-    moved = (model(states, changed, targets, "none") != before).any(-1)
-    # (B, N): who sees chunk 0's feature
-    assert moved.tolist() == [[False, True, False, False], [False, True, True, True]]
-    whole = model.eval()(states, features, targets, "none")
-    torch.testing.assert_close(before[0, :2], whole[0, :2])
-    torch.testing.assert_close(before[1], whole[1])
-
-
 class _OneMask:
     """All of a window as one sequence under one dense mask, from the definition of what is seen."""
 
     absorbed = False
     shards = None
 
-    def __init__(self, model, rotary, first):
+    def __init__(self, model, rotary):
         self.rotary = rotary
         self._gates = [block.get_parameter("attention.gate") for block in model.stack.blocks]
         rows = S + 1
         chunk = torch.tensor([*range(N - 1), *(n for n in range(N) for _ in range(rows))])
         token = torch.arange(len(chunk)) >= N - 1
         place = torch.cat([torch.zeros(N - 1).long(), torch.arange(N * rows)])
-        same_side = (chunk[:, None] >= first) == (chunk >= first)
         among_features = ~token[:, None] & ~token & (chunk <= chunk[:, None])
-        self._features = token[:, None] & ~token & (chunk < chunk[:, None]) & same_side
+        self._features = token[:, None] & ~token & (chunk < chunk[:, None])
         own = (place <= place[:, None]) & (chunk == chunk[:, None])
-        self._rest = among_features & same_side | token[:, None] & token & own
+        self._rest = among_features | token[:, None] & token & own
 
     def attend(self, q, k, v, layer):
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
@@ -196,15 +174,12 @@ class _OneMask:
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
-@pytest.mark.parametrize("first", [0, 2])
-def test_a_chunks_tokens_see_a_sink_before_them(positions, first, monkeypatch):
-    egpt = {"local_attention": True, "memory_gate": True, "random_history": True}
+def test_a_chunks_tokens_see_a_sink_before_them(positions):
+    egpt = {"local_attention": True, "memory_gate": True}
     model = _model(replace(_variant(attention_sink=True, **egpt), positions=positions))
     states, features, targets = _batch(model.config)
-    cut = torch.full((BATCH,), first)
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: cut)
     parameters = dict(model.named_parameters())
-    hidden = model.hidden_states(states, features, cut)
+    hidden = model.hidden_states(states, features)
     grads = torch.autograd.grad(model(states, features, targets), list(parameters.values()))
 
     chunk = torch.tensor([*range(N - 1), *(n for n in range(N) for _ in range(S + 1))])
@@ -212,10 +187,10 @@ def test_a_chunks_tokens_see_a_sink_before_them(positions, first, monkeypatch):
     own = model.chunk_positions(model.input_mlp(states.flatten(1, 2)), torch.arange(N * S) // S)
     own = (own + model.lengths(torch.arange(S).repeat(N))).unflatten(1, (N, S))
     tokens = torch.cat([model.sink.expand(BATCH, N, 1, -1), own], dim=2).flatten(1, 2)
-    ahead = model.chunk_positions(model.input_mlp(features.flatten(1, 2)), torch.arange(N - 1))
+    ahead = model.chunk_positions(model.input_mlp(features), torch.arange(N - 1))
     ahead = ahead + model.lengths(torch.full((N - 1,), S - 1))
     rotary = rotary_table(model.config, chunk * S + offset, torch.float64)
-    naive = model.stack(torch.cat([ahead, tokens], dim=1), _OneMask(model, rotary, first))
+    naive = model.stack(torch.cat([ahead, tokens], dim=1), _OneMask(model, rotary))
     naive = naive[:, N - 1 :].unflatten(1, (N, S + 1))[:, :, 1:]
     torch.testing.assert_close(hidden, naive, rtol=1e-9, atol=1e-9)
     nats = model.head.loss(naive, targets, "sum")
@@ -227,7 +202,7 @@ def test_a_chunks_tokens_see_a_sink_before_them(positions, first, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["original", "features_3", "local", "window_3_local", "adapter", "no_history", "sink"],
+    ["original", "local", "window_3_local", "adapter", "no_history", "sink"],
 )
 def test_decoding_from_a_recorded_memory_equals_the_whole_window(name):
     config = VARIANTS[name]
@@ -247,13 +222,13 @@ def test_decoding_from_a_recorded_memory_equals_the_whole_window(name):
 
 
 def test_a_residual_adapter_starts_as_the_identity_whatever_the_chunk_and_offset():
-    config = _variant(adapter_norm=True, adapter_residual=True)
+    config = _variant(adapter_residual=True)
     model = build_model(config, ProcessGrid(), seed=3).double()
     states, features, _ = _batch(config)
     inputs = []
     model.stack.blocks[0].register_forward_hook(lambda _, args, __: inputs.append(args[0]))
     model.hidden_states(states, features)
-    expected = torch.cat([features.flatten(1, 2), states.flatten(1, 2)], dim=1)
+    expected = torch.cat([features, states.flatten(1, 2)], dim=1)
     assert torch.equal(inputs[0], expected)
 
 

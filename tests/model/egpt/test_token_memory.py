@@ -12,7 +12,7 @@ from megaegpt.config import EGPTConfig, ModelConfig
 from megaegpt.labels import IGNORE
 from megaegpt.model.build import build_model
 from megaegpt.model.egpt import copy_attention, same_ids
-from megaegpt.model.egpt.egpt import EGPT, chunk_features
+from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.egpt.held_tokens import HeldTokens, MemoryLimits
 from megaegpt.parallel.grid import ProcessGrid
 
@@ -54,7 +54,7 @@ def _batch() -> dict[str, torch.Tensor]:
     targets[0, 1, 2] = IGNORE
     return {
         "token_states": states,
-        "features": chunk_features(states, CONFIG.egpt)[:, :-1],
+        "features": states[:, :-1, -1],
         "targets": targets,
         "text": text,
     }
@@ -139,14 +139,13 @@ def _pointer(
 def naive_probabilities(
     model: EGPT,
     batch: dict[str, torch.Tensor],
-    first: list[int] | None = None,
     past: tuple[torch.Tensor, torch.Tensor] | None = None,
+    first: list[list[int]] | None = None,
 ) -> torch.Tensor:
-    """(B, N, S, V), token by token; a chunk of row b sees those from ``first[b]`` on, or of those
-    before it. ``past``: states (B, J, C) and ids (B, J + 2) of whole chunks before the window.
+    """(B, N, S, V), token by token. ``past``: states (B, J, C) and ids (B, J + 2) of whole chunks
+    before the window. ``first``: by row and chunk the first chunk that is seen.
     """
-    cut = None if first is None else torch.tensor(first)
-    hidden = model.hidden_states(batch["token_states"], batch["features"], cut)
+    hidden = model.hidden_states(batch["token_states"], batch["features"])
     earlier_states = batch.get("earlier_states", batch["token_states"][:, :-1]).flatten(1, 2)
     earlier_text = batch.get("earlier_text", batch["text"][:, : (N - 1) * S + 2])
     start = 0 if past is None else (past[1].shape[1] - 2) // S
@@ -160,14 +159,8 @@ def naive_probabilities(
             held = _places(past[0][b], behind) + held
         for t, place in enumerate(window):
             n = place.chunk - start
-            begin = 0 if first is None or n < first[b] else start + first[b]
-            sees = held[begin * S : (start + n) * S]
-            own = window[n * S : t]
-            if first is not None:  # nothing before the first that is seen is known
-                sees = [replace(key, before=-1) if i == 0 else key for i, key in enumerate(sees)]
-                if begin == start + n:
-                    own = [replace(key, before=-1) if i == 0 else key for i, key in enumerate(own)]
-                place = replace(place, before=-1) if t == (begin - start) * S else place
+            begin = 0 if first is None else first[b][n]
+            sees, own = held[begin * S : (start + n) * S], window[n * S : t]
             h_t = hidden[b].flatten(0, 1)[t]
             gates = [torch.zeros((), dtype=torch.float64)]
             predictions = [F.softmax(model.head.weight[:VOCAB] @ h_t, -1)]
@@ -189,21 +182,16 @@ def _nats(p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["as on a CPU", "as on a GPU"])
-@pytest.mark.parametrize(
-    ("first", "rows", "most"),
-    [(None, 1 << 22, None), (None, 70, None), ([2, 1], 1 << 22, None), ([0, 3], 1, 1)],
-)
-def test_loss_and_gradients_are_those_of_the_definition(first, rows, most, listed, monkeypatch):
+@pytest.mark.parametrize(("rows", "most"), [(1 << 22, None), (70, None), (1, 1)])
+def test_loss_and_gradients_are_those_of_the_definition(rows, most, listed, monkeypatch):
     monkeypatch.setitem(copy_attention.SCORES_AT_ONCE, "cpu", rows)
     monkeypatch.setattr(copy_attention, "SPAN", 4)
     if not listed:
         monkeypatch.setattr(same_ids, "AS_PLACES", set())
-    model, batch = _model(changed(random_history=first is not None, memory_chunks=most)), _batch()
-    if first is not None:
-        monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor(first))
+    model, batch = _model(changed(memory_chunks=most)), _batch()
     loss = model(**batch)
     grads = torch.autograd.grad(loss, list(model.parameters()))
-    p = naive_probabilities(model, batch, first)
+    p = naive_probabilities(model, batch)
     torch.testing.assert_close(p.sum(-1), torch.ones(B, N, S, dtype=torch.float64))
     nats = _nats(p, batch["targets"])
     expected = torch.autograd.grad(nats.sum(), list(model.parameters()))
@@ -236,19 +224,20 @@ def test_only_the_chunks_of_the_most_similar_mean_key_are_seen():
     assert not torch.allclose(nats[:, 2:], everything[:, 2:])
 
 
-@pytest.mark.parametrize("first", [None, [2, 1]])
-def test_what_is_held_of_chunks_before_the_window_is_seen(first, monkeypatch):
-    model, batch = _model(changed(random_history=first is not None)), _batch()
+@pytest.mark.parametrize("first", [None, [[0, 2, 1, 4], [3, 4, 5, 6]]])
+def test_what_is_held_of_chunks_before_the_window_is_seen(first):
+    model, batch = _model(), _batch()
     generator = torch.Generator().manual_seed(5)
     states = torch.randn(B, 3 * S, C, generator=generator, dtype=torch.float64)
     text = torch.randint(4, (B, 3 * S + 2), generator=generator)
     batch["text"][:, 0] = text[:, -2]
-    if first is not None:  # of the window, from which on what is held is not seen either
-        monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor(first))
+    past = {"past_text": text}
+    if first is not None:
+        past["from_chunk"] = torch.tensor(first)
     with torch.no_grad():
-        keys = model.token_memory.keys(states)
-        nats = model(**batch, past_keys=keys, past_text=text, reduction="none")
-        p = naive_probabilities(model, batch, first, past=(states, text))
+        past["past_keys"] = model.token_memory.keys(states)
+        nats = model(**batch, **past, reduction="none")
+        p = naive_probabilities(model, batch, (states, text), first)
     torch.testing.assert_close(nats[batch["targets"] >= 0], _nats(p, batch["targets"]))
 
 

@@ -42,7 +42,7 @@ def test_variants_differ_in_the_model_only_and_share_steps_and_order(path, tmp_p
         return
     assert {"deepgpt", "egpt_no_history", "egpt"} <= set(runs)
     assert runs["egpt_no_history"].model.egpt.history is False
-    assert runs["egpt"].model.egpt.features_per_chunk == 1
+    assert not runs["egpt"].model.egpt.token_memory
 
 
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
@@ -50,8 +50,8 @@ def test_ablations_undo_one_thing_each(size, tmp_path):
     plan = load_plan(CONFIGS / f"{size}_ablations.yaml")
     runs = {v: make_run(decoder_values(plan, v), tmp_path) for v in plan.variants}
     improved = runs["egpt_improved"].model
-    assert runs["one_feature"].model == replace(
-        improved, egpt=replace(improved.egpt, features_per_chunk=1)
+    assert runs["no_adapter_residual"].model == replace(
+        improved, egpt=replace(improved.egpt, adapter_residual=False)
     )
     assert not runs["no_local_attention"].model.egpt.local_attention
     assert len({run.model for run in runs.values()}) == len(runs)
