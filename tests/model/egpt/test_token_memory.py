@@ -188,16 +188,18 @@ def _nats(p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -p[real].gather(1, targets[real].unsqueeze(1)).log().squeeze(1)
 
 
-@pytest.mark.parametrize("listed", [True, False], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("same", ["listed", "listed where few", "masked"])
 @pytest.mark.parametrize(
     ("first", "rows", "most"),
     [(None, 1 << 22, None), (None, 70, None), ([2, 1], 1 << 22, None), ([0, 3], 1, 1)],
 )
-def test_loss_and_gradients_are_those_of_the_definition(first, rows, most, listed, monkeypatch):
+def test_loss_and_gradients_are_those_of_the_definition(first, rows, most, same, monkeypatch):
     monkeypatch.setitem(copy_attention.SCORES_AT_ONCE, "cpu", rows)
     monkeypatch.setattr(copy_attention, "SPAN", 4)
-    if not listed:
+    if same == "masked":
         monkeypatch.setattr(same_ids, "AS_PLACES", set())
+    else:  # about a quarter of all pairs are the same
+        monkeypatch.setattr(same_ids, "MOST_LISTED", 1.0 if same == "listed" else 0.25)
     model, batch = _model(changed(random_history=first is not None, memory_chunks=most)), _batch()
     if first is not None:
         monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor(first))
@@ -288,9 +290,13 @@ def test_a_token_changes_nothing_that_is_predicted_up_to_it():
     assert not torch.isclose(before[:, place], after[:, place]).any()
 
 
+@pytest.mark.parametrize("most_listed", [1.0, 0.0])
 @pytest.mark.parametrize(("dtype", "most"), [(None, None), ("int8", None), (None, 2)])
 @torch.no_grad()
-def test_token_by_token_the_memory_says_what_it_does_to_a_window(dtype, most):
+def test_token_by_token_the_memory_says_what_it_does_to_a_window(
+    dtype, most, most_listed, monkeypatch
+):
+    monkeypatch.setattr(same_ids, "MOST_LISTED", most_listed)
     model, batch = _model(changed(memory_chunks=most)), _batch()
     batch["text"][:, 0] = torch.tensor([3, 1])  # the window is not the start of its text
     expected = naive_probabilities(model, batch)
@@ -393,3 +399,18 @@ def test_the_largest_score_is_found_where_it_is(count, monkeypatch):
     for found, expected in zip(copy_attention.largest(scores), scores.max(-1), strict=True):
         assert found[:, :, 1:].equal(expected[:, :, 1:])
     assert copy_attention.largest(scores)[0][0, 0, 0] == -torch.inf
+
+
+@pytest.mark.parametrize("queries", [2, 16])  # compared with all keys, looked up among them
+@pytest.mark.parametrize("over", [0, 1])
+def test_ids_that_come_again_too_often_are_not_listed(queries, over):
+    keys, pointers = 512, 2
+    repeated = int(keys * same_ids.MOST_LISTED) + over
+    ids = torch.arange(1, 1 + keys)
+    ids[torch.randperm(keys, generator=torch.Generator().manual_seed(0))[:repeated]] = 0
+    key_ids = same_ids.KeyIds(ids.view(1, 1, -1), same_ids.SortedIds.of(ids.unsqueeze(0)))
+    wanted = torch.zeros(1, 1, queries, dtype=torch.long)
+    found = key_ids.having(wanted, (1, pointers, queries, keys))
+    assert isinstance(found, same_ids.FoundMask if over else same_ids.FoundPlaces)
+    values = torch.rand(1, pointers, queries, keys, dtype=torch.float64)
+    torch.testing.assert_close(found.sums(values), values[..., ids == 0].sum(-1))
