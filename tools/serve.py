@@ -30,7 +30,12 @@ from typing import TYPE_CHECKING
 
 from megaegpt.arguments import ArgumentParser, integer, number
 from megaegpt.errors import ConfigError, LaunchError, exits_cleanly
-from megaegpt.generation.model_options import add_model_options, load_model
+from megaegpt.generation.model_options import (
+    add_memory_options,
+    add_model_options,
+    load_model,
+    memory_limits,
+)
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from fastapi import FastAPI
@@ -121,12 +126,7 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="S",
         help="seconds a request may take, its waiting included (default: %(default)s)",
     )
-    parser.add_argument(
-        "--memory-tokens",
-        type=integer(1),
-        metavar="N",
-        help="of an EGPT with token_memory: tokens of earlier chunks that it holds",
-    )
+    add_memory_options(parser)
     arguments = parser.parse_args()
     if arguments.token is None:
         arguments.token = os.environ.get(_TOKEN_VARIABLE) or None
@@ -151,14 +151,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _new_app(arguments: argparse.Namespace) -> tuple[FastAPI, str]:
     """The application and the name of its model."""
-    from megaegpt.model.egpt.held_tokens import MemoryLimits
     from megaegpt.serving.batcher import Batcher
     from megaegpt.serving.http_app import Served, create_app
     from megaegpt.serving.running_rows import new_rows
 
     loaded = load_model(arguments)
     context = _context(arguments, loaded)
-    limits = MemoryLimits(arguments.memory_tokens)
+    limits = memory_limits(arguments, loaded.model)
     rows = new_rows(loaded.model, loaded.encoder, arguments.batch_size, context, limits)
     batcher = Batcher(rows, loaded.tokenizer, loaded.model.grid.device, arguments.queue)
     served = Served(
@@ -188,11 +187,9 @@ def _chat_of(loaded: LoadedModel, wanted: str | None) -> Chat | None:
 
 def _context(arguments: argparse.Namespace, loaded: LoadedModel) -> int | None:
     """Raises:
-    ConfigError: the model sees less, or any length, or has no token memory.
+    ConfigError: the model sees less, or any length.
     """
     config, wanted = loaded.model.config, arguments.context
-    if arguments.memory_tokens is not None and getattr(loaded.model, "token_memory", None) is None:
-        raise ConfigError("--memory-tokens is for an egpt with token_memory")
     if config.needs_encoder:
         if wanted is not None:
             raise ConfigError(f"--context is for a gpt: an {config.kind} takes texts of any length")
