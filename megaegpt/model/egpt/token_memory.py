@@ -139,9 +139,8 @@ class TokenMemory(nn.Module):
 
 def _constants(values: tuple[float, ...], pointers: int, grid: ProcessGrid) -> nn.Parameter:
     """(H, len(values)): the same for all pointers at first."""
-    return new_parameter(
-        (pointers, len(values)), grid, mean=tuple(value / _RATE for value in values)
-    )
+    mean = tuple(value / _RATE for value in values)
+    return new_parameter((pointers, len(values)), grid, mean=mean, vectors=True)
 
 
 def _each(ids: Tensor, pointers: int) -> tuple[Tensor, ...]:
