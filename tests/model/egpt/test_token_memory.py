@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -313,7 +314,7 @@ def test_token_by_token_the_memory_says_what_it_does_to_a_window(
         held.finish_chunk()
     assert worst < 1e-12 if dtype is None else 1e-6 < worst < 0.02
     assert held.num_tokens == (N - 1) * S
-    assert torch.equal(held.earlier.text[:, :-1], batch["text"][:, S:])
+    assert torch.equal(held.earlier.text[:, :-1], batch["text"][:, S:].int())
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
@@ -414,3 +415,29 @@ def test_ids_that_come_again_too_often_are_not_listed(queries, over):
     assert isinstance(found, same_ids.FoundMask if over else same_ids.FoundPlaces)
     values = torch.rand(1, pointers, queries, keys, dtype=torch.float64)
     torch.testing.assert_close(found.sums(values), values[..., ids == 0].sum(-1))
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("fp16", 132.25), ("int8", 68.25)])
+def test_a_held_token_is_a_key_an_id_and_a_share_of_its_chunks_mean(dtype, bytes_each):
+    egpt = replace(CONFIG.egpt, chunk_size=1024, memory_dim=64, memory_pointers=1)
+    memory = build_model(replace(CONFIG, egpt=egpt), ProcessGrid()).token_memory
+    held = HeldTokens(memory, 1, torch.zeros(1), MemoryLimits(dtype=dtype))
+    assert held.size(2**20) == f"1,048,576 tokens in {bytes_each:.1f} MiB"
+    held.append(torch.randn(1, 1024, C), torch.randint(VOCAB, (1, 1024)))
+    held.finish_chunk()
+    assert held.earlier.keys.itemsize * 64 + held.earlier.text.itemsize == int(bytes_each)
+
+
+def test_the_share_of_tokens_since_it_was_asked_for_and_the_scale_are_told():
+    model, batch = _model(), _batch()
+    model(**batch)
+    model(**batch)
+    found = model.metrics()
+    again = {name: value for name, value in batch.items() if name != "targets"}
+    log_keep, _ = model.predictions(**again).mixture.of(batch["targets"].flatten(1))
+    share = 1 - log_keep.exp().mean().item()
+    assert found == pytest.approx(
+        {"token_memory/share": share, "token_memory/scale": math.exp(1.5)}
+    )
+    model.metrics()
+    assert list(model.metrics()) == ["token_memory/scale"]  # nothing was predicted since
