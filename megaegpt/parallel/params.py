@@ -55,8 +55,11 @@ def spec_of(parameter: Tensor) -> ParamSpec:
 
 
 def is_vector(parameter: Tensor) -> bool:
-    """Whether a parameter is one or more vectors, on which no weight decay acts."""
-    return parameter.dim() < 2 or spec_of(parameter).vectors
+    """Whether a parameter is one or more vectors, on which no weight decay acts; one without a spec
+    is by its dimensions.
+    """
+    spec: ParamSpec | None = getattr(parameter, _ATTRIBUTE, None)
+    return parameter.dim() < 2 or (spec is not None and spec.vectors)
 
 
 def new_parameter(
@@ -133,8 +136,9 @@ def initialize_parameter(parameter: nn.Parameter, name: str, seed: int, grid: Pr
 
 
 def marked_vectors(model: nn.Module) -> list[str]:
-    """The trainable parameters whose rows are vectors, by name."""
-    return [n for n, p in model.named_parameters() if p.requires_grad and spec_of(p).vectors]
+    """The trainable parameters of several rows that are vectors, by name."""
+    trainable = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return [name for name, p in trainable if p.dim() > 1 and is_vector(p)]
 
 
 def count_parameters(model: nn.Module) -> int:
