@@ -33,9 +33,11 @@ from megaegpt.arguments import ArgumentParser, integer
 from megaegpt.config import GenerationConfig
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.generation.model_options import (
+    add_memory_options,
     add_model_options,
     add_sampling_options,
     load_model,
+    memory_limits,
     sampling_config,
 )
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.generation.chat import Chat
     from megaegpt.generation.continuation import Continuation
     from megaegpt.generation.trained import LoadedModel
+    from megaegpt.model.egpt.held_tokens import MemoryLimits
 
 _DEFAULTS = GenerationConfig(max_new_tokens=512, top_k=50)
 _COMMANDS = ("/reset", "/system", "/help", "/exit")
@@ -58,7 +61,8 @@ def main() -> None:
 
     check_sampling(config, [config.seed])
     loaded = load_model(arguments)
-    session = Session(loaded, _new_chat(loaded, arguments.chat_template), config)
+    limits = memory_limits(arguments, loaded.model)
+    session = Session(loaded, _new_chat(loaded, arguments.chat_template), config, limits)
     session.system = arguments.system
     if sys.stdin.isatty():
         print("a message, or /help; Ctrl-C ends an answer, Ctrl-D the program", file=sys.stderr)
@@ -85,6 +89,7 @@ def _parse_arguments() -> argparse.Namespace:
         help="most tokens of an answer (default: %(default)s)",
     )
     add_sampling_options(parser, _DEFAULTS)
+    add_memory_options(parser)
     return parser.parse_args()
 
 
@@ -102,14 +107,23 @@ def _new_chat(loaded: LoadedModel, wanted: str | None) -> Chat:
 
 
 class Session:
-    """What was said, and who says it."""
+    """What was said, and who says it.
 
-    def __init__(self, loaded: LoadedModel, chat: Chat, config: GenerationConfig) -> None:
+    Args:
+        loaded: the model.
+        chat: how conversations are written down.
+        config: how answers are drawn.
+        limits: of what an EGPT's token memory holds.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, chat: Chat, config: GenerationConfig, limits: MemoryLimits
+    ) -> None:
         from megaegpt.generation.continuation import Continuation
 
         self._tokenizer, self._chat, self._config = loaded.tokenizer, chat, config
         self._writer: Continuation = Continuation(
-            loaded.model, loaded.encoder, loaded.tokenizer.vocab_size
+            loaded.model, loaded.encoder, loaded.tokenizer.vocab_size, limits
         )
         gpt = loaded.model.config
         self._context = None if gpt.needs_encoder else gpt.max_seq_len

@@ -30,13 +30,15 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from megaegpt.arguments import ArgumentParser, integer
+from megaegpt.arguments import ArgumentParser
 from megaegpt.config import GenerationConfig
 from megaegpt.errors import ConfigError, DataError, exits_cleanly
 from megaegpt.generation.model_options import (
+    add_memory_options,
     add_model_options,
     add_sampling_options,
     load_model,
+    memory_limits,
     sampling_config,
 )
 
@@ -74,7 +76,7 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
     loaded = load_model(arguments, grid)
     model, encoder, tokenizer = loaded.model, loaded.encoder, loaded.tokenizer
     compiled = arguments.compile and _can_compile(model, encoder, grid, arguments)
-    limits = _memory_limits(arguments, model, grid)
+    limits = _memory_limits(arguments, model)
     generator = TextGenerator(
         model, encoder, tokenizer.vocab_size, compiled=compiled, limits=limits
     )
@@ -102,29 +104,15 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
     writer.report(len(tokens))
 
 
-def _memory_limits(arguments: argparse.Namespace, model: Model, grid: ProcessGrid) -> MemoryLimits:
-    """What a token memory may hold, which is shown.
-
-    Raises:
-        ConfigError: the model has none, or would hold not a chunk.
+def _memory_limits(arguments: argparse.Namespace, model: Model) -> MemoryLimits:
+    """Raises:
+    ConfigError: the model has no token memory, or what is asked for needs the cache.
     """
-    from megaegpt.model.egpt.egpt import EGPT
-    from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, HeldTokens, MemoryLimits
+    from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING
 
-    limits = MemoryLimits(arguments.memory_tokens, arguments.memory_dtype)
-    memory = model.token_memory if isinstance(model, EGPT) else None
-    if memory is None:
-        if limits != AS_IN_TRAINING:
-            raise ConfigError(
-                "--memory-tokens and --memory-dtype are for an egpt with token_memory"
-            )
-        return limits
+    limits = memory_limits(arguments, model)
     if arguments.no_cache and limits != AS_IN_TRAINING:
         raise ConfigError("--no-cache recomputes a training window: leave --memory-tokens out")
-    held = HeldTokens(memory, 1, model.head.weight, limits)
-    if grid.is_main:
-        size = held.size(held.most_chunks * memory.chunk_size)
-        print(f"token memory: up to {size} of earlier text", file=sys.stderr)
     return limits
 
 
@@ -178,18 +166,7 @@ def _parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="compute every token from the beginning: slow, the same text; to check the caches",
     )
-    parser.add_argument(
-        "--memory-tokens",
-        type=integer(1),
-        metavar="N",
-        help="of an EGPT with token_memory: tokens of earlier chunks that it holds, the newest, in "
-        "whole chunks (default: as many as a training window shows)",
-    )
-    parser.add_argument(
-        "--memory-dtype",
-        choices=("fp32", "fp16", "int8"),
-        help="of their keys (default: the model's)",
-    )
+    add_memory_options(parser)
     arguments = parser.parse_args()
     if arguments.num_samples < 1:
         parser.error("--num-samples must be at least 1")

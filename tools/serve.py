@@ -30,14 +30,18 @@ from typing import TYPE_CHECKING
 
 from megaegpt.arguments import ArgumentParser, integer, number
 from megaegpt.errors import ConfigError, LaunchError, exits_cleanly
-from megaegpt.generation.model_options import add_model_options, load_model
+from megaegpt.generation.model_options import (
+    add_memory_options,
+    add_model_options,
+    load_model,
+    memory_limits,
+)
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from fastapi import FastAPI
 
     from megaegpt.generation.chat import Chat
     from megaegpt.generation.trained import LoadedModel
-    from megaegpt.model.egpt.held_tokens import MemoryLimits
 
 _TOKEN_VARIABLE = "MEGAEGPT_TOKEN"
 _DRAIN_EXTRA_S = 5.0
@@ -122,12 +126,7 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="S",
         help="seconds a request may take, its waiting included (default: %(default)s)",
     )
-    parser.add_argument(
-        "--memory-tokens",
-        type=integer(1),
-        metavar="N",
-        help="of an EGPT with token_memory: tokens of earlier chunks that it holds, whole chunks",
-    )
+    add_memory_options(parser)
     arguments = parser.parse_args()
     if arguments.token is None:
         arguments.token = os.environ.get(_TOKEN_VARIABLE) or None
@@ -158,7 +157,7 @@ def _new_app(arguments: argparse.Namespace) -> tuple[FastAPI, str]:
 
     loaded = load_model(arguments)
     context = _context(arguments, loaded)
-    limits = _limits(arguments, loaded)
+    limits = memory_limits(arguments, loaded.model)
     rows = new_rows(loaded.model, loaded.encoder, arguments.batch_size, context, limits)
     batcher = Batcher(rows, loaded.tokenizer, loaded.model.grid.device, arguments.queue)
     served = Served(
@@ -184,21 +183,6 @@ def _chat_of(loaded: LoadedModel, wanted: str | None) -> Chat | None:
             flush=True,
         )
     return chat
-
-
-def _limits(arguments: argparse.Namespace, loaded: LoadedModel) -> MemoryLimits:
-    """Raises:
-    ConfigError: there is no token memory, or not a chunk of it.
-    """
-    from megaegpt.model.egpt.held_tokens import MemoryLimits
-
-    limits = MemoryLimits(arguments.memory_tokens)
-    if limits.tokens is not None:
-        memory = getattr(loaded.model, "token_memory", None)
-        if memory is None:
-            raise ConfigError("--memory-tokens is for an egpt with token_memory")
-        limits.most_chunks(memory)
-    return limits
 
 
 def _context(arguments: argparse.Namespace, loaded: LoadedModel) -> int | None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from typing import TYPE_CHECKING
 
-from megaegpt.arguments import path
+from megaegpt.arguments import integer, path
 from megaegpt.bars import telling_if_slow
 from megaegpt.config import GenerationConfig
+from megaegpt.errors import ConfigError
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.generation.trained import LoadedModel
+    from megaegpt.model.build import Model
+    from megaegpt.model.egpt.held_tokens import MemoryLimits
     from megaegpt.parallel.grid import ProcessGrid
 
 
@@ -91,6 +95,46 @@ def add_sampling_options(parser: argparse.ArgumentParser, defaults: GenerationCo
     parser.add_argument(
         "--seed", type=int, default=defaults.seed, help="of the sampling (default: %(default)s)"
     )
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """Add what :func:`memory_limits` reads."""
+    parser.add_argument(
+        "--memory-tokens",
+        type=integer(1),
+        metavar="N",
+        help="of an EGPT with token_memory: tokens of earlier chunks that it holds, the newest, in "
+        "whole chunks (default: as many as a training window shows)",
+    )
+    parser.add_argument(
+        "--memory-dtype",
+        choices=("fp32", "fp16", "int8"),
+        help="of their keys (default: the model's)",
+    )
+
+
+def memory_limits(arguments: argparse.Namespace, model: Model) -> MemoryLimits:
+    """What a token memory may hold of a text, which the main rank shows.
+
+    Raises:
+        ConfigError: the model has none, or would hold not a chunk.
+    """
+    from megaegpt.model.egpt.egpt import EGPT
+    from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, HeldTokens, MemoryLimits
+
+    limits = MemoryLimits(arguments.memory_tokens, arguments.memory_dtype)
+    memory = model.token_memory if isinstance(model, EGPT) else None
+    if memory is None:
+        if limits != AS_IN_TRAINING:
+            raise ConfigError(
+                "--memory-tokens and --memory-dtype are for an egpt with token_memory"
+            )
+        return limits
+    held = HeldTokens(memory, 1, model.head.weight, limits)
+    if model.grid.is_main:
+        size = held.size(held.most_chunks * memory.chunk_size)
+        print(f"token memory: up to {size} of earlier text", file=sys.stderr)
+    return limits
 
 
 def sampling_config(arguments: argparse.Namespace) -> GenerationConfig:

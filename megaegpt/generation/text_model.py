@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megaegpt.config import GenerationConfig
+from megaegpt.errors import ConfigError
 from megaegpt.generation.generator import TextAssembler, TextGenerator
 from megaegpt.generation.trained import LoadedModel
+from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING, KEY_TYPES, KeyType, MemoryLimits
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class TextModel:
         top_k: int | None = 200,
         top_p: float | None = None,
         seed: int = 1337,
+        memory_tokens: int | None = None,
+        memory_dtype: KeyType | None = None,
     ) -> str:
         """What follows ``text``, without it; it ends at ``max_new_tokens``, or where the model ends
         the document.
@@ -37,9 +41,12 @@ class TextModel:
             top_k: draw among the k likeliest tokens only; None: among all.
             top_p: draw among the fewest tokens that hold this probability; None: among all.
             seed: of the draws; the same gives the same text.
+            memory_tokens: of an EGPT with ``token_memory``: tokens of earlier chunks that it holds,
+                the newest; None: as many as a training window shows.
+            memory_dtype: of their keys; None: the model's.
 
         Raises:
-            ConfigError: a number is out of range.
+            ConfigError: a number is out of range, or the model has no token memory.
             NotFiniteError: the model gives no probabilities.
         """
         return "".join(
@@ -50,6 +57,8 @@ class TextModel:
                 top_k=top_k,
                 top_p=top_p,
                 seed=seed,
+                memory_tokens=memory_tokens,
+                memory_dtype=memory_dtype,
             )
         )
 
@@ -62,6 +71,8 @@ class TextModel:
         top_k: int | None = 200,
         top_p: float | None = None,
         seed: int = 1337,
+        memory_tokens: int | None = None,
+        memory_dtype: KeyType | None = None,
     ) -> Iterator[str]:
         """Yield the pieces of :meth:`generate`'s text as they are drawn, none of them empty."""
         config = GenerationConfig(
@@ -72,7 +83,10 @@ class TextModel:
             seed=seed,
         )
         tokenizer = self.loaded.tokenizer
-        generator = TextGenerator(self.loaded.model, self.loaded.encoder, tokenizer.vocab_size)
+        limits = self._limits(memory_tokens, memory_dtype)
+        generator = TextGenerator(
+            self.loaded.model, self.loaded.encoder, tokenizer.vocab_size, limits=limits
+        )
         assembler = TextAssembler(tokenizer)
         prompt = tokenizer.encode_prompt(text)
         for token in generator.stream(prompt, config, stop=tokenizer.end_tokens):
@@ -80,3 +94,13 @@ class TextModel:
                 yield piece
         if piece := assembler.end():
             yield piece
+
+    def _limits(self, tokens: int | None, dtype: KeyType | None) -> MemoryLimits:
+        limits = MemoryLimits(tokens, dtype)
+        if tokens is not None and tokens < 1:
+            raise ConfigError(f"memory_tokens must be at least 1, not {tokens}")
+        if dtype is not None and dtype not in KEY_TYPES:
+            raise ConfigError(f"memory_dtype must be one of {', '.join(KEY_TYPES)}, not {dtype}")
+        if limits != AS_IN_TRAINING and getattr(self.loaded.model, "token_memory", None) is None:
+            raise ConfigError("memory_tokens and memory_dtype are for an egpt with token_memory")
+        return limits

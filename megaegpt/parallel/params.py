@@ -39,6 +39,8 @@ class ParamSpec:
     """For vocabulary matrices: real tokens; the rows from here on are padding and start (and stay)
     0.
     """
+    vectors: bool = False
+    """Whether its rows are vectors of their own, as biases are, and no matrix of weights."""
 
 
 def mark(parameter: nn.Parameter, spec: ParamSpec) -> nn.Parameter:
@@ -52,6 +54,14 @@ def spec_of(parameter: Tensor) -> ParamSpec:
     return getattr(parameter, _ATTRIBUTE)
 
 
+def is_vector(parameter: Tensor) -> bool:
+    """Whether a parameter is one or more vectors, on which no weight decay acts; one without a spec
+    is by its dimensions.
+    """
+    spec: ParamSpec | None = getattr(parameter, _ATTRIBUTE, None)
+    return parameter.dim() < 2 or (spec is not None and spec.vectors)
+
+
 def new_parameter(
     full_shape: tuple[int, ...],
     grid: ProcessGrid,
@@ -60,6 +70,7 @@ def new_parameter(
     std: float = 0.0,
     mean: float | tuple[float, ...] = 0.0,
     vocab_rows: int | None = None,
+    vectors: bool = False,
 ) -> nn.Parameter:
     """An uninitialised parameter of this rank's shape with its spec (see :func:`initialize`)."""
     local_shape = list(full_shape)
@@ -69,7 +80,7 @@ def new_parameter(
                 f"dimension {tp_dim} of {full_shape} is not divisible by {grid.tp_size}"
             )
         local_shape[tp_dim] //= grid.tp_size
-    spec = ParamSpec(tuple(full_shape), tp_dim, std, mean, vocab_rows)
+    spec = ParamSpec(tuple(full_shape), tp_dim, std, mean, vocab_rows, vectors)
     return mark(nn.Parameter(torch.empty(local_shape)), spec)
 
 
@@ -122,6 +133,12 @@ def initialize_parameter(parameter: nn.Parameter, name: str, seed: int, grid: Pr
         full[spec.vocab_rows :] = 0
     with torch.no_grad():
         parameter.copy_(shard(full, spec, grid))
+
+
+def marked_vectors(model: nn.Module) -> list[str]:
+    """The trainable parameters of several rows that are vectors, by name."""
+    trainable = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return [name for name, p in trainable if p.dim() > 1 and is_vector(p)]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from megaegpt.config.parameter_groups import ParameterGroup
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import ConfigError
 from megaegpt.training.checkpoint.manager import CheckpointManager
+from megaegpt.training.engine import engine as engine_module
+from megaegpt.training.engine import optimizer as optimizer_module
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.engines import Curve, advance, make_engine, run_config
 from tests.tiny.muon import Weights, farthest, train_in_fp64, train_naively
@@ -138,6 +142,40 @@ def test_a_group_that_leaves_ranks_without_a_share_goes_on_in_other_groups(
         for name, weight in curve.weights.items():
             close = 1e-7 if way[1] == "fp32" else 1e-2  # a unit in the last place
             assert (weight - resumed.weights[name]).abs().max() <= close, (way, name)
+
+
+def _resume_from_before_rows_were_vectors(folder: Path) -> list[tuple[Curve, Curve, str]]:
+    """The third step without and with a stop, at several stages, and what is said on resuming."""
+    egpt = EGPTConfig(num_chunks=3, chunk_size=8, token_memory=True, memory_dim=4)
+    found = []
+    for stage in (0, 1):
+        config = run_config(
+            model={"kind": "egpt", "tied_embeddings": False, "egpt": egpt},
+            parallel={"zero_stage": stage},
+            training={"steps": 3},
+            optimizer={"warmup_steps": 2, "weight_decay": 0.0},
+        )
+        with pytest.MonkeyPatch.context() as earlier:
+            earlier.setattr(engine_module, "marked_vectors", lambda _: [])
+            earlier.setattr(optimizer_module, "marked_vectors", lambda _: [])
+            earlier.setattr(optimizer_module, "is_vector", lambda p: p.dim() < 2)
+            (curve,) = _save_with_groups([config], folder / str(stage))
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            ((resumed, _),) = _load_with_other_groups([config], folder / str(stage))
+        found.append((curve, resumed, shown.getvalue()))
+    return found
+
+
+@pytest.mark.long
+def test_a_checkpoint_in_which_a_memorys_numbers_decayed_goes_on(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    found = distributed(1, _resume_from_before_rows_were_vectors, tmp_path)[0]
+    for curve, resumed, told in found:
+        assert "without decay token_memory.distance token_memory.bonus" in told
+        assert resumed.losses == pytest.approx(curve.losses, rel=1e-6)
+        for name, weight in curve.weights.items():
+            assert (weight - resumed.weights[name]).abs().max() <= 1e-7, name
 
 
 def _error_of(config: RunConfig) -> str:

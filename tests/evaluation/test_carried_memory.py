@@ -65,7 +65,7 @@ def naive(memory_chunks: int) -> torch.Tensor:
 
 def _hidden(model: EGPT, states: torch.Tensor) -> torch.Tensor:
     """Of the last chunk of a window of states (1, n, S, C)."""
-    return model.hidden_states(states, states[:, :-1, -1:])[:, -1]
+    return model.hidden_states(states, states[:, :-1, -1])[:, -1]
 
 
 def _probabilities(

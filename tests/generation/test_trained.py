@@ -35,10 +35,12 @@ def save_gpt(folder: Path, seed: int = 1, **changes: object) -> Path:
     return folder
 
 
-def save_egpt(folder: Path, encoder: Path, source: str | None = None) -> Path:
+def save_egpt(
+    folder: Path, encoder: Path, source: str | None = None, like: ModelConfig = EGPT
+) -> Path:
     """A tiny EGPT over the encoder in a folder, which it calls ``source``."""
     config: ModelConfig = replace(
-        EGPT, **BIG_VOCABULARY, encoder=EncoderConfig(source=source or str(encoder))
+        like, **BIG_VOCABULARY, encoder=EncoderConfig(source=source or str(encoder))
     )
     frozen = FrozenEncoder.from_source(EncoderConfig(source=str(encoder)), GRID)
     save_weights(build_model(config, GRID, seed=2), folder, GRID, frozen.description())

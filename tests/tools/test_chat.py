@@ -16,9 +16,10 @@ from megaegpt.generation.chat import Chat
 from megaegpt.generation.continuation import Continuation
 from megaegpt.generation.text_model import TextModel
 from megaegpt.generation.trained import LoadedModel, load_for_inference
+from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING
 from megaegpt.parallel.grid import ProcessGrid
-from tests.generation.test_trained import save_gpt
-from tests.tiny.loaded import TOKENIZER
+from tests.generation.test_trained import save_egpt, save_gpt
+from tests.tiny.loaded import CONFIGS, TOKENIZER
 from tools import chat
 
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}"
@@ -50,7 +51,8 @@ def says(
 
     def say(*lines: str, system: str = "") -> tuple[list[str], str]:
         config = GenerationConfig(max_new_tokens=4, temperature=0)
-        session = chat.Session(loaded, Chat(loaded.tokenizer, template), config)
+        talks = Chat(loaded.tokenizer, template)
+        session = chat.Session(loaded, talks, config, AS_IN_TRAINING)
         session.system = system
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         chat.talk(session)
@@ -103,9 +105,8 @@ def test_a_line_that_is_not_utf_8_is_refused_and_the_next_is_answered(
     loaded: LoadedModel,
     template: ChatTemplate,
 ) -> None:
-    session = chat.Session(
-        loaded, Chat(loaded.tokenizer, template), GenerationConfig(max_new_tokens=2)
-    )
+    config = GenerationConfig(max_new_tokens=2)
+    session = chat.Session(loaded, Chat(loaded.tokenizer, template), config, AS_IN_TRAINING)
     lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nHello\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", lines)
     chat.talk(session)
@@ -154,3 +155,32 @@ def test_a_model_without_a_template_gets_alpacas(
     alpaca = Chat(TOKENIZER, load_chat_template(TOKENIZER, "alpaca"))
     text = TOKENIZER.decode(alpaca.encode((Message("user", "Name a colour."),)))
     assert output.out == TextModel(loaded).generate(text, 3, temperature=0) + "\n"
+
+
+def test_an_answer_sees_as_much_as_a_memory_is_told_to_hold(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    tmp_path: Path,
+) -> None:
+    egpt = save_egpt(tmp_path, checkpoint, like=CONFIGS["egpt_memory"])
+    given = ["--max-new-tokens", "3", "--temperature", "0", "--memory-tokens", "40"]
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--checkpoint", str(egpt), *given])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Name a colour.\n"))
+    chat.main()
+    output = capsys.readouterr()
+    assert "token memory: up to 40 tokens in" in output.err
+    alpaca = Chat(TOKENIZER, load_chat_template(TOKENIZER, "alpaca"))
+    text = TOKENIZER.decode(alpaca.encode((Message("user", "Name a colour."),)))
+    model = TextModel(load_for_inference(egpt, ProcessGrid()))
+    assert output.out == model.generate(text, 3, temperature=0, memory_tokens=40) + "\n"
+
+
+def test_a_memory_is_asked_of_a_model_that_has_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    given = ["--checkpoint", str(checkpoint), "--memory-dtype", "int8"]
+    monkeypatch.setattr(sys, "argv", ["chat.py", *given])
+    with pytest.raises(SystemExit):
+        chat.main()
+    assert "are for an egpt with token_memory" in capsys.readouterr().err

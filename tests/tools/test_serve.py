@@ -65,7 +65,8 @@ def test_what_does_not_fit_the_model_is_refused(
     given = ("--port", 0, "--checkpoint")
     assert "more than the model sees" in error_of(capsys, *given, gpt, "--context", 10**6)
     assert "any length" in error_of(capsys, *given, egpt, "--context", 8)
-    assert "token_memory" in error_of(capsys, *given, egpt, "--memory-tokens", 8)
+    for option in (("--memory-tokens", 8), ("--memory-dtype", "int8")):
+        assert "token_memory" in error_of(capsys, *given, egpt, *option)
     assert "no folder" in error_of(capsys, *given, tmp_path / "none")
 
 

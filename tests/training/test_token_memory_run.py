@@ -18,6 +18,7 @@ from tests.tiny.runs import (
     encoder_config,
     losses,
     pretrain_quietly,
+    records,
     run_config,
     validation_losses,
 )
@@ -81,3 +82,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     distributed(1, _train, corpus, folder, 1, 2)
     assert losses(folder) == losses(alone)
     assert validation_losses(folder) == validation_losses(alone)
+
+
+def test_how_far_the_memory_is_used_is_recorded(alone: Path) -> None:
+    shown = {r["step"]: r for r in records(alone) if "token_memory/share" in r}
+    assert list(shown) == list(validation_losses(alone))
+    assert all(0 < r["token_memory/share"] < 1 < r["token_memory/scale"] for r in shown.values())

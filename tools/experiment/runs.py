@@ -259,7 +259,9 @@ class Experiment:
             limits = MemoryLimits(self.plan.memory_tokens)
             nats = nats_with_memory(loaded, text, dtype, limits, stores)
             measured[CARRIED] = summarize(nats, text, byte_lengths)
-        return {"losses": measured, "gates": list(loaded.model.metrics().values())}
+        metrics = loaded.model.metrics().items()
+        gates = [value for name, value in metrics if name.startswith("memory_gate/")]
+        return {"losses": measured, "gates": gates}
 
     def _stores(self, config: RunConfig, loaded: LoadedModel, text: Text) -> Stores:
         """Stored of the reported part what is of the training text."""

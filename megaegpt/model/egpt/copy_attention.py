@@ -57,8 +57,9 @@ class Keys(NamedTuple):
     keys: Tensor
     """(B, H, J, D); int8: in units of 1 / 127, without a gradient"""
     text: Tensor
-    """(B, J + 2) ids: the token before the first, those of the keys, and the one behind the last.
-    Negative: it is not known; it is the same as no other, and the key that it is behind not seen.
+    """(B, J + 2) ids, int64 or int32: the token before the first, those of the keys, and the one
+    behind the last. Negative: it is not known; it is the same as no other, and the key that it is
+    behind not seen.
     """
 
     @property

@@ -326,13 +326,20 @@ class EGPT(LanguageModel):
 
     def metrics(self) -> dict[str, float]:
         """How far each layer's memory gate is open: the mean of ``|tanh(gate)|`` over its heads, 0
-        to 1.
+        to 1. Of a token memory the mean share of its pointers since the last call, 0 to 1, and the
+        mean of their scales.
         """
         gates = list(self._gates())
         with gathered(gates):
             full = [unshard(gate, spec_of(gate), self.grid) for gate in gates]
             openness = [gate.float().tanh().abs().mean().item() for gate in full]
-        return {f"memory_gate/{layer:02d}": value for layer, value in enumerate(openness)}
+        found = {f"memory_gate/{layer:02d}": value for layer, value in enumerate(openness)}
+        if (memory := self.token_memory) is not None:
+            if (share := memory.mean_share()) is not None:
+                found["token_memory/share"] = share
+            with gathered([memory.log_scale]):
+                found["token_memory/scale"] = memory.scale.mean().item()
+        return found
 
     def flops_per_token(self) -> int:
         config, egpt = self.config, self.config.egpt

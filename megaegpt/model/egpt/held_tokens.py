@@ -77,7 +77,9 @@ class HeldTokens:
         self._module, self.most_chunks = module, limits.most_chunks(module)
         dtype = like.dtype if limits.dtype is None else KEY_TYPES[limits.dtype]
         shape = (batch_size, module.pointers)
-        ids = torch.full((batch_size, size + 2), NOTHING_BEFORE, device=like.device)
+        ids = torch.full(
+            (batch_size, size + 2), NOTHING_BEFORE, dtype=torch.int32, device=like.device
+        )
         self._whole = Keys(like.new_empty(*shape, 0, module.dim, dtype=dtype), ids[:, :2].clone())
         self._means = mean_keys(self._whole.keys, size)
         self._current = Keys(like.new_empty(*shape, size, module.dim), ids)
@@ -151,5 +153,6 @@ class HeldTokens:
         """How much of a row ``num_tokens`` are, for people; None: those held now."""
         tokens = self.num_tokens if num_tokens is None else num_tokens
         keys, text = self._whole
-        each = keys.shape[1] * keys.shape[3] * keys.itemsize + text.itemsize
+        key, chunk = keys.shape[1] * keys.shape[3], self._module.chunk_size
+        each = key * (keys.itemsize + self._means.itemsize / chunk) + text.itemsize
         return f"{tokens:,} tokens in {tokens * each / 2**20:,.1f} MiB"

@@ -91,6 +91,8 @@ class TokenMemory(nn.Module):
             new_parameter((pointers,), grid, mean=mean / _RATE) for mean in _SURENESS
         )
         self.by_match = _constants(_MATCH, pointers, grid)
+        self._share_sum: Tensor | None = None
+        self._calls = 0
 
     def keys(self, states: Tensor) -> Tensor:
         """Encoder states (B, J, C) -> keys (B, H, J, D) of unit length."""
@@ -109,6 +111,20 @@ class TokenMemory(nn.Module):
         """(H,): the factor on cosines."""
         precise = torch.promote_types(self.log_scale.dtype, torch.float32)
         return (_RATE * self.log_scale.to(precise)).exp()
+
+    def note_shares(self, log_shares: Tensor) -> None:
+        """Let :meth:`mean_share` be that of these tokens too, (B, 1 + H, T)."""
+        share = -log_shares[:, 0].detach().expm1().mean()
+        self._share_sum = share if self._share_sum is None else self._share_sum + share
+        self._calls += 1
+
+    def mean_share(self) -> float | None:
+        """Of all pointers together, 0 to 1, over this rank's tokens since the last time that it was
+        asked for, each micro-batch counting the same; None: there were none.
+        """
+        total, calls = self._share_sum, self._calls
+        self._share_sum, self._calls = None, 0
+        return None if total is None else total.item() / calls
 
     def _projected(self, states: Tensor, weight: Tensor) -> Tensor:
         projected = F.linear(self.norm(states), weight).unflatten(-1, (self.pointers, -1))
@@ -139,9 +155,8 @@ class TokenMemory(nn.Module):
 
 def _constants(values: tuple[float, ...], pointers: int, grid: ProcessGrid) -> nn.Parameter:
     """(H, len(values)): the same for all pointers at first."""
-    return new_parameter(
-        (pointers, len(values)), grid, mean=tuple(value / _RATE for value in values)
-    )
+    mean = tuple(value / _RATE for value in values)
+    return new_parameter((pointers, len(values)), grid, mean=mean, vectors=True)
 
 
 def _each(ids: Tensor, pointers: int) -> tuple[Tensor, ...]:
@@ -183,6 +198,7 @@ class MemoryMixture:
         queries, chunks = self._query.queries, self._chunks
         found = point(queries, self._earlier, self._own, scoring, targets, *chunks)
         log_shares = self._module.log_shares(self._query, found)
+        self._module.note_shares(log_shares)
         return log_shares[:, 0], (log_shares[:, 1:].exp() * found.probability).sum(1)
 
     def log_probabilities(self, logits: Tensor, row: int, places: Tensor) -> Tensor:
@@ -229,6 +245,8 @@ def mixed(
     by_key = weights * log_shares[:, 1:].exp().unsqueeze(-1)  # (B, H, T, K)
     by_memory = torch.zeros_like(logits, dtype=by_key.dtype)
     for pointer, tokens in zip(by_key.unbind(1), _each(ids, by_key.shape[1]), strict=True):
-        by_memory.scatter_add_(2, tokens.clamp(min=0).unsqueeze(1).expand_as(pointer), pointer)
+        by_memory.scatter_add_(
+            2, tokens.long().clamp(min=0).unsqueeze(1).expand_as(pointer), pointer
+        )
     by_head = logits.to(by_key.dtype).log_softmax(-1) + log_shares[:, 0].unsqueeze(-1)
     return torch.logaddexp(by_head, by_memory.log())

@@ -43,13 +43,16 @@ class Topology:
     precision: str
     parameter_groups: list[str] = field(default_factory=list)
     """Patterns of ``optimizer.groups``, in their order."""
+    vectors: list[str] = field(default_factory=list)
+    """Parameters of several rows that are grouped as vectors; earlier versions had none."""
 
     def __str__(self) -> str:
         groups = f", parameter groups {' '.join(self.parameter_groups)}"
+        vectors = f", without decay {' '.join(self.vectors)}"
         return (
             f"tensor parallel {self.tensor_parallel} x data parallel {self.data_parallel}, "
             f"ZeRO stage {self.zero_stage}, {self.precision}"
-            f"{groups if self.parameter_groups else ''}"
+            f"{groups if self.parameter_groups else ''}{vectors if self.vectors else ''}"
         )
 
 

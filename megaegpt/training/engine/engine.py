@@ -29,7 +29,7 @@ from megaegpt.data.tokens.batch import Batch
 from megaegpt.labels import IGNORE
 from megaegpt.model.head import OutputHead
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
-from megaegpt.parallel.params import ParamSpec, spec_of
+from megaegpt.parallel.params import ParamSpec, marked_vectors, spec_of
 from megaegpt.parallel.rng import seed_micro_step
 from megaegpt.parallel.together import raising_together
 from megaegpt.precision import DTYPES, resolve_precision
@@ -127,6 +127,7 @@ class Engine:
             stage,
             self.precision,
             [group.match for group in config.optimizer.groups],
+            marked_vectors(model),
         )
         self._config = config
         self._loss_scale_was_minimal = False

@@ -13,6 +13,7 @@ from megaegpt.config.parameter_groups import ParameterGroup, assign_groups
 from megaegpt.config.training import OptimizerConfig
 from megaegpt.model.parts import matrices_of
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.params import is_vector, marked_vectors
 from megaegpt.training.engine.muon import Muon
 
 LR_SCALE = "lr_scale"
@@ -23,8 +24,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     """The trainable parameters in groups of one learning rate and weight decay.
 
     Of each entry of ``optimizer.groups``, and of the parameters that none of them matches, there
-    are up to three: Muon's matrices, other matrices and embeddings, and vectors (biases, norms),
-    which decay only if their entry says so. Groups of Muon and of entries have the names of their
+    are up to three: Muon's matrices, other matrices and embeddings, and vectors (biases, norms,
+    what a token memory adds to scores and gates), which decay only if their entry says so. Groups
+    of Muon and of entries, and those of models with rows of vectors, have the names of their
     parameters, from which a checkpoint of ZeRO stage 0 is read at another topology.
 
     Raises:
@@ -33,12 +35,13 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = matrices_of(model) if config.kind == "muon" else {}
     entries = [*config.groups, ParameterGroup()]
+    named = config.kind == "muon" or bool(config.groups or marked_vectors(model))
     groups = []
     for entry, names in zip(entries, assign_groups([*trainable], config.groups), strict=True):
         own = entry.weight_decay
         decay, of_vectors = (config.weight_decay, 0.0) if own is None else (own, own)
-        tables = [n for n in names if n not in matrices and trainable[n].dim() >= 2]
-        vectors = [n for n in names if n not in matrices and trainable[n].dim() < 2]
+        tables = [n for n in names if n not in matrices and not is_vector(trainable[n])]
+        vectors = [n for n in names if n not in matrices and is_vector(trainable[n])]
         for chosen, muon, weight_decay in (
             ([n for n in names if n in matrices], True, decay),
             (tables, False, decay),
@@ -49,9 +52,11 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
             params = [trainable[name] for name in chosen]
             group: dict[str, Any] = {"params": params, "weight_decay": weight_decay}
             if config.kind == "muon":
-                group |= {"muon": muon, "names": chosen}
+                group["muon"] = muon
             if config.groups:
-                group |= {LR_SCALE: entry.lr_scale, "names": chosen}
+                group[LR_SCALE] = entry.lr_scale
+            if named:
+                group["names"] = chosen
             groups.append(group)
     return groups
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -181,13 +182,15 @@ def _nats(p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -p[real].gather(1, targets[real].unsqueeze(1)).log().squeeze(1)
 
 
-@pytest.mark.parametrize("listed", [True, False], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("same", ["listed", "listed where few", "masked"])
 @pytest.mark.parametrize(("rows", "most"), [(1 << 22, None), (70, None), (1, 1)])
-def test_loss_and_gradients_are_those_of_the_definition(rows, most, listed, monkeypatch):
+def test_loss_and_gradients_are_those_of_the_definition(rows, most, same, monkeypatch):
     monkeypatch.setitem(copy_attention.SCORES_AT_ONCE, "cpu", rows)
     monkeypatch.setattr(copy_attention, "SPAN", 4)
-    if not listed:
+    if same == "masked":
         monkeypatch.setattr(same_ids, "AS_PLACES", set())
+    else:  # about a quarter of all pairs are the same
+        monkeypatch.setattr(same_ids, "MOST_LISTED", 1.0 if same == "listed" else 0.25)
     model, batch = _model(changed(memory_chunks=most)), _batch()
     loss = model(**batch)
     grads = torch.autograd.grad(loss, list(model.parameters()))
@@ -280,9 +283,13 @@ def test_a_token_changes_nothing_that_is_predicted_up_to_it():
     assert not torch.isclose(before[:, place], after[:, place]).any()
 
 
+@pytest.mark.parametrize("most_listed", [1.0, 0.0])
 @pytest.mark.parametrize(("dtype", "most"), [(None, None), ("int8", None), (None, 2)])
 @torch.no_grad()
-def test_token_by_token_the_memory_says_what_it_does_to_a_window(dtype, most):
+def test_token_by_token_the_memory_says_what_it_does_to_a_window(
+    dtype, most, most_listed, monkeypatch
+):
+    monkeypatch.setattr(same_ids, "MOST_LISTED", most_listed)
     model, batch = _model(changed(memory_chunks=most)), _batch()
     batch["text"][:, 0] = torch.tensor([3, 1])  # the window is not the start of its text
     expected = naive_probabilities(model, batch)
@@ -299,7 +306,7 @@ def test_token_by_token_the_memory_says_what_it_does_to_a_window(dtype, most):
         held.finish_chunk()
     assert worst < 1e-12 if dtype is None else 1e-6 < worst < 0.02
     assert held.num_tokens == (N - 1) * S
-    assert torch.equal(held.earlier.text[:, :-1], batch["text"][:, S:])
+    assert torch.equal(held.earlier.text[:, :-1], batch["text"][:, S:].int())
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
@@ -397,3 +404,44 @@ def test_in_bf16_the_memory_costs_what_it_does_in_fp32():
     exact, rounded = losses
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=5e-3)
+
+
+@pytest.mark.parametrize("queries", [2, 16])  # compared with all keys, looked up among them
+@pytest.mark.parametrize("over", [0, 1])
+def test_ids_that_come_again_too_often_are_not_listed(queries, over):
+    keys, pointers = 512, 2
+    repeated = int(keys * same_ids.MOST_LISTED) + over
+    ids = torch.arange(1, 1 + keys)
+    ids[torch.randperm(keys, generator=torch.Generator().manual_seed(0))[:repeated]] = 0
+    key_ids = same_ids.KeyIds(ids.view(1, 1, -1), same_ids.SortedIds.of(ids.unsqueeze(0)))
+    wanted = torch.zeros(1, 1, queries, dtype=torch.long)
+    found = key_ids.having(wanted, (1, pointers, queries, keys))
+    assert isinstance(found, same_ids.FoundMask if over else same_ids.FoundPlaces)
+    values = torch.rand(1, pointers, queries, keys, dtype=torch.float64)
+    torch.testing.assert_close(found.sums(values), values[..., ids == 0].sum(-1))
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("fp16", 132.25), ("int8", 68.25)])
+def test_a_held_token_is_a_key_an_id_and_a_share_of_its_chunks_mean(dtype, bytes_each):
+    egpt = replace(CONFIG.egpt, chunk_size=1024, memory_dim=64, memory_pointers=1)
+    memory = build_model(replace(CONFIG, egpt=egpt), ProcessGrid()).token_memory
+    held = HeldTokens(memory, 1, torch.zeros(1), MemoryLimits(dtype=dtype))
+    assert held.size(2**20) == f"1,048,576 tokens in {bytes_each:.1f} MiB"
+    held.append(torch.randn(1, 1024, C), torch.randint(VOCAB, (1, 1024)))
+    held.finish_chunk()
+    assert held.earlier.keys.itemsize * 64 + held.earlier.text.itemsize == int(bytes_each)
+
+
+def test_the_share_of_tokens_since_it_was_asked_for_and_the_scale_are_told():
+    model, batch = _model(), _batch()
+    model(**batch)
+    model(**batch)
+    found = model.metrics()
+    again = {name: value for name, value in batch.items() if name != "targets"}
+    log_keep, _ = model.predictions(**again).mixture.of(batch["targets"].flatten(1))
+    share = 1 - log_keep.exp().mean().item()
+    assert found == pytest.approx(
+        {"token_memory/share": share, "token_memory/scale": math.exp(1.5)}
+    )
+    model.metrics()
+    assert list(model.metrics()) == ["token_memory/scale"]  # nothing was predicted since

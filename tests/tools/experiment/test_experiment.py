@@ -22,7 +22,7 @@ from megaegpt.files import locked_folder
 from megaegpt.training.stopping import StopRequests
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import StopAfter
-from tools.experiment.plan import ExperimentPlan, load_plan
+from tools.experiment.plan import ExperimentPlan, load_plan, merged
 from tools.experiment.plots import write_plots
 from tools.experiment.report import collect, insert, markdown
 from tools.experiment.runs import RESULT, Experiment, StoppedError, best_step, read_metrics
@@ -181,6 +181,58 @@ def test_the_tables_replace_what_was_between_the_marks_of_a_page(report):
     assert insert(once, report, "smoke") == once
     with pytest.raises(DataError, match="lacks the lines <!-- experiment other -->"):
         insert(page, report, "other")
+
+
+def _measure_stored_and_computed(output: Path) -> dict[str, Any]:
+    """A memory that alone learns, as in ``smollm2.yaml``, read from stores and computed."""
+    plan = smoke(output)
+    rotary = {"model": {"positions": "rotary"}}
+    frozen = ["layers:0-1", "norm", "head", "input_mlp", "embeddings", "sink"]
+    variant = {
+        "model": {
+            "kind": "egpt",
+            "bias": True,
+            "positions": "rotary",
+            "encoder": {"layers": 2, "initialize_decoder": True},
+            "egpt": {
+                "local_attention": True,
+                "attention_sink": True,
+                "memory_gate": True,
+                "adapter_residual": True,
+                "token_memory": True,
+                "memory_dim": 8,
+                "memory_chunks": 2,
+            },
+        },
+        "training": {"freeze": frozen},
+    }
+    kept = {"token_features": "stored", "predictions": "stored", "feature_dtype": "float32"}
+    plan = dataclasses.replace(
+        plan,
+        corpora={"bible": plan.corpora["bible"]},
+        seeds=1,
+        baseline="computed",
+        controls={},
+        budgets=("steps",),
+        readings={},
+        encoder=dataclasses.replace(plan.encoder, run=merged(plan.encoder.run, rotary)),
+        variants={"computed": variant, "stored": {"base": "computed", "data": kept}},
+    )
+    _run(plan)
+    return collect(plan)
+
+
+@pytest.mark.long
+def test_losses_of_a_frozen_decoder_are_those_of_what_is_stored(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    report = distributed(1, _measure_stored_and_computed, tmp_path)[0]
+    steps = report["corpora"]["bible"]["steps"]
+    computed, stored = (steps[name]["losses"] for name in ("computed", "stored"))
+    assert list(stored) == ["true", "shuffled", "zero", "document"]
+    for kind, losses in stored.items():
+        assert losses["mean"] == pytest.approx(computed[kind]["mean"], rel=1e-5), kind
+    assert {p.name for p in (tmp_path / "data/bible").rglob("*report*")}
 
 
 def test_a_time_limit_for_a_report_alone_is_refused(

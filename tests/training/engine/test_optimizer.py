@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megaegpt.config import LoRAConfig, ModelConfig, OptimizerConfig
+from dataclasses import replace
+
+from megaegpt.config import EGPTConfig, LoRAConfig, ModelConfig, OptimizerConfig
 from megaegpt.config.parameter_groups import ParameterGroup
 from megaegpt.model.adapters import add_adapters
 from megaegpt.model.build import build_model
@@ -28,3 +30,15 @@ def test_without_entries_groups_are_as_they_always_were() -> None:
     """Their keys are in checkpoints."""
     groups = parameter_groups(build_model(GPT, ProcessGrid()), OptimizerConfig())
     assert [set(group) for group in groups] == [{"params", "weight_decay"}] * 2
+
+
+def test_a_token_memorys_numbers_do_not_decay_and_its_projections_do() -> None:
+    """One pointer's or several, by whatever shape they have."""
+    egpt = EGPTConfig(num_chunks=3, chunk_size=8, token_memory=True, memory_dim=4)
+    model = build_model(replace(GPT, kind="egpt", egpt=egpt), ProcessGrid())
+    decayed, free = parameter_groups(model, OptimizerConfig())
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    names = {name for name, _ in model.token_memory.named_parameters()}
+    found = {n.removeprefix("token_memory.") for n in decayed["names"] if "token_memory" in n}
+    assert found == {"query", "key", "gate"}
+    assert {f"token_memory.{name}" for name in names - found} <= {*free["names"]}
