@@ -15,7 +15,7 @@ from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.deepspeed_config import deepspeed_config
 from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.planning.memory_trace import MicroStep, trace_micro_step
-from megaegpt.planning.muon import MuonShare, share_of_muon
+from megaegpt.planning.muon_share import MuonShare, share_of_muon
 from megaegpt.precision import DTYPES, Precision
 
 _REDUCED_AT_ONCE = 500_000_000

@@ -24,7 +24,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import LOGITS_AT_ONCE, ROWS_AT_ONCE, fused_rows
 from megaegpt.planning.allocations import TensorMeter
 from megaegpt.planning.lone_rank import LoneRank
-from megaegpt.planning.muon import Matrix
+from megaegpt.planning.muon_share import Matrix
 from megaegpt.precision import DTYPES, Precision
 
 _LARGE_GPU = 16 * LOGITS_AT_ONCE

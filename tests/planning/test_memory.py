@@ -26,7 +26,7 @@ from megaegpt.model.parts import matrices_of
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.allocations import TensorMeter
 from megaegpt.planning.memory import estimate_memory
-from megaegpt.planning.muon import Matrix, share_of_muon
+from megaegpt.planning.muon_share import Matrix, share_of_muon
 from megaegpt.planning.rank_check import as_rank
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.engine.muon import Muon, Piece
