@@ -215,12 +215,16 @@ def describe(plan: Plan, simulated: Simulation | None, efficiency: float) -> Ite
     if plan.micro_batch is not None:
         yield f"{'batch':<11}{plan.micro_batch}"
     sent = plan.communication
+    matrices = (
+        f", Muon's matrices {_gb(sent.gathered_matrices)} gathered and {_gb(sent.cut_matrices)} "
+        "exchanged"
+    )
     yield (
         f"{'traffic':<11}a rank's collectives a step: gradients "
         f"{_gb(sent.gradients + sent.scattered)}, weights "
         f"{_gb(sent.weights)}, tensor-parallel {_gb(sent.tensor_parallel)}, sequence-parallel "
         f"{_gb(sent.sequence_parallel)} (half as much is sent of them), context-parallel "
-        f"{_gb(sent.context_parallel)}"
+        f"{_gb(sent.context_parallel)}{matrices if plan.muon else ''}"
     )
     times = _estimated(plan, efficiency) if simulated is None else _simulated(plan, simulated)
     for title, line in zip(itertools.chain(["time"], itertools.repeat("")), times, strict=False):
@@ -262,6 +266,7 @@ def _estimated(plan: Plan, efficiency: float) -> Iterator[str]:
         f"about {time.total:.3g} s a step at {efficiency:.0%} of the peak: compute "
         f"{time.compute:.3g}, gradients {time.gradients:.3g}, weights {time.weights:.3g}, "
         f"tensor-parallel {time.tensor_parallel:.3g}, context-parallel {time.context_parallel:.3g}"
+        + (f", Muon's matrices {time.matrices:.3g}" if plan.muon else "")
     )
     yield f"{short_count(plan.tokens_per_second)} tokens/s, {whole} for the run"
 

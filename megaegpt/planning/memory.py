@@ -15,6 +15,7 @@ from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.deepspeed_config import deepspeed_config
 from megaegpt.config.parallel import effective_zero_stage
 from megaegpt.planning.memory_trace import MicroStep, trace_micro_step
+from megaegpt.planning.muon_share import MuonShare, share_of_muon
 from megaegpt.precision import DTYPES, Precision
 
 _REDUCED_AT_ONCE = 500_000_000
@@ -145,9 +146,12 @@ class _Zero:
         if self.stage == 3:
             return self._stage_3(n, item)
         shared = 1 if self.stage == 0 else self.replicas
-        muon = sum(self.passed.muon) if self.config.optimizer.kind == "muon" else 0
-        states = ((8 if self.stage == 0 else 12) * n - 4 * muon) // shared  # Muon has one moment
-        base = MemoryEstimate(weights=item * n, optimizer=states, frozen=self.passed.frozen)
+        muon = share_of_muon(self.config, self.dp_size, self.precision, self.passed.muon)
+        states = (8 if self.stage == 0 else 12) * n
+        states -= 4 * muon.parameters if muon else 0  # which has one moment
+        base = MemoryEstimate(
+            weights=item * n, optimizer=states // shared, frozen=self.passed.frozen
+        )
         moments = self._before_the_update(base, n, item)
         if muon:
             moments.append(self._muon_update(base, n, muon, shared))
@@ -165,15 +169,13 @@ class _Zero:
             dataclasses.replace(base, gradients=gradients + item * n, buffers=(4 + item) * once),
         ]
 
-    def _muon_update(self, base: MemoryEstimate, n: int, muon: int, shared: int) -> MemoryEstimate:
-        """Directions and updates of a partition, or of a matrix where there are none; and while
-        one is iterated on, itself and two more whole, and two squares of its shorter side.
-        """
-        largest = max(self.passed.muon)
-        flat = largest if self.stage == 0 else muon // shared
-        whole = largest * self.config.parallel.tensor_parallel_size
+    def _muon_update(
+        self, base: MemoryEstimate, n: int, muon: MuonShare, shared: int
+    ) -> MemoryEstimate:
+        """Where there are partitions, with the directions of one."""
+        flat = 0 if self.stage == 0 else 4 * muon.parameters // shared
         gradients = 4 * n if self.stage == 0 else 8 * n // shared  # and flat once more
-        return dataclasses.replace(base, gradients=gradients, buffers=4 * (2 * flat + 5 * whole))
+        return dataclasses.replace(base, gradients=gradients, buffers=flat + muon.working)
 
     def _unpartitioned_fp32(self, base: MemoryEstimate, n: int) -> list[MemoryEstimate]:
         accumulated = 4 * n if self.several else 0

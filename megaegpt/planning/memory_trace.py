@@ -24,6 +24,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import LOGITS_AT_ONCE, ROWS_AT_ONCE, fused_rows
 from megaegpt.planning.allocations import TensorMeter
 from megaegpt.planning.lone_rank import LoneRank
+from megaegpt.planning.muon_share import Matrix
 from megaegpt.precision import DTYPES, Precision
 
 _LARGE_GPU = 16 * LOGITS_AT_ONCE
@@ -37,8 +38,8 @@ class MicroStep:
     parameters: int
     """This rank's trainable ones, in elements."""
     largest_parameter: int
-    muon: tuple[int, ...]
-    """Of those, the elements of each matrix that Muon would step."""
+    muon: tuple[Matrix, ...]
+    """Those that Muon would step."""
     frozen: int
     """Weights of the encoder and of frozen parts."""
     frozen_parts: int
@@ -106,7 +107,7 @@ def trace_micro_step(
         peak = meter.peak - before
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     frozen_bytes = sum(map(_frozen_bytes, rank.models))
-    muon = tuple(matrix.numel() for matrix in matrices_of(model).values())
+    muon = tuple(map(Matrix.of, matrices_of(model).values()))
     return MicroStep(
         parameters=sum(sizes),
         largest_parameter=max(sizes),

@@ -24,6 +24,7 @@ from megaegpt.planning.micro_batch import (
     largest_that_fits,
     with_micro_batch,
 )
+from megaegpt.planning.muon_share import MuonShare, operations, share_of_muon
 from megaegpt.planning.summary import ModelSize, measure_model
 from megaegpt.precision import DTYPES, Precision
 
@@ -83,6 +84,11 @@ class Communication:
     """The same where each rank has the sum for its parts only, as at ZeRO stage 3."""
     weights: int
     """Gathered from the replicas that have updated them; at ZeRO stage 3, for every pass."""
+    gathered_matrices: int = 0
+    """Under Muon, those that a rank steps, gathered from the ranks that share a model."""
+    cut_matrices: int = 0
+    """The same, of those that borders of partitions cut, exchanged between the replicas that have
+    pieces of them."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class StepTime:
     context_parallel: float
     gradients: float
     weights: float
+    matrices: float = 0.0
+    """Muon's, gathered and exchanged."""
 
     @property
     def total(self) -> float:
@@ -115,6 +123,8 @@ class Plan:
     """None where the speed of the computation is not known, or a CPU has a part in it."""
     micro_batch: MicroBatchChoice | None = None
     """Where the configuration has ``auto``."""
+    muon: MuonShare | None = None
+    """None under AdamW."""
 
     @property
     def dp_size(self) -> int:
@@ -172,15 +182,17 @@ def make_plan(
     size = measure_model(config, encoder)
     step = trace_rank(config, dp_size, precision, encoder, accelerator.device_type)
     communication = count_communication(config, dp_size, precision, step)
+    muon = share_of_muon(config, dp_size, precision, step.muon)
     memory = peak_of_step(config, dp_size, precision, step)
     peak = flops or accelerator.peak_flops(precision)
     tokens = config.training.global_batch_size * config.model.sample_len
     work = size.flops_per_token * tokens / machines.gpus
     work *= _RECOMPUTED_WORK[config.training.activation_checkpointing]
+    work += sum(map(operations, muon.matrices)) if muon else 0
     known = peak is not None and config.parallel.offload == "none"
     seconds = work / (peak * efficiency) if peak else 0.0
     time = _step_time(config, machines, communication, seconds) if known else None
-    return Plan(config, machines, precision, size, memory, communication, time, choice)
+    return Plan(config, machines, precision, size, memory, communication, time, choice, muon)
 
 
 def _limit(accelerator: Accelerator) -> MemoryLimit:
@@ -211,6 +223,7 @@ def count_communication(
         stays = whole <= most_whole(config) * DTYPES[precision].itemsize
         again = 3 if config.training.activation_checkpointing == "full" else 2
         weights = whole * micro_steps * (1 if stays else again)
+    muon = share_of_muon(config, dp_size, precision, step.muon)
     return Communication(
         tensor_parallel=step.summed * micro_steps,
         sequence_parallel=step.cut * micro_steps,
@@ -218,6 +231,8 @@ def count_communication(
         gradients=gradients if replicas > 1 else 0,
         scattered=scattered if replicas > 1 else 0,
         weights=weights if stage > 0 and replicas > 1 else 0,
+        gathered_matrices=muon.gathered if muon else 0,
+        cut_matrices=muon.exchanged if muon else 0,
     )
 
 
@@ -225,13 +240,15 @@ def _step_time(
     config: RunConfig, machines: Machines, communication: Communication, compute: float
 ) -> StepTime:
     """Rings at the data sheets' speed: a sum sends every byte 2 (p - 1) / p times, a gathering or
-    scattering half as often.
+    scattering half as often. Pieces of matrices go by a GPU's own way to the network.
     """
     tp = config.parallel.tensor_parallel_size
     cp = config.parallel.context_parallel_size
     replicas = machines.gpus // tp
     within = 2 * communication.tensor_parallel + communication.sequence_parallel
     inside, across = machines.bandwidth(tp), machines.bandwidth(replicas, stride=tp)
+    accelerator, in_one = machines.accelerator, machines.gpus <= machines.per_node
+    directly = accelerator.node_bandwidth if in_one else accelerator.network_bandwidth
     return StepTime(
         compute=compute,
         tensor_parallel=(tp - 1) / tp * within / inside,
@@ -244,6 +261,8 @@ def _step_time(
         * (2 * communication.gradients + communication.scattered)
         / across,
         weights=(replicas - 1) / replicas * communication.weights / across,
+        matrices=(tp - 1) / tp * communication.gathered_matrices / inside
+        + communication.cut_matrices / directly,
     )
 
 

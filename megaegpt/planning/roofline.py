@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from megaegpt.config import ModelConfig, RunConfig, TrainingConfig
 from megaegpt.errors import ConfigError
 from megaegpt.planning.memory_trace import trace_micro_step
+from megaegpt.planning.muon_share import Matrix
 from megaegpt.planning.plan import Plan
 from megaegpt.precision import DTYPES
 
@@ -62,6 +63,15 @@ _TOUCHES_FEW = {"embedding", "gather", "index", "scatter_add_"}
 BYTES_OF_ADAMW = 36
 """Of a parameter in a rank's share of the optimizer: weight and both moments read and written in
 fp32 (24), gradient read for the norm and the update (8), and the weight rounded (4)."""
+
+BYTES_OF_MUON = 52
+"""Of a parameter in a rank's share, beside the iterations: weight decayed and stepped by an update
+(20), moment read and written and read for the direction (12), gradient read for the norm, the
+moment and the direction (12), direction written (4), and the weight rounded (4)."""
+
+_BYTES_AN_ELEMENT = 26
+"""Of a matrix that is iterated on, beside products: made bf16 (6), its norm (2), division by it
+(4), made fp32 again (6), and scaled (8)."""
 
 
 @dataclass
@@ -356,7 +366,7 @@ def make_roofline(plan: Plan, encoder: ModelConfig | None = None) -> Roofline:
         if "own products" in fused
         else None,
         outside,
-        update_bytes(plan) / rates.bytes,
+        update_seconds(plan, rates),
     )
 
 
@@ -389,14 +399,44 @@ def _trace(
     return counter.costs
 
 
+def update_seconds(plan: Plan, rates: Rates) -> float:
+    """Of a step's update on a rank, and of the gradients' way to it."""
+    matrices = plan.muon.matrices if plan.muon else ()
+    iterations = sum(iteration_cost(matrix, rates).seconds for matrix in matrices)
+    moved = sum(_BYTES_AN_ELEMENT * matrix.whole for matrix in matrices)
+    return (update_bytes(plan) + moved) / rates.bytes + iterations
+
+
+def iteration_cost(matrix: Matrix, rates: Rates) -> Cost:
+    """Of the products of Muon's five iterations in bf16, as GPUs have it."""
+    r, c = sorted((matrix.rows, matrix.columns))
+    products = (  # operations, terms of a sum, elements read and written
+        (2 * r * r * c, c, 2 * r * c + r * r),
+        (2 * r**3, r, 4 * r * r),
+        (2 * r * r * c, r, 3 * r * c + r * r),
+    )
+    cost = Cost()
+    for flops, depth, elements in 5 * products:
+        size = torch.bfloat16.itemsize * elements
+        cost.kernels += 1
+        cost.flops += flops
+        cost.bytes += size
+        cost.seconds += max(flops / rates.product(depth), size / rates.bytes, SHORTEST)
+    return cost
+
+
 def update_bytes(plan: Plan) -> float:
-    """A rank's, in a step: AdamW over its share, and gradients copied and added up on the way."""
+    """A rank's, in a step: AdamW or Muon over its share, beside Muon's iterations, and gradients
+    copied and added up on the way.
+    """
     tp = plan.config.parallel.tensor_parallel_size
     parameters = plan.size.parameters / tp
     item = DTYPES[plan.precision].itemsize
     copied = 2 * item + (item + 8) / plan.replicas  # to the bucket, and from there to the fp32 sum
     micro_steps = plan.config.gradient_accumulation(plan.dp_size)
-    return parameters * (BYTES_OF_ADAMW / plan.replicas + copied * micro_steps)
+    muons = plan.muon.parameters if plan.muon else 0
+    updated = (parameters - muons) * BYTES_OF_ADAMW + muons * BYTES_OF_MUON
+    return updated / plan.replicas + parameters * copied * micro_steps
 
 
 def describe_roofline(roofline: Roofline) -> list[tuple[str, ...]]:
@@ -420,7 +460,8 @@ def describe_roofline(roofline: Roofline) -> list[tuple[str, ...]]:
         moved, kernels = f"{fused.rest.bytes * steps / 1e9:.1f}", str(fused.rest.kernels * steps)
         name = "blocks' norms and elementwise, their own operators"
         rows.append((name, _ms(fused.rest.seconds * steps), kernels, moved))
-    rows.append(("optimizer", _ms(roofline.optimizer), "", ""))
+    name = "Muon" if roofline.plan.muon else "AdamW"
+    rows.append((f"optimizer, {name}", _ms(roofline.optimizer), "", ""))
     rows.append(("communication, if nothing hides it", _ms(roofline.communication), "", ""))
     return rows
 

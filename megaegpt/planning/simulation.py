@@ -23,13 +23,14 @@ from megaegpt.planning.memory_trace import MicroStep, trace_micro_step
 from megaegpt.planning.plan import Machines, Plan, StepTime
 from megaegpt.planning.roofline import (
     BYTES_OF_ADAMW,
+    BYTES_OF_MUON,
     REACHED_BANDWIDTH,
     SHORTEST,
     Cost,
     OperatorCosts,
     Rates,
     compiled_share,
-    update_bytes,
+    update_seconds,
 )
 from megaegpt.precision import Precision
 
@@ -173,7 +174,7 @@ def simulate(
     assert plan.time is not None  # the peak is known
     micro_steps = plan.config.gradient_accumulation(plan.dp_size)
     sent = _communicate(plan, plan.time, compute, program)
-    update = update_bytes(plan) / rates.bytes
+    update = update_seconds(plan, rates)
     return Simulation(plan, compute, micro_steps, update, sent, program)
 
 
@@ -307,7 +308,18 @@ def _hops(plan: Plan, program: Program) -> dict[str, float]:
         "tensor_parallel": sums * sum_hops(machines, tp),
         "gradients": program.pieces * sum_hops(machines, replicas, tp),
         "weights": program.pieces * ring_hops(machines, replicas, tp),
+        "matrices": _matrix_hops(plan),
     }
+
+
+def _matrix_hops(plan: Plan) -> float:
+    """Of Muon's: a gathering for each matrix, and one exchange for all that are cut."""
+    machines, tp = plan.machines, plan.config.parallel.tensor_parallel_size
+    gathered = [m for m in plan.muon.matrices if m.is_sliced] if plan.muon else []
+    exchange = NVLINK_HOP if machines.gpus <= machines.per_node else NETWORK_HOP
+    return len(gathered) * ring_hops(machines, tp) + exchange * (
+        plan.communication.cut_matrices > 0
+    )
 
 
 def ring_hops(machines: Machines, ranks: int, stride: int = 1) -> float:
@@ -339,7 +351,7 @@ def describe_simulation(simulation: Simulation) -> list[str]:
         f"attention {compute.attention * steps:.3g}",
         f"head {compute.head * steps:.3g}",
         f"other operators {compute.rest * steps:.3g}",
-        f"optimizer {simulation.update:.3g}",
+        f"{'Muon' if simulation.plan.muon else 'AdamW'} {simulation.update:.3g}",
     ]
     kinds = [
         f"{name.replace('_', '-')} {kind.exposed:.3g} of {kind.seconds:.3g}"
@@ -409,7 +421,12 @@ def assumptions(simulation: Simulation) -> list[tuple[str, str, str]]:
             f"{1 - program.hides_tensor_parallel:.0%} exposed",
             "assumption",
         ),
-        ("optimizer", f"{BYTES_OF_ADAMW} bytes a parameter of a rank's share", "AdamW in fp32"),
+        (
+            "AdamW",
+            f"{BYTES_OF_ADAMW} bytes a parameter of a rank's share, in fp32",
+            "its operators",
+        ),
+        *_assumed_of_muon(plan),
         ("pipeline parallelism", "none", "this project has none"),
         (
             "data, evaluation, checkpoints, logs, stragglers",
@@ -417,3 +434,13 @@ def assumptions(simulation: Simulation) -> list[tuple[str, str, str]]:
             "assumption",
         ),
     ]
+
+
+def _assumed_of_muon(plan: Plan) -> list[tuple[str, str, str]]:
+    if plan.muon is None:
+        return []
+    steps = (
+        f"{BYTES_OF_MUON} bytes a parameter of a rank's share, in fp32, and iterations in bf16 on "
+        f"{len(plan.muon.matrices)} matrices, of the rank with most to do"
+    )
+    return [("Muon", steps, "its operators")]

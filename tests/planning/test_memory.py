@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megaegpt.config import (
     EGPTConfig,
@@ -21,10 +22,14 @@ from megaegpt.config import (
 )
 from megaegpt.config.run import RunConfig
 from megaegpt.model.build import build_inputs, build_model, meta_model
+from megaegpt.model.parts import matrices_of
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.allocations import TensorMeter
 from megaegpt.planning.memory import estimate_memory
+from megaegpt.planning.muon_share import Matrix, share_of_muon
+from megaegpt.planning.rank_check import as_rank
 from megaegpt.training.engine.engine import Engine
+from megaegpt.training.engine.muon import Muon, Piece
 from tests.distributed.harness import Distributed, grid_for
 
 LOW, HIGH = 0.95, 1.15
@@ -186,6 +191,58 @@ def test_estimate_is_what_context_parallel_ranks_take(distributed: Distributed) 
         run_config(1, 2, "fp32", cp=2, num_heads=6, num_kv_heads=3, head_dim=16, **long),
     ]
     assert_estimates(configs, 1, *distributed(2, measure, configs))
+
+
+def _pieces(sizes: list[int], ranks: int) -> list[list[Piece | None]]:
+    """By rank, of matrices that lie one behind the other."""
+    part, by_rank = sum(sizes) // ranks, []
+    for rank in range(ranks):
+        pieces: list[Piece | None] = []
+        start = -rank * part  # of a matrix in the partition
+        for size in sizes:
+            first, end = max(start, 0), min(start + size, part)
+            pieces.append(Piece(first - start, first, end - first) if first < end else None)
+            start += size
+        by_rank.append(pieces)
+    return by_rank
+
+
+def _peaks_of_muon(model: ModelConfig, ranks: range, of: int) -> list[int]:
+    """Most bytes of tensors that a rank's second update adds; no other rank is there."""
+    peaks = []
+    with as_rank(0, of):
+        matrices = matrices_of(build_model(model, ProcessGrid()))
+        pieces = _pieces([p.numel() for p in matrices.values()], of)
+        for rank in ranks:
+            grid = ProcessGrid(dp_rank=rank, dp_size=of, replica_group=dist.group.WORLD)
+            group = {"params": [*matrices.values()], "names": [*matrices], "muon": True}
+            optimizer = Muon([group], grid=grid, momentum=0.95)
+            optimizer.follow_partition(pieces)
+            with TensorMeter() as meter:
+                partition = torch.ones(sum(piece.size for piece in pieces[rank] if piece))
+                partition.grad = torch.ones_like(partition)
+                optimizer.param_groups[0]["params"] = [partition]
+                optimizer.step()
+                before = meter.live
+                meter.reset_peak()
+                optimizer.step()
+            peaks.append(meter.peak - before)
+    return peaks
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_muon_on_many_ranks_holds_few_matrices_and_the_estimate_says_how_many(mlp: str) -> None:
+    """The ranks of a whole block, of 64 that all have a part of a matrix, or of two."""
+    config = run_config(
+        64, 1, "fp32", micro_batch=1, optimizer="muon", mlp=mlp, num_layers=4, vocab_size=500
+    )
+    peaks = _peaks_of_muon(config.model, range(16), 64)
+    matrices = [*map(Matrix.of, matrices_of(meta_model(config.model)).values())]
+    share = share_of_muon(config, 64, "fp32", matrices)
+    assert share is not None
+    directions = 4 * share.parameters // 64
+    assert 1 <= (directions + share.working) / max(peaks) < 1.02
+    assert max(peaks) < 4 * share.parameters / 2  # half of them all
 
 
 _RESIDENT = """

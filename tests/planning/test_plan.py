@@ -49,7 +49,9 @@ class Traffic(TorchDispatchMode):
             tensors = [x for x in tree_leaves(args[0]) if x.is_floating_point()]
             if "allreduce" in name:
                 self.summed += [_size(x) for x in tensors]
-            elif "reduce_scatter" in name or "alltoall" in name or "all_to_all" in name:
+            elif "alltoall" in name or "all_to_all" in name:
+                self.gathered += max(_size(args[0]), _size(args[1]))
+            elif "reduce_scatter" in name:
                 self.gathered += _size(args[1])
             elif "gather" in name:
                 self.gathered += sum(_size(x) for x in tensors)
@@ -91,6 +93,7 @@ def predict(config: RunConfig, ranks: int) -> tuple[int, int]:
     step = trace_rank(config, dp, precision, device_type="cpu")  # type: ignore[arg-type]
     sent = count_communication(config, dp, precision, step)  # type: ignore[arg-type]
     in_parts = sent.weights + sent.scattered + sent.sequence_parallel + sent.context_parallel
+    in_parts += sent.gathered_matrices + sent.cut_matrices
     return sent.tensor_parallel + sent.gradients, in_parts
 
 
@@ -123,6 +126,20 @@ def test_data_parallel_traffic_is_what_training_sends(distributed: Distributed) 
     )
     predicted = [predict(config, 2) for config in configs]
     assert distributed(2, measure, configs) == [predicted] * 2
+
+
+def _muon(tp: int, stage: int, precision: str = "fp32") -> RunConfig:
+    config = _run(tp, precision, stage, num_layers=1)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind="muon"))
+
+
+def test_muons_traffic_is_what_training_sends(distributed: Distributed) -> None:
+    """Of the rank that sends most, where partitions cut matrices."""
+    configs = [_muon(1, 1, "bf16"), _muon(1, 2), _muon(2, 1)]
+    predicted = [predict(config, 2) for config in configs]
+    by_rank = distributed(2, measure, configs)
+    for expected, *found in zip(predicted, *by_rank, strict=True):
+        assert tuple(map(max, zip(*found, strict=True))) == expected
 
 
 @pytest.mark.long

@@ -17,6 +17,7 @@ from megaegpt.errors import ConfigError
 from megaegpt.model.build import build_model
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.hardware import find_accelerator
+from megaegpt.planning.muon_share import Matrix, operations
 from megaegpt.planning.plan import Machines, make_plan
 from megaegpt.planning.roofline import (
     COMPILED_GPT2,
@@ -26,8 +27,10 @@ from megaegpt.planning.roofline import (
     Rates,
     Roofline,
     gpt2_runs,
+    iteration_cost,
     make_roofline,
 )
+from megaegpt.training.engine.muon import orthogonalized
 
 _RATES = Rates.of(1e15, 3e12)
 
@@ -140,6 +143,19 @@ def test_blocks_without_own_operators_are_as_fast_as_compiled_ones(model: dict[s
     assert roofline.fused is None
     assert roofline.slowness is None
     assert roofline.seconds() == roofline.seconds("compiled")
+
+
+@pytest.mark.parametrize("shape", [(256, 1024), (1024, 256), (64, 64)])
+def test_muons_products_are_those_of_its_iterations(shape: tuple[int, int]) -> None:
+    counter, matrix = OperatorCosts(0, _RATES), Matrix(*shape, size=0)
+    with counter:
+        orthogonalized(torch.zeros(shape, dtype=torch.bfloat16, device="meta"))
+    r, c = sorted(shape)
+    assert operations(matrix) == 5 * (4 * r**2 * c + 2 * r**3)
+    products, cost = counter.costs["products"], iteration_cost(matrix, _RATES)
+    assert (cost.kernels, cost.flops, cost.bytes) == (15, operations(matrix), products.bytes)
+    assert (products.kernels, products.flops) == (cost.kernels, cost.flops)
+    assert cost.seconds == pytest.approx(products.seconds)
 
 
 def test_a_product_that_is_added_in_place_is_a_product() -> None:

@@ -13,7 +13,13 @@ from megaegpt.errors import ConfigError
 from megaegpt.planning.hardware import find_accelerator
 from megaegpt.planning.memory_trace import trace_micro_step
 from megaegpt.planning.plan import Machines, Plan, make_plan
-from megaegpt.planning.roofline import OperatorCosts, Rates
+from megaegpt.planning.roofline import (
+    BYTES_OF_ADAMW,
+    BYTES_OF_MUON,
+    OperatorCosts,
+    Rates,
+    iteration_cost,
+)
 from megaegpt.planning.simulation import (
     NETWORK_HOP,
     NVLINK_HOP,
@@ -115,6 +121,27 @@ def test_no_more_is_hidden_than_there_is_computation_beside_it() -> None:
     assert step.sent["gradients"].exposed == pytest.approx(
         step.sent["gradients"].seconds - backward
     )
+
+
+def test_muons_iterations_gathers_and_exchanges_are_a_part_of_the_step() -> None:
+    """A rank of 16 replicas has a part of one or two of 18 matrices, half of each by its group."""
+    config = _config(tp=2, stage=1)
+    optimizer = dataclasses.replace(config.optimizer, kind="muon")
+    plan = make_plan(dataclasses.replace(config, optimizer=optimizer), _plan(2).machines)
+    adamw, muon = simulate(_plan(2), traced=_traced(2)), simulate(plan, traced=_traced(2))
+    assert plan.muon is not None
+    rates = reachable_rates(plan.machines, "bf16")
+    iterations = sum(iteration_cost(m, rates).seconds for m in plan.muon.matrices)
+    more_bytes = plan.muon.parameters * (BYTES_OF_MUON - BYTES_OF_ADAMW) / 16
+    more_bytes += sum(26 * m.whole for m in plan.muon.matrices)
+    assert muon.update == pytest.approx(adamw.update + iterations + more_bytes / rates.bytes)
+    gathered, exchanged = plan.communication.gathered_matrices, plan.communication.cut_matrices
+    links = gathered / 2 / 450e9 + exchanged / 50e9
+    hops = len(plan.muon.matrices) * NVLINK_HOP + NETWORK_HOP
+    assert muon.sent["matrices"].exposed == pytest.approx(links / REACHED_LINKS + hops)
+    assert adamw.sent["matrices"].seconds == 0
+    text = "\n".join(" ".join(row) for row in assumptions(muon))
+    assert "52 bytes a parameter of a rank's share, in fp32, and iterations in bf16 on 2" in text
 
 
 def test_this_program_hides_gradients_at_stage_2_where_it_is_told_to() -> None:

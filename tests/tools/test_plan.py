@@ -46,6 +46,18 @@ def test_a_plan_names_all_that_a_run_takes(monkeypatch, capsys) -> None:
     assert "warning" not in shown
 
 
+def test_a_plan_says_which_optimizer_it_counts(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--gpu", "h100", "--gpus", "16") == 0
+    shown = capsys.readouterr().out
+    assert ", AdamW " in shown
+    assert "Muon" not in shown
+    assert run(monkeypatch, "--gpu", "h100", "--gpus", "16", "optimizer.kind=muon") == 0
+    shown = capsys.readouterr().out
+    assert ", Muon " in shown
+    assert "Muon's matrices 0 GB gathered and" in shown
+    assert "iterations in bf16 on" in shown
+
+
 def test_an_efficiency_takes_the_place_of_the_simulation(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "--gpu", "h100", "--gpus", "16", "--efficiency", "0.4") == 0
     shown = capsys.readouterr().out

@@ -31,7 +31,7 @@ from megaegpt.model.head import OutputHead
 from megaegpt.parallel.grid import DeepSpeedMpu, ProcessGrid
 from megaegpt.parallel.params import ParamSpec, marked_vectors, spec_of
 from megaegpt.parallel.rng import seed_micro_step
-from megaegpt.parallel.together import raising_together
+from megaegpt.parallel.together import all_gather_object, raising_together
 from megaegpt.precision import DTYPES, resolve_precision
 from megaegpt.training.checkpoint import deepspeed_state
 from megaegpt.training.checkpoint.host_copies import HostCopies
@@ -154,7 +154,8 @@ class Engine:
             )
         check_compatible(self._deepspeed, stage, self.precision)
         if isinstance(optimizer, Muon) and stage:
-            optimizer.follow_partition([piece_of(p) for p in optimizer.matrices])
+            pieces = all_gather_object([piece_of(p) for p in optimizer.matrices], grid)
+            optimizer.follow_partition(pieces[grid.tp_rank :: grid.tp_size])
         use_fewer_operators(self.optimizer, grid)
         if self.precision == "fp16" and self._loss_scaler is not None:
             # DeepSpeed would end the run with a bare Exception; train_step reports it instead.

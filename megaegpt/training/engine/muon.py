@@ -7,9 +7,11 @@ has a slice and a rank of ZeRO stages 1 and 2 a piece of a flat partition. DeepS
 takes slices for matrices, and so is another optimizer at another tensor-parallel size; here every
 layout takes the same steps.
 
-What crosses ranks in a step: of matrices that a partition's border cuts, the direction, summed over
-data-parallel ranks; of every matrix that is cut over tensor-parallel ranks, its slices. Each rank
-then iterates on the matrices that its partition touches, and keeps its piece.
+What crosses ranks in a step: of matrices that a partition's border cuts, the direction's pieces,
+between those replicas alone that have one; of every matrix that is cut over tensor-parallel ranks,
+its slices. Each rank then iterates on the matrices that its partition touches, and keeps its piece.
+However many replicas there are, little is on a rank beside its partition: of a group's matrices no
+more than two of its own are cut, the first and the last.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from torch import Tensor, nn
 
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import shard, spec_of, unshard
-from megaegpt.parallel.together import all_gather_object
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration, chosen by Jordan for its slope at 0."""
@@ -95,8 +96,9 @@ class Muon(torch.optim.AdamW):
         self._shapes = [p.shape for p in self._matrices]
         names = [name for group in groups if group["muon"] for name in group["names"]]
         self._numbers = {name: number for number, name in enumerate(names)}
-        self._pieces: list[Piece | None] = []
-        self._cut: set[int] = set()
+        self._pieces: Sequence[Piece | None] = []
+        self._cut: dict[int, dict[int, int]] = {}
+        """Of each matrix that several replicas have pieces of: by replica, the piece's size."""
         super().__init__(groups, **arguments)
 
     @property
@@ -104,18 +106,19 @@ class Muon(torch.optim.AdamW):
         """Muon's parameters, in order."""
         return self._matrices
 
-    def follow_partition(self, pieces: Sequence[Piece | None]) -> None:
-        """Tell what this rank has of each matrix under ZeRO stage 1 or 2, where the group holds one
-        flat partition in their place. Collective over all ranks.
+    def follow_partition(self, of_replicas: Sequence[Sequence[Piece | None]]) -> None:
+        """Tell what ranks have of the matrices under ZeRO stage 1 or 2, where the group holds one
+        flat partition in their place.
+
+        Args:
+            of_replicas: by the rank in ``grid.replica_group``, its piece of each of
+                :attr:`matrices`. Partitions follow each other as ranks and matrices do.
         """
-        self._pieces = list(pieces)
-        sizes = [piece.size if piece else 0 for piece in pieces]
-        of_ranks = all_gather_object(sizes, self._grid)
-        self._cut = {
-            number
-            for number, shape in enumerate(self._shapes)
-            if max(sizes[number] for sizes in of_ranks) < shape.numel()
-        }
+        self._pieces = of_replicas[self._grid.replica_rank]
+        for number, pieces in enumerate(zip(*of_replicas, strict=True)):
+            sizes = {rank: piece.size for rank, piece in enumerate(pieces) if piece is not None}
+            if len(sizes) > 1:
+                self._cut[number] = sizes
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -135,13 +138,12 @@ class Muon(torch.optim.AdamW):
         for place, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
             direction = self._nesterov(parameter, parameter.grad)
             if self._pieces:
-                update = self._updates_of_partition(direction, numbers)
+                self._step_partition(parameter, direction, numbers, group["lr"])
             else:
-                update = self._update(direction, numbers[place])
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-group["lr"])
+                parameter.add_(self._update(direction, numbers[place]), alpha=-group["lr"])
 
     def _nesterov(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """Add the gradient to the mean, and return the mean one step ahead."""
@@ -154,34 +156,46 @@ class Muon(torch.optim.AdamW):
         mean = state["exp_avg"].lerp_(gradient, 1 - self._momentum)
         return gradient.lerp(mean, self._momentum)
 
-    def _updates_of_partition(self, directions: Tensor, numbers: Sequence[int]) -> Tensor:
-        """(N,) this rank's partition of the directions of the matrices ``numbers`` -> the same of
-        updates; padding gets none.
+    def _step_partition(
+        self, partition: Tensor, directions: Tensor, numbers: Sequence[int], lr: float
+    ) -> None:
+        """Step this rank's partition (N,) of the matrices ``numbers`` by its directions (N,), each
+        matrix for itself, so that but one of them is held whole beside those that are cut.
         """
-        updates = torch.zeros_like(directions)
-        whole = self._join_cut(directions, [n for n in numbers if n in self._cut])
+        whole = self._exchange_pieces(directions, [n for n in numbers if n in self._cut])
         for number in numbers:
             if (piece := self._pieces[number]) is None:
                 continue
             inside = slice(piece.place, piece.place + piece.size)
             matrix = whole[number] if number in whole else directions[inside]
             update = self._update(matrix.view(self._shapes[number]), number).reshape(-1)
-            updates[inside] = update[piece.first : piece.first + piece.size]
-        return updates
+            partition[inside].add_(update[piece.first : piece.first + piece.size], alpha=-lr)
+            del update  # before the next is there
 
-    def _join_cut(self, directions: Tensor, numbers: Sequence[int]) -> dict[int, Tensor]:
-        """The matrices ``numbers``, which no replica has whole; flat."""
-        if not numbers:
+    def _exchange_pieces(self, directions: Tensor, cut: Sequence[int]) -> dict[int, Tensor]:
+        """Of the matrices ``cut``, those that this rank has a piece of; flat.
+
+        One collective for all of them: one after the other, each rank would wait for the one before
+        it, with which it shares its first matrix, to come to its last.
+        """
+        if not cut:
             return {}
-        sizes = [self._shapes[number].numel() for number in numbers]
-        joined = directions.new_zeros(sum(sizes))
-        whole = dict(zip(numbers, joined.split(sizes), strict=True))
-        for number, matrix in whole.items():
-            if (piece := self._pieces[number]) is not None:
-                inside = directions[piece.place : piece.place + piece.size]
-                matrix[piece.first : piece.first + piece.size] = inside
-        dist.all_reduce(joined, group=self._grid.replica_group)
-        return whole
+        pieces = {n: piece for n in cut if (piece := self._pieces[n]) is not None}
+        inside = {n: directions[p.place : p.place + p.size] for n, p in pieces.items()}
+        replicas = range(self._grid.replica_size)
+        shared = [[n for n in pieces if rank in self._cut[n]] for rank in replicas]
+        sent = [inside[n] for numbers in shared for n in numbers]
+        received = [sum(self._cut[n][rank] for n in shared[rank]) for rank in replicas]
+        whole = directions.new_empty(sum(received))  # in order, as partitions are
+        dist.all_to_all_single(
+            whole,
+            torch.cat(sent) if sent else directions.new_empty(0),
+            received,
+            [sum(pieces[n].size for n in numbers) for numbers in shared],
+            group=self._grid.replica_group,
+        )
+        sizes = [self._shapes[n].numel() for n in pieces]
+        return dict(zip(pieces, whole.split(sizes), strict=True))
 
     def _update(self, direction: Tensor, number: int) -> Tensor:
         """Matrix ``number``'s update, this rank's slice of it as ``direction`` is."""

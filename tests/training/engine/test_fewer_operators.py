@@ -32,11 +32,12 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _run(blocks: int, stage: int, precision: str, **training: Any) -> RunConfig:
+def _run(blocks: int, stage: int, precision: str, optimizer: str = "adamw") -> RunConfig:
     return run_config(
         model={"num_layers": blocks},
         parallel={"zero_stage": stage},
-        training={"precision": precision, "micro_batch_size": 8, **training},
+        training={"precision": precision, "micro_batch_size": 8},
+        optimizer={"kind": optimizer},
     )
 
 
@@ -73,6 +74,19 @@ def test_operators_of_a_step_are_few_and_grow_slowly_with_the_model(
     growth = (large[0] - large[1]) - (small[0] - small[1])
     assert growth <= a_parameter * 16 * 6
     assert small[2] == large[2] <= waits
+
+
+def test_muons_waits_do_not_grow_with_its_matrices(distributed: Distributed) -> None:
+    """What it iterates on never comes to the host; at stage 2 it waits once more than AdamW."""
+    kinds = [
+        (blocks, stage, "bf16", kind)
+        for stage in (1, 2)
+        for blocks, kind in ((2, "adamw"), (2, "muon"), (4, "muon"))
+    ]
+    (found,) = distributed(1, _operators, [_run(*kind) for kind in kinds])
+    adamw_1, *muon_1, adamw_2, few_2, many_2 = (waits for _, _, waits in found)
+    assert muon_1 == [adamw_1] * 2
+    assert few_2 == many_2 <= adamw_2 + 1
 
 
 def _train(configs: list[RunConfig], by_deepspeed: bool) -> list[Curve]:
