@@ -12,7 +12,7 @@ from megaegpt.config.deepspeed_keys import deepspeed_problems
 from megaegpt.config.freezing import part_problem
 from megaegpt.config.lora import LoRAConfig, target_problem
 from megaegpt.config.model import ModelConfig
-from megaegpt.config.model_rules import model_problems
+from megaegpt.config.model_rules import has_effect, model_problems
 from megaegpt.config.parameter_groups import parameter_group_problems
 from megaegpt.config.parsing import Problem, raise_problems
 from megaegpt.config.paths import path_problems
@@ -90,7 +90,7 @@ def _new_memory(config: RunConfig) -> Iterator[Problem]:
     """
     model, egpt = config.model, config.model.egpt
     begins = config.data.train and config.training.initialize_from is None
-    if model.kind != "egpt" or not egpt.token_memory or not begins:
+    if not begins or not has_effect(model, "egpt.memory_dim"):
         return
     if egpt.memory_pointers * egpt.memory_dim > model.hidden_size:
         yield Problem(

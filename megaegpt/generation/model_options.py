@@ -55,11 +55,15 @@ def load_model(arguments: argparse.Namespace, grid: ProcessGrid | None = None) -
     told = telling_if_slow(f"loading {arguments.checkpoint} ...")
     with told if is_main else contextlib.nullcontext():
         from megaegpt.generation.trained import load_for_inference
+        from megaegpt.parallel.affinity import limit_threads
         from megaegpt.parallel.devices import local_device
         from megaegpt.parallel.grid import ProcessGrid
         from megaegpt.precision import inference_dtype
 
-        grid = grid or ProcessGrid(device=local_device())
+        if grid is None:
+            grid = ProcessGrid(device=local_device())
+            if grid.device.type == "cpu":
+                limit_threads()
         return load_for_inference(
             arguments.checkpoint,
             grid,

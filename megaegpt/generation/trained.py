@@ -27,7 +27,7 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.head import OutputHead
 from megaegpt.model.weights import INSTRUCTIONS, is_adapter, load_weights, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.kernels import KernelTable, choose_kernels
+from megaegpt.parallel.kernels import KernelTable, choose_kernels, kernel_choice
 from megaegpt.parallel.layers import Linear
 from megaegpt.parallel.matmul import SMALLEST, packed_order
 
@@ -134,7 +134,11 @@ def choose_products(model: nn.Module) -> None:
     """Let each product of ``model`` on a CPU be the library's that is the fastest here, and read
     its weight in the order that suits it (bf16: which takes the memory of the weights once more).
     The model is for inference from here on, and its weights must not change.
+
+    Raises:
+        ConfigError: ``MEGAEGPT_KERNELS`` is none of its values.
     """
+    kernel_choice()  # is checked, whether it means something for this model or not
     modules = [part for part in model.modules() if isinstance(part, Linear | OutputHead)]
     if not modules or modules[0].weight.device.type != "cpu":
         return

@@ -12,7 +12,6 @@ from megaegpt.config.validation import validate_model
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.interop.description import Description, shown
 from megaegpt.interop.families import FAMILIES, Family
-from megaegpt.interop.families.rope_keys import original_length
 from megaegpt.json_files import read_json
 
 CONFIG = "config.json"
@@ -141,8 +140,8 @@ def _resolved(config: ModelConfig) -> ModelConfig:
     if scaling.kind == "ntk":  # nothing but a larger base
         base *= scaling.factor ** (config.rope_size / max(config.rope_size - 2, 1))
         scaling = RopeScalingConfig()
-    elif scaling.kind in ("yarn", "llama3") and (config.max_seq_len / scaling.factor).is_integer():
-        scaling = dataclasses.replace(scaling, original_max_seq_len=original_length(config))
+    elif (original := config.rope_original_length) is not None and float(original).is_integer():
+        scaling = dataclasses.replace(scaling, original_max_seq_len=int(original))
     return dataclasses.replace(
         config,
         num_kv_heads=config.kv_heads,

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from megaegpt.config import ModelConfig
 from megaegpt.parallel.collectives import gather_from_tp
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.loss import LossOptions, linear_cross_entropy, power_of_two
+from megaegpt.parallel.loss import (
+    LossOptions,
+    linear_cross_entropy,
+    power_of_two,
+    with_all_ranks,
+)
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter
 
@@ -71,6 +76,8 @@ class OutputHead(nn.Module):
         """
         if targets is None:
             return self._logits(hidden)
+        if self.grid.tp_group is not None:  # once; a single process may move its model
+            self.loss_options = with_all_ranks(self.loss_options, hidden.device, self.grid)
         return linear_cross_entropy(
             hidden,
             self.weight,

@@ -1,9 +1,11 @@
-"""The cores and threads of a rank among others on the same machine's CPU.
+"""The cores and threads of a process on a CPU, alone or as a rank among others of its machine.
 
 Left alone, every rank would have as many threads as the machine has cores, or, under ``torchrun``,
 one; and threads of all ranks would move over all cores, away from caches and memory that they use.
 So each rank is bound to neighbouring physical cores of its own and computes with a thread for each.
-GPU ranks are left alone: their threads mostly wait.
+A process that has its cores to itself is not bound. None has more threads than a container's share
+of the time lets run: the others would hold up all of them. GPU ranks are left alone: their threads
+mostly wait.
 """
 
 from __future__ import annotations
@@ -23,8 +25,6 @@ CHOICE = "MEGAEGPT_AFFINITY"
 
 _OPENMP_PLACES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
 """By these the user says where threads run."""
-
-_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # torchrun's, deepspeed's
 
 
 @dataclass(frozen=True, order=True)
@@ -69,47 +69,77 @@ def share_of_cores(cores: list[Core], place: int, ranks: int) -> list[Core]:
 
 
 def cpu_quota(group: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """CPUs' worth of time that a container (cgroup v2) may use; None: no limit is known."""
-    words = _read(group / "cpu.max").split()
-    if len(words) != 2 or not all(word.isdigit() for word in words):
-        return None
-    return int(words[0]) / int(words[1])
+    """CPUs' worth of time that a container may use; None: no limit is known.
+
+    Source: Documentation/admin-guide/cgroup-v2.rst and Documentation/scheduler/sched-bwc.rst (v1)
+    of Linux.
+    """
+    second = _read(group / "cpu.max").split()
+    first = [_read(group / f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
+    for words in (second, first):
+        if len(words) == 2 and all(word.isdigit() for word in words):  # without one: max, or -1
+            return int(words[0]) / int(words[1])
+    return None
 
 
-def bind_rank(store: dist.Store) -> None:
-    """Bind this process, one of several on its machine, to its share of the cores, and set its
-    number of threads. Collective among the ranks of the machine, before anything is computed.
+def limit_threads(processes: int = 1) -> None:
+    """Let this process, which has the CPUs that it may use to itself, compute with no more threads
+    than they have physical cores, and than a container's share of the time has CPUs. Fewer stay as
+    they are, as does what ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` say.
 
-    What ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` say of threads stays, as does a binding that
-    differs from rank to rank, which is the launcher's. On a machine whose launcher does not say how
-    many ranks it has, nothing is done.
+    Args:
+        processes: among which the container's time is divided.
 
     Raises:
         LaunchError: ``MEGAEGPT_AFFINITY`` has none of its values.
     """
-    choice = os.environ.get(CHOICE, "")
-    if choice not in ("", "0", "1"):
-        raise LaunchError(
-            f"{CHOICE}={choice} is not known: 0 leaves cores and threads to the system, and unset "
-            "each rank is bound to cores of its own"
-        )
-    place, ranks = int(os.environ.get("LOCAL_RANK", "0")), _ranks_here()
-    if choice == "0" or ranks < 2 or place >= ranks or not hasattr(os, "sched_setaffinity"):
+    if not _chooses() or _threads_are_given():
         return
-    allowed = os.sched_getaffinity(0)
-    key = f"affinity/{_machine()}"
-    store.set(f"{key}/{place}", _as_list(allowed))
-    masks = {store.get(f"{key}/{other}").decode() for other in range(ranks)}
-    if len(masks) > 1:
+    threads = torch.get_num_threads()
+    cores = threads
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(physical_cores(os.sched_getaffinity(0)))
+    if threads > (most := _most_threads(cores, processes)):
+        torch.set_num_threads(most)
+
+
+def bind_rank(store: dist.Store, rank: int, world_size: int, *, computes: bool = True) -> None:
+    """Bind this process to its share of the cores that other ranks on its machine may use as well,
+    whoever has started them, and set its number of threads. Collective among all ranks, before
+    anything is computed.
+
+    What ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` say of threads stays, as does a binding that
+    differs from rank to rank, which is the launcher's.
+
+    Args:
+        store: of the rendezvous, which every rank has reached.
+        rank: this process.
+        world_size: number of ranks.
+        computes: on the CPU; a rank that does not only says so.
+
+    Raises:
+        LaunchError: ``MEGAEGPT_AFFINITY`` has none of its values.
+    """
+    takes_part = _chooses() and computes and hasattr(os, "sched_setaffinity")
+    allowed = os.sched_getaffinity(0) if takes_part else set()
+    own = (_machine(), _container(), _as_list(allowed))
+    store.set(f"affinity/{rank}", "\n".join(own) if takes_part else "")
+    if not takes_part:
         return
-    own = share_of_cores(physical_cores(allowed), place, ranks)
-    if own and not any(os.environ.get(name) for name in _OPENMP_PLACES):
+    places = [store.get(f"affinity/{other}").decode().split("\n") for other in range(world_size)]
+    here = {n: place for n, place in enumerate(places) if place[0] == own[0]}
+    processes = sum(place[1] == own[1] for place in here.values())
+    sharers = [n for n, place in here.items() if place[2] == own[2]]
+    others = {cpu for place in here.values() if place[2] != own[2] for cpu in _cpu_list(place[2])}
+    if len(sharers) < 2 or others & allowed:
+        limit_threads(processes)
+        return
+    cores = share_of_cores(physical_cores(allowed), sharers.index(rank), len(sharers))
+    if cores and not any(os.environ.get(name) for name in _OPENMP_PLACES):
         with contextlib.suppress(OSError):  # forbidden in some sandboxes, and no more than speed
-            os.sched_setaffinity(0, {cpu for core in own for cpu in core.cpus})
+            os.sched_setaffinity(0, {cpu for core in cores for cpu in core.cpus})
     if not _threads_are_given():
-        quota = cpu_quota()
-        most = len(own) if quota is None else int(quota / ranks)
-        torch.set_num_threads(max(1, min(len(own), most)))
+        torch.set_num_threads(_most_threads(len(cores), processes))
 
 
 def describe_threads() -> str:
@@ -124,12 +154,20 @@ def describe_threads() -> str:
     return f"{words} a rank, rank 0's on {named} (CPUs {_as_list(allowed)})"
 
 
-def _ranks_here() -> int:
-    """Processes of this run on this machine; 1 where the launcher does not say."""
-    for name in _LOCAL_SIZES:
-        if (text := os.environ.get(name, "")).isdecimal():
-            return int(text)
-    return 1
+def _chooses() -> bool:
+    """Whether cores and threads are chosen here."""
+    choice = os.environ.get(CHOICE, "")
+    if choice not in ("", "0", "1"):
+        raise LaunchError(
+            f"{CHOICE}={choice} is not known: 0 leaves cores and threads to the system, and unset "
+            "each rank is bound to cores of its own"
+        )
+    return choice != "0"
+
+
+def _most_threads(cores: int, processes: int) -> int:
+    quota = cpu_quota()
+    return max(1, cores if quota is None else min(cores, int(quota / processes)))
 
 
 def _threads_are_given() -> bool:
@@ -146,6 +184,17 @@ def _threads_are_given() -> bool:
 
 def _machine() -> str:
     return _read(Path("/proc/sys/kernel/random/boot_id")) or os.uname().nodename
+
+
+def _container() -> str:
+    """What is the same for processes of one container and differs from container to container of a
+    machine: each has a name of its own, unless it has the machine's network, or its own groups.
+    """
+    try:
+        groups = os.readlink("/proc/self/ns/cgroup")
+    except OSError:
+        groups = ""
+    return f"{os.uname().nodename} {groups}"
 
 
 def _read(path: Path) -> str:

@@ -32,17 +32,33 @@ _GROWING = "expandable_segments:True"
 _CHOICE = "MEGAEGPT_DEVICE"
 _ON_PURPOSE = f"or set {_CHOICE}=cpu to compute on the CPU on purpose"
 _NO_DEVICES = ("", "NoDevFiles")  # the second is Slurm's
+_REVISION = (
+    *("vendor_id", "cpu family", "model", "stepping"),
+    *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision"),  # Arm's
+)
 
 
 def processor_name() -> str:
     """The processor's model, as the kernel names it."""
+    return _processor().get("model name") or platform.processor() or platform.machine()
+
+
+def processor_revision() -> str:
+    """The numbers by which makers tell their processors apart, which virtual machines leave as they
+    are where all models have one name; empty where Linux does not tell.
+    """
+    fields = _processor()
+    return " ".join(fields[name] for name in _REVISION if name in fields)
+
+
+def _processor() -> dict[str, str]:
+    """What Linux says of the first one."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return {}
+    lines = [line.partition(":") for line in text.partition("\n\n")[0].splitlines()]
+    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def device_type() -> str:

@@ -5,7 +5,8 @@ comes to the memory's speed depends on the processor: of torch's own product (MK
 and oneDNN's, the one is ahead on Intel's and the other on AMD's (docs/benchmarks.md). They agree to
 rounding. Training is not concerned: with many rows the two are within a few hundredths of each
 other on Intel's processors, oneDNN is ahead on AMD's, and a run gives the same bits wherever it is
-resumed.
+resumed. Nor is generated code (``matmul.MOST_GENERATED_ROWS``): to compile it takes longer than to
+measure all else.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from torch import Tensor
 from megaegpt.errors import ConfigError, DataError, FolderInUseError
 from megaegpt.files import cache_folder, locked_folder, write_whole
 from megaegpt.json_files import read_json
-from megaegpt.parallel.devices import processor_name
+from megaegpt.parallel.devices import processor_name, processor_revision
 from megaegpt.parallel.matmul import onednn_is_available, onednn_linear, packed_order
 
 CHOICE = "MEGAEGPT_KERNELS"
-"""Environment variable: ``onednn`` or ``blas`` measure nothing, ``measure`` measures anew."""
+"""Environment variable: ``onednn`` or ``blas`` measure nothing, ``measure`` measures anew. Where
+results must agree to the bit it changes nothing."""
 
 ROWS = (1, 4, 8, 32)
 """Numbers of rows that are measured, each for those above the one before; more are oneDNN's."""
@@ -47,6 +49,9 @@ _COLD_BYTES = 64 << 20
 _ROUNDS = 3
 _LONGEST_S = 1.5
 """What is not measured by then is left as it would be without measuring."""
+_POLL_S = 0.05
+_POLLS = 40
+"""So often a table is looked for that another process is measuring."""
 _GAIN = 1.05
 """A product has to be so much faster than oneDNN's in every round: less may be chance."""
 
@@ -56,13 +61,23 @@ class Machine:
     """What the speed of products depends on."""
 
     processor: str
+    revision: str
+    """In virtual machines several processors have one name."""
+    instructions: str
+    """The widest vectors that torch uses."""
     torch: str
     threads: int
 
     @staticmethod
     def here() -> Machine:
         """This machine, in this process."""
-        return Machine(processor_name(), torch.__version__, torch.get_num_threads())
+        return Machine(
+            processor_name(),
+            processor_revision(),
+            torch.backends.cpu.get_cpu_capability(),
+            torch.__version__,
+            torch.get_num_threads(),
+        )
 
 
 @dataclass(frozen=True)
@@ -87,39 +102,61 @@ class KernelTable:
     machine: Machine | None = None
     products: tuple[ProductSpeed, ...] = ()
 
+    def takes_blas(self, product: ProductSpeed) -> bool:
+        """Whether torch's own product is taken: where it is the faster one, and in bf16 also where
+        it is with one row of such a weight, for then no other is kept in oneDNN's order.
+        """
+        decisive = 1 if product.dtype == "bf16" else product.rows
+        return product.blas_is_faster or any(
+            other.blas_is_faster
+            for other in self.products
+            if (other.dtype, other.size, other.rows) == (product.dtype, product.size, decisive)
+        )
+
     def blas_rows(self, weight: Tensor) -> frozenset[int]:
-        """The numbers of rows with which torch's own product with ``weight`` is the faster one."""
+        """The numbers of rows with which torch's own product with ``weight`` is taken."""
         size = "head" if weight.numel() >= _LARGE else "block"
         return frozenset(
             rows
             for before, most in zip((0, *ROWS), ROWS, strict=False)
             for product in self.products
-            if (product.size, product.rows) == (size, most) and product.blas_is_faster
+            if (product.size, product.rows) == (size, most) and self.takes_blas(product)
             if _DTYPES[product.dtype] == weight.dtype
             for rows in range(before + 1, most + 1)
         )
 
 
-def choose_kernels(processes: int = 1) -> KernelTable:
-    """The table of this machine, from the user's cache folder or measured now, in about a second.
-
-    Several processes, whose results must agree to the bit wherever they are, and deterministic
-    algorithms take oneDNN's products throughout, as does a machine without oneDNN what it has.
+def kernel_choice() -> str:
+    """What ``MEGAEGPT_KERNELS`` says; ``measured`` where it is unset.
 
     Raises:
-        ConfigError: ``MEGAEGPT_KERNELS`` is none of its values.
+        ConfigError: it is none of its values.
     """
-    machine = Machine.here()
     choice = os.environ.get(CHOICE) or "measured"
     if choice not in ("measured", "measure", "onednn", "blas"):
         raise ConfigError(
             f"{CHOICE}={choice} is not known: onednn and blas choose a library, measure measures "
             "anew, and unset this machine's table is used"
         )
+    return choice
+
+
+def choose_kernels(processes: int = 1) -> KernelTable:
+    """The table of this machine, from the user's cache folder or measured now, in about a second.
+
+    Several processes, whose results must agree to the bit wherever they are, and deterministic
+    algorithms take oneDNN's products throughout, whatever the environment says, as does a machine
+    without oneDNN what it has.
+
+    Raises:
+        ConfigError: ``MEGAEGPT_KERNELS`` is none of its values.
+    """
+    machine, choice = Machine.here(), kernel_choice()
+    if processes > 1 or torch.are_deterministic_algorithms_enabled():
+        return KernelTable(machine)
     if choice == "blas":
         return KernelTable(machine, _all_by_blas())
-    pinned = processes > 1 or torch.are_deterministic_algorithms_enabled()
-    if choice == "onednn" or pinned or not onednn_is_available():
+    if choice == "onednn" or not onednn_is_available():
         return KernelTable(machine)
     return stored_table(machine, measure, anew=choice == "measure")
 
@@ -132,7 +169,8 @@ def stored_table(
 ) -> KernelTable:
     """The table in the cache folder, or from ``measured`` where there is none that is whole and of
     this machine; where the folder cannot be written it is measured and not kept, as is what a busy
-    machine had no time for. While another process measures, oneDNN's products are taken.
+    machine had no time for. While another process measures, its table is waited for, for 2 s; then
+    oneDNN's products are taken.
     """
     try:
         folder = cache_folder() / "kernels"
@@ -141,20 +179,30 @@ def stored_table(
         return KernelTable(machine, measured())
     key = hashlib.sha256(json.dumps(asdict(machine)).encode()).hexdigest()[:16]
     path = folder / f"{key}.json"
-    if not anew and (table := _read(path, machine)) is not None:
-        return table
-    with contextlib.ExitStack() as stack:
+    for _ in range(_POLLS):
+        if not anew and (table := _read(path, machine)) is not None:
+            return table
         try:
-            stack.enter_context(locked_folder(folder))
+            with locked_folder(folder):
+                return _read_or_measured(path, machine, measured, anew)
         except FolderInUseError:
-            return KernelTable(machine)
+            time.sleep(_POLL_S)
         except (OSError, DataError):
             return KernelTable(machine, measured())
-        table = KernelTable(machine, measured())
-        if len(table.products) == len(_measured_dtypes()) * len(_SHAPES) * len(ROWS):
-            with contextlib.suppress(OSError, DataError):
-                write_whole(path, (json.dumps(asdict(table), indent=1) + "\n").encode())
+    return KernelTable(machine)
+
+
+def _read_or_measured(
+    path: Path, machine: Machine, measured: Callable[[], tuple[ProductSpeed, ...]], anew: bool
+) -> KernelTable:
+    """With the folder locked: what the process has left that had locked it before, or a new one."""
+    if not anew and (table := _read(path, machine)) is not None:
         return table
+    table = KernelTable(machine, measured())
+    if _is_whole(table):
+        with contextlib.suppress(OSError, DataError):
+            write_whole(path, (json.dumps(asdict(table), indent=1) + "\n").encode())
+    return table
 
 
 def _read(path: Path, machine: Machine) -> KernelTable | None:
@@ -162,7 +210,14 @@ def _read(path: Path, machine: Machine) -> KernelTable | None:
         table = read_json(path, KernelTable)
     except DataError:
         return None
-    return table if table.machine == machine else None
+    return table if table.machine == machine and _is_whole(table) else None
+
+
+def _is_whole(table: KernelTable) -> bool:
+    """Whether it has what is measured here, once each."""
+    found = [(product.dtype, product.size, product.rows) for product in table.products]
+    wanted = [(d, s, rows) for d in _measured_dtypes() for s in _SHAPES for rows in ROWS]
+    return sorted(found) == sorted(wanted)
 
 
 def _all_by_blas() -> tuple[ProductSpeed, ...]:

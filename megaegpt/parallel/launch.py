@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megaegpt.errors import LaunchError
-from megaegpt.parallel.affinity import bind_rank
+from megaegpt.parallel.affinity import bind_rank, limit_threads
 from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launcher_variables import is_launched
@@ -79,13 +79,14 @@ def init_distributed() -> torch.device:
     if not launched:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it even so
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if device.type == "cpu":
+            limit_threads()
         return device
     end_with_launcher()
     try:
         found, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = _of_this_attempt(found)
-        if device.type == "cpu":
-            bind_rank(store)
+        bind_rank(store, rank, world_size, computes=device.type == "cpu")
         if interface := interface_to_others(store, world_size):
             # Gloo would take the network that this machine's own name stands for: on Debian its
             # loopback address, on a cluster perhaps a network for its administration.

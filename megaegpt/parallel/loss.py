@@ -7,7 +7,7 @@ largest tensor of a step by far.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -42,7 +42,10 @@ class LossOptions:
     """Most positions computed at once; None: as many as suit the device."""
     fused: bool | None = None
     """Whether the operators of ``parallel.head_operators`` compute what is between the products;
-    None: on CUDA, where something can be compiled for it."""
+    None: on CUDA, where something can be compiled for it on every tensor-parallel rank."""
+    memory: int | None = None
+    """Bytes of the GPU's memory that fused operators choose ``rows`` by, where these are None; 0
+    off CUDA. None: as much as the tensor-parallel rank with the least has."""
     softcap: float | None = None
     """Logits become ``softcap * tanh(logits / softcap)``."""
     z_loss: float = 0.0
@@ -56,6 +59,36 @@ class LossOptions:
     Whatever scale comes in the backward pass, the gradients are right. A loss in fp32 or fp64
     ignores it.
     """
+
+
+def own_abilities(device: torch.device) -> tuple[bool, int]:
+    """Whether the fused operators suit a device of this process, and the bytes of its memory that
+    portions are chosen by.
+    """
+    if device.type != "cuda":
+        return False, 0
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return compile_problem("cuda") is None, memory
+
+
+def with_all_ranks(options: LossOptions, device: torch.device, grid: ProcessGrid) -> LossOptions:
+    """``options`` with what they leave to the device, so that all tensor-parallel ranks compute the
+    same portions in the same way. Each portion is summed over the ranks: if one of them could not
+    compile, or had less memory, and computed others, all would wait for ever.
+
+    Collective over the tensor-parallel ranks and a wait for the device, unless nothing is left.
+    """
+    portions_are_known = options.rows is not None or options.memory is not None
+    if options.fused is not None and portions_are_known:
+        return options
+    fused, memory = own_abilities(device)
+    if grid.tp_group is not None:
+        least = torch.tensor([fused, memory], device=device)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=grid.tp_group)
+        fused, memory = least.tolist()
+    return replace(
+        options, fused=bool(fused) if options.fused is None else options.fused, memory=memory
+    )
 
 
 def power_of_two(scale: Tensor) -> Tensor:
@@ -293,24 +326,17 @@ def _rows_of(
 ) -> _Rows | _FusedRows:
     """The rows of some positions, hidden (n, C), targets (n,)."""
     logits = linear(hidden, weight)
-    if _is_fused(logits, options):
+    if options.fused:
         return _fused_rows(logits, targets, grid, vocab_size, options.softcap)
     precise = torch.promote_types(hidden.dtype, torch.float32)
     return _rows(logits.to(precise), targets, grid, vocab_size, options.softcap)
 
 
-def _is_fused(x: Tensor, options: LossOptions) -> bool:
-    if options.fused is None:
-        return x.is_cuda and compile_problem("cuda") is None
-    return options.fused
-
-
 def _parts(hidden: Tensor, weight: Tensor, options: LossOptions) -> list[slice]:
     """The rows (n, C) that are computed together."""
     size = options.rows
-    if size is None and hidden.is_cuda and _is_fused(hidden, options):
-        memory = torch.cuda.get_device_properties(hidden.device).total_memory
-        size = fused_rows(weight.shape[0], weight.dtype, memory)
+    if size is None and options.fused and options.memory:
+        size = fused_rows(weight.shape[0], weight.dtype, options.memory)
     size = size or ROWS_AT_ONCE.get(hidden.device.type, 1024)
     return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
 
@@ -368,6 +394,8 @@ def linear_cross_entropy(
         mixed_with: (...) each, in at least fp32, both differentiable: the log of the share that the
             head's distribution has in the prediction, and what something else adds to the
             probability of each target.
+        options: what they leave to the device the ranks agree on, anew in each call; a caller that
+            has :func:`with_all_ranks` do it once spares the rest the waiting.
 
     Returns:
         fp32 (fp64 for fp64 inputs), identical on all TP ranks.
@@ -377,6 +405,7 @@ def linear_cross_entropy(
             assertion, see ``parallel.vocabulary``).
     """
     check_targets(targets, hidden.shape[:-1], vocab_size)
+    options = with_all_ranks(options, hidden.device, grid)
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     mixture = None
     if mixed_with is not None:

@@ -28,7 +28,8 @@ SMALLEST = 1 << 18
 """Numbers of a weight from which on oneDNN's 12 microseconds a call are worth it."""
 
 MOST_GENERATED_ROWS = 4
-"""Rows up to which a product is faster on a CPU as generated code than oneDNN's."""
+"""Rows up to which a product is faster on a CPU as generated code than oneDNN's, as measured on an
+AMD EPYC: to compile it takes tens of seconds, so no machine measures it for itself."""
 
 
 def linear(

@@ -16,7 +16,7 @@ from megaegpt.data.instruction.records import Instruction
 from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.generation.generator import TextGenerator
-from megaegpt.generation.trained import load_for_inference
+from megaegpt.generation.trained import choose_products, load_for_inference
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
@@ -73,6 +73,14 @@ def test_whichever_library_multiplies_the_logits_are_the_same_to_rounding(
     torch.testing.assert_close(logits["onednn"], logits["blas"], rtol=1e-5, atol=1e-5)
     monkeypatch.setenv("MEGAEGPT_KERNELS", "blas")
     assert load_for_inference(tmp_path, GRID, torch.bfloat16).model.head.packed is None
+
+
+def test_a_library_that_is_not_known_is_refused_for_a_tiny_model_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MEGAEGPT_KERNELS", "mkl")
+    with pytest.raises(ConfigError, match="MEGAEGPT_KERNELS=mkl is not known"):
+        choose_products(build_model(GPT, GRID))
 
 
 def test_an_encoder_for_a_model_without_one_is_refused(tmp_path: Path) -> None:

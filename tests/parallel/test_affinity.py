@@ -20,6 +20,7 @@ from megaegpt.parallel.affinity import (
     bind_rank,
     cpu_quota,
     describe_threads,
+    limit_threads,
     physical_cores,
     share_of_cores,
 )
@@ -97,33 +98,54 @@ def test_a_containers_share_of_the_time_is_read(
     assert cpu_quota(tmp_path / "absent") is None
 
 
+@pytest.mark.parametrize(("text", "limit"), [("150000\n", 1.5), ("-1\n", None)])
+def test_an_older_containers_share_is_read_from_two_files(
+    tmp_path: Path, text: str, limit: float | None
+) -> None:
+    """Version 1 of Linux's control groups."""
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(text)
+    assert cpu_quota(tmp_path) is None
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert cpu_quota(tmp_path) == limit
+
+
 class Process:
-    """Rank 1 of 2 on a machine of 4 cores, as ``torchrun`` starts it."""
+    """Rank 1 of 2 on a machine of 4 cores, which torch would use with their hardware threads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bound: set[int] | None = None
         self.threads: int | None = None
         self.store = dist.HashStore()
-        self._patch = monkeypatch
         cores = [Core(0, 0, (cpu, cpu + 4)) for cpu in range(4)]
         monkeypatch.setattr(affinity, "physical_cores", lambda _: cores)
         monkeypatch.setattr(affinity, "cpu_quota", lambda: None)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
         monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: setattr(self, "bound", cpus))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
         monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(self, "threads", n))
         for name in (affinity.CHOICE, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND"):
             monkeypatch.delenv(name, raising=False)
-        for name in ("TORCHELASTIC_RUN_ID", "LOCAL_SIZE", "OMP_PLACES", "KMP_AFFINITY"):
+        for name in ("TORCHELASTIC_RUN_ID", "OMP_PLACES", "KMP_AFFINITY"):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        bind_rank(self.store, 0, 1)
+        self._here = self.store.get("affinity/0").decode().split("\n")
+        self.bound = self.threads = None
 
-    def bind(self, neighbour: str = "0-7") -> tuple[set[int] | None, int | None]:
-        """With a neighbour that may use these CPUs: the CPUs and threads that are set."""
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        self.store.set(f"affinity/{boot}/0", neighbour)
-        bind_rank(self.store)
+    def bind(self, *neighbours: str, rank: int = 1) -> tuple[set[int] | None, int | None]:
+        """With neighbours, which are the other ranks in order (one that may use the same CPUs, if
+        none is given): the CPUs and threads that are set.
+        """
+        others = list(neighbours or (self.place("0-7"),))
+        for other, place in enumerate([*others[:rank], None, *others[rank:]]):
+            if place is not None:
+                self.store.set(f"affinity/{other}", place)
+        bind_rank(self.store, rank, len(others) + 1)
         return self.bound, self.threads
+
+    def place(self, cpus: str, machine: str | None = None, container: str | None = None) -> str:
+        """What a rank says of itself that may use these CPUs, here if nothing else is given."""
+        return "\n".join([machine or self._here[0], container or self._here[1], cpus])
 
 
 @pytest.fixture
@@ -140,12 +162,37 @@ def test_a_rank_has_its_cores_and_a_thread_for_each(process: Process) -> None:
 
 
 @linux
-def test_deepspeeds_variable_is_known_too(
+def test_ranks_of_several_launchers_on_one_machine_have_cores_of_their_own(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    monkeypatch.setenv("LOCAL_SIZE", "2")
-    assert process.bind() == (HALF, 2)
+    """Two containers with two ranks each, in both of which there is a local rank 0 and 1."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        places = [process.place("0-7", container="another"), process.place("0-7")]
+        others = [places[(other // 2) == (rank // 2)] for other in range(4) if other != rank]
+        assert process.bind(*others, rank=rank) == ({rank, rank + 4}, 1)
+
+
+@linux
+def test_a_containers_time_is_divided_among_its_own_ranks(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(affinity, "cpu_quota", lambda: 2.0)
+    assert process.bind(process.place("0-7", container="another")) == (HALF, 2)
+    assert process.bind(process.place("0-7")) == (HALF, 1)
+
+
+@linux
+def test_a_rank_that_is_alone_on_its_machine_has_all_cores(process: Process) -> None:
+    assert process.bind(process.place("0-7", machine="another")) == (None, 4)
+
+
+@linux
+def test_ranks_on_a_gpu_take_no_cores(process: Process) -> None:
+    assert process.bind("") == (None, 4)
+    bind_rank(process.store, 2, 3, computes=False)
+    assert process.store.get("affinity/2") == b""
 
 
 @linux
@@ -153,7 +200,6 @@ def test_deepspeeds_variable_is_known_too(
     ("variable", "value", "expected"),
     [
         ("MEGAEGPT_AFFINITY", "0", (None, None)),
-        ("LOCAL_WORLD_SIZE", "1", (None, None)),
         ("OMP_NUM_THREADS", "1", (HALF, None)),
         ("MKL_NUM_THREADS", "1", (HALF, None)),
         ("OMP_PROC_BIND", "close", (None, 2)),
@@ -172,7 +218,8 @@ def test_what_the_user_has_set_stays(
 
 @linux
 def test_ranks_that_the_launcher_has_bound_stay_so(process: Process) -> None:
-    assert process.bind(neighbour="0-3") == (None, None)
+    assert process.bind(process.place("8-15")) == (None, 4)
+    assert process.bind(process.place("0-3")) == (None, 4)  # which have some of the same cores
 
 
 @linux
@@ -209,10 +256,44 @@ def test_torchruns_own_number_of_threads_is_not_the_users(
 
 
 @linux
+@pytest.mark.parametrize(
+    ("quota", "variable", "threads"),
+    [
+        (None, None, 4),
+        (2.5, None, 2),
+        (0.5, None, 1),
+        (8.0, None, 4),
+        (2.0, "OMP_NUM_THREADS", None),
+        (2.0, "MEGAEGPT_AFFINITY", None),
+    ],
+)
+def test_a_single_process_has_no_more_threads_than_cores_and_time(
+    process: Process,
+    monkeypatch: pytest.MonkeyPatch,
+    quota: float | None,
+    variable: str | None,
+    threads: int | None,
+) -> None:
+    monkeypatch.setattr(affinity, "cpu_quota", lambda: quota)
+    if variable is not None:
+        monkeypatch.setenv(variable, "0")
+    limit_threads()
+    assert (process.bound, process.threads) == (None, threads)
+
+
+@linux
+def test_fewer_threads_stay(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    limit_threads()
+    assert process.threads is None
+
+
+@linux
 def test_an_unknown_choice_is_refused(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(affinity.CHOICE, "close")
-    with pytest.raises(LaunchError, match="MEGAEGPT_AFFINITY=close is not known"):
-        process.bind()
+    for choose in (process.bind, limit_threads):
+        with pytest.raises(LaunchError, match="MEGAEGPT_AFFINITY=close is not known"):
+            choose()
 
 
 @linux

@@ -11,7 +11,12 @@ import torch
 
 from megaegpt.errors import LaunchError
 from megaegpt.parallel import devices
-from megaegpt.parallel.devices import device_type, local_device
+from megaegpt.parallel.devices import (
+    device_type,
+    local_device,
+    processor_name,
+    processor_revision,
+)
 
 _GPU_VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MEGAEGPT_DEVICE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS",
@@ -212,3 +217,24 @@ def test_the_allocator_enlarges_its_segments_unless_it_is_configured(
     assert local_device().type == "cuda"
     assert os.environ.get("PYTORCH_ALLOC_CONF") == allocator  # for processes to come
     assert told == ([allocator] if cuda and not given else [])  # this one has read it at its import
+
+
+def test_processors_of_one_name_differ_in_their_makers_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told(model: int) -> tuple[str, str]:
+        text = f"""processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 25
+model\t\t: {model}
+model name\t: AMD EPYC
+stepping\t: 1
+
+processor\t: 1
+model\t\t: 3
+"""
+        monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
+        return processor_name(), processor_revision()
+
+    assert told(1) == ("AMD EPYC", "AuthenticAMD 25 1 1")
+    assert told(17) == ("AMD EPYC", "AuthenticAMD 25 17 1")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +27,7 @@ from megaegpt.parallel.kernels import (
 )
 from megaegpt.parallel.matmul import onednn_is_available, packed_order
 
-MACHINE = Machine("a processor", "9.9.9", threads=3)
+MACHINE = Machine("a processor", "25 1 1", "AVX2", "9.9.9", threads=3)
 _BY_BLAS = {("fp32", "block", 1), ("fp32", "block", 8), ("bf16", "head", 4)}
 SPEEDS = tuple(
     ProductSpeed(dtype, size, rows, 20.0, 30.0, (dtype, size, rows) in _BY_BLAS)
@@ -31,6 +35,11 @@ SPEEDS = tuple(
     for size in ("block", "head")
     for rows in ROWS
 )
+
+
+def _with_products(content: bytes, change: Callable[[list[Any]], list[Any]]) -> bytes:
+    table = json.loads(content)
+    return json.dumps(table | {"products": change(table["products"])}).encode()
 
 
 class Measurer:
@@ -66,6 +75,20 @@ def test_a_library_is_taken_for_the_rows_where_it_is_faster_by_more_than_chance(
     assert KernelTable().blas_rows(torch.empty(768, 768)) == frozenset()
 
 
+def test_in_bf16_one_row_decides_whether_a_weight_is_kept_in_onednns_order() -> None:
+    """Where it is not, torch's own product is what is taken with more rows as well."""
+    faster = {("fp32", "block", 1), ("bf16", "block", 1)}
+    products = tuple(
+        dataclasses.replace(speed, blas_is_faster=(speed.dtype, speed.size, speed.rows) in faster)
+        for speed in SPEEDS
+    )
+    table = KernelTable(MACHINE, products)
+    assert table.blas_rows(torch.empty(768, 768)) == {1}
+    assert table.blas_rows(torch.empty(768, 768, dtype=torch.bfloat16)) == set(range(1, 33))
+    taken = {(p.dtype, p.size, p.rows) for p in products if table.takes_blas(p)}
+    assert taken == {("fp32", "block", 1), *(("bf16", "block", rows) for rows in ROWS)}
+
+
 def test_a_machine_is_measured_once(folder: Path, measurer: Measurer) -> None:
     first = stored_table(MACHINE, measurer)
     assert first == KernelTable(MACHINE, SPEEDS)
@@ -75,14 +98,16 @@ def test_a_machine_is_measured_once(folder: Path, measurer: Measurer) -> None:
         dataclasses.replace(MACHINE, threads=4),
         dataclasses.replace(MACHINE, torch="9.9.8"),
         dataclasses.replace(MACHINE, processor="another"),
+        dataclasses.replace(MACHINE, revision="25 17 1"),
+        dataclasses.replace(MACHINE, instructions="AVX512"),
     ):
         assert stored_table(other, measurer).machine == other
-    assert measurer.calls == 4
+    assert measurer.calls == 6
     assert stored_table(MACHINE, measurer) == first
     assert stored_table(MACHINE, measurer, anew=True) == first
-    assert measurer.calls == 5
-    assert len(list(folder.glob("*.json"))) == 4
-    assert len(list(folder.iterdir())) == 4  # neither a lock nor half a file is left
+    assert measurer.calls == 7
+    assert len(list(folder.glob("*.json"))) == 6
+    assert len(list(folder.iterdir())) == 6  # neither a lock nor half a file is left
 
 
 @pytest.mark.parametrize(
@@ -94,6 +119,9 @@ def test_a_machine_is_measured_once(folder: Path, measurer: Measurer) -> None:
         lambda content: content.replace(b"a processor", b"b processor"),
         lambda content: content.replace(b"20.0", b"NaN", 1),
         lambda content: content.replace(b"block", b"clock"),
+        lambda content: _with_products(content, lambda products: []),
+        lambda content: _with_products(content, lambda products: products[1:]),
+        lambda content: _with_products(content, lambda products: products[1:2] + products[1:]),
     ],
 )
 def test_a_damaged_or_foreign_table_is_measured_again(
@@ -121,24 +149,70 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     assert stored_table(MACHINE, measurer).products == SPEEDS
 
 
-def test_two_processes_do_not_measure_at_once(folder: Path, measurer: Measurer) -> None:
+def test_a_table_that_was_measured_without_products_of_bf16_is_none_for_a_processor_with_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, measurer: Measurer
+) -> None:
+    with monkeypatch.context() as without:
+        without.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        fewer = tuple(speed for speed in SPEEDS if speed.dtype == "fp32")
+        assert stored_table(MACHINE, lambda: fewer).products == fewer
+        assert stored_table(MACHINE, measurer).products == fewer
+    assert stored_table(MACHINE, measurer).products == SPEEDS
+    assert measurer.calls == 1
+
+
+def test_two_processes_do_not_measure_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, measurer: Measurer
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     folder.mkdir()
     with locked_folder(folder):
         assert stored_table(MACHINE, measurer) == KernelTable(MACHINE)
     assert measurer.calls == 0
+    assert sum(waited) == pytest.approx(2)
     assert stored_table(MACHINE, measurer).products == SPEEDS
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_the_table_of_a_process_that_is_measuring_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, measurer: Measurer, left: bool
+) -> None:
+    """Whether it leaves one, or ends without."""
+    stored_table(MACHINE, measurer)
+    (path,) = folder.glob("*.json")
+    content = path.read_bytes()
+    path.unlink()
+    other = contextlib.ExitStack()
+
+    def sleep(_: float) -> None:
+        if left:
+            path.write_bytes(content)
+        other.close()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with other:
+        other.enter_context(locked_folder(folder))
+        assert stored_table(MACHINE, measurer).products == SPEEDS
+    assert measurer.calls == (1 if left else 2)
 
 
 def test_what_must_be_the_same_everywhere_is_not_measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch, measurer: Measurer
 ) -> None:
     monkeypatch.setattr(kernels, "measure", measurer)
-    assert choose_kernels(processes=2).products == ()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert choose_kernels().products == ()
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for choice in ("", "blas", "measure"):
+        monkeypatch.setenv("MEGAEGPT_KERNELS", choice)
+        assert choose_kernels(processes=2).products == ()
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert choose_kernels().products == ()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    monkeypatch.setenv("MEGAEGPT_KERNELS", "mkl")
+    with pytest.raises(ConfigError, match="MEGAEGPT_KERNELS=mkl is not known"):
+        choose_kernels(processes=2)
+    monkeypatch.setenv("MEGAEGPT_KERNELS", "")
     assert measurer.calls == 0
     assert choose_kernels() == KernelTable(Machine.here(), SPEEDS)
     assert measurer.calls == 1

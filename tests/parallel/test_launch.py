@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megaegpt.environment import is_other_rank
 from megaegpt.errors import LaunchError
-from megaegpt.parallel import launch
+from megaegpt.parallel import affinity, launch
 from megaegpt.parallel.launcher_variables import is_launched, started_processes, without_launcher
 
 _WHOLE = {
@@ -154,3 +154,16 @@ def _join(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> dict[str, An
     monkeypatch.setattr(launch.dist, "init_process_group", init_process_group)
     assert launch.init_distributed() == device
     return made
+
+
+def test_a_single_process_has_no_more_threads_than_its_containers_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[int] = []
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", affinity.CHOICE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(affinity, "cpu_quota", lambda: 1.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    launch.init_distributed()
+    assert threads == [1]

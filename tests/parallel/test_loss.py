@@ -1,16 +1,22 @@
 """The chunked loss against torch's cross-entropy on the full logits."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._inductor import metrics
 
+from megaegpt.config import ModelConfig
 from megaegpt.errors import DataError
 from megaegpt.labels import IGNORE
+from megaegpt.model.head import OutputHead
+from megaegpt.parallel import loss as loss_module
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.head_operators import compute_gradient, compute_softmax_sums
 from megaegpt.parallel.loss import LossOptions, fused_rows, linear_cross_entropy, power_of_two
 from megaegpt.parallel.params import ParamSpec, unshard
+from megaegpt.planning.rank_check import CollectiveRecorder
 from tests.distributed.harness import grid_for
 
 VOCAB, PADDED, HIDDEN, ROWS = 300, 384, 16, 37
@@ -275,6 +281,47 @@ def test_ranks_that_share_the_vocabulary_compute_what_one_does(distributed, fuse
     for found in distributed(2, _on_a_rank, fused, softcap, vocab):
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def _with_abilities(of_ranks):
+    """Loss and gradient by the hidden states of a head whose ranks could compute it so, and how
+    many messages its first two losses take.
+    """
+    grid = grid_for(2)
+    head = OutputHead(ModelConfig(vocab_size=VOCAB, hidden_size=HIDDEN), grid).double()
+    hidden, weight, targets = _problem()
+    head.weight.data = weight.detach().chunk(2)[grid.tp_rank].clone()
+    with mock.patch.object(loss_module, "own_abilities", return_value=of_ranks[grid.tp_rank]):
+        messages = []
+        for _ in range(2):
+            with CollectiveRecorder() as recorder:
+                loss = head.loss(hidden, targets)
+            messages.append(len(recorder.calls))
+    (by_hidden,) = torch.autograd.grad(loss, hidden)
+    return loss.detach(), by_hidden, head.loss_options.fused, messages
+
+
+_ENOUGH_FOR_8 = 8 * 16 * PADDED // 2 * 8  # bytes of memory of which rows in fp64 may take a 16th
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "fused", "portions"),
+    [
+        ([(True, _ENOUGH_FOR_8), (False, _ENOUGH_FOR_8)], False, 1),
+        ([(True, 4 * _ENOUGH_FOR_8), (True, _ENOUGH_FOR_8)], True, 5),
+        ([(False, 0), (False, 0)], False, 1),
+    ],
+)
+def test_ranks_agree_on_how_their_head_is_computed(distributed, of_ranks, fused, portions):
+    """One cannot compile, or has less memory: by itself it would send other messages."""
+    hidden, weight, targets = _problem()
+    expected = _reference(hidden, weight, targets)
+    (by_hidden,) = torch.autograd.grad(expected, hidden)
+    for found in distributed(2, _with_abilities, of_ranks):
+        torch.testing.assert_close(found[0], expected.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(found[1], by_hidden, rtol=1e-10, atol=1e-12)
+        assert found[2] is fused
+        assert found[3] == [2 * portions + 2, 2 * portions + 1]  # and the sum by hidden states
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=integer(1),
         metavar="N",
-        help="threads of a single process (torch's default)",
+        help="threads of a single process (as a run would have)",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megaegpt.parallel.affinity import limit_threads
 from megaegpt.parallel.kernels import CHOICE, KernelTable, choose_kernels
 from megaegpt.text_tables import format_table
 from tools.benchmarks.common import add_threads, machine
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Print the table that decoding uses, measured now if it was not before; return the record."""
+    limit_threads()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     for name, value in machine().items():
@@ -38,7 +40,7 @@ def _print_products(table: KernelTable) -> None:
         return
     rows = [["numbers", "weight of a", "rows, at most", "oneDNN", "torch's own", "taken"]]
     for product in table.products:
-        taken = "torch's own" if product.blas_is_faster else "oneDNN"
+        taken = "torch's own" if table.takes_blas(product) else "oneDNN"
         speeds = [f"{product.onednn:.1f}", f"{product.blas:.1f}"]
         rows.append([product.dtype, product.size, str(product.rows), *speeds, taken])
     print(f"\nGB/s of weights read by a product, {threads} threads")

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megaegpt.errors import LaunchError
+from megaegpt.parallel.affinity import limit_threads
 
 _SECONDS_TO_END = 5
 
@@ -204,6 +205,7 @@ def _serve(candidate: Candidate, rank: int, port: int, pipe: Connection) -> None
     world = candidate.processes
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(world))
+    limit_threads()
     threads = candidate.threads or max(torch.get_num_threads() // world, 1)
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # given, so that ranks do not choose their own

@@ -93,8 +93,8 @@ def _attention_factor(scaling: Description, factor: float) -> float | None:
 def _write(config: ModelConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     written: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind in ("yarn", "llama3"):
-        written["original_max_position_embeddings"] = original_length(config)
+    if (original := config.rope_original_length) is not None:
+        written["original_max_position_embeddings"] = int(original)
     if scaling.kind == "llama3":
         written["low_freq_factor"] = scaling.low_freq_factor
         written["high_freq_factor"] = scaling.high_freq_factor
@@ -106,14 +106,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": config.rope_base,
         "rope_scaling": None if scaling.kind == "none" else written,
     }
-
-
-def original_length(config: ModelConfig) -> int:
-    """The length trained before scaling, with the default resolved."""
-    scaling = config.rope_scaling
-    if scaling.original_max_seq_len is not None:
-        return scaling.original_max_seq_len
-    return int(config.max_seq_len / scaling.factor)
 
 
 ROPE = Concern(
