@@ -33,7 +33,7 @@ PARTS = {
 }
 """By name: what stands in the table, and the subcommand that measures it."""
 _PEERS = {
-    "generate": ("hf", "litgpt"),  # nanoGPT has no cache
+    "generate": ("hf", "litgpt", "llamacpp"),  # nanoGPT has no cache
     "train": ("nanogpt", "hf", "litgpt"),
     "egpt": ("egpt",),
 }
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peer",
         action="append",
         default=[],
-        metavar="nanogpt=DIR|hf|litgpt=DIR|egpt=DIR",
+        metavar="nanogpt=DIR|hf|litgpt=DIR|llamacpp|egpt=DIR",
         help="repeat; each where it has such a model",
     )
     parser.add_argument(
