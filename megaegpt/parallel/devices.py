@@ -26,6 +26,9 @@ DEVICE_FILES = "/dev/nvidia[0-9]*"
 AMD_DRIVER = Path("/dev/kfd")
 """Exists where AMD's driver for computing is loaded, beside the graphics of an ordinary CPU too."""
 
+PROCESSORS = Path("/proc/cpuinfo")
+"""What the kernel says of each processor, blank lines between them."""
+
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _OLDER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 _GROWING = "expandable_segments:True"
@@ -36,13 +39,29 @@ _NO_DEVICES = ("", "NoDevFiles")  # the second is Slurm's
 
 def processor_name() -> str:
     """The processor's model, as the kernel names it."""
+    return _first_processor().get("model name") or platform.processor() or platform.machine()
+
+
+def processor_details() -> str:
+    """The name with what tells processors of that name apart, of what the kernel says: ``AMD EPYC
+    (family 25, model 1, stepping 1, without AVX-512)``.
+    """
+    facts = _first_processor()
+    keys = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+    details = [f"{word} {facts[key]}" for word, key in keys.items() if key in facts]
+    if "flags" in facts:  # as it calls them on x86
+        has = "avx512f" in facts["flags"].split()
+        details.append("with AVX-512" if has else "without AVX-512")
+    return f"{processor_name()} ({', '.join(details)})" if details else processor_name()
+
+
+def _first_processor() -> dict[str, str]:
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        text = PROCESSORS.read_text(encoding="utf-8")
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return {}
+    lines = (line.partition(":") for line in text.strip().partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}
 
 
 def device_type() -> str:

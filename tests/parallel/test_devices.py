@@ -11,7 +11,12 @@ import torch
 
 from megaegpt.errors import LaunchError
 from megaegpt.parallel import devices
-from megaegpt.parallel.devices import device_type, local_device
+from megaegpt.parallel.devices import (
+    device_type,
+    local_device,
+    processor_details,
+    processor_name,
+)
 
 _GPU_VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MEGAEGPT_DEVICE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS",
@@ -212,3 +217,39 @@ def test_the_allocator_enlarges_its_segments_unless_it_is_configured(
     assert local_device().type == "cuda"
     assert os.environ.get("PYTORCH_ALLOC_CONF") == allocator  # for processes to come
     assert told == ([allocator] if cuda and not given else [])  # this one has read it at its import
+
+
+_EPYC = """processor\t: 0
+cpu family\t: 25
+model\t\t: {model}
+model name\t: AMD EPYC
+stepping\t: 1
+flags\t\t: fpu avx2{more}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "details"),
+    [
+        (
+            _EPYC.format(model=1, more="") + "\n" + _EPYC.format(model=17, more=" avx512f"),
+            "AMD EPYC (family 25, model 1, stepping 1, without AVX-512)",
+        ),
+        (
+            _EPYC.format(model=17, more=" avx512f"),
+            "AMD EPYC (family 25, model 17, stepping 1, with AVX-512)",
+        ),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", "aarch64"),
+        (None, "aarch64"),
+    ],
+    ids=["first of two", "avx512", "arm", "no such file"],
+)
+def test_processors_of_one_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, details: str
+) -> None:
+    monkeypatch.setattr(devices, "PROCESSORS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices.platform, "processor", lambda: "aarch64")
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert processor_details() == details
+    assert processor_name() == details.partition(" (")[0]

@@ -10,7 +10,7 @@ from typing import Any
 from megaegpt.arguments import ArgumentParser
 from megaegpt.errors import ConfigError
 from megaegpt.text_tables import format_table
-from tools.benchmarks.common import add_repetitions
+from tools.benchmarks.common import add_repetitions, machine
 
 _LLAMA = ("--family", "llama", "--kv-heads", "3")
 _SMOLLM2 = ("--layers", "30", "--hidden", "576", "--heads", "9", *_LLAMA)
@@ -66,7 +66,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         _, words = PARTS[name]
         more = ("--repetitions", str(arguments.repetitions), *peers_for(words, arguments.peer))
         records[name] = _measure(*words, *more)
-    print(f"\n{_table(records)}")
+    facts = machine()
+    print(f"\n{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}")
+    print(_table(records))
     return {"parts": records}
 
 
