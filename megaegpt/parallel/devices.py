@@ -26,39 +26,53 @@ DEVICE_FILES = "/dev/nvidia[0-9]*"
 AMD_DRIVER = Path("/dev/kfd")
 """Exists where AMD's driver for computing is loaded, beside the graphics of an ordinary CPU too."""
 
+PROCESSORS = Path("/proc/cpuinfo")
+"""What the kernel says of each processor, blank lines between them."""
+
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _OLDER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 _GROWING = "expandable_segments:True"
 _CHOICE = "MEGAEGPT_DEVICE"
 _ON_PURPOSE = f"or set {_CHOICE}=cpu to compute on the CPU on purpose"
 _NO_DEVICES = ("", "NoDevFiles")  # the second is Slurm's
-_REVISION = (
-    *("vendor_id", "cpu family", "model", "stepping"),
-    *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision"),  # Arm's
-)
+_DETAILS = {
+    "cpu family": "family",
+    "model": "model",
+    "stepping": "stepping",
+    "CPU implementer": "implementer",  # this and the others are Arm's
+    "CPU part": "part",
+    "CPU variant": "variant",
+    "CPU revision": "revision",
+}
+"""Fields of Linux, and their names in :func:`processor_details`."""
 
 
 def processor_name() -> str:
     """The processor's model, as the kernel names it."""
-    return _processor().get("model name") or platform.processor() or platform.machine()
+    return _first_processor().get("model name") or platform.processor() or platform.machine()
 
 
-def processor_revision() -> str:
-    """The numbers by which makers tell their processors apart, which virtual machines leave as they
-    are where all models have one name; empty where Linux does not tell.
+def processor_details() -> str:
+    """The name with the numbers by which makers tell their processors apart, and which virtual
+    machines leave as they are where all models have one name: ``AMD EPYC (family 25, model 1,
+    stepping 1, without AVX-512)``.
     """
-    fields = _processor()
-    return " ".join(fields[name] for name in _REVISION if name in fields)
+    facts = _first_processor()
+    details = [f"{word} {facts[key]}" for key, word in _DETAILS.items() if key in facts]
+    if "flags" in facts:  # as Linux calls them on x86
+        has = "avx512f" in facts["flags"].split()
+        details.append("with AVX-512" if has else "without AVX-512")
+    return f"{processor_name()} ({', '.join(details)})" if details else processor_name()
 
 
-def _processor() -> dict[str, str]:
-    """What Linux says of the first one."""
+def _first_processor() -> dict[str, str]:
+    """What Linux says of it."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        text = PROCESSORS.read_text(encoding="utf-8")
     except OSError:
         return {}
-    lines = [line.partition(":") for line in text.partition("\n\n")[0].splitlines()]
-    return {name.strip(): value.strip() for name, _, value in lines}
+    lines = (line.partition(":") for line in text.strip().partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}
 
 
 def device_type() -> str:

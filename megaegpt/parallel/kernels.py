@@ -27,7 +27,7 @@ from torch import Tensor
 from megaegpt.errors import ConfigError, DataError, FolderInUseError
 from megaegpt.files import cache_folder, locked_folder, write_whole
 from megaegpt.json_files import read_json
-from megaegpt.parallel.devices import processor_name, processor_revision
+from megaegpt.parallel.devices import processor_details
 from megaegpt.parallel.matmul import onednn_is_available, onednn_linear, packed_order
 
 CHOICE = "MEGAEGPT_KERNELS"
@@ -61,8 +61,7 @@ class Machine:
     """What the speed of products depends on."""
 
     processor: str
-    revision: str
-    """In virtual machines several processors have one name."""
+    """With its numbers: in virtual machines several processors have one name."""
     instructions: str
     """The widest vectors that torch uses."""
     torch: str
@@ -72,8 +71,7 @@ class Machine:
     def here() -> Machine:
         """This machine, in this process."""
         return Machine(
-            processor_name(),
-            processor_revision(),
+            processor_details(),
             torch.backends.cpu.get_cpu_capability(),
             torch.__version__,
             torch.get_num_threads(),

@@ -14,8 +14,8 @@ from megaegpt.parallel import devices
 from megaegpt.parallel.devices import (
     device_type,
     local_device,
+    processor_details,
     processor_name,
-    processor_revision,
 )
 
 _GPU_VARIABLES = (
@@ -219,22 +219,40 @@ def test_the_allocator_enlarges_its_segments_unless_it_is_configured(
     assert told == ([allocator] if cuda and not given else [])  # this one has read it at its import
 
 
-def test_processors_of_one_name_differ_in_their_makers_numbers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def told(model: int) -> tuple[str, str]:
-        text = f"""processor\t: 0
-vendor_id\t: AuthenticAMD
+_EPYC = """processor\t: 0
 cpu family\t: 25
 model\t\t: {model}
 model name\t: AMD EPYC
 stepping\t: 1
-
-processor\t: 1
-model\t\t: 3
+flags\t\t: fpu avx2{more}
 """
-        monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
-        return processor_name(), processor_revision()
 
-    assert told(1) == ("AMD EPYC", "AuthenticAMD 25 1 1")
-    assert told(17) == ("AMD EPYC", "AuthenticAMD 25 17 1")
+
+@pytest.mark.parametrize(
+    ("text", "details"),
+    [
+        (
+            _EPYC.format(model=1, more="") + "\n" + _EPYC.format(model=17, more=" avx512f"),
+            "AMD EPYC (family 25, model 1, stepping 1, without AVX-512)",
+        ),
+        (
+            _EPYC.format(model=17, more=" avx512f"),
+            "AMD EPYC (family 25, model 17, stepping 1, with AVX-512)",
+        ),
+        (
+            "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n",
+            "aarch64 (implementer 0x41, part 0xd40)",
+        ),
+        (None, "aarch64"),
+    ],
+    ids=["first of two", "avx512", "arm", "no such file"],
+)
+def test_processors_of_one_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, details: str
+) -> None:
+    monkeypatch.setattr(devices, "PROCESSORS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices.platform, "processor", lambda: "aarch64")
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert processor_details() == details
+    assert processor_name() == details.partition(" (")[0]

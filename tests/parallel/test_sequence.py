@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megaegpt.parallel import sequence
 from megaegpt.parallel.gathered_products import gathered_products
+from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.scattered_product import scattered_product
 from megaegpt.parallel.sequence import SequenceShards, dropout
 from tests.distributed.harness import Distributed, grid_for
@@ -155,3 +160,75 @@ def test_a_scattered_product_is_a_product_that_is_scattered(
 
 def test_products_that_keep_rows_are_those_of_gathered_tokens(distributed: Distributed) -> None:
     distributed(2, check_products)
+
+
+class Calls(TorchDispatchMode):
+    """In the place of a network that has one rank: what is begun, computed and waited for, in
+    order.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        monkeypatch.setattr(sequence, "all_gather_single", self._gather)
+        monkeypatch.setattr(sequence, "reduce_scatter_single", self._scatter)
+
+    def _gather(self, everything: Tensor, own: Tensor, group: Any, async_op: bool) -> Work | None:
+        everything.copy_(own)
+        return self._begin("gathering", async_op)
+
+    def _scatter(self, own: Tensor, rows: Tensor, group: Any, async_op: bool) -> Work | None:
+        own.copy_(rows)
+        return self._begin("scattering", async_op)
+
+    def _begin(self, what: str, async_op: bool) -> Work | None:
+        self.names.append(f"{what} begins")
+        if async_op:
+            return Work(self, what)
+        self.names.append(f"{what} ends")
+        return None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.__name__.partition(".")[0] in ("mm", "addmm", "bmm"):
+            self.names.append("product")
+        return func(*args, **(kwargs or {}))
+
+
+class Work:
+    """Of a message that is under way until somebody waits for it."""
+
+    def __init__(self, calls: Calls, what: str) -> None:
+        self._calls, self._what = calls, what
+
+    def wait(self) -> None:
+        self._calls.names.append(f"{self._what} ends")
+
+
+def test_messages_are_under_way_while_products_are_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Backward, the tokens are on their way during the gradients by them, and these during the
+    gradients of the weights.
+    """
+    shards = SequenceShards(ProcessGrid(), 3, 3)
+    x = random(9, WIDTH).requires_grad_()
+    first, second = (random(5, WIDTH, seed=seed).requires_grad_() for seed in (1, 2))
+    with Calls(monkeypatch) as calls:
+        y, z = gathered_products(x, [(first, None), (second, None)], shards)
+        assert calls.names == ["gathering begins", "gathering ends", "product", "product"]
+        calls.names.clear()
+        (y + z).sum().backward()
+    assert calls.names == [
+        "gathering begins",
+        "product",
+        "product",
+        "gathering ends",
+        "scattering begins",
+        "product",
+        "product",
+        "scattering ends",
+    ]
+    assert second.grad is not None
+    assert_close(second.grad, x.detach().sum(0).expand(5, WIDTH))

@@ -9,15 +9,17 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from megaegpt.errors import ConfigError, LaunchError
+from megaegpt.errors import ConfigError, LaunchError, MegaEGPTError
 from tests.generation.test_trained import save_gpt
 from tools import benchmark
-from tools.benchmarks import attention, device_checks, gpu, growth, overview
+from tools.benchmarks import attention, device_checks, gpu, growth, llamacpp, overview
 from tools.benchmarks.common import parse_peers
 from tools.benchmarks.processes import Candidate, Workload, compare
 
@@ -206,7 +208,7 @@ def test_checkpoint(run):
 @pytest.mark.long
 def test_gpu_without_one(run, capsys, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
-    less = "ZeRO-2 by DeepSpeed's own methods"  # one of seven: each is a process
+    less = "ZeRO-2 by DeepSpeed's own methods"  # one of eleven: each is a process
     monkeypatch.setattr(gpu, "REMEDIES", {"all": {}, less: gpu.REMEDIES[less]})
     parts = ("facts", "train", "egpt", "decode", "remedies")
     record = run("gpu", "--page", str(page), "--parts", *parts)
@@ -225,6 +227,7 @@ def test_gpu_without_one(run, capsys, tmp_path, monkeypatch):
         "EGPT, stored states",
         "decoding, batch 1",
         "decoding, batch 8",
+        "decoding, batch 1, not compiled",
     ]
     assert "there is no GPU" in capsys.readouterr().out
 
@@ -326,6 +329,60 @@ def test_unknown_peers_are_refused(value, message):
         parse_peers([value], ("nanogpt", "hf"))
 
 
+def test_a_peer_that_is_not_installed_is_refused_by_the_package_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    line = ["generate", "--hidden", "16", "--layers", "1", "--heads", "2", "--peer", "llamacpp"]
+    arguments = benchmark.new_parser(line).parse_args(line)
+    with pytest.raises(ConfigError, match=r"needs the package xllamacpp: pip install xllamacpp$"):
+        arguments.run(arguments)
+
+
+class LlamaServer:
+    """In the place of llama.cpp's: writes as many tokens as it is told."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.written = 3
+
+    def handle_completions(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.request = request
+        end = "length" if self.written == request["max_tokens"] else "stop"
+        return {"choices": [{"finish_reason": end} for _ in request["prompt"]]}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "kind"), [("float32", "fp32", "F32"), ("bfloat16", "fp16", "F16")]
+)
+def test_llama_cpp_is_asked_for_what_the_others_do(tmp_path, monkeypatch, dtype, name, kind):
+    pytest.importorskip("gguf")
+    servers: list[LlamaServer] = []
+    module = SimpleNamespace(
+        CommonParams=lambda: MagicMock(),
+        ggml_type=SimpleNamespace(GGML_TYPE_F32="F32", GGML_TYPE_F16="F16"),
+        Server=lambda options: servers.append(LlamaServer(options)) or servers[-1],
+        get_system_info=lambda: "AVX2 = 1",
+    )
+    monkeypatch.setitem(sys.modules, "xllamacpp", module)
+    shape = {"hidden": 16, "layers": 1, "heads": 2, "batch": 2, "tokens": 3, "dtype": dtype}
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    candidate = llamacpp.candidate(shape, prompts, tmp_path, threads=1)
+    assert candidate.name == f"llamacpp, {name}"
+    workload = candidate.factory(*candidate.arguments)
+    workload.run()
+    (server,) = servers
+    assert workload.units == 6
+    assert workload.info == {"system": "AVX2 = 1"}
+    assert Path(server.options.model.path).read_bytes().startswith(b"GGUF")
+    assert server.options.n_ctx == 2 * (3 + 3)
+    assert server.options.cache_type_k == server.options.cache_type_v == kind
+    assert server.options.cpuparams.n_threads == torch.get_num_threads()
+    assert server.request["prompt"] == prompts
+    assert not server.request["cache_prompt"]
+    server.written = 2
+    with pytest.raises(MegaEGPTError, match="did not write 3 tokens a prompt"):
+        workload.run()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -345,7 +402,7 @@ def test_options_that_change_nothing_are_refused(line, message):
 def test_every_benchmark_is_a_subcommand():
     folder = Path(benchmark.__file__).parent / "benchmarks"
     parts = {"common", "processes", "engines", "peers", "shapes", "device_checks"}
-    parts |= {"checklist", "nodes", "node_parts", "memory", "growth_points"}
+    parts |= {"checklist", "nodes", "node_parts", "memory", "growth_points", "llamacpp"}
     modules = {path.stem for path in folder.glob("[!_]*.py")} - parts
     assert modules == set(benchmark.SUBCOMMANDS)
 
@@ -394,7 +451,9 @@ def test_an_overview_has_the_fastest_other_program_beside_each_of_ours(run, caps
     monkeypatch.setattr(overview, "PARTS", parts)
     record = run("overview", "--peer", "hf")
     ours, peer, _ = record["parts"]["decode"]["results"]
-    table = capsys.readouterr().out.split("the fastest other")[1].splitlines()
+    before, table = capsys.readouterr().out.split("the fastest other")
+    assert f"{record['machine']['cpu']}, {os.cpu_count()} cores, torch" in before
+    table = table.splitlines()
     (line,) = [line for line in table if line.startswith("decoding")]
     ratio = ours["units_per_second"] / peer["units_per_second"]
     assert peer["name"] == "hf"
@@ -404,8 +463,8 @@ def test_an_overview_has_the_fastest_other_program_beside_each_of_ours(run, caps
 
 
 def test_an_overview_leaves_a_program_out_where_it_has_no_such_model():
-    peers = ["nanogpt=x", "hf", "egpt=y"]
-    assert overview.peers_for(("generate",), peers) == ["--peer", "hf"]
+    peers = ["nanogpt=x", "hf", "llamacpp", "egpt=y"]
+    assert overview.peers_for(("generate",), peers) == ["--peer", "hf", "--peer", "llamacpp"]
     assert overview.peers_for(("train",), peers) == ["--peer", "nanogpt=x", "--peer", "hf"]
     llama = overview.PARTS["train-llama"][1]
     assert overview.peers_for(llama, peers) == ["--peer", "hf"]

@@ -14,7 +14,7 @@ import torch
 
 from megaegpt.arguments import integer
 from megaegpt.errors import ConfigError
-from megaegpt.parallel.devices import local_device, processor_name
+from megaegpt.parallel.devices import local_device, processor_details
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.text_tables import format_table
 from tools.benchmarks.processes import Result
@@ -120,7 +120,7 @@ def machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = "absent"
     return {
-        "cpu": processor_name(),
+        "cpu": processor_details(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

@@ -43,15 +43,18 @@ def build_engine(
         batch: samples a step over all processes, in one micro-step.
         options: as :data:`PLAIN`; and, to measure what they are worth, ``fused_head``,
             ``fused_blocks``, ``fewer_operators`` and ``cudnn`` (its attention), which are on unless
-            they are false; ``lora``, the rank of adapters that are trained instead of the weights;
-            ``freeze``, parts that are not trained.
+            they are false; ``rows``, the positions that the head computes at once;
+            ``overlap_comm``, which is DeepSpeed's; ``lora``, the rank of adapters that are trained
+            instead of the weights; ``freeze``, parts that are not trained.
         loss_function: how the model is called; with its inputs and targets by default.
     """
     device = local_device() if dist.is_initialized() else init_distributed()
     grid = ProcessGrid.create(1, device)
     config = RunConfig(
         model=model_config,
-        parallel=ParallelConfig(zero_stage=options["zero"]),
+        parallel=ParallelConfig(
+            zero_stage=options["zero"], overlap_comm=options.get("overlap_comm", False)
+        ),
         training=TrainingConfig(
             steps=1_000_000,
             global_batch_size=batch,
@@ -76,6 +79,8 @@ def build_engine(
     initialize_adapters(model, config.training.seed, grid)
     if not options.get("fused_head", True):
         model.head.loss_options = replace(model.head.loss_options, fused=False)
+    if "rows" in options:
+        model.head.loss_options = replace(model.head.loss_options, rows=options["rows"])
     if not options.get("fused_blocks", True):
         model.stack.fused = False
     return Engine(model, grid, config, loss_function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from megaegpt.generation.trained import choose_products
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.text_tables import format_table
-from tools.benchmarks import peers
+from tools.benchmarks import llamacpp, peers
 from tools.benchmarks.common import (
     add_profile,
     add_repetitions,
@@ -32,6 +33,7 @@ from tools.benchmarks.processes import Candidate, Workload, compare
 from tools.benchmarks.shapes import add_family, model_config, with_family
 
 PROMPT = 32
+PEERS = ("nanogpt", "hf", "litgpt", "llamacpp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="measure ours with a compiled step as well"
     )
     parser.add_argument(
-        "--peer", action="append", default=[], metavar="nanogpt=DIR|hf|litgpt=DIR", help="repeat"
+        "--peer",
+        action="append",
+        default=[],
+        metavar="nanogpt=DIR|hf|litgpt=DIR|llamacpp",
+        help="repeat",
     )
     add_profile(parser)
     add_repetitions(parser, default=3)
@@ -80,17 +86,32 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"shape": shape, "memory": rows}
     if arguments.egpt:
         return {"shape": shape, "egpt": _egpt_by_context(shape, arguments.repetitions)}
-    candidates = [Candidate("megaegpt", ours, (shape,), threads=arguments.threads)]
-    if arguments.compile:
-        name = "megaegpt, compiled"
-        candidates.append(Candidate(name, ours, (shape, True), threads=arguments.threads))
-    for name, folder in parse_peers(arguments.peer, ("nanogpt", "hf", "litgpt")).items():
-        candidates.append(Candidate(name, peer, (name, folder, shape), threads=arguments.threads))
-    name = "only reading the weights"
-    candidates.append(Candidate(name, reading, (shape,), threads=arguments.threads))
-    results = compare(candidates, arguments.repetitions, profile=arguments.profile)
+    with tempfile.TemporaryDirectory() as folder:
+        candidates = _candidates(arguments, shape, Path(folder))
+        results = compare(candidates, arguments.repetitions, profile=arguments.profile)
     print_results(f"decoding, {shape}", "tokens", results)
     return {"shape": shape, "results": [result.as_dict() for result in results]}
+
+
+def _candidates(
+    arguments: argparse.Namespace, shape: dict[str, Any], folder: Path
+) -> list[Candidate]:
+    """Ours, then the peers; ``folder`` is for what they read."""
+    threads = arguments.threads
+    candidates = [Candidate("megaegpt", ours, (shape,), threads=threads)]
+    if arguments.compile:
+        candidates.append(Candidate("megaegpt, compiled", ours, (shape, True), threads=threads))
+    for name, checkout in parse_peers(arguments.peer, PEERS).items():
+        if name == "llamacpp":
+            candidates.append(llamacpp.candidate(shape, _prompts(shape), folder, threads))
+        else:
+            candidates.append(Candidate(name, peer, (name, checkout, shape), threads=threads))
+    candidates.append(Candidate("only reading the weights", reading, (shape,), threads=threads))
+    return candidates
+
+
+def _prompts(shape: dict[str, Any]) -> list[list[int]]:
+    return [list(range(100 * row, 100 * row + PROMPT)) for row in range(shape["batch"])]
 
 
 def ours(shape: dict[str, Any], compiled: bool = False) -> Workload:
@@ -101,7 +122,7 @@ def ours(shape: dict[str, Any], compiled: bool = False) -> Workload:
     choose_products(model)
     generator = TextGenerator(model, compiled=compiled)
     greedy = GenerationConfig(max_new_tokens=shape["tokens"], temperature=0.0)
-    prompts = [list(range(100 * row, 100 * row + PROMPT)) for row in range(shape["batch"])]
+    prompts = _prompts(shape)
 
     def one() -> None:
         for _ in generator.stream_batch(prompts, greedy):
@@ -115,8 +136,8 @@ def peer(name: str, folder: Path | None, shape: dict[str, Any]) -> Workload:
     sizes = {"vocab": 50304, "context": 1024} | shape
     device = single_grid().device
     model = peers.build(name, folder, sizes).to(device, getattr(torch, shape["dtype"])).eval()
-    rows = torch.arange(PROMPT) + 100 * torch.arange(shape["batch"])[:, None]
-    proceed = peers.CONTINUATIONS[name](model, rows.to(device), shape["tokens"])
+    prompts = torch.tensor(_prompts(shape), device=device)
+    proceed = peers.CONTINUATIONS[name](model, prompts, shape["tokens"])
 
     def one() -> None:
         with torch.inference_mode():

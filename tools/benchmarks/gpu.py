@@ -40,8 +40,15 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "ZeRO-1 by DeepSpeed's own methods": {"fewer_operators": False},
     "ZeRO-2": {"zero": 2},
     "ZeRO-2 by DeepSpeed's own methods": {"zero": 2, "fewer_operators": False},
+    "ZeRO-2, messages beside computation": {"zero": 2, "overlap_comm": True},
+    "blocks neither compiled nor by their own operators": {
+        "compile": False,
+        "fused_blocks": False,
+    },
+    "the head 4,096 rows at a time": {"rows": 4096},
+    "twice the micro-batch": {"times": 2},
 }
-"""Options of ``engines.build_engine`` that differ from the first."""
+"""Options of ``engines.build_engine`` that differ from the first; ``times`` as many sequences."""
 
 _TRAIN = {"124M": 64, "355M": 32, "774M": 16, "1558M": 8}
 """Sequences of 1,024 tokens in a step; halved until they fit."""
@@ -234,15 +241,17 @@ def _egpt(suite: Suite) -> None:
 
 
 def _decode(suite: Suite) -> None:
-    for batch in (1, 8):
-        result = suite.measure(f"decoding {batch}", _decoding, batch, suite.on_gpu, unit="tokens")
+    for batch, how, target in ((1, "", "1,000 tokens/s"), (8, "", ""), (1, ", not compiled", "")):
+        work = (batch, suite.on_gpu, suite.on_gpu and not how)
+        result = suite.measure(f"decoding {batch}{how}", _decoding, *work, unit="tokens")
         if result is not None:
-            target = "1,000 tokens/s" if batch == 1 else ""
-            suite.summary.append((f"decoding, batch {batch}", _with_mfu(result), target))
+            suite.summary.append((f"decoding, batch {batch}{how}", _with_mfu(result), target))
 
 
 def _remedies(suite: Suite) -> None:
-    """What each is worth: training with all of them, and without one at a time."""
+    """What each is worth: training with all of them, without one at a time, and with other sizes of
+    pieces.
+    """
     shape, batch, context = ("124M", 32, 1024) if suite.on_gpu else ("small", 1, 8)
     first: Result | None = None
     for name, changes in REMEDIES.items():
@@ -250,7 +259,8 @@ def _remedies(suite: Suite) -> None:
         if not suite.on_gpu:
             options["compile"] = False
         work = (shape, context, suite.on_gpu, options)
-        result = suite.measure(name, _train_step, batch, *work, unit="tokens")
+        sequences = batch * changes.get("times", 1)
+        result = suite.measure(name, _train_step, sequences, *work, unit="tokens")
         if result is None:
             continue
         print_mfu([result])
@@ -296,7 +306,7 @@ def _egpt_step(
     return egpt.ours(sizes, features, _OPTIONS | {"compile": compiled})
 
 
-def _decoding(batch: int, on_gpu: bool) -> Workload:
+def _decoding(batch: int, on_gpu: bool, compiled: bool) -> Workload:
     dtype = "bfloat16" if on_gpu else "float32"
     shape = (_DECODE if on_gpu else _TINY) | {"batch": batch, "dtype": dtype}
-    return generate.ours(shape, compiled=on_gpu)
+    return generate.ours(shape, compiled=compiled)

@@ -10,7 +10,7 @@ from typing import Any
 from megaegpt.arguments import ArgumentParser
 from megaegpt.errors import ConfigError
 from megaegpt.text_tables import format_table
-from tools.benchmarks.common import add_repetitions
+from tools.benchmarks.common import add_repetitions, machine
 
 _LLAMA = ("--family", "llama", "--kv-heads", "3")
 _SMOLLM2 = ("--layers", "30", "--hidden", "576", "--heads", "9", *_LLAMA)
@@ -33,7 +33,7 @@ PARTS = {
 }
 """By name: what stands in the table, and the subcommand that measures it."""
 _PEERS = {
-    "generate": ("hf", "litgpt"),  # nanoGPT has no cache
+    "generate": ("hf", "litgpt", "llamacpp"),  # nanoGPT has no cache
     "train": ("nanogpt", "hf", "litgpt"),
     "egpt": ("egpt",),
 }
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peer",
         action="append",
         default=[],
-        metavar="nanogpt=DIR|hf|litgpt=DIR|egpt=DIR",
+        metavar="nanogpt=DIR|hf|litgpt=DIR|llamacpp|egpt=DIR",
         help="repeat; each where it has such a model",
     )
     parser.add_argument(
@@ -66,7 +66,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         _, words = PARTS[name]
         more = ("--repetitions", str(arguments.repetitions), *peers_for(words, arguments.peer))
         records[name] = _measure(*words, *more)
-    print(f"\n{_table(records)}")
+    facts = machine()
+    print(f"\n{facts['gpu'] or facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}")
+    print(_table(records))
     return {"parts": records}
 
 
