@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megaegpt.config import ModelConfig
 from megaegpt.parallel.collectives import gather_from_tp
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.int8_weights import Int8Weight
 from megaegpt.parallel.loss import LossOptions, linear_cross_entropy, power_of_two
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter
@@ -23,8 +24,9 @@ from megaegpt.parallel.params import new_parameter
 class OutputHead(nn.Module):
     """The vocabulary-parallel head. With ``tied_to`` it shares that (V/tp, C) weight."""
 
-    packed: Tensor | None = None
-    """The weight in ``parallel.matmul.packed_order``, once more, for inference."""
+    packed: Tensor | Int8Weight | None = None
+    """The weight in ``parallel.matmul.packed_order``, once more, or in int8 in its place; for
+    inference."""
     blas_rows: frozenset[int] = frozenset()
     """See :func:`~megaegpt.parallel.matmul.linear`; for inference."""
 
@@ -71,9 +73,12 @@ class OutputHead(nn.Module):
         """
         if targets is None:
             return self._logits(hidden)
+        weight: Tensor = self.weight
+        if isinstance(self.packed, Int8Weight):
+            weight = self.packed.whole(hidden.dtype)
         return linear_cross_entropy(
             hidden,
-            self.weight,
+            weight,
             targets,
             self.grid,
             self.vocab_size,

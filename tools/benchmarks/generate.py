@@ -13,7 +13,7 @@ import torch
 from megaegpt.config import EGPTConfig, GenerationConfig
 from megaegpt.errors import ConfigError
 from megaegpt.generation.generator import TextGenerator
-from megaegpt.generation.trained import choose_products
+from megaegpt.generation.trained import choose_products, round_to_int8
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.text_tables import format_table
@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="measure ours with a compiled step as well"
     )
     parser.add_argument(
+        "--int8", action="store_true", help="measure ours with weights in int8 as well"
+    )
+    parser.add_argument(
         "--peer", action="append", default=[], metavar="nanogpt=DIR|hf|litgpt=DIR", help="repeat"
     )
     add_profile(parser)
@@ -71,9 +74,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return the record."""
     keys = ("hidden", "layers", "heads", "batch", "tokens", "dtype")
     shape = with_family({key: getattr(arguments, key) for key in keys}, arguments)
-    others = arguments.peer or arguments.compile or arguments.profile
+    others = arguments.peer or arguments.compile or arguments.int8 or arguments.profile
     if (arguments.egpt or arguments.memory) and others:
-        raise ConfigError("--egpt measures EGPT alone: leave --peer, --compile, --profile out")
+        raise ConfigError(
+            "--egpt measures EGPT alone: leave --peer, --compile, --int8, --profile out"
+        )
     if arguments.memory:
         vocab_size = model_config(shape).vocab_size
         rows = memory_by_tokens(shape["hidden"], vocab_size, arguments.repetitions)
@@ -84,6 +89,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.compile:
         name = "megaegpt, compiled"
         candidates.append(Candidate(name, ours, (shape, True), threads=arguments.threads))
+    if arguments.int8:
+        name = "megaegpt, int8"
+        candidates.append(Candidate(name, ours, (shape, False, True), threads=arguments.threads))
     for name, folder in parse_peers(arguments.peer, ("nanogpt", "hf", "litgpt")).items():
         candidates.append(Candidate(name, peer, (name, folder, shape), threads=arguments.threads))
     name = "only reading the weights"
@@ -93,12 +101,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"shape": shape, "results": [result.as_dict() for result in results]}
 
 
-def ours(shape: dict[str, Any], compiled: bool = False) -> Workload:
+def ours(shape: dict[str, Any], compiled: bool = False, int8: bool = False) -> Workload:
     """Prefill and decoding with the preallocated cache."""
     model = (
         build_model(model_config(shape), single_grid()).to(getattr(torch, shape["dtype"])).eval()
     )
-    choose_products(model)
+    (round_to_int8 if int8 else choose_products)(model)
     generator = TextGenerator(model, compiled=compiled)
     greedy = GenerationConfig(max_new_tokens=shape["tokens"], temperature=0.0)
     prompts = [list(range(100 * row, 100 * row + PROMPT)) for row in range(shape["batch"])]
