@@ -39,7 +39,7 @@ from megaegpt.model.gpt import GPT
 from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import initialize
-from megaegpt.precision import inference_dtype
+from megaegpt.precision import INT8, inference_dtype
 
 __all__ = [
     "GPTModel",
@@ -132,7 +132,7 @@ def _run_config(
 def load(
     source: str | Path,
     *,
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    dtype: Literal["bf16", "fp16", "fp32", "int8"] | None = None,
     encoder: str | None = None,
     vocabulary: str | None = None,
 ) -> TextModel:
@@ -141,7 +141,8 @@ def load(
     Args:
         source: a run's folder (its latest checkpoint), a checkpoint, a folder of weights of ours
             or in Hugging Face's form, a GGUF file, or the name of a model (``"smollm2-135m"``).
-        dtype: None: bf16 on a GPU, fp32 on a CPU.
+        dtype: None: bf16 on a GPU, fp32 on a CPU; ``int8``, on a CPU: matrices of 8 bits and a
+            scale for each row, in a quarter of the memory.
         encoder: that of an EGPT or DeepGPT, where it was moved.
         vocabulary: the tokenizer, where none lies with the weights.
 
@@ -166,6 +167,7 @@ def load(
         inference_dtype(dtype, device),
         encoder_source=encoder,
         vocabulary=vocabulary,
+        int8=dtype == INT8,
     )
     return TextModel(loaded)
 

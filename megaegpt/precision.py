@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 import torch
 
@@ -16,6 +16,9 @@ DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
 }
 
+INT8: Final = "int8"
+"""Weights alone, for inference on a CPU; what is computed with them is fp32."""
+
 
 def default_precision(device_type: str) -> Precision:
     """Return the precision that ``auto`` stands for: bf16 on a GPU, fp32 on a CPU."""
@@ -23,7 +26,15 @@ def default_precision(device_type: str) -> Precision:
 
 
 def inference_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
-    """What a trained model computes in; None: what ``auto`` stands for."""
+    """What a trained model computes in; None: what ``auto`` stands for.
+
+    Raises:
+        ConfigError: weights in int8 are wanted on another device than a CPU.
+    """
+    if wanted == INT8:
+        if device.type != "cpu":
+            raise ConfigError("--dtype int8 is for a CPU: on a GPU take bf16, or fp16")
+        return torch.float32
     return DTYPES[wanted or _auto(device)]
 
 

@@ -33,6 +33,12 @@ def test_a_gpu_without_bf16_computes_in_fp16(monkeypatch: pytest.MonkeyPatch) ->
     assert find_accelerator("h100", 8).precision("auto") == "bf16"
 
 
+def test_weights_in_int8_are_for_a_cpu() -> None:
+    assert inference_dtype("int8", _CPU) == torch.float32
+    with pytest.raises(ConfigError, match="--dtype int8 is for a CPU: on a GPU take bf16"):
+        inference_dtype("int8", _GPU)
+
+
 def test_fp16_is_refused_where_the_processor_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "cpu_supports_fp16", lambda: False)
     with pytest.raises(ConfigError, match=r"training\.precision=fp16"):

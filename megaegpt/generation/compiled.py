@@ -26,6 +26,7 @@ from megaegpt.model.decoding import new_cache
 from megaegpt.model.gpt import GPT
 from megaegpt.model.rotary import RotaryTable, rotary_table
 from megaegpt.parallel.context_shards import ContextShards
+from megaegpt.parallel.int8_weights import Int8Weight
 from megaegpt.parallel.sequence import SequenceShards
 
 _CAPACITIES = 128
@@ -38,6 +39,8 @@ def uncompilable(gpt: GPT) -> str | None:
     """Why a model's step cannot be compiled, apart from the machine; None if it can."""
     if gpt.grid.tp_size > 1:
         return "the model is cut over tensor-parallel ranks"
+    if isinstance(gpt.head.packed, Int8Weight):
+        return "products with weights in int8 are faster as they are"
     if gpt.config.document_end is not None:
         return "attention depends on the tokens (model.document_end)"
     return None

@@ -27,8 +27,9 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.head import OutputHead
 from megaegpt.model.weights import INSTRUCTIONS, is_adapter, load_weights, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.int8_weights import Int8Weight, int8_weight
 from megaegpt.parallel.kernels import KernelTable, choose_kernels, kernel_choice
-from megaegpt.parallel.layers import Linear
+from megaegpt.parallel.layers import Linear, RowParallelLinear, VocabParallelEmbedding
 from megaegpt.parallel.matmul import SMALLEST, packed_order
 
 
@@ -56,6 +57,7 @@ def load_for_inference(
     *,
     encoder_source: str | None = None,
     vocabulary: str | None = None,
+    int8: bool = False,
 ) -> LoadedModel:
     """Load whatever :func:`~megaegpt.interop.sources.resolve_weights_source` finds at ``folder``;
     adapters are added to the weights beside which they were trained.
@@ -64,6 +66,9 @@ def load_for_inference(
     the working directory, else from beside the weights), or from ``encoder_source``, and must be
     the very one it was trained with. The tokenizer is that of ``vocabulary``, else the one whose
     files lie with the weights, else GPT-2's. Collective over all ranks.
+
+    Args:
+        int8: round the matrices as :func:`round_to_int8` does, on a CPU.
 
     Raises:
         CheckpointError: something is missing or damaged, or the encoder is another one.
@@ -102,7 +107,7 @@ def load_for_inference(
     model.requires_grad_(False).eval()
     for part in (model, encoder):
         if part is not None:
-            choose_products(part)
+            (round_to_int8 if int8 else choose_products)(part)
     trained_with = extra.get("tokenizer_fingerprint")
     if trained_with is None:
         own = lies_beside or config.vocab_size <= tokenizer.padded_vocab_size
@@ -148,6 +153,24 @@ def choose_products(model: nn.Module) -> None:
         module.blas_rows = table.blas_rows(module.weight)
         if 1 not in module.blas_rows:  # a token at a time is what the memory is spent on
             module.packed = packed_order(module.weight)
+
+
+def round_to_int8(model: nn.Module) -> None:
+    """Put the matrices of ``model``, those of its tokens among them, into int8 with a scale for
+    each row, one by one; what is small or of one dimension stays. The model is for inference from
+    here on: where a matrix was are numbers that are none, and take no memory.
+    """
+    rounded: dict[nn.Parameter, Int8Weight] = {}  # a tied head has the embedding's
+    for module in model.modules():
+        if not isinstance(module, Linear | OutputHead | VocabParallelEmbedding):
+            continue
+        parameter = module.weight
+        if parameter not in rounded:
+            used = module.factors()[0] if isinstance(module, Linear) else parameter
+            others = module.grid if isinstance(module, RowParallelLinear) else None
+            rounded[parameter] = int8_weight(used.detach(), others)
+            parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
+        module.packed = rounded[parameter]
 
 
 def _load_encoder(

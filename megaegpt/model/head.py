@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megaegpt.config import ModelConfig
 from megaegpt.parallel.collectives import gather_from_tp
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.int8_weights import Int8Weight
 from megaegpt.parallel.loss import (
     LossOptions,
     linear_cross_entropy,
@@ -28,8 +29,9 @@ from megaegpt.parallel.params import new_parameter
 class OutputHead(nn.Module):
     """The vocabulary-parallel head. With ``tied_to`` it shares that (V/tp, C) weight."""
 
-    packed: Tensor | None = None
-    """The weight in ``parallel.matmul.packed_order``, once more, for inference."""
+    packed: Tensor | Int8Weight | None = None
+    """The weight in ``parallel.matmul.packed_order``, once more, or in int8 in its place; for
+    inference."""
     blas_rows: frozenset[int] = frozenset()
     """See :func:`~megaegpt.parallel.matmul.linear`; for inference."""
 
@@ -78,9 +80,12 @@ class OutputHead(nn.Module):
             return self._logits(hidden)
         if self.grid.tp_group is not None:  # once; a single process may move its model
             self.loss_options = with_all_ranks(self.loss_options, hidden.device, self.grid)
+        weight: Tensor = self.weight
+        if isinstance(self.packed, Int8Weight):
+            weight = self.packed.whole(hidden.dtype)
         return linear_cross_entropy(
             hidden,
-            self.weight,
+            weight,
             targets,
             self.grid,
             self.vocab_size,

@@ -20,6 +20,7 @@ from megaegpt.parallel.adapted_products import AdaptedFactors, adapted_products
 from megaegpt.parallel.collectives import copy_to_tp, reduce_from_tp
 from megaegpt.parallel.gathered_products import gathered_products
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.int8_weights import Int8Weight
 from megaegpt.parallel.low_rank import LowRankAdapter
 from megaegpt.parallel.matmul import linear
 from megaegpt.parallel.params import new_parameter, spec_of
@@ -32,8 +33,8 @@ class Linear(nn.Module):
     """``y = x @ weight.T + bias``, the same on every rank."""
 
     tp_dim: int | None = None
-    packed: Tensor | None = None
-    """The weight in ``matmul.packed_order``, once more, for inference."""
+    packed: Tensor | Int8Weight | None = None
+    """The weight in ``matmul.packed_order``, once more, or in int8 in its place; for inference."""
     blas_rows: frozenset[int] = frozenset()
     """See :func:`~megaegpt.parallel.matmul.linear`; for inference."""
     lora: LowRankAdapter | None
@@ -54,7 +55,8 @@ class Linear(nn.Module):
         if self.lora is not None and _can_be_joined([self], shards):
             return _joined(x, [self])[0]
         weight, bias = self.factors(shards)
-        packed = self.packed if weight is self.weight else None
+        is_packed = weight is self.weight or isinstance(self.packed, Int8Weight)
+        packed = self.packed if is_packed else None
         y = linear(x, weight, bias, packed, self.blas_rows)
         return y if self.lora is None else y + self.lora(x, shards)
 
@@ -71,6 +73,8 @@ class Linear(nn.Module):
 
     def full_weight(self) -> Tensor:
         """This rank's weight with what an adapter adds to it."""
+        if isinstance(self.packed, Int8Weight):
+            return self.packed.whole(self.weight.dtype)
         if self.lora is None:
             return self.weight
         return self.weight + self.lora.product()
@@ -149,6 +153,9 @@ class RowParallelLinear(Linear):
 class VocabParallelEmbedding(nn.Module):
     """Token embedding with rows cut over TP; padding rows are zero and never looked up."""
 
+    packed: Int8Weight | None = None
+    """The weight in int8, in place of it, for inference."""
+
     def __init__(
         self,
         padded_vocab_size: int,
@@ -171,13 +178,18 @@ class VocabParallelEmbedding(nn.Module):
         """
         check_tokens(tokens, self.vocab_size)
         if self.grid.tp_group is None:
-            return F.embedding(tokens, self.weight)
+            return self._look_up(tokens)
         rows = self.weight.shape[0]
         local = tokens - self.grid.tp_rank * rows
         elsewhere = (local < 0) | (local >= rows)
-        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        vectors = self._look_up(local.masked_fill(elsewhere, 0))
         vectors = vectors.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         return reduce_from_tp(vectors, self.grid) if shards is None else shards.scatter(vectors)
+
+    def _look_up(self, rows: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.packed.embedding(rows, self.weight.dtype)
+        return F.embedding(rows, self.weight)
 
 
 class Embedding(nn.Module):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaegpt.parallel.int8_weights import Int8Weight
 from megaegpt.parallel.partitions import is_partitioned
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -36,15 +37,18 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    packed: Tensor | None = None,
+    packed: Tensor | Int8Weight | None = None,
     blas_rows: frozenset[int] = frozenset(),
 ) -> Tensor:
     """``x @ weight.T + bias``, (..., I) -> (..., O), as ``F.linear``, also in its gradients.
 
     Args:
-        packed: the weight in :func:`packed_order`; a product with it has no gradients.
+        packed: the weight in :func:`packed_order`, or in int8 in place of it; a product with it has
+            no gradients.
         blas_rows: numbers of rows with which torch's own product is taken, without gradients.
     """
+    if isinstance(packed, Int8Weight):
+        return packed.product(x, bias, linear)
     if torch.compiler.is_compiling():  # the compiler chooses kernels, but for few rows
         few = 0 < x.numel() <= MOST_GENERATED_ROWS * x.shape[-1] and x.device.type == "cpu"
         if few and not torch.is_grad_enabled():

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import cycle
 
+import torch
+from torch import Tensor
+
 from megaegpt.config import ModelConfig
 from megaegpt.generation.generator import TextGenerator
+from megaegpt.generation.recomputing import RecomputingDecoder
+from megaegpt.generation.trained import round_to_int8
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.int8_weights import MOST_ROWS
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.models import (
     ATTENTION,
@@ -68,3 +74,24 @@ def test_tensor_parallel_ranks_write_with_caches_what_one_writes_without(
         assert at_4 == alone, rank
         assert at_2 == {name: alone[name] for name in at_2}, rank
     assert len(shares[0][0]) + len(shares[2][0]) == len(alone)
+
+
+def _int8_logits(grid: ProcessGrid) -> list[Tensor]:
+    tokens = torch.tensor([prompt(WINDOW, seed) for seed in range(MOST_ROWS + 1)])
+    logits = []
+    for attention in ("grouped", "multi_query", "latent"):
+        model = build_model(variant(attention, "rotary", _GPT), grid, seed=5).double().eval()
+        model.requires_grad_(False)
+        round_to_int8(model)
+        logits.append(RecomputingDecoder(model, None).advance(tokens))
+    return logits
+
+
+def _int8_logits_at_2() -> list[Tensor]:
+    return _int8_logits(grid_for(2))
+
+
+def test_tensor_parallel_ranks_round_to_int8_as_one_does(distributed: Distributed) -> None:
+    alone = _int8_logits(ProcessGrid())
+    for logits in distributed(4, _int8_logits_at_2):
+        torch.testing.assert_close(logits, alone, rtol=1e-9, atol=1e-9)

@@ -15,7 +15,7 @@ import torch
 from megaegpt.generation import compiled
 from megaegpt.generation.compiled import CompiledSteps, uncompilable
 from megaegpt.generation.generator import TextGenerator
-from megaegpt.generation.trained import choose_products
+from megaegpt.generation.trained import choose_products, round_to_int8
 from megaegpt.model.build import gpt_of
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.matmul import onednn_is_available
@@ -130,6 +130,9 @@ def test_models_that_differ_in_a_constant_and_many_batch_sizes_have_steps_of_the
 def test_what_cannot_be_compiled_is_named() -> None:
     model, _ = build_with_encoder(GPT)
     assert uncompilable(model) is None  # type: ignore[arg-type]
+    rounded, _ = build_with_encoder(GPT)
+    round_to_int8(rounded)
+    assert "int8" in (uncompilable(rounded) or "")  # type: ignore[arg-type]
     model, _ = build_with_encoder(replace(GPT, document_end=2))
     assert "document_end" in (uncompilable(model) or "")  # type: ignore[arg-type]
     model.grid = ProcessGrid(tp_size=2)

@@ -16,12 +16,15 @@ from megaegpt.data.instruction.records import Instruction
 from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.generation.generator import TextGenerator
-from megaegpt.generation.trained import choose_products, load_for_inference
+from megaegpt.generation.trained import choose_products, load_for_inference, round_to_int8
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
+from megaegpt.parallel import int8_weights
 from megaegpt.parallel.grid import ProcessGrid
-from tests.tiny.models import EGPT, GPT, SAMPLING_24
+from megaegpt.parallel.int8_weights import Int8Weight
+from tests.generation.test_generator import VARIANTS
+from tests.tiny.models import EGPT, GPT, SAMPLING_24, build_with_encoder, prompt
 from tests.tiny.tokenizers import trained_tokenizer
 
 GRID = ProcessGrid()
@@ -81,6 +84,45 @@ def test_a_library_that_is_not_known_is_refused_for_a_tiny_model_too(
     monkeypatch.setenv("MEGAEGPT_KERNELS", "mkl")
     with pytest.raises(ConfigError, match="MEGAEGPT_KERNELS=mkl is not known"):
         choose_products(build_model(GPT, GRID))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_in_int8_writes_what_the_numbers_that_it_is_rounded_to_write(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, same = (build_with_encoder(VARIANTS[name]) for _ in range(2))
+    for part, plain in zip(parts, same, strict=True):
+        if part is None or plain is None:
+            continue
+        round_to_int8(part)
+        for module, other in zip(plain.modules(), part.modules(), strict=True):
+            if isinstance(weight := getattr(other, "packed", None), Int8Weight):
+                module.weight.data = weight.whole(torch.float64)
+    with monkeypatch.context() as patched:
+        patched.setattr(int8_weights, "MOST_ROWS", 0)  # where the weights alone are rounded
+        text, expected = (
+            TextGenerator(*m).generate([prompt(5)], SAMPLING_24) for m in (parts, same)
+        )
+    assert text == expected
+    assert len(TextGenerator(*parts).generate([prompt(5)], SAMPLING_24)[0]) == len(text[0])
+
+
+def test_a_model_loaded_in_int8_predicts_as_well_in_a_quarter_of_the_memory(
+    tmp_path: Path,
+) -> None:
+    save_gpt(tmp_path, hidden_size=64, init_std=0.1)
+    plain = load_for_inference(tmp_path, GRID).model
+    model = load_for_inference(tmp_path, GRID, int8=True).model
+    tokens = torch.arange(3 * 16).view(3, 16)
+    with torch.no_grad():
+        losses = [m.head.loss(m.hidden_states(tokens), tokens) / 48 for m in (plain, model)]  # type: ignore[operator]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0.02)
+    taken = {p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(weight := getattr(module, "packed", None), Int8Weight):
+            taken |= {t.data_ptr(): t.nbytes for t in weight}
+    assert sum(taken.values()) < 0.27 * sum(p.nbytes for p in plain.parameters())
 
 
 def test_an_encoder_for_a_model_without_one_is_refused(tmp_path: Path) -> None:

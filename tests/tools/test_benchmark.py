@@ -83,8 +83,9 @@ def test_a_token_memory_is_timed_by_how_much_it_holds(run, capsys):
 @pytest.mark.parametrize("family", [(), ("--family", "llama", "--kv-heads", "1")])
 def test_generate(run, family):
     sizes = ("--hidden", "16", "--layers", "1", "--heads", "2", "--tokens", "3")
-    record = run("generate", *sizes, *family)
-    result, reading = record["results"]
+    record = run("generate", "--int8", *sizes, *family)
+    result, in_int8, reading = record["results"]
+    assert in_int8["name"] == "megaegpt, int8"
     assert result["units_per_second"] == pytest.approx(3 / result["seconds"][0])
     assert reading["name"] == "only reading the weights"
 

@@ -14,7 +14,7 @@ import torch
 from megaegpt.config import EGPTConfig, GenerationConfig
 from megaegpt.errors import ConfigError
 from megaegpt.generation.generator import TextGenerator
-from megaegpt.generation.trained import choose_products
+from megaegpt.generation.trained import choose_products, round_to_int8
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.text_tables import format_table
@@ -62,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="measure ours with a compiled step as well"
     )
     parser.add_argument(
+        "--int8", action="store_true", help="measure ours with weights in int8 as well"
+    )
+    parser.add_argument(
         "--peer",
         action="append",
         default=[],
@@ -77,9 +80,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return the record."""
     keys = ("hidden", "layers", "heads", "batch", "tokens", "dtype")
     shape = with_family({key: getattr(arguments, key) for key in keys}, arguments)
-    others = arguments.peer or arguments.compile or arguments.profile
+    others = arguments.peer or arguments.compile or arguments.int8 or arguments.profile
     if (arguments.egpt or arguments.memory) and others:
-        raise ConfigError("--egpt measures EGPT alone: leave --peer, --compile, --profile out")
+        raise ConfigError(
+            "--egpt measures EGPT alone: leave --peer, --compile, --int8, --profile out"
+        )
     if arguments.memory:
         vocab_size = model_config(shape).vocab_size
         rows = memory_by_tokens(shape["hidden"], vocab_size, arguments.repetitions)
@@ -101,6 +106,9 @@ def _candidates(
     candidates = [Candidate("megaegpt", ours, (shape,), threads=threads)]
     if arguments.compile:
         candidates.append(Candidate("megaegpt, compiled", ours, (shape, True), threads=threads))
+    if arguments.int8:
+        in_int8 = (shape, False, True)
+        candidates.append(Candidate("megaegpt, int8", ours, in_int8, threads=threads))
     for name, checkout in parse_peers(arguments.peer, PEERS).items():
         if name == "llamacpp":
             candidates.append(llamacpp.candidate(shape, _prompts(shape), folder, threads))
@@ -114,12 +122,12 @@ def _prompts(shape: dict[str, Any]) -> list[list[int]]:
     return [list(range(100 * row, 100 * row + PROMPT)) for row in range(shape["batch"])]
 
 
-def ours(shape: dict[str, Any], compiled: bool = False) -> Workload:
+def ours(shape: dict[str, Any], compiled: bool = False, int8: bool = False) -> Workload:
     """Prefill and decoding with the preallocated cache."""
     model = (
         build_model(model_config(shape), single_grid()).to(getattr(torch, shape["dtype"])).eval()
     )
-    choose_products(model)
+    (round_to_int8 if int8 else choose_products)(model)
     generator = TextGenerator(model, compiled=compiled)
     greedy = GenerationConfig(max_new_tokens=shape["tokens"], temperature=0.0)
     prompts = _prompts(shape)
