@@ -41,6 +41,12 @@ class FolderInUseError(DataError):
     """A folder that another process is writing into."""
 
 
+class ChatTemplateError(DataError):
+    """A chat template's process that did not answer in time, or is gone: on a busy machine, that is
+    no fault of the conversation's.
+    """
+
+
 class CheckpointError(MegaEGPTError):
     """A checkpoint or weights folder that is incomplete, damaged or of another model."""
 

@@ -141,7 +141,7 @@ class Session:
         from dataclasses import replace
 
         from megaegpt.data.instruction.conversations import Message
-        from megaegpt.generation.generator import TextAssembler
+        from megaegpt.serving.text_stream import TextStream
 
         turns = [*self.turns, Message("user", text)]
         prompt = self._prompt(turns)
@@ -152,13 +152,15 @@ class Session:
             max_new_tokens=min(self._config.max_new_tokens, self._room(len(prompt))),
         )
         self._answers += 1
-        assembler, said = TextAssembler(self._tokenizer), ""
+        written, said = TextStream(self._tokenizer, self._chat.end_texts), ""
         try:
             for token in self._writer.stream(prompt, config, stop=self._chat.end_tokens):
-                if piece := assembler.add(token):
+                if piece := written.add(token):
                     said += piece
                     yield piece
-            said += (rest := assembler.end())
+                if written.stopped:
+                    break
+            said += (rest := written.end())
             if rest:
                 yield rest
         finally:

@@ -51,10 +51,16 @@ def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> Non
     from megaegpt.data.tokens.token_ids import check_ids
     from megaegpt.parallel.together import raising_together
     from megaegpt.precision import resolve_precision
+    from megaegpt.training.consistency import (
+        check_ranks_agree,
+        configuration_facts,
+        corpus_facts,
+    )
     from megaegpt.training.feature_stores import load_encoder, prepare_store
     from megaegpt.training.frozen_predictions import FrozenDecoder
     from megaegpt.training.starting_model import starting_model
 
+    check_ranks_agree(lambda: configuration_facts(config), grid)
     with raising_together(grid):
         precision = resolve_precision(config.training.precision, grid.device)
         splits = {"train": config.data.train, "validation": config.data.validation}
@@ -65,6 +71,8 @@ def _compute_together(config: RunConfig, verify: bool, grid: ProcessGrid) -> Non
         verify_shards(prefixes, config.data.verify_checksums, grid.rank, grid.world_size)
         for stream in streams.values():
             check_ids(stream, config.model.vocab_size, grid.rank, grid.world_size)
+    splits_found = {f"the {name} split": stream.fingerprint for name, stream in streams.items()}
+    check_ranks_agree(lambda: corpus_facts(splits_found, precision), grid)
     encoder = load_encoder(config, grid, precision)
     with raising_together(grid):
         if encoder is None:

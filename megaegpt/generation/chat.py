@@ -33,6 +33,9 @@ class Chat:
         self._tokenizer, self._template = tokenizer, template
         self.end_tokens = template.end_tokens(tokenizer)
         """Ids that end an answer."""
+        end = template.end_text(tokenizer)
+        self.end_texts = (end,) if end else ()
+        """Texts that end one and are no part of it."""
 
     def encode(self, messages: Conversation) -> list[int]:
         """Ids of a conversation, up to where the answer to it begins.

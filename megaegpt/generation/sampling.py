@@ -97,8 +97,10 @@ def candidates(logits: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
         None where K is the vocabulary in its order.
     """
     logits = logits.float()
-    # The largest becomes 0 before the division, so that a tiny temperature does not overflow.
-    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
+    # The largest becomes 0 before the division, so that a tiny temperature does not overflow; one
+    # that fp32 has no normal number for would make it 0 / 0.
+    temperature = max(config.temperature, torch.finfo(torch.float32).tiny)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     top_p = 1.0 if config.top_p is None else config.top_p
     if config.top_k is None and top_p == 1:
         return logits.softmax(-1), None

@@ -37,7 +37,7 @@ from megaegpt.interop.translation import (
     read_description,
     to_ours,
 )
-from megaegpt.interop.vocabulary_files import has_gpt2_vocabulary, tokenizer_beside
+from megaegpt.interop.vocabulary_files import is_gpt2_tokenizer, tokenizer_beside
 from megaegpt.model.weights import WEIGHTS, write_description
 
 _ROPE_PRECISION = 1e-4
@@ -178,7 +178,7 @@ def import_model(source: str | Path, output: str | Path) -> None:
     extra = {"imported_from": str(source)}
     if tokenizer is not None:
         extra["tokenizer_fingerprint"] = tokenizer.fingerprint
-        if not has_gpt2_vocabulary(model.config):
+        if not is_gpt2_tokenizer(tokenizer, model.config):
             save_tokenizer(tokenizer, output)
     write_description(model.config, output, extra)
 

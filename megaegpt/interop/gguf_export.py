@@ -11,6 +11,7 @@ import torch
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizers.gguf_vocabulary import gguf_vocabulary
+from megaegpt.data.tokenizers.tokenizer_files import CHAT_TEMPLATE_FILE
 from megaegpt.errors import CheckpointError
 from megaegpt.files import whole_file
 from megaegpt.interop.export import open_ours
@@ -136,10 +137,15 @@ def _add_metadata(writer: Any, config: ModelConfig, family: Family) -> None:
 
 
 def _vocabulary(weights: Path, config: ModelConfig) -> dict[str, Any]:
-    """The keys of the tokenizer beside the weights, without which llama.cpp opens no file."""
+    """The keys of the tokenizer and the chat template beside the weights, without the first of
+    which llama.cpp opens no file.
+    """
     tokenizer = tokenizer_beside(weights, config)
     found = None if tokenizer is None else gguf_vocabulary(tokenizer, config.vocab_size)
     if found is not None:
+        template = weights / CHAT_TEMPLATE_FILE  # what the model was tuned on goes before its own
+        if template.is_file():
+            found["tokenizer.chat_template"] = template.read_text(encoding="utf-8")
         return found
     why = (
         "none lies with the weights"

@@ -44,7 +44,7 @@ def tokenizer_beside(source: Path, config: ModelConfig) -> Tokenizer | None:
                 "are taken"
             )
         return tokenizer
-    return load_tokenizer() if has_gpt2_vocabulary(config) else None
+    return load_tokenizer() if _has_gpt2_vocabulary(config) else None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -58,7 +58,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def has_gpt2_vocabulary(config: ModelConfig) -> bool:
+def is_gpt2_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> bool:
+    """Whether weights without a tokenizer beside them are taken for this one's, and nothing of it
+    would be lost.
+    """
+    if not _has_gpt2_vocabulary(config) or tokenizer.chat_template is not None:
+        return False
+    return tokenizer.is_installed or tokenizer.fingerprint == load_tokenizer().fingerprint
+
+
+def _has_gpt2_vocabulary(config: ModelConfig) -> bool:
     """Whether a model's tokens are those of GPT-2's tokenizer, which is installed with the
     program.
     """

@@ -193,8 +193,7 @@ class _Endpoints:
             if not ids or min(ids) < 0 or max(ids) > last:
                 raise ApiError(400, f"prompt: ids from 0 to {last}, at least one", param="prompt")
         form = AnswerForm(self._served.name, self._served.tokenizer, wanted.logprobs is not None)
-        ends = self._served.tokenizer.end_tokens
-        return await self._answer(request, wanted, ids, ends, form, "prompt")
+        return await self._answer(request, wanted, ids, None, form, "prompt")
 
     async def chat(self, request: Request) -> Response:
         wanted = parse_request(await _read_body(request), ChatRequest)
@@ -215,7 +214,7 @@ class _Endpoints:
         except DataError as error:
             raise ApiError(400, str(error), param="messages") from None
         form = ChatAnswerForm(self._served.name, self._served.tokenizer, bool(wanted.logprobs))
-        return await self._answer(request, wanted, ids, chat.end_tokens, form, "messages")
+        return await self._answer(request, wanted, ids, chat, form, "messages")
 
     def _model(self) -> dict[str, Any]:
         return {
@@ -241,7 +240,7 @@ class _Endpoints:
         request: Request,
         wanted: CompletionRequest | ChatRequest,
         ids: list[int],
-        end_tokens: frozenset[int],
+        chat: Chat | None,
         form: AnswerForm,
         param: str,
     ) -> Response:
@@ -251,8 +250,8 @@ class _Endpoints:
             prompt=ids,
             sampling=self._sampling(wanted, len(ids), param),
             deliver=lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
-            stops=wanted.stops,
-            end_tokens=end_tokens,
+            stops=wanted.stops if chat is None else (*wanted.stops, *chat.end_texts),
+            end_tokens=(chat or self._served.tokenizer).end_tokens,
             top_logprobs=wanted.top_logprobs_wanted,
             deadline=time.monotonic() + self._served.timeout,
         )

@@ -1,4 +1,4 @@
-"""Whether the ranks of a run were given the same: configuration, versions, corpora and weights.
+"""Whether the ranks of a run were given the same: configuration, versions, corpora, weights.
 
 Copies on the machines' own disks that differ, or a path of a run that goes on, would train silently
 on a mixture.
@@ -16,11 +16,11 @@ import torch
 
 import megaegpt
 from megaegpt.config import RunConfig
-from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import LaunchError
 from megaegpt.model.weights import weights_checksum
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import all_gather_object, raising_together
+from megaegpt.precision import Precision
 from megaegpt.training.identity import READ_FROM, flatten, show_value
 
 
@@ -33,11 +33,15 @@ def configuration_facts(config: RunConfig) -> dict[str, Any]:
     return {**versions, **keys}
 
 
-def corpus_facts(training: str, streams: Mapping[str, TokenStream]) -> dict[str, Any]:
-    """Collect the fingerprints of the data that all ranks must train on and be evaluated on."""
-    splits = {f"the {name} split": stream.fingerprint for name, stream in streams.items()}
-    found = {"the training samples": training, **splits}
-    return {f"the fingerprint of {name}": fingerprint for name, fingerprint in found.items()}
+def corpus_facts(fingerprints: Mapping[str, str], precision: Precision) -> dict[str, Any]:
+    """Collect what all ranks must have found alike: data and, where it is ``auto``, precision.
+
+    Args:
+        fingerprints: of the data, by its name.
+        precision: the one that this rank's device computes in.
+    """
+    found = {f"the fingerprint of {name}": digest for name, digest in fingerprints.items()}
+    return {**found, "what training.precision stands for": precision}
 
 
 def weights_facts(key: str, weights: str | Path) -> dict[str, Any]:
@@ -64,7 +68,8 @@ def check_ranks_agree(find: Callable[[], Mapping[str, Any]], grid: ProcessGrid) 
     error = LaunchError(
         "ranks were not given the same: "
         + "; ".join(_describe_disagreement(everything))
-        + ". Start all of them with one configuration, corpus, encoder and version"
+        + ". Start all of them with one configuration, corpus, encoder and version, on devices of "
+        "one kind"
     )
     error.on_every_rank = True
     raise error

@@ -181,11 +181,13 @@ class InstructionData:
         samples = self._rows(self._encode(train, "training"), seed)
         self.samples: Samples = samples
         self.validation_sets: Mapping[str, Windows] = {}
+        self.fingerprint = samples.fingerprint
+        self.fingerprints: Mapping[str, str] = {"the training samples": self.fingerprint}
         self.validation: Windows | None = None
         if held_out:
             rows = self._rows(self._encode(held_out, "validation"), seed)
             self.validation = InstructionWindows(rows)
-        self.fingerprint = samples.fingerprint
+            self.fingerprints = {**self.fingerprints, "the validation rows": rows.fingerprint}
         self.tokens_per_sample = samples.tokens_per_row
         self.streams: Mapping[str, TokenStream] = {}
         self.num_chunks = 1

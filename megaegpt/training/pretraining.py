@@ -201,7 +201,7 @@ def _open_run(
         data = read_data(config)
         _check_held_out(config, data)
         checkpoints = _checkpoints(config, resume)
-    check_ranks_agree(lambda: corpus_facts(data.fingerprint, data.streams), grid)
+    check_ranks_agree(lambda: corpus_facts(data.fingerprints, precision), grid)
     return data, checkpoints, precision
 
 

@@ -39,6 +39,8 @@ class RunData(Protocol):
     """Most columns that a micro-batch can have, padding counted."""
     streams: Mapping[str, TokenStream]
     """The splits that features are stored for, by name; empty: they are computed in the loop."""
+    fingerprints: Mapping[str, str]
+    """Of all that is learned from and evaluated, by name: every rank must have the same."""
     validation: Windows | None
     validation_sets: Mapping[str, Windows]
     """Further sets by name; each has its stream under ``validation_NAME`` where it has one."""
@@ -99,6 +101,8 @@ class PretrainingData:
             for name, stream in streams.items()
         }
         self.streams = {**self.streams, **{f"validation_{n}": s for n, s in streams.items()}}
+        splits = {f"the {name} split": s.fingerprint for name, s in self.streams.items()}
+        self.fingerprints: Mapping[str, str] = {"the training samples": self.fingerprint, **splits}
         prefixes = [p for stream in self.streams.values() for p in stream.prefixes]
         check_same_tokenizer(prefixes, self.tokenizer)
         verify_shards(prefixes, config.data.verify_checksums, rank, world_size)

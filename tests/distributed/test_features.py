@@ -165,6 +165,25 @@ def test_one_rank_alone_looks_for_what_is_there_already(
     assert second == []
 
 
+def _write_other_text(folder: Path) -> str:
+    grid = grid_for(1)
+    own = spec(shards="st"[grid.rank] * 64, dtype=("float32", "bfloat16")[grid.rank])
+    try:
+        compute_features(folder, own, Stream(), encode, pool, grid, batch_size=3)
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_of_other_texts_or_types_write_nothing(
+    tmp_path: Path, distributed: Distributed
+) -> None:
+    for error in distributed(2, _write_other_text, tmp_path / "store"):
+        assert "shards is ssssssssssss... on rank 0 and tttttttttttt... on rank 1" in error
+        assert "dtype is float32 on rank 0 and bfloat16 on rank 1" in error
+    assert not (tmp_path / "store").exists()
+
+
 def _open_again(folder: Path) -> str:
     try:
         compute_features(folder, spec(), Stream(), encode, grid_for(1), batch_size=3)

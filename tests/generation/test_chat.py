@@ -47,3 +47,13 @@ def test_a_message_that_does_not_fit_by_itself_is_refused(chat: Chat) -> None:
 
 def test_an_answer_ends_where_the_template_ends_it(chat: Chat) -> None:
     assert chat.end_tokens == {TOKENIZER.eot_token}
+    assert chat.end_texts == ()
+
+
+@pytest.mark.parametrize(("name", "end"), [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>")])
+def test_where_its_end_is_no_token_an_answer_ends_before_the_text_of_it(
+    name: str, end: str
+) -> None:
+    without = Chat(TOKENIZER, load_chat_template(TOKENIZER, name))
+    assert without.end_texts == (end,)
+    assert without.end_tokens == {TOKENIZER.eot_token}

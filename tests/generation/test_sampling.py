@@ -57,8 +57,9 @@ def test_top_p_counts_the_probability_left_by_top_k() -> None:
     assert _kept(GenerationConfig(temperature=1, top_k=None, top_p=0.6)) == {1, 3}
 
 
-def test_a_tiny_temperature_is_greedy_without_overflow() -> None:
-    config = GenerationConfig(temperature=1e-38, top_k=None)
+@pytest.mark.parametrize("temperature", [1e-38, 1e-44, 1e-50, 5e-324])
+def test_a_tiny_temperature_is_greedy_without_overflow(temperature: float) -> None:
+    config = GenerationConfig(temperature=temperature, top_k=None)
     assert _draw(config, LOGITS * 1000, 5).flatten().tolist() == [1] * 5
 
 

@@ -15,7 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    load_tokenizer,
+    save_tokenizer,
+)
 from megaegpt.errors import CheckpointError, MegaEGPTError
 from megaegpt.gguf_files import read_gguf_header
 from megaegpt.interop.export import export_huggingface
@@ -145,6 +149,16 @@ def test_llama_cpp_finds_the_tokenizer_in_the_file(
     import_model(tmp_path / "model.gguf", tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").fingerprint == tokenizer.fingerprint
     assert "notice" not in capsys.readouterr().out
+
+
+def test_the_template_that_a_model_was_tuned_on_goes_with_gpt2s_tokenizer(
+    tmp_path: Path,
+) -> None:
+    weights = _ours("gpt2", tmp_path, vocab_size=50257)
+    (weights / CHAT_TEMPLATE_FILE).write_text("{{ 'tuned' }}")
+    export_gguf(weights, tmp_path / "model.gguf", torch.float16)
+    found = read_gguf_header(tmp_path / "model.gguf").metadata
+    assert found["tokenizer.chat_template"] == "{{ 'tuned' }}"
 
 
 def test_a_file_without_a_tokenizer_is_for_token_ids(

@@ -18,7 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from megaegpt.config import ModelConfig
 from megaegpt.config.presets import create_model_config
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    has_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 from megaegpt.errors import CheckpointError
 from megaegpt.interop import hub
 from megaegpt.interop.description import Description
@@ -28,6 +33,7 @@ from megaegpt.interop.foreign_models import import_model
 from megaegpt.interop.sources import resolve_weights_source, source_config
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.translation import to_ours
+from megaegpt.interop.vocabulary_files import TOKENIZER_FILES
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.weights import read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -238,6 +244,25 @@ def test_the_beginning_of_a_text_is_the_tokenizer_s_own(tmp_path: Path) -> None:
     export_weights(tmp_path / "ours", tmp_path / "theirs")
     described = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert described["bos_token_id"] == tokenizer.bos_token != described["eos_token_id"]
+
+
+def test_a_tokenizer_is_not_taken_for_gpt2s_by_the_number_of_rows_or_tokens(
+    tmp_path: Path,
+) -> None:
+    save_weights(
+        build_model(dataclasses.replace(OURS, vocab_size=50257), GRID), tmp_path / "a", GRID
+    )
+    export_weights(tmp_path / "a", tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "plain")
+    assert not has_tokenizer(tmp_path / "plain")
+    (tmp_path / "theirs" / CHAT_TEMPLATE_FILE).write_text("{{ 'chat' }}")
+    import_model(tmp_path / "theirs", tmp_path / "chat")
+    assert load_tokenizer(tmp_path / "chat").chat_template == "{{ 'chat' }}"
+    for name in TOKENIZER_FILES:
+        (tmp_path / "theirs" / name).unlink(missing_ok=True)
+    save_tokenizer(trained_tokenizer(), tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "other")
+    assert load_tokenizer(tmp_path / "other").fingerprint == trained_tokenizer().fingerprint
 
 
 def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path: Path) -> None:

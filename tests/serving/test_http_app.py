@@ -125,6 +125,18 @@ def test_a_chat_is_answered_whole_and_in_pieces(client: openai.OpenAI) -> None:
     assert client.chat.completions.create(**options | {"messages": again}).usage.prompt_tokens > 20
 
 
+def test_an_answer_ends_before_the_text_that_its_template_ends_it_with() -> None:
+    text = alone("user: Hi\n", 12)
+    end = text[4:9].strip()
+    ended = TEMPLATE.replace("+ '\\n'", f"+ ({end!r} if m['role'] == 'assistant' else '') + '\\n'")
+    chat = Chat(LOADED.tokenizer, ChatTemplate(ended, "ended"))
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 12}
+    with serving(chat=chat) as server:
+        choice = json.loads(server.ask("POST", CHAT, asked)[2])["choices"][0]
+    assert choice["message"]["content"] == text[: text.index(end)]
+    assert choice["finish_reason"] == "stop"
+
+
 def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(client: openai.OpenAI) -> None:
     text = alone(PROMPT, 12)
     stop = text[8:14]

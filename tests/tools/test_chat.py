@@ -120,6 +120,20 @@ def test_a_template_that_writes_nothing_is_named(loaded: LoadedModel) -> None:
         silent.encode((Message("user", "Hello"),))
 
 
+def test_an_answer_ends_before_the_text_that_its_template_ends_it_with(
+    says, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loaded: LoadedModel
+) -> None:
+    """And what is remembered of it is without it, so that it is not there twice."""
+    (whole,), _ = says("Hello")
+    end = whole[3:].strip()
+    ended = f"{TEMPLATE[:-12]}{{% if m.role == 'assistant' %}}{{{{ {end!r} }}}}{{% endif %}}"
+    template = ChatTemplate(ended + "{% endfor %}", "ended")
+    config = GenerationConfig(max_new_tokens=9, temperature=0)
+    session = chat.Session(loaded, Chat(loaded.tokenizer, template), config)
+    assert "".join(session.answer("Hello")) == whole[: whole.index(end)]
+    assert session.turns[-1] == Message("assistant", whole[: whole.index(end)])
+
+
 def test_ctrl_c_ends_the_answer_and_not_the_program(says, monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,), _ = says("Hello")
     stream, calls = Continuation.stream, []

@@ -5,15 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from megaegpt import precision
 from megaegpt.config import RunConfig
+from megaegpt.config.loading import config_to_yaml
 from megaegpt.errors import MegaEGPTError
+from megaegpt.precision import Precision
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import corpus, run_config, write_corpus, write_encoder
+from tools import precompute_features
 
 __all__ = ["corpus"]
 
@@ -57,3 +64,37 @@ def test_ranks_that_were_given_different_things_do_not_start(
     write_corpus(tmp_path / "node1", seed=1)
     for error in distributed(2, _errors_of, _own_folder, tmp_path, "gpt"):
         assert "the fingerprint of the training samples is" in error
+    shown_once, _ = distributed(2, _errors_of_the_tool, tmp_path)
+    assert "the fingerprint of the train split is" in shown_once
+    assert not (tmp_path / "features").exists()
+
+
+def _errors_of_the_tool(folder: Path) -> str:
+    rank = grid_for(1).rank
+    config = folder / f"{rank}.yaml"
+    config.write_text(config_to_yaml(run_config("egpt", folder / f"node{rank}", folder)))
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(shown):
+        patch.setattr(sys, "argv", ["precompute_features", "--config", str(config)])
+        with pytest.raises(SystemExit):
+            precompute_features.main()
+    return shown.getvalue()
+
+
+def _own_device(rank: int, corpus: Path, folder: Path) -> RunConfig:
+    return run_config("gpt", corpus, folder, training={"precision": "auto"})
+
+
+def _errors_of_unlike_devices(corpus: Path, folder: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        own: Precision = ("fp32", "bf16")[grid_for(1).rank]
+        patch.setattr(precision, "default_precision", lambda device_type: own)
+        return _errors_of(_own_device, corpus, folder)
+
+
+def test_ranks_whose_devices_compute_in_other_precisions_do_not_start(
+    tmp_path: Path, corpus: Path, distributed: Distributed
+) -> None:
+    for error in distributed(2, _errors_of_unlike_devices, corpus, tmp_path):
+        assert "what training.precision stands for is fp32 on rank 0 and bf16 on rank 1" in error
+        assert "on devices of one kind" in error

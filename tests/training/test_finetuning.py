@@ -24,7 +24,7 @@ from megaegpt.config.run import RunConfig
 from megaegpt.data.instruction.records import Instruction, InstructionDataset
 from megaegpt.data.instruction.rows import InstructionSamples, trim_padding
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.errors import CheckpointError, ConfigError, DataError
+from megaegpt.errors import CheckpointError, ConfigError, DataError, LaunchError
 from megaegpt.generation.generator import sample_text
 from megaegpt.interop.export import export_huggingface
 from megaegpt.model.build import build_model
@@ -134,6 +134,29 @@ def _interrupted(corpus: Path, folder: Path) -> str:
     config = dataclasses.replace(config, generation=generation)
     _finetune(config, stops=StopAfter(4))
     return _finetune(config, resume=True, sample_text=sample_text)
+
+
+def _own_validation(corpus: Path, folder: Path) -> str:
+    config = _config("gpt", corpus, folder)
+    validation = (str(folder / f"{grid_for(1).rank}.json"),)
+    records = dataclasses.replace(config.data.instructions, validation=validation)
+    data = dataclasses.replace(config.data, instructions=records)
+    try:
+        _finetune(dataclasses.replace(config, data=data))
+    except LaunchError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_would_be_evaluated_on_other_records_do_not_start(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    """Of other numbers of them, some ranks would wait for the others for ever."""
+    for rank, count in enumerate((2, 12)):
+        (tmp_path / f"{rank}.json").write_text(json.dumps(RECORDS[:count]))
+    for error in distributed(2, _own_validation, corpus, tmp_path):
+        assert error.startswith("ranks were not given the same: the fingerprint of the validation")
+        assert "training" not in error
 
 
 @pytest.mark.parametrize("kind", ["gpt", pytest.param("egpt", marks=pytest.mark.long)])

@@ -275,7 +275,7 @@ def check_same(folder: Path, found: dict[str, Any], expected: FeatureSpec) -> No
     if not found.get("computed"):
         harmless.add("computed")
     differences = [
-        f"{name} is {_short(found.get(name))} there and {_short(value)} here"
+        f"{name} is {short_value(found.get(name))} there and {short_value(value)} here"
         for name, value in wanted.items()
         if found.get(name) != value and name not in harmless
     ]
@@ -296,6 +296,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _short(value: object) -> str:
+def short_value(value: object) -> str:
+    """A value of a spec for a message: fingerprints by their first digits."""
     text = str(value)
     return text if len(text) <= 20 else f"{text[:12]}..."

@@ -25,9 +25,11 @@ from megaegpt.data.features.store import (
     part_name,
     part_problem,
     read_json,
+    short_value,
     write_json,
 )
 from megaegpt.data.tokens.windows import TokenSource
+from megaegpt.errors import DataError
 from megaegpt.files import (
     naming_failures,
     publish,
@@ -63,7 +65,8 @@ def compute_features(
         verify: whether a complete store is read whole; see :meth:`FeatureStore.verify`.
 
     Raises:
-        DataError: the folder holds a store of something else, a damaged one, or cannot be written.
+        DataError: the folder holds a store of something else, a damaged one, or cannot be written;
+            or ranks have different specs.
     """
     contents = EncodedChunks(spec, stream, encode)
     return compute_store(folder, spec, contents, grid, batch_size, title, verify)
@@ -84,6 +87,7 @@ def compute_store(
         DataError: as :func:`compute_features`.
     """
     folder = Path(folder)
+    _check_ranks_agree(folder, spec, grid)
     writer = _Writer(folder, spec, contents, grid, batch_size)
     complete = writer.prepare()
     if not complete:
@@ -96,6 +100,25 @@ def compute_store(
         if complete:
             store.verify(verify, grid.rank, grid.world_size)
     return store
+
+
+def _check_ranks_agree(folder: Path, spec: FeatureSpec, grid: ProcessGrid) -> None:
+    """Each rank writes parts of its own: of another text, they would make a store of a mixture."""
+    wanted, *others = all_gather_object(spec.as_json(), grid)
+    for rank, found in enumerate(others, start=1):
+        differences = [
+            f"{name} is {short_value(wanted[name])} on rank 0 and {short_value(value)} on "
+            f"rank {rank}"
+            for name, value in found.items()
+            if value != wanted[name]
+        ]
+        if differences:
+            error = DataError(
+                f"{folder}: ranks would write different stores: {'; '.join(differences)}. Give "
+                "all of them one corpus, encoder and precision"
+            )
+            error.on_every_rank = True
+            raise error
 
 
 @dataclass

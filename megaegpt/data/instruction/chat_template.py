@@ -35,6 +35,7 @@ Llama 3.1's own default."""
 _SECONDS = 10.0
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Unicode's code points for a program's own use; texts of people have none."""
+_PROBE = (Message("user", "Question"), Message("assistant", "Answer"))
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -184,10 +185,24 @@ class ChatTemplate:
         Raises:
             DataError: as for :meth:`render`.
         """
-        probe = (Message("user", "a"), Message("assistant", "b"))
-        encoded = self.encode_training(probe, tokenizer)
-        last = [token for token, learned in zip(*encoded, strict=True) if learned][-1:]
+        last = self._learned_of_probe(tokenizer)[-1:]
         return tokenizer.end_tokens | set(last).intersection(tokenizer.special_tokens.values())
+
+    def end_text(self, tokenizer: Tokenizer) -> str:
+        """What the template writes behind an answer where that is no special token of the
+        tokenizer, blanks left out: an answer ends before it. Empty: it is one, or nothing.
+
+        Raises:
+            DataError: as for :meth:`render`.
+        """
+        learned = self._learned_of_probe(tokenizer)
+        if not learned or learned[-1] in tokenizer.special_tokens.values():
+            return ""
+        return tokenizer.decode(learned).partition(_PROBE[-1].content)[2].strip()
+
+    def _learned_of_probe(self, tokenizer: Tokenizer) -> list[int]:
+        encoded = self.encode_training(_PROBE, tokenizer)
+        return [token for token, learned in zip(*encoded, strict=True) if learned]
 
     def _marks(self, messages: Conversation) -> Marks:
         used = {character for message in messages for character in message.content}

@@ -32,7 +32,7 @@ from megaegpt.data.readers.inputs import (
 )
 from megaegpt.data.readers.json_lines import parse_object
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
-from megaegpt.errors import DataError
+from megaegpt.errors import ChatTemplateError, DataError
 from megaegpt.files import is_special
 from megaegpt.labels import IGNORE
 
@@ -221,11 +221,25 @@ class InstructionDataset(torch.utils.data.Dataset):
         if self._chat is None:
             raise DataError("conversations need a chat template")
         try:
-            return self._chat.encode_training(record.conversation, self._tokenizer)
+            return self._ended(self._chat.encode_training(record.conversation, self._tokenizer))
         except DataError as error:
             where = record.where if isinstance(record, ChatRecord) else repr(record.instruction)
+            if isinstance(error, ChatTemplateError):
+                raise ChatTemplateError(f"{where}: {error}") from None
             self._problems.report(where, str(error))
             return None
+
+    def _ended(self, encoded: EncodedChat) -> EncodedChat:
+        """With end-of-text behind the last answer, where the template ends it with text alone: a
+        model that learns no token to stop at writes on for ever.
+        """
+        ids, learned = encoded
+        if not any(learned):
+            return encoded
+        kept = len(ids) - learned[::-1].index(True)
+        if ids[kept - 1] in self._tokenizer.special_tokens.values():
+            return encoded
+        return EncodedChat([*ids[:kept], self._tokenizer.eot_token], [*learned[:kept], True])
 
     def _encode_task(self, record: Instruction) -> EncodedChat:
         prompt = self._tokenizer.encode_prompt(record.prompt)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaegpt.errors import DataError
+from megaegpt.errors import ChatTemplateError, DataError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _MOST_TEXT = 1 << 26
@@ -42,7 +42,8 @@ class TemplateProcess:
         """The worker's answers to several renderings.
 
         Raises:
-            DataError: the template is no Jinja, or took too long or too much memory.
+            DataError: the template is no Jinja.
+            ChatTemplateError: it took too long or too much memory.
         """
         with self._lock:
             process = self._process
@@ -75,7 +76,7 @@ class TemplateProcess:
             process.stdin.write(json.dumps(value).encode() + b"\n")
             process.stdin.flush()
         except OSError:
-            raise DataError(f"the process of {self._name} has ended") from None
+            raise ChatTemplateError(f"the process of {self._name} has ended") from None
 
     def _exchange(
         self, process: subprocess.Popen[bytes], requests: Sequence[Mapping[str, Any]]
@@ -93,14 +94,16 @@ class TemplateProcess:
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([output], [], [], max(0.0, end - time.monotonic()))
             if not ready:
-                raise DataError(
+                raise ChatTemplateError(
                     f"{self._name} did not end within {seconds:g} s: it loops, or asks for "
-                    "more than a template may"
+                    "more than a template may, or this machine is too busy"
                 )
             part = os.read(output, _READ)
             line += part
             if not part or len(line) > _MOST_TEXT:
-                raise DataError(f"{self._name}: its process ended, or wrote more than 64 MiB")
+                raise ChatTemplateError(
+                    f"{self._name}: its process ended, or wrote more than 64 MiB"
+                )
         return bytes(line)
 
 

@@ -160,21 +160,25 @@ class Progress:
             ) from None
 
     def clear(self) -> None:
-        """Remove every shard that a manifest or a record of this folder lists, the lists first."""
+        """Remove every shard that a manifest or a record of this folder lists, the lists last: a
+        kill in between leaves no shard that could be read and that nothing tells of.
+        """
         shards: list[ShardSummary] = []
-        if (self.output / MANIFEST_NAME).exists():
+        has_manifest = (self.output / MANIFEST_NAME).exists()
+        if has_manifest:
             manifest = Manifest.load(self.output)
             shards += [shard for split in manifest.splits.values() for shard in split]
-            (self.output / MANIFEST_NAME).unlink()
         for record in self._records():
             shards += self._read(record).shards.values()
+        self._remove([shard.name for shard in shards])
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._remove(shard.name for shard in shards)
+        if has_manifest:
+            (self.output / MANIFEST_NAME).unlink()
 
-    def _remove(self, names: Iterable[str]) -> None:
-        for name in names:
-            idx_path(self.output / name).unlink(missing_ok=True)
-            bin_path(self.output / name).unlink(missing_ok=True)
+    def _remove(self, names: Sequence[str]) -> None:
+        for path_of in (idx_path, bin_path):
+            for name in names:
+                path_of(self.output / name).unlink(missing_ok=True)
 
     def finished(self, names: Iterable[str], folder: Path) -> list[Part]:
         """The leading parts of ``names`` that are recorded and whose shards are in ``folder``.

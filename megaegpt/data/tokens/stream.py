@@ -241,12 +241,18 @@ def resolve_prefixes(patterns: Iterable[str]) -> list[str]:
     ``.bin`` or ``.idx`` at its end is ignored.
 
     Raises:
-        DataError: a pattern stands for nothing, or a set is not complete.
+        DataError: a pattern stands for nothing, or for a shard and a set at once, or a set is not
+            complete.
     """
     found: list[str] = []
     for pattern in patterns:
         prefix = pattern.removesuffix(".idx").removesuffix(".bin")
         if Path(f"{prefix}.idx").is_file():
+            if parts := _parts_of_set(prefix):
+                raise DataError(
+                    f"{prefix} names the shard {prefix}.idx and a set of shards, {parts[0]}.idx: "
+                    "remove the one that is not wanted, or name files"
+                )
             found.append(prefix)
             continue
         several = _complete_set(prefix)
@@ -258,12 +264,16 @@ def resolve_prefixes(patterns: Iterable[str]) -> list[str]:
     return found
 
 
-def _complete_set(prefix: str) -> list[str]:
-    names = sorted(
+def _parts_of_set(prefix: str) -> list[str]:
+    return sorted(
         name.removesuffix(".idx")
         for name in glob.glob(f"{glob.escape(prefix)}-*.idx")
         if _PART_OF.fullmatch(name.removesuffix(".idx").removeprefix(prefix))
     )
+
+
+def _complete_set(prefix: str) -> list[str]:
+    names = _parts_of_set(prefix)
     if not names:
         return []
     counts = {name[-5:] for name in names}

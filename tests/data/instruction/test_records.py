@@ -22,7 +22,7 @@ from megaegpt.data.instruction.records import (
 from megaegpt.data.instruction.rows import InstructionSamples
 from megaegpt.data.readers.documents import Problems
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.errors import DataError
+from megaegpt.errors import ChatTemplateError, DataError
 
 TOKENIZER = Tokenizer.load()
 SHORT = Instruction("Say yes.", "", "Yes.")
@@ -263,6 +263,30 @@ def test_conversations_that_a_template_refuses_are_bad_records() -> None:
     assert problems.count == 1
 
 
+def test_an_answer_that_its_template_ends_with_text_is_ended_by_end_of_text_too() -> None:
+    """GPT-2's tokenizer has no ``<|im_end|>``: nothing else would say where to stop."""
+    turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    record = ChatRecord((*turns, Message("assistant", "d")), "here")
+    dataset = InstructionDataset(
+        [record], TOKENIZER, 200, chat=load_chat_template(TOKENIZER, "chatml")
+    )
+    targets = dataset[0][1]
+    learned = TOKENIZER.decode(targets[targets != -100].tolist())
+    assert learned == "b<|im_end|>\nd<|im_end|>\n<|endoftext|>"
+    assert targets[-1] == TOKENIZER.eot_token
+
+
+def test_a_template_that_does_not_answer_in_time_is_no_bad_record() -> None:
+    """On a busy machine, good records would be left out."""
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    chat = ChatTemplate(endless, "slow", seconds=0.2)
+    record = ChatRecord((Message("user", "a"), Message("assistant", "b")), "chats.jsonl, line 3")
+    problems = Problems("skip")
+    with pytest.raises(ChatTemplateError, match=r"chats\.jsonl, line 3: .* slow did not end"):
+        InstructionDataset([record], TOKENIZER, 30, chat=chat, problems=problems)
+    assert problems.count == 0
+
+
 def test_packed_conversations_keep_their_tokens_and_targets() -> None:
     chat = load_chat_template(TOKENIZER, "chatml")
     records = [
@@ -273,6 +297,7 @@ def test_packed_conversations_keep_their_tokens_and_targets() -> None:
     rows = InstructionSamples(dataset, 100, seed=1, packing=True).read(np.array([0]))
     learned = rows["targets"][rows["targets"] != -100]
     shown = TOKENIZER.decode(learned)
-    assert shown in ("b<|im_end|>\nc d<|im_end|>\n", "c d<|im_end|>\nb<|im_end|>\n")
+    b, c = "b<|im_end|>\n<|endoftext|>", "c d<|im_end|>\n<|endoftext|>"
+    assert shown in (b + c, c + b)
     for place in np.flatnonzero(rows["targets"][0][:-1] != -100):
         assert rows["tokens"][0][place + 1] == rows["targets"][0][place]

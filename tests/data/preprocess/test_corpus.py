@@ -375,6 +375,34 @@ def test_a_complete_corpus_is_left_alone_and_another_is_not_overwritten(tmp_path
     assert documents(output / "train") == many_texts(500)
 
 
+def test_a_kill_while_a_corpus_is_overwritten_leaves_nothing_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whichever removal it falls; the same command then goes on."""
+    path, output, unlink = tmp_path / "a.jsonl", tmp_path / "out", Path.unlink
+    for removals in range(3):
+        path.write_bytes(jsonl(["old"] * 50))
+        run(output, path, overwrite=True)
+        path.write_bytes(jsonl(["new"] * 50))
+        left = [removals]
+
+        def kill(file: Path, missing_ok: bool = False, left: list[int] = left) -> None:
+            if file.parent == output and file.name != ".lock":
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+            unlink(file, missing_ok=missing_ok)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", kill)
+            with pytest.raises(KeyboardInterrupt):
+                run(output, path, shards=2, overwrite=True)
+        assert (output / "manifest.json").exists()
+        assert (output / "train.idx").exists() == (removals == 0)
+        run(output, path, shards=2, overwrite=True)
+        assert not (output / "train.idx").exists()
+
+
 def test_an_unfinished_run_of_other_options_is_not_continued(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(many_texts()) + b"bad\n")

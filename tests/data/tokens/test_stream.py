@@ -135,6 +135,13 @@ def test_an_incomplete_set_is_refused(tmp_path: Path) -> None:
         resolve_prefixes([f"{tmp_path}/train"])
 
 
+def test_a_shard_and_a_set_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name in ("train", shard_name("train", 0, 2)):
+        write_shard(tmp_path / name, [np.array([1])])
+    with pytest.raises(DataError, match=r"names the shard .*train\.idx and a set of shards"):
+        resolve_prefixes([f"{tmp_path}/train"])
+
+
 def test_spans_are_those_of_the_given_prefixes(tmp_path: Path) -> None:
     for number in range(3):
         write_shard(tmp_path / f"set-{number:05d}-of-00003", [np.arange(4)])
