@@ -30,6 +30,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from megaegpt.parallel.compiling import Trial
+
 TILE_ROWS = 128
 """Rows of a product's tile, each of which leaves one part of its columns' sums."""
 _MOST_PARTS = 528
@@ -349,8 +351,7 @@ def _by_weight(grad: Tensor, x: Tensor) -> Tensor:
     return grad.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
-@functools.cache
-def kernel_problem(device_type: str) -> str | None:
+def _try_kernels(device_type: str) -> str | None:
     """Why the kernels cannot be used on a device, or should not be: there is no Triton, they do not
     run, or they compute something else; None: nothing is wrong.
 
@@ -363,6 +364,9 @@ def kernel_problem(device_type: str) -> str | None:
     except Exception as error:  # whatever Triton and the compilers beneath it raise
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None
+
+
+kernel_problem = Trial(_try_kernels)
 
 
 def check_kernels(device_type: str) -> None:

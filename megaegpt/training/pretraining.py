@@ -123,6 +123,7 @@ def train(
         ):
             return True
         state = saved.trainer
+    _settle_trials(config, grid, precision)
     compiles = config.training.compile and compile_problem(grid.device.type) is None
     model = starting_model(
         config, grid, data.streams.get("train"), encoder, compiles, notices, new=latest is None
@@ -203,6 +204,20 @@ def _open_run(
         checkpoints = _checkpoints(config, resume)
     check_ranks_agree(lambda: corpus_facts(data.fingerprints, precision), grid)
     return data, checkpoints, precision
+
+
+def _settle_trials(config: RunConfig, grid: ProcessGrid, precision: Precision) -> None:
+    """All ranks compile, and take kernels, where all of them can. Collective over all ranks."""
+    device_type = grid.device.type
+    if config.training.compile or device_type == "cuda":
+        compile_problem.settle(device_type, grid)
+    if _has_kernels(config, grid, precision):
+        kernel_problem.settle(device_type, grid)
+
+
+def _has_kernels(config: RunConfig, grid: ProcessGrid, precision: Precision) -> bool:
+    on_gpu = grid.device.type == "cuda"
+    return on_gpu and precision != "fp32" and can_be_fused(config.model, grid)
 
 
 # -- what the model is fed with -------------------------------------------------------------
@@ -394,8 +409,7 @@ def _introduce(
         notices = [*notices, off]
     if config.logging.memory_snapshot and not on_gpu:
         notices = [*notices, "logging.memory_snapshot has no effect on a CPU"]
-    has_kernels = on_gpu and precision != "fp32" and can_be_fused(config.model, grid)
-    if has_kernels and (problem := kernel_problem(grid.device.type)):
+    if _has_kernels(config, grid, precision) and (problem := kernel_problem(grid.device.type)):
         notices = [*notices, f"blocks are computed without their own kernels, as {problem}"]
     for notice in notices:
         monitor.log(f"notice: {notice}")

@@ -169,7 +169,7 @@ def _write_other_text(folder: Path) -> str:
     grid = grid_for(1)
     own = spec(shards="st"[grid.rank] * 64, dtype=("float32", "bfloat16")[grid.rank])
     try:
-        compute_features(folder, own, Stream(), encode, pool, grid, batch_size=3)
+        compute_features(folder, own, Stream(), encode, grid, batch_size=3)
     except DataError as error:
         return str(error)
     return "no error"

@@ -133,13 +133,13 @@ def test_bf16_is_rounded_once_from_fp32() -> None:
 
 
 def test_kernels_that_are_not_there_or_compute_something_else_are_not_used(monkeypatch) -> None:
-    kernel_problem.cache_clear()
+    kernel_problem.forget()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert kernel_problem("cpu") == "Triton is not installed"
-    kernel_problem.cache_clear()
+    kernel_problem.forget()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert kernel_problem("cpu") is None
-    kernel_problem.cache_clear()
+    kernel_problem.forget()
     wrong = [lambda *a: tuple(1.1 * x for x in product_gelu(*a)), product_gelu]
     monkeypatch.setattr(
         block_operators,
@@ -147,7 +147,7 @@ def test_kernels_that_are_not_there_or_compute_something_else_are_not_used(monke
         lambda x, *a: wrong[x.dtype == torch.float32](x, *a),
     )
     assert str(kernel_problem("cpu")).startswith("AssertionError: Tensor-likes are not close")
-    kernel_problem.cache_clear()
+    kernel_problem.forget()
 
 
 @pytest.fixture(scope="module")

@@ -601,22 +601,25 @@ def _run_without_a_compiler(corpus: Path, folder: Path) -> str:
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no C++ compiler\nand more")
 
-    compiling.compile_problem.cache_clear()
+    compiling.compile_problem.forget()
+    is_last = dist.get_rank() == dist.get_world_size() - 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", fails)
+        patch.setattr(torch, "compile", fails if is_last else lambda function: function)
         _, shown = _run("egpt", corpus, folder, training={"compile": True})
-    compiling.compile_problem.cache_clear()
+    compiling.compile_problem.forget()
     return shown
 
 
-def test_where_nothing_can_be_compiled_a_run_says_so_once_and_goes_on(
+def test_where_a_rank_can_compile_nothing_a_run_says_so_once_and_goes_on(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:
-    (shown,) = distributed(1, _run_without_a_compiler, corpus, tmp_path / "compiled")
     notice = "notice: training.compile is off, it does not work here: RuntimeError: no C++ compiler"
-    assert shown.count(f"{notice}\n") == 1
-    distributed(1, _run, "egpt", corpus, tmp_path / "plain")
-    assert losses(tmp_path / "compiled") == losses(tmp_path / "plain")
+    for ranks, where in ((1, ""), (2, " (on rank 1)")):
+        compiled, plain = tmp_path / f"compiled_{ranks}", tmp_path / f"plain_{ranks}"
+        shown = distributed(ranks, _run_without_a_compiler, corpus, compiled)
+        assert shown[0].count(f"{notice}{where}\n") == 1
+        distributed(ranks, _run, "egpt", corpus, plain)
+        assert losses(compiled) == losses(plain)
 
 
 # -- samples
