@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megaegpt.config.deepspeed_keys import dotted_keys
 from megaegpt.config.parsing import Problem
 from megaegpt.config.paths import expand_path
 from megaegpt.config.yaml_text import read_yaml
@@ -62,7 +62,8 @@ def read_run_file(path: Path) -> RunValues:
     run = RunValues()
     for file, values, problems in reversed(_chain(path)):
         run.values = merged(run.values, values)
-        run.origins |= dict.fromkeys(_dotted_keys(values), "" if file == path else f"in {file}")
+        origin = "" if file == path else f"in {file}"
+        run.origins |= {key: origin for key, _ in dotted_keys(values)}
         run.problems += problems
     return run
 
@@ -110,10 +111,3 @@ def _base_name(path: Path, base: Any) -> str:
         return expand_path(base)
     except ValueError as error:
         raise ConfigError(f"{path}: extends {base}: {error}") from None
-
-
-def _dotted_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _dotted_keys(value, f"{prefix}{key}.")

@@ -44,7 +44,6 @@ N = TypeVar("N", int, float)
 
 PEFT_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PARTS = 3
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_dora": (False,),
@@ -254,7 +253,7 @@ def import_peft(source: Path, base_source: str, base: Path, output: Path) -> Non
             tensors[f"{layer}.{A}"], tensors[f"{layer}.{B}"] = a.clone(), part.contiguous()
     _check_shapes(tensors, config, source)
     targets = tuple(dict.fromkeys(name.rsplit(".lora.", 1)[0].split(".")[-1] for name in tensors))
-    _check_complete(tensors, targets, config, source)
+    _fill_blocks(tensors, config)
     lora = LoRAConfig(rank, scale * rank, described.lora_dropout or 0.0, targets)
     kept = {key: extra[key] for key in ("tokenizer_fingerprint",) if key in extra}
     write_adapter(tensors, output, config, lora, Base(base_source, tensors_digest(base)), kept)
@@ -360,9 +359,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], config: ModelConfig, source: Pa
             )
 
 
-def _check_complete(
-    tensors: dict[str, Tensor], targets: tuple[str, ...], config: ModelConfig, source: Path
-) -> None:
+def _fill_blocks(tensors: dict[str, Tensor], config: ModelConfig) -> None:
     """Adapters of ours are in every block; blocks that have none there get zeros."""
     for name in list(tensors):
         number = name.split(".")[2]

@@ -122,7 +122,7 @@ def bind_rank(store: dist.Store, rank: int, world_size: int, *, computes: bool =
     """
     takes_part = _chooses() and computes and hasattr(os, "sched_setaffinity")
     allowed = os.sched_getaffinity(0) if takes_part else set()
-    own = (_machine(), _container(), _as_list(allowed))
+    own = (machine(), _container(), _as_list(allowed))
     store.set(f"affinity/{rank}", "\n".join(own) if takes_part else "")
     if not takes_part:
         return
@@ -182,7 +182,8 @@ def _threads_are_given() -> bool:
     return any(entry.startswith(b"OMP_NUM_THREADS=") for entry in launcher)
 
 
-def _machine() -> str:
+def machine() -> str:
+    """What tells this machine from others."""
     return _read(Path("/proc/sys/kernel/random/boot_id")) or os.uname().nodename
 
 

@@ -67,11 +67,11 @@ def reduce_from_tp(x: Tensor, grid: ProcessGrid) -> Tensor:
     return x
 
 
-def gather_from_tp(x: Tensor, grid: ProcessGrid, dim: int = -1) -> Tensor:
-    """Concatenate the ranks' slices along ``dim`` (for inference: no gradient flows through it)."""
+def gather_from_tp(x: Tensor, grid: ProcessGrid) -> Tensor:
+    """Concatenate the ranks' columns (for inference: no gradient flows through it)."""
     if grid.tp_group is None:
         return x
     x = x.detach().contiguous()
     parts = [torch.empty_like(x) for _ in range(grid.tp_size)]
     dist.all_gather(parts, x, group=grid.tp_group)
-    return torch.cat(parts, dim=dim)
+    return torch.cat(parts, dim=-1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaegpt.config import RunConfig
+from megaegpt.config.deepspeed_keys import dotted_keys
 from megaegpt.config.loading import config_to_dict, load_config
 from megaegpt.errors import DataError
 from megaegpt.json_files import parse_json, read_lines
@@ -124,7 +125,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def config_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Dotted keys whose values are not the same in all runs, with every run's value."""
-    flat = [_flatten(config_to_dict(run.config)) for run in runs]
+    flat = [
+        {k: v for k, v in dotted_keys(config_to_dict(run.config)) if not isinstance(v, dict)}
+        for run in runs
+    ]
     keys = dict.fromkeys(key for values in flat for key in values)
     shown = {key: [_show(values.get(key)) for values in flat] for key in keys}
     return {
@@ -132,16 +136,6 @@ def config_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
         for key, values in shown.items()
         if len(set(values)) > 1 and key not in _OWN_TO_EACH_RUN
     }
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _show(value: Any) -> str:

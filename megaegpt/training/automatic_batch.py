@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.parallel.affinity import machine
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import all_gather_object, broadcast_object
 from megaegpt.planning.dry_step import dry_step
@@ -95,16 +94,8 @@ def memory_limit(device: torch.device, ranks_here: int) -> MemoryLimit:
 
 def _ranks_here(grid: ProcessGrid) -> list[int]:
     """Ranks on this machine. Collective."""
-    machines = all_gather_object(_machine(), grid)
-    return [rank for rank, machine in enumerate(machines) if machine == machines[grid.rank]]
-
-
-def _machine() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read()
-    except OSError:
-        return os.uname().nodename
+    machines = all_gather_object(machine(), grid)
+    return [rank for rank, other in enumerate(machines) if other == machines[grid.rank]]
 
 
 def _encoder(config: RunConfig, grid: ProcessGrid) -> ModelConfig | None:

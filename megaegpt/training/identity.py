@@ -21,6 +21,7 @@ from megaegpt.config.arithmetic import (
     model_arithmetic,
 )
 from megaegpt.config.loading import config_to_dict
+from megaegpt.config.metadata import leaves
 from megaegpt.config.parsing import parse_section
 from megaegpt.config.yaml_text import read_yaml
 from megaegpt.errors import CheckpointError, ConfigError
@@ -121,18 +122,7 @@ _MAY_CHANGE_AT_THE_START = {
 
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Every key of a configuration with its value, dotted: ``training.batch_ramp.start``."""
-    flat: dict[str, Any] = {}
-
-    def add(prefix: str, section: Any) -> None:
-        for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            if dataclasses.is_dataclass(value):
-                add(f"{prefix}{field.name}.", value)
-            else:
-                flat[f"{prefix}{field.name}"] = _plain(value)
-
-    add("", config)
-    return flat
+    return {dotted: _plain(value) for dotted, _, value in leaves(config)}
 
 
 def _plain(value: Any) -> Any:

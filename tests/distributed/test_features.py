@@ -12,13 +12,13 @@ from torch import Tensor
 
 from megaegpt.data.features import writer
 from megaegpt.data.features.store import FeatureSpec, FeatureStore
-from megaegpt.data.features.writer import compute_features
 from megaegpt.errors import DataError
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
 from tests.data.features.test_store import CHUNKS, SIZE, Stream, encode, spec
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import HIDDEN, encoder_config
+from tests.tiny.stores import compute_features
 
 
 def _compute(folder: Path, dtype: str, tp_size: int) -> str:

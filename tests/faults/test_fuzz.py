@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from megaegpt.config.loading import load_config, validate
 from megaegpt.data.features.store import FeatureSpec, FeatureStore
-from megaegpt.data.features.writer import compute_features
 from megaegpt.data.tokens.samples import PretrainingSamples
 from megaegpt.data.tokens.shards import Shard, ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.parallel.grid import ProcessGrid
+from tests.tiny.stores import compute_features
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

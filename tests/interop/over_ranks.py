@@ -41,7 +41,7 @@ def logits_and_states(source: str, tokens: Tensor, cache: str) -> tuple[Tensor, 
     gpt = empty_model(read_weights_config(folder)[0], grid).eval()
     load_weights(gpt, folder, grid)
     encoder = FrozenEncoder.from_source(EncoderConfig(source=str(folder)), grid)
-    return gather_from_tp(gpt.logits(tokens), grid, -1), encoder(tokens)
+    return gather_from_tp(gpt.logits(tokens), grid), encoder(tokens)
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ import torch
 from megaegpt.arguments import integer
 from megaegpt.config import ModelConfig
 from megaegpt.config.validation import validate_model
-from megaegpt.errors import ConfigError
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.gpt import GPT
@@ -29,6 +28,7 @@ from tools.benchmarks.common import (
     add_repetitions,
     add_sizes,
     add_threads,
+    figure_class,
     single_grid,
 )
 from tools.benchmarks.processes import Candidate, Result, Workload, compare
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return the record."""
     if arguments.plot is not None:
-        _figure_class()  # say that it is missing before anything is measured
+        figure_class()  # say that it is missing before anything is measured
     keys = ("hidden", "layers", "heads", "kv_heads", "window", "vocab")
     shape = {key: getattr(arguments, key) for key in keys}
     rows = []
@@ -249,14 +249,6 @@ def time_growth(rows: list[dict[str, Any]]) -> dict[str, float]:
     return growth
 
 
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
-    return Figure
-
-
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     panels = {
         "training, µs a token": lambda row: 1e6 / row["train"]["units_per_second"],
@@ -264,7 +256,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
         "decoding, tokens/s": lambda row: row["decode"]["units_per_second"],
         "cache of a text, KiB": lambda row: row["cache_bytes"] / 2**10,
     }
-    figure = _figure_class()(figsize=(10, 7), layout="constrained")
+    figure = figure_class()(figsize=(10, 7), layout="constrained")
     for axes, (title, value) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for name in dict.fromkeys(row["variant"] for row in rows):
             own = [row for row in rows if row["variant"] == name]

@@ -77,6 +77,19 @@ def add_sizes(parser: argparse.ArgumentParser, sizes: dict[str, tuple[int, str]]
         )
 
 
+def figure_class() -> Any:
+    """matplotlib's, for ``--plot``.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
+    return Figure
+
+
 def single_grid() -> ProcessGrid:
     """One process, on the GPU if there is one."""
     return ProcessGrid(device=local_device())

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
+from megaegpt.data.features.contents import EncodedChunks
 from megaegpt.data.features.store import FeatureSpec
-from megaegpt.data.features.writer import compute_features
+from megaegpt.data.features.writer import compute_store
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.model.build import build_model
@@ -132,7 +133,8 @@ def _computation(
     def compute(target: Path) -> Any:
         grid, batch = encoder.gpt.grid, shape["batch"]
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-            return compute_features(target, spec, stream, encoder, grid, batch)
+            contents = EncodedChunks(spec, stream, encoder)
+            return compute_store(target, spec, contents, grid, batch, "features")
 
     return spec, compute
 

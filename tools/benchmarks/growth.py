@@ -19,9 +19,9 @@ import psutil
 import torch
 
 from megaegpt.arguments import integer
-from megaegpt.errors import ConfigError, LaunchError
+from megaegpt.errors import LaunchError
 from megaegpt.text_tables import format_table
-from tools.benchmarks.common import add_repetitions, add_threads
+from tools.benchmarks.common import add_repetitions, add_threads, figure_class
 from tools.benchmarks.growth_points import CURVES, Point
 from tools.benchmarks.processes import compare
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return the record."""
     if arguments.plot is not None:
-        _figure_class()  # say that it is missing before anything is measured
+        figure_class()  # say that it is missing before anything is measured
     curves: dict[str, Any] = {}
     for name in arguments.curves:
         axis, points = CURVES[name]
@@ -136,19 +136,11 @@ def _shown(name: str, value: float) -> str:
     return f"{value / 2**20:,.3g} MiB" if "bytes" in name else f"{value:.4g}"
 
 
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
-    return Figure
-
-
 def _plot(curves: dict[str, Any], path: Path) -> None:
     """A panel a curve: each quantity over its value at the last point, and dotted as expected."""
     columns = min(3, len(curves))
     lines = math.ceil(len(curves) / columns)
-    figure = _figure_class()(figsize=(5 * columns, 4 * lines), layout="constrained")
+    figure = figure_class()(figsize=(5 * columns, 4 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flat
     for axes, curve in zip(panels, curves.values(), strict=False):
         x = [row["x"] for row in curve["rows"]]

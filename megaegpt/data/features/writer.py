@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from megaegpt.bars import progress_bar
 from megaegpt.config.data import VerifyPolicy
-from megaegpt.data.features.contents import ChunkContents, EncodedChunks
+from megaegpt.data.features.contents import ChunkContents
 from megaegpt.data.features.store import (
     MANIFEST,
     PLAN,
@@ -28,7 +27,6 @@ from megaegpt.data.features.store import (
     short_value,
     write_json,
 )
-from megaegpt.data.tokens.windows import TokenSource
 from megaegpt.errors import DataError
 from megaegpt.files import (
     naming_failures,
@@ -41,37 +39,6 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import all_gather_object, broadcast_object, raising_together
 
 
-def compute_features(
-    folder: str | Path,
-    spec: FeatureSpec,
-    stream: TokenSource,
-    encode: Callable[..., Tensor],
-    grid: ProcessGrid,
-    batch_size: int,
-    title: str = "chunk features",
-    verify: VerifyPolicy = "auto",
-) -> FeatureStore:
-    """Compute what is missing of a store, publish it, and open it. Collective over all ranks.
-
-    A store that is complete already is held against its checksums, by all ranks in shares. Else
-    each data-parallel rank encodes its share of the missing parts; tensor-parallel ranks work on a
-    part together and the first of them writes.
-
-    Args:
-        encode: the frozen encoder, tokens (n, S) int64 -> states (n, S, C); called with the tokens
-            before each chunk (n, O) too where the store has an overlap.
-        batch_size: chunks encoded at once.
-        title: what the progress bar calls it.
-        verify: whether a complete store is read whole; see :meth:`FeatureStore.verify`.
-
-    Raises:
-        DataError: the folder holds a store of something else, a damaged one, or cannot be written;
-            or ranks have different specs.
-    """
-    contents = EncodedChunks(spec, stream, encode)
-    return compute_store(folder, spec, contents, grid, batch_size, title, verify)
-
-
 def compute_store(
     folder: str | Path,
     spec: FeatureSpec,
@@ -81,10 +48,20 @@ def compute_store(
     title: str,
     verify: VerifyPolicy = "auto",
 ) -> FeatureStore:
-    """The same of any contents.
+    """Compute what is missing of a store, publish it, and open it. Collective over all ranks.
+
+    A store that is complete already is held against its checksums, by all ranks in shares. Else
+    each data-parallel rank computes its share of the missing parts; tensor-parallel ranks work on a
+    part together and the first of them writes.
+
+    Args:
+        batch_size: chunks computed at once.
+        title: what the progress bar calls it.
+        verify: whether a complete store is read whole; see :meth:`FeatureStore.verify`.
 
     Raises:
-        DataError: as :func:`compute_features`.
+        DataError: the folder holds a store of something else, a damaged one, or cannot be written;
+            or ranks have different specs.
     """
     folder = Path(folder)
     _check_ranks_agree(folder, spec, grid)

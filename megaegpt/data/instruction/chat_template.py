@@ -87,29 +87,27 @@ class ChatTemplate:
         variables: Mapping[str, str],
         *,
         add_generation_prompt: bool = False,
-        now: datetime.datetime | None = None,
     ) -> str:
         """The text of a conversation.
 
         Args:
             variables: names of special tokens, such as ``bos_token``.
             add_generation_prompt: end with what comes before an answer.
-            now: for templates that show a date; None: it is now.
 
         Raises:
             DataError: the template refuses the conversation, is no Jinja, or took too long.
         """
         wanted = _Rendering(messages, add_generation_prompt)
-        return _need(self._render([wanted], variables, now)[0])
+        return _need(self._render([wanted], variables, datetime.datetime.now())[0])
 
     def _render(
         self,
         wanted: Sequence[_Rendering],
         variables: Mapping[str, str],
-        now: datetime.datetime | None,
+        now: datetime.datetime,
     ) -> list[str | DataError]:
         """Several texts at once; the template's own errors are returned."""
-        fixed = {"variables": dict(variables), "now": (now or datetime.datetime.now()).isoformat()}
+        fixed = {"variables": dict(variables), "now": now.isoformat()}
         answers = self._process.ask(
             [
                 {
@@ -130,14 +128,7 @@ class ChatTemplate:
 
     # -- tokens ------------------------------------------------------------------------------------
 
-    def encode_prompt(
-        self,
-        messages: Conversation,
-        tokenizer: Tokenizer,
-        *,
-        add_generation_prompt: bool = True,
-        now: datetime.datetime | None = None,
-    ) -> list[int]:
+    def encode_prompt(self, messages: Conversation, tokenizer: Tokenizer) -> list[int]:
         """Ids of a conversation that a model is to go on with.
 
         Raises:
@@ -145,12 +136,7 @@ class ChatTemplate:
         """
         marks = self._marks(messages)
         protected = _protect(messages, tokenizer, marks)
-        text = self.render(
-            protected,
-            tokenizer.template_variables,
-            add_generation_prompt=add_generation_prompt,
-            now=now,
-        )
+        text = self.render(protected, tokenizer.template_variables, add_generation_prompt=True)
         ids = _encode(text, tokenizer, marks.split, [])[0]
         if not ids:
             raise DataError(f"the chat template {self.name} writes nothing for this conversation")
@@ -322,23 +308,6 @@ def load_chat_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatT
             f"the chat template {wanted} is none of {names}, and no file that can be read: {reason}"
         ) from None
     return ChatTemplate(source.replace("\r\n", "\n"), wanted)
-
-
-def render_chat(
-    messages: Conversation,
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    add_generation_prompt: bool = True,
-) -> list[int]:
-    """Ids of a conversation for a model to go on with, as :meth:`ChatTemplate.encode_prompt`.
-
-    Args:
-        messages: see :func:`~megaegpt.data.instruction.conversations.parse_messages`.
-
-    Raises:
-        DataError: the template refuses the conversation, is no Jinja, or took too long.
-    """
-    return template.encode_prompt(messages, tokenizer, add_generation_prompt=add_generation_prompt)
 
 
 # -- marks -----------------------------------------------------------------------------------------

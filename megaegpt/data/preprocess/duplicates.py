@@ -36,7 +36,3 @@ class SeenHashes:
             run = np.concatenate([self._runs.pop(), run])
             run.sort()
         self._runs.append(run)
-
-    def values(self) -> np.ndarray:
-        """All hashes, sorted."""
-        return np.sort(np.concatenate([np.empty(0, np.uint64), *self._runs]))

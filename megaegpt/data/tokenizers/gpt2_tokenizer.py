@@ -21,6 +21,7 @@ import tiktoken
 
 from megaegpt.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, Tokenizer, whole_characters
 from megaegpt.data.tokenizers.byte_alphabet import BYTE_OF_CHARACTER, merges_of, spell
+from megaegpt.data.tokenizers.byte_pair_core import LONG_BLANK, has_long_blank
 from megaegpt.errors import DataError
 from megaegpt.json_files import read_bytes
 
@@ -38,8 +39,6 @@ PUBLISHED_PATTERN = (
 # of trying one alternative after the other with backtracking.
 _PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
 
-# Regular expressions with a look-ahead give up on a million blanks in a row (a panic in tiktoken).
-LONG_BLANK = 100_000
 _BLANK = (
     "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # Unicode's White_Space
 )
@@ -128,8 +127,7 @@ def _cut_in_long_blanks(text: str) -> list[str]:
     Of a run of blanks before another character the last blank is a word or begins one, and all
     before it are one word: between them a cut changes nothing.
     """
-    blocks = range(0, len(text), LONG_BLANK)  # any run of two blocks' length covers one whole
-    if not any(text[start : start + LONG_BLANK].isspace() for start in blocks):
+    if not has_long_blank(text):
         return [text]
     ends = [run.end() for run in re.finditer(f"{_BLANK}{{{LONG_BLANK},}}", text)]
     cuts = [0, *(end - 1 for end in ends if end < len(text)), len(text)]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaegpt.data.tokenizer import END_OF_TEXT
-from megaegpt.data.tokenizers.byte_alphabet import merge_rule, spell
+from megaegpt.data.tokenizers.byte_alphabet import merges_of, spell
 from megaegpt.data.tokenizers.definition import (
     TokenizerDefinition,
     added_token,
@@ -130,8 +130,6 @@ def definition_of_ranks(
     """In Hugging Face's form: the rules are what ranks make of each token; a token that they do not
     make stands for a word that it is all of.
     """
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    rules = [merge_rule(token, ranks) for token in tokens if len(token) > 1]
     pattern = {"Regex": encoding.expression}
     members = [
         {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False},
@@ -140,7 +138,7 @@ def definition_of_ranks(
     special = encoding.special_tokens
     content = byte_level_content(
         {spell(token): rank for rank, token in enumerate(tokens)},
-        [[spell(first), spell(second)] for first, second in filter(None, rules)],
+        [[spell(first), spell(second)] for first, second in merges_of(tokens)],
         [added_token(number, special_name) for special_name, number in special.items()],
         {"type": "Sequence", "pretokenizers": members},
         ignore_merges=True,

@@ -134,10 +134,6 @@ class Blend:
         counts = np.array(self.counts(block)) + within
         return (counts * self.sources[0].sample_len).tolist()
 
-    def epochs_by_source(self, samples: int) -> list[float]:
-        """How often each source has been seen after ``samples`` samples of a run."""
-        return self._epochs(self.tokens_by_source(samples))
-
     def _epochs(self, tokens: Sequence[float]) -> list[float]:
         return [
             seen / (self.sources[0].sample_len * len(source))

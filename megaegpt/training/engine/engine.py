@@ -130,7 +130,6 @@ class Engine:
             marked_vectors(model),
         )
         self._config = config
-        self._loss_scale_was_minimal = False
         for parameter in model.parameters():
             # DeepSpeed counts the gradients of unmarked parameters on TP rank 0 only.
             setattr(parameter, "tensor_model_parallel", is_sharded(parameter, grid))  # noqa: B010

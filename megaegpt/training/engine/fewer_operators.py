@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.engine.replicas import is_counted
 
 
 def use_fewer_operators(optimizer: Any, grid: ProcessGrid) -> None:
@@ -53,7 +54,7 @@ def _norm_of_partition(
     counted: list[Tensor] = []
     others: list[Tensor] = []
     for gradient, parameter in zip(real, parameters, strict=False):  # padding of an empty share
-        (counted if _is_counted(parameter, grid) else others).append(gradient)
+        (counted if is_counted(parameter, grid) else others).append(gradient)
     total = torch.zeros((), dtype=torch.float32, device=grid.device)
     if counted:
         total += _norms(counted).square().sum().float()
@@ -63,11 +64,6 @@ def _norm_of_partition(
         if group is not None:
             dist.all_reduce(total, group=group)
     return total.sqrt()
-
-
-def _is_counted(parameter: Tensor, grid: ProcessGrid) -> bool:
-    """Whether this rank's gradient is one beside those of the other tensor-parallel ranks."""
-    return grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
 
 
 def _norms(gradients: list[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -107,7 +103,7 @@ def _for_norm_or_clipping(
         optimizer.fp32_groups_gradients[number][place]
         for number, parameters in enumerate(optimizer.bf16_groups)
         for place, parameter in enumerate(parameters)
-        if optimizer.fp32_groups_has_gradients[number][place] and _is_counted(parameter, grid)
+        if optimizer.fp32_groups_has_gradients[number][place] and is_counted(parameter, grid)
     ]
     if not counted:
         return [torch.zeros((), device=grid.device)], {}

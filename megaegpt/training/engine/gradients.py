@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megaegpt.model.parts import part_of
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.engine.replicas import is_counted
 
 
 class ModuleNorms:
@@ -37,10 +38,10 @@ class ModuleNorms:
     @torch.no_grad()
     def measure(self, loss_scale: float) -> Tensor:
         """2-norms before clipping (parts,), on every rank. Collective."""
-        grid, own = self._grid, self._grid.tp_rank == 0
+        grid = self._grid
         squares = torch.zeros(len(self.names), dtype=torch.float64, device=grid.device)
         for parameter, piece in self._pieces():
-            if own or getattr(parameter, "tensor_model_parallel", False):
+            if is_counted(parameter, grid):
                 norm = torch.linalg.vector_norm(piece, dtype=torch.float32)
                 squares[self._number[id(parameter)]] += norm.double().square()
         self._add_up(squares)
@@ -52,11 +53,7 @@ class ModuleNorms:
         Collective.
         """
         grid = self._grid
-        counted = [
-            piece
-            for parameter, piece in self._pieces()
-            if grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
-        ]
+        counted = [piece for parameter, piece in self._pieces() if is_counted(parameter, grid)]
         square = torch.zeros((), dtype=torch.float64, device=grid.device)
         if counted:
             square += torch.stack(torch._foreach_norm(counted, 2, torch.float64)).square().sum()

@@ -15,6 +15,7 @@ from megaegpt.model.parts import matrices_of
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import is_vector, marked_vectors
 from megaegpt.training.engine.muon import Muon
+from megaegpt.training.engine.replicas import is_counted
 
 LR_SCALE = "lr_scale"
 """Key of a parameter group: the factor of its learning rate, where it is not 1."""
@@ -137,11 +138,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], grid: ProcessGrid) -> torc
     :class:`megaegpt.training.engine.engine.Engine`): true where this rank's slice is to be counted
     beside the other ranks'.
     """
-    counted = [
-        p.grad
-        for p in parameters
-        if p.grad is not None and (grid.tp_rank == 0 or getattr(p, "tensor_model_parallel", False))
-    ]
+    counted = [p.grad for p in parameters if p.grad is not None and is_counted(p, grid)]
     if counted:
         total = torch.stack(torch._foreach_norm(counted)).double().square().sum()
     else:

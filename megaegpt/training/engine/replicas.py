@@ -17,6 +17,11 @@ def is_sharded(parameter: Tensor, grid: ProcessGrid) -> bool:
     return grid.tp_size > 1 and spec_of(parameter).tp_dim is not None
 
 
+def is_counted(parameter: Tensor, grid: ProcessGrid) -> bool:
+    """Whether this rank's gradient is one beside those of the other tensor-parallel ranks."""
+    return grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+
+
 def assert_replicas_equal(model: nn.Module, grid: ProcessGrid) -> None:
     """Check every parameter bit for bit; collective over all ranks.
 

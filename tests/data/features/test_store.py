@@ -25,10 +25,10 @@ from megaegpt import files
 from megaegpt.data.features import store as feature_store
 from megaegpt.data.features import writer
 from megaegpt.data.features.store import FeatureSpec, FeatureStore
-from megaegpt.data.features.writer import compute_features
 from megaegpt.data.tokens import memory_map
 from megaegpt.errors import DataError
 from megaegpt.parallel.grid import ProcessGrid
+from tests.tiny.stores import compute_features
 
 CHUNKS, SIZE, WIDTH = 45, 4, 12
 _TABLE = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 from megaegpt.data.instruction.chat_template import (
     ChatTemplate,
     load_chat_template,
-    render_chat,
 )
 from megaegpt.data.instruction.conversations import Conversation, Message
 from megaegpt.data.instruction.named_templates import NAMED_TEMPLATES
@@ -127,7 +126,7 @@ def assert_same_ids(name: str, tokenizer: Tokenizer, theirs: Any) -> None:
         wanted = their_ids(theirs, chat, chat_template=source)
         assert template.encode_training(chat, tokenizer).ids == wanted
         wanted = their_ids(theirs, chat[:-1], chat_template=source, add_generation_prompt=True)
-        assert render_chat(chat[:-1], tokenizer, template) == wanted
+        assert template.encode_prompt(chat[:-1], tokenizer) == wanted
 
 
 @pytest.mark.parametrize("name", ["own", *TEMPLATES])
@@ -257,7 +256,7 @@ def test_special_tokens_in_messages_are_text(name: str, text: str, tokenizer: To
     def ids_and_text(content: str) -> tuple[list[int], str]:
         chat = (Message("user", content), Message("assistant", content))
         ids = template.encode_training(chat, tokenizer).ids
-        assert ids[: len(ids) // 2] == render_chat(chat, tokenizer, template)[: len(ids) // 2]
+        assert ids[: len(ids) // 2] == template.encode_prompt(chat, tokenizer)[: len(ids) // 2]
         return [token for token in ids if token in special], tokenizer.decode(ids)
 
     of_the_template, harmless = ids_and_text("harmless")
