@@ -172,7 +172,7 @@ def _documents(model: ModelConfig) -> Iterator[Problem]:
     end = model.document_end
     if end is None:
         return
-    if not 0 <= end < model.vocab_size:
+    if end >= model.vocab_size:
         yield Problem(
             ("model.document_end", "model.vocab_size"),
             f"model.document_end={end} is no token of the vocabulary: "

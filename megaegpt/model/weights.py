@@ -225,7 +225,7 @@ def verify_weights(folder: str | Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Description:
-    """Return the contents of ``config.json`` besides ``version``."""
+    """The contents of ``config.json`` besides ``version``."""
 
     model: dict[str, Any]
     extra: dict[str, Any]

@@ -101,7 +101,7 @@ def needs_store(config: RunConfig) -> bool:
 
 
 def store_folder(config: RunConfig, split: str) -> Path:
-    """Where the store of ``train`` or ``validation`` is."""
+    """Where the store of ``train``, ``validation`` or ``validation_NAME`` is."""
     beside_checkpoints = Path(config.checkpoint.directory).parent / "features"
     return Path(config.data.features or beside_checkpoints) / split
 

@@ -300,7 +300,7 @@ def _saved_config(config: RunConfig, manifest: Manifest, folder: Path) -> RunCon
 def _changed_corpus(
     there: str, here: str, changes: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Return fingerprints of the run's data: a digest, and of a blend how it is mixed."""
+    """Return what differs of the run's data: a digest, and of a blend how it is mixed."""
     pair = there.partition(" "), here.partition(" ")
     mixed_otherwise = pair[0][0] == pair[1][0] and "data.weights" in changes
     if there in ("", here) or mixed_otherwise:

@@ -1,7 +1,7 @@
 """One table of all that this project uses of DeepSpeed and DeepSpeed does not promise.
 
-Beside this module only ``engine``, ``fewer_operators``, ``gradients``, ``optimizer`` and
-``stage_3`` here, ``deepspeed_state`` and ``universal`` in ``training.checkpoint``, and
+Beside this module only ``engine``, ``fewer_operators``, ``gradients``, ``muon``, ``optimizer``
+and ``stage_3`` here, ``deepspeed_state`` and ``universal`` in ``training.checkpoint``, and
 ``parallel.partitions`` know of it. A release that lacks one of these is refused by name when an
 engine is built, rather than found out in the middle of a run.
 """

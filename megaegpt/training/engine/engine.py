@@ -337,7 +337,7 @@ class Engine:
         deepspeed_state.load_universal(self._deepspeed, universal, self.grid)
 
     def assert_replicas_equal(self) -> None:
-        """Check bit for bit that ranks which hold the same parameter agree. Collective; for tests.
+        """Check bit for bit that ranks which hold the same parameter agree. Collective.
 
         Raises:
             AssertionError: on every rank; names the first parameter that differs anywhere.

@@ -118,7 +118,9 @@ def test_stored_states_and_predictions_give_the_losses_of_the_computed_ones(
 def test_the_tables_in_the_documentation_are_those_of_the_report_beside_it() -> None:
     docs = Path(__file__).parents[3] / "docs"
     page = (docs / "egpt.md").read_text(encoding="utf-8")
-    for path in (docs / "experiments").glob("*/report.json"):
+    reports = list((docs / "experiments").glob("*/report.json"))
+    assert reports
+    for path in reports:
         report = json.loads(path.read_text(encoding="utf-8"))
         assert insert(page, report, path.parent.name) == page
 
