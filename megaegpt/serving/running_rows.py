@@ -135,6 +135,11 @@ class BatchedRows:
     def __len__(self) -> int:
         return len(self._lengths)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the keys and values of all rows."""
+        return self._cache.bytes()
+
     def read(self, tokens: int, more: int) -> GPTReading:
         if tokens + more > self.context:
             raise ValueError(f"{tokens} and {more} tokens are more than {self.context}")

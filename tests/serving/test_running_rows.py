@@ -98,7 +98,7 @@ def test_what_a_text_leaves_that_is_not_finite_reaches_no_other() -> None:
 def test_the_cache_is_bounded_by_the_rows_and_their_context() -> None:
     model, _ = build_with_encoder(GPT)
     small, large = BatchedRows(model, 2, MAX_LEN), BatchedRows(model, 4, MAX_LEN)
-    assert small._cache.bytes() * 2 == large._cache.bytes()
+    assert small.cache_bytes * 2 == large.cache_bytes
     with pytest.raises(ValueError, match=f"{MAX_LEN}"):
         small.read(MAX_LEN, 1)
 

@@ -70,7 +70,7 @@ class TrainingLoader:
     The iteration has no end; use the loader as a context manager, or close it.
 
     Args:
-        samples: ``PretrainingSamples``, ``ChunkWindows``, a blend of them, or ``InstructionSamples``.
+        samples: ``PretrainingSamples``, ``ChunkWindows``, ``InstructionSamples``, or a blend.
         grid: this process's place; ``dp_rank``, ``dp_size`` and ``device`` are used.
         global_batch_size: samples a step, one number or how they grow; multiples of
             ``micro_batch_size * grid.dp_size``.
