@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -273,7 +274,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``folder``, synced, when the block ends well.
+    """Yield a temporary folder that becomes ``folder``, synced, when the block ends well. What
+    killed processes have left of the same ``folder`` is removed before.
 
     Raises:
         CheckpointError: ``folder`` holds something already, or writing failed in the block.
@@ -284,11 +286,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists already: remove it, or name another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield temporary
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~umask())  # safetensors and mkdtemp make them for their owner alone
-            sync_file(file)
+        _remove_leftovers(folder)
+        temporary = Path(
+            tempfile.mkdtemp(TEMPORARY_SUFFIX, prefix=f".{folder.name}.", dir=folder.parent)
+        )
+        with _in_use(temporary):
+            yield temporary
+            for file in temporary.iterdir():
+                file.chmod(0o666 & ~umask())  # safetensors makes them for their owner alone
+                sync_file(file)
         temporary.chmod(0o777 & ~umask())
         os.replace(temporary, folder)
         sync_folder(folder.parent)
@@ -298,6 +304,37 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _in_use(temporary: Path) -> Iterator[None]:
+    """Keep others from taking a temporary folder for a leftover, as long as this process lives."""
+    path = temporary / LOCK
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # without locks, nobody removes a leftover
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+        path.unlink()
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of processes that were killed while they wrote ``folder``: their locks are free. Where a
+    mount keeps locks from other machines, they cannot be told from those that still write.
+    """
+    if option_against_locks(folder.parent) is not None:
+        return
+    unfinished = f".{glob.escape(folder.name)}.????????{TEMPORARY_SUFFIX}"
+    for path in folder.parent.glob(f"{unfinished}/{LOCK}"):
+        with contextlib.suppress(OSError):  # it is held, or there are no locks
+            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 def is_special(path: Path) -> bool:

@@ -58,10 +58,12 @@ def no_mask() -> Iterator[None]:
     os.umask(before)
 
 
-def hold(folder: Path, *more: str) -> tuple[subprocess.Popen[str], list[str]]:
+def hold(
+    folder: Path, *more: str, program: str = _HOLDER
+) -> tuple[subprocess.Popen[str], list[str]]:
     """A process that has locked the folder, and what it has printed until then."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, str(folder), *more],
+        [sys.executable, "-c", program, str(folder), *more],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -177,6 +179,36 @@ def test_a_failed_folder_leaves_nothing(tmp_path: Path, error: BaseException) ->
     with pytest.raises(expected):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from megaegpt.files import whole_folder
+with whole_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "a").write_bytes(b"half")
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_of_a_folder_is_removed_and_of_a_living_one_is_not(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "weights"
+    ours = tmp_path / ".weights.old"  # somebody's, with a lock that nobody holds
+    ours.mkdir()
+    (ours / ".lock").touch()
+    process, _ = hold(folder, program=_WRITER)
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder):
+        raise KeyboardInterrupt
+    (left,) = set(tmp_path.iterdir()) - {ours}
+    assert (left / "a").read_bytes() == b"half"
+    kill(process)
+    with whole_folder(folder) as temporary:
+        (temporary / "b").touch()
+    assert set(tmp_path.iterdir()) == {ours, folder}
+    assert [path.name for path in folder.iterdir()] == ["b"]
 
 
 def test_a_folder_with_something_in_it_is_not_replaced(tmp_path: Path) -> None:
