@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +67,8 @@ def init_distributed() -> torch.device:
 
     Raises:
         LaunchError: the launcher's variables are incomplete or contradict each other, the address
-            cannot be used, or as for :func:`~megaegpt.parallel.devices.local_device` and
+            cannot be used, ranks have devices of other types, or as for
+            :func:`~megaegpt.parallel.devices.local_device` and
             :func:`~megaegpt.parallel.affinity.bind_rank`.
     """
     launched = is_launched()
@@ -86,6 +88,7 @@ def init_distributed() -> torch.device:
     try:
         found, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = _of_this_attempt(found)
+        _check_device_type(store, rank, device)
         bind_rank(store, rank, world_size, computes=device.type == "cpu")
         if interface := interface_to_others(store, world_size):
             # Gloo would take the network that this machine's own name stands for: on Debian its
@@ -102,6 +105,19 @@ def init_distributed() -> torch.device:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise LaunchError(_describe_unreachable(error)) from None
     return device
+
+
+def _check_device_type(store: dist.Store, rank: int, device: torch.device) -> None:
+    """Raises:
+    LaunchError: the first rank has a device of another type, with which this one cannot talk.
+    """
+    if rank == 0:
+        store.set("device_type", device.type)
+    elif (first := store.get("device_type").decode()) != device.type:
+        raise LaunchError(
+            f"rank {rank}, on {platform.node()}, computes on {device.type} and rank 0 on {first}: "
+            f"all ranks need devices of one type (MEGAEGPT_DEVICE=cpu, on each, takes none)"
+        )
 
 
 def _describe_unreachable(error: Exception) -> str:

@@ -138,19 +138,35 @@ def test_gloo_takes_the_network_to_the_other_machines_unless_one_is_given(
     assert _join(monkeypatch, torch.device("cpu"))["GLOO_SOCKET_IFNAME"] == used
 
 
-def _join(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> dict[str, Any]:
-    """What the process group is made with, in options and environment."""
+def test_a_rank_whose_device_is_of_another_type_than_the_firsts_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(LaunchError, match=r"rank 1, on .*, computes on cpu and rank 0 on cuda: "):
+        _join(monkeypatch, torch.device("cpu"), rank=1, first="cuda")
+    _join(monkeypatch, torch.device("cpu"), rank=1, first="cpu")
+
+
+def _join(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, rank: int = 0, first: str = ""
+) -> dict[str, Any]:
+    """What the process group is made with, in options and environment; ``first``: the device type
+    of rank 0, where that is another one.
+    """
     made: dict[str, Any] = {}
 
     def init_process_group(backend: str, **options: Any) -> None:
         made.update(options, GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME"))
 
     store = dist.HashStore()
+    if rank:
+        store.set("device_type", first)
+        for of_all_ranks in ("bind_rank", "interface_to_others"):
+            monkeypatch.setattr(launch, of_all_ranks, lambda *_, **__: None)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(launch, "is_launched", lambda: True)
     monkeypatch.setattr(launch, "local_device", lambda: device)
     monkeypatch.setattr(launch, "end_with_launcher", lambda: None)
-    monkeypatch.setattr(launch.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+    monkeypatch.setattr(launch.dist, "rendezvous", lambda *_, **__: iter([(store, rank, rank + 1)]))
     monkeypatch.setattr(launch.dist, "init_process_group", init_process_group)
     assert launch.init_distributed() == device
     return made
