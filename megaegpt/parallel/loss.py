@@ -76,14 +76,14 @@ def with_all_ranks(options: LossOptions, device: torch.device, grid: ProcessGrid
     same portions in the same way. Each portion is summed over the ranks: if one of them could not
     compile, or had less memory, and computed others, all would wait for ever.
 
-    Collective over the tensor-parallel ranks and a wait for the device, unless nothing is left.
+    Collective over the tensor-parallel ranks, unless nothing is left.
     """
     portions_are_known = options.rows is not None or options.memory is not None
     if options.fused is not None and portions_are_known:
         return options
     fused, memory = own_abilities(device)
     if grid.tp_group is not None:
-        least = torch.tensor([fused, memory], device=device)
+        least = torch.tensor([fused, memory])  # by gloo: the device has other work
         dist.all_reduce(least, dist.ReduceOp.MIN, group=grid.tp_group)
         fused, memory = least.tolist()
     return replace(

@@ -192,7 +192,7 @@ def dropped(kind: str) -> tuple[float, float]:
     grid = grid_for(1, 2)
     model = build_model(config, grid, seed=3)
     states = torch.ones(1, 2, CHUNK, config.hidden_size)
-    shares = {"shares": ChunkShares(grid), "features": states[:, :, :0]} if kind == "egpt" else {}
+    shares = {"shares": ChunkShares(grid), "features": states[:, :0, -1]} if kind == "egpt" else {}
     torch.manual_seed(1)
     loss = model(states, targets=torch.ones(1, 2, CHUNK, dtype=torch.long), **shares)  # type: ignore[arg-type]
     return loss.item(), torch.rand(()).item()

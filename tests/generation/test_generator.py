@@ -84,7 +84,7 @@ def test_cached_text_is_the_uncached_text_past_every_border(name: str) -> None:
     assert len(set(cached[0])) > new // 4  # a text, not one token again and again
 
 
-@pytest.mark.parametrize("name", ["gpt", "egpt_original", "egpt_local_features_gate", "deepgpt"])
+@pytest.mark.parametrize("name", ["gpt", "egpt_original", "egpt_local_gate", "deepgpt"])
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 6 * CHUNK + 3])
 def test_a_prompt_may_have_any_length(name: str, length: int) -> None:
     config, new = VARIANTS[name], CHUNK + 2

@@ -22,6 +22,7 @@ from megaegpt.model.build import Model, build_inputs, empty_model, gpt_of, new_d
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.gpt import GPT
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.parallel.loss import own_abilities
 from megaegpt.parallel.params import ParamSpec, unshard
 from megaegpt.parallel.together import all_gather_object, all_reduce_max, broadcast_object
 from tests.gpu.fake_device import DEVICE, Transfers, enable, fake_gpu
@@ -100,6 +101,10 @@ def train(
         encode = _encoder(config, grid) if config.needs_encoder else None
         for part in (model, *([] if encode is None else [encode.gpt])):
             part.stack.sequence_parallel = sequence
+        if grid.tp_group is not None:  # else ranks agree on it, by values, which fakes have not
+            fused, memory = own_abilities(DEVICE)
+            options = replace(model.head.loss_options, fused=fused, memory=memory)
+            model.head.loss_options = options
         batch = {name: _tokens(2, config.sample_len) for name in ("tokens", "targets")}
         inputs = build_inputs(config, encode, dtype)
         batch = dict(inputs.prepare(batch))

@@ -63,7 +63,7 @@ def batch_of(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]
         tokens = torch.randint(300, (2, 13), generator=generator)
         return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:].clone()}
     states = torch.randn(2, 3, 4, 32, generator=generator, dtype=torch.float64).to(dtype)
-    features = torch.randn(2, 2, 1, 32, generator=generator, dtype=torch.float64).to(dtype)
+    features = torch.randn(2, 2, 32, generator=generator, dtype=torch.float64).to(dtype)
     targets = torch.randint(300, (2, 3, 4), generator=generator)
     return {"token_states": states, "features": features, "targets": targets}
 

@@ -55,7 +55,7 @@ def test_training_a_decoder_leaves_the_encoder_bit_for_bit(source):
     for _ in range(3):
         encoder.train()
         states = encoder(tokens)
-        loss = model(states, states[:, :-1, -1:], tokens)
+        loss = model(states, states[:, :-1, -1], tokens)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

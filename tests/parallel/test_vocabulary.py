@@ -51,7 +51,7 @@ def test_every_tensor_parallel_rank_refuses_it(distributed: Distributed) -> None
 @pytest.mark.parametrize("wrong", [300, 383, 50_256])
 def test_remembered_tokens_are_asked_too(where: str, wrong: int) -> None:
     model = build_model(EGPT, ProcessGrid())
-    states, features = torch.zeros(1, 3, 4, 16), torch.zeros(1, 2, 1, 16)
+    states, features = torch.zeros(1, 3, 4, 16), torch.zeros(1, 2, 16)
     ids = {"targets": torch.zeros(1, 3, 4).long()}
     ids |= {"text": torch.zeros(1, 13).long(), "earlier_text": torch.zeros(1, 10).long()}
     ids["earlier_text"][0, 0] = -1  # none

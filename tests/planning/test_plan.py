@@ -246,9 +246,9 @@ def _shared_by_two() -> int:
 def test_chunk_parallel_traffic_is_what_training_sends_and_what_the_formula_says(
     distributed: Distributed,
 ) -> None:
-    """P * C numbers a chunk once, and as many as keys have a token once, and once more backward."""
+    """C numbers a chunk once, and as many as keys have a token once, and once more backward."""
     step = trace_rank(_SHARED, 1, "fp32", device_type="cpu")
-    rows, features, keys = _SHARED.training.micro_batch_size, 4 * 2 * 32, 4 * 8 * 6
+    rows, features, keys = _SHARED.training.micro_batch_size, 4 * 32, 4 * 8 * 6
     assert step.shared == rows * (features + 2 * keys) * 4
     assert distributed(2, _shared_by_two) == [step.shared] * 2
     sent = count_communication(_SHARED, 1, "fp32", step)

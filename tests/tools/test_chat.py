@@ -129,7 +129,7 @@ def test_an_answer_ends_before_the_text_that_its_template_ends_it_with(
     ended = f"{TEMPLATE[:-12]}{{% if m.role == 'assistant' %}}{{{{ {end!r} }}}}{{% endif %}}"
     template = ChatTemplate(ended + "{% endfor %}", "ended")
     config = GenerationConfig(max_new_tokens=9, temperature=0)
-    session = chat.Session(loaded, Chat(loaded.tokenizer, template), config)
+    session = chat.Session(loaded, Chat(loaded.tokenizer, template), config, AS_IN_TRAINING)
     assert "".join(session.answer("Hello")) == whole[: whole.index(end)]
     assert session.turns[-1] == Message("assistant", whole[: whole.index(end)])
 
