@@ -253,14 +253,18 @@ class ModelConfig:
         return self.kind == "egpt" and self.egpt.history and self.egpt.num_chunks > 1
 
     @property
+    def has_token_memory(self) -> bool:
+        """Whether tokens of earlier chunks leave keys."""
+        return self.kind == "egpt" and self.egpt.token_memory
+
+    @property
     def preceding_tokens(self) -> int:
         """Tokens before a window that the model is told: those that its encoder sees too, and at
         least the one that a token memory compares.
         """
         if not self.needs_encoder:
             return 0
-        remembers = self.kind == "egpt" and self.egpt.token_memory
-        return max(self.encoder.overlap, int(remembers))
+        return max(self.encoder.overlap, int(self.has_token_memory))
 
     @property
     def chunks_per_sample(self) -> int:

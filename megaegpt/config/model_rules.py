@@ -19,9 +19,9 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
     "window_every": lambda model: model.window is not None,
     "tied_embeddings": lambda model: model.kind == "gpt",
     "egpt.chunk_size": lambda model: model.kind != "gpt",
-    "egpt.memory_dim": lambda model: model.kind == "egpt" and model.egpt.token_memory,
-    "egpt.memory_pointers": lambda model: model.kind == "egpt" and model.egpt.token_memory,
-    "egpt.memory_chunks": lambda model: model.kind == "egpt" and model.egpt.token_memory,
+    "egpt.memory_dim": lambda model: model.has_token_memory,
+    "egpt.memory_pointers": lambda model: model.has_token_memory,
+    "egpt.memory_chunks": lambda model: model.has_token_memory,
     "encoder.layers": lambda model: model.kind != "gpt",
     "encoder.overlap": lambda model: model.kind != "gpt",
 }

@@ -256,7 +256,7 @@ def _stored_predictions(config: RunConfig) -> Iterator[Problem]:
     model, key = config.model, "data.predictions"
     if config.data.predictions == "online":
         return
-    if model.kind != "egpt" or not model.egpt.token_memory:
+    if not model.has_token_memory:
         yield Problem(
             (key, "model.kind", "model.egpt.token_memory"),
             f"{key}=stored is for an egpt with model.egpt.token_memory, which alone learns",
