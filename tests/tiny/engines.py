@@ -139,7 +139,8 @@ def train_plainly(config: RunConfig, dtype: torch.dtype = torch.float32) -> Curv
     precise = torch.promote_types(dtype, torch.float32)
     model = build_model(config.model, ProcessGrid(), seed=3).to(dtype)
     masters = [nn.Parameter(p.detach().to(precise).clone()) for p in model.parameters()]
-    optimizer = _plain_adamw(masters, config.optimizer)
+    names = (name for name, _ in model.named_parameters())
+    optimizer = _plain_adamw(dict(zip(names, masters, strict=True)), config.optimizer)
     curve = Curve()
     for step in range(config.training.steps):
         for group in optimizer.param_groups:
@@ -166,9 +167,17 @@ def train_plainly(config: RunConfig, dtype: torch.dtype = torch.float32) -> Curv
     return curve
 
 
-def _plain_adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay acts on a parameter: a matrix or an embedding, not what a token memory
+    adds to scores and gates.
+    """
+    of_scores = ("token_memory.distance", "token_memory.bonus", "token_memory.by_match")
+    return parameter.dim() >= 2 and name not in of_scores
+
+
+def _plain_adamw(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    matrices = [p for n, p in parameters.items() if decays(n, p)]
+    vectors = [p for n, p in parameters.items() if not decays(n, p)]
     return torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": config.weight_decay},

@@ -22,7 +22,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import full_state
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.engine.schedule import learning_rate
-from tests.tiny.engines import advance, micro_batches, nats
+from tests.tiny.engines import advance, decays, micro_batches, nats
 
 _MUONS = (".attention.", "mlp.")
 """Parts of the names of linear layers."""
@@ -86,7 +86,7 @@ def train_naively(config: RunConfig, settings: Settings | None = None) -> Weight
     """What a run in fp64 in one process comes to, with nothing of the engine."""
     model = build_model(config.model, ProcessGrid(), seed=3).double()
     decay = config.optimizer.weight_decay
-    usual: Settings = lambda name, p: (1.0, decay if p.dim() >= 2 else 0.0)  # noqa: E731
+    usual: Settings = lambda name, p: (1.0, decay if decays(name, p) else 0.0)  # noqa: E731
     optimizer = NaiveMuon(model, config.optimizer, settings or usual)
     for step in range(config.training.steps):
         batches = micro_batches(step, config, ProcessGrid())
