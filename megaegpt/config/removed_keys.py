@@ -12,20 +12,19 @@ class _RemovedKey(NamedTuple):
     """What to do where it did something, as the end of a sentence."""
 
 
-_CHANGED_NOTHING = (
-    "it changed nothing that a longer study could tell; such a model is trained anew without it"
-)
+_LITTLE = "it changed no loss by more than 0.01 nats"
+_TRAINED_ANEW = f"{_LITTLE}; such a model is trained anew without it"
 
 _REMOVED = {
     "model.egpt.token_counts": _RemovedKey(
         False, "model.egpt.token_memory took its place and gains more; such a model is trained anew"
     ),
-    "model.egpt.features_per_chunk": _RemovedKey(1, _CHANGED_NOTHING),
-    "model.egpt.feature_pooling": _RemovedKey("last", _CHANGED_NOTHING),
+    "model.egpt.features_per_chunk": _RemovedKey(1, _TRAINED_ANEW),
+    "model.egpt.feature_pooling": _RemovedKey("last", _TRAINED_ANEW),
     "model.egpt.random_history": _RemovedKey(
-        False, "it changed nothing, and a run goes on without it; leave the key out"
+        False, f"{_LITTLE}, and a run goes on without it; leave it out"
     ),
-    "model.egpt.adapter_norm": _RemovedKey(False, _CHANGED_NOTHING),
+    "model.egpt.adapter_norm": _RemovedKey(False, _TRAINED_ANEW),
 }
 
 
