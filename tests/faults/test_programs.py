@@ -323,6 +323,7 @@ def run(case: Case, folder: Path) -> Ending:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             patch.setattr(sys, "argv", [case.program, *case.arguments])
+            patch.setenv("MEGAEGPT_CACHE", str(folder / ".cache"))
             patch.setattr(sys, "stdin", io.StringIO(""))
             patch.setattr(uvicorn.Server, "run", lambda *_, **__: None)  # all but the serving
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):

@@ -102,6 +102,9 @@ class ExperimentPlan:
     memory_tokens: PositiveInt | None = None
     """Variants with a token memory are measured once more with a memory that goes on over the whole
     reported text and holds so many tokens. None: they are not."""
+    memory_lengths: dict[str, Any] = field(default_factory=dict)
+    """By variant with a token memory, a list: tokens that it holds in further measurements of the
+    whole text, which show what a history is worth by its length."""
     run: dict[str, Any] = field(default_factory=dict)
     """Sections of a run's configuration, the same for all variants."""
     variants: dict[str, Any] = field(default_factory=dict)
@@ -146,6 +149,7 @@ def load_plan(path: str | Path) -> ExperimentPlan:
     if not problems:
         for name in plan.variants:
             problems += _run_problems(f"variants.{name}", decoder_values(plan, name))
+        problems += _length_problems(plan)
         if plan.encoder.source is None:
             problems += _run_problems("encoder.run", plan.encoder.run)
     raise_problems(str(path), problems)
@@ -170,6 +174,25 @@ def _corpus_problems(plan: ExperimentPlan) -> list[Problem]:
                 found.append(f"corpora.{name}.{key}: {', '.join(sorted(unknown))}: not in {key}")
         if corpus.variants and plan.baseline not in corpus.variants:
             found.append(f"corpora.{name}.variants lacks the baseline {plan.baseline}")
+    return [Problem((), text) for text in found]
+
+
+def _length_problems(plan: ExperimentPlan) -> list[Problem]:
+    found = []
+    for name, lengths in plan.memory_lengths.items():
+        if name not in plan.variants:
+            found.append(f"memory_lengths: {name} is none of variants: {', '.join(plan.variants)}")
+            continue
+        model = run_config_from_dict(decoder_values(plan, name), []).model
+        if not model.has_token_memory:
+            found.append(f"memory_lengths.{name}: the variant has no token memory")
+        elif not isinstance(lengths, list) or {type(n) for n in lengths} - {int}:
+            found.append(f"memory_lengths.{name} must be a list of whole numbers, not {lengths!r}")
+        elif lengths and min(lengths) < (size := model.egpt.chunk_size):
+            found.append(
+                f"memory_lengths.{name}: {min(lengths)} is less than a chunk of {size}, and whole "
+                "ones are held"
+            )
     return [Problem((), text) for text in found]
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from megaegpt.errors import DataError
 from tools.experiment.plan import ExperimentPlan
-from tools.experiment.runs import CARRIED, READINGS, RESULT, read_result
+from tools.experiment.runs import CARRIED, HELD, READINGS, RESULT, read_result
 
-_READING_COST = ("document", "MFLOP/token", "bytes/token")
+_WITH_COST = ("gain", "document", "MFLOP/token", "bytes/token")
+"""Columns of a report whose results have the cost of reading, which those of old have not."""
 _BUDGETS = {"steps": "equal steps", "flops": "equal training FLOPs", "time": "equal training time"}
 
 
@@ -63,6 +64,11 @@ def _over_seeds(runs: list[Path]) -> dict[str, Any]:
     first, training = results[0], [r["training"] for r in results]
     return {
         "losses": {kind: _losses([r["losses"][kind] for r in results]) for kind in first["losses"]},
+        HELD: {
+            length: _losses([r[HELD][length] for r in results])
+            for length in first.get(HELD, {})
+            if all(length in r.get(HELD, {}) for r in results)
+        },
         "tokens": first["losses"]["true"]["tokens"],
         "bytes": first["losses"]["true"]["bytes"],
         "parameters": first["parameters"],
@@ -200,9 +206,10 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
         "## What was found",
         "\n".join(f"- {sentence}." for sentence in report["findings"]),
         "A difference counts as one if it exceeds twice the larger standard deviation over seeds. "
-        "The encoder alone was not trained on the corpus; all others were. MFLOP and bytes are "
-        "what reading costs by token of a window: operations of a forward pass, and what is kept "
-        "in numbers of two bytes; `document`: with a token memory over the whole text.",
+        "The encoder alone was not trained on the corpus; all others were. `gain`: over the "
+        "encoder alone, chunk by chunk. MFLOP and bytes are what reading costs by token of a "
+        "window: operations of a forward pass, and what is kept in numbers of two bytes; "
+        "`document`: with a token memory over the whole text.",
     ]
     for name, corpus in report["corpora"].items():
         parts += [f"## {name}", _sizes(corpus)]
@@ -212,6 +219,12 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
         parts += ["### By chunk of the window (earlier chunks there are)", _by_chunk(corpus)]
         if history := _by_history(corpus):
             parts += ["### What a history is worth, by its length in chunks", history]
+        if lengths := _by_length(corpus):
+            parts += [
+                "### What a history is worth, on equal tokens, by the tokens held",
+                "In nats a token below the loss without a history, `zero`.",
+                lengths,
+            ]
         parts += ["### By position inside the chunk", _by_position(corpus)]
     parts += [f"![{plot}]({plot})" for plot in plots]
     return "\n\n".join(parts) + "\n"
@@ -229,16 +242,19 @@ def _sizes(corpus: dict[str, Any]) -> str:
 
 def _main_table(corpus: dict[str, Any], budget: str) -> str:
     rows = {**readings_of(corpus), **corpus["steps"], **corpus[budget]}
-    header = ["", "seeds", "nats/token", "sd", "nats/byte", "shuffled", "zero", *_READING_COST,
-              "steps", "GFLOP", "parameters", "tokens/s", "GiB", "gates"]  # fmt: skip
-    cells = [header, *([name, *_cells(result)] for name, result in rows.items())]
-    counted = any(result.get("cost") for result in rows.values())  # a report of old has no costs
-    shown = [n for n, title in enumerate(header) if counted or title not in _READING_COST]
+    header = ["", "seeds", "nats/token", "sd", "gain", "nats/byte", "shuffled", "zero", "document",
+              "MFLOP/token", "bytes/token", "steps", "GFLOP", "parameters", "tokens/s", "GiB",
+              "gates"]  # fmt: skip
+    alone = corpus["encoder"]["losses"]["true"]["mean"]
+    cells = [header, *([name, *_cells(result, alone)] for name, result in rows.items())]
+    counted = any(result.get("cost") for result in rows.values())
+    shown = [n for n, title in enumerate(header) if counted or title not in _WITH_COST]
     header, *lines = [[row[n] for n in shown] for row in cells]
     return _table(header, lines)
 
 
-def _cells(result: dict[str, Any]) -> list[str]:
+def _cells(result: dict[str, Any], alone: float) -> list[str]:
+    """The row of ``result``; ``alone``: the encoder's loss."""
     losses = result["losses"]
     loss = losses["true"]
     others = [
@@ -260,7 +276,8 @@ def _cells(result: dict[str, Any]) -> list[str]:
     gates = ", ".join(f"{gate:.3f}" for gate in result["gates"])
     spread = "" if loss["sd"] is None else f"{loss['sd']:.4f}"
     mean_loss, per_byte = f"{loss['mean']:.4f}", f"{loss['nats_per_byte']:.4f}"
-    return [str(len(loss["by_seed"])), mean_loss, spread, per_byte, *others, *cost, gates]
+    gain = f"{alone - loss['mean']:.3f}"
+    return [str(len(loss["by_seed"])), mean_loss, spread, gain, per_byte, *others, *cost, gates]
 
 
 def _by_chunk(corpus: dict[str, Any]) -> str:
@@ -300,6 +317,25 @@ def _by_history(corpus: dict[str, Any]) -> str:
         for name, gains in rows.items()
     ]
     return _table(["", *columns], cells) if rows else ""
+
+
+def _by_length(corpus: dict[str, Any]) -> str:
+    """Gains over no history on the whole text, and on its last window, before which a text of
+    several windows is as long as most lengths.
+    """
+    cells, columns = [], list[str]()
+    for name, result in corpus["steps"].items():
+        zero, held = result["losses"].get("zero"), result.get(HELD, {})
+        if not held or zero is None:
+            continue
+        columns = list(dict.fromkeys([*columns, *held]))
+        last = {n: zero["by_window"][-1] - loss["by_window"][-1] for n, loss in held.items()}
+        whole = {n: zero["mean"] - loss["mean"] for n, loss in held.items()}
+        cells += [(name, whole), (f"{name}, last window", last)]
+    lines = [
+        [name, *(f"{gains[c]:.4f}" if c in gains else "" for c in columns)] for name, gains in cells
+    ]
+    return _table(["", *(f"{int(c):,}" for c in columns)], lines) if cells else ""
 
 
 def _by_position(corpus: dict[str, Any]) -> str:

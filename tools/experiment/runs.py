@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -50,6 +51,8 @@ from tools.experiment.texts import prepare_corpus, prepare_encoder_texts
 RESULT, READINGS = "result.json", "readings"
 CARRIED = "document"
 """Losses with a token memory that goes on over the whole reported text."""
+HELD = "held"
+"""The same by the number of tokens that are held, where the plan asks for some."""
 
 
 class StoppedError(Exception):
@@ -209,24 +212,27 @@ class Experiment:
         if self._is_done(folder, config):
             return
         print(f"\n=== {corpus}, equal {budget}: {variant}, seed {seed}", flush=True)
+        lengths = self.plan.memory_lengths.get(variant, ())
         if trained := self.plan.corpus(corpus).runs_of:
-            self._measure_run(config, self._runs(trained) / run, folder)
+            self._measure_run(config, self._runs(trained) / run, folder, lengths)
             return
         self._train(config, folder)
         chosen = best_step(folder)
         weights = folder / "checkpoints" / f"step_{chosen:08d}" / "weights"
         kinds = HISTORIES if config.model.has_history else ("true",)
-        result = self._measure(config, str(weights), kinds)
+        result = self._measure(config, str(weights), kinds, lengths)
         shutil.copytree(weights, folder / "weights", dirs_exist_ok=True)
         gpt = find_encoder(config)
         assert gpt is not None
         figures = {**self._training_figures(config), "cost": variant_cost(gpt, config.model)}
         self._finish(folder, config, {**result, **figures, "chosen_step": chosen})
 
-    def _measure_run(self, config: RunConfig, trained: Path, folder: Path) -> None:
+    def _measure_run(
+        self, config: RunConfig, trained: Path, folder: Path, lengths: Iterable[int]
+    ) -> None:
         """Measure a finished run, in the folder ``trained``, on the text of ``config``."""
         kinds = HISTORIES if config.model.has_history else ("true",)
-        measured = self._measure(config, str(trained / "weights"), kinds)
+        measured = self._measure(config, str(trained / "weights"), kinds, lengths)
         self._finish(folder, config, {**read_result(trained), **measured})
 
     def _runs(self, corpus: str) -> Path:
@@ -241,8 +247,16 @@ class Experiment:
         if not pretrain(config, self._grid, resume=True, stops=self._stops):
             raise StoppedError
 
-    def _measure(self, config: RunConfig, weights: str, kinds: tuple[str, ...]) -> dict[str, Any]:
-        """Losses on the reported part."""
+    def _measure(
+        self,
+        config: RunConfig,
+        weights: str,
+        kinds: tuple[str, ...],
+        lengths: Iterable[int] = (),
+    ) -> dict[str, Any]:
+        """Losses on the reported part; of a token memory that goes on over the whole text also with
+        so many tokens held.
+        """
         dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
         loaded = load_for_inference(weights, self._grid, dtype)
         text = self._reported(config)
@@ -254,14 +268,17 @@ class Experiment:
                 loaded, text, config.training.chosen_micro_batch_size, dtype, kind, stores
             )
             measured[kind] = summarize(nats, text, byte_lengths)
-        remembers = isinstance(loaded.model, EGPT) and loaded.model.token_memory is not None
-        if remembers and self.plan.memory_tokens is not None:
-            limits = MemoryLimits(self.plan.memory_tokens)
-            nats = nats_with_memory(loaded, text, dtype, limits, stores)
-            measured[CARRIED] = summarize(nats, text, byte_lengths)
+
+        def holding(tokens: int) -> dict[str, Any]:
+            nats = nats_with_memory(loaded, text, dtype, MemoryLimits(tokens), stores)
+            return summarize(nats, text, byte_lengths)
+
+        if config.model.has_token_memory and self.plan.memory_tokens is not None:
+            measured[CARRIED] = holding(self.plan.memory_tokens)
         metrics = loaded.model.metrics().items()
         gates = [value for name, value in metrics if name.startswith("memory_gate/")]
-        return {"losses": measured, "gates": gates}
+        by_length = {str(tokens): holding(tokens) for tokens in lengths}
+        return {"losses": measured, "gates": gates} | ({HELD: by_length} if by_length else {})
 
     def _stores(self, config: RunConfig, loaded: LoadedModel, text: Text) -> Stores:
         """Stored of the reported part what is of the training text."""

@@ -84,6 +84,7 @@ def test_every_variant_is_measured_with_every_seed(report):
         kinds = ["true", "shuffled", "zero"] if name in ("egpt", "egpt_improved") else ["true"]
         kinds += ["document"] if name == "egpt_improved" else []  # it has a token memory
         assert list(result["losses"]) == kinds
+        assert list(result["held"]) == (["16", "64"] if name == "egpt_improved" else [])
         assert result["cost"]["forward_flops"] > 0 < result["cost"]["cache_bytes"]
         losses = result["losses"]["true"]
         assert len(set(losses["by_seed"])) == 2
@@ -126,6 +127,16 @@ def test_history_changes_no_loss_in_the_first_chunk(report):
         assert losses[kind]["by_chunk"][1] != losses["true"]["by_chunk"][1]
 
 
+def test_a_memory_that_holds_all_there_is_has_the_losses_of_the_whole_document(report):
+    """The text has 6 to 8 chunks of 16; of one held chunk, only the second sees what it would."""
+    result = report["corpora"]["bible"]["steps"]["egpt_improved"]
+    document, held = result["losses"]["document"], result["held"]
+    for length in ("16", "64"):
+        first = held[length]["by_window"][0]
+        assert (first == pytest.approx(document["by_window"][0], rel=1e-7)) == (length == "64")
+    assert held["16"]["mean"] != held["64"]["mean"]
+
+
 def test_gates_are_recorded_at_every_evaluation(report, output):
     records = read_metrics(output / "runs/bible/steps/egpt_improved/seed1")
     gates = {r["step"]: r["memory_gate/01"] for r in records if "memory_gate/01" in r}
@@ -155,7 +166,8 @@ def test_the_page_has_a_verdict_for_every_variant_and_a_figure(report, output):
     own = [sentence for sentence in report["findings"] if sentence.startswith("bible")]
     assert len(own) == 7  # 3 variants, 2 with features, a control, equal FLOPs
     assert len(report["findings"]) == 7 + 3  # a variant, its features, equal FLOPs
-    assert "What a history is worth" in page
+    assert "What a history is worth, by its length in chunks" in page
+    assert "| egpt_improved, last window | " in page
     assert sum("its control egpt_no_history" in sentence for sentence in report["findings"]) == 1
 
 

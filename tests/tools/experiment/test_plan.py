@@ -81,9 +81,13 @@ def test_everything_wrong_is_said_at_once(tmp_path):
             "give held_out, and leave train out",
         ),
         ("readings: [dense]", "readings: [x]", "readings: x: not in readings"),
+        ("{egpt_improved: [", "{egpt_improvd: [", "memory_lengths: egpt_improvd is none of"),
+        ("{egpt_improved: [", "{egpt: [", r"memory_lengths\.egpt: the variant has no token mem"),
+        ("[16, 64]", "[a]", r"memory_lengths\.egpt_improved must be a list of whole numbers"),
+        ("[16, 64]", "[64, 15]", r"memory_lengths\.egpt_improved: 15 is less than a chunk of 16"),
     ],
 )
-def test_a_corpus_that_cannot_be_measured_is_named(tmp_path, right, wrong, words):
+def test_what_cannot_be_measured_is_named(tmp_path, right, wrong, words):
     path = tmp_path / "wrong.yaml"
     path.write_text((CONFIGS / "smoke.yaml").read_text().replace(right, wrong))
     with pytest.raises(ConfigError, match=words):
