@@ -28,6 +28,7 @@ import io
 import itertools
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megaegpt.arguments import ArgumentParser
@@ -45,11 +46,11 @@ from megaegpt.generation.model_options import (
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.data.instruction.records import Instruction
     from megaegpt.data.tokenizer import Tokenizer
-    from megaegpt.generation.generator import TextAssembler
     from megaegpt.model.build import Model
     from megaegpt.model.egpt.held_tokens import MemoryLimits
     from megaegpt.model.encoder import FrozenEncoder
     from megaegpt.parallel.grid import ProcessGrid
+    from megaegpt.serving.text_stream import TextStream
 
 _DEFAULTS = GenerationConfig(max_new_tokens=256)
 SAMPLES_AT_ONCE = 32
@@ -70,6 +71,7 @@ def main() -> None:
 
 
 def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: ProcessGrid) -> None:
+    from megaegpt.generation.chat import Chat
     from megaegpt.generation.generator import TextGenerator
 
     prompt = _read_prompt(arguments, grid)
@@ -83,12 +85,16 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
     answers = arguments.instruction is not None
     shown = "" if arguments.only_new or answers else prompt
     tokens, stop = tokenizer.encode_prompt(prompt), tokenizer.end_tokens
+    stop_texts: tuple[str, ...] = ()
     if answers and loaded.asked_in_chats and loaded.chat_template is not None:
-        tokens = loaded.chat_template.encode_prompt(_task(arguments).conversation[:1], tokenizer)
-        stop = loaded.chat_template.end_tokens(tokenizer)
+        chat = Chat(tokenizer, loaded.chat_template)
+        tokens = chat.encode(_task(arguments).conversation[:1])
+        stop, stop_texts = chat.end_tokens, chat.end_texts
     if grid.is_main:
         _warn_of_unseen(model, len(tokens))
-    writer = SampleWriter(tokenizer, arguments.num_samples, config.seed, grid.is_main, compiled)
+    writer = SampleWriter(
+        tokenizer, arguments.num_samples, config.seed, grid.is_main, compiled, stop_texts
+    )
     for first in range(0, arguments.num_samples, SAMPLES_AT_ONCE):
         count = min(SAMPLES_AT_ONCE, arguments.num_samples - first)
         writer.begin(shown, first, count)
@@ -100,6 +106,8 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
             seeds=range(config.seed + first, config.seed + first + count),
         ):
             writer.add(step)
+            if writer.all_stopped:
+                break
         writer.end()
     writer.report(len(tokens))
 
@@ -251,15 +259,23 @@ class SampleWriter:
     speed at the end.
 
     Where the step from token to token is compiled, the first or the second token waits for that.
+    Each of ``stops`` ends a sample and is not shown.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, samples: int, seed: int, speaks: bool, compiled: bool
+        self,
+        tokenizer: Tokenizer,
+        samples: int,
+        seed: int,
+        speaks: bool,
+        compiled: bool,
+        stops: Sequence[str] = (),
     ) -> None:
         self._tokenizer, self._samples = tokenizer, samples
         self._seed, self._speaks = seed, speaks
         self._prompt, self._first = "", 0
-        self._assemblers: list[TextAssembler] = []
+        self._stops = stops
+        self._texts: list[TextStream] = []
         self._later: list[str] = []
         self._tokens = 0
         self._compiled = compiled
@@ -269,19 +285,19 @@ class SampleWriter:
     def begin(self, prompt: str, first: int, count: int) -> None:
         """Show the prompt of the ``count`` samples from number ``first`` on."""
         self._prompt, self._first = prompt, first
-        from megaegpt.generation.generator import TextAssembler
+        from megaegpt.serving.text_stream import TextStream
 
-        self._assemblers = [TextAssembler(self._tokenizer) for _ in range(count)]
+        self._texts = [TextStream(self._tokenizer, self._stops) for _ in range(count)]
         self._later = [""] * count
         self._write(self._title(0) + prompt)
 
     def add(self, step: list[int | None]) -> None:
         """One token of each sample, None where it has ended."""
         for sample, token in enumerate(step):
-            if token is None:
+            if token is None or self._texts[sample].stopped:
                 continue
             self._tokens += 1
-            text = self._assemblers[sample].add(token)
+            text = self._texts[sample].add(token)
             if sample == 0:
                 self._write(text)
             else:
@@ -290,11 +306,16 @@ class SampleWriter:
         if self._first_steps == 0:
             self._marks.append((time.perf_counter(), self._tokens))
 
+    @property
+    def all_stopped(self) -> bool:
+        """Whether a stop text has come in every sample of the batch."""
+        return all(text.stopped for text in self._texts)
+
     def end(self) -> None:
         """Show the other samples of the batch."""
-        self._write(self._assemblers[0].end() + "\n")
+        self._write(self._texts[0].end() + "\n")
         for sample, text in list(enumerate(self._later))[1:]:
-            rest = self._assemblers[sample].end()
+            rest = self._texts[sample].end()
             self._write(f"{self._title(sample)}{self._prompt}{text}{rest}\n")
 
     def report(self, prompt_tokens: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megaegpt.data.instruction.records import Instruction
+from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import read_weights_config, save_weights
 from megaegpt.parallel import compiling
@@ -98,6 +99,25 @@ def test_an_instruction_is_put_into_its_format_and_only_answered(egpt: Path) -> 
     answer, _ = _run("--checkpoint", egpt, *task)
     prompt = Instruction("Spell it.", "freind", "").prompt
     assert answer == _run("--checkpoint", egpt, "--prompt", prompt, "--only-new")[0]
+
+
+def test_an_answer_ends_before_what_its_template_writes_behind_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a tokenizer that knows no ``<|im_end|>`` it is several tokens."""
+    tokenizer = load_tokenizer()
+    rows = [tokenizer.encode(text) for text in ("Yes.<|im_end|>\nMore", "No, never.<|im_end|> x")]
+    writer = generate.SampleWriter(tokenizer, 2, 0, True, False, ("<|im_end|>",))
+    writer.begin("", 0, 2)
+    stopped = []
+    for step in zip(*(row[: min(map(len, rows))] for row in rows), strict=True):
+        writer.add([*step])
+        stopped.append(writer.all_stopped)
+    writer.end()
+    shown = capsys.readouterr().out
+    assert shown == "=== sample 1, seed 0 ===\nYes.\n=== sample 2, seed 1 ===\nNo, never.\n"
+    assert not stopped[0]
+    assert stopped[-1]
 
 
 def test_samples_are_numbered_by_the_seed_that_makes_them(egpt: Path) -> None:
