@@ -13,6 +13,7 @@ from tools.experiment.runs import CARRIED, HELD, READINGS, RESULT, read_result
 
 _WITH_COST = ("gain", "document", "MFLOP/token", "bytes/token")
 """Columns of a report whose results have the cost of reading, which those of old have not."""
+_GAIN_BY_LENGTH = "nats a token below `zero`, on equal tokens, with so many tokens held"
 _BUDGETS = {"steps": "equal steps", "flops": "equal training FLOPs", "time": "equal training time"}
 
 
@@ -181,6 +182,8 @@ def insert(page: str, report: dict[str, Any], name: str) -> str:
     parts = [_circumstances(report)]
     for corpus_name, corpus in report["corpora"].items():
         parts += [part for budget in wanted for part in _tables(corpus_name, corpus, budget)]
+        if "steps" in wanted and (lengths := _by_length(corpus)):
+            parts += [f"{corpus_name}, {_GAIN_BY_LENGTH}:", lengths]
     return before + "\n" + "\n\n".join(parts) + "\n\n" + end + after
 
 
@@ -220,11 +223,7 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
         if history := _by_history(corpus):
             parts += ["### What a history is worth, by its length in chunks", history]
         if lengths := _by_length(corpus):
-            parts += [
-                "### What a history is worth, on equal tokens, by the tokens held",
-                "In nats a token below the loss without a history, `zero`.",
-                lengths,
-            ]
+            parts += ["### What a history is worth by the tokens held", _GAIN_BY_LENGTH, lengths]
         parts += ["### By position inside the chunk", _by_position(corpus)]
     parts += [f"![{plot}]({plot})" for plot in plots]
     return "\n\n".join(parts) + "\n"

@@ -189,6 +189,7 @@ def test_the_tables_replace_what_was_between_the_marks_of_a_page(report):
     assert once.startswith("a\n<!-- experiment smoke -->\n\nRun on ")
     assert once.endswith("\n\n<!-- end of experiment -->\nb\n")
     assert "| egpt_improved | " in once
+    assert "bible, nats a token below `zero`, on equal tokens, with so many tokens held:" in once
     assert "old" not in once
     assert insert(once, report, "smoke") == once
     with pytest.raises(DataError, match="lacks the lines <!-- experiment other -->"):
