@@ -273,7 +273,7 @@ class Experiment:
             nats = nats_with_memory(loaded, text, dtype, MemoryLimits(tokens), stores)
             return summarize(nats, text, byte_lengths)
 
-        if config.model.has_token_memory and self.plan.memory_tokens is not None:
+        if loaded.model.config.has_token_memory and self.plan.memory_tokens is not None:
             measured[CARRIED] = holding(self.plan.memory_tokens)
         metrics = loaded.model.metrics().items()
         gates = [value for name, value in metrics if name.startswith("memory_gate/")]
