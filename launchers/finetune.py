@@ -6,9 +6,10 @@ On one process, on the GPUs of one machine, and on several machines, as launcher
     deepspeed launchers/finetune.py --config configs/finetune_instructions.yaml
     torchrun --nproc_per_node 8 launchers/finetune.py --config configs/finetune_instructions.yaml
 
-It starts from training.initialize_from: a run of this project or its weights, or GPT-2 in Hugging
-Face's form, as a folder or by its name. The weights say what the model is. The records are Alpaca's
-(instruction, input, output) or Dolly's (instruction, context, response), in JSON or JSON Lines:
+It starts from training.initialize_from: a run of this project or its weights, a model in Hugging
+Face's form or a GGUF file, or its name (smollm2-135m, gpt2). The weights say what the model is. The
+records are tasks of Alpaca's form (instruction, input, output) or Dolly's (instruction, context,
+response), or conversations of OpenAI's or ShareGPT's, in JSON or JSON Lines:
 
     python launchers/finetune.py --config configs/finetune_instructions.yaml \\
         training.initialize_from=runs/gpt 'data.instructions.train=[alpaca.json, dolly.jsonl]'

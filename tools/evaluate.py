@@ -1,12 +1,12 @@
 """Measure a trained GPT, EGPT or DeepGPT: on text, on tasks, and on what its history is worth.
 
-    python tools/evaluate.py --checkpoint runs/egpt --data data/wap/validation
+    python tools/evaluate.py --checkpoint runs/egpt --data data/war_and_peace/validation
     python tools/evaluate.py --checkpoint gpt2 --text book.txt --stride 512
-    python tools/evaluate.py --checkpoint runs/egpt --data data/wap/validation --histories
+    python tools/evaluate.py --checkpoint runs/egpt --data data/war_and_peace/validation --histories
     python tools/evaluate.py --checkpoint runs/gpt --lambada lambada_test.jsonl
     python tools/evaluate.py --checkpoint runs/gpt --hellaswag hellaswag_val.jsonl
     python tools/evaluate.py --checkpoint runs/gpt --harness arc_easy,piqa
-    torchrun --nproc_per_node 8 tools/evaluate.py --checkpoint runs/egpt --data data/wap/validation
+    torchrun --nproc_per_node 8 tools/evaluate.py --checkpoint runs/egpt --text book.txt
 
 --checkpoint is what tools/generate.py takes: a run's folder or its checkpoints (the latest is
 taken), one checkpoint, a weights folder, one in Hugging Face's form, or a GGUF file.
@@ -19,8 +19,8 @@ per byte compare between tokenizers too.
 --histories shows an EGPT's loss by chunk of the window with what is kept of the chunks before it,
 with what is kept of another window half the text away, and with nothing.
 
---memory-tokens lets the token memory of an EGPT go on over the whole text: it holds the last N
-tokens before a window, and the oldest chunks leave. It says how much that is.
+--memory-tokens lets the token memory of an EGPT go on over the whole text: each chunk sees the last
+N tokens before it, in whole chunks, and the oldest leave. It says how much that is.
 
 Processes share the work; the result does not depend on their number.
 """

@@ -8,13 +8,14 @@
 
 --checkpoint is a run's folder or its checkpoints (the latest is taken), one checkpoint, a weights
 folder, a folder in Hugging Face's form, a GGUF file, or smollm2-135m, gpt2, gpt2-medium,
-gpt2-large, gpt2-xl. An EGPT or DeepGPT finds its encoder by itself; if that was moved, give
---encoder.
+gpt2-large, gpt2-xl, or hf:OWNER/NAME. An EGPT or DeepGPT finds its encoder by itself; if that was
+moved, give --encoder.
 
 Text goes to stdout, everything else to stderr. Under torchrun the processes are one
-tensor-parallel group. A text ends at --max-new-tokens, or where the model ends the document. The
-same seed, prompt and machine give the same text; sample k of --num-samples has the seed
-`--seed + k - 1`. Samples are written 32 at a time.
+tensor-parallel group. A text ends at --max-new-tokens, or where the model ends the document, an
+answer to --instruction also where the model's chat template ends one. The same seed, prompt and
+machine give the same text; sample k of --num-samples has the seed `--seed + k - 1`. Samples are
+written 32 at a time.
 
 A prompt file is UTF-8 with or without a byte-order mark. Its line ends become LF, as those of
 training text do, and the last one is not part of the prompt. Of a prompt that is longer than a

@@ -105,7 +105,8 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--vocabulary",
         metavar="PLACE",
-        help="tokenizer: a folder with tokenizer.json, or a .json or .gguf file (default: GPT-2's)",
+        help="tokenizer: a folder with tokenizer.json or vocab.json and merges.txt, a .json, .gguf "
+        "or .tiktoken file, cl100k_base, o200k_base (default: GPT-2's)",
     )
     add("--tokenizer-backend", choices=["tiktoken", "gigatoken"], default="tiktoken",
         help="gigatoken (optional package): the same tokens, many times faster")  # fmt: skip

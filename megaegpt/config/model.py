@@ -58,12 +58,12 @@ class EGPTConfig:
     starts as the encoder's state of a text's first token. Attention that has nothing to say rests
     on it (Xiao et al., arXiv 2309.17453), and over an encoder with an overlap no chunk holds it."""
     memory_gate: bool = False
-    """A learned, zero-initialised gate per head on what is read from earlier chunks."""
+    """A learned, zero-initialised gate per head on what is read of earlier chunks' features."""
     history: bool = True
     """Earlier chunks are seen. false: the same model over the same windows without its memory."""
     token_memory: bool = False
-    """Each token of an earlier chunk leaves a key of its encoder state and the token behind it;
-    what followed similar states is mixed into the prediction, by learned shares."""
+    """Each token leaves a key of its encoder state and the token behind it;
+    what followed similar states, in its own chunk too, is mixed into the prediction."""
     memory_dim: TensorSize = 64
     """Numbers in a key of the token memory."""
     memory_pointers: TensorSize = 1

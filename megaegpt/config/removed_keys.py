@@ -12,7 +12,7 @@ class _RemovedKey(NamedTuple):
     """What to do where it did something, as the end of a sentence."""
 
 
-_LITTLE = "it changed no loss by more than 0.01 nats"
+_LITTLE = "it changed no loss by more than some 0.01 nats"
 _TRAINED_ANEW = f"{_LITTLE}; such a model is trained anew without it"
 
 _REMOVED = {

@@ -15,10 +15,10 @@ from tools.benchmarks.common import add_repetitions, machine
 _LLAMA = ("--family", "llama", "--kv-heads", "3")
 _SMOLLM2 = ("--layers", "30", "--hidden", "576", "--heads", "9", *_LLAMA)
 PARTS = {
-    "decode": ("decoding, GPT-2 124M", ("generate", "--compile")),
-    "decode-8": ("... 8 sequences", ("generate", "--batch", "8")),
+    "decode": ("decoding, GPT-2 124M", ("generate", "--compile", "--int8")),
+    "decode-8": ("... 8 sequences", ("generate", "--batch", "8", "--int8")),
     "decode-bf16": ("... in bf16", ("generate", "--compile", "--dtype", "bfloat16")),
-    "decode-llama": ("decoding, Llama 135M", ("generate", *_SMOLLM2, "--compile")),
+    "decode-llama": ("decoding, Llama 135M", ("generate", *_SMOLLM2, "--compile", "--int8")),
     "train": ("training, 4 x 256, context 256, batch 8", ("train", "--processes", "2")),
     "train-compiled": ("... compiled", ("train", "--compile")),
     "train-124M": (

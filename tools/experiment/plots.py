@@ -14,7 +14,7 @@ _LINES = {"true": "-", "shuffled": "--", "zero": ":"}
 
 
 def write_plots(report: dict[str, Any], folder: Path) -> list[str]:
-    """One PNG a corpus in ``folder``; returns their names, none where matplotlib is missing."""
+    """Two PNGs a corpus in ``folder``; returns their names, none where matplotlib is missing."""
     if not importlib.util.find_spec("matplotlib"):
         print("notice: no plots: they need matplotlib (pip install matplotlib)")
         return []
