@@ -122,6 +122,11 @@ class ExperimentPlan:
         """Names of the ways in which the encoder reads a corpus alone."""
         return _chosen(self.readings, self.corpus(corpus).readings)
 
+    def lengths_of(self, variant: str) -> list[int]:
+        """Tokens that a token memory of a variant holds where it goes on over the whole text."""
+        whole = [] if self.memory_tokens is None else [self.memory_tokens]
+        return sorted({*whole, *self.memory_lengths.get(variant, ())})
+
     def reading(self, name: str) -> ReadingPlan:
         """A way of reading by name (``load_plan`` has checked it)."""
         return parse_section(ReadingPlan, self.readings[name], "", [])
@@ -182,17 +187,18 @@ def _length_problems(plan: ExperimentPlan) -> list[Problem]:
     for name, lengths in plan.memory_lengths.items():
         if name not in plan.variants:
             found.append(f"memory_lengths: {name} is none of variants: {', '.join(plan.variants)}")
-            continue
-        model = run_config_from_dict(decoder_values(plan, name), []).model
-        if not model.has_token_memory:
-            found.append(f"memory_lengths.{name}: the variant has no token memory")
         elif not isinstance(lengths, list) or {type(n) for n in lengths} - {int}:
             found.append(f"memory_lengths.{name} must be a list of whole numbers, not {lengths!r}")
-        elif lengths and min(lengths) < (size := model.egpt.chunk_size):
-            found.append(
-                f"memory_lengths.{name}: {min(lengths)} is less than a chunk of {size}, and whole "
-                "ones are held"
-            )
+    if found:
+        return [Problem((), text) for text in found]
+    for name in plan.variants:
+        model = run_config_from_dict(decoder_values(plan, name), []).model
+        if not model.has_token_memory and name in plan.memory_lengths:
+            found.append(f"memory_lengths.{name}: the variant has no token memory")
+        size, lengths = model.egpt.chunk_size, plan.lengths_of(name)
+        if model.has_token_memory and lengths and lengths[0] < size:
+            key = "memory_tokens" if lengths[0] == plan.memory_tokens else f"memory_lengths.{name}"
+            found.append(f"{key}: {lengths[0]} is less than a chunk of {size}, and whole are held")
     return [Problem((), text) for text in found]
 
 

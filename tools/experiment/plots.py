@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaegpt.evaluation.history import HISTORIES
-from tools.experiment.report import binned, readings_of
-from tools.experiment.runs import CARRIED
+from tools.experiment.report import CARRIED, binned, readings_of
 
 _LINES = {"true": "-", "shuffled": "--", "zero": ":"}
 

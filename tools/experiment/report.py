@@ -8,9 +8,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from megaegpt.errors import DataError
+from megaegpt.evaluation.history import HISTORIES
 from tools.experiment.plan import ExperimentPlan
-from tools.experiment.runs import CARRIED, HELD, READINGS, RESULT, read_result
+from tools.experiment.runs import HELD, READINGS, RESULT, read_result
 
+CARRIED = "document"
+"""Losses with a token memory that holds the plan's ``memory_tokens`` of the whole text."""
 _WITH_COST = ("gain", "document", "MFLOP/token", "bytes/token")
 """Columns of a report whose results have the cost of reading, which those of old have not."""
 _GAIN_BY_LENGTH = "nats a token below `zero`, on equal tokens, with so many tokens held"
@@ -55,21 +58,22 @@ def _corpus(plan: ExperimentPlan, folder: Path) -> dict[str, Any]:
         for variant in plan.variants_on(folder.name):
             runs = sorted(path.parent for path in (folder / budget / variant).glob(f"*/{RESULT}"))
             if runs:
-                result[budget][variant] = _over_seeds(runs)
+                result[budget][variant] = _over_seeds(runs, plan.memory_tokens)
     return result
 
 
-def _over_seeds(runs: list[Path]) -> dict[str, Any]:
-    """The runs of one variant."""
+def _over_seeds(runs: list[Path], memory_tokens: int | None = None) -> dict[str, Any]:
+    """The runs of one variant, and of its losses those that all of them have."""
     results = [read_result(run) for run in runs]
     first, training = results[0], [r["training"] for r in results]
+    losses = _by_name([r["losses"] for r in results])
+    losses = {kind: losses[kind] for kind in HISTORIES if kind in losses}
+    held = _by_name([r.get(HELD, {}) for r in results])
+    if str(memory_tokens) in held:
+        losses[CARRIED] = held[str(memory_tokens)]
     return {
-        "losses": {kind: _losses([r["losses"][kind] for r in results]) for kind in first["losses"]},
-        HELD: {
-            length: _losses([r[HELD][length] for r in results])
-            for length in first.get(HELD, {})
-            if all(length in r.get(HELD, {}) for r in results)
-        },
+        "losses": losses,
+        HELD: dict(sorted(held.items(), key=lambda length: int(length[0]))),
         "tokens": first["losses"]["true"]["tokens"],
         "bytes": first["losses"]["true"]["bytes"],
         "parameters": first["parameters"],
@@ -82,6 +86,11 @@ def _over_seeds(runs: list[Path]) -> dict[str, Any]:
             if all(name in t for t in training)
         },
     }
+
+
+def _by_name(results: list[dict[str, Any]]) -> dict[str, Any]:
+    names = set.intersection(*(set(result) for result in results))
+    return {name: _losses([result[name] for result in results]) for name in names}
 
 
 def _losses(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -49,10 +49,8 @@ from tools.experiment.readings import load_reader, reading_nats
 from tools.experiment.texts import prepare_corpus, prepare_encoder_texts
 
 RESULT, READINGS = "result.json", "readings"
-CARRIED = "document"
-"""Losses with a token memory that goes on over the whole reported text."""
 HELD = "held"
-"""The same by the number of tokens that are held, where the plan asks for some."""
+"""Losses with a token memory that goes on over the whole reported text, by the tokens it holds."""
 
 
 class StoppedError(Exception):
@@ -209,12 +207,14 @@ class Experiment:
         run = f"{budget}/{variant}/seed{seed}"
         folder = self._runs(corpus) / run
         config = self._config(corpus, variant, folder, seed, steps)
+        lengths = self.plan.lengths_of(variant) if config.model.has_token_memory else []
+        trained = self._runs(self.plan.corpus(corpus).runs_of or corpus) / run
         if self._is_done(folder, config):
+            self._measure_missing(config, trained, folder, lengths)
             return
         print(f"\n=== {corpus}, equal {budget}: {variant}, seed {seed}", flush=True)
-        lengths = self.plan.memory_lengths.get(variant, ())
-        if trained := self.plan.corpus(corpus).runs_of:
-            self._measure_run(config, self._runs(trained) / run, folder, lengths)
+        if trained != folder:
+            self._measure_run(config, trained, folder, lengths)
             return
         self._train(config, folder)
         chosen = best_step(folder)
@@ -235,6 +235,17 @@ class Experiment:
         measured = self._measure(config, str(trained / "weights"), kinds, lengths)
         self._finish(folder, config, {**read_result(trained), **measured})
 
+    def _measure_missing(
+        self, config: RunConfig, trained: Path, folder: Path, lengths: Iterable[int]
+    ) -> None:
+        """Measure a run that is finished also with the lengths that the plan did not have then."""
+        result = read_result(folder)
+        held = result.get(HELD, {})
+        if missing := [tokens for tokens in lengths if str(tokens) not in held]:
+            print(f"\n=== {folder}: holding {', '.join(map(str, missing))} tokens", flush=True)
+            measured = self._measure(config, str(trained / "weights"), (), missing)
+            _write_result(folder, {**result, HELD: {**held, **measured[HELD]}})
+
     def _runs(self, corpus: str) -> Path:
         return self.folder / "runs" / corpus
 
@@ -254,8 +265,8 @@ class Experiment:
         kinds: tuple[str, ...],
         lengths: Iterable[int] = (),
     ) -> dict[str, Any]:
-        """Losses on the reported part; of a token memory that goes on over the whole text also with
-        so many tokens held.
+        """Losses on the reported part with these histories, and with a token memory that goes on
+        over the whole text and holds so many tokens.
         """
         dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
         loaded = load_for_inference(weights, self._grid, dtype)
@@ -273,12 +284,10 @@ class Experiment:
             nats = nats_with_memory(loaded, text, dtype, MemoryLimits(tokens), stores)
             return summarize(nats, text, byte_lengths)
 
-        if loaded.model.config.has_token_memory and self.plan.memory_tokens is not None:
-            measured[CARRIED] = holding(self.plan.memory_tokens)
+        held = {str(tokens): holding(tokens) for tokens in lengths}
         metrics = loaded.model.metrics().items()
         gates = [value for name, value in metrics if name.startswith("memory_gate/")]
-        by_length = {str(tokens): holding(tokens) for tokens in lengths}
-        return {"losses": measured, "gates": gates} | ({HELD: by_length} if by_length else {})
+        return {"losses": measured, "gates": gates, HELD: held}
 
     def _stores(self, config: RunConfig, loaded: LoadedModel, text: Text) -> Stores:
         """Stored of the reported part what is of the training text."""
@@ -336,8 +345,7 @@ class Experiment:
             "finished": time.strftime("%Y-%m-%d %H:%M"),
             "machine": describe_machine(self._grid.device),
         }
-        result = result | about
-        write_whole(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+        _write_result(folder, result | about)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
@@ -397,6 +405,10 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 def _last_weights(config: RunConfig) -> Path:
     return Path(config.checkpoint.directory) / f"step_{config.training.steps:08d}" / "weights"
+
+
+def _write_result(folder: Path, result: dict[str, Any]) -> None:
+    write_whole(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def _whole_folder(folder: Path) -> Path:

@@ -223,7 +223,7 @@ class _Run:
             for split in options.splits
             for number in range(options.shards)
         ]
-        self.progress = Progress(options.output, plan, names, options.overwrite)
+        self.progress = Progress(options.output, plan, names, options.overwrite, self.tokenizer)
         shuffles = options.shuffle_seed is not None
         self.encoded = self.progress.folder if shuffles else options.output
         self.counts = Counts()

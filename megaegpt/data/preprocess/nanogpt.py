@@ -46,7 +46,7 @@ def import_files(files: Sequence[Path], output: Path, overwrite: bool = False) -
         plan = {"from_nanogpt": [_identify(file) for file in files]}
         tokenizer = Tokenizer.load()
         check_tokenizer_place(tokenizer, output)
-        progress = Progress(output, plan, list(files_of_splits), overwrite)
+        progress = Progress(output, plan, list(files_of_splits), overwrite, tokenizer)
         if progress.complete is not None:
             return progress.complete
         try:

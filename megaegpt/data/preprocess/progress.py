@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from megaegpt.data.readers.inputs import is_tokenizer_of_shards
+from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.corpus_manifest import (
     MANIFEST_NAME,
     Manifest,
     parse_summary,
     whole_numbers,
 )
+from megaegpt.data.tokens.shard_tokenizer import remove_replaced
 from megaegpt.data.tokens.shards import ShardSummary, bin_path, idx_path
 from megaegpt.errors import DataError
 from megaegpt.files import TEMPORARY_SUFFIX, naming_failures, write_whole
@@ -85,15 +87,21 @@ class Progress:
         plan: inputs and options as plain data; only a run with the same plan may go on.
         shards: names of all shards that the plan makes.
         overwrite: replace what another plan, or another program, has made.
+        tokenizer: that the shards are made with.
 
     Raises:
         DataError: the folder has shards of another plan, or of unknown origin under these names.
     """
 
     def __init__(
-        self, output: Path, plan: dict[str, Any], shards: Sequence[str], overwrite: bool
+        self,
+        output: Path,
+        plan: dict[str, Any],
+        shards: Sequence[str],
+        overwrite: bool,
+        tokenizer: Tokenizer,
     ) -> None:
-        self.output = output
+        self.output, self._tokenizer = output, tokenizer
         self._shards, self._overwrite = shards, overwrite
         self.folder = output / PROGRESS_FOLDER
         self.plan = json.loads(json.dumps(plan))  # as it will be read back
@@ -173,6 +181,7 @@ class Progress:
         self._remove([shard.name for shard in shards])
         shutil.rmtree(self.folder, ignore_errors=True)
         if has_manifest:
+            remove_replaced(self._tokenizer, self.output)
             (self.output / MANIFEST_NAME).unlink()
 
     def _remove(self, names: Sequence[str]) -> None:

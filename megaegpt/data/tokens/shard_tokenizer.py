@@ -35,6 +35,21 @@ def check_tokenizer_place(tokenizer: Tokenizer, output: Path) -> None:
         )
 
 
+def remove_replaced(tokenizer: Tokenizer, output: Path) -> None:
+    """Remove the tokenizer of the shards that a manifest in ``output`` lists, unless those that
+    replace them are made with it too: without that manifest it would be taken for somebody's.
+
+    Raises:
+        DataError: it cannot be removed.
+    """
+    folder = output / SHARD_TOKENIZER
+    with naming_failures(folder):
+        if has_tokenizer(folder):
+            found = load_tokenizer(folder).fingerprint
+            if found == Manifest.load(output).tokenizer.get("fingerprint") != tokenizer.fingerprint:
+                shutil.rmtree(folder)
+
+
 def save_beside_shards(tokenizer: Tokenizer, output: Path) -> None:
     """Write the tokenizer's files where they are not yet, or remove those of the shards that these
     replace; GPT-2's needs none.

@@ -702,6 +702,28 @@ def test_a_tokenizer_beside_the_output_is_neither_lost_nor_taken_for_the_shards(
     assert (own / "notes.txt").read_text() == "mine"
 
 
+def test_after_a_failed_overwrite_by_another_tokenizer_the_folder_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer of the shards that are gone is nobody's."""
+    monkeypatch.undo()  # two tokenizers
+    path, output = tmp_path / "a.jsonl", tmp_path / "out"
+    save_tokenizer(trained_tokenizer(), tmp_path)
+    path.write_bytes(jsonl(TEXTS))
+    run(output, path, encode={"vocabulary": str(tmp_path)})
+    assert (output / "tokenizer").exists()
+    (tmp_path / "bad.jsonl").write_bytes(b"bad\n")
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        run(output, tmp_path / "bad.jsonl", overwrite=True)
+    run(output, path)
+    assert sorted(files_of(output)) == ["manifest.json", "train.bin", "train.idx"]
+    run(output, path, encode={"vocabulary": str(tmp_path)}, overwrite=True)
+    own = str(output / "tokenizer")
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        run(output, tmp_path / "bad.jsonl", encode={"vocabulary": own}, overwrite=True)
+    assert (output / "tokenizer" / "tokenizer.json").exists()
+
+
 def test_shards_that_no_manifest_lists_are_not_replaced_unasked(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
     (tmp_path / "out").mkdir()

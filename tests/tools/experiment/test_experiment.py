@@ -58,6 +58,11 @@ def _stop_and_go_on(output: Path) -> dict[str, Any]:
         for kind, losses in result["losses"].items():
             repeated = again["corpora"]["bible"]["steps"][variant]["losses"][kind]
             assert repeated[name] == losses[name], (variant, kind)
+    longer = dataclasses.replace(plan, memory_tokens=128)
+    assert "tok/s" not in _run(longer)  # measured once more, and not trained
+    later = collect(longer)["corpora"]["sources"]["steps"]["egpt_improved"]
+    assert list(later["held"]) == ["16", "64", "128", "256"]
+    assert later["losses"]["document"] == later["held"]["128"]
     with pytest.raises(CheckpointError, match="another configuration"):
         _run(dataclasses.replace(plan, run={**plan.run, "optimizer": {"warmup_steps": 0}}))
     with locked_folder(output), pytest.raises(DataError, match="written by another run"):
@@ -84,7 +89,7 @@ def test_every_variant_is_measured_with_every_seed(report):
         kinds = ["true", "shuffled", "zero"] if name in ("egpt", "egpt_improved") else ["true"]
         kinds += ["document"] if name == "egpt_improved" else []  # it has a token memory
         assert list(result["losses"]) == kinds
-        assert list(result["held"]) == (["16", "64"] if name == "egpt_improved" else [])
+        assert list(result["held"]) == (["16", "64", "256"] if name == "egpt_improved" else [])
         assert result["cost"]["forward_flops"] > 0 < result["cost"]["cache_bytes"]
         losses = result["losses"]["true"]
         assert len(set(losses["by_seed"])) == 2
@@ -106,7 +111,8 @@ def test_what_one_corpus_trained_is_measured_on_another(report, output):
         json.loads((output / f"runs/{name}/steps/egpt_improved/seed1" / RESULT).read_text())
         for name in ("bible", "sources")
     )
-    assert list(here["losses"]) == ["true", "shuffled", "zero", "document"]
+    assert list(here["losses"]) == ["true", "shuffled", "zero"]
+    assert set(here["held"]) == {"16", "64", "128", "256"}
     assert here["training"] == there["training"]
     assert here["losses"]["true"]["loss"] != there["losses"]["true"]["loss"]
     assert not (output / "runs/sources/steps/egpt_improved/seed1/weights").exists()

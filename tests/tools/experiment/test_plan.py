@@ -84,6 +84,7 @@ def test_everything_wrong_is_said_at_once(tmp_path):
         ("{egpt_improved: [", "{egpt_improvd: [", "memory_lengths: egpt_improvd is none of"),
         ("{egpt_improved: [", "{egpt: [", r"memory_lengths\.egpt: the variant has no token mem"),
         ("[16, 64]", "[a]", r"memory_lengths\.egpt_improved must be a list of whole numbers"),
+        ("memory_tokens: 256", "memory_tokens: 15", "memory_tokens: 15 is less than a chunk of 16"),
         ("[16, 64]", "[64, 15]", r"memory_lengths\.egpt_improved: 15 is less than a chunk of 16"),
     ],
 )
