@@ -63,6 +63,12 @@ class LaunchError(MegaEGPTError):
     """Processes, devices or addresses that do not fit together."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, cut to a line; its kind where it says nothing."""
+    said = str(error).strip().splitlines()
+    return said[0] if said else type(error).__name__
+
+
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a program's ``main``: what is the user's to fix becomes one line on stderr and exit
     code 2, our errors and those of the program's surroundings alike; the rest is a bug and keeps

@@ -82,6 +82,9 @@ def deepspeed_problems(raw: dict[str, Any], zero_stage: int) -> Iterator[Problem
     Keys that are not listed in this module are DeepSpeed's to judge, which refuses those that it
     does not know: see :func:`megaegpt.training.engine.compat.check_accepted`.
     """
+    if not isinstance(zero := raw.get("zero_optimization", {}), dict):
+        name = "deepspeed.zero_optimization"
+        yield Problem((name,), f"{name} must be a mapping of keys to values, not {zero}")
     given = dict(dotted_keys(raw))
     for key, value in given.items():
         name = f"deepspeed.{key}"

@@ -235,7 +235,7 @@ class ModelConfig:
         scaling = self.rope_scaling
         if self.positions != "rotary" or scaling.kind not in ("yarn", "llama3"):
             return None
-        return scaling.original_max_seq_len or self.max_seq_len / scaling.factor
+        return float(scaling.original_max_seq_len or self.max_seq_len / scaling.factor)
 
     @property
     def latent_size(self) -> int:

@@ -140,7 +140,7 @@ def _resolved(config: ModelConfig) -> ModelConfig:
     if scaling.kind == "ntk":  # nothing but a larger base
         base *= scaling.factor ** (config.rope_size / max(config.rope_size - 2, 1))
         scaling = RopeScalingConfig()
-    elif (original := config.rope_original_length) is not None and float(original).is_integer():
+    elif (original := config.rope_original_length) is not None and original.is_integer():
         scaling = dataclasses.replace(scaling, original_max_seq_len=int(original))
     return dataclasses.replace(
         config,

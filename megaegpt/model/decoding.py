@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megaegpt.errors import ConfigError
+from megaegpt.errors import ConfigError, first_line
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.base import LanguageModel
 from megaegpt.model.deepgpt import DeepGPT
@@ -73,10 +73,9 @@ def new_cache(model: LanguageModel, batch_size: int, capacity: int) -> KVCache:
     try:
         return KVCache(model.config, model.grid, batch_size, capacity, dtype=dtype)
     except RuntimeError as error:  # torch's allocators raise this, on a GPU a subclass of it
-        reason = str(error).splitlines()[0]
         raise ConfigError(
             f"the keys and values of {batch_size:,} texts of up to {capacity:,} tokens do not fit "
-            f"into memory: write fewer or shorter texts at once ({reason})"
+            f"into memory: write fewer or shorter texts at once ({first_line(error)})"
         ) from None
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from megaegpt.errors import first_line
 from megaegpt.parallel.compiling import Trial
 
 TILE_ROWS = 128
@@ -362,7 +363,7 @@ def _try_kernels(device_type: str) -> str | None:
     try:
         check_kernels(device_type)
     except Exception as error:  # whatever Triton and the compilers beneath it raise
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from megaegpt.errors import first_line
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.together import all_gather_object
 
@@ -49,7 +50,7 @@ def _try_to_compile(device_type: str) -> str | None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device_type))
     except Exception as error:  # whatever dynamo, inductor and the compilers beneath them raise
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 

@@ -47,7 +47,8 @@ class Int8Weight(NamedTuple):
         """
         rows = x.reshape(-1, x.shape[-1])
         if 0 < len(rows) <= MOST_ROWS and x.shape[-1] % _MULTIPLE == 0:
-            y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.values, self.scales)
+            rows = rows.bfloat16().contiguous()
+            y = torch.ops.aten._weight_int8pack_mm(rows, self.values, self.scales)
             y = y.to(x.dtype).view(*x.shape[:-1], -1)
         else:
             y = torch.cat([dense(x, part) for part in self._parts(x.dtype)], dim=-1)

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megaegpt.errors import LaunchError
+from megaegpt.errors import LaunchError, first_line
 from megaegpt.parallel.affinity import bind_rank, limit_threads
 from megaegpt.parallel.devices import local_device
 from megaegpt.parallel.grid import ProcessGrid
@@ -128,8 +128,7 @@ def _describe_unreachable(error: Exception) -> str:
             f"{address} is in use by another program or run: choose another port, "
             "`deepspeed --master_port N` or `torchrun --master_port N`"
         )
-    reason = text.splitlines()[0] if text else type(error).__name__
-    return f"the processes cannot meet at {address} (MASTER_ADDR, MASTER_PORT): {reason}"
+    return f"the processes cannot meet at {address} (MASTER_ADDR, MASTER_PORT): {first_line(error)}"
 
 
 def _of_this_attempt(store: dist.Store) -> dist.Store:

@@ -87,7 +87,9 @@ def with_all_ranks(options: LossOptions, device: torch.device, grid: ProcessGrid
         dist.all_reduce(least, dist.ReduceOp.MIN, group=grid.tp_group)
         fused, memory = least.tolist()
     return replace(
-        options, fused=bool(fused) if options.fused is None else options.fused, memory=memory
+        options,
+        fused=bool(fused) if options.fused is None else options.fused,
+        memory=memory if options.memory is None else options.memory,
     )
 
 

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from megaegpt.config import GenerationConfig
 from megaegpt.data.instruction.conversations import Message
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.errors import DataError
+from megaegpt.errors import ChatTemplateError, DataError
 from megaegpt.generation.chat import Chat
 from megaegpt.serving.api_answers import AnswerForm, ChatAnswerForm, usage_of
 from megaegpt.serving.api_requests import ApiError, ChatRequest, CompletionRequest, parse_request
@@ -211,6 +211,8 @@ class _Endpoints:
         )
         try:
             ids = await asyncio.to_thread(chat.encode, messages)
+        except ChatTemplateError as error:  # no fault of the request's
+            raise ApiError(503, str(error), headers={"Retry-After": "1"}) from None
         except DataError as error:
             raise ApiError(400, str(error), param="messages") from None
         form = ChatAnswerForm(self._served.name, self._served.tokenizer, bool(wanted.logprobs))

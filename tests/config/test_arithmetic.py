@@ -67,6 +67,7 @@ def test_the_length_trained_before_scaling_is_part_of_it_said_or_not() -> None:
     scaling = dataclasses.replace(yarn, original_max_seq_len=16)
     said = dataclasses.replace(short, rope_scaling=scaling)
     assert model_arithmetic(said) == model_arithmetic(short)
+    assert arithmetic_digest(said) == arithmetic_digest(short)
     assert "model.rope_scaling.original_max_seq_len" in arithmetic_differences(
         model_arithmetic(short), model_arithmetic(long)
     )

@@ -25,6 +25,7 @@ def _zero(**options: Any) -> dict[str, Any]:
         ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer is set by optimizer: remove it"),
         ({"train_batch_size": 8}, "is set by training.global_batch_size"),
         ({"gradient_allreduce_op": "sum"}, "is set by the training loop"),
+        ({"zero_optimization": None}, "deepspeed.zero_optimization must be a mapping of keys to"),
         (_zero(stage=2), "deepspeed.zero_optimization.stage is set by parallel.zero_stage"),
         (
             _zero(offload_optimizer={"device": "cpu"}),

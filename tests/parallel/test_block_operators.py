@@ -149,6 +149,13 @@ def test_kernels_that_are_not_there_or_compute_something_else_are_not_used(monke
     assert str(kernel_problem("cpu")).startswith("AssertionError: Tensor-likes are not close")
     kernel_problem.forget()
 
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(block_operators, "product_gelu", fail)
+    assert kernel_problem("cpu") == "RuntimeError: RuntimeError"  # it says nothing
+    kernel_problem.forget()
+
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[ProcessPoolExecutor]:

@@ -31,6 +31,12 @@ def test_a_number_is_off_by_half_a_step_of_its_row_at_most() -> None:
     assert torch.equal(_exact(rounded)[7], torch.zeros(64, dtype=torch.float64))
 
 
+def test_rows_may_lie_in_any_order() -> None:
+    weight = int8_weight(_draw(64, 32, seed=2))
+    x, nothing = _draw(32, 4, seed=3).T, torch.full((64, 32), torch.nan)
+    assert torch.equal(linear(x, nothing, None, weight), linear(x.clone(), nothing, None, weight))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("rows", "inputs", "unit"),

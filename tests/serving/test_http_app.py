@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from megaegpt.data.instruction.chat_template import ChatTemplate
+from megaegpt.data.instruction.conversations import Conversation
+from megaegpt.errors import ChatTemplateError
 from megaegpt.generation.chat import Chat
 from megaegpt.generation.text_model import TextModel
 from megaegpt.serving.http_app import MOST_BODY_BYTES, is_loopback
@@ -260,6 +262,19 @@ def test_a_model_without_a_template_has_no_chat() -> None:
         messages = [{"role": "user", "content": "Hi"}]
         status, error = server.error_of(CHAT, {"model": NAME, "messages": messages})
     assert (status, error["code"]) == (400, "no_chat_template")
+
+
+def test_a_template_that_is_late_is_no_fault_of_the_request() -> None:
+    class Late(Chat):
+        def encode(self, messages: Conversation) -> list[int]:
+            raise ChatTemplateError("the template did not end within 10 s")
+
+    late = Late(LOADED.tokenizer, ChatTemplate(TEMPLATE, "plain"))
+    asked = {"messages": [{"role": "user", "content": "Hi"}]}
+    with serving(chat=late) as server:
+        status, headers, body = server.ask("POST", CHAT, asked)
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert json.loads(body)["error"]["type"] == "server_error"
 
 
 def test_beyond_its_queue_a_server_refuses_and_says_when_to_come_again() -> None:

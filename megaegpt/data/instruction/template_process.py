@@ -89,11 +89,11 @@ class TemplateProcess:
 
     def _read_line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes:
         assert process.stdout is not None
-        output = process.stdout.fileno()
+        output, poll = process.stdout.fileno(), select.poll()  # select's own takes small numbers
+        poll.register(output, select.POLLIN)
         end, line = time.monotonic() + seconds, bytearray()
         while not line.endswith(b"\n"):
-            ready, _, _ = select.select([output], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
+            if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
                 raise ChatTemplateError(
                     f"{self._name} did not end within {seconds:g} s: it loops, or asks for "
                     "more than a template may, or this machine is too busy"

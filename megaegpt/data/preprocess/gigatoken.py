@@ -19,7 +19,7 @@ import numpy as np
 
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokenizers.gpt2_tokenizer import GPT2Tokenizer
-from megaegpt.errors import DataError
+from megaegpt.errors import DataError, first_line
 
 MAX_GROWTH_BYTES = 128 << 20
 """Growth of the process, in bytes, after which the encoder is built anew to empty its cache."""
@@ -112,9 +112,8 @@ def build_bpe_encoder(tokenizer: Tokenizer) -> Any:
         try:
             return BPETokenizer.from_hf(file.name)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
             raise DataError(
-                f"gigatoken cannot run the tokenizer {tokenizer.name} ({reason}): use "
+                f"gigatoken cannot run the tokenizer {tokenizer.name} ({first_line(error)}): use "
                 "--tokenizer-backend tiktoken"
             ) from None
 
