@@ -35,8 +35,6 @@ case $gpus in
     1) ranks=(--num_gpus 1) ;;
     *) ranks=(--num_gpus 2) ;;
 esac
-cores=$(getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=$((cores > 2 ? cores / 2 : 1)) # two processes share the cores
 
 job=
 stop() { # the launcher ends at once; its ranks save first, and the next run must not meet them

@@ -223,12 +223,12 @@ def test_gpu_without_one(run, capsys, tmp_path, monkeypatch):
     assert all(title in text for title in titles)
     assert "## Problems" not in text
     assert [name for name, *_ in record["summary"]] == [
-        "training small",
+        "training small, batch 1",
         "EGPT, online features",
         "EGPT, stored states",
         "decoding, batch 1",
         "decoding, batch 8",
-        "decoding, batch 1, not compiled",
+        "decoding not compiled, batch 1",
     ]
     assert "there is no GPU" in capsys.readouterr().out
 
@@ -391,6 +391,9 @@ def test_llama_cpp_is_asked_for_what_the_others_do(tmp_path, monkeypatch, dtype,
         ("egpt --memory --peer egpt=original", "--memory is ours alone"),
         ("generate --egpt --compile", "--egpt measures EGPT alone"),
         ("generate --memory --compile", "--egpt measures EGPT alone"),
+        ("generate --egpt --dtype bfloat16", "measure one text in float32"),
+        ("generate --memory --batch 2", "measure one text in float32"),
+        ("train --shape 124M --processes 2", "--processes 2 do not divide a batch of 1"),
         ("data --input a.jsonl --megabytes 3", "--megabytes is for a corpus that is made"),
     ],
 )

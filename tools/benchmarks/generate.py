@@ -17,6 +17,7 @@ from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.trained import choose_products, round_to_int8
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.encoder import FrozenEncoder
+from megaegpt.parallel.affinity import limit_threads
 from megaegpt.text_tables import format_table
 from tools.benchmarks import llamacpp, peers
 from tools.benchmarks.common import (
@@ -85,6 +86,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             "--egpt measures EGPT alone: leave --peer, --compile, --int8, --profile out"
         )
+    if arguments.egpt or arguments.memory:
+        if arguments.dtype != "float32" or arguments.batch != 1 or arguments.tokens < 2:
+            raise ConfigError(
+                "--egpt and --memory measure one text in float32, of 2 tokens or more"
+            )
+        limit_threads()
+        torch.set_num_threads(arguments.threads or torch.get_num_threads())
     if arguments.memory:
         vocab_size = model_config(shape).vocab_size
         rows = memory_by_tokens(shape["hidden"], vocab_size, arguments.repetitions)

@@ -211,7 +211,7 @@ def _train(suite: Suite) -> None:
         if result is not None:
             print_mfu([result])
             target = f"{_MFU_TARGETS[shape]:.0%} MFU" if shape in _MFU_TARGETS else ""
-            suite.summary.append((f"training {shape}", _with_mfu(result), target))
+            suite.summary.append((result.name, _with_mfu(result), target))
 
 
 def _with_mfu(result: Result) -> str:
@@ -241,11 +241,11 @@ def _egpt(suite: Suite) -> None:
 
 
 def _decode(suite: Suite) -> None:
-    for batch, how, target in ((1, "", "1,000 tokens/s"), (8, "", ""), (1, ", not compiled", "")):
+    for batch, how, target in ((1, "", "1,000 tokens/s"), (8, "", ""), (1, " not compiled", "")):
         work = (batch, suite.on_gpu, suite.on_gpu and not how)
-        result = suite.measure(f"decoding {batch}{how}", _decoding, *work, unit="tokens")
+        result = suite.measure(f"decoding{how}", _decoding, *work, unit="tokens")
         if result is not None:
-            suite.summary.append((f"decoding, batch {batch}{how}", _with_mfu(result), target))
+            suite.summary.append((result.name, _with_mfu(result), target))
 
 
 def _remedies(suite: Suite) -> None:
@@ -265,7 +265,15 @@ def _remedies(suite: Suite) -> None:
             continue
         print_mfu([result])
         first = first or result
-        suite.remedies.append((name, _with_mfu(result), f"{result.rate / first.rate:.2f} x"))
+        ratio = f"{result.rate / first.rate:.2f} x"
+        if _batch(result) != changes.get("times", 1) * _batch(first):
+            ratio = f"does not fit: batch {_batch(result)}"
+        suite.remedies.append((name, _with_mfu(result), ratio))
+
+
+def _batch(result: Result) -> int:
+    """The batch that fitted."""
+    return int(result.name.rpartition(" batch ")[2])
 
 
 _PARTS: dict[str, Callable[[Suite], None]] = {

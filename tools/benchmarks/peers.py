@@ -124,9 +124,8 @@ def litgpt(folder: Path, shape: dict[str, Any], lora: int | None = None) -> nn.M
             **options,
         )
     )
-    if shape.get("family") == "llama":  # as ours and Hugging Face's
-        head = model.lm_head if lora is None else model.lm_head.linear
-        head.weight = model.transformer.wte.weight
+    head = model.lm_head if lora is None else model.lm_head.linear
+    head.weight = model.transformer.wte.weight  # as ours and the others'
     if lora is not None:
         mark_only_lora_as_trainable(model)
     return model

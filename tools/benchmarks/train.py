@@ -15,6 +15,7 @@ import torch
 from megaegpt.arguments import integer
 from megaegpt.errors import ConfigError
 from megaegpt.parallel.devices import local_device
+from megaegpt.precision import resolve_precision
 from tools.benchmarks import peers
 from tools.benchmarks.common import (
     add_profile,
@@ -85,6 +86,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "compile": False,
         "lora": arguments.lora,
     }
+    if shape["batch"] % arguments.processes:
+        raise ConfigError(
+            f"--processes {arguments.processes} do not divide a batch of {shape['batch']}: "
+            "give another --batch"
+        )
     threads = arguments.threads
     candidates = [Candidate("megaegpt", ours, (shape, options), threads=threads)]
     if arguments.compile:
@@ -97,10 +103,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, folder in parse_peers(arguments.peer, ("nanogpt", "hf", "litgpt")).items():
         if arguments.lora and name != "litgpt":
             raise ConfigError(f"--lora is compared with litgpt's adapters: leave --peer {name} out")
-        plain = (name, folder, shape, False, arguments.lora)
+        plain = (name, folder, shape, arguments.precision, False, arguments.lora)
         candidates.append(Candidate(name, peer, plain, threads=threads))
         if arguments.compile:
-            compiled = (name, folder, shape, True, arguments.lora)
+            compiled = (name, folder, shape, arguments.precision, True, arguments.lora)
             candidates.append(Candidate(f"{name}, compiled", peer, compiled, threads=threads))
     if arguments.lora:
         whole = (shape, options | {"lora": None})
@@ -129,10 +135,18 @@ def ours(shape: dict[str, Any], options: dict[str, Any]) -> Workload:
 
 
 def peer(
-    name: str, folder: Path | None, shape: dict[str, Any], compiled: bool, lora: int | None = None
+    name: str,
+    folder: Path | None,
+    shape: dict[str, Any],
+    precision: str,
+    compiled: bool,
+    lora: int | None = None,
 ) -> Workload:
-    """The peer's model with torch's fused AdamW and clipping, as its own training script has it."""
+    """The peer's model with torch's fused AdamW and clipping, as its own training script has it;
+    in bf16 by autocast, as there.
+    """
     device = local_device()
+    in_bf16 = resolve_precision(precision, device) == "bf16"
     if lora is None:
         model = peers.build(name, folder, shape).to(device)
     else:
@@ -144,7 +158,7 @@ def peer(
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
 
     def one() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
             loss = peers.mean_loss(name, forward, inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
