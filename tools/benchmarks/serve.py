@@ -196,6 +196,7 @@ class _Load:
             if leaves_after is not None and pieces > leaves_after:
                 with self._lock:
                     self._seen.left += 1
+                    self._seen.tokens += pieces  # that came: a piece is a token or more
                 return
         end = time.perf_counter()
         first = first or end
