@@ -15,6 +15,7 @@ from typing import IO
 from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import bounded, ends_in, expand, open_bytes, reporting_damage
 from megaegpt.data.readers.tables import read_rows
+from megaegpt.files import LFS_POINTER_MESSAGE, is_lfs_pointer
 
 SUFFIXES = (".csv", ".csv.gz", ".zip")
 _TEXT = "article text"
@@ -86,7 +87,7 @@ def _tables(path: Path, problems: Problems) -> Iterator[tuple[str, IO[bytes]]]:
         yield str(path), open_bytes(path)
         return
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
             for member in archive.infolist():
                 where = f"{path}:{member.filename}"
                 if ends_in(member.filename, (".csv",)):
@@ -95,4 +96,5 @@ def _tables(path: Path, problems: Problems) -> Iterator[tuple[str, IO[bytes]]]:
                 elif not member.is_dir():
                     problems.left_out.add(where, "members that are no .csv")
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
-        problems.report(str(path), f"truncated, damaged or encrypted zip ({error})")
+        what = f"truncated, damaged or encrypted zip ({error})"
+        problems.report(str(path), LFS_POINTER_MESSAGE if is_lfs_pointer(path) else what)

@@ -209,8 +209,12 @@ def decompressed(file: IO[bytes], suffix: str, size: int) -> IO[bytes]:
 
 
 def bounded(plain: IO[bytes], size: int, close: Callable[[], None]) -> IO[bytes]:
-    """A decompressed stream that refuses to grow without end out of ``size`` bytes."""
-    return io.BufferedReader(_BoundedExpansion(plain, size, close), 1 << 18)
+    """A decompressed stream that refuses to grow without end out of ``size`` bytes.
+
+    A small file is read in small pieces too, so that the place in it tells how far it is read.
+    """
+    piece = min(max(size // 64, 1 << 13), 1 << 18)
+    return io.BufferedReader(_BoundedExpansion(plain, size, close), piece)
 
 
 class _BoundedExpansion(io.RawIOBase):

@@ -112,6 +112,13 @@ def test_a_zip_bomb_and_a_cut_zip_are_named(
         read("cnn", cut)
 
 
+def test_a_zip_that_git_lfs_has_not_fetched_is_told(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n"
+    (tmp_path / "a.zip").write_bytes(pointer)
+    with pytest.raises(DataError, match=r"a\.zip: a Git LFS pointer"):
+        read("cnn", tmp_path)
+
+
 def test_a_field_beyond_the_csv_modules_default_limit_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(table(row(0, "long " * 50_000)))
