@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import IO
 
 from megaegpt.data.readers.documents import Document, Problems
-from megaegpt.data.readers.inputs import bounded, ends_in, expand, open_bytes, reporting_damage
+from megaegpt.data.readers.inputs import (
+    bounded,
+    ends_in,
+    expand,
+    is_hidden_member,
+    open_bytes,
+    reporting_damage,
+)
 from megaegpt.data.readers.tables import read_rows
 from megaegpt.files import LFS_POINTER_MESSAGE, is_lfs_pointer
 
@@ -90,7 +97,9 @@ def _tables(path: Path, problems: Problems) -> Iterator[tuple[str, IO[bytes]]]:
         with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
             for member in archive.infolist():
                 where = f"{path}:{member.filename}"
-                if ends_in(member.filename, (".csv",)):
+                if is_hidden_member(member.filename):
+                    problems.left_out.add(where, "hidden")
+                elif ends_in(member.filename, (".csv",)):
                     plain = archive.open(member)
                     yield where, bounded(plain, member.compress_size, plain.close)
                 elif not member.is_dir():

@@ -161,6 +161,12 @@ def ends_in(name: str, suffixes: tuple[str, ...]) -> bool:
     return name.lower().endswith(suffixes)
 
 
+def is_hidden_member(name: str) -> bool:
+    """Whether an archive's member is what file managers leave behind (``__MACOSX/._a.txt``)."""
+    parts = (part for part in name.split("/") if part not in (".", ".."))
+    return any(part.startswith((".", "__")) for part in parts)
+
+
 def natural_key(name: str) -> list[_Piece]:
     """A sort key under which digits count as numbers, so part 2 comes before part 10."""
     pieces = re.split(r"([0-9]+)", name)

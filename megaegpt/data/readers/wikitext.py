@@ -100,7 +100,10 @@ def _link(node: Any, nodes: Any) -> Iterator[str]:
     title, has_label = str(node.title), node.text is not None
     if _DROPPED_LINK.match(title) or (not has_label and _DROPPED_WITHOUT_LABEL.match(title)):
         return
-    yield from _prose(node.text if has_label else node.title, nodes)
+    if has_label:
+        yield from _prose(node.text, nodes)
+    else:  # a colon before it makes a link of what would be a category or a language
+        yield "".join(_prose(node.title, nodes)).removeprefix(":")
 
 
 def _template(node: Any, nodes: Any) -> Iterator[str]:

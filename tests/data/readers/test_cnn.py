@@ -169,7 +169,10 @@ def test_capitals_in_names_change_nothing_and_other_members_are_told(tmp_path: P
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("A.CSV", table(row(1, "Text.")))
         archive.writestr("notes.txt", "more")
+        archive.writestr("__MACOSX/._A.CSV", b"\x00\x05\x16\x07")
     documents, problems = read_skipping("cnn", tmp_path)
     assert len(documents) == 1
-    [line] = problems.left_out.lines()
-    assert line == f"1 not read, members that are no .csv: {path}:notes.txt"
+    assert problems.left_out.lines() == [
+        f"1 not read, members that are no .csv: {path}:notes.txt",
+        f"1 not read, hidden: {path}:__MACOSX/._A.CSV",
+    ]

@@ -201,6 +201,7 @@ __NOTOC__
             "A [[wikt:horology|horologist]] mends [[fr:Horloge|clocks]].",
             "A horologist mends clocks.",
         ),
+        ("See [[:Category:Clocks]] and [[:fr:Horloge]].", "See Category:Clocks and fr:Horloge."),
         ("Left.\n[[fr:Horloge]]\n[[zh-min-nan:Sî-cheng]][[wikt:clock]]\n", "Left."),
         (
             "Left.\n[[FILE:A.jpg|thumb|A]][[image: b.jpg]][[category:Clocks|Z]][[Media:c.ogg|c]]",
