@@ -53,7 +53,7 @@ def compare(runs: list[Run]) -> str:
                 run.name,
                 run.config.model.kind,
                 f"{step:,}",
-                f"{run.config.tokens_before(step):,}",
+                f"{run.tokens_before(step):,}",
                 f"{loss:.4f}",
                 f"{per_byte:.4f}" if per_byte is not None else "-",
                 f"{math.exp(min(loss, 700.0)):.1f}",

@@ -15,12 +15,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 from megaegpt.arguments import ArgumentParser, integer, path
 from megaegpt.bars import progress_bar
 from megaegpt.data.preprocess.jobs import check_text_key, find_inputs
-from megaegpt.data.readers import READERS, Option, parse_reader_options, read_documents
-from megaegpt.data.readers.documents import Document, Problems
+from megaegpt.data.readers import (
+    READERS,
+    Option,
+    parse_reader_options,
+    read_documents,
+    reader_suffixes,
+)
+from megaegpt.data.readers.documents import Document, LeftOut, Problems
+from megaegpt.data.readers.inputs import expand
 from megaegpt.data.tokenizers.bpe_training import train_byte_level_bpe
 from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
@@ -32,8 +40,10 @@ from megaegpt.files import whole_folder
 def main() -> None:
     """Run the command line."""
     arguments = _parse_arguments()
-    problems = Problems(arguments.on_bad_input)
     with whole_folder(arguments.output) as folder:  # refuses before it reads
+        # It may lie among the input, out of sight.
+        left_out = LeftOut(written=lambda path: path.name == folder.name)
+        problems = Problems(arguments.on_bad_input, left_out=left_out)
         texts = _Texts(arguments, problems)
         definition = train_byte_level_bpe(
             texts, arguments.output.name, arguments.vocab_size, arguments.special_token
@@ -116,9 +126,11 @@ class _Texts:
             bar.set_description("merging", refresh=True)
 
     def _read(self) -> Iterator[Document]:
+        known = LeftOut()  # told already, when the inputs were found
         for file in self._files:
             options = self._options if file.kind != "text" else {}
-            yield from read_documents(file.kind, [file.path], self._problems, **options)
+            paths = expand([Path(file.path)], reader_suffixes(file.kind), known)
+            yield from read_documents(file.kind, paths, self._problems, **options)
 
 
 def _reader_options(arguments: argparse.Namespace) -> dict[str, Option]:

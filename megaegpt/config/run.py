@@ -49,5 +49,5 @@ class RunConfig:
         return BatchSchedule(self.training.global_batch_size, self.training.batch_ramp)
 
     def tokens_before(self, step: int) -> int:
-        """Tokens predicted in the steps 0 .. ``step - 1`` together."""
+        """Tokens predicted in the steps 0 .. ``step - 1`` together, where every sample is full."""
         return self.batches.samples_before(step) * self.model.sample_len

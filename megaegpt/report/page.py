@@ -65,7 +65,7 @@ def _summary_row(run: Run) -> list[str]:
         run.name,
         run.config.model.kind,
         f"{run.steps:,} of {run.config.training.steps:,}",
-        f"{run.config.tokens_before(run.steps):,}",
+        f"{run.tokens_before(run.steps):,}",
         _number(mean(losses[-10:]) if (losses := run.curve("loss")[1]) else None, ".4f"),
         _number(loss, ".4f"),
         best_loss,
@@ -114,7 +114,7 @@ def _validation(runs: Sequence[Run]) -> str:
     over_tokens: dict[str, Curve] = {}
     for run in evaluated:
         steps, losses = run.curve("validation_loss")
-        over_tokens[run.name] = ([run.config.tokens_before(step) for step in steps], losses)
+        over_tokens[run.name] = ([run.tokens_before(step) for step in steps], losses)
     figure = lines(over_tokens, "tokens seen", "nats per token", marker="o")
     shown = _figure("Validation loss", figure)
     chunks = {r.name: c for r in evaluated if (c := _last_by_chunk(r))}

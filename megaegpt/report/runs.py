@@ -44,6 +44,15 @@ class Run:
         """Steps on record."""
         return max((record["step"] for record in self.records), default=0)
 
+    def tokens_before(self, step: int) -> int:
+        """Tokens predicted in the first ``step`` steps together, padding not counted.
+
+        Runs of earlier versions have no mean of their samples on record: all count as full ones.
+        """
+        means = self.finite("tokens_per_sample")
+        per_sample = means[-1] if means else self.config.model.sample_len
+        return round(self.config.batches.samples_before(step) * per_sample)
+
     def last_validation(self) -> dict[str, Any] | None:
         """The record of the latest evaluation, if there was one."""
         return next((r for r in reversed(self.records) if "validation_loss" in r), None)

@@ -181,6 +181,7 @@ class Trainer:
                 values |= {f"grad_norm/{name}": norm for name, norm in named}
             if step == self.done:
                 values |= {**speed.as_dict(), **self._data_progress()}
+                values["tokens_per_sample"] = self.meter.tokens_per_sample
                 if self.engine.spike_guard.is_on:
                     values["spikes"] = self.spikes
             self.monitor.training(step, values)

@@ -40,6 +40,13 @@ def test_curves_and_evaluations_of_a_run(tmp_path: Path) -> None:
     assert run.best_validation() == RECORDS[2]
 
 
+def test_tokens_seen_are_those_of_samples_that_are_not_all_full(tmp_path: Path) -> None:
+    assert read_run(make_run(tmp_path / "earlier", RECORDS)).tokens_before(3) == 3 * 2 * 8
+    told: list[dict[str, object]] = [{"step": 2, "loss": 4.0, "tokens_per_sample": 2.25}]
+    run = read_run(make_run(tmp_path / "rows", [*RECORDS, *told]))
+    assert [run.tokens_before(step) for step in (0, 2, 3)] == [0, 9, 14]
+
+
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "running", RECORDS)
     with open(folder / "metrics.jsonl", "a") as file:

@@ -75,3 +75,10 @@ def test_a_run_without_an_evaluation_keeps_no_other_from_being_compared(tmp_path
     lines = compare(read_runs([new, good])).splitlines()
     assert lines[2].split() == ["new", "egpt", *["-"] * 5]
     assert lines[3].split()[4] == "5.0000"
+
+
+def test_tokens_seen_are_those_on_record_for_the_samples(tmp_path):
+    rows = make_run(tmp_path / "rows", "gpt", [5.0], [])
+    with open(rows / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 10, "loss": 9.0, "tokens_per_sample": 4.5}) + "\n")
+    assert compare(read_runs([rows])).splitlines()[2].split()[2:4] == ["10", "90"]

@@ -78,6 +78,12 @@ def test_two_runs_are_compared_in_one_file(
     assert outside == [], "nothing is fetched"
 
 
+def test_tokens_seen_are_those_on_record_for_the_samples(tmp_path: Path) -> None:
+    records = [*_records([]), {"step": 4, "loss": 1.0, "tokens_per_sample": 4.5}]
+    page = render(read_runs([make_run(tmp_path / "rows", records)]))
+    assert "<td>4 of 30</td><td>36</td>" in page
+
+
 def test_the_same_records_give_the_same_page(tmp_path: Path) -> None:
     runs = read_runs([make_run(tmp_path / "one", _records([4.0]))])
     assert render(runs) == render(runs)

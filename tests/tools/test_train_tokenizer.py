@@ -46,6 +46,17 @@ def test_the_folder_is_loaded_by_transformers_and_by_us(tmp_path: Path) -> None:
     assert "out exists already" in again.stderr
 
 
+def test_what_a_format_leaves_out_is_counted_once(tmp_path: Path) -> None:
+    (tmp_path / "fr_chunk1.jsonl").write_text(json.dumps({"text": WORDS}) + "\n")
+    (tmp_path / "c.pdf").write_text("not read")
+    options = ("--format", "transwebedu", "--vocab-size", 300, "--quiet")
+    found = run(tmp_path, *options, "--output", tmp_path / "out")
+    assert "text        1 documents" in found.stdout
+    assert re.findall(r"left out +(.*)", found.stdout) == [
+        f"1 not read, names of no known kind of text: {tmp_path}/c.pdf"
+    ]
+
+
 def test_options_that_change_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(WORDS)
     options = ("--vocab-size", 300, "--output", tmp_path / "out", "--text-key", "content")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from megaegpt.model.calling import SequenceInputs
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.report.runs import read_run
 from megaegpt.training.finetuning import finetune, finetuning_config, hold_out
 from megaegpt.training.run_data import PretrainingData
 from tests.distributed.harness import Distributed, grid_for
@@ -195,6 +197,18 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert losses(tmp_path / "interrupted") == losses(tmp_path / "straight")
     assert validation_losses(tmp_path / "interrupted") == validation_losses(tmp_path / "straight")
     assert "### Instruction:\nSay {yes}.\n\n### Response:\n" in shown  # the sample's prompt
+
+
+def test_tokens_seen_are_those_of_the_records_and_not_of_full_windows(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    (shown,) = distributed(1, _straight, "gpt", corpus, tmp_path / "run", False, 1)
+    mean = re.search(r"rows of (\d+) tokens on average", shown)
+    run = read_run(tmp_path / "run")
+    samples = run.config.batches.samples_before(run.steps)
+    assert mean is not None
+    assert int(mean[1]) < LENGTH / 2
+    assert run.tokens_before(run.steps) == pytest.approx(samples * int(mean[1]), abs=samples / 2)
 
 
 def test_packed_answers_cost_what_they_cost_alone() -> None:

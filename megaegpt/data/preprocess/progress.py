@@ -23,7 +23,7 @@ from megaegpt.data.tokens.corpus_manifest import (
 from megaegpt.data.tokens.shard_tokenizer import remove_replaced
 from megaegpt.data.tokens.shards import ShardSummary, bin_path, idx_path
 from megaegpt.errors import DataError
-from megaegpt.files import TEMPORARY_SUFFIX, naming_failures, write_whole
+from megaegpt.files import LOCK, TEMPORARY_SUFFIX, naming_failures, write_whole
 
 PROGRESS_FOLDER = ".progress"
 
@@ -35,7 +35,7 @@ def written_into(output: Path) -> Callable[[Path], bool]:
 
     def is_written(path: Path) -> bool:
         is_ours = (
-            path.name == MANIFEST_NAME
+            path.name in (MANIFEST_NAME, PROGRESS_FOLDER, LOCK)
             or path.suffix in (".bin", ".idx", TEMPORARY_SUFFIX)
             or is_tokenizer_of_shards(path)
         )

@@ -103,7 +103,7 @@ def read_pieces(
         if problems.found or size >= characters:  # problems were met before this document
             yield done, _piece(waiting, problems)
             waiting, size = [], 0
-        done = max(done, finished + current.position())
+        done = max(done, finished + current.position(document.share_read))
         waiting.append((document.text, document.where, is_wikitext))
         size += len(document.text)
     if waiting or problems.found:
@@ -122,10 +122,10 @@ class _Opened(type(Path())):  # type: ignore[misc]
         self._file = file
         return file
 
-    def position(self) -> int:
-        """Bytes; 0 where it is not open yet, or read by other means."""
+    def position(self, share_read: float) -> int:
+        """Bytes; of a file that is read by other means, the share that its reader tells of."""
         if (file := self._file) is None:
-            return 0
+            return int(share_read * self.stat().st_size)
         return self.stat().st_size if file.closed else file.tell()
 
 

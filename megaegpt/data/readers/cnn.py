@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import IO
 
 from megaegpt.data.readers.documents import Document, Problems
-from megaegpt.data.readers.inputs import bounded, ends_in, expand, open_bytes, reporting_damage
+from megaegpt.data.readers.inputs import (
+    bounded,
+    ends_in,
+    expand,
+    is_hidden_member,
+    open_bytes,
+    reporting_damage,
+)
 from megaegpt.data.readers.tables import read_rows
+from megaegpt.files import LFS_POINTER_MESSAGE, is_lfs_pointer
 
 SUFFIXES = (".csv", ".csv.gz", ".zip")
 _TEXT = "article text"
@@ -86,13 +94,16 @@ def _tables(path: Path, problems: Problems) -> Iterator[tuple[str, IO[bytes]]]:
         yield str(path), open_bytes(path)
         return
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
             for member in archive.infolist():
                 where = f"{path}:{member.filename}"
-                if ends_in(member.filename, (".csv",)):
+                if is_hidden_member(member.filename):
+                    problems.left_out.add(where, "hidden")
+                elif ends_in(member.filename, (".csv",)):
                     plain = archive.open(member)
                     yield where, bounded(plain, member.compress_size, plain.close)
                 elif not member.is_dir():
                     problems.left_out.add(where, "members that are no .csv")
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
-        problems.report(str(path), f"truncated, damaged or encrypted zip ({error})")
+        what = f"truncated, damaged or encrypted zip ({error})"
+        problems.report(str(path), LFS_POINTER_MESSAGE if is_lfs_pointer(path) else what)

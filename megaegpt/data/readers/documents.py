@@ -24,6 +24,8 @@ class Document:
     position: str
     """The place inside the file: ``line 12``, ``row 3``, a member's name."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    share_read: float = 0.0
+    """Share of the file that is read by its end, 0..1, where the place in the file is not known."""
 
     @property
     def where(self) -> str:

@@ -161,6 +161,12 @@ def ends_in(name: str, suffixes: tuple[str, ...]) -> bool:
     return name.lower().endswith(suffixes)
 
 
+def is_hidden_member(name: str) -> bool:
+    """Whether an archive's member is what file managers leave behind (``__MACOSX/._a.txt``)."""
+    parts = (part for part in name.split("/") if part not in (".", ".."))
+    return any(part.startswith((".", "__")) for part in parts)
+
+
 def natural_key(name: str) -> list[_Piece]:
     """A sort key under which digits count as numbers, so part 2 comes before part 10."""
     pieces = re.split(r"([0-9]+)", name)
@@ -209,8 +215,12 @@ def decompressed(file: IO[bytes], suffix: str, size: int) -> IO[bytes]:
 
 
 def bounded(plain: IO[bytes], size: int, close: Callable[[], None]) -> IO[bytes]:
-    """A decompressed stream that refuses to grow without end out of ``size`` bytes."""
-    return io.BufferedReader(_BoundedExpansion(plain, size, close), 1 << 18)
+    """A decompressed stream that refuses to grow without end out of ``size`` bytes.
+
+    A small file is read in small pieces too, so that the place in it tells how far it is read.
+    """
+    piece = min(max(size // 64, 1 << 13), 1 << 18)
+    return io.BufferedReader(_BoundedExpansion(plain, size, close), piece)
 
 
 class _BoundedExpansion(io.RawIOBase):

@@ -14,7 +14,7 @@ from typing import IO
 from megaegpt.data.readers import parquet
 from megaegpt.data.readers.archives import is_tar_name, read_members, read_small
 from megaegpt.data.readers.documents import Document, Problems
-from megaegpt.data.readers.inputs import decompressed, ends_in, expand, open_bytes
+from megaegpt.data.readers.inputs import decompressed, ends_in, expand, is_hidden_member, open_bytes
 
 SUFFIXES = (".tar", ".xz", ".parquet")
 _BLANK_LINES = re.compile(r"\n{3,}")
@@ -45,8 +45,8 @@ def _archive(
     """Documents of a tar stream and of the archives inside it."""
     where = f"{source}:{prefix}".rstrip(":/")
     for name, size, content in read_members(file, where, problems):
-        if any(part.startswith((".", "__")) and part != ".." for part in name.split("/")):
-            problems.left_out.add(f"{where}:{name}", "hidden")  # what file managers leave behind
+        if is_hidden_member(name):
+            problems.left_out.add(f"{where}:{name}", "hidden")
         elif ends_in(name, (".txt",)):
             data = read_small(name, size, content, where, problems)
             if data is not None:

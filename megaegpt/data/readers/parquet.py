@@ -63,11 +63,12 @@ def _columns(file: Any, text_column: str, path: Path) -> list[str]:
 def _rows(
     file: Any, columns: list[str], text_column: str, path: Path, problems: Problems
 ) -> Iterator[Document]:
-    number = 0
+    number, total = 0, max(file.metadata.num_rows, 1)
     for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
         for row in batch.to_pylist():
             number += 1
             position = f"row {number}"
             text = text_of(row, text_column, f"{path}, {position}", problems)
             if text is not None:
-                yield Document(text, str(path), position, metadata_of(row))
+                share = min(number / total, 1.0)  # a row group is read at once, and may be all
+                yield Document(text, str(path), position, metadata_of(row), share)

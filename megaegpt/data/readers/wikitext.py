@@ -15,10 +15,11 @@ _OPAQUE = re.compile(
     re.S | re.I,
 )
 _DROPPED_TAGS = frozenset({"ref", "references", "table", "math", "gallery", "noinclude"})
-# Link prefixes of media, categories and other languages ("fr:", "zh-min-nan:").
-_DROPPED_LINK = re.compile(
-    r"\s*(?:file|image|media|category|wikt|wiktionary|[a-z]{2,3}(?:-[a-z-]+)?)\s*:", re.I
-)
+# Links that are no words of the sentence: media, categories, and, without a label, the prefixes of
+# other languages ("fr:", "zh-min-nan:") and of the dictionary. A title such as "CSI: Miami" has
+# capitals and a blank.
+_DROPPED_LINK = re.compile(r"\s*(?:file|image|media|category)\s*:", re.I)
+_DROPPED_WITHOUT_LABEL = re.compile(r"\s*(?:wikt|wiktionary|[a-z]{2,3}(?:-[a-z-]+)?):\S")
 # Templates that stand for words of the sentence, and the number of the argument that holds them.
 _SPOKEN = {
     "lang": 2,
@@ -78,9 +79,7 @@ def _prose(tree: Any, nodes: Any) -> Iterator[str]:
         if isinstance(node, nodes.Text):
             yield node.value
         elif isinstance(node, nodes.Wikilink):
-            if not _DROPPED_LINK.match(str(node.title)):
-                label = node.text if node.text is not None else node.title
-                yield from _prose(label, nodes)
+            yield from _link(node, nodes)
         elif isinstance(node, nodes.ExternalLink):
             if node.title is not None:
                 yield from _prose(node.title, nodes)
@@ -94,6 +93,17 @@ def _prose(tree: Any, nodes: Any) -> Iterator[str]:
         elif isinstance(node, nodes.Template):
             yield from _template(node, nodes)
         # Template arguments and comments say nothing here.
+
+
+def _link(node: Any, nodes: Any) -> Iterator[str]:
+    """A link's label or, without one, its title; nothing where it is no part of the sentence."""
+    title, has_label = str(node.title), node.text is not None
+    if _DROPPED_LINK.match(title) or (not has_label and _DROPPED_WITHOUT_LABEL.match(title)):
+        return
+    if has_label:
+        yield from _prose(node.text, nodes)
+    else:  # a colon before it makes a link of what would be a category or a language
+        yield "".join(_prose(node.title, nodes)).removeprefix(":")
 
 
 def _template(node: Any, nodes: Any) -> Iterator[str]:

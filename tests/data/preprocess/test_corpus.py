@@ -587,6 +587,28 @@ def test_shards_below_the_input_are_no_input(tmp_path: Path, place: str, pattern
     assert before is None or files_of(tmp_path / place) == before
 
 
+def test_what_a_killed_run_leaves_below_the_input_is_not_told_as_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    finish, calls = ShardWriter.finish, iter(range(100))
+
+    def finish_one(writer: ShardWriter) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return finish(writer)
+
+    monkeypatch.setattr(ShardWriter, "finish", finish_one)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", tmp_path, shards=2)
+    monkeypatch.setattr(ShardWriter, "finish", finish)
+    assert (tmp_path / "out" / ".progress").exists()
+    (tmp_path / "out" / ".lock").touch()
+    report = run(tmp_path / "out", tmp_path, shards=2)
+    assert documents(tmp_path / "out" / "train") == TEXTS
+    assert report.problems.left_out.lines() == []
+
+
 @pytest.mark.parametrize("place", ["shards", "."])
 def test_the_tokenizer_beside_shards_is_no_input(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch

@@ -39,6 +39,22 @@ def test_problems_keep_their_place_among_the_documents(tmp_path: Path) -> None:
     assert found == ["1.jsonl, line 3", "1.jsonl, line 5"]
 
 
+def test_a_file_that_is_read_by_other_means_is_finished_row_by_row(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from tests.data.readers import test_parquet
+
+    rows: list[str | None] = ["aaaa", None, "bbbb", "cc"]
+    path = test_parquet.write(tmp_path / "a.parquet", rows, group=4)
+    size = measure(str(path), "parquet")[0]
+    pieces = list(read_pieces(str(path), "parquet", {}, characters=4))
+    assert [(end, piece.texts) for end, piece in pieces] == [
+        (size // 4, ("aaaa",)),
+        (size * 3 // 4, ("bbbb",)),
+        (size, ("cc",)),
+    ]
+    assert pieces[0][1].problems == ((f"{path}, row 2", "column 'text' is empty"),)
+
+
 def test_options_reach_the_reader_and_its_refusals_come_through(tmp_path: Path) -> None:
     fill(tmp_path, '{"body": "a"}\n')
     [(_, piece)] = read_pieces(str(tmp_path), "jsonl", {"text_column": "body"}, characters=9)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 
 from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preprocess
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.data.tokens.shards import Shard
+from megaegpt.data.tokens.shards import Shard, ShardSummary, ShardWriter
 from megaegpt.data.tokens.stream import resolve_prefixes
 from megaegpt.errors import DataError
 from tests.data.readers import test_cnn, test_enron, test_gutenberg, test_openwebtext
@@ -163,20 +165,71 @@ def test_the_number_of_workers_does_not_change_a_byte(tmp_path: Path) -> None:
     assert all(len(content) > 0 for content in one.values())
 
 
-def test_one_archive_fills_every_shard(tmp_path: Path) -> None:
-    """Its size is that on disk, and so is how far it is read."""
-    words = np.random.default_rng(0).integers(0, 1 << 30, (400, 400))
-    with tarfile.open(tmp_path / "corpus.tar", "w") as archive:
-        for number, row in enumerate(words):
-            text = " ".join(map(str, row)).encode()
+def pack_tar(path: Path, contents: list[str]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for number, text in enumerate(contents):
             member = tarfile.TarInfo(f"{number:03}.txt")
             member.size = len(text)
-            archive.addfile(member, io.BytesIO(text))
-    run(tmp_path / "out", "openwebtext", tmp_path / "corpus.tar", shards=4)
+            archive.addfile(member, io.BytesIO(text.encode()))
+
+
+def pack_zip(path: Path, contents: list[str]) -> None:
+    """Two tables, and the directory that is read first at the end."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, part in (("a.csv", contents[:100]), ("b.csv", contents[100:])):
+            archive.writestr(name, test_cnn.table(*(test_cnn.row(1, text) for text in part)))
+
+
+def pack_parquet(path: Path, contents: list[str], group: int = 400) -> None:
+    pytest.importorskip("pyarrow")
+    from tests.data.readers import test_parquet
+
+    test_parquet.write(path, list(contents), group=group)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "pack"),
+    [
+        ("openwebtext", "corpus.tar", pack_tar),
+        ("cnn", "corpus.zip", pack_zip),
+        ("parquet", "corpus.parquet", pack_parquet),
+        ("parquet", "corpus.parquet", functools.partial(pack_parquet, group=70)),
+    ],
+)
+def test_one_archive_fills_every_shard(
+    tmp_path: Path, source: str, name: str, pack: Callable[[Path, list[str]], None]
+) -> None:
+    """Its size is that on disk, and so is how far it is read."""
+    words = np.random.default_rng(0).integers(0, 1 << 30, (400, 400))
+    contents = [" ".join(map(str, row)) for row in words]
+    pack(tmp_path / name, contents)
+    run(tmp_path / "out", source, tmp_path / name, shards=4)
     shards = [Shard(prefix) for prefix in resolve_prefixes([str(tmp_path / "out" / "train")])]
     counts = [shard.num_documents for shard in shards]
-    assert sum(counts) == 400
     assert min(counts) > 50, counts
+    assert documents(tmp_path / "out" / "train") == contents
+
+
+def test_a_killed_run_goes_on_within_a_file_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = [f"Row {number}. " * 100 for number in range(400)]
+    pack_parquet(tmp_path / "rows.parquet", contents)
+    finish, finished = ShardWriter.finish, []
+
+    def finish_some(writer: ShardWriter) -> ShardSummary:
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+        finished.append(finish(writer))
+        return finished[-1]
+
+    monkeypatch.setattr(ShardWriter, "finish", finish_some)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", "parquet", tmp_path / "rows.parquet", shards=4)
+    monkeypatch.undo()
+    assert all(shard.documents > 50 for shard in finished)
+    run(tmp_path / "out", "parquet", tmp_path / "rows.parquet", shards=4)
+    assert documents(tmp_path / "out" / "train") == contents
 
 
 def test_changed_reader_options_are_another_corpus(tmp_path: Path) -> None:

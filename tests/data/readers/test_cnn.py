@@ -112,6 +112,13 @@ def test_a_zip_bomb_and_a_cut_zip_are_named(
         read("cnn", cut)
 
 
+def test_a_zip_that_git_lfs_has_not_fetched_is_told(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n"
+    (tmp_path / "a.zip").write_bytes(pointer)
+    with pytest.raises(DataError, match=r"a\.zip: a Git LFS pointer"):
+        read("cnn", tmp_path)
+
+
 def test_a_field_beyond_the_csv_modules_default_limit_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(table(row(0, "long " * 50_000)))
@@ -162,7 +169,10 @@ def test_capitals_in_names_change_nothing_and_other_members_are_told(tmp_path: P
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("A.CSV", table(row(1, "Text.")))
         archive.writestr("notes.txt", "more")
+        archive.writestr("__MACOSX/._A.CSV", b"\x00\x05\x16\x07")
     documents, problems = read_skipping("cnn", tmp_path)
     assert len(documents) == 1
-    [line] = problems.left_out.lines()
-    assert line == f"1 not read, members that are no .csv: {path}:notes.txt"
+    assert problems.left_out.lines() == [
+        f"1 not read, members that are no .csv: {path}:notes.txt",
+        f"1 not read, hidden: {path}:__MACOSX/._A.CSV",
+    ]

@@ -67,6 +67,12 @@ def test_names_that_climb_out_of_the_archive_are_only_names(tmp_path: Path) -> N
     assert [p.name for p in tmp_path.rglob("*")] == ["in", "a.tar"]
 
 
+def test_an_archive_of_the_folder_it_lay_in_is_read(tmp_path: Path) -> None:
+    """``tar -cf a.tar .`` puts ``./`` before every name."""
+    path = write(tmp_path / "a.tar", tar({"./a_data.xz": subset({"./1.txt": "a page"})}))
+    assert texts(read("openwebtext", path)) == ["a page"]
+
+
 def test_links_devices_and_hidden_members_are_left_out(tmp_path: Path) -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:

@@ -190,6 +190,34 @@ __NOTOC__
 
 
 @pytest.mark.parametrize(
+    ("wikitext", "prose"),
+    [
+        (
+            "He starred in [[CSI: Miami]] and wrote ''[[Saw: The Final Chapter|Saw 3D]]'' later.",
+            "He starred in CSI: Miami and wrote Saw 3D later.",
+        ),
+        ("[[Pac-Man: The New Adventures]] ran.", "Pac-Man: The New Adventures ran."),
+        (
+            "A [[wikt:horology|horologist]] mends [[fr:Horloge|clocks]].",
+            "A horologist mends clocks.",
+        ),
+        ("See [[:Category:Clocks]] and [[:fr:Horloge]].", "See Category:Clocks and fr:Horloge."),
+        ("Left.\n[[fr:Horloge]]\n[[zh-min-nan:Sî-cheng]][[wikt:clock]]\n", "Left."),
+        (
+            "Left.\n[[FILE:A.jpg|thumb|A]][[image: b.jpg]][[category:Clocks|Z]][[Media:c.ogg|c]]",
+            "Left.",
+        ),
+    ],
+)
+def test_titles_with_a_colon_are_prose_and_links_to_other_projects_without_label_are_not(
+    tmp_path: Path, wikitext: str, prose: str
+) -> None:
+    pytest.importorskip("mwparserfromhell")
+    path = write(tmp_path / "a.xml", dump(page("A", wikitext)))
+    assert texts(read("wikipedia", path)) == [prose]
+
+
+@pytest.mark.parametrize(
     "broken", ["{{" * 300, "[[" * 300, "<ref>" * 300, "'''''" * 99, "{|\n" * 99, "[[File:" * 99]
 )
 def test_broken_markup_does_not_break_the_reader(tmp_path: Path, broken: str) -> None:
