@@ -157,7 +157,7 @@ class Progress:
         return self.folder / "plan.json"
 
     def _records(self) -> list[Path]:
-        return sorted(self.folder.glob("part-*.json"))
+        return sorted(self.folder.glob("cut-*.json"))
 
     def _unfinished_plan(self) -> Any:
         try:
@@ -229,7 +229,7 @@ class Progress:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _record_path(self, name: str) -> Path:
-        return self.folder / f"part-{name}.json"
+        return self.folder / f"cut-{name}.json"  # "part-" was of other cuts of the same inputs
 
     def _read(self, record: Path) -> Part:
         try:

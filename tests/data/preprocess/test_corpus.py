@@ -784,10 +784,10 @@ def test_a_damaged_record_of_progress_is_one_line(tmp_path: Path, content: bytes
     with pytest.raises(DataError, match="line 3001"):
         run(tmp_path / "out", tmp_path / "a.jsonl", shards=3)
     progress = tmp_path / "out" / ".progress"
-    record = progress / "part-train-00000.json"
+    record = progress / "cut-train-00000.json"
     assert record.exists()
     record.write_bytes(content)
-    with pytest.raises(DataError, match=r"part-train-00000\.json is damaged .*: remove"):
+    with pytest.raises(DataError, match=r"cut-train-00000\.json is damaged .*: remove"):
         run(tmp_path / "out", tmp_path / "a.jsonl", shards=3)
     (progress / "plan.json").write_bytes(content)
     with pytest.raises(DataError, match=r"plan\.json is damaged|holds an unfinished run of other"):
