@@ -145,6 +145,28 @@ def test_blocks_without_own_operators_are_as_fast_as_compiled_ones(model: dict[s
     assert roofline.seconds() == roofline.seconds("compiled")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("window_every", [2, 3])
+def test_what_lies_outside_of_blocks_does_not_go_by_how_many_are_windowed(
+    window_every: int,
+) -> None:
+    model = {"num_layers": 3, "window": 8}
+    mixed, all_windowed = (
+        _roofline(_gpt(**model, window_every=window_every)),
+        _roofline(_gpt(**model)),
+    )
+    assert mixed.outside.bytes == all_windowed.outside.bytes
+    assert mixed.outside.kernels == all_windowed.outside.kernels
+
+
+def test_what_lies_outside_of_blocks_does_not_go_by_which_are_frozen() -> None:
+    config = _gpt()
+    training = dataclasses.replace(config.training, freeze=("layers:1",))
+    plain, frozen = _roofline(config), _roofline(dataclasses.replace(config, training=training))
+    assert frozen.outside.bytes == plain.outside.bytes
+    assert frozen.rest.bytes < plain.rest.bytes
+
+
 @pytest.mark.parametrize("shape", [(256, 1024), (1024, 256), (64, 64)])
 def test_muons_products_are_those_of_its_iterations(shape: tuple[int, int]) -> None:
     counter, matrix = OperatorCosts(0, _RATES), Matrix(*shape, size=0)
