@@ -128,7 +128,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--scaling",
         type=Path,
         metavar="PNG",
-        help="a step on 8 GPUs up to --gpus, with a rank's samples as they are; draws it, too",
+        help="a step on 8 GPUs, twice as many and so on, and on --gpus, with a rank's samples as "
+        "they are; draws it, too",
     )
     parser.add_argument(
         "--published",

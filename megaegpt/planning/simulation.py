@@ -167,13 +167,18 @@ def simulate(
         traced: where blocks have been traced already.
 
     Raises:
-        ConfigError: the table does not know the GPU's peak, or its memory's speed.
+        ConfigError: the table does not know the GPU's peak, or its memory's speed, or a CPU has a
+            part in the step.
     """
     rates = reachable_rates(plan.machines, plan.precision)
+    if plan.time is None:
+        raise ConfigError(
+            f"a step with parallel.offload={plan.config.parallel.offload} cannot be simulated: how "
+            "fast a machine's CPUs update what is offloaded is not known; simulate it with none"
+        )
     program = program or Program.of(plan)
     traced = traced or trace_blocks(plan.config, plan.precision, rates, encoder)
     compute = traced.compute(plan.config.training.compile, program.repeats_products)
-    assert plan.time is not None  # the peak is known
     micro_steps = plan.config.gradient_accumulation(plan.dp_size)
     sent = _communicate(plan, plan.time, compute, program)
     update = update_seconds(plan, rates)
