@@ -28,6 +28,7 @@ from megaegpt.planning.muon_share import Matrix
 from megaegpt.planning.plan import Plan
 from megaegpt.planning.short_runs import short_runs
 from megaegpt.precision import DTYPES
+from megaegpt.text_tables import percentage
 
 REACHED_FLOPS = 0.65
 """Share of the peak that matrix products reach, at widths of 768 to 1,600."""
@@ -303,8 +304,12 @@ class Roofline:
         saved = self.seconds("compiled") - self.seconds("fused")
         return saved / self.fused.own_products.seconds
 
-    def mfu(self, blocks: Blocks = "fused", *, fused_head: bool = True) -> float:
-        """The most that a micro-step can reach; arguments as for :meth:`seconds`."""
+    def mfu(self, blocks: Blocks = "fused", *, fused_head: bool = True) -> float | None:
+        """The most that a micro-step can reach; None where parts are frozen, as operations are
+        counted as if everything were trained. Arguments as for :meth:`seconds`.
+        """
+        if self.plan.size.frozen:
+            return None
         tp = self.plan.config.parallel.tensor_parallel_size
         work = self.tokens * self.plan.size.flops_per_token / tp
         return work / peak_of(self.plan) / self.seconds(blocks, fused_head=fused_head)
@@ -505,8 +510,7 @@ def compare_rooflines(rooflines: Mapping[str, Roofline]) -> list[tuple[str, ...]
         parts.append(roofline.head.seconds)
         parts.append(roofline.seconds() - sum(parts))
         shares = [f"{1e3 * x:.0f} ms" for x in parts]
-        mfu = [f"{x:.1%}" for x in ceilings]
-        rows.append((name, f"{roofline.tokens:,}", *mfu, *shares))
+        rows.append((name, f"{roofline.tokens:,}", *map(percentage, ceilings), *shares))
     return rows
 
 

@@ -11,6 +11,7 @@ from megaegpt.config.training import BatchRampConfig
 from megaegpt.errors import ConfigError
 from megaegpt.planning.plan import Plan, make_plan
 from megaegpt.planning.simulation import Simulation, reachable_rates, simulate, trace_blocks
+from megaegpt.text_tables import percentage
 
 LEAST_GPUS = 8
 
@@ -59,7 +60,7 @@ def describe_scaling(steps: Sequence[Simulation]) -> list[tuple[str, ...]]:
                 f"{step.seconds:.3f}",
                 f"{step.exposed:.3f} s",
                 f"{step.exposed / step.seconds:.1%}",
-                f"{step.mfu:.1%}",
+                percentage(step.mfu),
                 f"{step.tokens_per_gpu:,.0f}",
                 f"{step.plan.memory.total / 2**30:.1f} GiB",
             )

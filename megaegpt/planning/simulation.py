@@ -35,6 +35,7 @@ from megaegpt.planning.roofline import (
 )
 from megaegpt.planning.short_runs import ShortRun, short_runs
 from megaegpt.precision import Precision
+from megaegpt.text_tables import percentage
 
 HALF_DEPTH = 320
 """Terms of a product's sums with which it reaches half of its speed."""
@@ -138,8 +139,12 @@ class Simulation:
         return self.plan.tokens / self.seconds / self.plan.machines.gpus
 
     @property
-    def mfu(self) -> float:
-        """The model's operations over the peak, recomputed ones not among them."""
+    def mfu(self) -> float | None:
+        """The model's operations over the peak, recomputed ones not among them; None where parts
+        are frozen, as they are counted as if everything were trained.
+        """
+        if self.plan.size.frozen:
+            return None
         accelerator = self.plan.machines.accelerator
         peak = accelerator.peak_flops(self.plan.precision)
         assert peak is not None  # without it nothing is simulated
@@ -365,7 +370,7 @@ def describe_simulation(simulation: Simulation) -> list[str]:
         f"about {seconds:.3g} s a step ({', '.join(parts)}, exposed communication {exposed:.3g})",
         f"exposed communication {exposed / seconds:.1%} of the step"
         + (f": {', '.join(kinds)} s" if kinds else ""),
-        f"{simulation.mfu:.1%} MFU, {simulation.tokens_per_gpu:,.0f} tokens/s a GPU",
+        f"{percentage(simulation.mfu)} MFU, {simulation.tokens_per_gpu:,.0f} tokens/s a GPU",
     ]
 
 

@@ -38,6 +38,7 @@ from megaegpt.planning.simulation import (
     TracedBlocks,
     assumptions,
     can_simulate,
+    describe_simulation,
     reachable_rates,
     ring_hops,
     simulate,
@@ -167,6 +168,8 @@ def test_an_egpt_of_which_the_memory_alone_learns_is_simulated(predictions: Any)
     machines = Machines(find_accelerator("h100", 1), 1, 1)
     simulated = simulate(make_plan(config, machines))
     assert simulated.seconds > 0
+    assert simulated.mfu is None  # by operations of what is not trained
+    assert "n/a MFU" in describe_simulation(simulated)[-1]
     assert (simulated.compute.attention == 0) == (predictions == "stored")
     _expect_all_blocks(trace_blocks(config, "bf16", _RATES), config)
 
