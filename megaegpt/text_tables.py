@@ -41,6 +41,11 @@ def short_count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def percentage(share: float | None) -> str:
+    """0.4567 -> 45.7%, None -> n/a"""
+    return "n/a" if share is None else f"{share:.1%}"
+
+
 def short_time(seconds: float) -> str:
     """3700 -> 1h02m, 95 -> 1m35s"""
     whole = round(seconds)

@@ -31,7 +31,7 @@ from megaegpt.config import ModelConfig, RunConfig
 from megaegpt.config.loading import load_config
 from megaegpt.errors import CheckpointError, ConfigError, exits_cleanly
 from megaegpt.planning.hardware import accelerator_names, find_accelerator
-from megaegpt.text_tables import format_table
+from megaegpt.text_tables import format_table, percentage
 
 if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.planning.plan import Plan
@@ -128,7 +128,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--scaling",
         type=Path,
         metavar="PNG",
-        help="a step on 8 GPUs up to --gpus, with a rank's samples as they are; draws it, too",
+        help="a step on 8 GPUs, twice as many and so on, and on --gpus, with a rank's samples as "
+        "they are; draws it, too",
     )
     parser.add_argument(
         "--published",
@@ -257,6 +258,12 @@ def _estimated(plan: Plan, efficiency: float) -> Iterator[str]:
     if plan.config.parallel.offload != "none":
         yield "unknown: how fast a machine's CPUs update what is offloaded"
         return
+    if plan.size.frozen:
+        yield (
+            "n/a: parts are frozen, and operations are counted as if everything were trained; a "
+            "step is simulated on a GPU of the table, without --efficiency and --tflops"
+        )
+        return
     if plan.time is None or plan.tokens_per_second is None:
         yield f"unknown: give the GPU's peak in {plan.precision} by --tflops"
         return
@@ -286,12 +293,13 @@ def roofline_of(plan: Plan, encoder: ModelConfig | None) -> Iterator[str]:
     roofline = make_roofline(plan, encoder)
     yield "the least time of a step on a rank:"
     yield format_table(describe_roofline(roofline), names=1)
+    most = (roofline.mfu("eager", fused_head=False), roofline.mfu("eager"))
+    plain, head, blocks, own = map(percentage, (*most, roofline.mfu("compiled"), roofline.mfu()))
     yield (
-        f"a micro-step reaches at most {roofline.mfu('eager', fused_head=False):.1%} MFU with "
-        f"nothing compiled, {roofline.mfu('eager'):.1%} with the head's operators compiled, "
-        f"{roofline.mfu('compiled'):.1%} with the blocks compiled too, {roofline.mfu():.1%} with "
-        "their own operators instead, where they have such: bytes a logit between the head's "
-        f"products {roofline.bytes_a_logit(fused=False):.0f}, compiled "
+        f"a micro-step reaches at most {plain} MFU with nothing compiled, {head} with the head's "
+        f"operators compiled, {blocks} with the blocks compiled too, {own} with their own "
+        "operators instead, where they have such: bytes a logit between the head's products "
+        f"{roofline.bytes_a_logit(fused=False):.0f}, compiled "
         f"{roofline.bytes_a_logit():.1f}"
     )
     if roofline.slowness is not None:
@@ -414,9 +422,9 @@ def compare(
 def _times(plan: Plan, simulated: Simulation | None) -> tuple[str, ...]:
     """Seconds, MFU and the exposed share of a step."""
     if simulated is None:
-        return ("n/a" if plan.time is None else f"{plan.time.total:.3g}",)
+        return ("n/a" if plan.time is None or plan.size.frozen else f"{plan.time.total:.3g}",)
     exposed = simulated.exposed / simulated.seconds
-    return f"{simulated.seconds:.3g}", f"{simulated.mfu:.1%}", f"{exposed:.1%}"
+    return f"{simulated.seconds:.3g}", percentage(simulated.mfu), f"{exposed:.1%}"
 
 
 def _largest(plan: Plan) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -66,7 +67,8 @@ class _Device:
     """The data sheet of a GPU."""
 
     words: str
-    """All of them occur in the name that the driver gives."""
+    """All of them occur in the name that the driver gives, beside words that name no other device
+    (:data:`_SAYS_NOTHING`)."""
     tflops: float
     """Dense matrix operations in bf16 and fp16."""
     option: str | None = None
@@ -104,7 +106,13 @@ _OF_A100 = {
     "reached_attention": 0.6,
 }
 
-_DEVICES = (  # the first whose words all occur in a device's name counts
+_SAYS_NOTHING = re.compile(
+    r"NVIDIA|AMD|Tesla|GeForce|Instinct|PCIE|PCIe|SXM[2-5]|HBM3e?|\d+GB?", re.ASCII
+)
+"""A word in a device's name that stands for no other peak: of a maker, a form or a memory. Others
+do, such as Laptop, Ti, D, MIG and NVL."""
+
+_DEVICES = (  # the first that a device's name is of counts
     # NVIDIA DGX B200 data sheet: 1,440 GB over 8 GPUs, NVLink 14.4 TB/s in all, 8 x 400 Gb/s
     _planned("B200", 2250.0, "b200", "NVIDIA B200", 180 * _GB, 8000 * _GB, 900 * _GB, 50 * _GB),
     _Device("GH200", 989.0),
@@ -163,6 +171,7 @@ _DEVICES = (  # the first whose words all occur in a device's name counts
     _Device("A10G", 70.0),
     # NVIDIA A10 data sheet: 24 GB, PCIe 4.0 x16
     _planned("A10", 125.0, "a10", "NVIDIA A10", 24 * _GIB, 600 * _GB, _PCIE_4, _HUNDRED_GIGABIT),
+    _Device("V100 PCIE", 112.0),
     # NVIDIA V100 data sheet (SXM2): 32 GB, NVLink 300 GB/s; DGX-1: 4 x 100 Gb/s for 8 GPUs
     _planned(
         "V100", 125.0, "v100", "Tesla V100-SXM2-32GB", 32 * _GIB, 900 * _GB, 150 * _GB, 6.25 * _GB
@@ -195,7 +204,8 @@ _ACCELERATORS = {d.option: d.accelerator for d in _DEVICES if d.option and d.acc
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense matrix FLOP/s of one device, or None where it is not known (fp32, CPUs, new devices).
+    """Dense matrix FLOP/s of one device, or None where it is not known (fp32, CPUs, new devices,
+    and parts and variants of known ones).
 
     Args:
         device_name: as ``torch.cuda.get_device_name`` gives it.
@@ -221,7 +231,13 @@ def _words(device_name: str) -> list[str]:
 
 def _find(device_name: str) -> _Device | None:
     words = _words(device_name)
-    return next((d for d in _DEVICES if all(word in words for word in d.words.split())), None)
+    return next((d for d in _DEVICES if _is_named(d, words)), None)
+
+
+def _is_named(device: _Device, words: list[str]) -> bool:
+    own = device.words.split()
+    others = [word for word in words if word not in own]
+    return set(own) <= set(words) and all(map(_SAYS_NOTHING.fullmatch, others))
 
 
 def accelerator_names() -> list[str]:

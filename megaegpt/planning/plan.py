@@ -96,6 +96,7 @@ class StepTime:
     """Seconds of a step, its parts one after the other."""
 
     compute: float
+    """As if everything were trained."""
     tensor_parallel: float
     context_parallel: float
     gradients: float

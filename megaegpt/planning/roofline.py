@@ -26,7 +26,9 @@ from megaegpt.errors import ConfigError
 from megaegpt.planning.memory_trace import trace_micro_step
 from megaegpt.planning.muon_share import Matrix
 from megaegpt.planning.plan import Plan
+from megaegpt.planning.short_runs import short_runs
 from megaegpt.precision import DTYPES
+from megaegpt.text_tables import percentage
 
 REACHED_FLOPS = 0.65
 """Share of the peak that matrix products reach, at widths of 768 to 1,600."""
@@ -84,10 +86,14 @@ class Cost:
     seconds: float = 0.0
     """At the reachable rates of a GPU."""
 
+    def plus(self, other: Cost, times: int) -> Cost:
+        """With other operators, so many times."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Cost(*(a + times * b for a, b in pairs))
+
     def minus(self, other: Cost) -> Cost:
         """What is left without other operators."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Cost(*(a - b for a, b in pairs))
+        return self.plus(other, -1)
 
 
 @dataclass(frozen=True)
@@ -298,8 +304,12 @@ class Roofline:
         saved = self.seconds("compiled") - self.seconds("fused")
         return saved / self.fused.own_products.seconds
 
-    def mfu(self, blocks: Blocks = "fused", *, fused_head: bool = True) -> float:
-        """The most that a micro-step can reach; arguments as for :meth:`seconds`."""
+    def mfu(self, blocks: Blocks = "fused", *, fused_head: bool = True) -> float | None:
+        """The most that a micro-step can reach; None where parts are frozen, as operations are
+        counted as if everything were trained. Arguments as for :meth:`seconds`.
+        """
+        if self.plan.size.frozen:
+            return None
         tp = self.plan.config.parallel.tensor_parallel_size
         work = self.tokens * self.plan.size.flops_per_token / tp
         return work / peak_of(self.plan) / self.seconds(blocks, fused_head=fused_head)
@@ -344,15 +354,13 @@ def make_roofline(plan: Plan, encoder: ModelConfig | None = None) -> Roofline:
     bandwidth = plan.machines.accelerator.memory_bandwidth
     rates = Rates.of(peak_of(plan), bandwidth or math.inf)
     costs = _trace(plan, plan.config, encoder, rates, fused_blocks=False)
-    one, two = (_with_blocks(plan.config, count) for count in (1, 2))
-    unfused = _trace(plan, one, encoder, rates, fused_head=False, fused_blocks=False)
-    of_one, of_two = (
-        costs["rest"]
-        if plan.config == config
-        else _trace(plan, config, encoder, rates, fused_blocks=False)["rest"]
-        for config in (one, two)
-    )
-    outside = of_one.minus(of_two.minus(of_one))
+    runs = short_runs(plan.config)
+    unfused = _trace(plan, runs[-1].config, encoder, rates, fused_head=False, fused_blocks=False)
+    outside = Cost()
+    for run in runs:
+        known = costs if run.config == plan.config else None
+        traced = known or _trace(plan, run.config, encoder, rates, fused_blocks=False)
+        outside = outside.plus(traced["rest"], run.outside)
     fused = _trace(plan, plan.config, encoder, rates)
     return Roofline(
         plan,
@@ -368,11 +376,6 @@ def make_roofline(plan: Plan, encoder: ModelConfig | None = None) -> Roofline:
         outside,
         update_seconds(plan, rates),
     )
-
-
-def _with_blocks(config: RunConfig, count: int) -> RunConfig:
-    model = dataclasses.replace(config.model, num_layers=count)
-    return dataclasses.replace(config, model=model)
 
 
 def _trace(
@@ -507,8 +510,7 @@ def compare_rooflines(rooflines: Mapping[str, Roofline]) -> list[tuple[str, ...]
         parts.append(roofline.head.seconds)
         parts.append(roofline.seconds() - sum(parts))
         shares = [f"{1e3 * x:.0f} ms" for x in parts]
-        mfu = [f"{x:.1%}" for x in ceilings]
-        rows.append((name, f"{roofline.tokens:,}", *mfu, *shares))
+        rows.append((name, f"{roofline.tokens:,}", *map(percentage, ceilings), *shares))
     return rows
 
 

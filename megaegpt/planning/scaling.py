@@ -11,26 +11,27 @@ from megaegpt.config.training import BatchRampConfig
 from megaegpt.errors import ConfigError
 from megaegpt.planning.plan import Plan, make_plan
 from megaegpt.planning.simulation import Simulation, reachable_rates, simulate, trace_blocks
+from megaegpt.text_tables import percentage
 
 LEAST_GPUS = 8
 
 
 def weak_scaling(plan: Plan, encoder: ModelConfig | None = None) -> list[Simulation]:
-    """Steps on 8 GPUs (or as many as share a sample), twice as many,
-    and so on to the plan's; the samples of a rank and step stay.
+    """Steps on 8 GPUs (or as many as share a sample), twice as many, and so on, and last on the
+    plan's; the samples of a rank and step stay.
 
     Args:
         encoder: the frozen GPT under egpt and deepgpt; None: it is left out.
 
     Raises:
-        ConfigError: the table does not know the GPU's speed.
+        ConfigError: as for :func:`~megaegpt.planning.simulation.simulate`.
     """
     group = plan.config.parallel.ranks_of_a_sample
     of_a_rank = plan.config.training.global_batch_size // plan.dp_size
     rates = reachable_rates(plan.machines, plan.precision)
     traced = trace_blocks(plan.config, plan.precision, rates, encoder)
-    steps, gpus = [], -(-LEAST_GPUS // group) * group
-    while gpus <= plan.machines.gpus:
+
+    def step_on(gpus: int) -> Simulation:
         training = dataclasses.replace(
             plan.config.training,
             global_batch_size=of_a_rank * (gpus // group),
@@ -38,9 +39,13 @@ def weak_scaling(plan: Plan, encoder: ModelConfig | None = None) -> list[Simulat
         )
         config = dataclasses.replace(plan.config, training=training)
         machines = dataclasses.replace(plan.machines, gpus=gpus)
-        steps.append(simulate(make_plan(config, machines, encoder), traced=traced))
+        return simulate(make_plan(config, machines, encoder), traced=traced)
+
+    counts, gpus = [], -(-LEAST_GPUS // group) * group
+    while gpus < plan.machines.gpus:
+        counts.append(gpus)
         gpus *= 2
-    return steps
+    return [step_on(count) for count in [*counts, plan.machines.gpus]]
 
 
 def describe_scaling(steps: Sequence[Simulation]) -> list[tuple[str, ...]]:
@@ -55,7 +60,7 @@ def describe_scaling(steps: Sequence[Simulation]) -> list[tuple[str, ...]]:
                 f"{step.seconds:.3f}",
                 f"{step.exposed:.3f} s",
                 f"{step.exposed / step.seconds:.1%}",
-                f"{step.mfu:.1%}",
+                percentage(step.mfu),
                 f"{step.tokens_per_gpu:,.0f}",
                 f"{step.plan.memory.total / 2**30:.1f} GiB",
             )

@@ -1,8 +1,8 @@
 """The time of a training step on many GPUs, played through without them.
 
 A rank's computation is that of its operators (:mod:`megaegpt.planning.roofline`), at the shares of
-a data sheet's peaks that :class:`~megaegpt.planning.hardware.Accelerator` says are reached. Blocks
-are alike, so one and two of them are traced, and the rest follows. Communication is what the plan
+a data sheet's peaks that :class:`~megaegpt.planning.hardware.Accelerator` says are reached. Of
+blocks that are alike one and two are traced, and the rest follows. Communication is what the plan
 counts, at a reachable share of the links' speed; of it counts what no computation hides.
 :func:`assumptions` lists all of it, and :mod:`megaegpt.planning.published` holds it against what
 others have measured.
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megaegpt.config import ModelConfig, RunConfig
@@ -32,7 +33,9 @@ from megaegpt.planning.roofline import (
     compiled_share,
     update_seconds,
 )
+from megaegpt.planning.short_runs import ShortRun, short_runs
 from megaegpt.precision import Precision
+from megaegpt.text_tables import percentage
 
 HALF_DEPTH = 320
 """Terms of a product's sums with which it reaches half of its speed."""
@@ -136,8 +139,12 @@ class Simulation:
         return self.plan.tokens / self.seconds / self.plan.machines.gpus
 
     @property
-    def mfu(self) -> float:
-        """The model's operations over the peak, recomputed ones not among them."""
+    def mfu(self) -> float | None:
+        """The model's operations over the peak, recomputed ones not among them; None where parts
+        are frozen, as they are counted as if everything were trained.
+        """
+        if self.plan.size.frozen:
+            return None
         accelerator = self.plan.machines.accelerator
         peak = accelerator.peak_flops(self.plan.precision)
         assert peak is not None  # without it nothing is simulated
@@ -165,13 +172,18 @@ def simulate(
         traced: where blocks have been traced already.
 
     Raises:
-        ConfigError: the table does not know the GPU's peak, or its memory's speed.
+        ConfigError: the table does not know the GPU's peak, or its memory's speed, or a CPU has a
+            part in the step.
     """
     rates = reachable_rates(plan.machines, plan.precision)
+    if plan.time is None:
+        raise ConfigError(
+            f"a step with parallel.offload={plan.config.parallel.offload} cannot be simulated: how "
+            "fast a machine's CPUs update what is offloaded is not known; simulate it with none"
+        )
     program = program or Program.of(plan)
     traced = traced or trace_blocks(plan.config, plan.precision, rates, encoder)
     compute = traced.compute(plan.config.training.compile, program.repeats_products)
-    assert plan.time is not None  # the peak is known
     micro_steps = plan.config.gradient_accumulation(plan.dp_size)
     sent = _communicate(plan, plan.time, compute, program)
     update = update_seconds(plan, rates)
@@ -202,11 +214,10 @@ def reachable_rates(machines: Machines, precision: Precision) -> Rates:
 
 @dataclass(frozen=True)
 class TracedBlocks:
-    """A rank's micro-step with one block and with two, from which one with any number follows."""
+    """A rank's micro-step with few blocks, from which the one with all of them follows."""
 
     model: ModelConfig
-    one: tuple[Mapping[str, Cost], MicroStep]
-    two: tuple[Mapping[str, Cost], MicroStep]
+    steps: Sequence[tuple[ShortRun, Mapping[str, Cost], MicroStep]]
 
     def compute(self, compiled: bool, repeats_products: float = 0.0) -> Compute:
         """Seconds with all blocks.
@@ -215,30 +226,28 @@ class TracedBlocks:
             compiled: whether blocks are.
             repeats_products: see :class:`Program`.
         """
-        costs, more = self.two[0], self.model.num_layers - 1
-        first = {kind: self.one[0][kind].seconds for kind in costs}
-        block = {kind: costs[kind].seconds - first[kind] for kind in costs}
-        whole = {kind: first[kind] + more * block[kind] for kind in costs}
-        own = whole.get("own products", 0.0)
-        products = whole["products"] + own
-        products += (more + 1) * block["products"] * repeats_products * _FORWARD
+        whole: defaultdict[str, float] = defaultdict(float)
+        blocks: defaultdict[str, float] = defaultdict(float)
+        for run, costs, _ in self.steps:
+            for kind, cost in costs.items():
+                whole[kind] += run.whole * cost.seconds
+                blocks[kind] += run.blocks * cost.seconds
+        own = whole["own products"]
+        products = whole["products"] + own + blocks["products"] * repeats_products * _FORWARD
         rest = whole["rest"]
         if compiled and not own:
-            rest -= (more + 1) * block["rest"] * (1 - compiled_share(self.model))
+            rest -= blocks["rest"] * (1 - compiled_share(self.model))
         return Compute(products, whole["attention"], whole["head"], rest)
 
     @property
     def summed(self) -> int:
         """``MicroStep.summed`` with all blocks."""
-        return self._all_blocks(self.one[1].summed, self.two[1].summed)
+        return sum(run.whole * step.summed for run, _, step in self.steps)
 
     @property
     def cut(self) -> int:
         """``MicroStep.cut`` with all blocks."""
-        return self._all_blocks(self.one[1].cut, self.two[1].cut)
-
-    def _all_blocks(self, one: int, two: int) -> int:
-        return one + (self.model.num_layers - 1) * (two - one)
+        return sum(run.whole * step.cut for run, _, step in self.steps)
 
 
 def trace_blocks(
@@ -248,7 +257,7 @@ def trace_blocks(
     encoder: ModelConfig | None = None,
     own_operators: bool = True,
 ) -> TracedBlocks:
-    """Play one block and two through as a CUDA device computes them.
+    """Play few blocks through as a CUDA device computes them.
 
     Args:
         encoder: the frozen GPT under egpt and deepgpt; None: it is left out.
@@ -256,13 +265,10 @@ def trace_blocks(
             operators; otherwise as torch has them.
     """
 
-    def of(count: int) -> tuple[Mapping[str, Cost], MicroStep]:
-        model = dataclasses.replace(config.model, num_layers=count)
-        run = dataclasses.replace(config, model=model)
-        columns = model.padded_vocab_size // config.parallel.tensor_parallel_size
+    def of(run: ShortRun) -> tuple[ShortRun, Mapping[str, Cost], MicroStep]:
         counter = OperatorCosts(columns, rates)
         step = trace_micro_step(
-            run,
+            run.config,
             precision,
             encoder,
             "cuda",
@@ -271,9 +277,10 @@ def trace_blocks(
             fused_head=own_operators,
             fused_blocks=None if own_operators else False,
         )
-        return counter.costs, step
+        return run, counter.costs, step
 
-    return TracedBlocks(config.model, of(1), of(2))
+    columns = config.model.padded_vocab_size // config.parallel.tensor_parallel_size
+    return TracedBlocks(config.model, [of(run) for run in short_runs(config)])
 
 
 def _communicate(plan: Plan, time: StepTime, compute: Compute, program: Program) -> dict[str, Sent]:
@@ -363,7 +370,7 @@ def describe_simulation(simulation: Simulation) -> list[str]:
         f"about {seconds:.3g} s a step ({', '.join(parts)}, exposed communication {exposed:.3g})",
         f"exposed communication {exposed / seconds:.1%} of the step"
         + (f": {', '.join(kinds)} s" if kinds else ""),
-        f"{simulation.mfu:.1%} MFU, {simulation.tokens_per_gpu:,.0f} tokens/s a GPU",
+        f"{percentage(simulation.mfu)} MFU, {simulation.tokens_per_gpu:,.0f} tokens/s a GPU",
     ]
 
 

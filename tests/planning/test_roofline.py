@@ -23,6 +23,7 @@ from megaegpt.planning.roofline import (
     COMPILED_GPT2,
     COMPILED_LLAMA,
     SHORTEST,
+    Cost,
     OperatorCosts,
     Rates,
     Roofline,
@@ -115,9 +116,12 @@ def test_ceilings_of_gpt2_are_above_what_is_aimed_at() -> None:
     least = {"124M": 0.505, "355M": 0.535, "774M": 0.55, "1558M": 0.56}
     for name, config in gpt2_runs().items():
         roofline = _roofline(config)
-        before = roofline.mfu("eager", fused_head=False)
-        assert before < roofline.mfu("eager") < roofline.mfu("compiled") < roofline.mfu("fused")
-        assert roofline.mfu() > least[name.removeprefix("GPT-2 ")]
+        ceilings = [roofline.mfu("eager", fused_head=False), roofline.mfu("eager")]
+        ceilings += [roofline.mfu("compiled"), roofline.mfu("fused")]
+        found = [mfu for mfu in ceilings if mfu is not None]
+        assert len(found) == 4
+        assert found == sorted(set(found))
+        assert found[-1] > least[name.removeprefix("GPT-2 ")]
 
 
 def test_a_block_moves_57_numbers_a_token_and_column_and_17_by_its_own_operators() -> None:
@@ -143,6 +147,39 @@ def test_blocks_without_own_operators_are_as_fast_as_compiled_ones(model: dict[s
     assert roofline.fused is None
     assert roofline.slowness is None
     assert roofline.seconds() == roofline.seconds("compiled")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("window_every", [2, 3])
+def test_what_lies_outside_of_blocks_does_not_go_by_how_many_are_windowed(
+    window_every: int,
+) -> None:
+    model = {"num_layers": 3, "window": 8}
+    mixed, all_windowed = (
+        _roofline(_gpt(**model, window_every=window_every)),
+        _roofline(_gpt(**model)),
+    )
+    assert mixed.outside.bytes == all_windowed.outside.bytes
+    assert mixed.outside.kernels == all_windowed.outside.kernels
+
+
+def test_what_lies_outside_of_blocks_does_not_go_by_which_are_frozen() -> None:
+    config = _gpt()
+    training = dataclasses.replace(config.training, freeze=("layers:1",))
+    plain, frozen = _roofline(config), _roofline(dataclasses.replace(config, training=training))
+    assert frozen.outside.bytes == plain.outside.bytes
+    assert frozen.rest.bytes < plain.rest.bytes
+
+
+def test_a_run_with_frozen_parts_has_no_mfu() -> None:
+    """Operations are counted as if everything were trained."""
+    plan = make_plan(_gpt(), Machines(find_accelerator("h100", 1), 1, 1))
+    roofline = Roofline(
+        dataclasses.replace(plan, size=dataclasses.replace(plan.size, frozen=1)),
+        *(1, Cost(), Cost(), Cost(), Cost(), Cost(seconds=1.0), None, Cost(), 0.0),
+    )
+    assert roofline.mfu() is None
+    assert dataclasses.replace(roofline, plan=plan).mfu() is not None
 
 
 @pytest.mark.parametrize("shape", [(256, 1024), (1024, 256), (64, 64)])

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megaegpt.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megaegpt.config import (
+    DataConfig,
+    EGPTConfig,
+    EncoderConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megaegpt.config.loading import load_config
 from megaegpt.errors import ConfigError
 from megaegpt.planning.hardware import find_accelerator
 from megaegpt.planning.memory_trace import trace_micro_step
@@ -28,12 +38,14 @@ from megaegpt.planning.simulation import (
     TracedBlocks,
     assumptions,
     can_simulate,
+    describe_simulation,
     reachable_rates,
     ring_hops,
     simulate,
     sum_hops,
     trace_blocks,
 )
+from megaegpt.shipped import SHIPPED
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 1000,
@@ -42,6 +54,9 @@ _SIZES: dict[str, Any] = {
     "num_layers": 3,
     "num_heads": 4,
 }
+
+
+_RATES = reachable_rates(Machines(find_accelerator("h100", 8), 8, 8), "bf16")
 
 
 def _config(tp: int = 1, stage: int = 2, overlap: bool = False, **model: Any) -> RunConfig:
@@ -70,17 +85,103 @@ def _traced(tp: int = 1) -> TracedBlocks:
     return trace_blocks(_config(tp), "bf16", reachable_rates(_plan(tp).machines, "bf16"))
 
 
-def test_blocks_are_alike_so_that_two_of_them_say_what_all_take() -> None:
-    tp = 2
-    config = _config(tp)
-    rates = reachable_rates(_plan(tp).machines, "bf16")
-    traced = _traced(tp)
+def _expect_all_blocks(traced: TracedBlocks, config: RunConfig) -> None:
+    """What follows from few blocks is what is counted with all of them."""
+    tp = config.parallel.tensor_parallel_size
     compute = traced.compute(compiled=False)
-    counter = OperatorCosts(config.model.padded_vocab_size // tp, rates)
+    counter = OperatorCosts(config.model.padded_vocab_size // tp, _RATES)
     step = trace_micro_step(config, "bf16", None, "cuda", False, observed_by=counter)
-    for kind in ("products", "attention", "head", "rest"):
-        assert getattr(compute, kind) == pytest.approx(counter.costs[kind].seconds)
+    seconds = {kind: cost.seconds for kind, cost in counter.costs.items()}
+    products = seconds["products"] + seconds.get("own products", 0.0)
+    assert compute.products == pytest.approx(products)
+    for kind in ("attention", "head", "rest"):
+        assert getattr(compute, kind) == pytest.approx(seconds.get(kind, 0.0))
     assert (traced.summed, traced.cut) == (step.summed, step.cut)
+
+
+def test_blocks_are_alike_so_that_two_of_them_say_what_all_take() -> None:
+    _expect_all_blocks(_traced(2), _config(2))
+
+
+def _frozen(config: RunConfig, *parts: str) -> RunConfig:
+    training = dataclasses.replace(config.training, freeze=parts)
+    return dataclasses.replace(config, training=training)
+
+
+@pytest.mark.parametrize(
+    ("model", "freeze"),
+    [
+        ({"window": 16, "window_every": 2}, []),
+        pytest.param(
+            {"window": 16, "window_every": 4, "num_layers": 6}, [], marks=pytest.mark.long
+        ),
+        ({}, ["layers:1-2"]),
+        pytest.param({"num_layers": 4}, ["layers:0-2", "embeddings"], marks=pytest.mark.long),
+        pytest.param({}, ["layers:0-2"], marks=pytest.mark.long),
+        pytest.param(
+            {"window": 16, "window_every": 2, "num_layers": 4},
+            ["layers:1-2"],
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_blocks_that_are_not_alike_are_all_counted(
+    model: dict[str, Any], freeze: list[str]
+) -> None:
+    config = _frozen(_config(**model), *freeze)
+    _expect_all_blocks(trace_blocks(config, "bf16", _RATES), config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("model", "freeze", "twice"),
+    [
+        ({"window": 16, "window_every": 2}, [], []),
+        ({}, ["layers:0-2", "embeddings"], ["layers:0-5", "embeddings"]),
+        ({}, ["layers:1-2"], ["layers:2-5"]),
+        ({}, ["layers:0-3"], ["layers:0-7"]),
+    ],
+)
+def test_what_blocks_take_by_themselves_is_what_twice_as_many_take_more(
+    model: dict[str, Any], freeze: list[str], twice: list[str]
+) -> None:
+    """Of their products by as much more are computed as are repeated."""
+
+    def products(layers: int, frozen: list[str], repeated: float = 0.0) -> float:
+        config = _frozen(_config(**model, num_layers=layers), *frozen)
+        traced = trace_blocks(config, "bf16", _RATES, own_operators=False)
+        return traced.compute(False, repeats_products=repeated).products
+
+    once = products(4, freeze)
+    of_blocks = products(4, freeze, repeated=3.0) - once  # a third of them is forward
+    assert of_blocks == pytest.approx(products(8, twice) - once)
+
+
+@pytest.mark.parametrize("predictions", ["stored", pytest.param("online", marks=pytest.mark.long)])
+def test_an_egpt_of_which_the_memory_alone_learns_is_simulated(predictions: Any) -> None:
+    """The form of configs/egpt_smollm2.yaml: every block is frozen, and may be computed once."""
+    egpt = EGPTConfig(num_chunks=4, chunk_size=16, token_memory=True, memory_gate=True)
+    config = _config(kind="egpt", max_seq_len=16, egpt=egpt, encoder=EncoderConfig(source="none"))
+    parts = ("layers:0-2", "norm", "head", "input_mlp", "embeddings")
+    data = DataConfig(token_features="stored", predictions=predictions)
+    config = dataclasses.replace(_frozen(config, *parts), data=data)
+    machines = Machines(find_accelerator("h100", 1), 1, 1)
+    simulated = simulate(make_plan(config, machines))
+    assert simulated.seconds > 0
+    assert simulated.mfu is None  # by operations of what is not trained
+    assert "n/a MFU" in describe_simulation(simulated)[-1]
+    assert (simulated.compute.attention == 0) == (predictions == "stored")
+    _expect_all_blocks(trace_blocks(config, "bf16", _RATES), config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", sorted((SHIPPED / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_run_is_planned_and_simulated(path: Path) -> None:
+    """In bf16: of fp32 the table does not have the speed."""
+    config = load_config(path, ["training.precision=bf16"])
+    gpus = config.parallel.ranks_of_a_sample
+    plan = make_plan(config, Machines(find_accelerator("h100", gpus), gpus, gpus))
+    assert simulate(plan).seconds > 0
 
 
 def test_a_step_is_its_computation_its_update_and_what_is_exposed() -> None:

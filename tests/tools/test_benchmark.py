@@ -19,9 +19,9 @@ import torch
 from megaegpt.errors import ConfigError, LaunchError, MegaEGPTError
 from tests.generation.test_trained import save_gpt
 from tools import benchmark
-from tools.benchmarks import attention, device_checks, gpu, growth, llamacpp, overview
+from tools.benchmarks import attention, device_checks, gpu, growth, llamacpp, overview, train
 from tools.benchmarks.common import parse_peers
-from tools.benchmarks.processes import Candidate, Workload, compare
+from tools.benchmarks.processes import Candidate, Result, Workload, compare
 
 
 @pytest.fixture
@@ -50,6 +50,17 @@ def test_train_with_a_profile(run, tmp_path, capsys):
     assert record["machine"]["torch"] == torch.__version__
     assert "Self CPU time total" in capsys.readouterr().out
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_training_adapters_has_no_mfu_but_all_weights_have(run, monkeypatch, capsys):
+    def measured(candidates: list[Candidate], *_: Any, **__: Any) -> list[Result]:
+        info = {"mfu_peak": 100.0, "flops_per_token": 2}
+        return [Result(c.name, 20, [1.0], [1.0], 1, dict(info)) for c in candidates]
+
+    monkeypatch.setattr(train, "compare", measured)
+    first, last = run("train", "--lora", "4")["results"]
+    assert ("mfu" in first, last["mfu"]) == (False, 0.4)
+    assert "megaegpt: MFU" not in capsys.readouterr().out
 
 
 def test_egpt(run, capsys):

@@ -65,6 +65,14 @@ def test_an_efficiency_takes_the_place_of_the_simulation(monkeypatch, capsys) ->
     assert "MFU" not in shown
 
 
+def test_a_share_of_the_peak_gives_no_time_where_parts_are_frozen(monkeypatch, capsys) -> None:
+    freeze = ["--efficiency", "0.4", "training.freeze=[embeddings]"]
+    assert run(monkeypatch, "--gpu", "h100", "--gpus", "1", *freeze) == 0
+    shown = capsys.readouterr().out
+    assert "n/a: parts are frozen, and operations are counted as if everything were" in shown
+    assert "tokens/s" not in shown
+
+
 def test_more_gpus_than_samples_get_a_sample_each_and_it_is_said(monkeypatch, capsys) -> None:
     batch = ["training.micro_batch_size=4"]
     assert run(monkeypatch, "--gpu", "h100", "--gpus", "128", *batch) == 0
