@@ -198,7 +198,7 @@ _DEVICES = (  # the first that a device's name is of counts
         _TEN_GIGABIT,
     ),
     _Device("MI300X", 1307.4),
-    _Device("MI250X", 383.0),
+    _Device("MI250X", 191.5),  # one of the package's two dies, each a device of torch's
 )
 _ACCELERATORS = {d.option: d.accelerator for d in _DEVICES if d.option and d.accelerator}
 
