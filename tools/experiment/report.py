@@ -334,7 +334,7 @@ def _by_length(corpus: dict[str, Any]) -> str:
     cells, columns = [], list[str]()
     for name, result in corpus["steps"].items():
         zero, held = result["losses"].get("zero"), result.get(HELD, {})
-        if not held or zero is None:
+        if len(held) < 2 or zero is None:
             continue
         columns = list(dict.fromkeys([*columns, *held]))
         last = {n: zero["by_window"][-1] - loss["by_window"][-1] for n, loss in held.items()}
