@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaegpt.evaluation.history import HISTORIES
-from tools.experiment.report import CARRIED, binned, readings_of
+from tools.experiment.report import CARRIED, readings_of
 
 _LINES = {"true": "-", "shuffled": "--", "zero": ":"}
 
@@ -38,7 +38,7 @@ def _plot(name: str, corpus: dict[str, Any], folder: Path) -> str:
             style: dict[str, Any] = {"color": f"C{number}", "linestyle": _LINES[kind]}
             label = variant if kind == "true" else None
             chunks.plot(losses["by_chunk"], label=label, **style)
-            bins = binned(losses["by_position"])
+            bins = losses["by_position"]
             positions.plot(list(bins), list(bins.values()), **style)
     positions.tick_params(axis="x", rotation=60)
     chunks.legend(fontsize=7, title="dashed: shuffled, dotted: zero features", title_fontsize=7)
@@ -56,6 +56,7 @@ def _frontier(name: str, corpus: dict[str, Any], folder: Path) -> str:
     by_flops, by_bytes = figure.subplots(1, 2, sharey=True)
     alone, trained = readings_of(corpus), corpus["steps"]
     top = _top(alone, trained)
+    named: dict[Any, list[tuple[str, float, float]]] = {by_flops: [], by_bytes: []}
     for axes, cost in ((by_flops, "forward_flops"), (by_bytes, "cache_bytes")):
         for results, marker in ((alone, "s"), (trained, "o")):
             shown = {n: r for n, r in results.items() if r.get("cost")}
@@ -63,9 +64,8 @@ def _frontier(name: str, corpus: dict[str, Any], folder: Path) -> str:
             losses = {n: r["losses"]["true"]["mean"] for n, r in shown.items()}
             y = [min(loss, top) for loss in losses.values()]
             axes.plot(x, y, marker, label="trained" if results is trained else "encoder alone")
-            for (label, loss), *at in zip(losses.items(), x, y, strict=True):
-                text = label if loss <= top else f"{label}: {loss:.2f}"
-                axes.annotate(text, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            texts = [n if loss <= top else f"{n}: {loss:.2f}" for n, loss in losses.items()]
+            named[axes] += zip(texts, x, y, strict=True)
             carried = [r["losses"].get(CARRIED) for r in shown.values()]
             points = [(a, c["mean"]) for a, c in zip(x, carried, strict=True) if c]
             axes.plot(*zip(*points, strict=True) if points else ([], []), "k^", fillstyle="none")
@@ -74,9 +74,28 @@ def _frontier(name: str, corpus: dict[str, Any], folder: Path) -> str:
     by_bytes.set(xlabel="bytes kept, by token of a window", xscale="log")
     by_flops.legend(fontsize=8, title="triangles: memory of the whole text", title_fontsize=7)
     figure.suptitle(f"{name}: loss against cost")
+    figure.draw_without_rendering()  # so that places in the picture are known
+    for axes, labelled in named.items():
+        _write_names(axes, labelled)
     path = f"{name}_frontier.png"
     figure.savefig(folder / path, dpi=110)
     return path
+
+
+def _write_names(axes: Any, points: list[tuple[str, float, float]]) -> None:
+    """Right of their points, and below the names of those that are close above."""
+    size, width = 7, 90  # in the picture's own unit, a 72nd of an inch
+    scale = 72 / axes.figure.dpi
+    places = {name: axes.transData.transform((x, y)) * scale for name, x, y in points}
+    taken: list[tuple[float, float]] = []
+    for name, x, y in sorted(points, key=lambda point: -point[2]):
+        right, height = places[name][0] + 8, places[name][1] - 0.3 * size
+        for other_right, other in taken:
+            if abs(right - other_right) < width and height > other - size - 1:
+                height = other - size - 1
+        taken.append((right, height))
+        offset = (8, height - places[name][1])
+        axes.annotate(name, (x, y), xytext=offset, textcoords="offset points", fontsize=size)
 
 
 def _top(alone: dict[str, Any], trained: dict[str, Any]) -> float:

@@ -106,6 +106,7 @@ def _losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "by_seed": totals,
         "nats_per_byte": mean(run["nats_per_byte"] for run in runs),
         **columns,
+        "by_position": binned(columns["by_position"]),
     }
 
 
@@ -347,12 +348,12 @@ def _by_length(corpus: dict[str, Any]) -> str:
 
 
 def _by_position(corpus: dict[str, Any]) -> str:
-    rows = {name: binned(values) for name, values in _lines(corpus, "by_position").items()}
+    rows = _lines(corpus, "by_position")
     header = ["", *next(iter(rows.values()))]
     return _table(header, [[n, *(f"{v:.3f}" for v in bins.values())] for n, bins in rows.items()])
 
 
-def _lines(corpus: dict[str, Any], what: str) -> dict[str, list[float]]:
+def _lines(corpus: dict[str, Any], what: str) -> dict[str, Any]:
     """A series of numbers for every line of the table of equal steps."""
     found = {n: reading["losses"]["true"][what] for n, reading in readings_of(corpus).items()}
     for name, result in corpus["steps"].items():
