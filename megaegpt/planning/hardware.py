@@ -107,7 +107,7 @@ _OF_A100 = {
 }
 
 _SAYS_NOTHING = re.compile(
-    r"NVIDIA|AMD|Tesla|GeForce|Instinct|PCIE|PCIe|SXM[2-5]|HBM3e?|\d+GB?", re.ASCII
+    r"NVIDIA|AMD|Tesla|GeForce|Instinct|PCIE|PCIe|SXM[2-5]|HBM[23]e?|\d+GB?", re.ASCII
 )
 """A word in a device's name that stands for no other peak: of a maker, a form or a memory. Others
 do, such as Laptop, Ti, D, MIG and NVL."""

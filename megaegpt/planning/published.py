@@ -182,7 +182,7 @@ def _megatron_flops(layers: int, width: int) -> float:
 def _torchtitan_h100() -> list[PublishedRun]:
     h100 = dataclasses.replace(
         find_accelerator("h100", _PER_NODE),
-        name="NVIDIA H100 96GB HBM2e, 500 W",
+        name="NVIDIA H100 96GB HBM2e",
         memory=96 * 2**30,
         memory_bandwidth=2.4e12,
         reached_products=0.5,
