@@ -92,7 +92,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 "--egpt and --memory measure one text in float32, of 2 tokens or more"
             )
         limit_threads()
-        torch.set_num_threads(arguments.threads or torch.get_num_threads())
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
     if arguments.memory:
         vocab_size = model_config(shape).vocab_size
         rows = memory_by_tokens(shape["hidden"], vocab_size, arguments.repetitions)

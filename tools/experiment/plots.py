@@ -86,15 +86,15 @@ def _write_names(axes: Any, points: list[tuple[str, float, float]]) -> None:
     """Right of their points, and below the names of those that are close above."""
     size, width = 7, 90  # in the picture's own unit, a 72nd of an inch
     scale = 72 / axes.figure.dpi
-    places = {name: axes.transData.transform((x, y)) * scale for name, x, y in points}
     taken: list[tuple[float, float]] = []
     for name, x, y in sorted(points, key=lambda point: -point[2]):
-        right, height = places[name][0] + 8, places[name][1] - 0.3 * size
+        across, up = axes.transData.transform((x, y)) * scale
+        right, height = across + 8, up - 0.3 * size
         for other_right, other in taken:
             if abs(right - other_right) < width and height > other - size - 1:
                 height = other - size - 1
         taken.append((right, height))
-        offset = (8, height - places[name][1])
+        offset = (8, height - up)
         axes.annotate(name, (x, y), xytext=offset, textcoords="offset points", fontsize=size)
 
 

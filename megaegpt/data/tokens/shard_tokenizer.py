@@ -51,19 +51,15 @@ def remove_replaced(tokenizer: Tokenizer, output: Path) -> None:
 
 
 def save_beside_shards(tokenizer: Tokenizer, output: Path) -> None:
-    """Write the tokenizer's files where they are not yet, or remove those of the shards that these
-    replace; GPT-2's needs none.
+    """Write the tokenizer's files where they are not yet (no other ones are: see
+    :func:`check_tokenizer_place` and :func:`remove_replaced`); GPT-2's needs none.
 
     Raises:
         DataError: they cannot be written.
     """
     folder = output / SHARD_TOKENIZER
     with naming_failures(folder):
-        if has_tokenizer(folder):
-            if load_tokenizer(folder).fingerprint == tokenizer.fingerprint:
-                return
-            shutil.rmtree(folder)
-        if not tokenizer.is_installed:
+        if not (tokenizer.is_installed or has_tokenizer(folder)):
             folder.mkdir(exist_ok=True)
             save_tokenizer(tokenizer, folder)
 
