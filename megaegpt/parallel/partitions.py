@@ -43,12 +43,17 @@ def fill(parameter: Any, values: Tensor) -> None:
 def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Have whole parameters on every rank, which are only read. Collective, where some of them are
     partitioned.
+
+    What is whole already stays so: DeepSpeed keeps small parameters whole, and has learned by then
+    in which order passes gather the others.
     """
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    with GatheredParameters(partitioned):
+    cut = [p for p in partitioned if p.ds_status is not ZeroParamStatus.AVAILABLE]  # type: ignore[attr-defined]
+    with GatheredParameters(cut) if cut else contextlib.nullcontext():
         yield

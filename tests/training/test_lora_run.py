@@ -110,6 +110,25 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
+def test_a_run_at_zero_stage_3_goes_on_behind_the_first_save_of_its_second_life(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    """Adapters are used outside of their own modules' passes, and are small: they stay whole."""
+    runs = [
+        adapter_run(
+            corpus,
+            tmp_path / str(stage),
+            training={"steps": 9, "eval_interval": 100},
+            parallel={"zero_stage": stage},
+        )
+        for stage in (2, 3)
+    ]
+    distributed(1, train, runs[0])
+    distributed(1, train, runs[1], 1)
+    expected = losses(tmp_path / "2")
+    assert losses(tmp_path / "3") == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_checkpoint_holds_adapters_alone_and_goes_on_at_another_topology(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:

@@ -62,6 +62,7 @@ IMPORTED = [
     "deepspeed.runtime.zero.GatheredParameters",
     "deepspeed.runtime.zero.Init",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.zero.partition_parameters.ZeroParamStatus",
     "deepspeed.utils.tensor_fragment.fragment_address",
 ]
 PRIVATE_IN_TORCH = {
