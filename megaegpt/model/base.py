@@ -75,6 +75,10 @@ class LanguageModel(nn.Module, abc.ABC):
         """
         return count_parameters(self)
 
+    def drops(self) -> bool:
+        """Whether blocks or adapters draw numbers in training."""
+        return any(getattr(part, "dropout", 0.0) for part in self.modules())
+
     def metrics(self) -> dict[str, float]:
         """Measure quantities of the model itself, which an evaluation reports by name. Collective
         over all ranks of a tensor-parallel group.

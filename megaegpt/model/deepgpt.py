@@ -62,7 +62,7 @@ class DeepGPT(LanguageModel):
         """States (B, N, S, C), targets (B, N, S) -> nats; under chunk parallelism those of this
         rank's chunks.
         """
-        drops = self.training and self.config.dropout > 0
+        drops = self.training and self.drops()
         with context_rng(self.grid) if drops else contextlib.nullcontext():
             hidden = self.hidden_states(token_states)
         return self.head.loss(hidden, targets, reduction)

@@ -116,13 +116,9 @@ class GPT(LanguageModel):
             hidden = self.hidden_states(tokens, segments=segments)
             return self.head.loss(hidden, targets, reduction)
         cut = ContextShards(self.grid, tokens.shape[1])
-        with context_rng(self.grid) if self._drops() else contextlib.nullcontext():
+        with context_rng(self.grid) if self.drops() else contextlib.nullcontext():
             hidden = self.hidden_states(tokens, segments=segments, cut=cut)
         return self.head.loss(hidden, cut.own(targets, IGNORE), reduction)
-
-    def _drops(self) -> bool:
-        """Whether blocks or adapters draw numbers in training."""
-        return any(getattr(part, "dropout", 0.0) for part in self.modules())
 
     def predictions(self, tokens: Tensor, segments: Tensor | None = None) -> Predictions:  # type: ignore[override]
         return Predictions(self.head, self.hidden_states(tokens, segments=segments))

@@ -20,6 +20,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import spec_of, unshard
 from megaegpt.planning.allocations import TensorMeter
 from tests.distributed.harness import Distributed, grid_for
+from tests.model.test_adapters import with_adapters
 from tests.tiny.models import BASE, tokens_of, variant
 
 CHUNKS, CHUNK, ROWS, STEPS = 8, 4, 4, 10
@@ -186,21 +187,29 @@ def test_a_compiled_block_is_one_graph(distributed: Distributed, name: str) -> N
     assert distributed(2, compiled_difference, name) == [0.0, 0.0]
 
 
-def dropped(kind: str) -> tuple[float, float]:
+def dropped(kind: str, in_adapters: bool) -> tuple[float, float]:
     """The loss of chunks that are alike on all ranks, and the next number of the common stream."""
-    config = replace(egpt(kind=kind, history=False), positions="none", dropout=0.5)
+    config = replace(egpt(kind=kind, history=False), positions="none")
     grid = grid_for(1, 2)
-    model = build_model(config, grid, seed=3)
-    states = torch.ones(1, 2, CHUNK, config.hidden_size)
+    if in_adapters:
+        model = with_adapters(config, grid, torch.float32, dropout=0.5).train()
+    else:
+        model = build_model(replace(config, dropout=0.5), grid, seed=3)
+    states = torch.linspace(-1, 1, config.hidden_size).expand(1, 2, CHUNK, -1)
     shares = {"shares": ChunkShares(grid), "features": states[:, :0, -1]} if kind == "egpt" else {}
     torch.manual_seed(1)
     loss = model(states, targets=torch.ones(1, 2, CHUNK, dtype=torch.long), **shares)  # type: ignore[arg-type]
     return loss.item(), torch.rand(()).item()
 
 
+@pytest.mark.parametrize("in_adapters", [False, True])
 @pytest.mark.parametrize("kind", ["egpt", "deepgpt"])
-def test_ranks_drop_other_numbers_of_their_chunks(distributed: Distributed, kind: str) -> None:
-    (loss, next_number), (loss_there, next_number_there) = distributed(2, dropped, kind)
+def test_ranks_drop_other_numbers_of_their_chunks(
+    distributed: Distributed, kind: str, in_adapters: bool
+) -> None:
+    (loss, next_number), (loss_there, next_number_there) = distributed(
+        2, dropped, kind, in_adapters
+    )
     assert loss != loss_there
     assert next_number == next_number_there
 

@@ -223,7 +223,7 @@ class EGPT(LanguageModel):
         hidden: Tensor | None = None,
     ) -> Predictions:
         if hidden is None:
-            shared = shares is not None and self.training and self.config.dropout > 0
+            shared = shares is not None and self.training and self.drops()
             with context_rng(self.grid) if shared else contextlib.nullcontext():
                 hidden = self.hidden_states(token_states, features, shares)
         if self.token_memory is None:
