@@ -22,6 +22,8 @@ from megaegpt.config.run import RunConfig
 from megaegpt.generation.generator import sample_text
 from megaegpt.parallel.params import full_state
 from megaegpt.training.checkpoint.exported_weights import exported_weights
+from megaegpt.training.checkpoint.folders import find_checkpoint
+from megaegpt.training.checkpoint.reshaping import reshape
 from megaegpt.training.pretraining import pretrain
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny import runs
@@ -189,3 +191,21 @@ def test_runs_of_every_kind_of_model_are_the_same_as_on_one_rank(
         ]
     for differences in distributed(ranks, _differences, configs, timeout=600):
         assert max(differences) <= 1e-9, differences
+
+
+def _cut_again(config: RunConfig, folder: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        pretrain(config, grid_for(1), stops=runs.StopAfter(3))
+        reshape(find_checkpoint(folder / "checkpoints"), folder / "again", grid_for(1))
+        checkpoint = dataclasses.replace(config.checkpoint, directory=str(folder / "again"))
+        pretrain(dataclasses.replace(config, checkpoint=checkpoint), grid_for(1), resume=True)
+
+
+@pytest.mark.long
+def test_a_reshaped_checkpoint_has_the_runs_own_groups_of_optimizer_states(
+    distributed: Distributed, corpus: Path, tmp_path: Path
+) -> None:
+    config = runs.run_config("gpt", corpus, tmp_path, parallel={"zero_stage": 3})
+    groups = {"zero_optimization": {"sub_group_size": 1000}}
+    distributed(2, _cut_again, dataclasses.replace(config, deepspeed=groups), tmp_path)
+    assert list(runs.losses(tmp_path)) == [1, 2, 3, 4, 5, 6]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megaegpt.config import (
     LoRAConfig,
@@ -88,6 +88,13 @@ def _make(folder: Path) -> None:
         raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from None
 
 
+def _layout_of_stage_3(manifest: Manifest) -> dict[str, Any]:
+    """The key of the section ``deepspeed`` by which a run's optimizer states lie in groups."""
+    raw = (manifest.trainer.get("config") or {}).get("deepspeed") or {}
+    size = (raw.get("zero_optimization") or {}).get("sub_group_size")
+    return {} if size is None else {"zero_optimization": {"sub_group_size": size}}
+
+
 def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -> RunConfig:
     """The part of the run's configuration that its state depends on."""
     manifest = Manifest.read(checkpoint)
@@ -95,13 +102,14 @@ def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -
     lora = lora_of(extra)
     saved = manifest.topology
     saved_optimizer = (manifest.trainer.get("config") or {}).get("optimizer", {})
+    stage = saved["zero_stage"] if zero_stage is None else zero_stage
     layout = {key: saved_optimizer[key] for key in ("kind", "groups") if key in saved_optimizer}
     config = RunConfig(
         model=model,
         parallel=ParallelConfig(
             tensor_parallel_size=grid.tp_size,
             context_parallel_size=grid.cp_size,
-            zero_stage=saved["zero_stage"] if zero_stage is None else zero_stage,
+            zero_stage=stage,
         ),
         training=TrainingConfig(
             global_batch_size=manifest.trainer.get("global_batch_size", grid.dp_size),
@@ -112,6 +120,7 @@ def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -
             initialize_from=None if lora is None else read_adapter(checkpoint / "weights").base[0],
         ),
         optimizer=parse_section(OptimizerConfig, layout, "optimizer.", []),
+        deepspeed=_layout_of_stage_3(manifest) if stage == 3 else {},
     )
     validate(config, grid.world_size)
     return config
