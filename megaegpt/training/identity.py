@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from megaegpt.config.arithmetic import (
 from megaegpt.config.loading import config_to_dict
 from megaegpt.config.metadata import leaves
 from megaegpt.config.parsing import parse_section
+from megaegpt.config.validation_sets import task_files
 from megaegpt.config.yaml_text import read_yaml
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.model.encoder import FrozenEncoder
@@ -203,7 +205,11 @@ def _differences_of_models(
 
 
 def run_identity(
-    config: RunConfig, encoder: FrozenEncoder | None, corpus: str, base: str | None = None
+    config: RunConfig,
+    encoder: FrozenEncoder | None,
+    corpus: str,
+    base: str | None = None,
+    judged: str | None = None,
 ) -> dict[str, Any]:
     """Return what a checkpoint records of its run, for :func:`check_resume`.
 
@@ -211,6 +217,7 @@ def run_identity(
         encoder: the frozen one of an EGPT or DeepGPT.
         corpus: fingerprint of what the run learns from.
         base: digest of the weights beside which adapters are trained.
+        judged: fingerprint of what its best checkpoint is chosen on.
     """
     training = config.training
     return {
@@ -218,11 +225,31 @@ def run_identity(
         "base": base,
         "encoder_arithmetic": encoder and model_arithmetic(encoder.config),
         "shards": corpus,
+        "judged": judged,
         "global_batch_size": training.global_batch_size,
         "batch_ramp": training.batch_ramp.start and config_to_dict(training.batch_ramp),
         "seed": training.seed,
         "config": config_to_dict(config),
     }
+
+
+def judged_by(config: RunConfig, fingerprints: Mapping[str, str]) -> str:
+    """Fingerprint of what a run's best checkpoint is chosen on: a change of it makes the best so
+    far a number of another kind.
+
+    Args:
+        fingerprints: of the run's data, by name.
+    """
+    name = config.checkpoint.best_of
+    task = task_files(config.data.tasks).get(name)
+    if task is None:
+        of_set = "validation" if name == "validation" else f"validation_{name}"
+        found = fingerprints.get(f"the {of_set} split") or fingerprints.get("the validation rows")
+        return f"{name} {found} in samples of {config.model.sample_len}"
+    try:
+        return f"{name} {hashlib.sha256(task.read_bytes()).hexdigest()}"
+    except OSError:  # who reads it says so
+        return name
 
 
 def check_resume(

@@ -50,7 +50,7 @@ from megaegpt.training.consistency import (
 from megaegpt.training.engine.deterministic import make_deterministic
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
 from megaegpt.training.frozen_predictions import FrozenDecoder
-from megaegpt.training.identity import check_resume, recorded_micro_batch, run_identity
+from megaegpt.training.identity import check_resume, judged_by, recorded_micro_batch, run_identity
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.earlier import set_aside_records
 from megaegpt.training.logging.memory_snapshot import MemorySnapshot
@@ -114,7 +114,8 @@ def train(
     config = settle_micro_batch(config, grid, precision, data.longest_sample, recorded, notices)
     encoder = load_encoder(config, grid, precision)
     base = base_of_adapters(config, grid)
-    identity = run_identity(config, encoder, data.fingerprint, base and base.sha256)
+    judged = broadcast_object(lambda: judged_by(config, data.fingerprints), grid)
+    identity = run_identity(config, encoder, data.fingerprint, base and base.sha256, judged)
     state: TrainerState = {}
     if latest is not None and saved is not None:
         notices += broadcast_object(lambda: check_resume(config, identity, latest, saved), grid)
@@ -149,13 +150,16 @@ def train(
             checkpoints.load(engine, latest)
     size = measure_model(config, encoder_config, data.tokens_per_sample)
     with raising_together(grid):
-        best = BestLoss.restored(state.get("best", {}))
+        best, done = BestLoss.restored(state.get("best", {})), state.get("step", 0)
+        if state.get("judged") not in (None, judged):
+            best = BestLoss(counted=done)
+            if config.training.patience is not None or config.checkpoint.keep_best:
+                notices.append("the best is sought anew: it was chosen on something else before")
         engine.spike_guard.restore(state.get("gradient_norms", []))
-        judged, done = config.checkpoint.best_of, state.get("step", 0)
         begins = grid.is_main and latest is None  # with --resume too, where there is no checkpoint
         if begins and (kept := set_aside_records(config.logging.directory)):
             notices.append(f"records of an earlier run lay here: they are in {kept} now")
-        monitor = Monitor(config.logging, grid, done, judged, task_files(config.data.tasks))
+        monitor = _monitor(config, grid, data, done)
     _introduce(config, grid, monitor, data, size, precision, state, resume, notices)
     trainer = Trainer(
         config=config,
@@ -374,6 +378,18 @@ def _meter(
         peak_flops=None if peak is None else peak * grid.world_size,
         device=grid.device,
     )
+
+
+def _monitor(config: RunConfig, grid: ProcessGrid, data: RunData, done: int) -> Monitor:
+    """One that knows the steps at which the best was judged; where a run does not measure what it
+    would be judged by, those after which the last of all that it does was.
+    """
+    judged, tasks = config.checkpoint.best_of, task_files(config.data.tasks)
+    measured = ["validation"] * (data.validation is not None)
+    measured += [*data.validation_sets, *tasks]
+    if judged not in measured:
+        judged = next(reversed(measured), judged)
+    return Monitor(config.logging, grid, done, judged, tasks)
 
 
 def _introduce(

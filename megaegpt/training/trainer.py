@@ -327,7 +327,8 @@ class Trainer:
         loss = broadcast_object(lambda: self.monitor.judged_value(self.done), self._grid)
         if loss is None:
             return not self._due(self.config.training.eval_interval) or self.evaluate()
-        self._judge(loss)
+        if self.config.checkpoint.best_of in {*self.evaluators, *self.tasks}:
+            self._judge(loss)
         return True
 
     def _end_early(self) -> None:

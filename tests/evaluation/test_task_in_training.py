@@ -133,6 +133,26 @@ def test_a_model_cut_over_ranks_scores_alike(
         assert list(cut[key].values()) == pytest.approx(list(values.values()), rel=1e-4)
 
 
+def _twice(corpus: Path, tasks: Path, folder: Path) -> None:
+    config = _config("gpt", corpus, tasks, folder)
+    config = replace(
+        config,
+        data=replace(config.data, validation=()),
+        checkpoint=replace(config.checkpoint, keep_best=False, best_of="validation", interval=2),
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        pretrain(config, grid_for(1), stops=StopAfter(2))
+        pretrain(config, grid_for(1), resume=True)
+
+
+def test_a_run_without_validation_does_not_score_its_tasks_again_when_it_goes_on(
+    corpus: Path, tasks: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    distributed(1, _twice, corpus, tasks, tmp_path)
+    steps = [r["step"] for r in records(tmp_path) if "task_error/words" in r]
+    assert steps == [2, 4]
+
+
 def _refuses(corpus: Path, entry: str, vocab_size: int, message: str, folder: Path) -> None:
     changes: dict[str, Any] = {"model": {"vocab_size": vocab_size}, "data": {"tasks": (entry,)}}
     with pytest.raises(DataError, match=message):

@@ -29,6 +29,7 @@ from megaegpt.training.identity import (
     check_initialization,
     check_resume,
     flatten,
+    judged_by,
     run_identity,
 )
 from megaegpt.training.pretraining import pretrain
@@ -310,3 +311,22 @@ def test_weights_of_another_arithmetic_are_refused_and_what_may_be_meant_is_name
 
 
 # -- ranks -----------------------------------------------------------------------------------------
+
+
+def test_what_the_best_is_chosen_on_has_a_fingerprint(config: RunConfig, tmp_path: Path) -> None:
+    def judged(fingerprint: str = "a", best_of: str = "validation", length: int = 8) -> str:
+        changed = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, max_seq_len=length),
+            data=dataclasses.replace(config.data, tasks=(f"words={tmp_path}/words.jsonl",)),
+            checkpoint=dataclasses.replace(config.checkpoint, best_of=best_of),
+        )
+        known = {"the training samples": "x", "the validation split": fingerprint}
+        return judged_by(changed, known | {"the validation_other split": "b"})
+
+    (tmp_path / "words.jsonl").write_text("one", encoding="utf-8")
+    found = [judged(), judged("b"), judged(best_of="other"), judged(best_of="words")]
+    (tmp_path / "words.jsonl").write_text("two", encoding="utf-8")
+    found += [judged(best_of="words"), judged(length=16)]
+    assert len(set(found)) == len(found)
+    assert judged() == found[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 from megaegpt.config.run import RunConfig
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.errors import DataError
+from megaegpt.training.checkpoint.manifest import Manifest
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.run_data import PretrainingData
 from tests.distributed.harness import Distributed, grid_for
-from tests.tiny.runs import StopAfter, corpus, records, run_config
+from tests.tiny.runs import StopAfter, corpus, records, run_config, validation_losses
 
 __all__ = ["corpus"]
 
@@ -73,3 +75,36 @@ def test_a_set_without_a_token_to_predict_is_named(corpus: Path, tmp_path: Path)
         writer.finish()
     with pytest.raises(DataError, match=r"validation set short \(.*one\) has no token to predict"):
         PretrainingData(config)
+
+
+def _go_on_with_another_text(corpus: Path, folder: Path) -> str:
+    shown = io.StringIO()
+    first = run_config(
+        "gpt",
+        corpus,
+        folder,
+        training={"steps": 9, "eval_interval": 3, "patience": 1},
+        checkpoint={"keep_best": True},
+    )
+    harder = dataclasses.replace(first.data, validation=(f"{folder}/harder",))
+    with contextlib.redirect_stdout(shown):
+        pretrain(first, grid_for(1), stops=StopAfter(6))
+        pretrain(dataclasses.replace(first, data=harder), grid_for(1), resume=True)
+    return shown.getvalue()
+
+
+def test_the_best_is_sought_anew_on_another_text(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    """Of tokens in disorder, whose losses are above the best so far and would end the run."""
+    with ShardWriter(tmp_path / "harder") as writer:
+        writer.add_document(np.random.default_rng(1).integers(0, 100, 300).astype(np.uint16))
+        writer.finish()
+    (shown,) = distributed(1, _go_on_with_another_text, corpus, tmp_path)
+    assert "notice: the best is sought anew: it was chosen on something else before" in shown
+    assert "ended after step" not in shown
+    saved = Manifest.read(tmp_path / "checkpoints" / "step_00000009")
+    assert saved.trainer["best"] == {"loss": None, "step": 0, "counted": 6, "without": 0}
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000009"
+    found = validation_losses(tmp_path)
+    assert found[9] > found[6]
