@@ -21,7 +21,6 @@ What it has learned: tools/generate.py --checkpoint ... --instruction "..."
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -47,18 +46,15 @@ def _find_train() -> Train:
 def _preview(config: RunConfig) -> Preview:
     """What is not on this machine yet is said, and not fetched."""
     from megaegpt.interop.hub import find_model, is_model_name
-    from megaegpt.interop.sources import source_config
     from megaegpt.parallel.grid import ProcessGrid
-    from megaegpt.training.finetuning import InstructionData, finetuning_config
+    from megaegpt.training.finetuning import InstructionData, finetuning_config, planned_config
 
     source = str(config.training.initialize_from)
     if is_model_name(source):
         try:
             find_model(source, only_here=True)
         except CheckpointError:
-            config = dataclasses.replace(
-                config, model=source_config(source, "training.initialize_from")
-            )
+            config = planned_config(config)
             return _unread(config, f"the weights {source} are not on this machine yet")
     config = finetuning_config(config, ProcessGrid())
     records = (*config.data.instructions.train, *config.data.instructions.validation)

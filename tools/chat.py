@@ -11,8 +11,8 @@ A line is a message; the answer appears as it is written. Lines that begin with 
     /help           these lines
     /exit           end, as the end of the input (Ctrl-D) does
 
-Ctrl-C ends an answer, and what there is of it stays. When a conversation is longer than a GPT's
-context, its oldest turns are forgotten, and a line says so.
+Ctrl-C ends an answer, and what there is of it stays. When a conversation is longer than
+--context, its oldest turns are forgotten, and a line says so.
 
 --checkpoint is whatever tools/generate.py takes. Conversations are put into the chat template that
 came with the model's tokenizer; a model without one gets Alpaca's, which launchers/finetune.py
@@ -33,9 +33,11 @@ from megaegpt.arguments import ArgumentParser, integer
 from megaegpt.config import GenerationConfig
 from megaegpt.errors import DataError, exits_cleanly
 from megaegpt.generation.model_options import (
+    add_context_option,
     add_memory_options,
     add_model_options,
     add_sampling_options,
+    context_of,
     load_model,
     memory_limits,
     sampling_config,
@@ -61,8 +63,8 @@ def main() -> None:
 
     check_sampling(config, [config.seed])
     loaded = load_model(arguments)
-    limits = memory_limits(arguments, loaded.model)
-    session = Session(loaded, _new_chat(loaded, arguments.chat_template), config, limits)
+    limits, context = memory_limits(arguments, loaded.model), context_of(arguments, loaded.model)
+    session = Session(loaded, _new_chat(loaded, arguments.chat_template), config, limits, context)
     session.system = arguments.system
     if sys.stdin.isatty():
         print("a message, or /help; Ctrl-C ends an answer, Ctrl-D the program", file=sys.stderr)
@@ -89,6 +91,7 @@ def _parse_arguments() -> argparse.Namespace:
         help="most tokens of an answer (default: %(default)s)",
     )
     add_sampling_options(parser, _DEFAULTS)
+    add_context_option(parser)
     add_memory_options(parser)
     return parser.parse_args()
 
@@ -114,19 +117,28 @@ class Session:
         chat: how conversations are written down.
         config: how answers are drawn.
         limits: of what an EGPT's token memory holds.
+        context: most tokens of a conversation, its answer included; None: any number.
     """
 
     def __init__(
-        self, loaded: LoadedModel, chat: Chat, config: GenerationConfig, limits: MemoryLimits
+        self,
+        loaded: LoadedModel,
+        chat: Chat,
+        config: GenerationConfig,
+        limits: MemoryLimits,
+        context: int | None,
     ) -> None:
         from megaegpt.generation.continuation import Continuation
 
         self._tokenizer, self._chat, self._config = loaded.tokenizer, chat, config
         self._writer: Continuation = Continuation(
-            loaded.model, loaded.encoder, loaded.tokenizer.vocab_size, limits
+            loaded.model,
+            loaded.encoder,
+            loaded.tokenizer.vocab_size,
+            limits,
+            sys.maxsize if context is None else context,
         )
-        gpt = loaded.model.config
-        self._context = None if gpt.needs_encoder else gpt.max_seq_len
+        self._context = context
         self._answers = 0
         self.system = ""
         self.turns: list[Message] = []

@@ -13,6 +13,9 @@ reaches, and of the communication what no computation hides; all that this assum
 the data sheet's speed, one after the other. What follows the options as section.key=value replaces
 values of the configuration. --roofline gives the least time that the operators of a step can take,
 and the most MFU; without --config of the sizes of GPT-2.
+
+Of a run that fine-tunes, the model is that of training.initialize_from, and all records count as
+long as it takes.
 """
 
 from __future__ import annotations
@@ -59,6 +62,9 @@ def main() -> None:
         return
     overrides, notices = _enough_samples(arguments)
     config = load_config(arguments.config, overrides, arguments.gpus)
+    if config.data.instructions.train:
+        config, notice = _with_model_of_weights(config)
+        notices.append(notice)
     encoder, left_out = _find_encoder(config)
     per_node = arguments.per_node or min(arguments.gpus, _GPUS_OF_A_MACHINE)
     machines = Machines(find_accelerator(arguments.gpu, per_node), arguments.gpus, per_node)
@@ -179,6 +185,19 @@ def _enough_samples(arguments: argparse.Namespace) -> tuple[list[str], list[str]
         return overrides, []
     notice = f"notice: {key}={least}, not {given}: a micro-batch for each of {dp_size} ranks"
     return [*overrides, f"{key}={least}"], [notice]
+
+
+def _with_model_of_weights(config: RunConfig) -> tuple[RunConfig, str]:
+    """A run that fine-tunes with its model, which its configuration does not say; and a notice of
+    the records, which are not read.
+    """
+    from megaegpt.training.finetuning import planned_config
+
+    config = planned_config(config)
+    return config, (
+        "notice: the step, its memory and its time are those of records of "
+        f"{config.model.sample_len:,} tokens, the longest that the model takes"
+    )
 
 
 def _find_encoder(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:

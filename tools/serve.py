@@ -31,8 +31,10 @@ from typing import TYPE_CHECKING
 from megaegpt.arguments import ArgumentParser, integer, number
 from megaegpt.errors import ConfigError, LaunchError, exits_cleanly
 from megaegpt.generation.model_options import (
+    add_context_option,
     add_memory_options,
     add_model_options,
+    context_of,
     load_model,
     memory_limits,
 )
@@ -45,7 +47,6 @@ if TYPE_CHECKING:  # torch is imported once the command line is right
 
 _TOKEN_VARIABLE = "MEGAEGPT_TOKEN"
 _DRAIN_EXTRA_S = 5.0
-_DEFAULT_CONTEXT = 4096
 
 
 @exits_cleanly
@@ -105,13 +106,7 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="texts written at once (default: %(default)s)",
     )
-    parser.add_argument(
-        "--context",
-        type=integer(2),
-        metavar="N",
-        help="of a GPT: most tokens of a prompt and its answer, for which memory is taken in "
-        "advance (default: the model's, at most 4,096)",
-    )
+    add_context_option(parser)
     parser.add_argument(
         "--queue",
         type=integer(1),
@@ -156,7 +151,7 @@ def _new_app(arguments: argparse.Namespace) -> tuple[FastAPI, str]:
     from megaegpt.serving.running_rows import new_rows
 
     loaded = load_model(arguments)
-    context = _context(arguments, loaded)
+    context = context_of(arguments, loaded.model)
     limits = memory_limits(arguments, loaded.model)
     rows = new_rows(loaded.model, loaded.encoder, arguments.batch_size, context, limits)
     batcher = Batcher(rows, loaded.tokenizer, loaded.model.grid.device, arguments.queue)
@@ -183,20 +178,6 @@ def _chat_of(loaded: LoadedModel, wanted: str | None) -> Chat | None:
             flush=True,
         )
     return chat
-
-
-def _context(arguments: argparse.Namespace, loaded: LoadedModel) -> int | None:
-    """Raises:
-    ConfigError: the model sees less, or any length.
-    """
-    config, wanted = loaded.model.config, arguments.context
-    if config.needs_encoder:
-        if wanted is not None:
-            raise ConfigError(f"--context is for a gpt: an {config.kind} takes texts of any length")
-        return None
-    if wanted is not None and wanted > config.max_seq_len:
-        raise ConfigError(f"--context {wanted} is more than the model sees: {config.max_seq_len}")
-    return wanted or min(config.max_seq_len, _DEFAULT_CONTEXT)
 
 
 def model_name(checkpoint: Path, wanted: str | None = None) -> str:

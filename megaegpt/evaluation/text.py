@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from megaegpt.data.instruction.rows import trim_padding
 from megaegpt.data.readers import json_lines, plain
 from megaegpt.data.readers.documents import Document, Problems
 from megaegpt.data.readers.inputs import ends_in, expand
-from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizer import Tokenizer, whole_characters
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.windows import EvaluationWindows, TokenSource
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.text_loss import Evaluation, Evaluator
@@ -31,6 +34,7 @@ class TextTokens:
         tokenizer: the model's.
 
     Attributes:
+        num_bytes: of the documents in UTF-8.
         left_out: files of the folders that are not read, and why.
 
     Raises:
@@ -40,8 +44,11 @@ class TextTokens:
     def __init__(self, paths: Sequence[str], tokenizer: Tokenizer) -> None:
         first = np.array([tokenizer.first_token], np.int64)
         problems = Problems("fail", "leaving it out of the list")
-        documents = _documents(map(Path, paths), problems)
-        parts = [part for d in documents for part in (first, tokenizer.encode_numpy(d.text))]
+        parts: list[np.ndarray] = []
+        self.num_bytes = 0
+        for document in _documents(map(Path, paths), problems):
+            parts += first, tokenizer.encode_numpy(document.text)
+            self.num_bytes += len(whole_characters(document.text).encode())
         if not parts:
             raise DataError(f"{', '.join(paths)}: no document is in it")
         self._tokens = np.concatenate(parts).astype(np.int64)
@@ -94,6 +101,11 @@ def evaluate_text(
         )
     except ValueError as error:
         raise ConfigError(f"--stride {stride} does not fit the model: {error}") from None
+    trim: Callable[[Batch], Batch] = dict
+    if not config.needs_encoder:
+        # A short text is not computed in a whole window: no token of a gpt sees what is behind it.
+        width = 128 if grid.device.type == "cuda" else 1  # CUDA may make a kernel for each width
+        trim = functools.partial(trim_padding, multiple_of=width)
     evaluator = Evaluator(
         windows,
         num_chunks=num_chunks,
@@ -103,6 +115,9 @@ def evaluate_text(
         token_byte_lengths=(
             loaded.tokenizer.token_byte_lengths if loaded.is_own_tokenizer else None
         ),
+        # Tokens of some tokenizers have a blank more than a document, before its first word.
+        num_bytes=source.num_bytes if isinstance(source, TextTokens) else None,
         progress=title,
+        trim=trim,
     )
     return evaluator.evaluate(loaded.model)

@@ -29,8 +29,8 @@ class Evaluation:
     loss: float
     """Mean nats per predicted token."""
     nats_per_byte: float
-    """Nats over the UTF-8 bytes of the predicted tokens (end-of-text has none); nan where the
-    tokenizer is not known."""
+    """Nats over the UTF-8 bytes of the text, or where it is given as tokens, of those predicted
+    (end-of-text has none); nan where the tokenizer is not known."""
     tokens: int
     """Predicted tokens: all of a split but its first, and, if so configured, those that follow a
     document's end; of instructions, the answers'."""
@@ -76,6 +76,7 @@ class Evaluator:
         grid: windows are shared out over data-parallel ranks.
         batch_size: windows at once.
         token_byte_lengths: bytes of each token id; None where the tokenizer is not known.
+        num_bytes: of the text, in place of those of its tokens; None where it is not known.
         trim: leaves out columns of a batch that nothing is predicted in.
         progress: shows a bar of the windows on stderr, by rank 0.
     """
@@ -88,6 +89,7 @@ class Evaluator:
         grid: ProcessGrid,
         batch_size: int,
         token_byte_lengths: np.ndarray | None,
+        num_bytes: int | None = None,
         progress: str | None = None,
         trim: Callable[[Batch], Batch] = dict,
     ) -> None:
@@ -101,6 +103,7 @@ class Evaluator:
             if token_byte_lengths is None
             else torch.from_numpy(np.asarray(token_byte_lengths, dtype=np.int64))
         )
+        self._num_bytes = num_bytes
         self._progress = progress
         self._trim = trim
 
@@ -191,16 +194,17 @@ class Evaluator:
                 nats, group=self._grid.replica_group
             )  # one rank has a value, the others 0
             dist.all_reduce(counts, group=self._grid.replica_group)
-        nats, (tokens, num_bytes) = nats.cpu(), counts.cpu().unbind()
+        nats, (tokens, bytes_of_tokens) = nats.cpu(), counts.cpu().unbind()
         if not tokens.any():
             raise nothing_to_predict("the text that is evaluated")
         by_chunk = nats.sum(0) / tokens.sum(0)
         total = nats.sum().item()
+        num_bytes = self._num_bytes
+        if num_bytes is None:
+            num_bytes = int(bytes_of_tokens.sum())
         return Evaluation(
             loss=total / max(1, int(tokens.sum())),
-            nats_per_byte=(
-                math.nan if self._byte_lengths is None else total / max(1, int(num_bytes.sum()))
-            ),
+            nats_per_byte=math.nan if self._byte_lengths is None else total / max(1, num_bytes),
             tokens=int(tokens.sum()),
             loss_by_chunk=tuple(by_chunk.tolist()) if self._num_chunks > 1 else (),
         )

@@ -26,6 +26,8 @@ class Continuation:
         encoder: of an EGPT or DeepGPT.
         vocab_size: ids from here on are never drawn.
         limits: of what an EGPT's token memory holds of a text.
+        max_tokens: most of a prompt and what continues it, for which a GPT's memory is taken, but
+            for no more than it sees.
     """
 
     def __init__(
@@ -34,9 +36,10 @@ class Continuation:
         encoder: FrozenEncoder | None,
         vocab_size: int,
         limits: MemoryLimits = AS_IN_TRAINING,
+        max_tokens: int = sys.maxsize,
     ) -> None:
         self._model, self._encoder, self._limits = model, encoder, limits
-        self._vocab_size = vocab_size
+        self._vocab_size, self._max_tokens = vocab_size, max_tokens
         self._decoder: Decoder | None = None
         self._read: list[int] = []
 
@@ -49,7 +52,12 @@ class Continuation:
         Raises:
             ConfigError: a value is out of range.
             NotFiniteError: the model gives no probabilities.
+            ValueError: these are more than ``max_tokens``.
         """
+        if len(prompt) + config.max_new_tokens > self._max_tokens:
+            raise ValueError(
+                f"{len(prompt)} and {config.max_new_tokens} tokens are more than {self._max_tokens}"
+            )
         check_sampling(config, [config.seed])
         device = self._model.grid.device
         sampler = Sampler(config, [config.seed], device)
@@ -73,7 +81,7 @@ class Continuation:
             return self._decoder, [*prompt[read:]]
         self._decoder, self._read = None, []  # before a new one takes memory
         model, encoder, limits = self._model, self._encoder, self._limits
-        return new_decoder(model, encoder, 1, sys.maxsize, limits=limits), [*prompt]
+        return new_decoder(model, encoder, 1, self._max_tokens, limits=limits), [*prompt]
 
 
 @torch.inference_mode()

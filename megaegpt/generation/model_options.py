@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # torch is imported once the command line is right
     from megaegpt.model.egpt.held_tokens import MemoryLimits
     from megaegpt.parallel.grid import ProcessGrid
 
+_DEFAULT_CONTEXT = 4096
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what says which model it is, and in what precision it computes."""
@@ -102,6 +104,33 @@ def add_sampling_options(parser: argparse.ArgumentParser, defaults: GenerationCo
     parser.add_argument(
         "--seed", type=int, default=defaults.seed, help="of the sampling (default: %(default)s)"
     )
+
+
+def add_context_option(parser: argparse.ArgumentParser) -> None:
+    """Add what :func:`context_of` reads."""
+    parser.add_argument(
+        "--context",
+        type=integer(2),
+        metavar="N",
+        help="of a GPT: most tokens of a prompt and its answer, for which memory is taken in "
+        f"advance (default: the model's, at most {_DEFAULT_CONTEXT:,})",
+    )
+
+
+def context_of(arguments: argparse.Namespace, model: Model) -> int | None:
+    """Most tokens of a text and what is written behind it; None: any number.
+
+    Raises:
+        ConfigError: the model sees fewer, or any number.
+    """
+    config, wanted = model.config, arguments.context
+    if config.needs_encoder:
+        if wanted is not None:
+            raise ConfigError(f"--context is for a gpt: an {config.kind} takes texts of any length")
+        return None
+    if wanted is not None and wanted > config.max_seq_len:
+        raise ConfigError(f"--context {wanted} is more than the model sees: {config.max_seq_len}")
+    return wanted or min(config.max_seq_len, _DEFAULT_CONTEXT)
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ from megaegpt.data.tokens.windows import Windows
 from megaegpt.errors import CheckpointError, ConfigError, DataError
 from megaegpt.files import whole_file
 from megaegpt.generation.generator import Prompt
-from megaegpt.interop.sources import resolve_weights_source
+from megaegpt.interop.sources import resolve_weights_source, source_config
 from megaegpt.model.weights import INSTRUCTIONS, read_weights_config
 from megaegpt.parallel.devices import device_type
 from megaegpt.parallel.grid import ProcessGrid
@@ -42,6 +42,8 @@ from megaegpt.parallel.together import raising_together
 if TYPE_CHECKING:
     from megaegpt.training.pretraining import SampleText
     from megaegpt.training.stopping import StopRequests
+
+_SOURCE = "training.initialize_from"
 
 _FREE = {"dropout", "encoder", "encoder.source", "encoder.batch_size"}
 """Keys of ``model`` that a run may set whatever its weights say; a section's own are compared."""
@@ -76,35 +78,54 @@ def finetuning_config(config: RunConfig, grid: ProcessGrid) -> RunConfig:
             another model, or data that is not read.
         CheckpointError: the weights cannot be had.
     """
-    source = config.training.initialize_from
     with raising_together(grid):
-        if source is None:
-            raise ConfigError(
-                "training.initialize_from is not set: give a run, a folder of weights or gpt2"
-            )
-        for name in ("train", "validation", "validation_sets", "weights"):
-            if getattr(config.data, name):
-                raise ConfigError(
-                    f"data.{name} is for pretraining, and would not be read: leave it out; records "
-                    "are given by data.instructions"
-                )
-        if not config.data.instructions.train:
-            raise ConfigError("data.instructions.train is empty: give files of records")
-    weights = resolve_weights_source(str(source), grid, key="training.initialize_from")
+        source = _checked_source(config)
+    weights = resolve_weights_source(source, grid, key=_SOURCE)
     with raising_together(grid):
-        model = model_of_weights(weights, config.model)
-        if config.data.instructions.packing and model.needs_encoder:
+        config = _with_model(config, read_weights_config(weights)[0], weights)
+        if config.data.vocabulary is None:
+            data = dataclasses.replace(config.data, vocabulary=_tokenizer_of(weights))
+            config = dataclasses.replace(config, data=data)
+    return config
+
+
+def planned_config(config: RunConfig) -> RunConfig:
+    """The same of weights that are neither downloaded nor converted, without their tokenizer.
+
+    Raises:
+        ConfigError: as for :func:`finetuning_config`.
+        CheckpointError: there are no such weights here, and their model is not known without.
+    """
+    source = _checked_source(config)
+    return _with_model(config, source_config(source, _SOURCE), source)
+
+
+def _checked_source(config: RunConfig) -> str:
+    """What a run that fine-tunes starts from."""
+    if config.training.initialize_from is None:
+        raise ConfigError(f"{_SOURCE} is not set: give a run, a folder of weights or gpt2")
+    for name in ("train", "validation", "validation_sets", "weights"):
+        if getattr(config.data, name):
             raise ConfigError(
-                f"data.instructions.packing=true is for a gpt; {source} is an {model.kind}, whose "
-                "chunks would see other records: set it to false"
+                f"data.{name} is for pretraining, and would not be read: leave it out; records "
+                "are given by data.instructions"
             )
+    if not config.data.instructions.train:
+        raise ConfigError("data.instructions.train is empty: give files of records")
+    return str(config.training.initialize_from)
+
+
+def _with_model(config: RunConfig, found: ModelConfig, weights: str | Path) -> RunConfig:
+    model = model_of_weights(found, config.model, weights)
+    if config.data.instructions.packing and model.needs_encoder:
+        raise ConfigError(
+            f"data.instructions.packing=true is for a gpt; {config.training.initialize_from} is an "
+            f"{model.kind}, whose chunks would see other records: set it to false"
+        )
     # Records have no chunk numbers to store features by.
     data = dataclasses.replace(
         config.data, history_features="online", token_features="online", predictions="online"
     )
-    if data.vocabulary is None:
-        with raising_together(grid):
-            data = dataclasses.replace(data, vocabulary=_tokenizer_of(weights))
     return dataclasses.replace(config, model=model, data=data)
 
 
@@ -121,14 +142,15 @@ def _tokenizer_of(weights: Path) -> str | None:
     return None
 
 
-def model_of_weights(weights: Path, wanted: ModelConfig) -> ModelConfig:
-    """The model that a weights folder holds, with the dropout and the encoder's place of
-    ``wanted``.
+def model_of_weights(found: ModelConfig, wanted: ModelConfig, weights: str | Path) -> ModelConfig:
+    """The model ``found`` beside weights, with the dropout and the encoder's place of ``wanted``.
+
+    Args:
+        weights: their name in errors.
 
     Raises:
         ConfigError: ``wanted`` has a value that is neither the default nor the weights'.
     """
-    found, _ = read_weights_config(weights)
     default = ModelConfig()
     different = [
         f"model.{prefix}{name}={value!r}, the weights have {getattr(theirs, name)!r}"

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from megaegpt.data.tokens.batch import Batch
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.text import TextTokens, evaluate_text, inputs_of
 from megaegpt.generation.trained import LoadedModel
+from megaegpt.model.calling import SequenceInputs
 from megaegpt.parallel.grid import ProcessGrid
 from tests.tiny.loaded import TOKENIZER, load, load_speaking, naive_score
+from tests.tiny.tokenizers import changed, trained_definition
 
 TEXT = "Пьер went home. " * 10
 
@@ -85,6 +92,53 @@ def test_a_stride_that_does_not_fit_is_refused() -> None:
         inputs = inputs_of(loaded, torch.float32)
         with pytest.raises(ConfigError, match=f"--stride {stride} does not fit the model"):
             evaluate_text(loaded, Counting(), inputs, ProcessGrid(), 2, stride)
+
+
+def test_a_short_text_is_not_computed_in_a_whole_window(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Well, Prince, so Genoa")
+    loaded, grid = load_speaking("gpt"), ProcessGrid()
+    source = TextTokens([str(tmp_path / "a.txt")], TOKENIZER)
+    tokens, window = source.read(0, len(source)).tolist(), loaded.model.config.max_seq_len
+    assert len(tokens) < window // 2
+    seen: list[int] = []
+
+    class Inputs(SequenceInputs):
+        def arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
+            seen.append(batch["tokens"].shape[1])
+            return super().arguments(batch)
+
+    result = evaluate_text(loaded, source, Inputs(), grid, 2)
+    assert seen == [len(tokens) - 1]
+    total = naive_score(loaded, tokens[:1], tokens[1:])[0]
+    assert result.loss == pytest.approx(-total / (len(tokens) - 1), rel=1e-5)
+
+
+def sentencepiece_tokenizer(texts: Sequence[str], scheme: str) -> HuggingFaceTokenizer:
+    """Of single characters, with a mark in place of each blank and before the first word."""
+    mark = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
+    characters = sorted({*"".join(texts).replace(" ", "\u2581")})
+    vocabulary = {token: number for number, token in enumerate(["</s>", *characters])}
+    end = {**trained_definition().content["added_tokens"][0], "id": 0, "content": "</s>"}
+    content = {"added_tokens": [end], "pre_tokenizer": mark, "decoder": mark}
+    definition = changed(**content, model={"vocab": vocabulary, "merges": []})
+    return HuggingFaceTokenizer(replace(definition, settings={}))
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_bytes_are_those_of_the_text_where_a_tokenizer_adds_blanks(
+    tmp_path: Path, scheme: str
+) -> None:
+    texts = ["Well, Prince", "so Genoa, \u0438 Lucca"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    tokenizer = sentencepiece_tokenizer(texts, scheme)
+    model, encoder, *_ = load_speaking("gpt", vocab_size=tokenizer.vocab_size)
+    loaded, grid = LoadedModel(model, encoder, tokenizer), ProcessGrid()
+    source = TextTokens([str(tmp_path / "a.jsonl")], tokenizer)
+    tokens = source.read(0, len(source))
+    of_text = sum(len(text.encode()) for text in texts)
+    assert tokenizer.token_byte_lengths[tokens].sum() == of_text + 2
+    result = evaluate_text(loaded, source, inputs_of(loaded, torch.float32), grid, 2)
+    assert result.loss * result.tokens / result.nats_per_byte == pytest.approx(of_text, rel=1e-12)
 
 
 class Tokens:

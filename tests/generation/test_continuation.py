@@ -79,3 +79,12 @@ def test_stop_ids_end_it() -> None:
     stopped = Continuation(model, None, GPT.vocab_size).stream(prompt(3), CONFIG, stop={text[2]})
     assert list(stopped) == text[: text.index(text[2])]
     assert torch.is_grad_enabled()
+
+
+def test_a_text_is_no_longer_than_memory_was_asked_for() -> None:
+    model, _ = build_with_encoder(GPT)
+    writer = Continuation(model, None, GPT.vocab_size, max_tokens=8)
+    expected = list(Continuation(model, None, GPT.vocab_size).stream(prompt(3), CONFIG))
+    assert list(writer.stream(prompt(3), CONFIG)) == expected
+    with pytest.raises(ValueError, match="4 and 5 tokens are more than 8"):
+        next(writer.stream(prompt(4), CONFIG))

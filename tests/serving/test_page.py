@@ -73,6 +73,24 @@ def test_a_conversation_in_the_page(tmp_path: Path) -> None:
         assert {address for address in page.requested if not address.startswith(url)} == set()
 
 
+def test_a_new_conversation_during_an_answer_begins_without_it(tmp_path: Path) -> None:
+    loaded = load_speaking("gpt")
+    chat = Chat(loaded.tokenizer, ChatTemplate(TEMPLATE, "plain"))
+    with (
+        serving(loaded, chat=chat, gated=True) as server,
+        open_page(str(find_chromium()), tmp_path) as page,
+    ):
+        page.call("Page.navigate", url=f"http://127.0.0.1:{server.port}/")
+        page.wait("typeof model === 'object' && model !== null")
+        settings(page, temperature=0, tokens=30)
+        say(page, "A")
+        page.wait("document.querySelector('.assistant').textContent !== ''")
+        page.run("document.getElementById('reset').click()")
+        page.wait(IDLE)
+        assert page.run("history.length") == 0
+        assert page.run(TURNS) == []
+
+
 def test_a_model_without_a_template_continues_texts(tmp_path: Path) -> None:
     with serving() as server, open_page(str(find_chromium()), tmp_path) as page:
         page.call("Page.navigate", url=f"http://127.0.0.1:{server.port}/")

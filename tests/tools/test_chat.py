@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megaegpt.config import GenerationConfig
 from megaegpt.data.instruction.chat_template import ChatTemplate, load_chat_template
@@ -16,6 +17,9 @@ from megaegpt.generation.chat import Chat
 from megaegpt.generation.continuation import Continuation
 from megaegpt.generation.text_model import TextModel
 from megaegpt.generation.trained import LoadedModel, load_for_inference
+from megaegpt.model import decoding
+from megaegpt.model.attention.cache import KVCache
+from megaegpt.model.base import LanguageModel
 from megaegpt.model.egpt.held_tokens import AS_IN_TRAINING
 from megaegpt.parallel.grid import ProcessGrid
 from tests.generation.test_trained import save_egpt, save_gpt
@@ -52,7 +56,7 @@ def says(
     def say(*lines: str, system: str = "") -> tuple[list[str], str]:
         config = GenerationConfig(max_new_tokens=4, temperature=0)
         talks = Chat(loaded.tokenizer, template)
-        session = chat.Session(loaded, talks, config, AS_IN_TRAINING)
+        session = chat.Session(loaded, talks, config, AS_IN_TRAINING, 64)
         session.system = system
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         chat.talk(session)
@@ -99,6 +103,33 @@ def test_the_oldest_turns_are_forgotten_with_a_line_that_says_so(says) -> None:
     assert "[the message is too long" in told
 
 
+def test_memory_is_taken_for_the_context_that_is_asked_for_and_not_for_the_models(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    capacities: list[int] = []
+
+    def new_cache(model: LanguageModel, batch_size: int, capacity: int) -> KVCache:
+        capacities.append(capacity)
+        return KVCache(model.config, model.grid, batch_size, capacity, dtype=torch.float32)
+
+    monkeypatch.setattr(decoding, "new_cache", new_cache)
+    (tmp_path / "plain.jinja").write_text(TEMPLATE)
+    long = save_gpt(tmp_path / "gpt", max_seq_len=8192)
+    line = "a b c d e f g h i j k l m n o p q r s t u v\n"
+    given = ["--checkpoint", long, "--max-new-tokens", 4, "--chat-template", "plain.jinja"]
+    monkeypatch.chdir(tmp_path)
+    for option, capacity in ((["--context", 64], 64), ([], 4096)):
+        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, [*given, *option])])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(line * 3))
+        chat.main()
+        output = capsys.readouterr()
+        assert len(output.out.splitlines()) >= 3
+        forgotten = "longer than the context of 64 tokens: its oldest 2 messages are forgotten]"
+        assert (forgotten in output.err) == (capacity == 64)
+        assert set(capacities) == {capacity}
+        capacities.clear()
+
+
 def test_a_line_that_is_not_utf_8_is_refused_and_the_next_is_answered(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -106,7 +137,7 @@ def test_a_line_that_is_not_utf_8_is_refused_and_the_next_is_answered(
     template: ChatTemplate,
 ) -> None:
     config = GenerationConfig(max_new_tokens=2)
-    session = chat.Session(loaded, Chat(loaded.tokenizer, template), config, AS_IN_TRAINING)
+    session = chat.Session(loaded, Chat(loaded.tokenizer, template), config, AS_IN_TRAINING, 64)
     lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nHello\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", lines)
     chat.talk(session)
@@ -129,7 +160,7 @@ def test_an_answer_ends_before_the_text_that_its_template_ends_it_with(
     ended = f"{TEMPLATE[:-12]}{{% if m.role == 'assistant' %}}{{{{ {end!r} }}}}{{% endif %}}"
     template = ChatTemplate(ended + "{% endfor %}", "ended")
     config = GenerationConfig(max_new_tokens=9, temperature=0)
-    session = chat.Session(loaded, Chat(loaded.tokenizer, template), config, AS_IN_TRAINING)
+    session = chat.Session(loaded, Chat(loaded.tokenizer, template), config, AS_IN_TRAINING, 64)
     assert "".join(session.answer("Hello")) == whole[: whole.index(end)]
     assert session.turns[-1] == Message("assistant", whole[: whole.index(end)])
 

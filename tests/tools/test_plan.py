@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megaegpt.config import ModelConfig
 from megaegpt.planning import published, roofline
+from tests.generation.test_trained import save_gpt
 from tools import plan
 
 SMALL = ["model.num_layers=1", "model.hidden_size=64", "model.num_heads=2", "model.vocab_size=500"]
@@ -56,6 +58,26 @@ def test_a_plan_says_which_optimizer_it_counts(monkeypatch, capsys) -> None:
     assert ", Muon " in shown
     assert "Muon's matrices 0 GB gathered and" in shown
     assert "iterations in bf16 on" in shown
+
+
+def test_the_model_of_a_run_that_fine_tunes_is_that_of_its_weights(
+    monkeypatch, capsys, tmp_path: Path
+) -> None:
+    weights = save_gpt(tmp_path / "gpt", max_seq_len=64)
+    words = ["plan.py", "--config", "configs/finetune_chat.yaml", "--gpu", "h100", "--gpus", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, f"training.initialize_from={weights}"])
+    plan.main()
+    shown = capsys.readouterr().out
+    # Adapters of rank 16 beside the 4 layers of 16 x 16 and the 2 of 16 x 64 of both blocks.
+    assert f"gpt, {2 * 16 * (4 * (16 + 16) + 2 * (16 + 64)):,} trainable parameters" in shown
+    assert "notice: the step, its memory and its time are those of records of 64 tokens" in shown
+    assert "2,048 tokens = 32 samples of 64 = 1 ranks x 8 micro-steps x 4" in shown
+    monkeypatch.setattr(sys, "argv", [*words, "training.initialize_from=nowhere/gpt"])
+    with pytest.raises(SystemExit) as end:
+        plan.main()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error == "error: training.initialize_from=nowhere/gpt: there is no folder nowhere/gpt\n"
 
 
 def test_an_efficiency_takes_the_place_of_the_simulation(monkeypatch, capsys) -> None:

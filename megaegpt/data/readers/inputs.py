@@ -55,6 +55,9 @@ _OF_SHARDS = "shards of tokens and their manifests"
 # cannot be more than 128 MiB.
 _ZSTD_BLOCK = 1 << 12
 
+# The most that there is, of `zstd --long=31`. A frame takes memory as it fills its window.
+_ZSTD_WINDOW = 1 << 31
+
 _Piece = tuple[int, int, str]
 
 
@@ -276,7 +279,9 @@ class ZstdStream(io.RawIOBase):
                     raise EOFError("the last Zstandard frame is not complete")
                 return b""
             if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = zstandard.ZstdDecompressor(
+                    max_window_size=_ZSTD_WINDOW
+                ).decompressobj()
             try:
                 plain = self._frame.decompress(block)
             except zstandard.ZstdError as error:

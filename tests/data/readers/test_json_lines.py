@@ -107,6 +107,15 @@ def test_several_zstandard_frames_are_one_file(tmp_path: Path) -> None:
     assert texts(read("jsonl", path)) == ["a", "b", "c"]
 
 
+def test_a_zstandard_frame_of_the_longest_window_is_read(tmp_path: Path) -> None:
+    """As `zstd --long=31` writes it: the magic number, a window of 2 GiB, a block as it is."""
+    text = lines({"text": "hello"})
+    block = (len(text) << 3 | 1).to_bytes(3, "little")
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd\x00\xa8" + block + text)
+    assert texts(read("jsonl", path)) == ["hello"]
+
+
 @pytest.mark.parametrize("suffix", COMPRESSORS)
 def test_a_bomb_is_refused_before_it_fills_the_memory(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
