@@ -77,7 +77,7 @@ def export_huggingface(
             not finite, or ``output`` cannot be written.
     """
     weights, output = Path(weights), Path(output)
-    config, _ = read_weights_config(weights)
+    config, extra = read_weights_config(weights)
     family, differences = nearest_family(config)
     if differences:
         raise CheckpointError(
@@ -90,7 +90,7 @@ def export_huggingface(
     shapes = {full: layout.shapes[name] for full, name in names.items()}
     with open_ours(weights, config) as read, whole_folder(output) as folder:
         write_tensors(folder / WEIGHTS, shapes, lambda full: layout.give(names[full], read), dtype)
-        tokenizer = tokenizer_beside(weights, config)
+        tokenizer = tokenizer_beside(weights, config, extra.get("tokenizer_fingerprint"))
         text = json.dumps(_description(config, family, dtype, tokenizer), indent=2)
         (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
         if tokenizer is not None:

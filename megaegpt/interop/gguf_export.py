@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def export_gguf(
     weights, output = Path(weights), Path(output)
     if dtype not in _TYPES:
         raise CheckpointError(f"{output}: a GGUF file is written in fp32 or fp16, not in {dtype}")
-    config, _ = read_weights_config(weights)
+    config, extra = read_weights_config(weights)
     family = _family_of(config, weights)
     gguf = gguf_package()
     if output.exists():
@@ -64,7 +65,7 @@ def export_gguf(
             _add_metadata(writer, config, family)
             writer.add_name(output.stem)
             writer.add_file_type(int(dtype == torch.float16))  # of ggml's: all F32, mostly F16
-            for key, value in _vocabulary(weights, config).items():
+            for key, value in _vocabulary(weights, config, extra).items():
                 _add(writer, key, value)
             vectors = {}
             if config.rope_scaling.kind == "llama3":
@@ -136,11 +137,11 @@ def _add_metadata(writer: Any, config: ModelConfig, family: Family) -> None:
     _add(writer, f"{family.gguf}.vocab_size", config.vocab_size)
 
 
-def _vocabulary(weights: Path, config: ModelConfig) -> dict[str, Any]:
-    """The keys of the tokenizer and the chat template beside the weights, without the first of
-    which llama.cpp opens no file.
+def _vocabulary(weights: Path, config: ModelConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the tokenizer and the chat template of the weights, without the first of which
+    llama.cpp opens no file.
     """
-    tokenizer = tokenizer_beside(weights, config)
+    tokenizer = tokenizer_beside(weights, config, extra.get("tokenizer_fingerprint"))
     found = None if tokenizer is None else gguf_vocabulary(tokenizer, config.vocab_size)
     if found is not None:
         template = weights / CHAT_TEMPLATE_FILE  # what the model was tuned on goes before its own

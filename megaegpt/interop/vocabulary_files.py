@@ -24,9 +24,15 @@ TOKENIZER_FILES = (
 """Files of a tokenizer that are downloaded with a model."""
 
 
-def tokenizer_beside(source: Path, config: ModelConfig) -> Tokenizer | None:
-    """The tokenizer that a folder of weights or a GGUF file has; GPT-2's for its vocabulary where
-    there is none; None: there is none, or one that cannot be used.
+def tokenizer_beside(
+    source: Path, config: ModelConfig, trained_with: str | None = None
+) -> Tokenizer | None:
+    """The tokenizer that a folder of weights or a GGUF file has. Where it has none, GPT-2's, if the
+    model was trained with it or, where that is not said, has its vocabulary. None: there is none,
+    or one that cannot be used.
+
+    Args:
+        trained_with: ``tokenizer_fingerprint`` of weights of ours, where they say it.
 
     Raises:
         CheckpointError: it has ids that the model has no rows for, so it is another model's.
@@ -44,7 +50,11 @@ def tokenizer_beside(source: Path, config: ModelConfig) -> Tokenizer | None:
                 "are taken"
             )
         return tokenizer
-    return load_tokenizer() if _has_gpt2_vocabulary(config) else None
+    if trained_with is None:
+        return load_tokenizer() if _has_gpt2_vocabulary(config) else None
+    tokenizer = load_tokenizer()
+    has_rows = tokenizer.vocab_size <= config.vocab_size
+    return tokenizer if has_rows and tokenizer.fingerprint == trained_with else None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -180,6 +180,7 @@ class InstructionData:
     Raises:
         DataError: a file cannot be read, a record is bad, or none fits the model.
         CheckpointError: the model was not trained on this tokenizer's text.
+        ConfigError: a record goes on behind ``model.document_end``.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -253,7 +254,24 @@ class InstructionData:
                 f"no {name} record has a prompt and an answer within {self._model.sample_len} "
                 f"tokens: each of the {len(records):,} has a longer prompt, or no answer"
             )
+        self._check_document_end(dataset, name)
         return dataset
+
+    def _check_document_end(self, dataset: InstructionDataset, name: str) -> None:
+        """Refuse records that go on behind ``model.document_end``: alone in a row, and in
+        generation, they would be cut there, and in packed rows not.
+        """
+        if (end := self._model.document_end) is None:
+            return
+        cut = sum(bool((dataset[item][0] == end).any()) for item in range(len(dataset)))
+        if cut:
+            written = "Alpaca's prompt" if self._chat is None else f"template {self._chat.name}"
+            raise ConfigError(
+                f"data.instructions.template: {cut:,} {name} records in the {written} go on behind "
+                f"model.document_end={end}, and the model would see nothing of what is before it: "
+                "name a template that ends answers with another token, chatml say, or leave "
+                "records of several answers out"
+            )
 
     def _rows(self, dataset: InstructionDataset, seed: int) -> InstructionSamples:
         self._datasets.append(dataset)

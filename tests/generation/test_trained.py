@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from megaegpt.data.instruction.conversations import Message
 from megaegpt.data.instruction.records import Instruction
 from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
+from megaegpt.generation.chat import find_chat
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.trained import choose_products, load_for_inference, round_to_int8
 from megaegpt.model.build import build_model
@@ -25,7 +27,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.int8_weights import Int8Weight
 from tests.generation.test_generator import VARIANTS
 from tests.tiny.models import EGPT, GPT, SAMPLING_24, build_with_encoder, prompt
-from tests.tiny.tokenizers import trained_tokenizer
+from tests.tiny.tokenizers import BLANK_FIRST, trained_tokenizer, with_bos
 
 GRID = ProcessGrid()
 BIG_VOCABULARY = {"vocab_size": 50257, "hidden_size": 16, "num_heads": 2}
@@ -267,3 +269,24 @@ def test_a_model_that_was_tuned_on_tasks_is_talked_to_in_their_prompt(tmp_path: 
     messages = (Message("user", task.instruction),)
     expected = loaded.tokenizer.encode_prompt(task.prompt)
     assert loaded.chat_template.encode_prompt(messages, loaded.tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("parts", "bos"),
+    [({}, "<|im_start|>"), ({}, None), ({"pre_tokenizer": BLANK_FIRST}, "<|im_start|>")],
+    ids=["named", "of the post-processor", "and a blank"],
+)
+def test_the_prompt_of_tasks_begins_with_the_bos_in_a_conversation_too(
+    parts: dict[str, Any], bos: str | None, tmp_path: Path
+) -> None:
+    tokenizer = with_bos(parts, bos_token=bos)
+    model = build_model(replace(GPT, vocab_size=tokenizer.vocab_size), GRID, seed=1)
+    save_weights(model, tmp_path, GRID, {"instructions": "tasks"})
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = load_for_inference(tmp_path, GRID)
+    task = Instruction("Name a colour.", "", "")
+    expected = loaded.tokenizer.encode_prompt(task.prompt)
+    assert expected[0] == 1
+    for chat in (find_chat(loaded), find_chat(loaded, "alpaca")):
+        assert chat is not None
+        assert chat.encode((Message("user", task.instruction),)) == expected

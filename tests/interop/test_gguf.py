@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizers.tokenizer_files import (
     CHAT_TEMPLATE_FILE,
     load_tokenizer,
@@ -31,7 +32,9 @@ from megaegpt.interop.gguf_weights import (
     gguf_tensors,
 )
 from megaegpt.interop.sources import source_config
-from megaegpt.model.weights import read_weights_config
+from megaegpt.model.build import build_model
+from megaegpt.model.weights import read_weights_config, save_weights
+from megaegpt.parallel.grid import ProcessGrid
 from tests.damage import damaged
 from tests.tiny.families import random_model
 from tests.tiny.tokenizers import trained_tokenizer
@@ -159,6 +162,17 @@ def test_the_template_that_a_model_was_tuned_on_goes_with_gpt2s_tokenizer(
     export_gguf(weights, tmp_path / "model.gguf", torch.float16)
     found = read_gguf_header(tmp_path / "model.gguf").metadata
     assert found["tokenizer.chat_template"] == "{{ 'tuned' }}"
+
+
+def test_gpt2s_tokenizer_goes_into_the_file_of_what_was_trained_with_it(tmp_path: Path) -> None:
+    """With names for the rows that it has no tokens for."""
+    rows = ModelConfig(vocab_size=50304, max_seq_len=8, hidden_size=8, num_layers=1, num_heads=1)
+    extra = {"tokenizer_fingerprint": load_tokenizer().fingerprint}
+    save_weights(build_model(rows, ProcessGrid()), tmp_path / "ours", ProcessGrid(), extra)
+    export_gguf(tmp_path / "ours", tmp_path / "model.gguf", torch.float32)
+    tokens = gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert len(set(tokens)) == 50304
+    assert load_tokenizer(tmp_path / "model.gguf").fingerprint == load_tokenizer().fingerprint
 
 
 def test_a_file_without_a_tokenizer_is_for_token_ids(

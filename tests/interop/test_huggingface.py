@@ -246,6 +246,23 @@ def test_the_beginning_of_a_text_is_the_tokenizer_s_own(tmp_path: Path) -> None:
     assert described["bos_token_id"] == tokenizer.bos_token != described["eos_token_id"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "trained_with", "written"),
+    [(50304, Tokenizer.load().fingerprint, True), (50257, "0" * 64, False), (50304, None, False)],
+)
+def test_gpt2s_tokenizer_goes_with_what_was_trained_with_it_whatever_the_rows(
+    tmp_path: Path, rows: int, trained_with: str | None, written: bool
+) -> None:
+    model = build_model(dataclasses.replace(OURS, vocab_size=rows), GRID)
+    extra = {} if trained_with is None else {"tokenizer_fingerprint": trained_with}
+    save_weights(model, tmp_path / "ours", GRID, extra)
+    export_weights(tmp_path / "ours", tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "vocab.json").is_file() == written
+    described = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert described["vocab_size"] == rows
+    assert described["eos_token_id"] == (50256 if written else None)
+
+
 def test_a_tokenizer_is_not_taken_for_gpt2s_by_the_number_of_rows_or_tokens(
     tmp_path: Path,
 ) -> None:

@@ -44,3 +44,30 @@ def changed(**parts: Any) -> TokenizerDefinition:
     definition.content["model"].update(parts.pop("model", {}))
     definition.content.update(parts)
     return definition
+
+
+BLANK_FIRST = {"type": "Metaspace", "replacement": "\u0120", "prepend_scheme": "first"}
+"""A pre-tokenizer with a blank before the first word of a text, as Mistral has it."""
+_BOS_FIRST = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {
+        "<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}
+    },
+}
+
+
+def with_bos(parts: dict[str, Any] | None = None, **settings: Any) -> HuggingFaceTokenizer:
+    """Texts begin with ``<|im_start|>`` by the post-processor, as Llama 3's do by theirs.
+
+    Args:
+        parts: other parts of ``tokenizer.json``, as :func:`changed` has them.
+        settings: of ``tokenizer_config.json``.
+    """
+    definition = changed(post_processor=_BOS_FIRST, **(parts or {}))
+    definition.settings.update(settings)
+    return HuggingFaceTokenizer(definition)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +22,14 @@ import tools.convert
 from megaegpt.arguments import ArgumentParser
 from megaegpt.config import EncoderConfig, LoRAConfig, ModelConfig, ParallelConfig
 from megaegpt.config.run import RunConfig
-from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    load_tokenizer,
+    save_tokenizer,
+)
 from megaegpt.errors import CheckpointError
-from megaegpt.model.adapter_files import Base, save_adapter
+from megaegpt.interop.peft import peft_base
+from megaegpt.model.adapter_files import Base, read_adapter, save_adapter
 from megaegpt.model.adapters import adapter_state, add_adapters
 from megaegpt.model.build import build_model, empty_model
 from megaegpt.model.parts import freeze
@@ -46,6 +53,7 @@ ROOT = Path(__file__).parents[2]
 GRID = ProcessGrid()
 GPT = ModelConfig(vocab_size=100, max_seq_len=8, hidden_size=16, num_layers=2, num_heads=4)
 SAVED, END, BATCH = 3, 6, 4
+TEMPLATE = "{{ bos_token }}{{ 'tuned' }}\n"
 
 
 @pytest.fixture
@@ -179,17 +187,20 @@ def test_list_finds_damaged_weights(convert: _Convert, weights: Path) -> None:
     assert f"error: {path} is damaged" in convert.fails("list", weights, "--verify")
 
 
-def test_adapters_are_merged_and_go_to_peft_and_back(
-    convert: _Convert, weights: Path, tmp_path: Path
-) -> None:
+def _save_adapter(folder: Path, base: Base) -> None:
     lora = LoRAConfig(rank=2, alpha=6.0)
     model = build_model(GPT, GRID)
     add_adapters(model, lora)
     for _, parameter in adapter_state(model):
         parameter.data.normal_()
-    base = Base("../weights", tensors_digest(weights))
+    save_adapter(model, folder, GRID, lora, base)
+
+
+def test_adapters_are_merged_and_go_to_peft_and_back(
+    convert: _Convert, weights: Path, tmp_path: Path
+) -> None:
     adapter, again, merged = (tmp_path / name for name in ("adapter", "again", "merged"))
-    save_adapter(model, adapter, GRID, lora, base)
+    _save_adapter(adapter, Base("../weights", tensors_digest(weights)))
     assert "an adapter" in convert("list", adapter, "--verify")
     convert("merge", adapter, merged)  # the base is found beside it, where the adapter says
     assert "in PEFT's form, of a GPT-2" in convert("export", adapter, tmp_path / "peft")
@@ -204,6 +215,39 @@ def test_adapters_are_merged_and_go_to_peft_and_back(
     assert "merge it first" in convert.fails("export", adapter, tmp_path / "file.gguf")
     failed = convert.fails("import", weights, tmp_path / "x", "--base", weights)
     assert "--base is for adapters of PEFT's" in failed
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("chat_template.jinja", TEMPLATE),
+        ("tokenizer_config.json", json.dumps({"chat_template": TEMPLATE})),
+    ],
+)
+def test_an_adapter_of_pefts_brings_its_chat_template(
+    convert: _Convert, weights: Path, tmp_path: Path, file: str, content: str
+) -> None:
+    _save_adapter(tmp_path / "adapter", Base(str(weights), tensors_digest(weights)))
+    convert("export", tmp_path / "adapter", tmp_path / "peft")
+    (weights / CHAT_TEMPLATE_FILE).write_text("{{ 'of the base' }}")
+    for name, wanted in (("without", "{{ 'of the base' }}"), ("with", TEMPLATE)):
+        convert("import", tmp_path / "peft", tmp_path / name)
+        assert (tmp_path / name / CHAT_TEMPLATE_FILE).read_text() == wanted
+        (tmp_path / "peft" / file).write_text(content)
+
+
+def test_a_base_of_the_hub_is_named_to_peft_and_by_it_as_peft_does(
+    convert: _Convert, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _save_adapter(Path("adapter"), Base("hf:owner/name-1.5B", tensors_digest(weights)))
+    convert("export", "adapter", "peft")
+    named = json.loads(Path("peft/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == "owner/name-1.5B"
+    assert peft_base(Path("peft")) == "hf:owner/name-1.5B"
+    shutil.copytree(weights, "owner/name-1.5B")
+    convert("import", "peft", "again")  # a folder of this name goes before it
+    assert read_adapter(Path("again")).base.source == "owner/name-1.5B"
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

@@ -34,7 +34,12 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.report.runs import read_run
-from megaegpt.training.finetuning import finetune, finetuning_config, hold_out
+from megaegpt.training.finetuning import (
+    InstructionData,
+    finetune,
+    finetuning_config,
+    hold_out,
+)
 from megaegpt.training.run_data import PretrainingData
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import StopAfter, losses, run_config, validation_losses
@@ -327,3 +332,28 @@ def test_held_out_records_are_a_share_and_not_trained_on() -> None:
     assert hold_out(records, 0.0, seed=0) == (records, [])
     assert len(hold_out(records[:2], 0.01, seed=0)[1]) == 1
     assert hold_out(records[:1], 0.5, seed=0) == (records[:1], [])
+
+
+def test_answers_behind_which_a_document_ends_are_refused_but_for_the_last(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Alone in a row they would hide what is before them, and in packed rows not."""
+    turns = ["Say yes.", "yes", "Again.", "yes"]
+    roles = ["user", "assistant"] * 2
+    said = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+    records = tmp_path / "chats.jsonl"
+    config = _config("gpt", corpus, tmp_path)
+    instructions = dataclasses.replace(
+        config.data.instructions, train=(str(records),), template="alpaca"
+    )
+    model = dataclasses.replace(GPT, document_end=TOKENIZER.eot_token)
+    data = dataclasses.replace(config.data, instructions=instructions)
+    config = dataclasses.replace(config, model=model, data=data)
+    records.write_text("\n".join(json.dumps({"messages": said[:2]}) for _ in range(4)))
+    assert len(InstructionData(config).samples) == 3
+    records.write_text("\n".join(json.dumps({"messages": said}) for _ in range(4)))
+    message = r"instructions\.template: 3 training .* alpaca .*document_end=50256, .*chatml"
+    with pytest.raises(ConfigError, match=message):
+        InstructionData(config)
+    model = dataclasses.replace(model, document_end=None)
+    assert len(InstructionData(dataclasses.replace(config, model=model)).samples) == 3

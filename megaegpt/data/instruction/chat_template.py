@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -297,7 +298,7 @@ def load_chat_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatT
             )
         return ChatTemplate(tokenizer.chat_template, f"of {tokenizer.name}")
     if wanted in NAMED_TEMPLATES:
-        return ChatTemplate(NAMED_TEMPLATES[wanted], wanted)
+        return ChatTemplate(_named_source(wanted, tokenizer), wanted)
     try:
         source = read_bytes(Path(wanted)).decode("utf-8")
     except (OSError, ValueError) as error:
@@ -308,6 +309,21 @@ def load_chat_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatT
             f"the chat template {wanted} is none of {names}, and no file that can be read: {reason}"
         ) from None
     return ChatTemplate(source.replace("\r\n", "\n"), wanted)
+
+
+def _named_source(name: str, tokenizer: Tokenizer) -> str:
+    """Alpaca's has no tokens of its own, and begins as tasks do that are in no template: with the
+    tokenizer's BOS, where that is before every text.
+    """
+    source = NAMED_TEMPLATES[name]
+    if name != "alpaca" or not tokenizer.adds_bos:
+        return source
+    names = {token: special for special, token in tokenizer.special_tokens.items()}
+    begin = names.get(tokenizer.first_token, "")
+    first, later = (tokenizer.encode_part("a", is_first) for is_first in (True, False))
+    if first != later:  # the blank before a text's first word, which is not put behind a token
+        begin += " "
+    return f"{{{{ {json.dumps(begin, ensure_ascii=False)} }}}}{source}"
 
 
 # -- marks -----------------------------------------------------------------------------------------

@@ -192,6 +192,16 @@ def read_older_definition(folder: Path) -> TokenizerDefinition:
     return TokenizerDefinition(Path(str(name)).name, str(file), content, settings)
 
 
+def read_chat_template(folder: Path) -> str | None:
+    """Jinja of the chat template in a folder, with a tokenizer or without; None: there is none.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    settings = _read_if_there(folder / SETTINGS_FILE) | _chat_template_beside(folder)
+    return TokenizerDefinition(folder.name, str(folder), {}, settings).chat_template
+
+
 def added_token(number: int, name: str, special: bool = True) -> dict[str, Any]:
     """An entry of ``added_tokens``."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

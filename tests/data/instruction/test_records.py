@@ -23,6 +23,7 @@ from megaegpt.data.instruction.rows import InstructionSamples
 from megaegpt.data.readers.documents import Problems
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.errors import ChatTemplateError, DataError
+from tests.tiny.tokenizers import with_bos
 
 TOKENIZER = Tokenizer.load()
 SHORT = Instruction("Say yes.", "", "Yes.")
@@ -231,11 +232,13 @@ def test_conversations_are_learned_where_the_assistant_speaks(tmp_path: Path) ->
     assert TOKENIZER.decode(tokens).endswith("### Instruction:\nAgain.\n\n### Response:\nYes!")
 
 
-def test_a_single_task_in_the_alpaca_template_is_the_task_itself() -> None:
-    chat = load_chat_template(TOKENIZER, "alpaca")
-    as_chats = InstructionDataset([SHORT], TOKENIZER, 200, chat=chat, tasks_are_chats=True)
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_single_task_in_the_alpaca_template_is_the_task_itself(bos: bool) -> None:
+    tokenizer = with_bos(bos_token="<|im_start|>") if bos else TOKENIZER
+    chat = load_chat_template(tokenizer, "alpaca")
+    as_chats = InstructionDataset([SHORT], tokenizer, 500, chat=chat, tasks_are_chats=True)
     for ours, wanted in zip(
-        as_chats[0], InstructionDataset([SHORT], TOKENIZER, 200)[0], strict=True
+        as_chats[0], InstructionDataset([SHORT], tokenizer, 500)[0], strict=True
     ):
         assert torch.equal(ours, wanted)
 

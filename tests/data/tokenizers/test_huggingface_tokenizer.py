@@ -30,7 +30,13 @@ from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokeni
 from megaegpt.errors import DataError
 from megaegpt.evaluation.scorer import encode_pair
 from megaegpt.evaluation.text import TextTokens
-from tests.tiny.tokenizers import HARD_TEXT, changed, trained_definition, trained_tokenizer
+from tests.tiny.tokenizers import (
+    HARD_TEXT,
+    changed,
+    trained_definition,
+    trained_tokenizer,
+    with_bos,
+)
 
 
 def split(expression: str) -> dict[str, Any]:
@@ -313,26 +319,6 @@ def test_marks_for_blanks_are_blanks_in_bytes() -> None:
 
 
 # -- the begin of a text --------------------------------------------------------------------------
-
-BOS_FIRST = {
-    "type": "TemplateProcessing",
-    "single": [
-        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-    ],
-    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-    "special_tokens": {
-        "<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}
-    },
-}
-
-
-def with_bos(**settings: Any) -> HuggingFaceTokenizer:
-    """Texts begin with ``<|im_start|>`` by the post-processor, as Llama 3's do by theirs."""
-    definition = changed(post_processor=BOS_FIRST)
-    return HuggingFaceTokenizer(
-        dataclasses.replace(definition, settings=definition.settings | settings)
-    )
 
 
 def test_texts_begin_with_a_bos_where_the_tokenizers_own_rule_says_so(tmp_path: Path) -> None:
