@@ -259,11 +259,12 @@ class InstructionData:
 
     def _check_document_end(self, dataset: InstructionDataset, name: str) -> None:
         """Refuse records that go on behind ``model.document_end``: alone in a row, and in
-        generation, they would be cut there, and in packed rows not.
+        generation, they would be cut there, and in packed rows not. One that they begin with, a
+        BOS of the same token, cuts off nothing.
         """
         if (end := self._model.document_end) is None:
             return
-        cut = sum(bool((dataset[item][0] == end).any()) for item in range(len(dataset)))
+        cut = sum(bool((dataset[item][0][1:] == end).any()) for item in range(len(dataset)))
         if cut:
             written = "Alpaca's prompt" if self._chat is None else f"template {self._chat.name}"
             raise ConfigError(
