@@ -150,6 +150,7 @@ def _encode(
     """
     if encoder is None:
         return torch.zeros(*tokens.shape, decoder.hidden_size)
-    rows = tokens if before is None else torch.cat([before, tokens], dim=-1)
+    # Nothing is before a text's first chunk: its id -1 is none that a model knows.
+    rows = tokens if before is None else torch.cat([before.clamp(min=0), tokens], dim=-1)
     states = cast(GPT, encoder).hidden_states(rows.flatten(0, 1))
     return states[:, -tokens.shape[-1] :].unflatten(0, tokens.shape[:2])

@@ -19,6 +19,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.model.egpt.copy_attention import SCORES_AT_ONCE
+from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.parts import matrices_of
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import LOGITS_AT_ONCE, ROWS_AT_ONCE, fused_rows
@@ -123,7 +125,11 @@ def trace_micro_step(
 
 
 def _compute_as_on(device_type: str, rank: LoneRank) -> None:
-    """Fused attention on a GPU drops without a mask; a CPU's cannot."""
+    """Fused attention on a GPU drops without a mask, a CPU's cannot; and a token memory computes so
+    many scores at once as the device has room for.
+    """
+    if isinstance(rank.model, EGPT) and rank.model.token_memory is not None:
+        rank.model.token_memory.scores_at_once = SCORES_AT_ONCE.get(device_type)
     if device_type != "cpu":
         for model in rank.models:
             for block in model.stack.blocks:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from megaegpt.config import EGPTConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.planning.allocations import TensorMeter
 from megaegpt.planning.dry_step import dry_step
 from megaegpt.planning.memory import trace_rank
 
 BESIDE = 1 << 20
-ENCODER = ModelConfig(vocab_size=500, max_seq_len=16, hidden_size=64, num_layers=2, num_heads=4)
+ENCODER = ModelConfig(vocab_size=500, max_seq_len=20, hidden_size=64, num_layers=2, num_heads=4)
 
 
 @pytest.fixture
@@ -33,8 +33,13 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("model", "tp", "stage"),
-    [({}, 1, 1), ({}, 2, 2), ({"kind": "egpt", "egpt": EGPTConfig(3, 16)}, 1, 2)],
-    ids=["gpt", "tp2", "egpt"],
+    [
+        ({}, 1, 1),
+        ({}, 2, 2),
+        ({"kind": "egpt", "egpt": EGPTConfig(3, 16)}, 1, 2),
+        ({"kind": "egpt", "egpt": EGPTConfig(3, 16), "encoder": EncoderConfig(overlap=4)}, 1, 2),
+    ],
+    ids=["gpt", "tp2", "egpt", "overlap"],
 )
 @pytest.mark.usefixtures("cpu_as_gpu")
 def test_a_dry_step_is_the_traced_one_with_memory(

@@ -26,6 +26,7 @@ from megaegpt.model.parts import matrices_of
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.allocations import TensorMeter
 from megaegpt.planning.memory import estimate_memory
+from megaegpt.planning.memory_trace import trace_micro_step
 from megaegpt.planning.muon_share import Matrix, share_of_muon
 from megaegpt.planning.rank_check import as_rank
 from megaegpt.training.engine.engine import Engine
@@ -146,6 +147,18 @@ def test_estimate_is_what_an_egpt_takes(distributed: Distributed, memory: bool) 
         1, 2, "fp32", kind="egpt", tied_embeddings=False, egpt=chunks, vocab_size=1000
     )
     assert_estimates([config], 1, distributed(1, measure, [config])[0])
+
+
+def test_a_token_memorys_scores_are_those_that_the_device_has_at_once() -> None:
+    """Half of a chunk's 1,024 x 4,096 on a CPU, all on a GPU."""
+    chunks = EGPTConfig(num_chunks=4, chunk_size=1024, token_memory=True, memory_dim=8)
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 100}
+    config = run_config(1, 2, "fp32", micro_batch=2, kind="egpt", egpt=chunks, **sizes)
+    on_cpu, on_gpu = (
+        trace_micro_step(config, "fp32", None, device, False, fused_head=False, fused_blocks=False)
+        for device in ("cpu", "cuda")
+    )
+    assert on_gpu.peak - on_cpu.peak > 4 * 2 * 512 * 4096
 
 
 def _stage_3(precision: str, **options: int) -> RunConfig:

@@ -88,6 +88,8 @@ class Scoring(NamedTuple):
     most_chunks: int | None = None
     """Earlier chunks that a query sees, those whose mean key its scores are highest for; None:
     all."""
+    at_once: int | None = None
+    """Scores that are computed at once; None: as the device has it."""
 
 
 class Pointers(NamedTuple):
@@ -167,7 +169,7 @@ class _Scan(NamedTuple):
     def blocks(self, queries: Tensor) -> Iterator[_Block]:
         """Cut queries (B, H, T, D) where chunks end, and into as many as are computed at once."""
         size, length = self.scoring.chunk_size, queries.shape[2]
-        budget = SCORES_AT_ONCE.get(queries.device.type, 1 << 22)
+        budget = self.scoring.at_once or SCORES_AT_ONCE.get(queries.device.type, 1 << 22)
         numbers = range(-(-length // size)) if self.chunks is None else self.chunks
         for number, start in zip(numbers, range(0, length, size), strict=True):
             chunk, end = self.first_chunk + number, min(start + size, length)

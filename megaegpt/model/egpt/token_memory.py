@@ -91,6 +91,8 @@ class TokenMemory(nn.Module):
             new_parameter((pointers,), grid, mean=mean / _RATE) for mean in _SURENESS
         )
         self.by_match = _constants(_MATCH, pointers, grid)
+        self.scores_at_once: int | None = None
+        """See :class:`~megaegpt.model.egpt.copy_attention.Scoring`."""
         self._share_sum: Tensor | None = None
         self._calls = 0
 
@@ -133,7 +135,7 @@ class TokenMemory(nn.Module):
     def scoring(self) -> Scoring:
         """What scores are made of beside queries and keys."""
         bias, bonus = _RATE * self.distance, _RATE * self.bonus
-        return Scoring(bias, bonus, self.chunk_size, self.most_chunks)
+        return Scoring(bias, bonus, self.chunk_size, self.most_chunks, self.scores_at_once)
 
     def log_shares(self, query: Query, found: Pointers) -> Tensor:
         """Log of the shares of the head and the pointers, (B, 1 + H, T)."""
