@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megaegpt.config import RunConfig
+from megaegpt.config import RopeScalingConfig, RunConfig
 from megaegpt.config.loading import run_config_from_dict
 from megaegpt.config.parsing import Problem, parse_section, raise_problems
-from megaegpt.config.ranges import PositiveInt, range_problems
+from megaegpt.config.ranges import NonNegativeInt, PositiveInt, range_problems
 from megaegpt.config.run_files import find_run_file, merged
 from megaegpt.config.validation import find_problems
 from megaegpt.config.yaml_text import read_yaml
@@ -62,10 +62,11 @@ class ReadingPlan:
 
     context: PositiveInt | None = None
     """Tokens that it reads at once, whole chunks; None: one chunk."""
-    overlap: int = 0
+    overlap: NonNegativeInt = 0
     """Tokens before those that it sees too."""
-    rope_scaling: dict[str, Any] = field(default_factory=dict)
-    """Keys of ``model.rope_scaling``, to read more than it was trained on."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    """As ``model.rope_scaling``, to read more than it was trained on; of kind ``none`` the
+    encoder's own."""
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,12 @@ def load_plan(path: str | Path) -> ExperimentPlan:
     """
     values, problems = read_yaml(find_run_file(path))
     plan = parse_section(ExperimentPlan, values, "", problems)
-    for name, corpus in plan.corpora.items():
-        parse_section(CorpusPlan, corpus, f"corpora.{name}.", problems)
-    for name, reading in plan.readings.items():
-        parse_section(ReadingPlan, reading, f"readings.{name}.", problems)
+    for name, values in plan.corpora.items():
+        corpus = parse_section(CorpusPlan, values, f"corpora.{name}.", problems)
+        problems += range_problems(corpus, f"corpora.{name}.")
+    for name, values in plan.readings.items():
+        reading = parse_section(ReadingPlan, values, f"readings.{name}.", problems)
+        problems += _reading_problems(reading, f"readings.{name}.")
     problems += [*range_problems(plan), *_problems(plan)]
     if not problems:
         problems += _corpus_problems(plan)
@@ -159,6 +162,14 @@ def load_plan(path: str | Path) -> ExperimentPlan:
             problems += _run_problems("encoder.run", plan.encoder.run)
     raise_problems(str(path), problems)
     return plan
+
+
+def _reading_problems(reading: ReadingPlan, prefix: str) -> Iterator[Problem]:
+    yield from range_problems(reading, prefix)
+    scaling = reading.rope_scaling
+    if scaling.kind == "none" and scaling != RopeScalingConfig():
+        key = f"{prefix}rope_scaling"
+        yield Problem((key,), f"{key} has no kind: nothing would be scaled")
 
 
 def _corpus_problems(plan: ExperimentPlan) -> list[Problem]:
@@ -173,6 +184,8 @@ def _corpus_problems(plan: ExperimentPlan) -> list[Problem]:
             found.append(f"corpora.{name} has runs_of: give held_out, and leave train out")
         elif not set(plan.variants_on(name)) <= set(plan.variants_on(corpus.runs_of)):
             found.append(f"corpora.{name} has variants that {corpus.runs_of} does not train")
+        if not 0 < corpus.train_share < 1:
+            found.append(f"corpora.{name}.train_share={corpus.train_share} must be between 0 and 1")
         known = (("variants", plan.variants), ("readings", plan.readings))
         for key, names in known:
             if unknown := set(getattr(corpus, key)) - set(names):

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from megaegpt.bars import progress_bar
-from megaegpt.config import RopeScalingConfig
 from megaegpt.data.tokens.windows import EvaluationWindows, tokens_before
 from megaegpt.errors import ConfigError
 from megaegpt.labels import IGNORE
@@ -31,8 +30,7 @@ def load_reader(weights: str, reading: ReadingPlan, grid: ProcessGrid, dtype: to
         ConfigError: the reading is longer than the encoder's context.
     """
     config = read_weights_config(weights)[0]
-    if reading.rope_scaling:
-        scaling = RopeScalingConfig(**reading.rope_scaling)
+    if (scaling := reading.rope_scaling).kind != "none":
         longer = int(config.max_seq_len * scaling.factor)
         config = dataclasses.replace(config, rope_scaling=scaling, max_seq_len=longer)
     length = (reading.context or 0) + reading.overlap

@@ -10,7 +10,7 @@ from typing import Any
 from megaegpt.errors import DataError
 from megaegpt.evaluation.history import HISTORIES
 from tools.experiment.plan import ExperimentPlan
-from tools.experiment.runs import HELD, READINGS, RESULT, read_result
+from tools.experiment.runs import HELD, READINGS, RESULT, check_reading, read_result
 
 CARRIED = "document"
 """Losses with a token memory that holds the plan's ``memory_tokens`` of the whole text."""
@@ -26,6 +26,7 @@ def collect(plan: ExperimentPlan) -> dict[str, Any]:
     Raises:
         DataError: the encoder, or every variant, of a corpus is still missing, or a result is
             damaged.
+        CheckpointError: the encoder read in another way than the plan says.
     """
     folder = Path(plan.output)
     corpora = {name: _corpus(plan, folder / "runs" / name) for name in plan.corpora}
@@ -47,10 +48,12 @@ def _machines(folder: Path) -> list[str]:
 
 def _corpus(plan: ExperimentPlan, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"encoder": _over_seeds([folder / "encoder"])}
-    readings = {name: folder / READINGS / name for name in plan.readings_on(folder.name)}
-    result["readings"] = {
-        name: _over_seeds([run]) for name, run in readings.items() if (run / RESULT).exists()
-    }
+    result["readings"] = {}
+    for name in plan.readings_on(folder.name):
+        run = folder / READINGS / name
+        if (run / RESULT).exists():
+            check_reading(run, plan.reading(name))
+            result["readings"][name] = _over_seeds([run])
     if not any((folder / "steps").glob(f"*/*/{RESULT}")):
         raise DataError(f"{folder}: no variant is finished; train before it is reported")
     for budget in plan.budgets:

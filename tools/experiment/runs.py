@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,6 +51,8 @@ from tools.experiment.texts import prepare_corpus, prepare_encoder_texts
 RESULT, READINGS = "result.json", "readings"
 HELD = "held"
 """Losses with a token memory that goes on over the whole reported text, by the tokens it holds."""
+_READING = "reading"
+"""How the encoder read, of a result of it alone."""
 
 
 class StoppedError(Exception):
@@ -141,10 +143,11 @@ class Experiment:
         """The encoder alone in another way."""
         folder = self.folder / "runs" / corpus / READINGS / name
         config = self._config(corpus, self.plan.baseline, folder, 1, None)
+        reading = self.plan.reading(name)
         if self._is_done(folder, config):
+            check_reading(folder, reading)
             return
         print(f"\n=== {corpus}: the encoder alone, {name}", flush=True)
-        reading = self.plan.reading(name)
         dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
         gpt = load_reader(self._encoder, reading, self._grid, dtype)
         text = self._reported(config)
@@ -156,6 +159,7 @@ class Experiment:
             "parameters": gpt.num_parameters(),
             "training": {},
             "cost": reading_cost(gpt.config, reading, config.model),
+            _READING: asdict(reading),
         }
         self._finish(folder, config, result)
 
@@ -347,6 +351,20 @@ class Experiment:
         }
         _write_result(folder, result | about)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def check_reading(folder: Path, reading: ReadingPlan) -> None:
+    """Refuse a result that was read in another way; those of earlier versions do not say in which.
+
+    Raises:
+        CheckpointError: it was.
+        DataError: the result is damaged.
+    """
+    if read_result(folder).get(_READING) not in (None, asdict(reading)):
+        raise CheckpointError(
+            f"{folder} was read in another way than the plan says now: remove it, or give the "
+            "reading a name of its own"
+        )
 
 
 def best_step(folder: Path) -> int:

@@ -65,6 +65,10 @@ def _stop_and_go_on(output: Path) -> dict[str, Any]:
     assert later["losses"]["document"] == later["held"]["128"]
     with pytest.raises(CheckpointError, match="another configuration"):
         _run(dataclasses.replace(plan, run={**plan.run, "optimizer": {"warmup_steps": 0}}))
+    changed = dataclasses.replace(plan, readings={**plan.readings, "behind_8": {"overlap": 4}})
+    for again_done in (_run, collect):
+        with pytest.raises(CheckpointError, match="behind_8 was read in another way"):
+            again_done(changed)
     with locked_folder(output), pytest.raises(DataError, match="written by another run"):
         _run(plan)
     with pytest.raises(DataError, match="texts of another experiment"):
