@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megaegpt.config import ModelConfig
 from megaegpt.errors import CheckpointError
 from megaegpt.files import check_tensor_file
+from megaegpt.model.attention.layer import layer_window
 from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import WEIGHTS, read_weights_config
@@ -73,12 +74,32 @@ def initialization_problems(decoder: ModelConfig, encoder: ModelConfig) -> list[
             "model.encoder.initialize_decoder copies rotary positions of tokens: without "
             "model.egpt.local_attention, model rotates by the number of a chunk"
         )
+    problems += _window_problems(decoder, encoder)
     if decoder.num_layers > encoder.num_layers:
         problems.append(
             f"it has {encoder.num_layers} blocks, too few for the {decoder.num_layers} that "
             "model.encoder.initialize_decoder copies"
         )
     return problems
+
+
+def _window_problems(decoder: ModelConfig, encoder: ModelConfig) -> Iterator[str]:
+    """Blocks that would attend less or more far within a chunk than those that they are copies of,
+    whose numbers are others.
+    """
+    size, skipped = decoder.egpt.chunk_size, encoder.num_layers - decoder.num_layers
+    for layer in range(max(0, -skipped), decoder.num_layers):
+        theirs, ours = (
+            min(layer_window(config, number) or size, size)
+            for config, number in ((encoder, layer + skipped), (decoder, layer))
+        )
+        if theirs != ours:
+            yield (
+                f"its block {layer + skipped} attends to {theirs} tokens of a chunk and model's "
+                f"block {layer}, a copy by model.encoder.initialize_decoder, to {ours}: set "
+                "model.window and model.window_every so that they are the same"
+            )
+            return
 
 
 def initialize_from_encoder(model: nn.Module, folder: str | Path, grid: ProcessGrid) -> None:

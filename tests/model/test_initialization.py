@@ -130,6 +130,7 @@ def test_an_encoder_with_a_head_of_its_own_gives_that_one(tmp_path):
         ({"bias": False}, "bias is True, model's False"),
         ({"num_layers": 5}, "4 blocks, too few for the 5"),
         ({"positions": "rotary"}, "rotary"),
+        ({"window": 2}, f"attends to {S} tokens of a chunk and model's block 0"),
     ],
 )
 def test_what_cannot_start_as_the_encoder_is_refused_by_name(changes, words):
