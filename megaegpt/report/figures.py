@@ -31,13 +31,20 @@ def lines(
     for name, (positions, values) in curves.items():
         label = name.replace("$", r"\$")  # it is no formula
         label = f" {label}" if label.startswith("_") else label  # which a legend would leave out
-        axes.plot(positions, values, marker=marker, label=label, linewidth=1)
+        shown = marker or ("." if _has_lone_point(values) else "")
+        axes.plot(positions, values, marker=shown, label=label, linewidth=1)
     if log:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(fontsize="small")
     return figure
+
+
+def _has_lone_point(values: Sequence[float]) -> bool:
+    """Whether a value has no neighbour that a line could lead to."""
+    finite = np.pad(np.isfinite(np.asarray(values, dtype=float)), 1)
+    return bool((finite[1:-1] & ~finite[:-2] & ~finite[2:]).any())
 
 
 def loss_by_chunk(losses: Mapping[str, Sequence[float]]) -> Figure:
