@@ -331,8 +331,9 @@ def alternatives_over_context(
     """:func:`alternatives` on as few context-parallel ranks, from the plan's number on, as let any
     of them fit: a sample that is too long for one rank is shared.
     """
+    found: list[Plan] = []
     while True:
-        found = alternatives(plan, replan, seconds)
+        found = alternatives(plan, replan, seconds) or found  # some samples cannot be shared so
         parallel = plan.config.parallel
         if any(other.fits for other in found) or plan.machines.gpus < 2 * (
             cp := parallel.context_parallel_size

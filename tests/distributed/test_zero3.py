@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from megaegpt.config import EGPTConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.generation.generator import sample_text
+from megaegpt.model.build import build_model
 from megaegpt.parallel.params import full_state
 from megaegpt.training.checkpoint.exported_weights import exported_weights
 from megaegpt.training.checkpoint.folders import find_checkpoint
@@ -32,6 +33,7 @@ from tests.tiny.engines import (
     largest_difference,
     make_engine,
     micro_batches,
+    nats,
     run_config,
     train_plainly,
 )
@@ -117,6 +119,21 @@ def double_precision() -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+def _evaluated_first() -> tuple[float, float]:
+    """Before a step of training, and by the whole model."""
+    config, grid = _config("egpt_memory"), grid_for(1)
+    (batch, *_) = micro_batches(0, config, grid)
+    models = [make_engine(config, grid).model, build_model(config.model, grid, seed=3)]
+    with torch.no_grad():
+        first, whole = (nats(model.eval(), batch).item() for model in models)
+    return first, whole
+
+
+def test_a_token_memory_can_be_evaluated_before_it_is_trained(distributed: Distributed) -> None:
+    for first, whole in distributed(2, _evaluated_first):
+        assert first == pytest.approx(whole, rel=1e-6)
 
 
 def _trained(config: RunConfig) -> Curve:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megaegpt.config import EGPTConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import ConfigError
 from megaegpt.model.build import build_inputs, build_model
@@ -467,6 +467,22 @@ def test_a_sample_too_long_for_one_rank_is_shared_by_as_few_as_it_fits() -> None
     found = alternatives_over_context(on_one_rank, replan)
     assert {other.config.parallel.context_parallel_size for other in found} == {4}
     assert all(other.fits for other in found)
+
+
+def test_what_fits_on_no_ranks_keeps_what_was_tried_on_fewer() -> None:
+    """15 chunks cannot be shared by two ranks, so that they have no rows."""
+    chunks = EGPTConfig(num_chunks=15, chunk_size=16)
+    sizes = {"hidden_size": 64, "num_layers": 1, "num_heads": 2}
+    model = ModelConfig(kind="egpt", egpt=chunks, encoder=EncoderConfig(source="gpt2"), **sizes)  # type: ignore[arg-type]
+    plan = _plan(RunConfig(model=model, training=_gpt2(global_batch_size=2).training), gpus=2)
+
+    def replan(config: RunConfig) -> Plan:
+        memory = dataclasses.replace(plan.memory, activations=1 << 60)
+        return dataclasses.replace(plan, config=config, memory=memory)
+
+    found = alternatives_over_context(replan(plan.config), replan)
+    assert found
+    assert {other.config.parallel.context_parallel_size for other in found} == {1}
 
 
 def test_stage_2_is_recommended_where_only_it_fits() -> None:
