@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
@@ -100,7 +99,9 @@ class OutputHead(nn.Module):
             logits = softcap * torch.tanh(logits / softcap)
         first = self.grid.tp_rank * logits.shape[-1]
         real = min(max(self.vocab_size - first, 0), logits.shape[-1])
-        return F.pad(logits[..., :real], (0, logits.shape[-1] - real), value=-torch.inf)
+        if real < logits.shape[-1]:
+            logits[..., real:] = -torch.inf  # in place, without a copy of all
+        return logits
 
     def full_logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., vocab_size) on every TP rank, for sampling."""
