@@ -52,6 +52,9 @@ _LONGEST_S = 1.5
 _POLL_S = 0.05
 _POLLS = 40
 """So often a table is looked for that another process is measuring."""
+_UNDISTURBED = 0.9
+"""Share of its threads' time from which on measuring had the processor to itself (0.97 is usual):
+beside other work the threads wait for each other, and MKL's products look faster than oneDNN's."""
 _GAIN = 1.05
 """A product has to be so much faster than oneDNN's in every round: less may be chance."""
 
@@ -167,8 +170,8 @@ def stored_table(
 ) -> KernelTable:
     """The table in the cache folder, or from ``measured`` where there is none that is whole and of
     this machine; where the folder cannot be written it is measured and not kept, as is what a busy
-    machine had no time for. While another process measures, its table is waited for, for 2 s; then
-    oneDNN's products are taken.
+    machine had no time for, or measured beside other work. While another process measures, its
+    table is waited for, for 2 s; then oneDNN's products are taken.
     """
     try:
         folder = cache_folder() / "kernels"
@@ -196,11 +199,21 @@ def _read_or_measured(
     """With the folder locked: what the process has left that had locked it before, or a new one."""
     if not anew and (table := _read(path, machine)) is not None:
         return table
-    table = KernelTable(machine, measured())
-    if _is_whole(table):
+    products, share = with_share_of_processor(measured, machine.threads)
+    table = KernelTable(machine, products)
+    if _is_whole(table) and share >= _UNDISTURBED:
         with contextlib.suppress(OSError, DataError):
             write_whole(path, (json.dumps(asdict(table), indent=1) + "\n").encode())
     return table
+
+
+def with_share_of_processor(
+    measured: Callable[[], tuple[ProductSpeed, ...]], threads: int
+) -> tuple[tuple[ProductSpeed, ...], float]:
+    """What was measured, and how much of the time of ``threads`` threads this process had."""
+    began, used = time.perf_counter(), time.process_time()
+    products = measured()
+    return products, (time.process_time() - used) / (time.perf_counter() - began) / threads
 
 
 def _read(path: Path, machine: Machine) -> KernelTable | None:

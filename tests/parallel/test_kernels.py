@@ -59,7 +59,10 @@ def measurer() -> Measurer:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where tables are kept; nothing in the environment chooses, and the processor has all."""
+    """Where tables are kept; nothing in the environment chooses, and the processor has all, for
+    this process alone.
+    """
+    monkeypatch.setattr(kernels, "with_share_of_processor", lambda measured, _: (measured(), 1.0))
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setenv("MEGAEGPT_CACHE", str(tmp_path))
     monkeypatch.delenv("MEGAEGPT_KERNELS")
@@ -240,6 +243,31 @@ def test_what_a_busy_machine_had_no_time_for_is_measured_again(folder: Path) -> 
     for _ in range(2):
         assert stored_table(MACHINE, lambda: SPEEDS[:9]).products == SPEEDS[:9]
         assert list(folder.iterdir()) == []
+
+
+def test_what_was_measured_beside_other_work_is_used_and_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, measurer: Measurer
+) -> None:
+    with monkeypatch.context() as busy:
+        busy.setattr(kernels, "with_share_of_processor", lambda measured, _: (measured(), 0.75))
+        assert stored_table(MACHINE, measurer).products == SPEEDS
+        assert list(folder.iterdir()) == []
+    assert stored_table(MACHINE, measurer).products == SPEEDS
+    assert measurer.calls == 2
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_the_share_of_the_processor_is_that_of_all_threads() -> None:
+    def half_asleep() -> tuple[ProductSpeed, ...]:
+        begun = time.process_time()
+        while time.process_time() - begun < 0.05:
+            pass
+        time.sleep(0.05)
+        return SPEEDS
+
+    products, share = kernels.with_share_of_processor(half_asleep, threads=2)
+    assert products == SPEEDS
+    assert 0 < share <= 0.3  # a quarter, and what the process does beside
 
 
 def _clock(onednn: list[float], blas: list[float]) -> Callable[[], float]:
