@@ -102,14 +102,14 @@ def _fail_to_append(self: writer.PartFile, values: Tensor) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def _fail_on_rank_0(folder: Path, where: str, tp_size: int) -> str:
-    """Encode with a real, collective encoder while rank 0 cannot open, read or append."""
+def _fail_on_rank(failing: int, folder: Path, where: str, tp_size: int) -> str:
+    """Encode with a real, collective encoder while a rank cannot open, read or append."""
     grid = grid_for(tp_size)
     encoder = FrozenEncoder(build_model(encoder_config(), grid, seed=3))
     wanted = spec(encoder=encoder.fingerprint, hidden_size=HIDDEN)
     stream = Stream()
     with pytest.MonkeyPatch.context() as patch:
-        if grid.rank == 0:
+        if grid.rank == failing:
             if where == "opening":
                 patch.setattr(writer.PartFile, "__init__", _no_more_files)
             elif where == "appending":
@@ -130,9 +130,19 @@ def test_a_rank_that_cannot_open_read_or_write_leaves_no_other_waiting(
     reasons = {"opening": "Too many open files", "reading": "Input", "appending": "No space left"}
     for where, reason in reasons.items():
         folder = tmp_path / where
-        errors = distributed(ranks, _fail_on_rank_0, folder, where, 2, timeout=240)
+        errors = distributed(ranks, _fail_on_rank, 0, folder, where, 2, timeout=240)
         assert all(reason in error for error in errors), errors
         assert not (folder / "features-00000.npy").exists()
+
+
+def test_no_part_is_published_that_another_rank_of_the_group_could_not_read_the_inputs_of(
+    tmp_path: Path, distributed: Distributed
+) -> None:
+    """It has the shape of a part: the next start would take it for one."""
+    writing, failing = distributed(2, _fail_on_rank, 1, tmp_path, "reading", 2, timeout=240)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert failing == f"{tmp_path}: its inputs cannot be read ([Errno 5] Input/output error)"
+    assert writing == f"rank 1: {failing}"
 
 
 def _count_looks(folder: Path) -> list[str]:

@@ -36,7 +36,12 @@ from megaegpt.files import (
     wait_for_files,
 )
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.parallel.together import all_gather_object, broadcast_object, raising_together
+from megaegpt.parallel.together import (
+    all_gather_object,
+    all_reduce_max,
+    broadcast_object,
+    raising_together,
+)
 
 
 def compute_store(
@@ -61,7 +66,7 @@ def compute_store(
 
     Raises:
         DataError: the folder holds a store of something else, a damaged one, or cannot be written;
-            or ranks have different specs.
+            what it is computed from cannot be read; or ranks have different specs.
     """
     folder = Path(folder)
     _check_ranks_agree(folder, spec, grid)
@@ -151,11 +156,13 @@ class _Writer:
                     with raising_together(grid), naming_failures(self.folder):
                         opened = self._open_part(own, files)
                     failure = None if own is None else self._write_part(own, opened)
+                    is_whole = self._succeeded_on_all_of_tp_group(failure)
                     with raising_together(grid), naming_failures(self.folder):
                         if failure is not None:
                             raise failure
-                        for file in opened.values():
-                            file.publish()
+                        if is_whole:
+                            for file in opened.values():
+                                file.publish()
                 bar.update(sum(len(spec.part_chunks(part)) for part in round_parts))
 
     def _is_there(self, part: int) -> bool:
@@ -185,6 +192,8 @@ class _Writer:
             try:
                 if failure is None:
                     inputs = self.contents.read(batch)
+            except OSError as error:
+                failure = DataError(f"{self.folder}: its inputs cannot be read ({error})")
             except Exception as error:
                 failure = error
             try:
@@ -201,6 +210,14 @@ class _Writer:
             except Exception as error:
                 failure = error
         return failure
+
+    def _succeeded_on_all_of_tp_group(self, failure: Exception | None) -> bool:
+        """Whether the part is of what its chunks hold: a rank that failed computes with blanks, and
+        what the others made with it must not be published. Collective over all ranks.
+        """
+        grid = self.grid
+        own = [failure is not None and grid.replica_rank == r for r in range(grid.replica_size)]
+        return not all_reduce_max(own, grid)[grid.replica_rank]
 
     def publish(self) -> None:
         """Write the manifest (rank 0), with checksums each rank took of its share of the files."""
