@@ -254,15 +254,15 @@ def _base_problems(variants: dict[str, Any]) -> list[str]:
 def _run_problems(name: str, values: dict[str, Any]) -> list[Problem]:
     problems: list[Problem] = []
     config = run_config_from_dict(values, problems)
-    problems = problems or find_problems(config)
+    problems = problems or _config_problems(config)
     return [Problem((), f"{name}: {problem.message}") for problem in problems]
 
 
 def decoder_values(plan: ExperimentPlan, variant: str) -> dict[str, Any]:
     """Sections of a variant's configuration."""
     changes = [plan.variants[variant] or {}]
-    while "base" in changes[-1]:
-        changes.append(plan.variants[changes[-1]["base"]])
+    while (base := changes[-1].get("base")) is not None:
+        changes.append(plan.variants[base] or {})
     values = plan.run
     for change in reversed(changes):
         values = merged(values, {name: of for name, of in change.items() if name != "base"})
@@ -281,17 +281,26 @@ def make_run(values: dict[str, Any], folder: Path, **sections: dict[str, Any]) -
         "checkpoint": {
             "directory": str(folder / "checkpoints"),
             "interval": training.eval_interval,
-            "keep": training.steps // training.eval_interval + 1,
+            "keep_every": training.eval_interval,  # a stop saves besides: those do not count
         },
         "logging": {"directory": str(folder), "tensorboard": False},
     }
     problems: list[Problem] = []
     config = run_config_from_dict(merged(values, generated), problems)
-    problems = problems or find_problems(config)
-    if config.training.micro_batch_size == "auto":
+    raise_problems(str(folder), problems or _config_problems(config))
+    return config
+
+
+def _config_problems(config: RunConfig) -> list[Problem]:
+    """What is wrong with a run, or with comparing it to others."""
+    problems, training = find_problems(config), config.training
+    if training.micro_batch_size == "auto":
         key = "training.micro_batch_size"
         problems.append(
             Problem((key,), f"{key}=auto may differ between runs to be compared: give a number")
         )
-    raise_problems(str(folder), problems)
-    return config
+    if training.patience is not None:
+        key = "training.patience"
+        text = f"{key}={training.patience} may end runs to be compared at different steps"
+        problems.append(Problem((key,), f"{text}: leave it out, the best evaluated step is chosen"))
+    return problems

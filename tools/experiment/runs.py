@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -336,7 +336,7 @@ class Experiment:
     def _is_done(self, folder: Path, config: RunConfig) -> bool:
         """Whether the run is finished; refuses to go on where another one was begun."""
         begun = folder / "run.yaml"
-        if begun.exists() and load_config(begun) != config:
+        if begun.exists() and _kept_alike(load_config(begun), config) != config:
             raise CheckpointError(
                 f"{folder} is a run of another configuration: remove it, or choose another output"
             )
@@ -419,6 +419,13 @@ def read_result(folder: Path) -> dict[str, Any]:
     result = read_json(path, dict[str, Any], remedy=remedy, missing=missing)
     conform(result, _Result, str(path), remedy=remedy, other_keys=True)
     return result
+
+
+def _kept_alike(config: RunConfig, other: RunConfig) -> RunConfig:
+    """``config`` with as many checkpoints kept as of ``other``: earlier versions kept others."""
+    keep, keep_every = other.checkpoint.keep, other.checkpoint.keep_every
+    checkpoint = replace(config.checkpoint, keep=keep, keep_every=keep_every)
+    return replace(config, checkpoint=checkpoint)
 
 
 def _last_weights(config: RunConfig) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from launchers import experiment
+from megaegpt.config.loading import config_to_yaml, load_config
 from megaegpt.errors import CheckpointError, DataError
 from megaegpt.files import locked_folder
 from megaegpt.training.stopping import StopRequests
@@ -204,6 +205,44 @@ def test_the_tables_replace_what_was_between_the_marks_of_a_page(report):
     assert insert(once, report, "smoke") == once
     with pytest.raises(DataError, match="lacks the lines <!-- experiment other -->"):
         insert(page, report, "other")
+
+
+def _stop_often(output: Path, encoder: Path) -> list[list[str]]:
+    """Names of the checkpoints after each stop."""
+    smallest = smoke(output)
+    plan = dataclasses.replace(
+        smallest,
+        corpora={"bible": smallest.corpora["bible"]},
+        seeds=1,
+        controls={},
+        budgets=("steps",),
+        readings={},
+        memory_tokens=None,
+        memory_lengths={},
+        encoder=dataclasses.replace(smallest.encoder, source=str(encoder)),
+        run=merged(smallest.run, {"training": {"steps": 12, "eval_interval": 4}}),
+        variants={"deepgpt": smallest.variants["deepgpt"]},
+    )
+    run, found = output / "runs/bible/steps/deepgpt/seed1", list[list[str]]()
+    for steps in (5, 1, 1, 2):
+        with pytest.raises(StoppedError):
+            _run(plan, StopAfter(steps))
+        found.append(sorted(path.name for path in (run / "checkpoints").glob("step_*")))
+    _run(plan)
+    config = load_config(run / "run.yaml")
+    earlier = dataclasses.replace(config.checkpoint, keep=4, keep_every=None)
+    text = config_to_yaml(dataclasses.replace(config, checkpoint=earlier))
+    (run / "run.yaml").write_text(text)
+    assert "step" not in _run(plan)  # finished by an earlier version
+    return found
+
+
+def test_evaluated_checkpoints_outlive_any_number_of_stops(
+    report: dict[str, Any], output: Path, distributed: Distributed, tmp_path: Path
+) -> None:
+    (found,) = distributed(1, _stop_often, tmp_path, output / "encoder" / "weights")
+    assert all("step_00000004" in names for names in found), found
+    assert "step_00000008" in found[-1], found
 
 
 def _measure_stored_and_computed(output: Path) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def test_everything_wrong_is_said_at_once(tmp_path):
         ("[16, 64]", "[a]", r"memory_lengths\.egpt_improved must be a list of whole numbers"),
         ("memory_tokens: 256", "memory_tokens: 15", "memory_tokens: 15 is less than a chunk of 16"),
         ("[16, 64]", "[64, 15]", r"memory_lengths\.egpt_improved: 15 is less than a chunk of 16"),
+        ("steps: 4,", "steps: 4, patience: 1,", r"deepgpt: training\.patience=1 may end runs"),
+        ("steps: 6,", "steps: 6, patience: 1,", r"encoder\.run: training\.patience=1 may end runs"),
     ],
 )
 def test_what_cannot_be_measured_is_named(tmp_path, right, wrong, words):
@@ -99,6 +101,21 @@ def test_what_cannot_be_measured_is_named(tmp_path, right, wrong, words):
     path.write_text((CONFIGS / "smoke.yaml").read_text().replace(right, wrong))
     with pytest.raises(ConfigError, match=words):
         load_plan(path)
+
+
+def test_a_base_left_empty_is_none(tmp_path):
+    path = tmp_path / "plan.yaml"
+    whole = (CONFIGS / "smoke.yaml").read_text()
+    path.write_text(whole.replace("\n  egpt:\n", "\n  egpt:\n    base:\n"))
+    assert decoder_values(load_plan(path), "egpt") == decoder_values(
+        load_plan(CONFIGS / "smoke.yaml"), "egpt"
+    )
+
+
+def test_a_variant_may_be_based_on_one_that_changes_nothing(tmp_path):
+    plan = load_plan(CONFIGS / "smoke.yaml")
+    plan = replace(plan, variants={"a": None, "b": {"base": "a"}})
+    assert decoder_values(plan, "b") == decoder_values(plan, "a")
 
 
 def test_a_wrong_key_of_a_variant_is_named(tmp_path):
