@@ -15,7 +15,7 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
     "latent_norm": lambda model: model.attention == "latent",
     "rope_base": lambda model: model.positions == "rotary",
     "rope_pairs": lambda model: model.positions == "rotary",
-    "activation": lambda model: model.mlp != "swiglu",
+    "activation": lambda model: model.mlp != "swiglu" or model.kind == "egpt",  # its input MLP's
     "window_every": lambda model: model.window is not None,
     "tied_embeddings": lambda model: model.kind == "gpt",
     "egpt.chunk_size": lambda model: model.kind != "gpt",

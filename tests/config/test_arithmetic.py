@@ -58,6 +58,14 @@ def test_a_digest_changes_with_the_arithmetic_and_not_with_how_it_is_said(
     assert arithmetic_digest(same) == arithmetic_digest(plain)
 
 
+def test_the_activation_has_an_effect_beside_swiglu_in_the_input_mlp_of_an_egpt_alone() -> None:
+    for kind in ("gpt", "deepgpt", "egpt"):
+        tanh = ModelConfig(kind=kind, mlp="swiglu")
+        exact = dataclasses.replace(tanh, activation="gelu")
+        assert (model_arithmetic(tanh) != model_arithmetic(exact)) == (kind == "egpt")
+        assert (arithmetic_digest(tanh) != arithmetic_digest(exact)) == (kind == "egpt")
+
+
 def test_the_length_trained_before_scaling_is_part_of_it_said_or_not() -> None:
     yarn = RopeScalingConfig("yarn", factor=4.0)
     short, long = (
