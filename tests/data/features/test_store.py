@@ -150,6 +150,15 @@ def test_token_states_that_are_not_needed_do_no_harm(tmp_path: Path) -> None:
     assert store.history(torch.arange(CHUNKS)).equal(all_states()[:, -1])
 
 
+def test_a_partial_chunk_that_is_stored_for_its_token_states_does_no_harm(tmp_path: Path) -> None:
+    compute(tmp_path, spec(num_chunks=CHUNKS + 1, token_states=True))
+    store = compute(tmp_path, spec())
+    assert store.history(torch.arange(CHUNKS)).equal(all_states()[:, -1])
+    for count in (CHUNKS - 1, CHUNKS + 2):
+        with pytest.raises(DataError, match=f"num_chunks is {CHUNKS + 1} there and {count} here"):
+            FeatureStore.open(tmp_path, spec(num_chunks=count))
+
+
 def test_a_damaged_store_is_refused_by_the_file_s_name(tmp_path: Path) -> None:
     compute(tmp_path, spec())
     part = tmp_path / "features-00001.npy"
