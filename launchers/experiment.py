@@ -27,8 +27,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.experiment
 
 from megaegpt.arguments import ArgumentParser, number, path
-from megaegpt.errors import DataError, exits_cleanly
+from megaegpt.errors import DataError, LaunchError, exits_cleanly
 from megaegpt.files import write_whole
+from megaegpt.parallel.launcher_variables import is_launched, started_processes
 from tools.experiment.plan import ExperimentPlan, load_plan
 
 _STARTED = time.monotonic()
@@ -65,6 +66,10 @@ def _run(plan: ExperimentPlan, exit_minutes: float | None) -> bool:
     from megaegpt.training.stopping import StopRequests
     from tools.experiment.runs import Experiment, StoppedError
 
+    if is_launched() and (started_processes() or 1) > 1:
+        error = LaunchError("an experiment is one process: start it without a launcher")
+        error.on_every_rank = True
+        raise error
     with joined_processes(1) as grid:
         try:
             Experiment(plan, grid, StopRequests(exit_minutes, _STARTED)).run()

@@ -308,3 +308,18 @@ def test_a_time_limit_for_a_report_alone_is_refused(
     assert (
         "--exit-minutes stops training, and --report-only trains nothing" in capsys.readouterr().err
     )
+
+
+def test_an_experiment_of_several_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": 29500}
+    for name, value in {**launched, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    options = ["--config", str(CONFIGS / "smoke.yaml"), "--output", str(tmp_path / "output")]
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *options])
+    with pytest.raises(SystemExit) as exit_:
+        experiment.main()
+    assert exit_.value.code == 2
+    assert "one process: start it without a launcher" in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
