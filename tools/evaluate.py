@@ -208,8 +208,11 @@ def _measure_text(
         lines.append("  (the model has another tokenizer than this one: bytes are not known)")
     if not math.isfinite(result.loss):
         lines.append("  (the loss is not finite: the model gives no probabilities for this text)")
+    place = "after {:2d} earlier chunks"
+    if arguments.memory_tokens is not None:  # earlier ones of the whole text
+        place = "behind {:2d} chunks of its window"
     lines += [
-        f"  after {chunk:2d} earlier chunks: {loss:.4f} nats/token"
+        f"  {place.format(chunk)}: {loss:.4f} nats/token"
         for chunk, loss in enumerate(result.loss_by_chunk)
         if math.isfinite(loss)
     ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megaegpt.data.tokenizer import Tokenizer
-from tests.generation.test_trained import save_egpt, save_gpt
+from tests.generation.test_trained import EGPT, save_egpt, save_gpt
 from tools import evaluate
 
 
@@ -52,6 +53,21 @@ def test_histories_of_an_egpt(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["chunk", "true", "shuffled", "zero", "shuffled-true", "zero-true"]
     assert [line.split()[0] for line in lines[2:]] == ["0", "1", "2", "all"]
+
+
+def test_a_memory_of_the_whole_text_is_shown_by_the_place_in_a_window(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier chunks, of all windows before, there are more."""
+    remembering = replace(EGPT.egpt, token_memory=True, memory_dim=4, local_attention=True)
+    save_egpt(models / "memory", models / "gpt", like=replace(EGPT, egpt=remembering))
+    text = ("--text", models / "text.txt")
+    _run(monkeypatch, models, "memory", *text)
+    assert "  after  1 earlier chunks: " in capsys.readouterr().out
+    _run(monkeypatch, models, "memory", *text, "--memory-tokens", 1000)
+    shown = capsys.readouterr().out
+    assert "  behind  1 chunks of its window: " in shown
+    assert "earlier chunks" not in shown
 
 
 def test_a_task(
