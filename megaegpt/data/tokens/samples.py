@@ -160,9 +160,11 @@ class ChunkWindows:
         self._first_chunk = -(-begin // chunk_size)
         chunks = (end - 1) // chunk_size - self._first_chunk
         if chunks < num_chunks:
+            left_out = min(self._first_chunk * chunk_size, end) - begin
+            border = f" behind the {left_out} before its first chunk's border" if left_out else ""
             raise DataError(
                 f"{stream.name_at(begin)} has {end - begin} tokens; a window of {num_chunks} "
-                f"chunks of {chunk_size} needs {num_chunks * chunk_size + 1}"
+                f"chunks of {chunk_size} needs {num_chunks * chunk_size + 1}{border}"
             )
         self.stream = stream
         self.document_end = document_end

@@ -149,6 +149,10 @@ def test_a_corpus_without_a_whole_sample_is_named(stream: TokenStream) -> None:
         PretrainingSamples(stream, 8, 1, span=(400, 406))
     with pytest.raises(DataError, match="count-2400-800 has 20 tokens; a window of 3 chunks of 7"):
         ChunkWindows(stream, 3, 7, 1, span=(800, 820))
+    before = "has 22 tokens; .* needs 22 behind the 5 before its first chunk's border"
+    with pytest.raises(DataError, match=before):
+        ChunkWindows(stream, 3, 7, 1, span=(800, 822))
+    assert len(ChunkWindows(stream, 3, 7, 1, span=(800, 827))) == 1
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1e-30], [1e-30, 1.0], [1.0, 9e-10]])
