@@ -2,8 +2,8 @@
 token memory as a cache of its states.
 
 Over an encoder cut by as many blocks as the decoder has (``model.encoder.layers``), a DeepGPT is
-then the whole pretrained GPT at step 0, and so is an EGPT with local attention, a residual adapter
-and a closed memory gate.
+then the whole pretrained GPT at step 0, and so is an EGPT with local attention and no sink, a
+residual adapter and a closed memory gate.
 """
 
 from __future__ import annotations
