@@ -6,12 +6,14 @@ import contextlib
 import io
 import resource
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from megaegpt.config.parameter_groups import ParameterGroup
 from megaegpt.config.run import RunConfig
@@ -411,6 +413,41 @@ def _load_foreign_pickle(folder: Path) -> None:
 
 def test_no_object_is_unpickled_from_a_checkpoint(distributed: Distributed, tmp_path: Path) -> None:
     distributed(1, _load_foreign_pickle, tmp_path)
+
+
+def _write_once_the_other_has_left_deepspeed(folder: Path, stage: int) -> bool:
+    """Whether it has left in time."""
+    engine = make_engine(_config(stage=stage), grid_for(1))
+    save_checkpoint, write = DeepSpeedEngine.save_checkpoint, torch.save
+    has_left, in_time = folder / "has_left", True
+
+    def save_and_tell(*args: Any, **options: Any) -> None:
+        save_checkpoint(*args, **options)
+        if not engine.grid.is_main:
+            has_left.touch()
+
+    def write_late(*args: Any) -> None:
+        nonlocal in_time
+        deadline = time.monotonic() + 5
+        while engine.grid.is_main and not has_left.exists() and in_time:
+            time.sleep(0.005)
+            in_time = time.monotonic() < deadline
+        write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", write_late)
+        patch.setattr(DeepSpeedEngine, "save_checkpoint", save_and_tell)
+        CheckpointManager(folder, keep=1).save(engine, 1, {})
+    engine.close()
+    return in_time
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_rank_that_writes_long_keeps_no_other_in_a_collective_of_the_step(
+    distributed: Distributed, tmp_path: Path, stage: int
+) -> None:
+    """It waits ten minutes, and a file system may take longer for a model's file."""
+    assert all(distributed(2, _write_once_the_other_has_left_deepspeed, tmp_path, stage))
 
 
 def _save_with_a_full_disk_on_one_rank(folder: Path, later: bool) -> str:

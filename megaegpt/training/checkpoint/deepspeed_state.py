@@ -56,27 +56,18 @@ _LOADING_ERRORS = (
 class _CheckpointFiles(TorchCheckpointEngine):
     """torch.save and torch.load as DeepSpeed calls them, made durable and safe.
 
-    A failed write is kept in ``error`` and not raised: DeepSpeed passes a barrier after writing,
-    where the other ranks would wait for this one. With ``copies``, what is to be written is kept in
-    ``copied`` instead.
+    What is to be written is noted, or its copies are: DeepSpeed calls between barriers, where the
+    other ranks would wait for the one that writes most, and give up on it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.written: list[Path] = []
-        self.error: OSError | None = None
         self.copies: HostCopies | None = None
-        self.copied: list[tuple[Any, Path]] = []
+        self.noted: list[tuple[Any, Path]] = []
 
     def save(self, state_dict: Any, path: str) -> None:
-        if self.copies is not None:
-            self.copied.append((self.copies.of(state_dict), Path(path)))
-            return
-        try:
-            _write(state_dict, Path(path))
-        except OSError as error:
-            self.error = self.error or error
-        self.written.append(Path(path))
+        noted = state_dict if self.copies is None else self.copies.of(state_dict)
+        self.noted.append((noted, Path(path)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return torch.load(path, map_location=map_location, weights_only=True)
@@ -120,7 +111,8 @@ def _trainable_state(
 
 
 def save(engine: Any, folder: Path, specs: dict[str, ParamSpec]) -> list[Path]:
-    """Write ``engine``'s weights and optimizer state under ``folder``; collective.
+    """Write ``engine``'s weights and optimizer state under ``folder``; collective, but for the
+    writing, in which each rank is alone.
 
     Returns:
         The files that this rank wrote.
@@ -128,12 +120,7 @@ def save(engine: Any, folder: Path, specs: dict[str, ParamSpec]) -> list[Path]:
     Raises:
         OSError: this rank could not write one of them.
     """
-    files: _CheckpointFiles = engine.checkpoint_engine
-    files.written, files.error = [], None
-    _call_save(engine, folder, specs)
-    if files.error is not None:
-        raise files.error
-    return files.written
+    return _prepare(engine, folder, specs, None)()
 
 
 def copy_state(
@@ -144,33 +131,38 @@ def copy_state(
     Returns:
         What writes it, without other ranks and as often as once, and gives the files.
     """
+    return _prepare(engine, folder, specs, copies)
+
+
+def _prepare(
+    engine: Any, folder: Path, specs: dict[str, ParamSpec], copies: HostCopies | None
+) -> Callable[[], list[Path]]:
+    """The collective part of saving; gives what writes the files, of the copies or, without any, of
+    the state itself.
+    """
     files: _CheckpointFiles = engine.checkpoint_engine
     files.copies = copies
     try:
-        _call_save(engine, folder, specs)
+        engine.save_checkpoint(
+            str(folder.parent),
+            tag=folder.name,
+            client_state={UNIVERSAL_CHECKPOINT_INFO: universal_info(specs)},
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
     finally:
         files.copies = None
-        copied, files.copied = files.copied, []
+        noted, files.noted = files.noted, []
 
     def write() -> list[Path]:
         written = []
-        while copied:  # what is written gives its memory back
-            state_dict, path = copied.pop()
+        while noted:  # a copy that is written gives its memory back
+            state_dict, path = noted.pop()
             _write(state_dict, path)
             written.append(path)
         return written
 
     return write
-
-
-def _call_save(engine: Any, folder: Path, specs: dict[str, ParamSpec]) -> None:
-    engine.save_checkpoint(
-        str(folder.parent),
-        tag=folder.name,
-        client_state={UNIVERSAL_CHECKPOINT_INFO: universal_info(specs)},
-        save_latest=False,
-        exclude_frozen_parameters=True,
-    )
 
 
 def load(engine: Any, folder: Path) -> None:
