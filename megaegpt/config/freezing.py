@@ -16,9 +16,9 @@ def parse_part(text: str) -> list[str]:
     return [f"layers:{n}" for n in range(first, int(match[2] or first) + 1)]
 
 
-def part_problem(text: str, num_layers: int) -> str | None:
+def part_problem(text: str, num_layers: int | None) -> str | None:
     """Describe the mistake in an entry, None if there is none; whether the model has a part of that
-    name is checked when it is built.
+    name is checked when it is built, and here whether it has the layer, if their number is known.
     """
     if not text.startswith("layer"):
         return None
@@ -28,6 +28,6 @@ def part_problem(text: str, num_layers: int) -> str | None:
     first, last = int(match[1]), int(match[2] or match[1])
     if first > last:
         return f"{text!r}: the first layer comes after the last"
-    if last >= num_layers:
+    if num_layers is not None and last >= num_layers:
         return f"{text!r}: the model has layers 0 to {num_layers - 1}"
     return None

@@ -76,7 +76,9 @@ def _checked(
     _apply_overrides(run, overrides)
     config = run_config_from_dict(run.values, problems)
     broken = {key for problem in problems for key in problem.keys}
-    problems += [p for p in find_problems(config, world_size) if broken.isdisjoint(p.keys)]
+    # Of a run that fine-tunes, the weights say what the model is, and nothing here need.
+    found = find_problems(config, world_size, model_is_known=not config.data.instructions.train)
+    problems += [p for p in found if broken.isdisjoint(p.keys)]
     for number, problem in enumerate(problems):
         if problem.keys and (origin := run.origins.get(problem.keys[0])):
             problems[number] = Problem(problem.keys, f"{problem.message} ({origin})")

@@ -56,23 +56,29 @@ def validate_model(model: ModelConfig, source: str) -> None:
     )
 
 
-def find_problems(config: RunConfig, world_size: int | None = None) -> list[Problem]:
+def find_problems(
+    config: RunConfig, world_size: int | None = None, *, model_is_known: bool = True
+) -> list[Problem]:
     """All problems of values that have the right types.
 
     A rule is left out where one of its values is out of range: 0 divides nothing.
+
+    Args:
+        model_is_known: ``config.model`` is the run's; False: weights will say what that is.
     """
     problems = [*range_problems(config), *path_problems(config)]
     broken = {key for problem in problems for key in problem.keys}
-    if not any(key.startswith(("model.", "parallel.")) for key in broken):
+    if model_is_known and not any(key.startswith(("model.", "parallel.")) for key in broken):
         problems += model_problems(config.model, config.parallel.tensor_parallel_size)
     if broken.isdisjoint(_BATCH):
         problems += _batch(config, world_size)
-    problems += _context(config)
+    if model_is_known:
+        problems += _context(config)
     problems += _partitioned_parameters(config)
     problems += [p for p in _schedule(config) if broken.isdisjoint(p.keys)]
     problems += [p for p in _blend(config) if broken.isdisjoint(p.keys)]
     problems += parameter_group_problems(config.optimizer.groups)
-    problems += _freezing(config)
+    problems += _freezing(config, config.model.num_layers if model_is_known else None)
     problems += _stored_predictions(config)
     if broken.isdisjoint(_MEMORY):
         problems += _new_memory(config)
@@ -243,9 +249,9 @@ def _blend(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _freezing(config: RunConfig) -> Iterator[Problem]:
+def _freezing(config: RunConfig, num_layers: int | None) -> Iterator[Problem]:
     for part in config.training.freeze:
-        if wrong := part_problem(part, config.model.num_layers):
+        if wrong := part_problem(part, num_layers):
             yield Problem(("training.freeze", "model.num_layers"), f"training.freeze: {wrong}")
 
 

@@ -136,6 +136,7 @@ def start_run(
 def _dry_run(config: RunConfig, world_size: int, find: Callable[[RunConfig], Preview]) -> None:
     import torch
 
+    from megaegpt.config.validation import validate
     from megaegpt.errors import CheckpointError
     from megaegpt.parallel.devices import device_type
     from megaegpt.planning.memory import estimate_memory
@@ -145,6 +146,7 @@ def _dry_run(config: RunConfig, world_size: int, find: Callable[[RunConfig], Pre
 
     preview = find(config)
     config = preview.config
+    validate(config, world_size)  # with the model of weights, where they are what a run starts from
     device = torch.device(device_type())
     precision = resolve_precision(config.training.precision, device)
     print(config_to_yaml(config))

@@ -68,6 +68,25 @@ def test_a_dry_run_needs_neither_weights_nor_a_network(
     assert sources.source_config("smollm2-135m") == create_model_config("smollm2-135m")
 
 
+def test_ranks_and_frozen_layers_are_held_against_the_model_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not against the default one, which has 12 heads and 12 layers."""
+    save_gpt(tmp_path / "gpt", num_layers=14, num_heads=8)
+    monkeypatch.chdir(tmp_path)
+    given = ["--dry-run", "training.initialize_from=gpt"]
+    _run(monkeypatch, *given, "parallel.tensor_parallel_size=8", "training.freeze=[layers:0-12]")
+    assert "GiB a rank" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        _run(
+            monkeypatch, *given, "parallel.tensor_parallel_size=3", "training.freeze=[layers:0-14]"
+        )
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "model.num_heads=8 is not divisible by parallel.tensor_parallel_size=3" in error
+    assert "training.freeze: 'layers:0-14': the model has layers 0 to 13" in error
+
+
 def test_a_dry_run_without_records_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
