@@ -21,6 +21,14 @@ SCANCEL = '#!/bin/bash\necho "scancel $*" >> calls\nkill -USR1 "$(cat rank.pid)"
 SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then echo node-a; echo node-b; else echo "scontrol $*" >> calls; fi
 """
+# Two ranks that end with 2, the second later. srun gives the highest code, of a rank it ends 143.
+FAILING_SRUN = """#!/bin/bash
+for option in "$@"; do [ "$option" = --kill-on-bad-exit=0 ] && leaves=1; done
+sleep 0.1 & second=$!
+[ -n "$leaves" ] || kill "$second"
+wait "$second" && exit 2
+exit 143
+"""
 RANK = """#!/bin/bash
 echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" > seen
 trap 'exit 0' USR1
@@ -108,3 +116,9 @@ def test_dead_ranks_are_tried_again_but_not_mistakes_nor_for_ever(
 ) -> None:
     assert job(code, SLURM_RESTART_COUNT=str(restarts)).wait(30) == code
     assert _calls(tmp_path) == (["scontrol requeue 41234"] if requeued else [])
+
+
+def test_a_mistake_on_all_ranks_is_no_dead_rank_though_one_ends_first(job, tmp_path: Path) -> None:
+    _write(tmp_path / "bin" / "srun", FAILING_SRUN)
+    assert job().wait(30) == 2
+    assert _calls(tmp_path) == []
