@@ -63,6 +63,18 @@ _UNSUPPORTED_KEYS: dict[str, str] = {
     "zero_optimization.zero_quantized_nontrainable_weights": _SECOND_PARTITION,
     "zero_optimization.zero_quantized_weights": _SECOND_PARTITION,
 }
+_DEFAULT_ALONE: dict[str, tuple[Any, str]] = {
+    "fp16.loss_scale": (
+        0,
+        "the loss scale follows the gradients, and is lowered where they overflow",
+    ),
+    "zero_optimization.compute_grad_norm": (True, "every step's gradient norm is recorded"),
+    "zero_optimization.elastic_checkpoint": (
+        False,
+        "checkpoints here are brought to another topology without it, and cannot be loaded with it",
+    ),
+}
+"""Keys that may have DeepSpeed's default, which is given with the reason against others."""
 _STAGE_3_PREFIX = "zero_optimization.stage3_"
 
 _POSITIVE_KEYS = (
@@ -92,6 +104,10 @@ def deepspeed_problems(raw: dict[str, Any], zero_stage: int) -> Iterator[Problem
             yield Problem((name,), f"{name} is set by {OWNED_KEYS[key]}: remove it")
         elif key in _UNSUPPORTED_KEYS:
             yield Problem((name,), f"{name} cannot be used: {_UNSUPPORTED_KEYS[key]}")
+        elif key in _DEFAULT_ALONE and value != _DEFAULT_ALONE[key][0]:
+            yield Problem(
+                (name,), f"{name}={str(value).lower()} cannot be used: {_DEFAULT_ALONE[key][1]}"
+            )
         elif key.startswith(_STAGE_3_PREFIX) and zero_stage != 3:
             yield Problem((name,), f"{name} cannot be used: {_STAGE_3}")
         elif key in _POSITIVE_KEYS and not _is_positive_integer(value):

@@ -44,6 +44,12 @@ def _zero(**options: Any) -> dict[str, Any]:
             _zero(stage3_max_live_parameters=1),
             "it belongs to ZeRO stage 3: set parallel.zero_stage=3",
         ),
+        (
+            _zero(elastic_checkpoint=True),
+            "elastic_checkpoint=true cannot be used: checkpoints here are brought to another",
+        ),
+        (_zero(compute_grad_norm=False), "=false cannot be used: every step's gradient norm is"),
+        ({"fp16": {"loss_scale": 128}}, "=128 cannot be used: the loss scale follows the grad"),
         (_zero(reduce_bucket_size=-1), "reduce_bucket_size=-1 must be an integer greater than 0"),
         (_zero(reduce_bucket_size=0), "reduce_bucket_size=0 must be an integer greater than 0"),
         (_zero(allgather_bucket_size=1.5), "allgather_bucket_size=1.5 must be an integer greater"),
@@ -62,9 +68,9 @@ def test_a_key_that_cannot_be_given_raw_is_one_line_with_the_reason(
 
 def test_what_only_deepspeed_has_may_be_given() -> None:
     raw = {
-        "fp16": {"initial_scale_power": 12},
+        "fp16": {"initial_scale_power": 12, "loss_scale": 0},
         "wall_clock_breakdown": True,
-        **_zero(reduce_bucket_size=5e7, reduce_scatter=False),
+        **_zero(reduce_bucket_size=5e7, reduce_scatter=False, elastic_checkpoint=False),
     }
     assert not list(deepspeed_problems(raw, zero_stage=2))
     (problem,) = deepspeed_problems(_zero(round_robin_gradients=True), zero_stage=2)
