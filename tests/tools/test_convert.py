@@ -304,6 +304,31 @@ def _split(merged: Path, folder: Path) -> None:
         reshape(merged / "step_00000003", folder, grid)
 
 
+def _reshape_what_shared_its_samples(folder: Path) -> None:
+    parallel = {"context_parallel_size": 2, "zero_stage": 1}
+    training = {"global_batch_size": 1, "micro_batch_size": 1}
+    config, grid = run_config(parallel=parallel, training=training), grid_for(1, 2)
+    engine = Engine(build_model(config.model, grid), grid, config, nats)
+
+    def save(part: Path) -> None:
+        if grid.is_main:
+            save_weights(engine.model, part, grid)
+
+    parts = {"weights": lambda copies: save}
+    state = {"step": 1, "global_batch_size": 1}
+    saved = CheckpointManager(folder / "run", keep=1).save(engine, 1, state, parts)
+    reshaped = reshape(saved, folder / "reshaped", grid_for(1))
+    assert CheckpointManager(reshaped.parent, keep=1).load(engine) == state
+    engine.close()
+
+
+def test_a_checkpoint_of_fewer_samples_than_ranks_is_reshaped(
+    distributed: Distributed, tmp_path: Path
+) -> None:
+    """Ranks that share samples are data-parallel there, and have none of their own."""
+    distributed(2, _reshape_what_shared_its_samples, tmp_path)
+
+
 @pytest.mark.long
 def test_checkpoints_are_listed_merged_and_split_with_their_optimizer_state(
     distributed: Distributed, convert: _Convert, tmp_path: Path

@@ -49,7 +49,7 @@ def reshape(
 
     Raises:
         CheckpointError: the checkpoint is damaged, or ``output`` is in use or cannot be written.
-        ConfigError: the model or the global batch cannot be divided over these ranks.
+        ConfigError: the model cannot be divided over these ranks.
     """
     with raising_together(grid):
         config = _config(checkpoint, grid, zero_stage)
@@ -112,7 +112,9 @@ def _config(checkpoint: Path, grid: ProcessGrid, zero_stage: ZeroStage | None) -
             zero_stage=stage,
         ),
         training=TrainingConfig(
-            global_batch_size=manifest.trainer.get("global_batch_size", grid.dp_size),
+            # Of no effect on the state, and the run's need not go over these ranks: those that
+            # share samples in it are data-parallel here.
+            global_batch_size=grid.dp_size,
             micro_batch_size=1,
             precision=saved["precision"],
             lora=LoRAConfig() if lora is None else lora,
