@@ -102,6 +102,7 @@ class Trainer:
         run, logging, total = self.config, self.config.logging, self.config.training.steps
         if not self._make_up_for_evaluation():
             return False
+        self._restore_best()
         while self.done < total and not self.best.lost_patience(run.training.patience):
             self._watch.start()
             batch, reason = self._next_batch()
@@ -311,6 +312,13 @@ class Trainer:
             if self._saved != self.done:
                 self.save()
             self.checkpoints.mark_best(self.done, self._grid)
+
+    def _restore_best(self) -> None:
+        """A run that has gone back to an earlier checkpoint leaves another branch's best behind."""
+        if self.config.checkpoint.keep_best and self.best.loss is not None:
+            notice = self.checkpoints.restore_best(self.best.step, self._grid)
+            if notice is not None:
+                self.monitor.log(notice)
 
     def _report_metrics(self) -> None:
         """Log the model's metrics, such as how far an EGPT's memory gates are open."""

@@ -77,6 +77,32 @@ def test_a_set_without_a_token_to_predict_is_named(corpus: Path, tmp_path: Path)
         PretrainingData(config)
 
 
+def _go_back_behind_the_best(corpus: Path, folder: Path) -> str:
+    shown = io.StringIO()
+    config = run_config(
+        "gpt",
+        corpus,
+        folder,
+        training={"steps": 6, "eval_interval": 2},
+        checkpoint={"interval": 1, "keep": 5, "keep_best": True},
+    )
+    with contextlib.redirect_stdout(shown):
+        pretrain(config, grid_for(1), stops=StopAfter(5))
+        assert (folder / "checkpoints" / "best").resolve().name == "step_00000004"
+        (folder / "checkpoints" / "latest").write_text("step_00000003\n")
+        pretrain(config, grid_for(1), resume=True, stops=StopAfter(0))
+    return shown.getvalue()
+
+
+def test_a_run_that_goes_back_behind_its_best_goes_back_to_an_earlier_one(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    """The later one's folder is going to be another model's."""
+    shown = distributed(2, _go_back_behind_the_best, corpus, tmp_path)[0]
+    assert "notice: best leads to step_00000002, the best so far" in shown
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000002"
+
+
 def _go_on_with_another_text(corpus: Path, folder: Path) -> str:
     shown = io.StringIO()
     first = run_config(

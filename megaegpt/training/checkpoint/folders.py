@@ -120,6 +120,15 @@ class CheckpointFolders:
         temporary.replace(self.directory / _BEST)
         sync_folder(self.directory)
 
+    def forget_best(self) -> bool:
+        """Let ``best`` lead nowhere; whether there was one."""
+        try:
+            (self.directory / _BEST).unlink()
+        except FileNotFoundError:
+            return False
+        sync_folder(self.directory)
+        return True
+
     def remove_old(self, keep: int, keep_every: int | None = None) -> None:
         """Remove all but the latest, the best, those of every ``keep_every`` steps, and the
         ``keep - 1`` newest others.

@@ -235,10 +235,39 @@ class CheckpointManager:
             if grid.is_main:
                 self._mark_best(step)
 
+    def restore_best(self, step: int, grid: ProcessGrid) -> str | None:
+        """Let ``best`` lead to the checkpoint of ``step`` where a run has gone back behind a later
+        one, to none if that of ``step`` is not kept; collective.
+
+        Returns:
+            A notice of what has changed.
+
+        Raises:
+            CheckpointError: on all ranks, when the mark cannot be written.
+        """
+        return broadcast_object(lambda: self._restore_best(step), grid)
+
+    def _restore_best(self, step: int) -> str | None:
+        wanted, former = self.directory / step_folder(step), self.best()
+        if former == wanted:
+            return None
+        with self._naming_best():
+            if wanted in self._folders.complete():
+                self._folders.name_best(wanted.name)
+                return f"notice: best leads to {wanted.name}, the best so far"
+            if self._folders.forget_best():
+                return f"notice: best leads nowhere: {wanted.name}, the best so far, is not kept"
+        return None
+
     def _mark_best(self, step: int) -> None:
-        try:
+        with self._naming_best():
             self._folders.name_best(step_folder(step))
             self._folders.remove_old(self.keep, self.keep_every)
+
+    @contextlib.contextmanager
+    def _naming_best(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CheckpointError(
                 f"{self.directory}/best cannot be written: {error.strerror}"

@@ -238,6 +238,26 @@ def test_going_back_by_editing_latest_is_respected(tmp_path: Path) -> None:
     assert _load(manager) == 1
 
 
+def test_going_back_leads_best_to_what_is_the_best_up_to_there(tmp_path: Path) -> None:
+    """Its later folder is going to be another branch's."""
+    manager, grid = CheckpointManager(tmp_path, keep=3), ProcessGrid()
+    assert manager.restore_best(1, grid) is None
+    for step in (1, 2, 3):
+        _save(manager, step)
+    manager.mark_best(3, grid)
+    assert manager.restore_best(3, grid) is None
+    notice = manager.restore_best(1, grid)
+    assert notice == "notice: best leads to step_00000001, the best so far"
+    assert manager.best() == tmp_path / "step_00000001"
+    manager.mark_best(3, grid)
+    shutil.rmtree(tmp_path / "step_00000001")
+    notice = manager.restore_best(1, grid)
+    assert notice == "notice: best leads nowhere: step_00000001, the best so far, is not kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("latest", "step_00000002", "step_00000003")
+    ]
+
+
 def test_a_failing_writer_leaves_no_trace(tmp_path: Path) -> None:
     def fails(folder: Path) -> None:
         folder.mkdir()
