@@ -39,8 +39,10 @@ def build_model(
     activation_checkpointing: Literal["none", "selective", "full"] = "none",
     sequence_parallel: bool = False,
     compile_blocks: bool = False,
+    on_host: bool = False,
 ) -> Model:
-    """The trainable model of ``config``, in fp32 on ``grid.device``, initialised from ``seed``.
+    """The trainable model of ``config``, in fp32 on ``grid.device`` or, ``on_host``, in this
+    machine's memory; initialised from ``seed``.
 
     The full weights are the same at any TP size.
     """
@@ -50,7 +52,7 @@ def build_model(
     model.stack.sequence_parallel = sequence_parallel
     if compile_blocks:
         model.stack.compile_blocks()
-    return model.to(grid.device)
+    return model if on_host else model.to(grid.device)
 
 
 def empty_model(config: ModelConfig, grid: ProcessGrid) -> Model:

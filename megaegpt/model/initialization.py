@@ -153,6 +153,7 @@ def initialize_token_memory(
                     parameter.copy_(file.get_tensor(f"stack.norm.{name}"))
     with torch.no_grad():
         states = encoder(tokens.to(grid.device)).flatten(0, 1).float()  # (n * S, C)
+        states = states.to(memory.key.device)  # the host's at ZeRO stage 3
         directions = F.normalize(memory.norm(states), dim=-1).double()
         covariance = directions.T.cov()  # (C, C)
         basis = torch.linalg.eigh(covariance).eigenvectors.flip(1).T  # (C, C), largest first

@@ -69,7 +69,8 @@ def settle_micro_batch(
         ),
         grid,
     )
-    if kind == "cuda":
+    # A dry step has all weights on each GPU, of which stage 3 leaves a rank a part.
+    if kind == "cuda" and config.parallel.zero_stage < 3:
         choice = _tried(config, grid, precision, encoder, sample_tokens, choice)
     notices.append(str(choice))
     return with_micro_batch(config, choice.size)

@@ -126,9 +126,15 @@ def train(
         state = saved.trainer
     _settle_trials(config, grid, precision)
     compiles = config.training.compile and compile_problem(grid.device.type) is None
-    model = starting_model(
-        config, grid, data.streams.get("train"), encoder, compiles, notices, new=latest is None
+    encoder_config = None if encoder is None else encoder.config
+    snapshot = MemorySnapshot(config.logging, grid)
+    explaining = functools.partial(
+        explaining_memory, config, grid, encoder_config, precision, snapshot, data.longest_sample
     )
+    with explaining():
+        model = starting_model(
+            config, grid, data.streams.get("train"), encoder, compiles, notices, new=latest is None
+        )
     if latest is not None and config.training.freeze:
         # An engine's state has only what is trained, and the rest's source may have changed since.
         with raising_together(grid):
@@ -136,11 +142,6 @@ def train(
     tasks = _tasks(config, grid, LoadedModel(model, encoder, data.tokenizer), precision)
     feeds = _feeds(config, grid, data, encoder, model, precision)
     inputs = feeds["train"]
-    encoder_config = None if encoder is None else encoder.config
-    snapshot = MemorySnapshot(config.logging, grid)
-    explaining = functools.partial(
-        explaining_memory, config, grid, encoder_config, precision, snapshot, data.longest_sample
-    )
     snapshot.start()
     with paused_collector(), explaining():
         from megaegpt.training.engine.engine import Engine  # DeepSpeed: seconds; all is checked

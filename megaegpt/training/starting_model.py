@@ -42,7 +42,8 @@ def starting_model(
     notices: list[str],
     new: bool,
 ) -> Model:
-    """Return the model as it is at step 0: random, or from weights, or from its encoder's end.
+    """Return the model as it is at step 0: random, or from weights, or from its encoder's end. At
+    ZeRO stage 3, where a device may not have room for all of it, it is in this machine's memory.
     Collective over all ranks.
 
     Args:
@@ -66,6 +67,7 @@ def starting_model(
         activation_checkpointing=training.activation_checkpointing,
         sequence_parallel=config.parallel.sequence_parallel,
         compile_blocks=compiles,
+        on_host=config.parallel.zero_stage == 3,
     )
     if encoder is not None and config.model.encoder.initialize_decoder:
         source = resolve_weights_source(str(config.model.encoder.source), grid)

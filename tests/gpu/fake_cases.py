@@ -9,6 +9,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,10 @@ from megaegpt.config import EGPTConfig, EncoderConfig, ModelConfig
 from megaegpt.generation import compiled as compiled_steps
 from megaegpt.generation.compiled import CompiledSteps
 from megaegpt.model.build import Model, build_inputs, empty_model, gpt_of, new_decoder
+from megaegpt.model.egpt.egpt import EGPT
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.gpt import GPT
+from megaegpt.model.initialization import initialize_sink, initialize_token_memory
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.loss import own_abilities
 from megaegpt.parallel.params import ParamSpec, unshard
@@ -150,6 +153,19 @@ def encode(**options: Any) -> None:
             assert encoder(tokens, _tokens(2, 4, 8)).shape == (2, 4, 32, 64)
 
 
+def begin_on_the_host() -> None:
+    """What begins as states of an encoder, in a model that waits to be cut over the ranks."""
+    config = _of_kind("egpt", EGPTS["token_memory"] | {"attention_sink": True})
+    cov = mock.patch.object(Tensor, "cov", lambda matrix: matrix @ matrix.T)  # torch's reads values
+    with fake_gpu(), cov:
+        grid, tokens = ProcessGrid(device=DEVICE), torch.zeros(4, 32, dtype=torch.int64)
+        model, encoder = empty_model(config, grid), _encoder(config, grid)
+        assert isinstance(model, EGPT)
+        initialize_token_memory(model, encoder, "", tokens)
+        initialize_sink(model, encoder, tokens)
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
 def training_waits() -> None:
     """A control: reading a value of the device."""
     with fake_gpu():
@@ -199,6 +215,7 @@ def short_cases() -> dict[str, Case]:
     cases["egpt token_memory decodes, compiled"] = functools.partial(decode, config, True)
     cases["deepgpt trains"] = functools.partial(train, _of_kind("deepgpt", {}))
     cases["encoder"] = encode
+    cases["a memory and a sink begin in the host's memory"] = begin_on_the_host
     config = replace(SMALL, **GPTS["latent_rotary"])
     cases["latent_rotary decodes"] = functools.partial(decode, config)
     cases["llama decodes, compiled"] = functools.partial(decode, replace(SMALL, **LLAMA), True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megaegpt.config import ParallelConfig
 from megaegpt.config.loading import load_config
 from megaegpt.config.run import RunConfig
 from megaegpt.parallel.grid import ProcessGrid
@@ -134,6 +135,22 @@ def test_another_error_of_a_dry_step_is_not_hidden(
     grid = dataclasses.replace(ProcessGrid(), device=torch.device("cuda"))
     with pytest.raises(RuntimeError, match="no kernel image"):
         _settle(_config(corpus, tmp_path, global_batch_size=1), grid)
+
+
+def test_a_gpu_that_has_room_for_a_part_of_the_weights_makes_no_dry_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dry_step(*_: object) -> int:
+        raise AssertionError("a dry step has all of them")
+
+    monkeypatch.setattr(automatic_batch, "dry_step", dry_step)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**31))
+    grid = dataclasses.replace(ProcessGrid(), device=torch.device("cuda"))
+    config = _config(corpus, tmp_path, global_batch_size=4)
+    config = dataclasses.replace(config, parallel=ParallelConfig(zero_stage=3))
+    size, notice = _settle(config, grid)
+    assert size == 4
+    assert "dry step" not in notice
 
 
 # -- whole runs ------------------------------------------------------------------------------------

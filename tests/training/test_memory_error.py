@@ -18,6 +18,7 @@ import torch
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import TrainingError
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training import pretraining
 from megaegpt.training.engine.engine import Engine
 from megaegpt.training.logging.memory_snapshot import MemorySnapshot
 from megaegpt.training.memory_error import (
@@ -95,11 +96,15 @@ def test_errors_of_other_allocators_are_told_from_others(error: Exception, is_on
 
 
 def _ends_of_runs(config: RunConfig) -> list[str]:
-    """What is said of a lack of memory in a step, or as the engine is made."""
+    """What is said of a lack of memory in a step, or as the engine or the model is made."""
     messages = []
-    for name, allocate in (("train_step", _allocate_on_cpu), ("__init__", _allocate_on_gpu)):
+    for place, name, allocate in (
+        (Engine, "train_step", _allocate_on_cpu),
+        (Engine, "__init__", _allocate_on_gpu),
+        (pretraining, "starting_model", _allocate_on_gpu),
+    ):
         with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(None):
-            patched.setattr(Engine, name, lambda *_, allocate=allocate: allocate())
+            patched.setattr(place, name, lambda *_, allocate=allocate, **__: allocate())
             with pytest.raises(TrainingError) as caught:
                 pretrain(config, grid_for(1))
         messages.append(str(caught.value))
@@ -110,7 +115,7 @@ def test_a_lack_of_memory_ends_a_run_with_advice(
     corpus: Path, tmp_path: Path, distributed: Distributed
 ) -> None:
     (messages,) = distributed(1, _ends_of_runs, _config(corpus, tmp_path))
-    assert len(messages) == 2
+    assert len(messages) == 3
     for message in messages:
         first, *rest = message.splitlines()
         assert re.fullmatch(r"cpu has too little memory: .*llocate.*", first)
