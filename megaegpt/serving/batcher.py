@@ -244,13 +244,13 @@ class Batcher:
             return
         try:
             reading = self._rows.read(len(job.prompt), job.sampling.max_new_tokens)
+            self._reading = _Running(job, reading, self._tokenizer, self._device)
         except MegaEGPTError as error:  # no memory for it
             job.deliver(Failed("refused", str(error)))
             return
         except Exception:
             job.deliver(Failed("internal", "the text could not be begun"))
             raise
-        self._reading = _Running(job, reading, self._tokenizer, self._device)
 
     def _read(self, new: _Running) -> None:
         """The next piece of a prompt; after the last one it joins the others."""
@@ -259,9 +259,11 @@ class Batcher:
         new.read += len(piece)
         if new.read < len(new.job.prompt):
             return
-        self._reading = None
-        if new.draw(logits):
+        goes_on = new.draw(logits)
+        if goes_on:
             self._rows.join(new.reading)
+        self._reading = None  # not before: a fault is told to what is being read or written
+        if goes_on:
             self._running.append(new)
 
     def _write(self) -> None:

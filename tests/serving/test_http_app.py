@@ -335,13 +335,36 @@ def test_a_fault_of_the_server_ends_what_it_touched_and_shows_nothing_of_itself(
         assert server.ask("POST", COMPLETE, SHORT)[0] == 200
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "megaegpt.serving.batcher._Running.__init__",
+        "megaegpt.serving.batcher._Running.draw",
+        "tests.serving.server.Gate.join",
+    ],
+)
+def test_a_fault_while_a_text_begins_is_told_to_its_client(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("secret")
+
+    with serving() as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(place, fail)
+            status, error = server.error_of(COMPLETE, SHORT)
+        assert (status, error["type"]) == (500, "server_error")
+        assert "secret" not in error["message"]
+        assert server.ask("POST", COMPLETE, SHORT)[0] == 200
+
+
 def test_a_model_without_probabilities_writes_no_text() -> None:
     loaded = load_speaking("gpt")
     loaded.model.head.weight.data.fill_(float("nan"))
     with serving(loaded) as server:
         status, error = server.error_of(COMPLETE, SHORT)
         assert (status, error["message"]) == (500, "the model's logits are not finite")
-        assert server.batcher.counts() == (0, 0)
+        wait_until(lambda: server.batcher.counts() == (0, 0))
 
 
 def test_a_server_that_ends_finishes_what_has_begun() -> None:
