@@ -14,13 +14,10 @@ from torch import nn
 from megaegpt.config import ModelConfig
 from megaegpt.data.instruction.chat_template import ChatTemplate, load_chat_template
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.data.tokenizers.tokenizer_files import (
-    CHAT_TEMPLATE_FILE,
-    has_tokenizer,
-    load_tokenizer,
-)
+from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.interop.sources import resolve_base, resolve_weights_source
+from megaegpt.interop.vocabulary_files import tuned_template
 from megaegpt.model.adapter_files import load_merged, read_adapter
 from megaegpt.model.build import Model, empty_model
 from megaegpt.model.encoder import FrozenEncoder
@@ -127,11 +124,8 @@ def load_for_inference(
 def _chat_template(
     weights: Path, tokenizer: Tokenizer, extra: Mapping[str, Any]
 ) -> ChatTemplate | None:
-    if extra.get(INSTRUCTIONS) == "tasks":  # whatever its tokenizer was made for
-        return load_chat_template(tokenizer, "alpaca")
-    file = weights / CHAT_TEMPLATE_FILE
-    if file.is_file():
-        return load_chat_template(tokenizer, str(file))
+    if (source := tuned_template(weights, extra, tokenizer)) is not None:
+        return ChatTemplate(source, f"of {weights}")
     return None if tokenizer.chat_template is None else load_chat_template(tokenizer)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.data.tokenizers.tokenizer_files import CHAT_TEMPLATE_FILE, save_tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.files import check_tensor_file, whole_folder
 from megaegpt.interop.families import Family
@@ -23,7 +23,11 @@ from megaegpt.interop.tensor_files import check_finite
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.tensor_writer import write_tensors
 from megaegpt.interop.translation import CONFIG, nearest_family, to_theirs
-from megaegpt.interop.vocabulary_files import copy_tokenizer, tokenizer_beside
+from megaegpt.interop.vocabulary_files import (
+    copy_tokenizer,
+    tokenizer_beside,
+    write_tuned_template,
+)
 from megaegpt.model.build import meta_model
 from megaegpt.model.weights import WEIGHTS, read_weights_config, verify_weights
 
@@ -45,6 +49,7 @@ def export_weights(
     Raises:
         CheckpointError: the weights are missing, damaged or not finite, or ``output`` cannot be
             written.
+        DataError: the chat template beside the weights cannot be read.
     """
     weights = Path(weights)
     config, _ = read_weights_config(weights)
@@ -75,6 +80,7 @@ def export_huggingface(
     Raises:
         CheckpointError: no family of Hugging Face's computes the model, the weights are damaged or
             not finite, or ``output`` cannot be written.
+        DataError: the chat template beside the weights cannot be read.
     """
     weights, output = Path(weights), Path(output)
     config, extra = read_weights_config(weights)
@@ -95,8 +101,7 @@ def export_huggingface(
         (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder, config.max_seq_len)
-        if (weights / CHAT_TEMPLATE_FILE).is_file():
-            shutil.copyfile(weights / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_FILE)
+        write_tuned_template(weights, extra, tokenizer, folder)
 
 
 def _description(

@@ -12,7 +12,6 @@ import torch
 
 from megaegpt.config import ModelConfig
 from megaegpt.data.tokenizers.gguf_vocabulary import gguf_vocabulary
-from megaegpt.data.tokenizers.tokenizer_files import CHAT_TEMPLATE_FILE
 from megaegpt.errors import CheckpointError
 from megaegpt.files import whole_file
 from megaegpt.interop.export import open_ours
@@ -26,7 +25,7 @@ from megaegpt.interop.gguf_weights import (
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.tensor_writer import narrowed
 from megaegpt.interop.translation import differences, to_theirs
-from megaegpt.interop.vocabulary_files import tokenizer_beside
+from megaegpt.interop.vocabulary_files import tokenizer_beside, tuned_template
 from megaegpt.model.weights import read_weights_config, verify_weights
 
 _TYPES = {torch.float32: np.float32, torch.float16: np.float16}
@@ -47,6 +46,7 @@ def export_gguf(
     Raises:
         CheckpointError: llama.cpp does not compute the model, the weights are damaged or not
             finite, ``output`` exists or cannot be written, or the package ``gguf`` is missing.
+        DataError: the chat template beside the weights cannot be read.
     """
     weights, output = Path(weights), Path(output)
     if dtype not in _TYPES:
@@ -144,9 +144,8 @@ def _vocabulary(weights: Path, config: ModelConfig, extra: Mapping[str, Any]) ->
     tokenizer = tokenizer_beside(weights, config, extra.get("tokenizer_fingerprint"))
     found = None if tokenizer is None else gguf_vocabulary(tokenizer, config.vocab_size)
     if found is not None:
-        template = weights / CHAT_TEMPLATE_FILE  # what the model was tuned on goes before its own
-        if template.is_file():
-            found["tokenizer.chat_template"] = template.read_text(encoding="utf-8")
+        if (template := tuned_template(weights, extra, tokenizer)) is not None:
+            found["tokenizer.chat_template"] = template  # goes before the tokenizer's own
         return found
     why = (
         "none lies with the weights"

@@ -34,7 +34,11 @@ from megaegpt.interop.hub import HUB_PREFIX
 from megaegpt.interop.tensor_files import check_finite
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.translation import nearest_family
-from megaegpt.interop.vocabulary_files import copy_tokenizer
+from megaegpt.interop.vocabulary_files import (
+    copy_tokenizer,
+    tokenizer_beside,
+    write_tuned_template,
+)
 from megaegpt.json_files import conform, read_json
 from megaegpt.model.adapter_files import (
     Base,
@@ -43,7 +47,12 @@ from megaegpt.model.adapter_files import (
     write_adapter,
 )
 from megaegpt.model.adapters import A, B
-from megaegpt.model.weights import read_weights_config, tensors_digest, verify_weights
+from megaegpt.model.weights import (
+    INSTRUCTIONS,
+    read_weights_config,
+    tensors_digest,
+    verify_weights,
+)
 
 N = TypeVar("N", int, float)
 
@@ -103,6 +112,7 @@ def export_peft(adapter_folder: Path, output: Path) -> str:
     Raises:
         CheckpointError: the adapter is damaged, its model is no family of Hugging Face's, or
             ``output`` cannot be written.
+        DataError: the chat template beside the adapter cannot be read.
     """
     adapter = read_adapter(adapter_folder)
     verify_weights(adapter_folder)
@@ -127,6 +137,10 @@ def export_peft(adapter_folder: Path, output: Path) -> str:
         save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
         (folder / PEFT_CONFIG).write_text(f"{json.dumps(config, indent=2)}\n", encoding="utf-8")
         copy_tokenizer(adapter_folder, folder)
+        if INSTRUCTIONS in adapter.extra:
+            said = adapter.extra.get("tokenizer_fingerprint")
+            tokenizer = tokenizer_beside(adapter_folder, adapter.config, said)
+            write_tuned_template(adapter_folder, adapter.extra, tokenizer, folder)
     return family.title
 
 

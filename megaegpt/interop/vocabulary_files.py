@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megaegpt.config import ModelConfig
+from megaegpt.data.instruction.chat_template import load_chat_template, read_template_file
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
-from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    has_tokenizer,
+    load_tokenizer,
+)
 from megaegpt.errors import CheckpointError, DataError
 from megaegpt.gguf_files import SUFFIX
+from megaegpt.model.weights import INSTRUCTIONS
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -66,6 +74,34 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def tuned_template(
+    weights: Path, extra: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> str | None:
+    """Jinja of the chat template that weights of ours were tuned on, whatever their tokenizer was
+    made for: Alpaca's for tasks, else that of the file beside them. None: they were on none.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if extra.get(INSTRUCTIONS) == "tasks" and tokenizer is not None:
+        return load_chat_template(tokenizer, "alpaca").source
+    file = weights / CHAT_TEMPLATE_FILE
+    return read_template_file(file) if file.is_file() else None
+
+
+def write_tuned_template(
+    weights: Path, extra: Mapping[str, Any], tokenizer: Tokenizer | None, folder: Path
+) -> None:
+    """Write :func:`tuned_template` where transformers look for it, before the tokenizer's own.
+
+    Raises:
+        DataError: as there.
+        OSError: the folder cannot be written.
+    """
+    if (source := tuned_template(weights, extra, tokenizer)) is not None:
+        (folder / CHAT_TEMPLATE_FILE).write_text(source, encoding="utf-8", newline="")
 
 
 def is_gpt2_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> bool:

@@ -289,26 +289,35 @@ def load_chat_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatT
     Raises:
         DataError: there is none, or the file cannot be read.
     """
-    names = ", ".join(NAMED_TEMPLATES)
     if wanted is None:
         if tokenizer.chat_template is None:
             raise DataError(
-                f"the tokenizer {tokenizer.name} has no chat template: name one of {names}, or "
-                "give a file of Jinja"
+                f"the tokenizer {tokenizer.name} has no chat template: name one of "
+                f"{', '.join(NAMED_TEMPLATES)}, or give a file of Jinja"
             )
         return ChatTemplate(tokenizer.chat_template, f"of {tokenizer.name}")
     if wanted in NAMED_TEMPLATES:
         return ChatTemplate(_named_source(wanted, tokenizer), wanted)
+    return ChatTemplate(read_template_file(wanted), wanted)
+
+
+def read_template_file(file: str | Path) -> str:
+    """Jinja of a chat template.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
-        source = read_bytes(Path(wanted)).decode("utf-8")
+        source = read_bytes(Path(file)).decode("utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, UnicodeDecodeError):
             reason = "it is not UTF-8"
         raise DataError(
-            f"the chat template {wanted} is none of {names}, and no file that can be read: {reason}"
+            f"the chat template {file} is none of {', '.join(NAMED_TEMPLATES)}, and no file that "
+            f"can be read: {reason}"
         ) from None
-    return ChatTemplate(source.replace("\r\n", "\n"), wanted)
+    return source.replace("\r\n", "\n")
 
 
 def _named_source(name: str, tokenizer: Tokenizer) -> str:
