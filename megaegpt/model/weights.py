@@ -35,7 +35,8 @@ VERSION = 1
 WEIGHTS, ADAPTER, _CONFIG = "model.safetensors", "adapter.safetensors", "config.json"
 INSTRUCTIONS = "instructions"
 """Key of ``extra``: a model that was tuned on instructions is asked in ``chats``, by the template
-beside it, or in ``tasks``, by Alpaca's prompt."""
+beside it, or in ``tasks``, by Alpaca's prompt; one that is ``mixed`` in either, each of which was
+tuned in its own."""
 _DESCRIPTION = "model and extra"
 _LONGEST_NAME = 256
 

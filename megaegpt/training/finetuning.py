@@ -199,6 +199,10 @@ class InstructionData:
         train = self._read(options.train)
         held_out = self._read(options.validation)
         self._chat = self._template(options.template, [*train, *held_out])
+        self._asks_in_chats = self._chat is not None and (
+            self._tasks_are_chats
+            or not any(isinstance(record, Instruction) for record in (*train, *held_out))
+        )
         if not options.validation:
             train, held_out = hold_out(train, options.held_out, seed)
         samples = self._rows(self._encode(train, "training"), seed)
@@ -300,14 +304,21 @@ class InstructionData:
             f"{train:,} training records in {len(self.samples):,} rows of "
             f"{self.tokens_per_sample:.0f} tokens on average (the run is {self._epochs:.2f} "
             f"epochs), {sum(held_out) or 'no'} validation records"
-            + ("" if self._chat is None else f", in the chat template {self._chat.name}")
+            + self._describe_prompts()
             + (f"; {', '.join(notes)}" if notes else "")
         )
+
+    def _describe_prompts(self) -> str:
+        if self._chat is None:
+            return ""
+        if self._asks_in_chats:
+            return f", in the chat template {self._chat.name}"
+        return f", conversations in the chat template {self._chat.name}, tasks in Alpaca's prompt"
 
     def prompt(self, text: str) -> Prompt:
         """The text as a task, in the form that tasks have here."""
         task = Instruction(text, "", "")
-        if self._chat is None:
+        if self._chat is None or not self._asks_in_chats:
             ids = self.tokenizer.encode_prompt(task.prompt)
             return Prompt(task.prompt, ids, self.tokenizer.end_tokens)
         ids = self._chat.encode_prompt(task.conversation[:1], self.tokenizer)
@@ -319,7 +330,7 @@ class InstructionData:
             return {INSTRUCTIONS: "tasks"}
         with whole_file(weights / CHAT_TEMPLATE_FILE) as temporary:
             temporary.write_text(self._chat.source, encoding="utf-8", newline="")
-        return {INSTRUCTIONS: "chats"}
+        return {INSTRUCTIONS: "chats" if self._asks_in_chats else "mixed"}
 
 
 def hold_out(

@@ -58,7 +58,7 @@ def test_what_was_tuned_on_tasks_is_asked_in_their_prompt_elsewhere_too(
         assert load_tokenizer(tmp_path / name).chat_template == ALPACA
         theirs = AutoTokenizer.from_pretrained(tmp_path / name)
         text = theirs.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
-        assert text.endswith("### Instruction:\nName a colour.\n\n### Response:\n")
+        assert str(text).endswith("### Instruction:\nName a colour.\n\n### Response:\n")
 
 
 def test_a_gguf_file_of_what_was_tuned_on_tasks_has_their_prompt(

@@ -22,9 +22,12 @@ from megaegpt.config import (
 )
 from megaegpt.config.data import InstructionConfig
 from megaegpt.config.run import RunConfig
+from megaegpt.data.instruction.named_templates import NAMED_TEMPLATES
 from megaegpt.data.instruction.records import Instruction, InstructionDataset
 from megaegpt.data.instruction.rows import InstructionSamples, trim_padding
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import CheckpointError, ConfigError, DataError, LaunchError
 from megaegpt.generation.generator import sample_text
 from megaegpt.interop.export import export_huggingface
@@ -43,6 +46,7 @@ from megaegpt.training.finetuning import (
 from megaegpt.training.run_data import PretrainingData
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import StopAfter, losses, run_config, validation_losses
+from tests.tiny.tokenizers import changed
 
 TOKENIZER = Tokenizer.load()
 LENGTH, CHUNK = 96, 32
@@ -332,6 +336,34 @@ def test_held_out_records_are_a_share_and_not_trained_on() -> None:
     assert hold_out(records, 0.0, seed=0) == (records, [])
     assert len(hold_out(records[:2], 0.01, seed=0)[1]) == 1
     assert hold_out(records[:1], 0.5, seed=0) == (records[:1], [])
+
+
+def test_beside_conversations_a_task_is_asked_as_it_was_learned(
+    corpus: Path, tmp_path: Path
+) -> None:
+    definition = changed()
+    definition.settings["chat_template"] = NAMED_TEMPLATES["chatml"]
+    save_tokenizer(HuggingFaceTokenizer(definition), tmp_path)
+    roles = ("user", "assistant")
+    chat = {"messages": [{"role": role, "content": "Hello"} for role in roles]}
+    records = tmp_path / "mixed.jsonl"
+    records.write_text("\n".join(map(json.dumps, [*RECORDS, chat])))
+    config = _config("gpt", corpus, tmp_path)
+    found = {}
+    for template in (None, "tokenizer"):
+        instructions = dataclasses.replace(
+            config.data.instructions, train=(str(records),), template=template
+        )
+        data = dataclasses.replace(config.data, instructions=instructions, vocabulary=str(tmp_path))
+        model = dataclasses.replace(GPT, vocab_size=700, max_seq_len=2 * LENGTH)
+        tuned = InstructionData(dataclasses.replace(config, model=model, data=data))
+        weights = tmp_path / str(template)
+        weights.mkdir()
+        found[template] = tuned.prompt("Say yes.").text, tuned.save_beside(weights)
+        assert (weights / "chat_template.jinja").read_text() == NAMED_TEMPLATES["chatml"]
+    assert found[None] == (Instruction("Say yes.", "", "").prompt, {"instructions": "mixed"})
+    asked_in_chat = "<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n"
+    assert found["tokenizer"] == (asked_in_chat, {"instructions": "chats"})
 
 
 def test_answers_behind_which_a_document_ends_are_refused_but_for_the_last(
