@@ -214,6 +214,21 @@ def byte_level(add_prefix_space: bool = False, use_regex: bool = True) -> dict[s
     return {"type": "ByteLevel", **flags}
 
 
+def begin_with(name: str, number: int) -> dict[str, Any]:
+    """A post-processor that puts a token before every text."""
+
+    def token(kind: int) -> dict[str, Any]:
+        return {"SpecialToken": {"id": name, "type_id": kind}}
+
+    first, second = ({"Sequence": {"id": "AB"[kind], "type_id": kind}} for kind in (0, 1))
+    return {
+        "type": "TemplateProcessing",
+        "single": [token(0), first],
+        "pair": [token(0), first, token(1), second],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
+    }
+
+
 def byte_level_content(
     vocabulary: Mapping[str, int],
     merges: list[list[str]],

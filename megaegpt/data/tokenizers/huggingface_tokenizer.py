@@ -29,6 +29,7 @@ from megaegpt.data.tokenizers.definition import (
     SETTINGS_FILE,
     TOKENIZER_FILE,
     TokenizerDefinition,
+    begin_with,
     serialized,
     token_name,
 )
@@ -287,13 +288,25 @@ class HuggingFaceTokenizer(Tokenizer):
             "name_or_path": self.name,
         }
         files = {
-            TOKENIZER_FILE: serialized(self.definition.content),
+            TOKENIZER_FILE: serialized(self._content_with_bos()),
             SETTINGS_FILE: serialized(settings),
         }
         ends = [self.eot_token, *sorted(self.end_tokens - {self.eot_token})]
         if len(ends) > 1:
             files[GENERATION_FILE] = serialized({"eos_token_id": ends})
         return files
+
+    def _content_with_bos(self) -> dict[str, Any]:
+        """``tokenizer.json``, which puts the BOS before a text by itself: transformers 5 reads no
+        ``add_bos_token`` beside it.
+        """
+        content = self.definition.content
+        if not self.adds_bos or self._library.encode("a").ids[:1] == [self.first_token]:
+            return content
+        name = next(n for n, token in self._vocabulary.items() if token == self.first_token)
+        first, others = begin_with(name, self.first_token), content.get("post_processor")
+        both = {"type": "Sequence", "processors": [others, first]}
+        return {**content, "post_processor": first if others is None else both}
 
 
 def _library_of(definition: TokenizerDefinition) -> tokenizers.Tokenizer:

@@ -344,6 +344,28 @@ def test_the_settings_have_the_last_word_on_a_bos() -> None:
     ]
 
 
+@pytest.mark.parametrize("processor", [None, byte_level()], ids=["none", "of bytes"])
+def test_a_bos_by_the_settings_alone_is_there_for_transformers_too(
+    processor: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """As in the files that are made of a GGUF file: transformers 5 takes ``tokenizer.json`` by
+    itself.
+    """
+    definition = changed(post_processor=processor)
+    definition.settings.update({"bos_token": "<|im_start|>", "add_bos_token": True})
+    tokenizer = HuggingFaceTokenizer(definition)
+    save_tokenizer(tokenizer, tmp_path)
+    theirs, again = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for text in ("Shards of tokens", ""):
+        assert tokenizer.encode_prompt(text) == theirs(text)["input_ids"]
+        assert tokenizer.encode_prompt(text) == again.encode_prompt(text)
+    assert again.fingerprint == tokenizer.fingerprint
+    (tmp_path / "again").mkdir()
+    save_tokenizer(again, tmp_path / "again")
+    files = [(folder / "tokenizer.json").read_bytes() for folder in (tmp_path, tmp_path / "again")]
+    assert files[0] == files[1]
+
+
 def test_a_bos_that_is_named_alone_is_before_no_text() -> None:
     """As in GPT-2's, SmolLM2's and Qwen's."""
     tokenizer = trained_tokenizer()
