@@ -110,6 +110,8 @@ def is_gpt2_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> bool:
     """
     if not _has_gpt2_vocabulary(config) or tokenizer.chat_template is not None:
         return False
+    if tokenizer.adds_bos or len(tokenizer.end_tokens) > 1:
+        return False
     return tokenizer.is_installed or tokenizer.fingerprint == load_tokenizer().fingerprint
 
 

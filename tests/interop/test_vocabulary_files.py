@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokeni
 from megaegpt.interop.export import export_huggingface
 from megaegpt.interop.gguf_export import export_gguf
 from megaegpt.interop.peft import export_peft
+from megaegpt.interop.vocabulary_files import is_gpt2_tokenizer
 from megaegpt.model.adapter_files import Base, save_adapter
 from megaegpt.model.adapters import add_adapters, initialize_adapters
 from megaegpt.model.build import build_model
@@ -59,6 +61,21 @@ def test_what_was_tuned_on_tasks_is_asked_in_their_prompt_elsewhere_too(
         theirs = AutoTokenizer.from_pretrained(tmp_path / name)
         text = theirs.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
         assert str(text).endswith("### Instruction:\nName a colour.\n\n### Response:\n")
+
+
+def test_gpt2s_vocabulary_with_other_rules_is_not_taken_for_its_tokenizer(tmp_path: Path) -> None:
+    """Its files would not be kept, and the rules be lost with them."""
+    save_tokenizer(load_tokenizer(), tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [50256, 198]}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert tokenizer.end_tokens == {50256, 198}
+    config = dataclasses.replace(GPT, vocab_size=50257)
+    assert not is_gpt2_tokenizer(tokenizer, config)
+    tokenizer.definition = dataclasses.replace(tokenizer.definition, ends=())
+    assert is_gpt2_tokenizer(tokenizer, config)
+    tokenizer.adds_bos = True
+    assert not is_gpt2_tokenizer(tokenizer, config)
 
 
 def test_a_gguf_file_of_what_was_tuned_on_tasks_has_their_prompt(

@@ -189,7 +189,9 @@ def read_older_definition(folder: Path) -> TokenizerDefinition:
     )
     settings |= _chat_template_beside(folder)
     name = settings.get("name_or_path") or folder.resolve().name
-    return TokenizerDefinition(Path(str(name)).name, str(file), content, settings)
+    return TokenizerDefinition(
+        Path(str(name)).name, str(file), content, settings, _ends_of_texts(folder)
+    )
 
 
 def read_chat_template(folder: Path) -> str | None:

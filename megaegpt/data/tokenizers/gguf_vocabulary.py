@@ -52,6 +52,10 @@ with a BOS where no key says whether (``llama_vocab::impl::load`` in its src/lla
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Kinds of special tokens in ``tokenizer_config.json``, and in the keys of a GGUF file."""
 
+_ENDS = ("eos", "eot", "eom")
+"""Kinds of tokens that end a text: of all of it, of a turn, of a message within a turn."""
+_END_OF_MESSAGE = "<|eom_id|>"
+
 # -- reading --------------------------------------------------------------------------------------
 
 
@@ -96,11 +100,7 @@ def _definition(found: Mapping[str, Any], file: Path) -> TokenizerDefinition:
         ignore_merges=pre in _LIKE_LLAMA3,
     )
     name = str(found.get("general.name") or file.stem)
-    ends = tuple(
-        end
-        for kind in ("eos", "eot", "eom")
-        if type(end := found.get(f"{_KEY}{kind}_token_id")) is int
-    )
+    ends = tuple(end for kind in _ENDS if type(end := found.get(f"{_KEY}{kind}_token_id")) is int)
     return TokenizerDefinition(name, str(file), content, _settings(found, tokens, file), ends)
 
 
@@ -240,7 +240,10 @@ def _special_tokens(definition: TokenizerDefinition, tokenizer: Tokenizer) -> di
         for kind, name in named.items()
         if name is not None and name in ids
     }
-    found[f"{_KEY}eos_token_id"] = tokenizer.eot_token
+    others = tokenizer.end_tokens - {tokenizer.eot_token}
+    of_a_message = ids.get(_END_OF_MESSAGE)  # Llama 3.1's, before a call of a tool
+    ends = [tokenizer.eot_token, *sorted(others, key=lambda end: (end == of_a_message, end))]
+    found |= {f"{_KEY}{kind}_token_id": end for kind, end in zip(_ENDS, ends, strict=False)}
     if tokenizer.bos_token is not None:
         found[f"{_KEY}bos_token_id"] = tokenizer.bos_token
     found[f"{_KEY}add_bos_token"] = tokenizer.adds_bos

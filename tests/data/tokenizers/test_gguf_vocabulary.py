@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megaegpt.data.tokenizers.bpe_training import train_byte_level_bpe
 from megaegpt.data.tokenizers.definition import byte_level
 from megaegpt.data.tokenizers.gguf_vocabulary import gguf_vocabulary, read_gguf_definition
 from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
@@ -138,6 +140,28 @@ def test_a_tokenizer_is_written_in_the_words_of_llama_cpp(tmp_path: Path, rule: 
     again = load_tokenizer(tmp_path / "a.gguf")
     assert again.fingerprint == tokenizer.fingerprint
     assert (again.eot_token, again.bos_token, again.adds_bos) == (0, 0, False)
+
+
+def test_all_ends_of_texts_are_written() -> None:
+    """Each by the key that it has in Llama 3.1's files."""
+    vocabulary = trained_definition().vocabulary
+    ids = [vocabulary["<|im_start|>"], vocabulary["A"]]
+    for ends in (ids, ids[:1]):
+        definition = dataclasses.replace(changed(), ends=tuple(ends))
+        found = gguf_vocabulary(HuggingFaceTokenizer(definition), 700)
+        assert found is not None
+        keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
+        assert [found.get(key) for key in keys] == [0, *ends, None][:3]
+
+
+def test_the_end_of_a_message_is_not_taken_for_that_of_a_turn(tmp_path: Path) -> None:
+    texts = ["hello hello"]
+    definition = train_byte_level_bpe(texts, "ends", 270, ["<|eom_id|>", "<|eot_id|>"])
+    ends = tuple(definition.vocabulary[name] for name in ("<|eom_id|>", "<|eot_id|>"))
+    tokenizer = HuggingFaceTokenizer(dataclasses.replace(definition, ends=ends))
+    found = gguf_vocabulary(tokenizer, tokenizer.vocab_size)
+    assert found is not None
+    assert (found["tokenizer.ggml.eom_token_id"], found["tokenizer.ggml.eot_token_id"]) == ends
 
 
 def test_gpt2s_own_tokenizer_is_written_too() -> None:
