@@ -49,6 +49,14 @@ class Marks(NamedTuple):
     """Before what the assistant says."""
     end: str
     """Behind it."""
+    stand_ins: dict[str, str]
+    """Of special tokens whose names are one character, which cannot be split."""
+
+    def taken_out(self, text: str) -> str:
+        """What is said in a text that is protected."""
+        names = {stand_in: name for name, stand_in in self.stand_ins.items()}
+        table = str.maketrans({self.split: "", **names})
+        return text.translate(table)
 
 
 class EncodedChat(NamedTuple):
@@ -135,10 +143,10 @@ class ChatTemplate:
         Raises:
             DataError: as for :meth:`render`; or there are none.
         """
-        marks = self._marks(messages)
+        marks = self._marks(messages, tokenizer)
         protected = _protect(messages, tokenizer, marks)
         text = self.render(protected, tokenizer.template_variables, add_generation_prompt=True)
-        ids = _encode(text, tokenizer, marks.split, [])[0]
+        ids = _encode(text, tokenizer, marks, [])[0]
         if not ids:
             raise DataError(f"the chat template {self.name} writes nothing for this conversation")
         return ids
@@ -155,11 +163,9 @@ class ChatTemplate:
             DataError: as for :meth:`render`; or the template changes answers so that they cannot be
                 found in its text.
         """
-        marks = self._marks(messages)
+        marks = self._marks(messages, tokenizer)
         text, spans = self._find_answers(_protect(messages, tokenizer, marks), tokenizer, marks)
-        ids, places = _encode(
-            text, tokenizer, marks.split, [edge for span in spans for edge in span]
-        )
+        ids, places = _encode(text, tokenizer, marks, [edge for span in spans for edge in span])
         learned = [False] * len(ids)
         for begin, end in zip(places[::2], places[1::2], strict=True):
             learned[begin[0] : end[1]] = [True] * (end[1] - begin[0])
@@ -191,13 +197,15 @@ class ChatTemplate:
         encoded = self.encode_training(_PROBE, tokenizer)
         return [token for token, learned in zip(*encoded, strict=True) if learned]
 
-    def _marks(self, messages: Conversation) -> Marks:
-        used = {character for message in messages for character in message.content}
-        used.update(self.source)
+    def _marks(self, messages: Conversation, tokenizer: Tokenizer) -> Marks:
+        said = {character for message in messages for character in message.content}
+        used = said.union(self.source, *tokenizer.special_tokens)
         free = [character for character in _NONCHARACTERS if character not in used]
-        if len(free) < len(Marks._fields):
+        names = [name for name in tokenizer.special_tokens if name in said]
+        if len(free) < 3 + len(names):
             raise DataError("the conversation has all of Unicode's noncharacters, which mark texts")
-        return Marks(*free[: len(Marks._fields)])
+        split, begin, end, *others = free
+        return Marks(split, begin, end, dict(zip(names, others, strict=False)))
 
     def _find_answers(
         self, messages: Conversation, tokenizer: Tokenizer, marks: Marks
@@ -355,8 +363,10 @@ def _protect(messages: Conversation, tokenizer: Tokenizer, marks: Marks) -> Conv
     starts = {name[:length] for name in names for length in range(1, len(name))}
     ends = {name[-length:] for name in names for length in range(1, len(name))}
     longest = max(map(len, names))
+    stand_ins = str.maketrans(marks.stand_ins)
 
     def protect(text: str) -> str:
+        text = text.translate(stand_ins)
         text = within.sub(lambda m: m[0][0] + marks.split + m[0][1:], text)
         body = text.rstrip()
         if any(body[-length:] in starts for length in range(1, min(longest, len(body) + 1))):
@@ -407,9 +417,9 @@ def _marked_spans(text: str, marks: Marks) -> tuple[str, list[tuple[int, int]]] 
 
 
 def _encode(
-    text: str, tokenizer: Tokenizer, split: str, cuts: Sequence[int]
+    text: str, tokenizer: Tokenizer, marks: Marks, cuts: Sequence[int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a text whose special tokens are the template's own, ``split`` in it taken out.
+    """Ids of a text whose special tokens are the template's own, what protects others taken out.
 
     Args:
         cuts: places in ``text``.
@@ -421,13 +431,13 @@ def _encode(
     places: dict[int, tuple[int, int]] = {}
     start = 0
     for part, token in tokenizer.split_special_tokens(text):
-        plain = part.replace(split, "")
+        plain = marks.taken_out(part)
         own = [token] if token is not None else tokenizer.encode_part(plain, is_first=start == 0)
         for cut in cuts:
             if cut == start:
                 places[cut] = (len(ids), len(ids))
             elif start < cut < start + len(part):
-                prefix = part[: cut - start].replace(split, "")
+                prefix = marks.taken_out(part[: cut - start])
                 whole, touched = (
                     _count_before(own, plain, prefix, start == 0, tokenizer)
                     if token is None

@@ -66,10 +66,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, definition: TokenizerDefinition) -> None:
         self.definition, self.name = definition, whole_characters(definition.name)
         self._vocabulary = definition.vocabulary
-        self._library = _library_of(definition)
+        end = definition.end_of_text(self._vocabulary)
+        self._library = _library_of(definition, end)
         self.vocab_size = max(self._vocabulary.values()) + 1
         self.chat_template = definition.chat_template
-        end = definition.end_of_text(self._vocabulary)
         self.eot_token = self._vocabulary[end]
         special = [t["content"] for t in definition.added_tokens if t.get("special")]
         self.special_tokens = {name: self._vocabulary[name] for name in (*special, end)}
@@ -123,7 +123,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if plain == self.definition.content.get("pre_tokenizer"):
             return None
         content = {**self.definition.content, "pre_tokenizer": plain}
-        return _library_of(dataclasses.replace(self.definition, content=content))
+        return _library_of(dataclasses.replace(self.definition, content=content), self.end_of_text)
 
     @cached_property
     def _special_names(self) -> re.Pattern[str]:
@@ -309,8 +309,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return {**content, "post_processor": first if others is None else both}
 
 
-def _library_of(definition: TokenizerDefinition) -> tokenizers.Tokenizer:
-    """The library's tokenizer, which takes the names of special tokens for text."""
+def _library_of(definition: TokenizerDefinition, end: str) -> tokenizers.Tokenizer:
+    """The library's tokenizer, which takes the names of special tokens for text, that of ``end``
+    too where the file does not call it special.
+    """
     model = definition.content["model"]
     kind = model.get("type", "BPE" if "merges" in model else None)
     if kind not in ("BPE", "Unigram"):
@@ -319,7 +321,11 @@ def _library_of(definition: TokenizerDefinition) -> tokenizers.Tokenizer:
             "and Unigram alone"
         )
     model.update({"dropout": None} if kind == "BPE" else {})
-    plain = {**definition.content, "truncation": None, "padding": None}
+    added = [
+        {**token, "special": True} if token["content"] == end else token
+        for token in definition.added_tokens
+    ]
+    plain = {**definition.content, "added_tokens": added, "truncation": None, "padding": None}
     try:
         library = tokenizers.Tokenizer.from_str(json.dumps(plain))
     except (KeyboardInterrupt, SystemExit):

@@ -266,6 +266,24 @@ def test_special_tokens_in_messages_are_text(name: str, text: str, tokenizer: To
     assert shown == harmless.replace("harmless", kept)
 
 
+@pytest.mark.parametrize("others", [(), ("\u241e\u241e", "a\u241e")])
+def test_a_special_token_of_one_character_is_text_in_messages_too(others: tuple[str, ...]) -> None:
+    """There is nothing within it at which it could be cut."""
+    definition = changed()
+    for number, name in enumerate(("\u241e", *others), VOCAB_SIZE):
+        definition.content["added_tokens"].append(added_token(number, name))
+    tokenizer = HuggingFaceTokenizer(definition)
+    source = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\u241e' }}{% endfor %}"
+    template = ChatTemplate(source, "separated")
+    chat = (Message("user", "\u241ea\u241eb"), Message("assistant", "\u241e\u241e"))
+    ids, learned = template.encode_training(chat, tokenizer)
+    assert [token for token in ids if token >= VOCAB_SIZE] == [VOCAB_SIZE] * 2
+    shown = "user:\u241ea\u241eb\u241eassistant:\u241e\u241e\u241e"
+    assert tokenizer.decode(ids) == shown
+    assert said(ids, learned, tokenizer) == ["\u241e\u241e\u241e"]
+    assert template.encode_prompt(chat, tokenizer) == ids
+
+
 # -- hostile templates -----------------------------------------------------------------------------
 
 

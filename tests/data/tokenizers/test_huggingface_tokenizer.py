@@ -31,6 +31,7 @@ from megaegpt.errors import DataError
 from megaegpt.evaluation.scorer import encode_pair
 from megaegpt.evaluation.text import TextTokens
 from tests.tiny.tokenizers import (
+    BLANK_FIRST,
     HARD_TEXT,
     changed,
     trained_definition,
@@ -316,6 +317,20 @@ def test_marks_for_blanks_are_blanks_in_bytes() -> None:
     assert tokenizer.token_byte_lengths.tolist() == [5, 0, 1, 1, 1, 1, 2]
     assert tokenizer.end_of_text == "</s>"
     assert "no byte-level BPE" in tokenizer.runs_on
+
+
+@pytest.mark.parametrize("parts", [{}, {"pre_tokenizer": BLANK_FIRST}], ids=["fast", "slow"])
+def test_the_end_of_texts_is_not_found_in_one_whatever_its_entry_says(
+    parts: dict[str, Any],
+) -> None:
+    definition = changed(**parts)
+    definition.content["added_tokens"][0]["special"] = False
+    tokenizer = HuggingFaceTokenizer(definition)
+    assert tokenizer.end_of_text == "<|endoftext|>"
+    assert tokenizer.runs_on.startswith("tiktoken") != bool(parts)
+    for text in ("a<|endoftext|>b", "<|endoftext|>"):
+        for ids in (tokenizer.encode(text), tokenizer.encode_part(text, is_first=False)):
+            assert tokenizer.eot_token not in ids
 
 
 # -- the begin of a text --------------------------------------------------------------------------
