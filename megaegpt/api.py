@@ -260,7 +260,10 @@ def text_to_token_ids(text: str, tokenizer: TextTokenizer | None = None) -> Tens
         >>> text_to_token_ids("The capital of")
         tensor([[ 464, 3139,  286]])
     """
-    return torch.tensor([(tokenizer or _gpt2_tokenizer()).encode(text)], dtype=torch.int64)
+    tokenizer = tokenizer or _gpt2_tokenizer()
+    # tiktoken's encode refuses a text that has the name of a special token in it
+    encode = getattr(tokenizer, "encode_ordinary", tokenizer.encode)
+    return torch.tensor([encode(text)], dtype=torch.int64)
 
 
 def token_ids_to_text(token_ids: Tensor, tokenizer: TextTokenizer | None = None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 
@@ -136,6 +137,17 @@ def test_any_tokenizer_with_encode_and_decode_will_do():
     assert api.token_ids_to_text(ids, BYTES) == api.token_ids_to_text(ids[0], BYTES) == "ab"
     with pytest.raises(DataError, match="one row"):
         api.token_ids_to_text(torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_all_of_a_text_is_ordinary_to_an_encoding_of_tiktoken_too():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    encoding = tiktoken.Encoding(
+        "bytes", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+    )
+    text = "one<|endoftext|>two"
+    assert api.text_to_token_ids(text, encoding).tolist() == [list(text.encode())]
+    inputs, _ = next(iter(api.create_pretraining_dataloader(text, 1, 18, tokenizer=encoding)))
+    assert inputs.tolist() == [list(text[:18].encode())]
 
 
 def test_windows_cover_the_text_and_targets_follow_their_inputs():
