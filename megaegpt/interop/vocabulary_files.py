@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def tokenizer_beside(
         try:
             tokenizer = load_tokenizer(source)
         except DataError as error:
-            print(f"notice: no tokenizer goes with the weights: {error}")
+            print(f"notice: no tokenizer goes with the weights: {error}", file=sys.stderr)
             return None
         if tokenizer.vocab_size > config.vocab_size:
             raise CheckpointError(

@@ -151,7 +151,8 @@ def test_llama_cpp_finds_the_tokenizer_in_the_file(
     assert load_tokenizer(tmp_path / "model.gguf").fingerprint == tokenizer.fingerprint
     import_model(tmp_path / "model.gguf", tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").fingerprint == tokenizer.fingerprint
-    assert "notice" not in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "notice" not in said.out + said.err
 
 
 def test_the_template_that_a_model_was_tuned_on_goes_with_gpt2s_tokenizer(
@@ -181,6 +182,10 @@ def test_a_file_without_a_tokenizer_is_for_token_ids(
     path = _file("llama", tmp_path)
     assert read_gguf_header(path).metadata["tokenizer.ggml.model"] == "no_vocab"
     assert "without a tokenizer: none lies with the weights" in capsys.readouterr().out
+    import_model(path, tmp_path / "again")
+    said = capsys.readouterr()
+    assert said.out == ""  # it may be a program's whose stdout is a text
+    assert "no tokenizer goes with the weights" in said.err
 
 
 # -- quantised tensors ----------------------------------------------------------------------------
