@@ -338,8 +338,8 @@ def test_a_fault_of_the_server_ends_what_it_touched_and_shows_nothing_of_itself(
 @pytest.mark.parametrize(
     "place",
     [
-        "megaegpt.serving.batcher._Running.__init__",
-        "megaegpt.serving.batcher._Running.draw",
+        "megaegpt.serving.batcher.TextStream",
+        "megaegpt.serving.batcher.Sampler.draw",
         "tests.serving.server.Gate.join",
     ],
 )
