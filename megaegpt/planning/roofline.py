@@ -265,7 +265,9 @@ class Roofline:
     @property
     def tokens(self) -> int:
         """Of a rank in a micro-step."""
-        return self.plan.config.training.chosen_micro_batch_size * self.plan.config.model.sample_len
+        config = self.plan.config
+        whole = config.training.chosen_micro_batch_size * config.model.sample_len
+        return whole // config.parallel.context_parallel_size
 
     @property
     def communication(self) -> float:

@@ -102,12 +102,27 @@ def test_the_head_moves_few_bytes_a_logit_between_its_products(model: dict[str, 
     assert 6 < roofline.bytes_a_logit() < 10
 
 
-def test_ranks_that_share_the_vocabulary_move_as_few_bytes_a_logit() -> None:
+@pytest.mark.parametrize("key", ["tensor_parallel_size", "context_parallel_size"])
+def test_ranks_that_share_samples_move_as_few_bytes_a_logit(key: str) -> None:
     config = _gpt(8, vocab_size=50257, max_seq_len=1024)
-    parallel = dataclasses.replace(config.parallel, tensor_parallel_size=4)
+    parallel = dataclasses.replace(config.parallel, **{key: 4})
     roofline = _roofline(dataclasses.replace(config, parallel=parallel), 4)
     assert roofline.bytes_a_logit(fused=False) > 50
     assert 6 < roofline.bytes_a_logit() < 10
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["gpt", "egpt"])
+def test_ranks_that_share_the_tokens_of_a_sample_reach_about_the_mfu_of_one(kind: str) -> None:
+    """A little less: each reads all weights for fewer tokens."""
+    sizes = {"vocab_size": 5000, "max_seq_len": 2048, "hidden_size": 2048, "num_heads": 16}
+    config = _gpt(4, kind=kind, **sizes, num_layers=1, positions="rotary")
+    parallel = dataclasses.replace(config.parallel, context_parallel_size=2)
+    one, shared = _roofline(config), _roofline(dataclasses.replace(config, parallel=parallel), 2)
+    most, reached = one.mfu(), shared.mfu()
+    assert most is not None
+    assert reached is not None
+    assert 0.9 * most < reached < most
 
 
 @pytest.mark.long
