@@ -226,6 +226,7 @@ class _Run:
         self.progress = Progress(options.output, plan, names, options.overwrite, self.tokenizer)
         shuffles = options.shuffle_seed is not None
         self.encoded = self.progress.folder if shuffles else options.output
+        self.parts = [f"{group}-{n:05d}" for group in groups for n in range(options.shards)]
         self.counts = Counts()
         self.shards: dict[str, list[ShardSummary]] = {}
         self.problems = Problems(options.on_bad_input, left_out=left_out)
@@ -240,8 +241,7 @@ class _Run:
         if self.progress.complete is not None:
             return Report(self.progress.complete, self.problems, self.meter, self.tokenizer)
         options = self.options
-        names = [f"{group}-{n:05d}" for group in self.groups for n in range(options.shards)]
-        finished = self.progress.finished(names, self.encoded)
+        finished = self.progress.finished(self.parts, self.encoded)
         for part in finished:
             self._take(part)
         done = {part.name for part in finished}
@@ -254,7 +254,7 @@ class _Run:
                 before += sum(file.size for file in files)
         if not self.counts.tokens:
             self.progress.clear()  # nothing to go on from
-            raise DataError(f"no documents in {', '.join(options.inputs)}{self._why_nothing()}")
+            raise self._no_documents()
         shards = (
             self.shards if options.shuffle_seed is None else self._shuffle(options.shuffle_seed)
         )
@@ -264,6 +264,9 @@ class _Run:
         save_beside_shards(self.tokenizer, options.output)
         self.progress.finish(manifest)
         return Report(manifest, self.problems, self.meter, self.tokenizer)
+
+    def _no_documents(self) -> DataError:
+        return DataError(f"no documents in {', '.join(self.options.inputs)}{self._why_nothing()}")
 
     def _why_nothing(self) -> str:
         """Why no document is left, as far as it is known."""
@@ -323,6 +326,10 @@ class _Run:
             part.problems = problems.examples
             if self.seen is not None:
                 part.hashes = np.concatenate(hashes)
+            if not part.counts.tokens and self.parts == [part.name]:
+                self._take(part)
+                raise self._no_documents()  # before anything is replaced by nothing
+            self.progress.replace_complete()
             summaries = [writer.finish() for writer in writers]
         return dict(zip(prefixes, summaries, strict=True))
 

@@ -50,10 +50,9 @@ def import_files(files: Sequence[Path], output: Path, overwrite: bool = False) -
         if progress.complete is not None:
             return progress.complete
         try:
-            splits = {
-                split: [import_tokens(file, output / split)]
-                for split, file in files_of_splits.items()
-            }
+            sources = {split: _read(file) for split, file in files_of_splits.items()}
+            progress.replace_complete()  # all files are token files
+            splits = {split: [_write(*read, output / split)] for split, read in sources.items()}
         except BaseException:
             progress.abandon()
             raise
@@ -92,8 +91,9 @@ def _identify(file: Path) -> dict[str, str | int]:
     return {"path": str(file), "size": state.st_size, "mtime_ns": state.st_mtime_ns}
 
 
-def import_tokens(file: Path, prefix: Path) -> ShardSummary:
-    """Write a token file as a shard; every end-of-text token ends a document.
+def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a file, and how many there are up to the end of each document: every
+    end-of-text token ends one.
 
     Raises:
         DataError: the file is empty, is cut inside a token, or holds ids that are not GPT-2's.
@@ -106,7 +106,10 @@ def import_tokens(file: Path, prefix: Path) -> ShardSummary:
     tokens = content.view("<u2")
     if len(tokens) >= _ENOUGH_TO_TELL and not tokens[1:BLOCK_TOKENS:2].any():
         raise DataError(f"{file} holds ids of 4 bytes: nanoGPT's tokens have 2")
-    ends = _document_ends(tokens, file)
+    return tokens, _document_ends(tokens, file)
+
+
+def _write(tokens: np.ndarray, ends: np.ndarray, prefix: Path) -> ShardSummary:
     lengths = np.diff(ends, prepend=0)
     with ShardWriter(prefix) as writer:
         first = 0

@@ -106,6 +106,7 @@ class Progress:
         self.folder = output / PROGRESS_FOLDER
         self.plan = json.loads(json.dumps(plan))  # as it will be read back
         self.complete: Manifest | None = None
+        self._replaced: Manifest | None = None
         if (output / MANIFEST_NAME).exists():
             self._meet_complete(overwrite)
             if self.complete is not None:
@@ -137,7 +138,8 @@ class Progress:
 
     def _meet_complete(self, overwrite: bool) -> None:
         if overwrite:
-            self.clear()
+            self._replaced = Manifest.load(self.output)
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a run that published nothing
             return
         manifest = Manifest.load(self.output)
         if manifest.plan != self.plan:
@@ -167,22 +169,25 @@ class Progress:
                 f"{self._plan_path} is damaged ({error}): remove {self.folder}"
             ) from None
 
-    def clear(self) -> None:
-        """Remove every shard that a manifest or a record of this folder lists, the lists last: a
-        kill in between leaves no shard that could be read and that nothing tells of.
+    def replace_complete(self) -> None:
+        """Shards are about to be published: remove the complete corpus that they replace, its
+        manifest last. Until then bad input costs nothing, and a kill in between leaves no shard
+        that could be read and that nothing tells of.
         """
+        if self._replaced is not None:
+            splits = self._replaced.splits.values()
+            self._remove([shard.name for split in splits for shard in split])
+            remove_replaced(self._tokenizer, self.output)
+            (self.output / MANIFEST_NAME).unlink()
+            self._replaced = None
+
+    def clear(self) -> None:
+        """Remove every shard that a record of this folder lists, the records last."""
         shards: list[ShardSummary] = []
-        has_manifest = (self.output / MANIFEST_NAME).exists()
-        if has_manifest:
-            manifest = Manifest.load(self.output)
-            shards += [shard for split in manifest.splits.values() for shard in split]
         for record in self._records():
             shards += self._read(record).shards.values()
         self._remove([shard.name for shard in shards])
         shutil.rmtree(self.folder, ignore_errors=True)
-        if has_manifest:
-            remove_replaced(self._tokenizer, self.output)
-            (self.output / MANIFEST_NAME).unlink()
 
     def _remove(self, names: Sequence[str]) -> None:
         for path_of in (idx_path, bin_path):

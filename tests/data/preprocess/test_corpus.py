@@ -375,6 +375,30 @@ def test_a_complete_corpus_is_left_alone_and_another_is_not_overwritten(tmp_path
     assert documents(output / "train") == many_texts(500)
 
 
+@pytest.mark.parametrize(
+    ("bad", "options"),
+    [
+        (b"bad\n", {}),
+        (b"bad\n", {"shuffle_seed": 1}),
+        (b"bad\n", {"split_tokens": 0.5}),
+        (b"bad\n", {"on_bad_input": "skip"}),
+        (b"", {}),
+    ],
+    ids=["order kept", "shuffled", "cut", "nothing left", "empty"],
+)
+def test_input_of_which_nothing_becomes_a_shard_overwrites_no_corpus(
+    tmp_path: Path, bad: bytes, options: dict[str, Any]
+) -> None:
+    path, output = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_bytes(jsonl(TEXTS))
+    run(output, path)
+    before = files_of(output)
+    path.write_bytes(bad)
+    with pytest.raises(DataError, match="not JSON" if bad else "no documents"):
+        run(output, path, overwrite=True, **options)
+    assert files_of(output) == before
+
+
 def test_a_kill_while_a_corpus_is_overwritten_leaves_nothing_to_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -734,15 +758,17 @@ def test_after_a_failed_overwrite_by_another_tokenizer_the_folder_is_free(
     path.write_bytes(jsonl(TEXTS))
     run(output, path, encode={"vocabulary": str(tmp_path)})
     assert (output / "tokenizer").exists()
-    (tmp_path / "bad.jsonl").write_bytes(b"bad\n")
-    with pytest.raises(DataError, match="line 1: not JSON"):
-        run(output, tmp_path / "bad.jsonl", overwrite=True)
-    run(output, path)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(jsonl(many_texts()) + b"bad\n")  # which is met behind the first shard
+    with pytest.raises(DataError, match="line 3001: not JSON"):
+        run(output, bad, shards=3, overwrite=True)
+    assert not (output / "tokenizer").exists()
+    run(output, path, overwrite=True)
     assert sorted(files_of(output)) == ["manifest.json", "train.bin", "train.idx"]
     run(output, path, encode={"vocabulary": str(tmp_path)}, overwrite=True)
     own = str(output / "tokenizer")
-    with pytest.raises(DataError, match="line 1: not JSON"):
-        run(output, tmp_path / "bad.jsonl", encode={"vocabulary": own}, overwrite=True)
+    with pytest.raises(DataError, match="line 3001: not JSON"):
+        run(output, bad, shards=3, encode={"vocabulary": own}, overwrite=True)
     assert (output / "tokenizer" / "tokenizer.json").exists()
 
 

@@ -91,6 +91,16 @@ def test_a_failed_import_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_failed_import_overwrites_nothing(tmp_path: Path) -> None:
+    good = token_file(tmp_path / "a" / "train.bin", [1, 50256])
+    bad = token_file(tmp_path / "b" / "val.bin", [50257])
+    output = tmp_path / "out"
+    nanogpt.import_files([good], output)
+    with pytest.raises(DataError, match="holds id 50257"):
+        nanogpt.import_files([good, bad], output, overwrite=True)
+    Manifest.load(output).verify(output)
+
+
 def test_two_imports_do_not_write_into_one_folder(tmp_path: Path) -> None:
     file = token_file(tmp_path / "train.bin", [1, 50256])
     (tmp_path / "out").mkdir()
