@@ -382,7 +382,11 @@ def _alternatives(
     encoder: ModelConfig | None,
     arguments: argparse.Namespace,
 ) -> Iterator[str]:
-    from megaegpt.planning.plan import alternatives_over_context, impossible_sizes
+    from megaegpt.planning.plan import (
+        alternatives_over_context,
+        impossible_sizes,
+        known_seconds,
+    )
 
     steps: dict[int, tuple[Plan, Simulation | None]] = {}
 
@@ -394,9 +398,7 @@ def _alternatives(
 
     def seconds(other: Plan) -> float:
         simulated = step(other)
-        if simulated is not None:
-            return simulated.seconds
-        return other.time.total if other.time else 0.0
+        return known_seconds(other) if simulated is None else simulated.seconds
 
     yield from compare(
         alternatives_over_context(plan, replan, seconds), impossible_sizes(plan), step
@@ -415,12 +417,17 @@ def compare(
     if not any(plan.fits for plan in plans):
         yield "nothing fits: more GPUs, GPUs with more memory, or a smaller model"
     else:
-        yield "recommended, with the largest micro-batch that fits, the fastest first:"
+        unknown = any(plan.fits and plan.time is None for plan in plans)
+        yield (
+            "recommended, with the largest micro-batch that fits, the fastest first"
+            f"{', those whose time is not known last' if unknown else ''}:"
+        )
     columns = (
         "tensor_parallel_size",
         "sequence_parallel",
         "context_parallel_size",
         "zero_stage",
+        "offload",
         "activation_checkpointing",
         "micro_batch_size",
     )
@@ -429,7 +436,7 @@ def compare(
         training, parallel = plan.config.training, plan.config.parallel
         sequence = str(parallel.sequence_parallel).lower()
         tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
-        cut = (str(tp), sequence, str(cp), str(parallel.zero_stage))
+        cut = (str(tp), sequence, str(cp), str(parallel.zero_stage), parallel.offload)
         choices = (*cut, training.activation_checkpointing, str(training.micro_batch_size))
         times = _times(plan, step(plan)) if plan.fits else (f"does not fit: {_largest(plan)}",)
         table.append((*choices, _gib(plan.memory.total), *times))

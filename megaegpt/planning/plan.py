@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -267,18 +268,21 @@ def _step_time(
     )
 
 
-def _seconds(plan: Plan) -> float:
-    return plan.time.total if plan.time else 0.0
+def known_seconds(plan: Plan) -> float:
+    """Of a step; infinite where they are not known, so that such plans are ranked last."""
+    return plan.time.total if plan.time else math.inf
 
 
 def alternatives(
-    plan: Plan, replan: Callable[[RunConfig], Plan], seconds: Callable[[Plan], float] = _seconds
+    plan: Plan,
+    replan: Callable[[RunConfig], Plan],
+    seconds: Callable[[Plan], float] = known_seconds,
 ) -> list[Plan]:
     """The largest micro-batch that fits, for tensor-parallel sizes inside a machine (with sequence
     parallelism) and kinds of recomputation, at the ZeRO stage that suits each: the fastest first,
     which is what the plan recommends. The global batch, and so what is learnt, stays. What costs
-    more is left out where a rank's whole batch fits without it. Behind them come those that do not
-    fit even with one sample a micro-batch, the smallest first.
+    more is left out where a rank's whole batch fits without it and without offloading. Behind them
+    come those that do not fit even with one sample a micro-batch, the smallest first.
 
     Args:
         replan: :func:`make_plan` with everything given but the configuration.
@@ -297,11 +301,18 @@ def alternatives(
                 too_large.append(best)
                 continue
             found.append(best)
-            if best.config.gradient_accumulation(best.dp_size) == 1:
+            offloads = best.config.parallel.offload != "none"
+            if not offloads and best.config.gradient_accumulation(best.dp_size) == 1:
                 break
-        if found and found[-1].config.training.activation_checkpointing == "none":
+        if found and _saves_no_memory(found[-1].config):
             break
     return sorted(found, key=seconds) + sorted(too_large, key=lambda plan: plan.memory.total)
+
+
+def _saves_no_memory(config: RunConfig) -> bool:
+    """By recomputation or offloading."""
+    recompute = config.training.activation_checkpointing
+    return recompute == "none" and config.parallel.offload == "none"
 
 
 def _tensor_parallel_sizes(plan: Plan) -> Iterator[int]:
@@ -326,7 +337,9 @@ def impossible_sizes(plan: Plan) -> dict[int, str]:
 
 
 def alternatives_over_context(
-    plan: Plan, replan: Callable[[RunConfig], Plan], seconds: Callable[[Plan], float] = _seconds
+    plan: Plan,
+    replan: Callable[[RunConfig], Plan],
+    seconds: Callable[[Plan], float] = known_seconds,
 ) -> list[Plan]:
     """:func:`alternatives` on as few context-parallel ranks, from the plan's number on, as let any
     of them fit: a sample that is too long for one rank is shared.
@@ -350,7 +363,7 @@ def recommend(plan: Plan, replan: Callable[[RunConfig], Plan]) -> Plan | None:
     """
     config = plan.config
     recompute = config.training.activation_checkpointing
-    best = _best_stage(plan, config.parallel.tensor_parallel_size, recompute, replan, _seconds)
+    best = _best_stage(plan, config.parallel.tensor_parallel_size, recompute, replan, known_seconds)
     return best if best is not None and best.fits else None
 
 
@@ -363,28 +376,47 @@ def _best_stage(
 ) -> Plan | None:
     """At ZeRO stage 1, which sums gradients in fp32, sends them once a step and starts half as many
     operators; at stage 2 where that fits more, or is clearly faster by the plan; at stage 3 where
-    nothing else fits. None if the run cannot be cut so.
+    nothing else fits, offloading as the plan does where that does not fit without. None if the run
+    cannot be cut so.
     """
     first = _largest_batch(plan, tp, recompute, 1, replan)
     if first is None:  # such as a batch that this stage cannot be cut into
-        return _largest_batch(plan, tp, recompute, 3, replan)
+        return _at_stage_3(plan, tp, recompute, replan)
     if first.fits and first.config.gradient_accumulation(first.dp_size) == 1:
         return first
     second = _largest_batch(plan, tp, recompute, 2, replan)
     if not first.fits and (second is None or not second.fits):
-        return _largest_batch(plan, tp, recompute, 3, replan) or second or first
+        return _at_stage_3(plan, tp, recompute, replan) or second or first
     if second is None or not (first.fits and second.fits):
         return first if second is None or first.fits else second
     return second if seconds(second) < (1 - STAGE_1_MAY_COST) * seconds(first) else first
 
 
+def _at_stage_3(
+    plan: Plan, tp: int, recompute: str, replan: Callable[[RunConfig], Plan]
+) -> Plan | None:
+    on_gpus = _largest_batch(plan, tp, recompute, 3, replan)
+    offload = plan.config.parallel.offload
+    if offload == "none" or (on_gpus is not None and on_gpus.fits):
+        return on_gpus
+    return _largest_batch(plan, tp, recompute, 3, replan, offload) or on_gpus
+
+
 def _largest_batch(
-    plan: Plan, tp: int, recompute: str, stage: int, replan: Callable[[RunConfig], Plan]
+    plan: Plan,
+    tp: int,
+    recompute: str,
+    stage: int,
+    replan: Callable[[RunConfig], Plan],
+    offload: str = "none",
 ) -> Plan | None:
     """By bisection over powers of two; a micro-batch of one, which does not fit, where none does.
     None if the run cannot be cut so.
     """
-    configs = (_changed(plan.config, tp, recompute, stage, 2**power) for power in itertools.count())
+    configs = (
+        _changed(plan.config, tp, recompute, stage, 2**power, offload)
+        for power in itertools.count()
+    )
     runs = itertools.takewhile(lambda c: not find_problems(c, plan.machines.gpus), configs)
     possible = list(runs)
     best = None
@@ -400,11 +432,12 @@ def _largest_batch(
     return best
 
 
-def _changed(config: RunConfig, tp: int, recompute: Any, stage: int, micro_batch: int) -> RunConfig:
+def _changed(
+    config: RunConfig, tp: int, recompute: Any, stage: int, micro_batch: int, offload: Any
+) -> RunConfig:
     replace = dataclasses.replace
-    parallel = replace(config.parallel, tensor_parallel_size=tp, zero_stage=stage)
+    parallel = replace(config.parallel, tensor_parallel_size=tp, zero_stage=stage, offload=offload)
     if stage != 3:
-        parallel = replace(parallel, offload="none")
         config = replace(config, deepspeed=without_stage_3_keys(config.deepspeed))
     training = replace(
         config.training, micro_batch_size=micro_batch, activation_checkpointing=recompute

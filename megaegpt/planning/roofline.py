@@ -259,8 +259,8 @@ class Roofline:
     """The same with the operators of ``parallel.block_operators``; None: the blocks cannot."""
     outside: Cost
     """The same outside of the blocks, where nothing is compiled."""
-    optimizer: float
-    """Seconds of the update, and of the gradients' way to it."""
+    optimizer: float | None
+    """Seconds of the update, and of the gradients' way to it; None where a CPU computes it."""
 
     @property
     def tokens(self) -> int:
@@ -270,10 +270,12 @@ class Roofline:
         return whole // config.parallel.context_parallel_size
 
     @property
-    def communication(self) -> float:
-        """Seconds of a step at the data sheets' speed, none of it hidden."""
+    def communication(self) -> float | None:
+        """Seconds of a step at the data sheets' speed, none of it hidden; None where the plan has
+        no time.
+        """
         time = self.plan.time
-        return 0.0 if time is None else time.total - time.compute
+        return None if time is None else time.total - time.compute
 
     @property
     def compiled(self) -> float:
@@ -376,7 +378,7 @@ def make_roofline(plan: Plan, encoder: ModelConfig | None = None) -> Roofline:
         if "own products" in fused
         else None,
         outside,
-        update_seconds(plan, rates),
+        update_seconds(plan, rates) if plan.config.parallel.offload == "none" else None,
     )
 
 
@@ -471,8 +473,8 @@ def describe_roofline(roofline: Roofline) -> list[tuple[str, ...]]:
     return rows
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.1f}"
+def _ms(seconds: float | None) -> str:
+    return "n/a" if seconds is None else f"{1e3 * seconds:.1f}"
 
 
 GPT2 = {

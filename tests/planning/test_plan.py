@@ -450,6 +450,35 @@ def test_alternatives_are_ranked_by_the_time_that_is_given_and_name_what_does_no
     assert "num_heads" in impossible_sizes(plan)[4]
 
 
+def test_only_what_does_not_fit_on_gpus_is_offloaded_and_comes_behind_what_has_a_time() -> None:
+    model = ModelConfig(vocab_size=500, max_seq_len=32, hidden_size=64, num_layers=1, num_heads=2)
+    parallel = ParallelConfig(zero_stage=3, offload="optimizer")
+    training = _gpt2(global_batch_size=8).training
+    plan = _plan(RunConfig(model=model, training=training, parallel=parallel), gpus=4)
+    on_gpus = _plan(RunConfig(model=model, training=training), gpus=4)
+    assert plan.time is None
+    assert on_gpus.time is not None
+
+    def replan(config: RunConfig) -> Plan:
+        """Weights take 80 GiB on a GPU, half as much on two, and little where they are offloaded;
+        a sample takes 30.
+        """
+        parallel = config.parallel
+        offloads = parallel.offload != "none"
+        weights = 1 if offloads else 80 // parallel.tensor_parallel_size
+        size = weights + 30 * config.training.micro_batch_size
+        memory = MemoryEstimate(activations=size * 2**30)
+        time = None if offloads else on_gpus.time
+        return dataclasses.replace(plan, config=config, memory=memory, time=time)
+
+    found = alternatives(replan(plan.config), replan)
+    kinds = [
+        (other.fits, other.config.parallel.tensor_parallel_size, other.config.parallel.offload)
+        for other in found
+    ]
+    assert list(dict.fromkeys(kinds)) == [(True, 2, "none"), (True, 1, "optimizer")]
+
+
 def test_a_sample_too_long_for_one_rank_is_shared_by_as_few_as_it_fits() -> None:
     config = _gpt2(global_batch_size=8)
     plan, limit = _plan(config, gpus=8), USABLE_MEMORY * find_accelerator("h100", 8).memory

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from megaegpt.config import ModelConfig
+from megaegpt.config.loading import load_config
 from megaegpt.planning import published, roofline
+from megaegpt.planning.hardware import find_accelerator
+from megaegpt.planning.plan import Machines, make_plan
 from tests.generation.test_trained import save_gpt
 from tools import plan
 
@@ -198,6 +201,25 @@ def test_a_roofline_has_the_parts_of_a_step_and_what_it_assumes(monkeypatch, cap
         "assumed, not measured",
     ):
         assert words in shown
+
+
+def test_what_is_offloaded_has_no_time_in_a_roofline(monkeypatch, capsys) -> None:
+    offload = ["parallel.zero_stage=3", "parallel.offload=optimizer"]
+    assert run(monkeypatch, "--gpu", "h100", "--gpus", "2", "--roofline", *offload) == 0
+    shown = capsys.readouterr().out
+    for part in ("optimizer, AdamW", "communication, if nothing hides it"):
+        (row,) = (line for line in shown.splitlines() if line.startswith(part))
+        assert row.removeprefix(part).split() == ["n/a"]
+
+
+def test_alternatives_say_what_is_offloaded() -> None:
+    offload = ["parallel.zero_stage=3", "parallel.offload=optimizer"]
+    config = load_config("configs/gpt2_124m.yaml", [*SMALL, *offload])
+    machines = Machines(find_accelerator("h100", 1), 1, 1)
+    heading, table = plan.compare([make_plan(config, machines)], {}, lambda _: None)
+    assert "the fastest first, those whose time is not known last:" in heading
+    assert "offload" in table.splitlines()[0].split()
+    assert "optimizer" in table.splitlines()[-1].split()
 
 
 def test_the_sizes_of_gpt2_need_no_configuration(monkeypatch, capsys) -> None:
