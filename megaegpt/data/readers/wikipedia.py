@@ -115,12 +115,18 @@ def read_pages(path: Path, problems: Problems) -> Iterator[dict[str, str]]:
 def _parse(file: IO[bytes], path: Path) -> Iterator[dict[str, str]]:
     finished: list[dict[str, str]] = []
     parser = _parser(finished.append, path)
-    while chunk := file.read(_CHUNK):
-        parser.Parse(chunk, False)
+    is_open = True
+    while is_open:
+        # What lies before a damaged place must come out: ``read`` would lose it with the error.
+        chunk = file.read1(_CHUNK)  # type: ignore[attr-defined]
+        is_open = bool(chunk)
+        try:
+            parser.Parse(chunk, not is_open)
+        except expat.ExpatError:
+            yield from finished
+            raise
         yield from finished
         finished.clear()
-    parser.Parse(b"", True)
-    yield from finished
 
 
 def _parser(finish: Callable[[dict[str, str]], None], path: Path) -> expat.XMLParserType:

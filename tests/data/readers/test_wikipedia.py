@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import json
+import lzma
+import random
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megaegpt.data.readers import read_documents
 from megaegpt.data.readers.documents import Problems
@@ -121,6 +125,27 @@ def test_a_truncated_dump_is_named_or_counted(tmp_path: Path, suffix: str) -> No
         read("wikipedia", path, keep_wikitext=True)
     documents, problems = read_skipping("wikipedia", path, keep_wikitext=True)
     assert texts(documents) in ([], ["one"])
+    assert problems.count == 1
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.compress)],
+)
+def test_pages_before_a_damaged_place_stand(
+    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    draw = random.Random(1)
+    pages = [page(f"P{n}", draw.randbytes(500).hex(), n) for n in range(150)]
+    content = dump(*pages).encode()
+    path = tmp_path / f"a.xml{suffix}"
+    if suffix:
+        content = compress(content)
+        path.write_bytes(content[: len(content) * 3 // 4])
+    else:
+        path.write_bytes(content.replace(b"<title>P112<", b"<<&>P112<"))
+    documents, problems = read_skipping("wikipedia", path, keep_wikitext=True)
+    assert 90 < len(documents) <= 112
     assert problems.count == 1
 
 
