@@ -35,6 +35,13 @@ STDIN = "-"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _LARGEST_POINTER = 1024  # bytes; Git LFS keeps its own below this
 
+_SUFFIXES = {
+    "jsonl": json_lines.SUFFIXES,
+    "text": plain.SUFFIXES,
+    None: json_lines.SUFFIXES + plain.SUFFIXES,
+}
+"""Of the files below a folder, by their kind."""
+
 Kind = str
 """``jsonl`` and ``text``, which workers read themselves, or another of the readers' names."""
 
@@ -139,7 +146,8 @@ def find_inputs(
     """Files that ``paths`` (files, folders, globs, ``-`` for standard input) stand for, in order.
 
     Args:
-        kind: what all of them are; None: by their names (``-`` is JSON Lines).
+        kind: what all of them are; None: by their names (``-`` is JSON Lines). Below folders, JSON
+            Lines and text are the files that are named so.
         reader_options: for a kind that neither is JSON Lines nor text.
         left_out: told of the files below folders that are no input.
 
@@ -148,7 +156,11 @@ def find_inputs(
     """
     left_out = left_out or LeftOut()
     if kind is None or kind in ("jsonl", "text"):
-        return [_describe(path, kind) for pattern in paths for path in _matches(pattern, left_out)]
+        return [
+            _describe(path, kind)
+            for pattern in paths
+            for path in _matches(pattern, _SUFFIXES[kind], left_out)
+        ]
     return [
         InputFile(path, kind, *measure(path, kind, left_out), reader_options or {})
         for pattern in paths
@@ -170,11 +182,10 @@ def check_text_key(text_key: str, files: Sequence[InputFile]) -> None:
         )
 
 
-def _matches(pattern: str, left_out: LeftOut) -> Iterator[str]:
+def _matches(pattern: str, suffixes: tuple[str, ...], left_out: LeftOut) -> Iterator[str]:
     if pattern == STDIN:
         yield STDIN
         return
-    suffixes = json_lines.SUFFIXES + plain.SUFFIXES
     for path in expand(map(Path, _glob(pattern)), suffixes, left_out):
         yield str(path)
 

@@ -229,6 +229,27 @@ def test_a_truncated_archive_is_a_problem_with_a_place(
     assert report.manifest.counts["bad_inputs"] == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "read", "left"),
+    [("text", ["# Notes", "a"], ["c.jsonl"]), ("jsonl", ["c"], ["README.md", "a.txt"])],
+)
+def test_of_a_folder_only_files_of_the_kind_that_is_asked_for_are_read(
+    tmp_path: Path, kind: str, read: list[str], left: list[str]
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.txt").write_text("a")
+    (source / "README.md").write_text("# Notes")
+    (source / "c.jsonl").write_bytes(jsonl(["c"]))
+    report = run(tmp_path / "out", source, kind=kind)
+    assert documents(tmp_path / "out" / "train") == read
+    names = ", ".join(f"{source}/{name}" for name in left)
+    expected = f"{len(left)} not read, names of no known kind of text: {names}"
+    assert report.problems.left_out.lines() == [expected]
+    run(tmp_path / "named", source / "c.jsonl", kind="text")
+    assert documents(tmp_path / "named" / "train") == [jsonl(["c"]).decode()]
+
+
 def test_missing_and_unknown_inputs_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.txt: no such file"):
         run(tmp_path / "out", tmp_path / "nothing.txt")
