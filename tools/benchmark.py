@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,8 +68,10 @@ def new_parser(words: Sequence[str]) -> argparse.ArgumentParser:
 def main() -> None:
     """Dispatch to ``tools/benchmarks/<subcommand>.py``."""
     arguments = new_parser(sys.argv[1:]).parse_args()
-    from tools.benchmarks.common import machine  # imports torch, which --help need not
+    from tools.benchmarks.common import check_place, machine  # import torch; --help need not
 
+    if arguments.json is not None and os.environ.get("RANK", "0") == "0":  # others write nothing
+        check_place("--json", arguments.json)
     record = {"machine": machine(), **arguments.run(arguments)}
     if arguments.json is not None:
         write_whole(arguments.json, (json.dumps(record, indent=2) + "\n").encode())

@@ -101,6 +101,30 @@ def test_generate(run, family):
     assert reading["name"] == "only reading the weights"
 
 
+@pytest.mark.parametrize("subcommand", ["growth", "attention"])
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--plot", "none/x.png"], "--plot none/x.png: there is no folder none"),
+        (["--plot", "x.foo"], "--plot x.foo: pictures end in ."),
+        (["--json", "none/x.json"], "--json none/x.json: there is no folder none"),
+        (["--json", "."], "--json .: is a folder: name a file"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    subcommand, options, error, monkeypatch, tmp_path, capsys
+):
+    pytest.importorskip("matplotlib")
+    for module in (growth, attention):
+        monkeypatch.setattr(module, "compare", lambda *_, **__: pytest.fail("it is measured"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", subcommand, *options])
+    with pytest.raises(SystemExit) as end:
+        benchmark.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {error}")
+
+
 def test_an_exponent_is_that_of_the_upper_half():
     x = [2**i for i in range(8)]
     assert growth.exponent(x, [max(16, i) ** 1.5 for i in x]) == pytest.approx(1.5)

@@ -28,6 +28,7 @@ from tools.benchmarks.common import (
     add_repetitions,
     add_sizes,
     add_threads,
+    check_plot,
     figure_class,
     single_grid,
 )
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return the record."""
     if arguments.plot is not None:
-        figure_class()  # say that it is missing before anything is measured
+        check_plot(arguments.plot)
     keys = ("hidden", "layers", "heads", "kv_heads", "window", "vocab")
     shape = {key: getattr(arguments, key) for key in keys}
     rows = []

@@ -14,6 +14,7 @@ import torch
 
 from megaegpt.arguments import integer
 from megaegpt.errors import ConfigError
+from megaegpt.files import is_special
 from megaegpt.parallel.devices import local_device, processor_details
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.text_tables import format_table
@@ -88,6 +89,35 @@ def figure_class() -> Any:
     except ImportError:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
     return Figure
+
+
+def check_plot(path: Path) -> None:
+    """Refuse ``--plot`` before anything is measured.
+
+    Raises:
+        ConfigError: matplotlib is not installed or does not know the kind of picture, or no file
+            can be written there.
+    """
+    kinds = figure_class()().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise ConfigError(f"--plot {path}: pictures end in .{', .'.join(sorted(kinds))}")
+    check_place("--plot", path)
+
+
+def check_place(option: str, path: Path) -> None:
+    """Refuse a file that could not be written once all is measured.
+
+    Raises:
+        ConfigError: says why.
+    """
+    if is_special(path):
+        return
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder: name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{option} {path}: nothing can be written into {path.parent}")
 
 
 def single_grid() -> ProcessGrid:

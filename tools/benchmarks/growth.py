@@ -21,7 +21,7 @@ import torch
 from megaegpt.arguments import integer
 from megaegpt.errors import LaunchError
 from megaegpt.text_tables import format_table
-from tools.benchmarks.common import add_repetitions, add_threads, figure_class
+from tools.benchmarks.common import add_repetitions, add_threads, check_plot, figure_class
 from tools.benchmarks.growth_points import CURVES, Point
 from tools.benchmarks.processes import compare
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and return the record."""
     if arguments.plot is not None:
-        figure_class()  # say that it is missing before anything is measured
+        check_plot(arguments.plot)
     curves: dict[str, Any] = {}
     for name in arguments.curves:
         axis, points = CURVES[name]
