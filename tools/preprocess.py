@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from megaegpt.arguments import ArgumentParser, integer, path, seed
 from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preprocess
@@ -38,7 +37,7 @@ def main() -> None:
         _import_nanogpt(arguments)
         return
     report = preprocess(options_of(arguments), show_progress=not arguments.quiet)
-    _print_report(report, arguments.output)
+    _print_report(report, arguments)
 
 
 def options_of(arguments: argparse.Namespace) -> PreprocessOptions:
@@ -172,7 +171,7 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _print_report(report: Report, output: Path) -> None:
+def _print_report(report: Report, arguments: argparse.Namespace) -> None:
     counts = report.manifest.counts
     print(f"documents   {counts['documents']:,}")
     print(f"tokens      {counts['tokens']:,}")
@@ -186,14 +185,17 @@ def _print_report(report: Report, output: Path) -> None:
         print("\n".join(report.problems.summary().splitlines()[1:]))
     for line in report.problems.left_out.lines():
         print(f"left out    {line}")
-    print(f"tokenizer   {report.tokenizer.name}, on {report.tokenizer.runs_on}")
+    backend = arguments.tokenizer_backend
+    runs_on = backend if backend == "gigatoken" else report.tokenizer.runs_on
+    print(f"tokenizer   {report.tokenizer.name}, on {runs_on}")
     if report.meter.counts.documents:
         print(f"speed       {report.meter.rates()}, {report.meter.seconds:.1f} s")
     else:
         print("speed       nothing to do: all documents were encoded before")
     for split, shards in report.manifest.splits.items():
         tokens = sum(shard.tokens for shard in shards)
-        print(f"{split:11} {output / split}: {tokens:,} tokens in {len(shards)} shard(s)")
+        prefix = arguments.output / split
+        print(f"{split:11} {prefix}: {tokens:,} tokens in {len(shards)} shard(s)")
         if not tokens:
             print(f"warning: no document fell into the {split} split")
 

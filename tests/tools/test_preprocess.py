@@ -41,6 +41,15 @@ def test_a_book_on_the_command_line(tmp_path: Path) -> None:
     assert "nothing to do" in again.stdout.decode()
 
 
+@pytest.mark.parametrize("backend", ["tiktoken", "gigatoken"])
+def test_the_report_names_the_program_that_has_tokenized(tmp_path: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    (tmp_path / "a.txt").write_text("A text.")
+    output = tmp_path / "out"
+    result = run(tmp_path / "a.txt", "--output", output, "--tokenizer-backend", backend)
+    assert f"tokenizer   gpt2, on {backend}\n" in result.stdout.decode()
+
+
 def test_standard_input_fills_one_shard(tmp_path: Path) -> None:
     lines = b'{"text": "one"}\n{"text": "two"}\n'
     result = run("-", "--output", tmp_path / "out", "--no-append-eod", stdin=lines)

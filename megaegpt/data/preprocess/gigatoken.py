@@ -105,7 +105,8 @@ def build_bpe_encoder(tokenizer: Tokenizer) -> Any:
             file.flush()
             return BPETokenizer.from_tiktoken(file.name, "gpt2", {})
     content = json.loads(tokenizer.files()["tokenizer.json"])
-    content["added_tokens"] = [t for t in content["added_tokens"] if not t.get("special")]
+    added = content.get("added_tokens", [])
+    content["added_tokens"] = [token for token in added if not token.get("special")]
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(content, file)
         file.flush()

@@ -172,6 +172,15 @@ def test_another_byte_level_bpe_has_tiktokens_ids() -> None:
         assert np.array_equal(found, wanted)
 
 
+def test_a_tokenizer_without_added_tokens_has_tiktokens_ids() -> None:
+    definition = changed()
+    del definition.content["added_tokens"]
+    tokenizer = HuggingFaceTokenizer(definition)
+    text = "Pages of War and Peace, 1812"
+    found, _ = GigatokenEncoder(tokenizer).encode_batch([text])
+    assert found.tolist() == tokenizer.encode(text)
+
+
 def test_a_vocabulary_that_it_cannot_run_is_refused_in_a_line() -> None:
     content = trained_definition().content["model"]
     without = {name: number for name, number in content["vocab"].items() if name != "Ā"}
