@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -185,6 +186,7 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
         for split, inputs in wanted.items()
         if split == TRAIN or inputs
     }
+    _check_validation_is_held_out(groups)
     if options.encode.text_key != EncodeOptions.text_key:
         check_text_key(options.encode.text_key, [f for files in groups.values() for f in files])
     with made_folder(options.output), locked_folder(options.output) as lock:
@@ -194,6 +196,21 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
         except BaseException:
             run.progress.abandon()
             raise
+
+
+def _check_validation_is_held_out(groups: Mapping[str, Sequence[InputFile]]) -> None:
+    """Refuse a file that is, or lies below, an input of both splits."""
+    places = {
+        split: {Path(os.path.realpath(file.path)): file.path for file in files}
+        for split, files in groups.items()
+    }
+    train, validation = places[TRAIN], places.get(VALIDATION, {})
+    for some, others in ((validation, train), (train, validation)):
+        for place, path in some.items():
+            if not others.keys().isdisjoint((place, *place.parents)):
+                raise DataError(
+                    f"{path} is among the inputs of both splits: leave it out of one of them"
+                )
 
 
 class _Run:

@@ -113,9 +113,12 @@ class Problems:
         self.examples = (self.examples + examples)[:_EXAMPLES_KEPT]
 
     def why_nothing(self) -> str:
-        """Describe skipped input in words to follow "no documents"; empty if there was none."""
+        """Describe input that was skipped or left out in words to follow "no documents"; empty if
+        there was none.
+        """
         count = "1 bad input was" if self.count == 1 else f"{self.count:,} bad inputs were"
-        return f": {count} skipped, the first {self.examples[0]}" if self.examples else ""
+        skipped = f": {count} skipped, the first {self.examples[0]}" if self.examples else ""
+        return skipped + "".join(f"; {line}" for line in self.left_out.lines())
 
     def summary(self) -> str:
         """One line for a count, and one for each example; empty without problems."""

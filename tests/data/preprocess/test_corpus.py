@@ -326,6 +326,27 @@ def test_a_validation_input_of_its_own(tmp_path: Path) -> None:
     assert documents(tmp_path / "out" / "validation") == ["held out"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "train", "validation"),
+    [(None, "in", "in/a.txt"), (None, "in/*", "link.txt"), ("gutenberg", "in/a.txt", "in")],
+)
+def test_what_validates_is_not_trained_on_too(
+    tmp_path: Path, kind: str | None, train: str, validation: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).write_text(name)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "in" / "a.txt")
+    with pytest.raises(DataError, match=r"/(link|a)\.txt is among the inputs of both splits"):
+        run(
+            tmp_path / "out",
+            tmp_path / train,
+            kind=kind,
+            validation=(str(tmp_path / validation),),
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_repeated_documents_are_dropped_after_the_first(tmp_path: Path) -> None:
     texts = many_texts(1000)
     (tmp_path / "a.jsonl").write_bytes(jsonl([*texts, "x", "x", *texts[:700], "y"]))
@@ -679,6 +700,8 @@ def test_shards_of_other_sets_are_no_input_either(tmp_path: Path, pattern: str) 
     assert documents(tmp_path / "out" / "train") == TEXTS
     (line,) = report.problems.left_out.lines()
     assert line.startswith("3 not read, shards of tokens and their manifests: ")
+    with pytest.raises(DataError, match=r"no documents in .*train\.bin; 1 not read, shards of tok"):
+        run(tmp_path / "other", tmp_path / "earlier" / "train.bin", kind="text")
 
 
 def test_a_folder_is_left_only_where_something_is_in_it(tmp_path: Path) -> None:
