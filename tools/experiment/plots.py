@@ -23,25 +23,27 @@ def write_plots(report: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _plot(name: str, corpus: dict[str, Any], folder: Path) -> str:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure = Figure(figsize=(17, 4.5), layout="constrained")
     totals, chunks, positions = figure.subplots(1, 3)
     _totals(totals, corpus)
     chunks.set(xlabel="earlier chunks there are", ylabel="nats/token", title="by chunk")
     positions.set(xlabel="position in the chunk", title="by position inside the chunk")
-    results = {**readings_of(corpus), **corpus["steps"]}
+    results, colors = {**readings_of(corpus), **corpus["steps"]}, colormaps["tab20"]
     for number, (variant, result) in enumerate(results.items()):
         for kind in HISTORIES:
             if (losses := result["losses"].get(kind)) is None:
                 continue
-            style: dict[str, Any] = {"color": f"C{number}", "linestyle": _LINES[kind]}
+            style: dict[str, Any] = {"color": colors(number % colors.N), "linestyle": _LINES[kind]}
             label = variant if kind == "true" else None
             chunks.plot(losses["by_chunk"], label=label, **style)
             bins = losses["by_position"]
             positions.plot(list(bins), list(bins.values()), **style)
     positions.tick_params(axis="x", rotation=60)
-    chunks.legend(fontsize=7, title="dashed: shuffled, dotted: zero features", title_fontsize=7)
+    title = "dashed: shuffled\ndotted: zero features"
+    figure.legend(loc="outside right center", fontsize=8, title=title, title_fontsize=8)
     figure.suptitle(name)
     path = f"{name}.png"
     figure.savefig(folder / path, dpi=110)
