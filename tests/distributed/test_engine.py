@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaegpt.config.run import RunConfig
@@ -143,6 +144,7 @@ def _fp16_finds_its_scale(folder: Path) -> None:
         assert infinite.nonfinite, "but an infinite loss is"
 
         engine.save_state(folder / str(stage))
+        dist.barrier()  # each rank has written its own files alone
         other.load_state(folder / str(stage))
         assert other.loss_scale == engine.loss_scale
         ours, theirs = _step(engine, config, 13), _step(other, config, 13)

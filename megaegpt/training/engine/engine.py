@@ -288,7 +288,8 @@ class Engine:
     # -- state ------------------------------------------------------------------------------------
 
     def save_state(self, folder: Path) -> list[Path]:
-        """Write weights and optimizer state under ``folder``; collective.
+        """Write weights and optimizer state under ``folder``; collective, but for the writing,
+        which other ranks may be at still.
 
         Returns:
             The files that this rank wrote.
