@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from megaegpt.evaluation.history import HISTORIES
-from tools.experiment.report import CARRIED, readings_of
+from tools.experiment.report import CARRIED, LAST_WINDOW, gains_by_length, readings_of
 
 _LINES = {"true": "-", "shuffled": "--", "zero": ":"}
 
 
 def write_plots(report: dict[str, Any], folder: Path) -> list[str]:
-    """Two PNGs a corpus in ``folder``; returns their names, none where matplotlib is missing."""
+    """Two PNGs a corpus in ``folder``, and one of what a history is worth by its length where that
+    was measured; returns their names, none where matplotlib is missing.
+    """
     if not importlib.util.find_spec("matplotlib"):
         print("notice: no plots: they need matplotlib (pip install matplotlib)")
         return []
     corpora = report["corpora"].items()
     plots = [_plot(name, corpus, folder) for name, corpus in corpora]
-    return plots + [_frontier(name, corpus, folder) for name, corpus in corpora]
+    plots += [_frontier(name, corpus, folder) for name, corpus in corpora]
+    gains = {name: found for name, corpus in corpora if (found := gains_by_length(corpus))}
+    return [*plots, _history(gains, folder)] if gains else plots
 
 
 def _plot(name: str, corpus: dict[str, Any], folder: Path) -> str:
@@ -80,6 +84,27 @@ def _frontier(name: str, corpus: dict[str, Any], folder: Path) -> str:
     for axes, labelled in named.items():
         _write_names(axes, labelled)
     path = f"{name}_frontier.png"
+    figure.savefig(folder / path, dpi=110)
+    return path
+
+
+def _history(corpora: dict[str, dict[str, dict[int, float]]], folder: Path) -> str:
+    """What a history is worth, against its length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (corpus, variants) in enumerate(corpora.items()):
+        for name, gains in variants.items():
+            is_whole = not name.endswith(LAST_WINDOW)
+            style = "o-" if is_whole else "o--"
+            label = f"{corpus}: {name}" if is_whole else None
+            axes.plot(list(gains), list(gains.values()), style, color=f"C{number}", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens held", ylabel="nats a token below no history", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, title="dashed: the text's last window alone", title_fontsize=8)
+    path = "history.png"
     figure.savefig(folder / path, dpi=110)
     return path
 

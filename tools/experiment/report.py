@@ -16,6 +16,8 @@ CARRIED = "document"
 """Losses with a token memory that holds the plan's ``memory_tokens`` of the whole text."""
 _WITH_COST = ("gain", "document", "MFLOP/token", "bytes/token")
 """Columns of a report whose results have the cost of reading, which those of old have not."""
+LAST_WINDOW = ", last window"
+"""Behind the name of a variant, of its gains there."""
 _GAIN_BY_LENGTH = "nats a token below `zero`, on equal tokens, with so many tokens held"
 _BUDGETS = {"steps": "equal steps", "flops": "equal training FLOPs", "time": "equal training time"}
 
@@ -331,23 +333,29 @@ def _by_history(corpus: dict[str, Any]) -> str:
     return _table(["", *columns], cells) if rows else ""
 
 
-def _by_length(corpus: dict[str, Any]) -> str:
-    """Gains over no history on the whole text, and on its last window, before which a text of
-    several windows is as long as most lengths.
+def gains_by_length(corpus: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """Gains over no history by the tokens held: on the whole text, and on its last window, before
+    which a text of several windows is as long as most lengths.
     """
-    cells, columns = [], list[str]()
+    found = {}
     for name, result in corpus["steps"].items():
         zero, held = result["losses"].get("zero"), result.get(HELD, {})
         if len(held) < 2 or zero is None:
             continue
-        columns = list(dict.fromkeys([*columns, *held]))
-        last = {n: zero["by_window"][-1] - loss["by_window"][-1] for n, loss in held.items()}
-        whole = {n: zero["mean"] - loss["mean"] for n, loss in held.items()}
-        cells += [(name, whole), (f"{name}, last window", last)]
+        last = {int(n): zero["by_window"][-1] - loss["by_window"][-1] for n, loss in held.items()}
+        found[name] = {int(n): zero["mean"] - loss["mean"] for n, loss in held.items()}
+        found[f"{name}{LAST_WINDOW}"] = last
+    return found
+
+
+def _by_length(corpus: dict[str, Any]) -> str:
+    found = gains_by_length(corpus)
+    columns = list(dict.fromkeys(length for gains in found.values() for length in gains))
     lines = [
-        [name, *(f"{gains[c]:.4f}" if c in gains else "" for c in columns)] for name, gains in cells
+        [name, *(f"{gains[c]:.4f}" if c in gains else "" for c in columns)]
+        for name, gains in found.items()
     ]
-    return _table(["", *(f"{int(c):,}" for c in columns)], lines) if cells else ""
+    return _table(["", *(f"{c:,}" for c in columns)], lines) if found else ""
 
 
 def _by_position(corpus: dict[str, Any]) -> str:

@@ -167,8 +167,8 @@ def test_the_chosen_checkpoint_is_the_best_on_the_selection_part(report, output)
 
 def test_the_page_has_a_verdict_for_every_variant_and_a_figure(report, output):
     plots = write_plots(report, output)
-    names = ["bible.png", "bible_frontier.png", "sources.png", "sources_frontier.png"]
-    assert sorted(plots) == names
+    drawn = ["bible.png", "bible_frontier.png", "sources.png", "sources_frontier.png"]
+    assert sorted(plots) == sorted([*drawn, "history.png"])
     for plot in plots:
         assert (output / plot).read_bytes().startswith(b"\x89PNG")
     page = markdown(report, plots)
