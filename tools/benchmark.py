@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.benchmarks
 
 from megaegpt.arguments import ArgumentParser, path
+from megaegpt.environment import is_other_rank
 from megaegpt.errors import MegaEGPTError, exits_cleanly
 from megaegpt.files import write_whole
 
@@ -70,7 +70,7 @@ def main() -> None:
     arguments = new_parser(sys.argv[1:]).parse_args()
     from tools.benchmarks.common import check_place, machine  # import torch; --help need not
 
-    if arguments.json is not None and os.environ.get("RANK", "0") == "0":  # others write nothing
+    if arguments.json is not None and not is_other_rank():  # which writes nothing
         check_place("--json", arguments.json)
     record = {"machine": machine(), **arguments.run(arguments)}
     if arguments.json is not None:

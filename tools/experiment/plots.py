@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaegpt.evaluation.history import HISTORIES
-from tools.experiment.report import CARRIED, LAST_WINDOW, gains_by_length, readings_of
+from tools.experiment.report import CARRIED, GainsByLength, gains_by_length, readings_of
 
 _LINES = {"true": "-", "shuffled": "--", "zero": ":"}
 
@@ -88,18 +88,17 @@ def _frontier(name: str, corpus: dict[str, Any], folder: Path) -> str:
     return path
 
 
-def _history(corpora: dict[str, dict[str, dict[int, float]]], folder: Path) -> str:
+def _history(corpora: dict[str, dict[str, GainsByLength]], folder: Path) -> str:
     """What a history is worth, against its length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (corpus, variants) in enumerate(corpora.items()):
-        for name, gains in variants.items():
-            is_whole = not name.endswith(LAST_WINDOW)
-            style = "o-" if is_whole else "o--"
-            label = f"{corpus}: {name}" if is_whole else None
-            axes.plot(list(gains), list(gains.values()), style, color=f"C{number}", label=label)
+        for name, (whole, last_window) in variants.items():
+            color, label = f"C{number}", f"{corpus}: {name}"
+            axes.plot(list(whole), list(whole.values()), "o-", color=color, label=label)
+            axes.plot(list(last_window), list(last_window.values()), "o--", color=color)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens held", ylabel="nats a token below no history", ylim=(0, None))
     axes.grid(alpha=0.3)

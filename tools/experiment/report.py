@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from megaegpt.errors import DataError
 from megaegpt.evaluation.history import HISTORIES
@@ -16,8 +16,6 @@ CARRIED = "document"
 """Losses with a token memory that holds the plan's ``memory_tokens`` of the whole text."""
 _WITH_COST = ("gain", "document", "MFLOP/token", "bytes/token")
 """Columns of a report whose results have the cost of reading, which those of old have not."""
-LAST_WINDOW = ", last window"
-"""Behind the name of a variant, of its gains there."""
 _GAIN_BY_LENGTH = "nats a token below `zero`, on equal tokens, with so many tokens held"
 _BUDGETS = {"steps": "equal steps", "flops": "equal training FLOPs", "time": "equal training time"}
 
@@ -333,27 +331,34 @@ def _by_history(corpus: dict[str, Any]) -> str:
     return _table(["", *columns], cells) if rows else ""
 
 
-def gains_by_length(corpus: dict[str, Any]) -> dict[str, dict[int, float]]:
-    """Gains over no history by the tokens held: on the whole text, and on its last window, before
-    which a text of several windows is as long as most lengths.
-    """
+class GainsByLength(NamedTuple):
+    """Of a variant over no history, by the tokens held."""
+
+    whole: dict[int, float]
+    last_window: dict[int, float]
+    """Before which a text of several windows is as long as most lengths."""
+
+
+def gains_by_length(corpus: dict[str, Any]) -> dict[str, GainsByLength]:
+    """Those of the variants that were measured with several lengths."""
     found = {}
     for name, result in corpus["steps"].items():
         zero, held = result["losses"].get("zero"), result.get(HELD, {})
         if len(held) < 2 or zero is None:
             continue
+        whole = {int(n): zero["mean"] - loss["mean"] for n, loss in held.items()}
         last = {int(n): zero["by_window"][-1] - loss["by_window"][-1] for n, loss in held.items()}
-        found[name] = {int(n): zero["mean"] - loss["mean"] for n, loss in held.items()}
-        found[f"{name}{LAST_WINDOW}"] = last
+        found[name] = GainsByLength(whole, last)
     return found
 
 
 def _by_length(corpus: dict[str, Any]) -> str:
     found = gains_by_length(corpus)
-    columns = list(dict.fromkeys(length for gains in found.values() for length in gains))
+    columns = list(dict.fromkeys(length for gains in found.values() for length in gains.whole))
     lines = [
-        [name, *(f"{gains[c]:.4f}" if c in gains else "" for c in columns)]
-        for name, gains in found.items()
+        [label, *(f"{gains[c]:.4f}" if c in gains else "" for c in columns)]
+        for name, (whole, last_window) in found.items()
+        for label, gains in ((name, whole), (f"{name}, last window", last_window))
     ]
     return _table(["", *(f"{c:,}" for c in columns)], lines) if found else ""
 

@@ -186,7 +186,8 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
         for split, inputs in wanted.items()
         if split == TRAIN or inputs
     }
-    _check_validation_is_held_out(groups)
+    if VALIDATION in groups:
+        _check_is_held_out(groups[VALIDATION], groups[TRAIN])
     if options.encode.text_key != EncodeOptions.text_key:
         check_text_key(options.encode.text_key, [f for files in groups.values() for f in files])
     with made_folder(options.output), locked_folder(options.output) as lock:
@@ -198,14 +199,13 @@ def preprocess(options: PreprocessOptions, show_progress: bool = False) -> Repor
             raise
 
 
-def _check_validation_is_held_out(groups: Mapping[str, Sequence[InputFile]]) -> None:
+def _check_is_held_out(validation: Sequence[InputFile], train: Sequence[InputFile]) -> None:
     """Refuse a file that is, or lies below, an input of both splits."""
-    places = {
-        split: {Path(os.path.realpath(file.path)): file.path for file in files}
-        for split, files in groups.items()
-    }
-    train, validation = places[TRAIN], places.get(VALIDATION, {})
-    for some, others in ((validation, train), (train, validation)):
+    held_out, trained_on = (
+        {Path(os.path.realpath(file.path)): file.path for file in files}
+        for files in (validation, train)
+    )
+    for some, others in ((held_out, trained_on), (trained_on, held_out)):
         for place, path in some.items():
             if not others.keys().isdisjoint((place, *place.parents)):
                 raise DataError(

@@ -303,7 +303,8 @@ class HuggingFaceTokenizer(Tokenizer):
         content = self.definition.content
         if not self.adds_bos or self._library.encode("a").ids[:1] == [self.first_token]:
             return content
-        name = next(n for n, token in self._vocabulary.items() if token == self.first_token)
+        name = self._library.id_to_token(self.first_token)
+        assert name is not None
         first, others = begin_with(name, self.first_token), content.get("post_processor")
         both = {"type": "Sequence", "processors": [others, first]}
         return {**content, "post_processor": first if others is None else both}
