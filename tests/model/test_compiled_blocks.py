@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,6 +51,25 @@ def test_blocks_of_changing_widths_are_compiled_whole_and_twice_at_most() -> Non
     for width in (40, 48, 56, 64, 72, 80, 88, 96):
         _pass(model, width)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"attention": "latent", "latent_dim": 16, "rope_head_dim": 8}], ids=["multi_head", "latent"]
+)
+def test_evaluated_blocks_share_code(kind: dict[str, Any]) -> None:
+    """An encoder's blocks are nothing but evaluated."""
+    graphs = []
+
+    def count(graph: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    config = dataclasses.replace(MODEL, **kind, positions="rotary", dropout=0.1)
+    model = build_model(config, ProcessGrid()).eval()
+    model.stack.compile_blocks(backend=count, fullgraph=True)
+    with torch.no_grad():
+        model.hidden_states(torch.arange(80).view(2, -1) % MODEL.vocab_size)
+    assert len(graphs) == 1
 
 
 def _counted_products(recompute: Any) -> tuple[float, Counter[str], dict[str, Tensor]]:

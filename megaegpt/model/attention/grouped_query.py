@@ -76,7 +76,7 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, grid: ProcessGrid) -> None:
         super().__init__()
         self.grid, self.head_dim = grid, config.head_size
-        self.layer = AttentionLayer.of(config, layer)
+        self.trained_layer, self.evaluated_layer = AttentionLayer.both(config, layer)
         hidden, std = config.hidden_size, config.init_std
         width = config.num_heads * config.head_size
         self.query = ColumnParallelLinear(hidden, width, grid, bias=config.has_qkv_bias, std=std)
@@ -111,7 +111,7 @@ class GroupedQueryAttention(nn.Module):
         v = split_heads(v, self.head_dim)
         if context.rotary is not None:
             q, k = context.rotary.rotate(q), context.rotary.rotate(k)
-        layer = self.layer if self.training else self.layer.without_dropout()
+        layer = self.trained_layer if self.training else self.evaluated_layer
         with attention_rng(self.grid, layer.dropout):
             y = context.attend(q, k, v, layer)  # (B, H, T, D)
         return merge_heads(y)

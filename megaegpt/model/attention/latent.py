@@ -54,7 +54,8 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, grid: ProcessGrid) -> None:
         super().__init__()
-        self.grid, self.layer = grid, AttentionLayer.of(config, layer)
+        self.grid = grid
+        self.trained_layer, self.evaluated_layer = AttentionLayer.both(config, layer)
         self.head_dim, self.rope_dim = config.head_size, config.rope_head_dim or 0
         self.latent_dim = config.latent_size
         hidden, std, width = config.hidden_size, config.init_std, config.num_heads * self.head_dim
@@ -84,7 +85,7 @@ class LatentAttention(nn.Module):
         latents, cut = self._latents(x, context), context.context_shards
         if cut is not None and not cut.divides(q.shape[1], q.shape[1]):
             latents = cut.gather(latents)  # of which heads are made for all tokens
-        layer = self.layer if self.training else self.layer.without_dropout()
+        layer = self.trained_layer if self.training else self.evaluated_layer
         attend = self._attend_absorbed if context.absorbed else self._attend_expanded
         with attention_rng(self.grid, layer.dropout):
             y = attend(q, q_rope, latents, context, layer)  # (B, H, T, D)

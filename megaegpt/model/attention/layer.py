@@ -29,13 +29,14 @@ class AttentionLayer:
     """Probability that an attention weight is dropped; 0 outside of training."""
 
     @staticmethod
-    def of(config: ModelConfig, index: int) -> AttentionLayer:
-        """The layer as it is trained."""
-        return AttentionLayer(index, layer_window(config, index), config.dropout)
+    def both(config: ModelConfig, index: int) -> tuple[AttentionLayer, AttentionLayer]:
+        """The layer as it is trained, and as it is evaluated.
 
-    def without_dropout(self) -> AttentionLayer:
-        """The layer as it is evaluated."""
-        return dataclasses.replace(self, dropout=0.0)
+        A module makes them once: a compiled block in which one is made reads ``index``, and then no
+        other block shares its code.
+        """
+        trained = AttentionLayer(index, layer_window(config, index), config.dropout)
+        return trained, dataclasses.replace(trained, dropout=0.0)
 
 
 def layer_window(config: ModelConfig, layer: int) -> int | None:
