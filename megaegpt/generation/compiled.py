@@ -5,6 +5,9 @@ tensor, keys and values are written in place, and attention reads the whole prea
 a mask. Launching a step's hundreds of small kernels one by one takes longer than running them; a
 graph launches them as one.
 
+Blocks are compiled a few at a time, as code that all of them share, since compiling takes as long
+as what is compiled (on a CPU three seconds a block).
+
 Shapes: B rows, S places of a layer's store, K kv heads, D head dim, C hidden, V vocabulary.
 """
 
@@ -14,14 +17,15 @@ import inspect
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from megaegpt.model.attention.causal import scaled_dot_product
 from megaegpt.model.attention.layer import AttentionLayer
+from megaegpt.model.block import Block
 from megaegpt.model.decoding import new_cache
 from megaegpt.model.gpt import GPT
 from megaegpt.model.rotary import RotaryTable, rotary_table
@@ -33,6 +37,11 @@ _CAPACITIES = 128
 """Caches are made for a multiple of so many tokens: texts of like lengths share a compiled step."""
 _RUNS_BEFORE_RECORDING = 3
 """In them code is generated and libraries take the memory that they keep."""
+_MOST_BLOCKS = 4
+"""Compiled together: each call of compiled code takes a tenth of a millisecond."""
+
+_R = TypeVar("_R")
+_Stores = Sequence[tuple[Tensor, Tensor]]
 
 
 def uncompilable(gpt: GPT) -> str | None:
@@ -50,7 +59,8 @@ class SingleTokenContext:
     """A token at a column that is a tensor, over stores as they lie in memory.
 
     Args:
-        stores: each layer's keys and values, (B, K, S, D): column c is at place c mod S.
+        stores: keys and values, (B, K, S, D), of each layer that will attend, in their order:
+            column c is at place c mod S.
         column: (1,) of the new token.
         rotary: its rotation.
     """
@@ -61,16 +71,17 @@ class SingleTokenContext:
 
     def __init__(
         self,
-        stores: list[tuple[Tensor, Tensor]],
+        stores: _Stores,
         column: Tensor,
         rotary: RotaryTable | None,
     ) -> None:
         self.rotary = rotary
-        self._stores, self._column = stores, column
+        self._stores, self._column = iter(stores), column
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
-        # A store is no larger than its layer's window: all that is filled is seen.
-        keys, values = self._stores[layer.index]
+        # A store is no larger than its layer's window: all that is filled is seen. Whose it is
+        # must not be read off the layer: blocks could not share code.
+        keys, values = next(self._stores)
         size = keys.shape[2]
         keys.index_copy_(2, self._column % size, k.to(keys.dtype))
         if values is not keys:
@@ -94,17 +105,19 @@ def _attention_over_places(q: Tensor, keys: Tensor, values: Tensor, filled: Tens
     return y.to(q.dtype).flatten(1, 2).unsqueeze(2)  # (B, H, 1, D)
 
 
-def _compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The step as code of its own, which does not look for changes in its model before it runs.
+def _compiled(part: Callable[..., _R]) -> Callable[..., _R]:
+    """A part of a step as code of its own, which does not look for changes in its model before it
+    runs.
 
-    Looking takes half a millisecond, and of a model nothing changes between steps but values.
+    Looking takes half a millisecond, and of a model nothing changes between steps but values, and
+    between its blocks nothing that the code depends on but tensors.
     Where torch keeps one list of codes for all steps, each has to see whose it is.
     """
     apart: dict[str, Any] = {}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         unchanging = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         apart = {"isolate_recompiles": True, "options": {"guard_filter_fn": unchanging}}
-    return torch.compile(step, dynamic=False, **apart)
+    return torch.compile(part, dynamic=False, **apart)
 
 
 def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -146,7 +159,9 @@ class CompiledStep:
         self._stores = self.cache.stores()
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
-        self._code = _compiled(self._compute)
+        self._spans = _spans(gpt, self._stores)
+        self._begin, self._end = _compiled(self._embed), _compiled(self._finish)
+        self._add = _compiled(_add_blocks)
         self._launch: Callable[[], Tensor] | None = None
         self._places: list[int] = []
 
@@ -176,15 +191,41 @@ class CompiledStep:
                 self._launch, self._places = record(self._run), places
 
     def _run(self) -> Tensor:
-        return self._code(self._tokens, self._column)
+        x, rotary = self._begin(self._tokens, self._column)
+        for blocks, stores in self._spans:
+            x = self._add(x, blocks, stores, self._column, rotary)
+        return self._end(x)
 
-    def _compute(self, tokens: Tensor, column: Tensor) -> Tensor:
-        gpt = self._gpt
-        x = gpt.embedding(tokens)
-        rotary = rotary_table(gpt.config, column, x.dtype)
-        context = SingleTokenContext(self._stores, column, rotary)
-        x = gpt.stack(gpt.positions(x, column), context)
-        return gpt.head.full_logits(x[:, -1]) if self._with_head else x
+    def _embed(self, tokens: Tensor, column: Tensor) -> tuple[Tensor, RotaryTable | None]:
+        x = self._gpt.embedding(tokens)
+        return self._gpt.positions(x, column), rotary_table(self._gpt.config, column, x.dtype)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        norm = self._gpt.stack.norm
+        x = x if norm is None else norm(x)
+        return self._gpt.head.full_logits(x[:, -1]) if self._with_head else x
+
+
+def _spans(gpt: GPT, stores: _Stores) -> list[tuple[tuple[Block, ...], _Stores]]:
+    """The blocks and their stores in equal parts, which share code."""
+    blocks = tuple(cast(Iterable[Block], gpt.stack.blocks))
+    size = max(n for n in range(1, _MOST_BLOCKS + 1) if len(blocks) % n == 0)
+    starts = range(0, len(blocks), size)
+    return [(blocks[i : i + size], tuple(stores[i : i + size])) for i in starts]
+
+
+def _add_blocks(
+    x: Tensor,
+    blocks: Sequence[Block],
+    stores: _Stores,
+    column: Tensor,
+    rotary: RotaryTable | None,
+) -> Tensor:
+    """(B, 1, C) -> (B, 1, C)"""
+    context = SingleTokenContext(stores, column, rotary)
+    for block in blocks:
+        x = block(x, context)
+    return x
 
 
 class CompiledSteps:

@@ -7,10 +7,13 @@ recorded, in ``tests/gpu``.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
 from megaegpt.generation import compiled
 from megaegpt.generation.compiled import CompiledSteps, uncompilable
@@ -112,6 +115,34 @@ def test_steps_are_compiled_once_for_texts_of_like_sizes() -> None:
     assert steps.lend(third, 2, 128) is step
     assert steps.lend(Borrower(), 2, 129).cache.capacity == 256
     assert steps.lend(Borrower(), 2, 290).cache.capacity == 300
+
+
+@pytest.mark.parametrize(
+    ("layers", "windows", "graphs"),
+    [
+        (12, {}, 3),  # the embedding, four blocks that stand for all, the head
+        (5, {}, 3),
+        (8, {"window": 4, "window_every": 4}, 3),
+        (6, {"window": 4, "window_every": 2}, 4),  # in threes the two kinds change places
+    ],
+)
+def test_blocks_share_code(
+    monkeypatch: pytest.MonkeyPatch, layers: int, windows: dict[str, int], graphs: int
+) -> None:
+    captured = []
+
+    def count(graph: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        captured.append(graph)
+        return graph.forward
+
+    counted = functools.partial(compiled.torch.compile, backend=count)
+    functools.update_wrapper(counted, torch.compile)
+    monkeypatch.setattr(compiled.torch, "compile", counted)
+    config = replace(VARIANTS["gpt_qwen3"], num_layers=layers, **windows)  # type: ignore[arg-type]
+    model, _ = build_with_encoder(config)
+    expected = TextGenerator(model).generate(PROMPTS[:1], LONG)
+    assert TextGenerator(model, compiled=True).generate(PROMPTS[:1], LONG) == expected
+    assert len(captured) == graphs
 
 
 def test_models_that_differ_in_a_constant_and_many_batch_sizes_have_steps_of_their_own() -> None:

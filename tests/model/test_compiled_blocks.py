@@ -54,7 +54,9 @@ def test_blocks_of_changing_widths_are_compiled_whole_and_twice_at_most() -> Non
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"attention": "latent", "latent_dim": 16, "rope_head_dim": 8}], ids=["multi_head", "latent"]
+    "kind",
+    [{}, {"attention": "latent", "latent_dim": 16, "rope_head_dim": 8}],
+    ids=["multi_head", "latent"],
 )
 def test_evaluated_blocks_share_code(kind: dict[str, Any]) -> None:
     """An encoder's blocks are nothing but evaluated."""
