@@ -38,7 +38,7 @@ from megaegpt.interop.translation import (
     to_ours,
 )
 from megaegpt.interop.vocabulary_files import is_gpt2_tokenizer, tokenizer_beside
-from megaegpt.model.weights import WEIGHTS, write_description
+from megaegpt.model.weights import WEIGHTS, is_run_or_checkpoint, write_description
 
 _ROPE_PRECISION = 1e-4
 
@@ -56,7 +56,8 @@ class ForeignModel:
 
 def find_foreign(source: Path) -> Path | None:
     """The folder of Hugging Face's or the GGUF file that ``source`` is, or that a folder without
-    a ``config.json`` holds as its only one; None if it is neither.
+    a ``config.json`` holds as its only one; None if it is neither. A run or a checkpoint of ours
+    never is one: a GGUF file in it may be an export of what it was before.
     """
     if source.suffix == SUFFIX and source.is_file():
         return source
@@ -64,6 +65,8 @@ def find_foreign(source: Path) -> Path | None:
         return None
     if (source / CONFIG).exists():
         return source if is_huggingface_folder(source) else None
+    if is_run_or_checkpoint(source):
+        return None
     files = sorted(source.glob(f"*{SUFFIX}"))
     return files[0] if len(files) == 1 else None
 
@@ -79,6 +82,11 @@ def need_foreign(source: Path) -> Path:
         return found
     if (source / CONFIG).exists():
         family_of(read_description(source))
+    if is_run_or_checkpoint(source):
+        raise CheckpointError(
+            f"{source} is a run or a checkpoint, and no model in another form: if a GGUF file in "
+            "it is meant, name that"
+        )
     if len(files := sorted(source.glob(f"*{SUFFIX}"))) > 1:
         raise CheckpointError(f"{source} holds {len(files)} GGUF files: name one, {files[0]} say")
     raise CheckpointError(

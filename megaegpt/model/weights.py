@@ -39,6 +39,9 @@ beside it, or in ``tasks``, by Alpaca's prompt; one that is ``mixed`` in either,
 tuned in its own."""
 _DESCRIPTION = "model and extra"
 _LONGEST_NAME = 256
+_OF_A_RUN = ("config.yaml", "metrics.jsonl")
+_WITH_CHECKPOINTS = ("manifest.json", "weights/config.json", "latest", "checkpoints/latest")
+_CHECKPOINTS = tuple(f"{folder}step_{'[0-9]' * 8}*" for folder in ("", "checkpoints/"))
 
 
 def save_weights(
@@ -126,10 +129,23 @@ def find_weights(folder: str | Path) -> Path:
     raise CheckpointError(f"{folder} holds no weights: {_why_none(place)}")
 
 
+def is_run_or_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a run's, that of its checkpoints, or one of these, whole or damaged."""
+    return (
+        _is_run(folder)
+        or any(os.path.lexists(folder / name) for name in _WITH_CHECKPOINTS)
+        or any(next(folder.glob(name), None) is not None for name in _CHECKPOINTS)
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return all(os.path.isfile(folder / name) for name in _OF_A_RUN)
+
+
 def _why_none(place: Path) -> str:
     if not os.path.exists(place):
         return "there is no such folder"
-    if os.path.isfile(place / "config.yaml") and os.path.isfile(place / "metrics.jsonl"):
+    if _is_run(place):
         return (
             "this run has no checkpoint yet: go on with it to one (checkpoint.interval), or give "
             "the folder of its checkpoint.directory, where that is another"

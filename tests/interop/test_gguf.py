@@ -31,7 +31,7 @@ from megaegpt.interop.gguf_weights import (
     ROPE_FACTORS,
     gguf_tensors,
 )
-from megaegpt.interop.sources import source_config
+from megaegpt.interop.sources import resolve_weights_source, source_config
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
@@ -383,3 +383,22 @@ def test_a_folder_with_one_gguf_file_stands_for_it(tmp_path: Path) -> None:
     (folder / "b.gguf").write_bytes((folder / "a.gguf").read_bytes())
     with pytest.raises(CheckpointError, match="holds 2 GGUF files: name one"):
         need_foreign(folder)
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step_00000007"])
+def test_a_gguf_file_in_a_run_is_not_taken_for_the_run(tmp_path: Path, place: str) -> None:
+    """Nor is it where there is no checkpoint to take: it is an export of an earlier one."""
+    folder, checkpoints = tmp_path / "run" / place, tmp_path / "run" / "checkpoints"
+    weights = checkpoints / "step_00000007" / "weights"
+    weights.parent.mkdir(parents=True)
+    _file("qwen3", tmp_path).rename(folder / "model.gguf")
+    (tmp_path / "ours").rename(weights)
+    (checkpoints / "latest").write_text("step_00000007\n")
+    assert resolve_weights_source(folder, ProcessGrid()) == weights
+    assert source_config(folder) == read_weights_config(weights)[0]
+    with pytest.raises(CheckpointError, match="if a GGUF file in it is meant, name that"):
+        need_foreign(folder)
+    (weights / "config.json").unlink()
+    (weights.parent / "manifest.json").touch()
+    with pytest.raises(CheckpointError, match=f"{folder} holds no weights"):
+        source_config(folder)
