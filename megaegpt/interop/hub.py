@@ -20,7 +20,7 @@ from megaegpt.interop.vocabulary_files import TOKENIZER_FILES
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_PREFIX = "hf:"
-_CONVERSION = 4
+_CONVERSION = 5
 """Raise it with every change of what a source becomes: older conversions are then made anew."""
 
 

@@ -17,11 +17,18 @@ TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 TOKENS_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 GENERATION_FILE = "generation_config.json"
 _CHAT_TEMPLATE_FILE = "chat_template.jinja"
-_SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+_SPECIAL_TOKENS_FILE, _ADDED_TOKENS_FILE = "special_tokens_map.json", "added_tokens.json"
+NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""Kinds of special tokens that ``tokenizer_config.json`` names, as chat templates know them."""
+_MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 """Names that end a document by themselves, where no file says which one does."""
+_CUT_AS_GPT2 = "GPT2 CodeGen Roberta Bart Longformer LED Deberta Whisper".split()  # noqa: SIM905
+"""Tokenizers of transformers that cut a text into words as GPT-2's does, and change none of it."""
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 _ANY_ID = 1 << 19
+_LONGEST_ID = 9
 _REMEDY = "download or copy it again"
 
 
@@ -164,7 +171,7 @@ def read_older_definition(folder: Path) -> TokenizerDefinition:
     """Of a folder with ``vocab.json`` and ``merges.txt``, GPT-2's form.
 
     Raises:
-        DataError: a file is missing or damaged.
+        DataError: a file is missing or damaged, or the tokenizer cuts words in a way of its own.
     """
     file, merges = folder / TOKENS_FILE, folder / MERGES_FILE
     vocabulary = read_json(file, dict[str, int], remedy=_REMEDY)
@@ -176,22 +183,59 @@ def read_older_definition(folder: Path) -> TokenizerDefinition:
     if any(len(rule) != 2 for rule in rules):
         raise DataError(f"{merges} is damaged: a rule is not two tokens; {_REMEDY}")
     settings = _read_if_there(folder / SETTINGS_FILE)
-    named = [token_name(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")]
-    special = {name for name in (*named, END_OF_TEXT) if name in vocabulary}
-    content = byte_level_content(
-        vocabulary,
-        rules,
-        [
-            added_token(vocabulary[name], name)
-            for name in sorted(special, key=lambda n: vocabulary[n])
-        ],
-        byte_level(bool(settings.get("add_prefix_space"))),
-    )
+    _check_words(settings.get("tokenizer_class"), file)
+    added = _older_added_tokens(folder, settings, vocabulary)
+    prefix = bool(settings.get("add_prefix_space"))
+    content = byte_level_content(vocabulary, rules, added, byte_level(prefix))
+    if token_name(settings.get("eos_token")) is None:
+        settings |= _end_from_other_files(folder, content)
     settings |= _chat_template_beside(folder)
     name = settings.get("name_or_path") or folder.resolve().name
     return TokenizerDefinition(
         Path(str(name)).name, str(file), content, settings, _ends_of_texts(folder)
     )
+
+
+def _check_words(kind: Any, file: Path) -> None:
+    """Refuse a ``tokenizer_class`` whose words are not GPT-2's: no file says what they are."""
+    if not isinstance(kind, str):
+        return
+    if kind.removesuffix("Fast").removesuffix("Tokenizer") not in _CUT_AS_GPT2:
+        raise DataError(
+            f"{file} is of a {kind!r:.40}, and how that cuts words is in {TOKENIZER_FILE} alone: "
+            "save it again with transformers, which writes one"
+        )
+
+
+def _older_added_tokens(
+    folder: Path, settings: Mapping[str, Any], vocabulary: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """``added_tokens`` by id: ``added_tokens_decoder`` of the settings or, before there was one,
+    ``added_tokens.json``; and special tokens of the vocabulary, which are in neither.
+    """
+    named = (settings, _read_if_there(folder / _SPECIAL_TOKENS_FILE))
+    special = {END_OF_TEXT}.union(*map(_special_names, named))
+    added = {n: added_token(vocabulary[n], n) for n in special if n in vocabulary}
+    if (listed := settings.get("added_tokens_decoder")) is not None:
+        where = f"{folder / SETTINGS_FILE}: added_tokens_decoder"
+        for key, entry in conform(listed, dict[str, dict[str, Any]], where, remedy=_REMEDY).items():
+            name = token_name(entry)
+            if not name or not key.isdecimal() or len(key) > _LONGEST_ID:
+                raise DataError(f"{where} is damaged: {key!r:.40} is no token; {_REMEDY}")
+            flags = {flag: bool(entry.get(flag)) for flag in _FLAGS}
+            is_special = bool(entry.get("special")) or name in special
+            added[name] = added_token(int(key), name, is_special) | flags
+    elif os.path.lexists(file := folder / _ADDED_TOKENS_FILE):
+        for name, number in read_json(file, dict[str, int], remedy=_REMEDY).items():
+            added[name] = added_token(number, name, name in special)
+    return sorted(added.values(), key=lambda token: token["id"])
+
+
+def _special_names(settings: Mapping[str, Any]) -> set[str]:
+    several = [settings.get(key) for key in _MORE_SPECIAL]
+    values = [value for more in several if isinstance(more, list) for value in more]
+    values += [settings.get(f"{kind}_token") for kind in NAMED]
+    return {name for name in map(token_name, values) if name is not None}
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -206,7 +250,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 def added_token(number: int, name: str, special: bool = True) -> dict[str, Any]:
     """An entry of ``added_tokens``."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    flags = dict.fromkeys(_FLAGS, False)
     return {"id": number, "content": name, **flags, "special": special}
 
 

@@ -26,6 +26,7 @@ from megaegpt.data.tokenizers.byte_alphabet import unspell
 from megaegpt.data.tokenizers.byte_pair_core import BytePairCore
 from megaegpt.data.tokenizers.definition import (
     GENERATION_FILE,
+    NAMED,
     SETTINGS_FILE,
     TOKENIZER_FILE,
     TokenizerDefinition,
@@ -39,8 +40,6 @@ from megaegpt.errors import DataError
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BLANK_MARK = "\u2581"
-_NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""Kinds of special tokens that ``tokenizer_config.json`` names, as chat templates know them."""
 _GPT2_DIGEST = "5834566ba7a113a3493831eb98ffca7a823466defe0d57779312bf57c98f2739"
 _GPT2_FINGERPRINT = "174dffdb4eee00b0177de2abc4436adbce393a6620dde6188138d5036f0dc622"
 """The fingerprint in all shards and weights of GPT-2's tokenizer."""
@@ -141,7 +140,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def template_variables(self) -> dict[str, str]:
         """Of the special tokens that the settings name."""
         settings = self.definition.settings
-        named = {f"{kind}_token": token_name(settings.get(f"{kind}_token")) for kind in _NAMED}
+        named = {f"{kind}_token": token_name(settings.get(f"{kind}_token")) for kind in NAMED}
         return {kind: name for kind, name in named.items() if name is not None} | {
             "eos_token": self.end_of_text
         }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
 from megaegpt.errors import DataError
@@ -111,16 +111,69 @@ def test_all_ends_of_a_text_are_known_and_travel_with_the_tokenizer(tmp_path: Pa
     assert theirs.eos_token_id == [1, 5]
 
 
-def test_a_folder_of_the_older_form_is_read(tmp_path: Path) -> None:
+def write_older(folder: Path, **settings: Any) -> None:
+    """What a slow tokenizer of transformers 4 was saved as."""
     model = trained_definition().content["model"]
-    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     lines = ["#version: 0.2", *map(" ".join, model["merges"]), ""]
-    (tmp_path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def test_a_folder_of_the_older_form_is_read(tmp_path: Path) -> None:
+    write_older(tmp_path)
     older, ours = load_tokenizer(tmp_path), trained_tokenizer()
     text = "Shards, tokens\n\n and 12  words"
     assert older.encode(text) == ours.encode(text)
     (tmp_path / "merges.txt").write_text("a b c\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"merges\.txt is damaged: a rule is not two tokens"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("by_settings", [True, False])
+def test_added_tokens_of_the_older_form_are_those_of_transformers(
+    by_settings: bool, tmp_path: Path
+) -> None:
+    """``added_tokens_decoder`` has flags; ``added_tokens.json``, before it, names and ids alone."""
+    entry = {**dict.fromkeys(("single_word", "rstrip", "normalized"), False), "lstrip": by_settings}
+    listed = [("<|im_start|>", 1, True), ("<|im_end|>", 700, True), ("<think>", 701, False)]
+    decoder = {str(n): {**entry, "content": name, "special": s} for name, n, s in listed}
+    named = {"bos_token": "<|im_start|>", "additional_special_tokens": ["<|im_end|>"]}
+    settings = {"added_tokens_decoder": decoder, **named} if by_settings else {}
+    write_older(tmp_path, tokenizer_class="GPT2Tokenizer", **settings)
+    (tmp_path / "added_tokens.json").write_text('{"<think>": 701, "<|im_end|>": 700}')
+    named["eos_token"] = "<|im_end|>"
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    ours = load_tokenizer(tmp_path)
+    assert (ours.eot_token, ours.vocab_size) == (700, 702)
+    (tmp_path / "saved").mkdir()
+    save_tokenizer(ours, tmp_path / "saved")
+    texts = ["<|im_start|>user\nhi  <|im_end|> <think>so</think>", "a <think> b", " <|endoftext|> "]
+    for theirs in map(AutoTokenizer.from_pretrained, (tmp_path, tmp_path / "saved")):
+        for text in texts:
+            plain = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            assert ours.encode(text) == plain
+            wanted = theirs.encode(text, add_special_tokens=False)
+            assert ours.encode_with_special_tokens(text) == wanted
+
+
+@pytest.mark.parametrize("listed", [{"x": {"content": "a"}}, {"7": {}}, {"9" * 5000: {}}, [7]])
+def test_damaged_added_tokens_of_the_older_form_are_named(listed: Any, tmp_path: Path) -> None:
+    write_older(tmp_path, added_tokens_decoder=listed)
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: added_tokens_decoder is damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_words_of_the_older_form_are_those_of_its_class_or_it_is_refused(tmp_path: Path) -> None:
+    text = "We've 12345 words,\n\n  e\u0301 and more!!\n"
+    for kind in ("CodeGenTokenizer", "RobertaTokenizerFast", "GPT2TokenizerFast"):
+        write_older(tmp_path, tokenizer_class=kind)
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        assert load_tokenizer(tmp_path).encode(text) == theirs.encode(
+            text, add_special_tokens=False
+        )
+    write_older(tmp_path, tokenizer_class="Qwen2Tokenizer")
+    with pytest.raises(DataError, match=r"vocab\.json is of a 'Qwen2Tokenizer', .* save it again"):
         load_tokenizer(tmp_path)
 
 
