@@ -158,15 +158,13 @@ class Session:
         turns = [*self.turns, Message("user", text)]
         prompt = self._prompt(turns)
         self.turns = turns
-        config = replace(
-            self._config,
-            seed=self._config.seed + self._answers,
-            max_new_tokens=min(self._config.max_new_tokens, self._room(len(prompt))),
-        )
+        most = min(self._config.max_new_tokens, self._room(len(prompt)))
+        config, seed = replace(self._config, max_new_tokens=most), self._config.seed + self._answers
         self._answers += 1
         written, said = TextStream(self._tokenizer, self._chat.end_texts), ""
         try:
-            for token in self._writer.stream(prompt, config, stop=self._chat.end_tokens):
+            stop = self._chat.end_tokens
+            for token in self._writer.stream(prompt, config, stop=stop, seed=seed):
                 if piece := written.add(token):
                     said += piece
                     yield piece

@@ -44,13 +44,21 @@ class Continuation:
         self._read: list[int] = []
 
     def stream(
-        self, prompt: Sequence[int], config: GenerationConfig, *, stop: Collection[int] = ()
+        self,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        *,
+        stop: Collection[int] = (),
+        seed: int | None = None,
     ) -> Iterator[int]:
         """Yield up to ``config.max_new_tokens`` tokens that continue ``prompt``, which has at least
         one; each of ``stop`` ends them and is not part of them. It may be left at any time.
 
+        Args:
+            seed: in place of ``config.seed``.
+
         Raises:
-            ConfigError: a value is out of range.
+            ConfigError: a value or the seed is out of range.
             NotFiniteError: the model gives no probabilities.
             ValueError: these are more than ``max_tokens``.
         """
@@ -58,9 +66,10 @@ class Continuation:
             raise ValueError(
                 f"{len(prompt)} and {config.max_new_tokens} tokens are more than {self._max_tokens}"
             )
-        check_sampling(config, [config.seed])
+        seeds = [config.seed if seed is None else seed]
+        check_sampling(config, seeds)
         device = self._model.grid.device
-        sampler = Sampler(config, [config.seed], device)
+        sampler = Sampler(config, seeds, device)
         decoder, new = self._take_decoder(prompt)
         for _ in range(config.max_new_tokens):
             # What interrupts a step leaves a decoder behind that must not be used again.

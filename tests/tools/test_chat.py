@@ -15,6 +15,7 @@ from megaegpt.data.instruction.conversations import Message
 from megaegpt.errors import DataError
 from megaegpt.generation.chat import Chat
 from megaegpt.generation.continuation import Continuation
+from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.text_model import TextModel
 from megaegpt.generation.trained import LoadedModel, load_for_inference
 from megaegpt.model import decoding
@@ -143,6 +144,20 @@ def test_a_line_that_is_not_utf_8_is_refused_and_the_next_is_answered(
     chat.talk(session)
     assert capsys.readouterr().err == "[the line is not UTF-8]\n"
     assert session.turns[0] == Message("user", "Hello")
+
+
+def test_every_answer_has_a_seed_after_the_largest_that_can_be_given(
+    loaded: LoadedModel, template: ChatTemplate
+) -> None:
+    talks, first = Chat(loaded.tokenizer, template), 2**63 - 1
+    config = GenerationConfig(max_new_tokens=4, temperature=1.0, seed=first)
+    session = chat.Session(loaded, talks, config, AS_IN_TRAINING, 64)
+    generator = TextGenerator(loaded.model)
+    for seed in (first, first + 1, first + 2):
+        answer = "".join(session.answer("Hello"))
+        prompt = talks.encode(tuple(session.turns[:-1]))
+        (expected,) = generator.generate([prompt], config, seeds=[seed])
+        assert answer == loaded.tokenizer.decode(expected)
 
 
 def test_a_template_that_writes_nothing_is_named(loaded: LoadedModel) -> None:
