@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megaegpt.config import ModelConfig
+from megaegpt.data.tokenizer import whole_characters
 from megaegpt.data.tokenizers.gguf_vocabulary import gguf_vocabulary
 from megaegpt.errors import CheckpointError
 from megaegpt.files import whole_file
@@ -63,7 +64,7 @@ def export_gguf(
         with open_ours(weights, config) as read, whole_file(output) as temporary:
             writer = gguf.GGUFWriter(temporary, family.gguf)
             _add_metadata(writer, config, family)
-            writer.add_name(output.stem)
+            _add(writer, "general.name", output.stem)
             writer.add_file_type(int(dtype == torch.float16))  # of ggml's: all F32, mostly F16
             for key, value in _vocabulary(weights, config, extra).items():
                 _add(writer, key, value)
@@ -158,7 +159,7 @@ def _vocabulary(weights: Path, config: ModelConfig, extra: Mapping[str, Any]) ->
 
 def _add(writer: Any, key: str, value: Any) -> None:
     if isinstance(value, str):
-        writer.add_string(key, value)
+        writer.add_string(key, whole_characters(value))
     elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, list):

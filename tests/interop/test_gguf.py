@@ -373,6 +373,12 @@ def test_a_factor_without_a_type_is_of_linear_scaling_as_for_llama_cpp(tmp_path:
     assert (scaling.kind, scaling.factor) == ("linear", 4.0)
 
 
+def test_a_file_whose_name_is_not_utf8_is_written_with_a_name_that_is(tmp_path: Path) -> None:
+    path = tmp_path / "caf\udce9.gguf"
+    export_gguf(_ours("qwen3", tmp_path), path)
+    assert read_gguf_header(path).metadata["general.name"] == "caf\ufffd"
+
+
 def test_a_folder_with_one_gguf_file_stands_for_it(tmp_path: Path) -> None:
     path = _file("qwen3", tmp_path)
     folder = tmp_path / "folder"
