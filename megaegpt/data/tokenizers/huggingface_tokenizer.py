@@ -40,6 +40,7 @@ from megaegpt.errors import DataError
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BLANK_MARK = "\u2581"
+_TEMPLATES = ("TemplateProcessing", "RobertaProcessing", "BertProcessing")
 _GPT2_DIGEST = "5834566ba7a113a3493831eb98ffca7a823466defe0d57779312bf57c98f2739"
 _GPT2_FINGERPRINT = "174dffdb4eee00b0177de2abc4436adbce393a6620dde6188138d5036f0dc622"
 """The fingerprint in all shards and weights of GPT-2's tokenizer."""
@@ -88,10 +89,15 @@ class HuggingFaceTokenizer(Tokenizer):
         if isinstance(said, bool):
             self.adds_bos = said and self.bos_token is not None
             return
+        if (first := self._first_by_file) is not None:
+            self.bos_token, self.adds_bos = first, True
+
+    @cached_property
+    def _first_by_file(self) -> int | None:
+        """What the file's post-processor puts before a text."""
         whole = self._library.encode("a").ids
         part = self._library.encode("a", add_special_tokens=False).ids
-        if whole[:1] != part[:1]:
-            self.bos_token, self.adds_bos = whole[0], True
+        return whole[0] if whole[:1] != part[:1] else None
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -296,17 +302,34 @@ class HuggingFaceTokenizer(Tokenizer):
         return files
 
     def _content_with_bos(self) -> dict[str, Any]:
-        """``tokenizer.json``, which puts the BOS before a text by itself: transformers 5 reads no
-        ``add_bos_token`` beside it.
+        """``tokenizer.json``, whose post-processor puts the BOS before a text, or none:
+        transformers 5 reads no ``add_bos_token`` beside it.
         """
         content = self.definition.content
-        if not self.adds_bos or self._library.encode("a").ids[:1] == [self.first_token]:
+        wanted = self.first_token if self.adds_bos else None
+        if wanted == self._first_by_file:
             return content
-        name = self._library.id_to_token(self.first_token)
+        kept = _without_special_tokens(content.get("post_processor"))
+        if wanted is None:
+            return {**content, "post_processor": kept}
+        name = self._library.id_to_token(wanted)
         assert name is not None
-        first, others = begin_with(name, self.first_token), content.get("post_processor")
-        both = {"type": "Sequence", "processors": [others, first]}
-        return {**content, "post_processor": first if others is None else both}
+        first = begin_with(name, wanted)
+        both = {"type": "Sequence", "processors": [kept, first]}
+        return {**content, "post_processor": first if kept is None else both}
+
+
+def _without_special_tokens(processor: Any) -> Any:
+    """A post-processor without its parts that put tokens before and after a text; None: no part is
+    left.
+    """
+    if not isinstance(processor, dict) or processor.get("type") in _TEMPLATES:
+        return None
+    if processor.get("type") != "Sequence":
+        return processor
+    parts = [_without_special_tokens(part) for part in processor["processors"]]
+    kept = [part for part in parts if part is not None]
+    return {**processor, "processors": kept} if kept else None
 
 
 def _library_of(definition: TokenizerDefinition, end: str) -> tokenizers.Tokenizer:

@@ -381,6 +381,27 @@ def test_a_bos_by_the_settings_alone_is_there_for_transformers_too(
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("bytes_too", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_written_files_begin_texts_as_the_settings_say_against_the_post_processor(
+    adds: bool, bytes_too: bool, tmp_path: Path
+) -> None:
+    """Models here have seen texts begin so; transformers 5 would go by the post-processor."""
+    tokenizer = with_bos(bos_token="<|endoftext|>", add_bos_token=adds)
+    if bytes_too:
+        parts = [byte_level(), tokenizer.definition.content["post_processor"]]
+        tokenizer.definition.content["post_processor"] = {"type": "Sequence", "processors": parts}
+        tokenizer = HuggingFaceTokenizer(tokenizer.definition)
+    ids = tokenizer.encode("Shards")
+    save_tokenizer(tokenizer, tmp_path)
+    theirs, again = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    expected = [0, *ids] if adds else ids
+    assert theirs("Shards")["input_ids"] == tokenizer.encode_prompt("Shards") == expected
+    assert (again.adds_bos, again.first_token) == (adds, 0)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"]
+    assert ("ByteLevel" in json.dumps(written)) == bytes_too
+
+
 def test_a_bos_that_is_named_alone_is_before_no_text() -> None:
     """As in GPT-2's, SmolLM2's and Qwen's."""
     tokenizer = trained_tokenizer()
