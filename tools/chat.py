@@ -239,7 +239,10 @@ def _read_line() -> str | None:
         line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
     try:
-        return input("> ")
+        if sys.stdout.isatty():
+            return input("> ")
+        print("> ", end="", file=sys.stderr, flush=True)  # input would put it among the answers
+        return input()
     except EOFError:
         print(file=sys.stderr)
         return None

@@ -160,6 +160,26 @@ def test_every_answer_has_a_seed_after_the_largest_that_can_be_given(
         assert answer == loaded.tokenizer.decode(expected)
 
 
+def test_answers_go_into_a_file_without_the_prompts_of_the_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    loaded: LoadedModel,
+    template: ChatTemplate,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    config = GenerationConfig(max_new_tokens=4, temperature=0)
+    session = chat.Session(loaded, Chat(loaded.tokenizer, template), config, AS_IN_TRAINING, 64)
+    monkeypatch.setattr(sys, "stdin", Terminal("Hello\nWhy?\n"))
+    chat.talk(session)
+    output = capsys.readouterr()
+    answers = [turn.content for turn in session.turns if turn.role == "assistant"]
+    assert output.out == "".join(f"{answer}\n" for answer in answers)
+    assert output.err == "> > > \n"
+
+
 def test_a_template_that_writes_nothing_is_named(loaded: LoadedModel) -> None:
     silent = Chat(loaded.tokenizer, ChatTemplate("", "silent"))
     with pytest.raises(DataError, match="silent writes nothing for this conversation"):
