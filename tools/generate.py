@@ -107,7 +107,7 @@ def _generate(arguments: argparse.Namespace, config: GenerationConfig, grid: Pro
             seeds=range(config.seed + first, config.seed + first + count),
         ):
             writer.add(step)
-            if writer.all_stopped:
+            if writer.all_ended:
                 break
         writer.end()
     writer.report(len(tokens))
@@ -278,6 +278,7 @@ class SampleWriter:
         self._stops = stops
         self._texts: list[TextStream] = []
         self._later: list[str] = []
+        self._ended: set[int] = set()
         self._tokens = 0
         self._compiled = compiled
         self._first_steps = 2 if compiled else 1  # still to come of those timed by themselves
@@ -289,16 +290,19 @@ class SampleWriter:
         from megaegpt.serving.text_stream import TextStream
 
         self._texts = [TextStream(self._tokenizer, self._stops) for _ in range(count)]
-        self._later = [""] * count
+        self._later, self._ended = [""] * count, set()
         self._write(self._title(0) + prompt)
 
     def add(self, step: list[int | None]) -> None:
         """One token of each sample, None where it has ended."""
         for sample, token in enumerate(step):
-            if token is None or self._texts[sample].stopped:
+            if token is None or sample in self._ended:
+                self._ended.add(sample)
                 continue
             self._tokens += 1
             text = self._texts[sample].add(token)
+            if self._texts[sample].stopped:
+                self._ended.add(sample)
             if sample == 0:
                 self._write(text)
             else:
@@ -308,9 +312,9 @@ class SampleWriter:
             self._marks.append((time.perf_counter(), self._tokens))
 
     @property
-    def all_stopped(self) -> bool:
-        """Whether a stop text has come in every sample of the batch."""
-        return all(text.stopped for text in self._texts)
+    def all_ended(self) -> bool:
+        """Whether every sample of the batch has ended, by a token or by a stop text."""
+        return len(self._ended) == len(self._texts)
 
     def end(self) -> None:
         """Show the other samples of the batch."""

@@ -112,12 +112,26 @@ def test_an_answer_ends_before_what_its_template_writes_behind_one(
     stopped = []
     for step in zip(*(row[: min(map(len, rows))] for row in rows), strict=True):
         writer.add([*step])
-        stopped.append(writer.all_stopped)
+        stopped.append(writer.all_ended)
     writer.end()
     shown = capsys.readouterr().out
     assert shown == "=== sample 1, seed 0 ===\nYes.\n=== sample 2, seed 1 ===\nNo, never.\n"
     assert not stopped[0]
     assert stopped[-1]
+
+
+def test_samples_that_have_ended_in_different_ways_have_all_ended() -> None:
+    tokenizer = load_tokenizer()
+    (end,) = tokenizer.encode("###")
+    writer = generate.SampleWriter(tokenizer, 4, 0, False, False, ("###",))
+    for first in (0, 2):
+        writer.begin("", first, 2)
+        ended = []
+        steps: list[list[int | None]] = [[end, end + 1], [end + 1, None]]
+        for step in steps:
+            writer.add(step)
+            ended.append(writer.all_ended)
+        assert ended == [False, True]
 
 
 def test_samples_are_numbered_by_the_seed_that_makes_them(egpt: Path) -> None:
