@@ -82,12 +82,13 @@ def need_foreign(source: Path) -> Path:
         return found
     if (source / CONFIG).exists():
         family_of(read_description(source))
-    if is_run_or_checkpoint(source):
+    files = sorted(source.glob(f"*{SUFFIX}"))
+    if files and is_run_or_checkpoint(source):
         raise CheckpointError(
             f"{source} is a run or a checkpoint, and no model in another form: if a GGUF file in "
-            "it is meant, name that"
+            f"it is meant, name that, {files[0]} say"
         )
-    if len(files := sorted(source.glob(f"*{SUFFIX}"))) > 1:
+    if len(files) > 1:
         raise CheckpointError(f"{source} holds {len(files)} GGUF files: name one, {files[0]} say")
     raise CheckpointError(
         f"{source} is no model in another form: it is no GGUF file and no folder of a model in "
