@@ -179,12 +179,12 @@ def _one_output(arguments: argparse.Namespace) -> Path:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from megaegpt.data.tokenizers.tokenizer_files import TOKENIZER_FILES
     from megaegpt.gguf_files import SUFFIX
     from megaegpt.interop.export import export_weights
     from megaegpt.interop.gguf_export import export_gguf
     from megaegpt.interop.peft import export_peft
     from megaegpt.interop.translation import nearest_family
-    from megaegpt.interop.vocabulary_files import TOKENIZER_FILES
     from megaegpt.model.weights import find_weights, is_adapter, read_weights_config
     from megaegpt.precision import DTYPES
 

@@ -83,7 +83,7 @@ class Tokenizer(ABC):
     @abstractmethod
     def files(self) -> dict[str, bytes]:
         """Names and contents of the files that Hugging Face's ``AutoTokenizer`` and :meth:`load`
-        read.
+        read, that of the vocabulary first.
         """
 
     # -- what follows from it ----------------------------------------------------------------------

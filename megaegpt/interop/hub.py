@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaegpt.bars import telling_if_slow
+from megaegpt.data.tokenizers.tokenizer_files import TOKENIZER_FILES
 from megaegpt.errors import CheckpointError
 from megaegpt.files import cache_folder, whole_folder
 from megaegpt.interop.foreign_models import import_model
 from megaegpt.interop.tensor_files import PICKLED, SAFETENSORS
 from megaegpt.interop.translation import CONFIG
-from megaegpt.interop.vocabulary_files import TOKENIZER_FILES
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_PREFIX = "hf:"

@@ -13,24 +13,13 @@ from megaegpt.data.instruction.chat_template import load_chat_template, read_tem
 from megaegpt.data.tokenizer import END_OF_TEXT_ID, Tokenizer
 from megaegpt.data.tokenizers.tokenizer_files import (
     CHAT_TEMPLATE_FILE,
+    TOKENIZER_FILES,
     has_tokenizer,
     load_tokenizer,
 )
 from megaegpt.errors import CheckpointError, DataError
 from megaegpt.gguf_files import SUFFIX
 from megaegpt.model.weights import INSTRUCTIONS
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""Files of a tokenizer that are downloaded with a model."""
 
 
 def tokenizer_beside(

@@ -20,6 +20,7 @@ from megaegpt.config.presets import create_model_config
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokenizers.tokenizer_files import (
     CHAT_TEMPLATE_FILE,
+    TOKENIZER_FILES,
     has_tokenizer,
     load_tokenizer,
     save_tokenizer,
@@ -33,7 +34,6 @@ from megaegpt.interop.foreign_models import import_model
 from megaegpt.interop.sources import resolve_weights_source, source_config
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.translation import to_ours
-from megaegpt.interop.vocabulary_files import TOKENIZER_FILES
 from megaegpt.model.build import build_model, meta_model
 from megaegpt.model.weights import read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid

@@ -18,6 +18,16 @@ _TOKENIZER_FILE, _SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """Where a chat template lies beside a tokenizer or weights, for us and for transformers alike."""
 _OLDER_FILES = ("vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    _TOKENIZER_FILE,
+    _SETTINGS_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    *_OLDER_FILES,
+    CHAT_TEMPLATE_FILE,
+    "generation_config.json",
+)
+"""Files of a tokenizer beside a model, of which a folder has some."""
 
 
 def load_tokenizer(place: str | Path | None = None) -> Tokenizer:
@@ -88,9 +98,28 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int | None = 
     Raises:
         OSError: the folder cannot be written.
     """
-    for name, content in tokenizer.files().items():
+    # The vocabulary, which is their first, comes last: what a kill leaves without it is none.
+    for name, content in reversed(tokenizer.files().items()):
         if name == _SETTINGS_FILE and max_length is not None:
             settings = {**json.loads(content), "model_max_length": max_length}
             content = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
         with whole_file(folder / name) as temporary:
             temporary.write_bytes(content)
+
+
+def remove_tokenizer(folder: Path) -> None:
+    """Remove a tokenizer's files, or a link to a folder of them, and the folder if nothing else is
+    in it.
+
+    Raises:
+        OSError: they cannot be removed.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        # The vocabulary first, and of its forms the one that is read last: what a kill leaves is
+        # the same tokenizer or none.
+        for name in (VOCABULARY_FILE, *_OLDER_FILES, *TOKENIZER_FILES):
+            (folder / name).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from megaegpt.data.readers.inputs import SHARD_TOKENIZER
 from megaegpt.data.tokenizer import Tokenizer
-from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer, save_tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import (
+    has_tokenizer,
+    load_tokenizer,
+    remove_tokenizer,
+    save_tokenizer,
+)
 from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.files import naming_failures
@@ -47,21 +51,26 @@ def remove_replaced(tokenizer: Tokenizer, output: Path) -> None:
         if has_tokenizer(folder):
             found = load_tokenizer(folder).fingerprint
             if found == Manifest.load(output).tokenizer.get("fingerprint") != tokenizer.fingerprint:
-                shutil.rmtree(folder)
+                remove_tokenizer(folder)
 
 
 def save_beside_shards(tokenizer: Tokenizer, output: Path) -> None:
-    """Write the tokenizer's files where they are not yet (no other ones are: see
-    :func:`check_tokenizer_place` and :func:`remove_replaced`); GPT-2's needs none.
+    """Write the tokenizer's files, in place of those that give the same ids and say something else
+    of chats or of where texts end (others are not there: see :func:`check_tokenizer_place` and
+    :func:`remove_replaced`); GPT-2's needs none.
 
     Raises:
         DataError: they cannot be written.
     """
     folder = output / SHARD_TOKENIZER
+    if tokenizer.is_installed:
+        return
+    if has_tokenizer(folder) and load_tokenizer(folder).files() == tokenizer.files():
+        return  # in another form, it may be: it is the one that the user has named
     with naming_failures(folder):
-        if not (tokenizer.is_installed or has_tokenizer(folder)):
-            folder.mkdir(exist_ok=True)
-            save_tokenizer(tokenizer, folder)
+        remove_tokenizer(folder)
+        folder.mkdir(exist_ok=True)
+        save_tokenizer(tokenizer, folder)
 
 
 def tokenizer_of_shards(prefixes: Sequence[str], vocabulary: str | None) -> Tokenizer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from megaegpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from megaegpt.data.preprocess.corpus import PreprocessOptions, preprocess
 from megaegpt.data.preprocess.encode import EncodeOptions
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers import tokenizer_files
 from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
-from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
+from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
 from megaegpt.data.tokens.corpus_manifest import Manifest
 from megaegpt.data.tokens.shard_tokenizer import check_same_tokenizer, tokenizer_of_shards
 from megaegpt.data.tokens.shards import Shard
@@ -31,10 +34,13 @@ def vocabulary(tmp_path: Path) -> Path:
     return folder
 
 
-def shards_of(tmp_path: Path, vocabulary: Path | None, name: str = "shards") -> Path:
+def shards_of(
+    tmp_path: Path, vocabulary: Path | None, name: str = "shards", **options: Any
+) -> Path:
     (tmp_path / "text.txt").write_text(TEXT)
-    encode = EncodeOptions(vocabulary=vocabulary and str(vocabulary))
-    preprocess(PreprocessOptions(tmp_path / name, (str(tmp_path / "text.txt"),), encode=encode))
+    encode = EncodeOptions(vocabulary=None if vocabulary is None else str(vocabulary))
+    text = (str(tmp_path / "text.txt"),)
+    preprocess(PreprocessOptions(tmp_path / name, text, encode=encode, **options))
     return tmp_path / name / "train"
 
 
@@ -88,6 +94,96 @@ def test_shards_made_again_with_gpt2_have_no_files_of_another_tokenizer(
     text = str(tmp_path / "text.txt")
     preprocess(PreprocessOptions(train.parent, (text,), encode=encode, overwrite=True))
     assert tokenizer_of_shards([str(train)], None).name == "gpt2"
+
+
+def chatting(ends: tuple[int, ...] = (), **settings: Any) -> HuggingFaceTokenizer:
+    """:func:`trained_tokenizer` with other files beside ``tokenizer.json``."""
+    plain = trained_definition()
+    together = {**plain.settings, **settings}
+    return HuggingFaceTokenizer(dataclasses.replace(plain, settings=together, ends=ends))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_shards_made_again_have_their_tokenizer_as_it_is_then(
+    tmp_path: Path, vocabulary: Path
+) -> None:
+    beside = shards_of(tmp_path, vocabulary).parent / "tokenizer"
+    plain, now = trained_tokenizer(), chatting((0, 2), chat_template="{{ messages }}")
+    assert contents(beside) == plain.files()
+    assert now.fingerprint == plain.fingerprint
+    save_tokenizer(now, vocabulary)
+    shards_of(tmp_path, vocabulary, overwrite=True)
+    assert contents(beside) == now.files()
+    (vocabulary / "generation_config.json").unlink()
+    save_tokenizer(plain, vocabulary)
+    (beside / "notes.txt").write_text("mine")
+    shards_of(tmp_path, vocabulary, overwrite=True)
+    assert contents(beside) == plain.files() | {"notes.txt": b"mine"}
+
+
+def test_a_tokenizer_that_shards_are_made_with_stays_as_it_is(tmp_path: Path) -> None:
+    """It may lie beside them in a form that is not the one of this program."""
+    own = tmp_path / "shards" / "tokenizer"
+    own.mkdir(parents=True)
+    save_tokenizer(trained_tokenizer(), own)
+    (own / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (own / "chat_template.jinja").write_text("{{ messages }}")
+    before = contents(own)
+    shards_of(tmp_path, own)
+    assert contents(own) == before
+
+
+def test_a_link_to_a_tokenizer_is_replaced_and_not_what_it_leads_to(
+    tmp_path: Path, vocabulary: Path
+) -> None:
+    beside = shards_of(tmp_path, vocabulary).parent / "tokenizer"
+    now = chatting(chat_template="{{ messages }}")
+    for path in beside.iterdir():
+        path.unlink()
+    beside.rmdir()
+    (tmp_path / "other").mkdir()
+    save_tokenizer(now, tmp_path / "other")
+    beside.symlink_to(tmp_path / "other")
+    shards_of(tmp_path, vocabulary, overwrite=True)
+    assert contents(beside) == trained_tokenizer().files()
+    assert contents(tmp_path / "other") == now.files()
+    beside.rename(tmp_path / "once")
+    beside.symlink_to(tmp_path / "once")
+    shards_of(tmp_path, None, overwrite=True)
+    assert not beside.exists()
+    assert contents(tmp_path / "once") == trained_tokenizer().files()
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+@pytest.mark.parametrize("beside", ["nothing", "the same ids", "other ids"])
+def test_shards_are_finished_after_a_kill_within_their_tokenizer(
+    written: int, beside: str, tmp_path: Path, vocabulary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end of text is one that the settings alone name: without them, it is another one."""
+    if beside != "nothing":
+        if beside == "the same ids":
+            save_tokenizer(chatting(eos_token="<|im_start|>", chat_template="old"), vocabulary)
+        shards_of(tmp_path, vocabulary)
+    now = chatting((0, 2), eos_token="<|im_start|>")
+    assert now.fingerprint != trained_tokenizer().fingerprint
+    save_tokenizer(now, vocabulary)
+    whole_file, files = tokenizer_files.whole_file, iter(range(3))
+
+    def killed(path: Path) -> Any:
+        if next(files) == written:
+            raise KeyboardInterrupt
+        return whole_file(path)
+
+    monkeypatch.setattr(tokenizer_files, "whole_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        shards_of(tmp_path, vocabulary, overwrite=True)
+    monkeypatch.undo()
+    train = shards_of(tmp_path, vocabulary, overwrite=True)
+    assert contents(train.parent / "tokenizer") == now.files()
+    assert load_tokenizer(train.parent / "tokenizer").fingerprint == now.fingerprint
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(65_499, np.uint16), (65_500, np.int32)])
