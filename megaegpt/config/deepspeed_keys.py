@@ -82,6 +82,12 @@ _POSITIVE_KEYS = (
     "zero_optimization.reduce_bucket_size",
     "zero_optimization.sub_group_size",
 )
+_NON_NEGATIVE_KEYS = (
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_prefetch_bucket_size",
+)
 
 
 def deepspeed_problems(raw: dict[str, Any], zero_stage: int) -> Iterator[Problem]:
@@ -110,8 +116,10 @@ def deepspeed_problems(raw: dict[str, Any], zero_stage: int) -> Iterator[Problem
             )
         elif key.startswith(_STAGE_3_PREFIX) and zero_stage != 3:
             yield Problem((name,), f"{name} cannot be used: {_STAGE_3}")
-        elif key in _POSITIVE_KEYS and not _is_positive_integer(value):
+        elif key in _POSITIVE_KEYS and not _is_integer_from(1, value):
             yield Problem((name,), f"{name}={value} must be an integer greater than 0")
+        elif key in _NON_NEGATIVE_KEYS and not _is_integer_from(0, value):
+            yield Problem((name,), f"{name}={value} must be an integer of at least 0")
 
 
 def without_stage_3_keys(raw: dict[str, Any]) -> dict[str, Any]:
@@ -131,8 +139,8 @@ def dotted_keys(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from dotted_keys(value, f"{prefix}{key}.")
 
 
-def _is_positive_integer(value: Any) -> bool:
+def _is_integer_from(least: int, value: Any) -> bool:
     """Also of a float such as 5e7, which is how bucket sizes are often written."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return value > 0 and float(value).is_integer() and value < 2**63
+    return value >= least and float(value).is_integer() and value < 2**63

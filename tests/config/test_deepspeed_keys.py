@@ -78,6 +78,16 @@ def test_what_only_deepspeed_has_may_be_given() -> None:
     assert not list(deepspeed_problems(_zero(stage3_max_live_parameters=1), zero_stage=3))
 
 
+@pytest.mark.parametrize("key", ["max_live_parameters", "prefetch_bucket_size"])
+@pytest.mark.parametrize("value", ["auto", "1e9", None, -1, 1.5, True])
+def test_a_number_of_stage_3_that_is_none_is_one_line(key: str, value: Any) -> None:
+    name = f"stage3_{key}"
+    (problem,) = deepspeed_problems(_zero(**{name: value}), zero_stage=3)
+    assert problem.message.endswith(f"{name}={value} must be an integer of at least 0")
+    assert not list(deepspeed_problems(_zero(**{name: 0}), zero_stage=3))
+    assert not list(deepspeed_problems(_zero(**{name: 1e9}), zero_stage=3))
+
+
 def test_no_value_that_a_run_generates_from_its_own_keys_can_be_replaced() -> None:
     replaceable = {
         "prescale_gradients",
