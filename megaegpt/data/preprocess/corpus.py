@@ -300,7 +300,7 @@ class _Run:
         jobs = make_jobs(files, self.options.shards, self.problems.left_out)
         jobs = (job for job in jobs if job.shard in left)
         for number, pairs in _by_part(left, pool.map(jobs)):
-            part = Part(f"{group}-{number:05d}")
+            part = Part(f"{group}-{number:05d}", is_published=self.encoded == self.options.output)
             if self.options.split_tokens is not None:
                 part.shards = self._write_and_cut(part, pairs)
             else:
@@ -346,8 +346,9 @@ class _Run:
             if not part.counts.tokens and self.parts == [part.name]:
                 self._take(part)
                 raise self._no_documents()  # before anything is replaced by nothing
-            self.progress.replace_complete()
-            summaries = [writer.finish() for writer in writers]
+            is_hidden = any(prefix.parent == self.progress.folder for prefix in prefixes.values())
+            replace_old = None if is_hidden else self.progress.replace_complete
+            summaries = [writer.finish(replace_old) for writer in writers]
         return dict(zip(prefixes, summaries, strict=True))
 
     def _add(self, encoded: Encoded, writers: list[ShardWriter]) -> None:
@@ -368,7 +369,9 @@ class _Run:
         self._write(part, pairs, 0, {TRAIN: whole})
         assert self.options.split_tokens is not None
         prefixes = [self.options.output / split for split in (TRAIN, VALIDATION)]
-        head, tail = cut_shard(whole, self.options.split_tokens, *prefixes)
+        head, tail = cut_shard(
+            whole, self.options.split_tokens, *prefixes, self.progress.replace_complete
+        )
         return {TRAIN: head, VALIDATION: tail}
 
     def _shuffle(self, seed: int) -> dict[str, list[ShardSummary]]:
@@ -385,7 +388,9 @@ class _Run:
             for number in range(len(finished), total):
                 first, last = (documents.documents * n // total for n in (number, number + 1))
                 prefix = self.options.output / shard_name(split, number, total)
-                shard = documents.write(first, last, prefix, self.show_progress)
+                shard = documents.write(
+                    first, last, prefix, self.show_progress, self.progress.replace_complete
+                )
                 self.progress.record(Part(names[number], shards={split: shard}))
                 shuffled[split].append(shard)
         return shuffled

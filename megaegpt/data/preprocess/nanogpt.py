@@ -51,8 +51,9 @@ def import_files(files: Sequence[Path], output: Path, overwrite: bool = False) -
             return progress.complete
         try:
             sources = {split: _read(file) for split, file in files_of_splits.items()}
-            progress.replace_complete()  # all files are token files
-            splits = {split: [_write(*read, output / split)] for split, read in sources.items()}
+            splits = {
+                split: [_write(*read, output / split, progress)] for split, read in sources.items()
+            }
         except BaseException:
             progress.abandon()
             raise
@@ -109,7 +110,7 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
     return tokens, _document_ends(tokens, file)
 
 
-def _write(tokens: np.ndarray, ends: np.ndarray, prefix: Path) -> ShardSummary:
+def _write(tokens: np.ndarray, ends: np.ndarray, prefix: Path, progress: Progress) -> ShardSummary:
     lengths = np.diff(ends, prepend=0)
     with ShardWriter(prefix) as writer:
         first = 0
@@ -118,7 +119,7 @@ def _write(tokens: np.ndarray, ends: np.ndarray, prefix: Path) -> ShardSummary:
             last = max(first + 1, int(np.searchsorted(ends, start + BLOCK_TOKENS, side="right")))
             writer.add(tokens[start : int(ends[last - 1])], lengths[first:last])
             first = last
-        return writer.finish()
+        return writer.finish(progress.replace_complete)
 
 
 def _document_ends(tokens: np.ndarray, file: Path) -> np.ndarray:

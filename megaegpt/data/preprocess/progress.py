@@ -70,6 +70,7 @@ class Part:
         shards: finished shards by split.
         problems: the first bad inputs, as the report shows them.
         hashes: of its documents, where duplicates are looked for; kept in a file of their own.
+        is_published: its shards lie in the output folder, and not out of sight.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Part:
     shards: dict[str, ShardSummary] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     hashes: np.ndarray | None = None
+    is_published: bool = True
 
 
 class Progress:
@@ -118,9 +120,7 @@ class Progress:
                     "command to finish it, or give --overwrite to start afresh"
                 )
             self.clear()
-        elif not overwrite and not (
-            self._plan_path.exists() and self._unfinished_plan() == self.plan
-        ):
+        elif not overwrite and not self._has_begun():
             self._refuse_to_replace()
         with naming_failures(self.folder):
             self.folder.mkdir(exist_ok=True)
@@ -139,7 +139,10 @@ class Progress:
     def _meet_complete(self, overwrite: bool) -> None:
         if overwrite:
             self._replaced = Manifest.load(self.output)
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a run that published nothing
+            # What lies out of sight is of a run that was to replace this corpus, or of the one that
+            # made it.
+            if self.plan == self._replaced.plan or not self._has_begun():
+                shutil.rmtree(self.folder, ignore_errors=True)
             return
         manifest = Manifest.load(self.output)
         if manifest.plan != self.plan:
@@ -147,10 +150,11 @@ class Progress:
                 f"{self.output} holds shards of other inputs or options: choose another --output, "
                 "or give --overwrite to replace them"
             )
+        # A kill can fall between the two, or into another run, which was to replace this corpus.
+        shutil.rmtree(self.folder, ignore_errors=True)
         shards = [shard for split in manifest.splits.values() for shard in split]
         if all(_is_there(self.output, shard) for shard in shards):
             self.complete = manifest
-            shutil.rmtree(self.folder, ignore_errors=True)  # a kill can fall between the two
         else:
             (self.output / MANIFEST_NAME).unlink()
 
@@ -160,6 +164,10 @@ class Progress:
 
     def _records(self) -> list[Path]:
         return sorted(self.folder.glob("cut-*.json"))
+
+    def _has_begun(self) -> bool:
+        """Whether this very plan has begun and not ended."""
+        return self._plan_path.exists() and self._unfinished_plan() == self.plan
 
     def _unfinished_plan(self) -> Any:
         try:
@@ -184,8 +192,9 @@ class Progress:
     def clear(self) -> None:
         """Remove every shard that a record of this folder lists, the records last."""
         shards: list[ShardSummary] = []
-        for record in self._records():
-            shards += self._read(record).shards.values()
+        for part in map(self._read, self._records()):
+            if part.is_published:  # a name that lies out of sight may be another's in the output
+                shards += part.shards.values()
         self._remove([shard.name for shard in shards])
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,18 @@ class ShuffledDocuments:
         self._pages = ResidentPages(sum(file.nbytes for file in self._files))
         self.documents = int(counts.sum())
 
-    def write(self, first: int, last: int, prefix: Path, show_progress: bool) -> ShardSummary:
+    def write(
+        self,
+        first: int,
+        last: int,
+        prefix: Path,
+        show_progress: bool = False,
+        before_publishing: Callable[[], None] | None = None,
+    ) -> ShardSummary:
         """Make one shard of the places ``first`` to ``last - 1`` of the new order.
+
+        Args:
+            before_publishing: see :meth:`ShardWriter.finish`.
 
         Raises:
             DataError: the disk is full.
@@ -62,7 +72,7 @@ class ShuffledDocuments:
                     tokens = self._read(owners[piece], starts[piece], lengths[piece])
                     writer.add(tokens, lengths[piece])
                 bar.update(len(numbers))
-            return writer.finish()
+            return writer.finish(before_publishing)
 
     def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(n,) shard, first token in it, and number of tokens, of each document (n,)."""

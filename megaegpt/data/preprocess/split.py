@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megaegpt.data.tokens.shards import Shard, ShardSummary, ShardWriter
 
 
 def cut_shard(
-    whole: Path, share: float, first: Path, second: Path
+    whole: Path, share: float, first: Path, second: Path, before_publishing: Callable[[], None]
 ) -> tuple[ShardSummary, ShardSummary]:
     """Write the first ``floor(share * tokens)`` tokens to one shard, the others to another.
 
@@ -19,6 +20,7 @@ def cut_shard(
         share: of the tokens, between 0 and 1.
         first: prefix of the one new shard.
         second: prefix of the other.
+        before_publishing: see :meth:`ShardWriter.finish`.
     """
     shard = Shard(whole)
     left = int(len(shard.tokens) * share)
@@ -30,4 +32,4 @@ def cut_shard(
             for writer, piece in zip((head, tail), pieces, strict=True):
                 if len(piece):
                     writer.add_document(piece)
-        return head.finish(), tail.finish()
+        return head.finish(before_publishing), tail.finish()

@@ -13,6 +13,7 @@ import hashlib
 import os
 import struct
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -114,8 +115,11 @@ class ShardWriter:
         """Append one document."""
         self.add(tokens, np.array([len(tokens)], dtype=np.int64))
 
-    def finish(self) -> ShardSummary:
+    def finish(self, before_publishing: Callable[[], None] | None = None) -> ShardSummary:
         """Complete the index and publish both files, the index last.
+
+        Args:
+            before_publishing: called when both files are on disk and not yet in their places.
 
         Raises:
             DataError: the disk is full; what was there before this writer is then still there.
@@ -133,6 +137,8 @@ class ShardWriter:
             self._idx_file.seek(0)
             idx_sha256 = hashlib.file_digest(self._idx_file, "sha256").hexdigest()
             self._close()
+            if before_publishing is not None:
+                before_publishing()
             self._idx.unlink(missing_ok=True)  # never an old index over new tokens
             publish(temporary_name(self._bin), self._bin)
             publish(temporary_name(self._idx), self._idx)

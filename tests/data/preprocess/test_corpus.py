@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -374,10 +375,10 @@ def test_an_interrupted_run_keeps_finished_shards_and_redoes_the_others(
     run(tmp_path / "expected", *inputs, **options)
     finish, calls = ShardWriter.finish, iter(range(100))
 
-    def finish_some(writer: ShardWriter) -> Any:
+    def finish_some(writer: ShardWriter, *arguments: Any) -> Any:
         if next(calls) == 5:  # the validation shard of the third part
             raise KeyboardInterrupt
-        return finish(writer)
+        return finish(writer, *arguments)
 
     monkeypatch.setattr(ShardWriter, "finish", finish_some)
     with pytest.raises(KeyboardInterrupt):
@@ -438,6 +439,29 @@ def test_input_of_which_nothing_becomes_a_shard_overwrites_no_corpus(
     path.write_bytes(bad)
     with pytest.raises(DataError, match="not JSON" if bad else "no documents"):
         run(output, path, overwrite=True, **options)
+    assert files_of(output) == before
+
+
+@pytest.mark.parametrize("case", ["bad validation", "no documents", "full disk", "full disk, cut"])
+def test_a_corpus_is_overwritten_by_what_can_take_its_place_alone(
+    tmp_path: Path, case: str
+) -> None:
+    path, output = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_bytes(jsonl(TEXTS))
+    run(output, path, shards=2)
+    before = files_of(output)
+    options: dict[str, Any] = {"shuffle_seed": 1}
+    if case == "bad validation":
+        (tmp_path / "bad.jsonl").write_bytes(b"bad\n")
+        options |= {"validation": (str(tmp_path / "bad.jsonl"),)}
+    elif case == "no documents":
+        options |= {"shards": 2, "encode": {"min_chars": 1000}}
+    else:
+        (output / "train.bin.tmp").symlink_to("/dev/full")
+        options = options if case == "full disk" else {"split_tokens": 0.5}
+    with pytest.raises(DataError, match=r"not JSON|no documents|No space left"):
+        run(output, path, overwrite=True, **options)
+    shutil.rmtree(output / ".progress", ignore_errors=True)  # to go on from
     assert files_of(output) == before
 
 
@@ -659,10 +683,10 @@ def test_what_a_killed_run_leaves_below_the_input_is_not_told_as_left_out(
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
     finish, calls = ShardWriter.finish, iter(range(100))
 
-    def finish_one(writer: ShardWriter) -> Any:
+    def finish_one(writer: ShardWriter, *arguments: Any) -> Any:
         if next(calls) == 1:
             raise KeyboardInterrupt
-        return finish(writer)
+        return finish(writer, *arguments)
 
     monkeypatch.setattr(ShardWriter, "finish", finish_one)
     with pytest.raises(KeyboardInterrupt):

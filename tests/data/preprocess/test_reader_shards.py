@@ -217,10 +217,10 @@ def test_a_killed_run_goes_on_within_a_file_of_rows(
     pack_parquet(tmp_path / "rows.parquet", contents)
     finish, finished = ShardWriter.finish, []
 
-    def finish_some(writer: ShardWriter) -> ShardSummary:
+    def finish_some(writer: ShardWriter, *arguments: Any) -> ShardSummary:
         if len(finished) == 2:
             raise KeyboardInterrupt
-        finished.append(finish(writer))
+        finished.append(finish(writer, *arguments))
         return finished[-1]
 
     monkeypatch.setattr(ShardWriter, "finish", finish_some)

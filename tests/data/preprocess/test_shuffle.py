@@ -82,10 +82,10 @@ def test_a_run_that_ends_between_shuffled_shards_encodes_nothing_again(
     run(tmp_path / "expected", corpus, **options)
     finish, calls = ShardWriter.finish, iter(range(100))
 
-    def finish_some(writer: ShardWriter) -> Any:
+    def finish_some(writer: ShardWriter, *arguments: Any) -> Any:
         if next(calls) == 4:  # three shards in order, one shuffled
             raise KeyboardInterrupt
-        return finish(writer)
+        return finish(writer, *arguments)
 
     monkeypatch.setattr(ShardWriter, "finish", finish_some)
     with pytest.raises(KeyboardInterrupt):
@@ -95,6 +95,56 @@ def test_a_run_that_ends_between_shuffled_shards_encodes_nothing_again(
     assert run(tmp_path / "out", corpus, **options).meter.counts.documents == 0
     assert (tmp_path / "out" / "train-00000-of-00003.bin").stat().st_ino == kept
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+
+
+def test_a_run_that_is_to_replace_a_corpus_goes_on_and_spares_it_until_then(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"shards": 2, "shuffle_seed": 3}
+    run(tmp_path / "expected", corpus, **options)
+    run(tmp_path / "out", corpus, shards=2)
+    before = files_of(tmp_path / "out")
+    finish, calls = ShardWriter.finish, iter(range(100))
+
+    def finish_some(writer: ShardWriter, *arguments: Any) -> Any:
+        if next(calls) == 1:  # the first in order
+            raise KeyboardInterrupt
+        return finish(writer, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "finish", finish_some)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", corpus, overwrite=True, **options)
+    monkeypatch.setattr(ShardWriter, "finish", finish)
+    hidden = tmp_path / "out" / ".progress"
+    kept = (hidden / "train-00000-of-00002.bin").stat().st_ino
+    hidden.rename(tmp_path / "once")
+    assert files_of(tmp_path / "out") == before
+    (tmp_path / "once").rename(hidden)
+
+    def finish_shuffled(writer: ShardWriter, *arguments: Any) -> Any:
+        assert (hidden / "train-00000-of-00002.bin").stat().st_ino == kept
+        return finish(writer, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "finish", finish_shuffled)
+    run(tmp_path / "out", corpus, overwrite=True, **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+
+
+def test_a_shard_that_is_lost_is_not_made_of_what_was_to_replace_its_corpus(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "b.jsonl"
+    other.write_text('{"text": "another"}\n')
+    run(tmp_path / "out", corpus, shuffle_seed=1)
+    before = files_of(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(ShuffledDocuments, "write", None)
+        with pytest.raises(TypeError):
+            run(tmp_path / "out", other, shuffle_seed=1, overwrite=True)
+    assert (tmp_path / "out" / ".progress" / "train.bin").exists()
+    (tmp_path / "out" / "train.bin").unlink()
+    run(tmp_path / "out", corpus, shuffle_seed=1)
+    assert files_of(tmp_path / "out") == before
 
 
 def test_pieces_of_any_size_give_the_same_shard_in_bounded_memory(
