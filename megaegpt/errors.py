@@ -41,6 +41,10 @@ class FolderInUseError(DataError):
     """A folder that another process is writing into."""
 
 
+class DamagedManifestError(DataError):
+    """A manifest of shards that no longer tells what they are."""
+
+
 class ChatTemplateError(DataError):
     """A chat template's process that did not answer in time, or is gone: on a busy machine, that is
     no fault of the conversation's.

@@ -57,13 +57,22 @@ def read_json(
         MegaEGPTError: as ``error``: the file is missing, cannot be read, is no JSON, or holds
             something else.
     """
+    content = read_content(path, error=error, missing=missing)
+    return parse_json(content, schema, str(path), error=error, remedy=remedy, other_keys=other_keys)
+
+
+def read_content(path: Path, *, error: type[MegaEGPTError] = DataError, missing: str = "") -> bytes:
+    """What :func:`read_json` parses, for whoever tells a damaged file from one that is not there.
+
+    Raises:
+        MegaEGPTError: as ``error``: the file is missing or cannot be read.
+    """
     try:
-        content = read_bytes(path)
+        return read_bytes(path)
     except FileNotFoundError:
         raise error(f"{path} does not exist{f': {missing}' if missing else ''}") from None
     except (OSError, ValueError) as reason:
         raise error(f"{path} cannot be read: {_reason(reason)}") from None
-    return parse_json(content, schema, str(path), error=error, remedy=remedy, other_keys=other_keys)
 
 
 def parse_json(

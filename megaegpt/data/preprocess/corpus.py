@@ -368,10 +368,9 @@ class _Run:
         whole = self.progress.folder / "all"
         self._write(part, pairs, 0, {TRAIN: whole})
         assert self.options.split_tokens is not None
-        prefixes = [self.options.output / split for split in (TRAIN, VALIDATION)]
-        head, tail = cut_shard(
-            whole, self.options.split_tokens, *prefixes, self.progress.replace_complete
-        )
+        first, second = (self.options.output / split for split in (TRAIN, VALIDATION))
+        replace_old = self.progress.replace_complete
+        head, tail = cut_shard(whole, self.options.split_tokens, first, second, replace_old)
         return {TRAIN: head, VALIDATION: tail}
 
     def _shuffle(self, seed: int) -> dict[str, list[ShardSummary]]:

@@ -22,7 +22,7 @@ from megaegpt.data.tokens.corpus_manifest import (
 )
 from megaegpt.data.tokens.shard_tokenizer import remove_replaced
 from megaegpt.data.tokens.shards import ShardSummary, bin_path, idx_path
-from megaegpt.errors import DataError
+from megaegpt.errors import DamagedManifestError, DataError
 from megaegpt.files import LOCK, TEMPORARY_SUFFIX, naming_failures, write_whole
 
 PROGRESS_FOLDER = ".progress"
@@ -138,7 +138,10 @@ class Progress:
 
     def _meet_complete(self, overwrite: bool) -> None:
         if overwrite:
-            self._replaced = Manifest.load(self.output)
+            try:
+                self._replaced = Manifest.load(self.output)
+            except DamagedManifestError:  # it may list any shards: none but those of the plan go
+                self._replaced = Manifest({}, {}, {})
             # What lies out of sight is of a run that was to replace this corpus, or of the one that
             # made it.
             if self.plan == self._replaced.plan or not self._has_begun():
@@ -185,7 +188,7 @@ class Progress:
         if self._replaced is not None:
             splits = self._replaced.splits.values()
             self._remove([shard.name for split in splits for shard in split])
-            remove_replaced(self._tokenizer, self.output)
+            remove_replaced(self._tokenizer, self.output, self._replaced)
             (self.output / MANIFEST_NAME).unlink()
             self._replaced = None
 

@@ -13,9 +13,9 @@ from megaegpt.bars import progress_bar
 from megaegpt.config.data import VerifyPolicy
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.shards import ShardSummary, bin_path, idx_path
-from megaegpt.errors import DataError
+from megaegpt.errors import DamagedManifestError, DataError
 from megaegpt.files import is_special, sha256_of_file, write_whole
-from megaegpt.json_files import conform, read_json
+from megaegpt.json_files import conform, parse_json, read_content
 
 MANIFEST_NAME = "manifest.json"
 AUTO_VERIFY_BYTES = 4 << 30
@@ -53,24 +53,29 @@ class Manifest:
         """Read ``manifest.json`` of ``folder``.
 
         Raises:
-            DataError: it is missing, damaged, or of another format.
+            DamagedManifestError: it is damaged.
+            DataError: it is missing, another program's, or of another format.
         """
         path = folder / MANIFEST_NAME
-        remedy = "make the shards again, or copy it again"
-        missing = "these shards have no manifest"
-        fields = read_json(path, dict[str, Any], remedy=remedy, missing=missing)
-        found = fields.pop("format", None)
-        if found is None:
-            raise DataError(f"{path} is damaged: it has no format; {remedy}")
+        remedy = "make the shards again with --overwrite, or copy it again"
+        content = read_content(path, missing="these shards have no manifest")
+        fields = parse_json(content, Any, str(path), error=DamagedManifestError, remedy=remedy)
+        if not isinstance(fields, dict) or not {"format", "splits"} <= fields.keys():
+            raise DataError(
+                f"{path} is not a manifest of shards of this program, which have theirs under this "
+                "name: keep it, or the shards, in another folder"
+            )
+        found = fields.pop("format")
         if found != _FORMAT:
             raise DataError(f"{path} has format {found!r:.50}; only {_FORMAT} is known")
-        manifest = conform(fields, Manifest, str(path), remedy=remedy)
+        error = DamagedManifestError
+        manifest = conform(fields, Manifest, str(path), error=error, remedy=remedy)
         try:
             whole_numbers(manifest.counts)
             for shard in itertools.chain.from_iterable(manifest.splits.values()):
                 parse_summary(asdict(shard))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path} is damaged: {error}; {remedy}") from None
+        except (ValueError, TypeError) as reason:
+            raise error(f"{path} is damaged: {reason}; {remedy}") from None
         return manifest
 
     def verify(self, folder: Path) -> None:

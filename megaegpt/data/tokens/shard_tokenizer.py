@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from megaegpt.data.tokenizers.tokenizer_files import (
     save_tokenizer,
 )
 from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
-from megaegpt.errors import ConfigError, DataError
+from megaegpt.errors import ConfigError, DamagedManifestError, DataError
 from megaegpt.files import naming_failures
 
 
@@ -31,7 +32,8 @@ def check_tokenizer_place(tokenizer: Tokenizer, output: Path) -> None:
     found = load_tokenizer(folder).fingerprint
     earlier = None
     if (output / MANIFEST_NAME).exists():
-        earlier = Manifest.load(output).tokenizer.get("fingerprint")
+        with contextlib.suppress(DamagedManifestError):  # it does not tell whose the tokenizer is
+            earlier = Manifest.load(output).tokenizer.get("fingerprint")
     if found not in (tokenizer.fingerprint, earlier):
         raise DataError(
             f"{folder} holds a tokenizer that the shards would not be made with: name it by "
@@ -39,9 +41,12 @@ def check_tokenizer_place(tokenizer: Tokenizer, output: Path) -> None:
         )
 
 
-def remove_replaced(tokenizer: Tokenizer, output: Path) -> None:
+def remove_replaced(tokenizer: Tokenizer, output: Path, replaced: Manifest) -> None:
     """Remove the tokenizer of the shards that a manifest in ``output`` lists, unless those that
     replace them are made with it too: without that manifest it would be taken for somebody's.
+
+    Args:
+        replaced: the manifest.
 
     Raises:
         DataError: it cannot be removed.
@@ -50,7 +55,7 @@ def remove_replaced(tokenizer: Tokenizer, output: Path) -> None:
     with naming_failures(folder):
         if has_tokenizer(folder):
             found = load_tokenizer(folder).fingerprint
-            if found == Manifest.load(output).tokenizer.get("fingerprint") != tokenizer.fingerprint:
+            if found == replaced.tokenizer.get("fingerprint") != tokenizer.fingerprint:
                 remove_tokenizer(folder)
 
 

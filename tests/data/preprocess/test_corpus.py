@@ -465,6 +465,39 @@ def test_a_corpus_is_overwritten_by_what_can_take_its_place_alone(
     assert files_of(output) == before
 
 
+def test_shards_whose_manifest_is_damaged_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # a tokenizer that lies beside them
+    path, output = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_bytes(jsonl(TEXTS))
+    save_tokenizer(trained_tokenizer(), tmp_path)
+    own = {"vocabulary": str(tmp_path)}
+    run(output, path, encode=dict(own))
+    expected = (output / "manifest.json").read_bytes()
+    (output / "manifest.json").write_bytes(expected[:100])
+    (output / "other.bin").write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"is damaged: .*make the shards again with --overwrite"):
+        run(output, path, encode=dict(own))
+    with pytest.raises(DataError, match="holds a tokenizer that the shards would not be made with"):
+        run(output, path, overwrite=True)  # whose it is nobody can tell
+    assert (output / "manifest.json").read_bytes() == expected[:100]
+    run(output, path, encode=dict(own), overwrite=True)
+    assert (output / "manifest.json").read_bytes() == expected
+    assert (output / "other.bin").read_bytes() == b"mine"
+
+
+def test_another_program_s_manifest_is_not_overwritten(tmp_path: Path) -> None:
+    path, output = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_bytes(jsonl(TEXTS))
+    output.mkdir()
+    (output / "manifest.json").write_bytes(b'{"version": 2}')
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"is not a manifest of .*in another folder$"):
+            run(output, path, overwrite=overwrite)
+    assert files_of(output) == {"manifest.json": b'{"version": 2}'}
+
+
 def test_a_kill_while_a_corpus_is_overwritten_leaves_nothing_to_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -562,7 +595,8 @@ def test_the_manifest_tells_changed_shards(tmp_path: Path) -> None:
     tokens.write_bytes(content)
     with pytest.raises(DataError, match=r"train\.bin has changed"):
         manifest.verify(tmp_path / "out")
-    (tmp_path / "out" / "manifest.json").write_bytes(b"{}")
+    with (tmp_path / "out" / "manifest.json").open("r+b") as file:
+        file.truncate(100)
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         Manifest.load(tmp_path / "out")
 
