@@ -274,17 +274,22 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``folder``, synced, when the block ends well. What
-    killed processes have left of the same ``folder`` is removed before.
+    """Yield a temporary folder that becomes ``folder``, or what a link of this name leads to,
+    synced, when the block ends well. What killed processes have left of the same ``folder`` is
+    removed before.
 
     Raises:
-        CheckpointError: ``folder`` holds something already, or writing failed in the block.
+        CheckpointError: ``folder`` holds something already or cannot be replaced, or writing failed
+            in the block.
     """
-    folder = Path(os.path.abspath(folder))  # without resolving: a link may lead to an empty folder
+    folder = Path(os.path.realpath(folder))  # no folder can take a link's place
     temporary = None
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        is_loop = folder.is_symlink()
+        if is_loop or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
             raise CheckpointError(f"{folder} exists already: remove it, or name another folder")
+        if os.path.ismount(folder):
+            raise CheckpointError(f"{folder} is a mount point: name a folder in it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         temporary = Path(

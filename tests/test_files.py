@@ -222,6 +222,35 @@ def test_a_folder_with_something_in_it_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "weights" / "mine").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_folder_under_a_link_s_name_is_what_the_link_leads_to(
+    tmp_path: Path, is_there: bool
+) -> None:
+    target = tmp_path / "disk" / "weights"
+    if is_there:
+        target.mkdir(parents=True)
+    (tmp_path / "weights").symlink_to(target)
+    with whole_folder(tmp_path / "weights") as temporary:
+        (temporary / "a").write_bytes(b"content")
+    assert (target / "a").read_bytes() == b"content"
+    assert (tmp_path / "weights").readlink() == target
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["loop", "mounted"])
+def test_what_no_folder_can_take_the_place_of_is_refused_before_the_work(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    with (
+        pytest.raises(CheckpointError, match=r"exists already|is a mount point: name a folder in"),
+        whole_folder(tmp_path / name),
+    ):
+        pytest.fail("the block must not run")
+
+
 def test_a_file_system_without_durable_folders_is_said_once_and_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
