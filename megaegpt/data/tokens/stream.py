@@ -83,22 +83,26 @@ class TokenStream:
 
         Raises:
             IndexError: the span is not inside the stream.
+            DataError: a token is outside the vocabulary that :meth:`limit_ids` has named.
         """
         if start < 0 or length < 0 or start + length > len(self):
             raise IndexError(f"tokens {start}..{start + length} of a stream of {len(self)}")
         self._look()
         self._pages.note(1, length * self._tokens[0].itemsize, self._tokens)
         parts = []
-        shard = bisect_right(self._ends, start)
+        first, shard = start, bisect_right(self._ends, start)
         while length > 0:
             tokens = self._tokens[shard]
             offset = start - self._begins[shard]
             part = tokens[offset : offset + length]
             parts.append(part)
             start, length, shard = start + len(part), length - len(part), shard + 1
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else self._tokens[0][:0]
+        if not parts:
+            return self._tokens[0][:0]
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self._vocab_size is not None:
+            self._check_rows(np.array([first]), tokens[None], self._vocab_size)
+        return tokens
 
     @property
     def dtype(self) -> np.dtype:
@@ -143,7 +147,7 @@ class TokenStream:
             self.check_unchanged()
 
     def limit_ids(self, vocab_size: int) -> None:
-        """From now on, hold every row against a vocabulary."""
+        """From now on, hold all that is read against a vocabulary."""
         self._vocab_size = vocab_size
 
     def _check_rows(self, starts: np.ndarray, rows: np.ndarray, vocab_size: int) -> None:

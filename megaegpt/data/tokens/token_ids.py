@@ -21,7 +21,7 @@ def check_ids(stream: TokenStream, vocab_size: int, rank: int = 0, world_size: i
 
     A shard whose manifest names a tokenizer of at most ``vocab_size`` ids is taken at its word (its
     checksum vouches for it), and so is a type that can hold no more. The others are read, up to 4
-    GiB of them, shared by the ranks; of more than that, every row is looked at as it is drawn.
+    GiB of them, shared by the ranks; of more than that, each token is looked at as it is read.
 
     Args:
         stream: the shards.

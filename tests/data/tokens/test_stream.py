@@ -284,3 +284,13 @@ def test_rows_are_held_against_a_vocabulary_where_one_is_set(tmp_path: Path) -> 
     stream.read_rows(np.array([0, 30]), rows)
     with pytest.raises(DataError, match=r"count-40-20\.bin holds id 35 at token 15, outside"):
         stream.read_rows(np.array([0, 31]), rows)
+
+
+@pytest.mark.parametrize("start", [10, 31])  # over two shards, and within one
+def test_spans_are_held_against_a_vocabulary_where_one_is_set(tmp_path: Path, start: int) -> None:
+    stream = counting_stream(tmp_path, 40, shard_tokens=20)
+    stream.limit_ids(35)
+    assert stream.read(start, 35 - start).tolist() == list(range(start, 35))
+    assert not len(stream.read(start, 0))
+    with pytest.raises(DataError, match=r"count-40-20\.bin holds id 35 at token 15, outside"):
+        stream.read(start, 36 - start)
