@@ -93,8 +93,8 @@ class TokenMemory(nn.Module):
         self.by_match = _constants(_MATCH, pointers, grid)
         self.scores_at_once: int | None = None
         """See :class:`~megaegpt.model.egpt.copy_attention.Scoring`."""
-        self._share_sum: Tensor | None = None
-        self._calls = 0
+        self._noted: Tensor | None = None
+        """(2,): the sum of shares, and of how many tokens."""
 
     def keys(self, states: Tensor) -> Tensor:
         """Encoder states (B, J, C) -> keys (B, H, J, D) of unit length."""
@@ -114,19 +114,22 @@ class TokenMemory(nn.Module):
         precise = torch.promote_types(self.log_scale.dtype, torch.float32)
         return (_RATE * self.log_scale.to(precise)).exp()
 
-    def note_shares(self, log_shares: Tensor) -> None:
-        """Let :meth:`mean_share` be that of these tokens too, (B, 1 + H, T)."""
-        share = -log_shares[:, 0].detach().expm1().mean()
-        self._share_sum = share if self._share_sum is None else self._share_sum + share
-        self._calls += 1
+    def note_shares(self, log_shares: Tensor, targets: Tensor) -> None:
+        """Let :meth:`mean_share` be that of these tokens too: (B, 1 + H, T), and their targets
+        (B, T), negative where there is none, of padding say, which counts for nothing.
+        """
+        real = targets >= 0
+        share = -log_shares[:, 0].detach().expm1().masked_fill(~real, 0.0)
+        noted = torch.stack((share.sum(dtype=torch.float64), real.sum(dtype=torch.float64)))
+        self._noted = noted if self._noted is None else self._noted + noted
 
     def mean_share(self) -> float | None:
         """Of all pointers together, 0 to 1, over this rank's tokens since the last time that it was
-        asked for, each micro-batch counting the same; None: there were none.
+        asked for; None: there were none.
         """
-        total, calls = self._share_sum, self._calls
-        self._share_sum, self._calls = None, 0
-        return None if total is None else total.item() / calls
+        noted, self._noted = self._noted, None
+        total, tokens = (0.0, 0.0) if noted is None else noted.tolist()
+        return total / tokens if tokens else None
 
     def _projected(self, states: Tensor, weight: Tensor) -> Tensor:
         projected = F.linear(self.norm(states), weight).unflatten(-1, (self.pointers, -1))
@@ -200,7 +203,7 @@ class MemoryMixture:
         queries, chunks = self._query.queries, self._chunks
         found = point(queries, self._earlier, self._own, scoring, targets, *chunks)
         log_shares = self._module.log_shares(self._query, found)
-        self._module.note_shares(log_shares)
+        self._module.note_shares(log_shares, targets)
         return log_shares[:, 0], (log_shares[:, 1:].exp() * found.probability).sum(1)
 
     def log_probabilities(self, logits: Tensor, row: int, places: Tensor) -> Tensor:

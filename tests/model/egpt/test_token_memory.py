@@ -439,9 +439,25 @@ def test_the_share_of_tokens_since_it_was_asked_for_and_the_scale_are_told():
     found = model.metrics()
     again = {name: value for name, value in batch.items() if name != "targets"}
     log_keep, _ = model.predictions(**again).mixture.of(batch["targets"].flatten(1))
-    share = 1 - log_keep.exp().mean().item()
+    share = 1 - log_keep[batch["targets"].flatten(1) != IGNORE].exp().mean().item()
     assert found == pytest.approx(
         {"token_memory/share": share, "token_memory/scale": math.exp(1.5)}
     )
     model.metrics()
     assert list(model.metrics()) == ["token_memory/scale"]  # nothing was predicted since
+
+
+def test_padding_has_no_part_in_the_share():
+    model, batch = _model(), _batch()
+    model(**batch)
+    alone = model.metrics()["token_memory/share"]
+    nothing = torch.full_like(batch["targets"], IGNORE)
+    padded = {**batch, "targets": torch.cat([batch["targets"][:1], nothing[:1]])}
+    model(**{**batch, "targets": nothing})
+    assert list(model.metrics()) == ["token_memory/scale"]
+    model(**padded)
+    first = model.metrics()["token_memory/share"]
+    for targets in (nothing, padded["targets"], nothing):
+        model(**{**batch, "targets": targets})
+    assert model.metrics()["token_memory/share"] == pytest.approx(first, rel=1e-12)
+    assert first != pytest.approx(alone, rel=1e-3)  # rows differ
