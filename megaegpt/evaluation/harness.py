@@ -5,7 +5,7 @@ Importing this module needs that package.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -252,12 +252,23 @@ def _task_manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
 
 
 def measures(result: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a task, given as ``measure,filter``, by measure and without their errors."""
-    return {
-        name.split(",")[0]: value
+    """The numbers of a task, given as ``measure,filter``, by measure and without their errors.
+
+    Where several filters find a measure, the name of each but ``none`` is told with it, as
+    ``exact_match (strict-match)``.
+    """
+    found = {
+        name: value
         for name, value in result.items()
         if "," in name and "_stderr" not in name and isinstance(value, int | float)
     }
+    times = Counter(name.split(",")[0] for name in found)
+    numbers = {}
+    for name, value in found.items():
+        measure, _, chosen_by = name.partition(",")
+        alone = chosen_by == "none" or times[measure] == 1
+        numbers[measure if alone else f"{measure} ({chosen_by})"] = value
+    return numbers
 
 
 __all__ = ["HarnessModel", "measures", "rolling_pairs", "run_harness"]

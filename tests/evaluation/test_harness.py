@@ -126,6 +126,27 @@ def test_local_tasks_have_the_measures_of_the_same_weights(folder: Path, theirs:
     assert measures(found["local_perplexity"])["bits_per_byte"] > 0
 
 
+def test_every_filter_of_a_measure_has_its_number() -> None:
+    found = {
+        "alias": "gsm8k",
+        "sample_len": 3,
+        "exact_match,strict-match": 0.25,
+        "exact_match_stderr,strict-match": "N/A",
+        "exact_match,flexible-extract": 0.5,
+        "exact_match_stderr,flexible-extract": 0.1,
+        "f1,strict-match": 0.75,
+        "acc,none": 1.0,
+        "acc,last": 0.0,
+    }
+    assert measures(found) == {
+        "exact_match (strict-match)": 0.25,
+        "exact_match (flexible-extract)": 0.5,
+        "f1": 0.75,
+        "acc": 1.0,
+        "acc (last)": 0.0,
+    }
+
+
 def _answer(folder: Path) -> tuple[Any, ...]:
     model = ours(folder, grid_for(2))
     return (
