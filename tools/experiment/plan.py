@@ -157,6 +157,7 @@ def load_plan(path: str | Path) -> ExperimentPlan:
     if not problems:
         for name in plan.variants:
             problems += _run_problems(f"variants.{name}", decoder_values(plan, name))
+        problems = problems or _comparison_problems(plan)
         problems += _length_problems(plan)
         if plan.encoder.source is None:
             problems += _run_problems("encoder.run", plan.encoder.run)
@@ -178,6 +179,8 @@ def _corpus_problems(plan: ExperimentPlan) -> list[Problem]:
         corpus = plan.corpus(name)
         if corpus.runs_of is None:
             trained.append(name)
+            if not corpus.train:
+                found.append(f"corpora.{name}.train names no text: there is nothing to train on")
         elif corpus.runs_of not in trained:
             found.append(f"corpora.{name}.runs_of={corpus.runs_of}: no corpus above it trains")
         elif corpus.train or not corpus.held_out:
@@ -192,6 +195,31 @@ def _corpus_problems(plan: ExperimentPlan) -> list[Problem]:
                 found.append(f"corpora.{name}.{key}: {', '.join(sorted(unknown))}: not in {key}")
         if corpus.variants and plan.baseline not in corpus.variants:
             found.append(f"corpora.{name}.variants lacks the baseline {plan.baseline}")
+    return [Problem((), text) for text in found]
+
+
+def _comparison_problems(plan: ExperimentPlan) -> list[Problem]:
+    """Of variants, each of which could be trained: what they must share to be compared."""
+    configs = {n: run_config_from_dict(decoder_values(plan, n), []) for n in plan.variants}
+    found, base = [], configs[plan.baseline]
+    for name, config in configs.items():
+        if not config.model.needs_encoder:
+            kind = f"model.kind={config.model.kind}"
+            found.append(f"variants.{name}: {kind} reads no encoder: give egpt or deepgpt")
+    if found:
+        return [Problem((), text) for text in found]
+    for name, config in configs.items():
+        for key, value in vars(config.training).items():
+            if key != "freeze" and value != (other := getattr(base.training, key)):
+                found.append(
+                    f"variants.{name}: training.{key}={value}, and {other} of the baseline "
+                    f"{plan.baseline}, with whose runs it is compared"
+                )
+        if (length := config.model.sample_len) != (other := base.model.sample_len):
+            found.append(
+                f"variants.{name}: windows of {length} tokens (model.egpt: num_chunks times "
+                f"chunk_size), and {other} of the baseline {plan.baseline}"
+            )
     return [Problem((), text) for text in found]
 
 

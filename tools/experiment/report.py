@@ -365,8 +365,11 @@ def _by_length(corpus: dict[str, Any]) -> str:
 
 def _by_position(corpus: dict[str, Any]) -> str:
     rows = _lines(corpus, "by_position")
-    header = ["", *next(iter(rows.values()))]
-    return _table(header, [[n, *(f"{v:.3f}" for v in bins.values())] for n, bins in rows.items()])
+    columns = dict.fromkeys(label for bins in rows.values() for label in bins)
+    cells = [
+        [n, *(f"{bins[c]:.3f}" if c in bins else "" for c in columns)] for n, bins in rows.items()
+    ]
+    return _table(["", *columns], cells)
 
 
 def _lines(corpus: dict[str, Any], what: str) -> dict[str, Any]:

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 
 from megaegpt.config import RunConfig
-from megaegpt.config.loading import config_to_dict, config_to_yaml, load_config
+from megaegpt.config.loading import (
+    config_to_dict,
+    config_to_yaml,
+    load_config,
+    run_config_from_dict,
+)
 from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.errors import CheckpointError, DataError
@@ -172,6 +177,13 @@ class Experiment:
         training = {"seed": seed} if steps is None else {"seed": seed, "steps": steps}
         encoder = values["model"]["encoder"]
         store = f"{encoder.get('layers') or 'all'}_layers_overlap_{encoder.get('overlap', 0)}"
+        own, base = (
+            run_config_from_dict(of, [])
+            for of in (values, decoder_values(self.plan, self.plan.baseline))
+        )
+        size = own.model.egpt.chunk_size
+        if own.data.token_features == "stored" and size != base.model.egpt.chunk_size:
+            store += f"_chunks_of_{size}"
         return make_run(
             values,
             folder,

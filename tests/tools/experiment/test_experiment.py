@@ -278,7 +278,14 @@ def _measure_stored_and_computed(output: Path) -> dict[str, Any]:
         budgets=("steps",),
         readings={},
         encoder=dataclasses.replace(plan.encoder, run=merged(plan.encoder.run, rotary)),
-        variants={"computed": variant, "stored": {"base": "computed", "data": kept}},
+        variants={
+            "computed": variant,
+            "stored": {"base": "computed", "data": kept},
+            "smaller_chunks": {
+                "base": "stored",
+                "model": {"egpt": {"num_chunks": 8, "chunk_size": 8}},
+            },
+        },
     )
     _run(plan)
     return collect(plan)
@@ -295,6 +302,11 @@ def test_losses_of_a_frozen_decoder_are_those_of_what_is_stored(
     for kind, losses in stored.items():
         assert losses["mean"] == pytest.approx(computed[kind]["mean"], rel=1e-5), kind
     assert {p.name for p in (tmp_path / "data/bible").rglob("*report*")}
+    names = {p.name for p in (tmp_path / "data/bible/features").iterdir()}
+    assert names == {"2_layers_overlap_0", "2_layers_overlap_0_chunks_of_8"}
+    assert len(steps["smaller_chunks"]["losses"]["true"]["by_chunk"]) == 8
+    page = markdown(report, []).partition("### By position inside the chunk")[2]
+    assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
 
 
 def test_a_time_limit_for_a_report_alone_is_refused(

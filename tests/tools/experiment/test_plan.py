@@ -94,6 +94,31 @@ def test_everything_wrong_is_said_at_once(tmp_path):
         ("[16, 64]", "[64, 15]", r"memory_lengths\.egpt_improved: 15 is less than a chunk of 16"),
         ("steps: 4,", "steps: 4, patience: 1,", r"deepgpt: training\.patience=1 may end runs"),
         ("steps: 6,", "steps: 6, patience: 1,", r"encoder\.run: training\.patience=1 may end runs"),
+        (
+            "model: {kind: egpt}",
+            "{model: {kind: egpt}, training: {steps: 12}}",
+            r"wrong\.yaml: variants\.egpt: training\.steps=12, and 4 of the baseline deepgpt",
+        ),
+        (
+            "model: {kind: egpt}",
+            "model: {kind: egpt, egpt: {num_chunks: 2}}",
+            r"wrong\.yaml: variants\.egpt: windows of 32 tokens .*, and 64 of the baseline deepgpt",
+        ),
+        (
+            "model: {kind: egpt}",
+            "model: {kind: gpt, max_seq_len: 64}",
+            r"wrong\.yaml: variants\.egpt: model\.kind=gpt reads no encoder",
+        ),
+        (
+            "model: {kind: deepgpt}",
+            "model: {kind: gpt, max_seq_len: 64}",
+            r"wrong\.yaml: variants\.deepgpt: model\.kind=gpt reads no encoder",
+        ),
+        (
+            "{train: [king_james_bible], train_share: 0.8}",
+            "",
+            r"corpora\.bible\.train names no text: there is nothing to train on",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_named(tmp_path, right, wrong, words):
@@ -101,6 +126,16 @@ def test_what_cannot_be_measured_is_named(tmp_path, right, wrong, words):
     path.write_text((CONFIGS / "smoke.yaml").read_text().replace(right, wrong))
     with pytest.raises(ConfigError, match=words):
         load_plan(path)
+
+
+def test_what_is_trained_and_chunks_of_another_size_may_differ(tmp_path):
+    path = tmp_path / "plan.yaml"
+    changed = (
+        "{training: {freeze: [head]}, model: {kind: egpt, egpt: {chunk_size: 8, num_chunks: 8}}}"
+    )
+    whole = (CONFIGS / "smoke.yaml").read_text()
+    path.write_text(whole.replace("model: {kind: egpt}", changed))
+    assert "freeze" in load_plan(path).variants["egpt"]["training"]
 
 
 def test_a_base_left_empty_is_none(tmp_path):
