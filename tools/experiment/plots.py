@@ -137,7 +137,7 @@ def _totals(axes: Any, corpus: dict[str, Any]) -> None:
     """Every budget's losses with their spread over seeds."""
     rows = list(readings_of(corpus).items())
     for budget in ("steps", "flops", "time"):
-        for variant, result in corpus.get(budget, {}).items():
+        for variant, result in (corpus.get(budget) or {}).items():
             suffix = "" if budget == "steps" else f" ({budget})"
             rows.append((variant + suffix, result))
     losses = [result["losses"]["true"] for _, result in rows]

@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from megaegpt.config.loading import run_config_from_dict
 from megaegpt.errors import DataError
 from megaegpt.evaluation.history import HISTORIES
-from tools.experiment.plan import ExperimentPlan
-from tools.experiment.runs import HELD, READINGS, RESULT, check_reading, read_result
+from tools.experiment.plan import ExperimentPlan, decoder_values
+from tools.experiment.runs import HELD, READINGS, RESULT, check_reading, read_result, read_steps
 
 CARRIED = "document"
 """Losses with a token memory that holds the plan's ``memory_tokens`` of the whole text."""
@@ -54,15 +55,23 @@ def _corpus(plan: ExperimentPlan, folder: Path) -> dict[str, Any]:
         if (run / RESULT).exists():
             check_reading(run, plan.reading(name))
             result["readings"][name] = _over_seeds([run])
-    if not any((folder / "steps").glob(f"*/*/{RESULT}")):
-        raise DataError(f"{folder}: no variant is finished; train before it is reported")
     for budget in plan.budgets:
-        result[budget] = {}
+        found = {}
         for variant in plan.variants_on(folder.name):
             runs = sorted(path.parent for path in (folder / budget / variant).glob(f"*/{RESULT}"))
             if runs:
-                result[budget][variant] = _over_seeds(runs, plan.memory_tokens)
+                found[variant] = _over_seeds(runs, plan.memory_tokens)
+        result[budget] = found or ({} if _has_equal_steps(plan, folder, budget) else None)
+    if not result["steps"]:
+        raise DataError(f"{folder}: no variant is finished; train before it is reported")
     return result
+
+
+def _has_equal_steps(plan: ExperimentPlan, folder: Path, budget: str) -> bool:
+    """Whether a budget was found to come to the steps that every variant has without it."""
+    equal = run_config_from_dict(decoder_values(plan, plan.baseline), []).training.steps
+    steps = read_steps(folder / budget)
+    return all(steps.get(variant) == equal for variant in plan.variants_on(folder.name))
 
 
 def _over_seeds(runs: list[Path], memory_tokens: int | None = None) -> dict[str, Any]:
@@ -121,7 +130,7 @@ def findings(plan: ExperimentPlan, name: str, corpus: dict[str, Any]) -> list[st
     found = []
     for budget in plan.budgets:
         if not corpus[budget]:
-            found.append(f"{name}, {_same_runs(budget)}")
+            found.append(f"{name}, {_without_runs(corpus, budget)}")
             continue
         variants = dict(corpus["steps"]) | corpus[budget]
         if plan.baseline not in variants:
@@ -151,8 +160,10 @@ def findings(plan: ExperimentPlan, name: str, corpus: dict[str, Any]) -> list[st
     return found
 
 
-def _same_runs(budget: str) -> str:
+def _without_runs(corpus: dict[str, Any], budget: str) -> str:
     """Of a budget without runs of its own."""
+    if corpus[budget] is None:
+        return f"{_BUDGETS[budget]}: no run of this budget is finished"
     return (
         f"{_BUDGETS[budget]}: scaled to it, every variant has as many steps as before: these are "
         "the runs of equal steps"
@@ -204,7 +215,7 @@ def _tables(name: str, corpus: dict[str, Any], budget: str) -> list[str]:
     """A corpus' losses within a budget, as paragraphs."""
     if corpus.get(budget):
         return [f"{name}, {_BUDGETS[budget]}: {_sizes(corpus)}", _main_table(corpus, budget)]
-    return [f"{name}, {_same_runs(budget)}."] if budget in corpus else []
+    return [f"{name}, {_without_runs(corpus, budget)}."] if budget in corpus else []
 
 
 def _circumstances(report: dict[str, Any]) -> str:

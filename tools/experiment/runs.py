@@ -54,6 +54,9 @@ from tools.experiment.readings import load_reader, reading_nats
 from tools.experiment.texts import prepare_corpus, prepare_encoder_texts
 
 RESULT, READINGS = "result.json", "readings"
+STEPS = "steps.json"
+"""In the folder of a budget that is derived from equal steps: what it comes to, by variant, those
+included that have no runs of their own for it."""
 HELD = "held"
 """Losses with a token memory that goes on over the whole reported text, by the tokens it holds."""
 _READING = "reading"
@@ -200,22 +203,33 @@ class Experiment:
 
     def _steps(self, corpus: str, budget: Budget) -> dict[str, int]:
         """Steps of each variant; of those budgets that are derived, only where they differ."""
-        baseline, equal = self.plan.baseline, {}
+        equal = {}
         for variant in self.plan.variants_on(corpus):
             config = self._config(corpus, variant, self.folder, 1, None)
             equal[variant] = config.training.steps
         if budget == "steps":
             return equal
-        cost = {name: self._cost(corpus, name, budget) for name in equal}
-        scaled = {n: max(1, round(equal[n] * cost[baseline] / cost[n])) for n in equal}
-        return {name: steps for name, steps in scaled.items() if steps != equal[name]}
+        trained = self._runs(self.plan.corpus(corpus).runs_of or corpus)
+        steps = {name: self._scaled(trained, name, budget, equal[name]) for name in equal}
+        folder = _whole_folder(self._runs(corpus) / budget)
+        write_whole(folder / STEPS, (json.dumps(steps, indent=1) + "\n").encode())
+        return {name: scaled for name, scaled in steps.items() if scaled != equal[name]}
 
-    def _cost(self, corpus: str, variant: str, budget: Budget) -> float:
+    def _scaled(self, trained: Path, variant: str, budget: Budget, equal: int) -> int:
+        """Steps of a variant within a budget that is derived. Where it has a run those of it: a
+        speed that is measured is another after every further run.
+        """
+        if begun := sorted((trained / budget / variant).glob("*/run.yaml")):
+            return load_config(begun[0]).training.steps
+        usual = self._cost(trained, self.plan.baseline, budget)
+        return max(1, round(equal * usual / self._cost(trained, variant, budget)))
+
+    def _cost(self, trained: Path, variant: str, budget: Budget) -> float:
         """Operations a token, or seconds a token as measured in the runs of equal steps."""
         if budget == "flops":
-            config = self._config(corpus, variant, self.folder, 1, None)
+            config = self._config(trained.name, variant, self.folder, 1, None)
             return measure_model(config, find_encoder(config)).flops_per_token
-        folders = (self._runs(corpus) / "steps" / variant).glob(f"*/{RESULT}")
+        folders = (trained / "steps" / variant).glob(f"*/{RESULT}")
         speeds = [read_result(f.parent)["training"]["tokens_per_second"] for f in folders]
         return 1 / median(speeds)
 
@@ -431,6 +445,18 @@ def read_result(folder: Path) -> dict[str, Any]:
     result = read_json(path, dict[str, Any], remedy=remedy, missing=missing)
     conform(result, _Result, str(path), remedy=remedy, other_keys=True)
     return result
+
+
+def read_steps(folder: Path) -> dict[str, int]:
+    """Steps within a budget that is derived, by variant; none before they are.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = folder / STEPS
+    if not path.exists():
+        return {}
+    return read_json(path, dict[str, int], remedy=f"remove {path}, and start the experiment again")
 
 
 def _kept_alike(config: RunConfig, other: RunConfig) -> RunConfig:

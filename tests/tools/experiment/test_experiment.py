@@ -26,7 +26,14 @@ from tests.tiny.runs import StopAfter
 from tools.experiment.plan import ExperimentPlan, load_plan, merged
 from tools.experiment.plots import write_plots
 from tools.experiment.report import collect, insert, markdown
-from tools.experiment.runs import RESULT, Experiment, StoppedError, best_step, read_metrics
+from tools.experiment.runs import (
+    RESULT,
+    Experiment,
+    StoppedError,
+    best_step,
+    read_metrics,
+    read_result,
+)
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "experiments"
 
@@ -243,6 +250,54 @@ def test_evaluated_checkpoints_outlive_any_number_of_stops(
     (found,) = distributed(1, _stop_often, tmp_path, output / "encoder" / "weights")
     assert all("step_00000004" in names for names in found), found
     assert "step_00000008" in found[-1], found
+
+
+def _scale_to_time(output: Path, encoder: Path) -> None:
+    """Steps of ``egpt``, at half the baseline's speed, are half as many, whatever is measured of
+    the runs that follow.
+    """
+    smallest = smoke(output)
+    plan = dataclasses.replace(
+        smallest,
+        corpora={"bible": smallest.corpora["bible"]},
+        seeds=1,
+        controls={},
+        budgets=("steps",),
+        readings={},
+        memory_tokens=None,
+        memory_lengths={},
+        encoder=dataclasses.replace(smallest.encoder, source=str(encoder)),
+        variants={name: smallest.variants[name] for name in ("deepgpt", "egpt")},
+    )
+    runs = output / "runs/bible"
+
+    def measured(variant: str, speed: float) -> None:
+        path = runs / "steps" / variant / "seed1" / RESULT
+        result = json.loads(path.read_text())
+        result["training"]["tokens_per_second"] = speed
+        path.write_text(json.dumps(result))
+
+    _run(plan)
+    measured("deepgpt", 1000.0)
+    measured("egpt", 500.0)
+    plan = dataclasses.replace(plan, budgets=("steps", "time"))
+    missing = "bible, equal training time: no run of this budget is finished"
+    report = collect(plan)
+    assert report["findings"][-1] == missing
+    page = "<!-- experiment smoke, equal training time -->\n<!-- end of experiment -->\n"
+    assert f"{missing}." in insert(page, report, "smoke")
+    write_plots(report, output)
+    _run(plan)
+    measured("egpt", 4e9)
+    assert "step" not in _run(plan)
+    assert read_result(runs / "time/egpt/seed1")["training"]["steps"] == 2
+    assert not (runs / "time/deepgpt").exists()
+
+
+def test_a_runs_steps_within_a_budget_of_time_stay_as_they_are(
+    report: dict[str, Any], output: Path, distributed: Distributed, tmp_path: Path
+) -> None:
+    distributed(1, _scale_to_time, tmp_path, output / "encoder" / "weights")
 
 
 def _measure_stored_and_computed(output: Path) -> dict[str, Any]:
