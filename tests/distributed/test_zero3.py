@@ -17,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from safetensors.torch import load_file
 
-from megaegpt.config import EGPTConfig
+from megaegpt.config import EGPTConfig, LoRAConfig
 from megaegpt.config.run import RunConfig
 from megaegpt.generation.generator import sample_text
 from megaegpt.model.build import build_model
@@ -187,6 +187,51 @@ def test_an_evaluation_has_the_same_loss_where_a_rank_has_fewer_windows(
     second, third = (runs.validation_losses(tmp_path / str(stage)) for stage in (2, 3))
     assert list(third) == [3]
     assert third == pytest.approx(second, rel=1e-6)
+
+
+def test_selective_checkpointing_changes_no_loss_behind_evaluations(
+    distributed: Distributed, corpus: Path, tmp_path: Path
+) -> None:
+    """How many gathers run in a block changes with each of them."""
+    losses = []
+    for kind in ("none", "selective"):
+        training = {"steps": 4, "eval_interval": 2, "activation_checkpointing": kind}
+        config = _checkpointed(corpus, tmp_path / kind, training)
+        distributed(2, _whole_run, config)
+        losses.append(runs.losses(tmp_path / kind))
+    assert losses[0] == losses[1]
+
+
+def test_selective_checkpointing_changes_no_loss_of_adapters(
+    distributed: Distributed, corpus: Path, tmp_path: Path
+) -> None:
+    """Beside them, the frozen weights are gathered anew in the backward pass."""
+    base = _checkpointed(corpus, tmp_path / "base", {"steps": 3})
+    distributed(2, _whole_run, base)
+    losses = []
+    for kind in ("none", "selective"):
+        training = {
+            "steps": 3,
+            "activation_checkpointing": kind,
+            "initialize_from": str(tmp_path / "base"),
+            "lora": LoRAConfig(rank=2),
+        }
+        distributed(2, _whole_run, _checkpointed(corpus, tmp_path / kind, training))
+        losses.append(runs.losses(tmp_path / kind))
+    assert losses[0] == losses[1]
+
+
+def _checkpointed(corpus: Path, folder: Path, training: dict[str, Any]) -> RunConfig:
+    small_too = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    config = runs.run_config(
+        "gpt",
+        corpus,
+        folder,
+        parallel={"zero_stage": 3},
+        training=training,
+        generation={"prompt": "!", "max_new_tokens": 2},
+    )
+    return dataclasses.replace(config, deepspeed=small_too)
 
 
 def test_runs_are_the_same_as_on_one_rank_in_double_precision(distributed: Distributed) -> None:

@@ -55,6 +55,8 @@ PARTITIONED_PARAMETERS = (
     "parameter_offload.forward_hooks",  # taken off for an evaluation, and put on again
     "parameter_offload.backward_hooks",
     "parameter_offload._register_deepspeed_module",
+    "parameter_offload.pre_sub_module_forward_function",  # gathers; hidden from checkpointing
+    "parameter_offload.post_sub_module_forward_function",
     "checkpoint_event_prologue",  # lets go of whole parameters; the next gathers some of them
     "checkpoint_event_epilogue",
     "_load_global_state_stage3",

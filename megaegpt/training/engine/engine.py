@@ -53,7 +53,7 @@ from megaegpt.training.engine.optimizer import LR_SCALE, build_optimizer
 from megaegpt.training.engine.replicas import assert_replicas_equal, is_sharded
 from megaegpt.training.engine.schedule import learning_rate
 from megaegpt.training.engine.spikes import SpikeGuard
-from megaegpt.training.engine.stage_3 import partition, without_hooks
+from megaegpt.training.engine.stage_3 import hide_gathers, partition, without_hooks
 
 LossFunction = Callable[[Callable[..., Tensor], Batch], Tensor]
 """(model, micro-batch) -> the sum of its losses in nats, through one call of the model; on a
@@ -152,6 +152,8 @@ class Engine:
                 model=model, optimizer=optimizer, mpu=mpu, config=options
             )
         check_compatible(self._deepspeed, stage, self.precision)
+        if stage == 3:
+            hide_gathers(self._deepspeed)
         if isinstance(optimizer, Muon) and stage:
             pieces = all_gather_object([piece_of(p) for p in optimizer.matrices], grid)
             optimizer.follow_partition(pieces[grid.tp_rank :: grid.tp_size])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero import Init
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megaegpt.parallel.grid import DeepSpeedMpu
 from megaegpt.parallel.partitions import gathered
@@ -36,6 +38,31 @@ def partition(
         config_dict_or_path=options,
         mpu=mpu,
     )
+
+
+def hide_gathers(engine: Any) -> None:
+    """Keep what gathers parameters, and lets go of them, out of selective checkpoints' sight.
+
+    Such a checkpoint counts the operators of a block's forward pass, and its recomputation has to
+    ask for no more of them; but which parameters are there already differs from pass to pass.
+
+    Args:
+        engine: DeepSpeed's, of ZeRO stage 3.
+    """
+    offload = engine.optimizer.parameter_offload
+    offload.pre_sub_module_forward_function = _unseen(offload.pre_sub_module_forward_function)
+    offload.post_sub_module_forward_function = _unseen(offload.post_sub_module_forward_function)
+
+
+def _unseen(hook: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """Run the hook outside all dispatch modes."""
+
+    @functools.wraps(hook)
+    def run(module: nn.Module) -> None:
+        with _disable_current_modes():
+            hook(module)
+
+    return run
 
 
 @contextlib.contextmanager
