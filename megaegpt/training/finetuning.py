@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _SOURCE = "training.initialize_from"
 
-_FREE = {"dropout", "encoder", "encoder.source", "encoder.batch_size"}
+_FREE = {"dropout", "z_loss", "encoder", "encoder.source", "encoder.batch_size"}
 """Keys of ``model`` that a run may set whatever its weights say; a section's own are compared."""
 
 _WIDTH_MULTIPLES = {"cpu": 8, "cuda": 128}  # of a gpt's rows; CUDA may make a kernel for each width
@@ -143,7 +143,8 @@ def _tokenizer_of(weights: Path) -> str | None:
 
 
 def model_of_weights(found: ModelConfig, wanted: ModelConfig, weights: str | Path) -> ModelConfig:
-    """The model ``found`` beside weights, with the dropout and the encoder's place of ``wanted``.
+    """The model ``found`` beside weights, with the dropout, the z-loss and the encoder's place of
+    ``wanted``.
 
     Args:
         weights: their name in errors.
@@ -171,7 +172,7 @@ def model_of_weights(found: ModelConfig, wanted: ModelConfig, weights: str | Pat
         encoder = dataclasses.replace(encoder, source=wanted.encoder.source)
     if wanted.encoder.batch_size != default.encoder.batch_size:
         encoder = dataclasses.replace(encoder, batch_size=wanted.encoder.batch_size)
-    return dataclasses.replace(found, dropout=wanted.dropout, encoder=encoder)
+    return dataclasses.replace(found, dropout=wanted.dropout, z_loss=wanted.z_loss, encoder=encoder)
 
 
 class InstructionData:

@@ -42,6 +42,7 @@ from megaegpt.training.finetuning import (
     finetune,
     finetuning_config,
     hold_out,
+    model_of_weights,
 )
 from megaegpt.training.run_data import PretrainingData
 from tests.distributed.harness import Distributed, grid_for
@@ -252,6 +253,14 @@ def test_the_model_is_that_of_the_weights(corpus: Path, tmp_path: Path) -> None:
     found = finetuning_config(config, ProcessGrid()).model
     source = EncoderConfig(source=str(corpus / "gpt"))
     assert found == dataclasses.replace(EGPT, dropout=0.25, encoder=source)
+
+
+@pytest.mark.parametrize("own", [0.0, 0.01])
+def test_terms_of_the_loss_are_the_runs_own(own: float) -> None:
+    """What the weights were trained with says nothing of the model."""
+    wanted = ModelConfig(dropout=own, z_loss=own)
+    found = model_of_weights(dataclasses.replace(EGPT, dropout=0.1, z_loss=0.001), wanted, "some")
+    assert (found.dropout, found.z_loss) == (own, own)
 
 
 def test_an_encoder_that_contradicts_the_weights_is_refused(corpus: Path, tmp_path: Path) -> None:
