@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.engine.norms import in_pieces
 from megaegpt.training.engine.replicas import is_counted
 
 
@@ -107,4 +108,4 @@ def _for_norm_or_clipping(
     ]
     if not counted:
         return [torch.zeros((), device=grid.device)], {}
-    return [_norms(counted, torch.float32).square().sum().sqrt()], {}
+    return [_norms([*in_pieces(counted)], torch.float32).square().sum().sqrt()], {}

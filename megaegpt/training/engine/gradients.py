@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megaegpt.model.parts import part_of
 from megaegpt.parallel.grid import ProcessGrid
+from megaegpt.training.engine.norms import in_pieces
 from megaegpt.training.engine.replicas import is_counted
 
 
@@ -41,8 +42,10 @@ class ModuleNorms:
         grid = self._grid
         squares = torch.zeros(len(self.names), dtype=torch.float64, device=grid.device)
         for parameter, piece in self._pieces():
-            if is_counted(parameter, grid):
-                norm = torch.linalg.vector_norm(piece, dtype=torch.float32)
+            if not is_counted(parameter, grid):
+                continue
+            for part in in_pieces([piece]):
+                norm = torch.linalg.vector_norm(part, dtype=torch.float32)
                 squares[self._number[id(parameter)]] += norm.double().square()
         self._add_up(squares)
         return squares.sqrt().float() / loss_scale

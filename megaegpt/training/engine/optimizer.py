@@ -15,6 +15,7 @@ from megaegpt.model.parts import matrices_of
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import is_vector, marked_vectors
 from megaegpt.training.engine.muon import Muon
+from megaegpt.training.engine.norms import in_pieces
 from megaegpt.training.engine.replicas import is_counted
 
 LR_SCALE = "lr_scale"
@@ -140,7 +141,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter], grid: ProcessGrid) -> torc
     """
     counted = [p.grad for p in parameters if p.grad is not None and is_counted(p, grid)]
     if counted:
-        total = torch.stack(torch._foreach_norm(counted)).double().square().sum()
+        norms = torch._foreach_norm([*in_pieces(counted)])
+        total = torch.stack(norms).double().square().sum()
     else:
         total = torch.zeros((), dtype=torch.float64, device=grid.device)
     if grid.tp_group is not None:
