@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megaegpt.config import ModelConfig, RunConfig
+from megaegpt.config.validation import find_problems
 from megaegpt.errors import MegaEGPTError, TrainingError
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.memory import estimate_memory
@@ -98,8 +99,20 @@ def describe(
 
 
 def remedies(config: RunConfig, grid: ProcessGrid) -> Iterator[tuple[str, RunConfig]]:
-    """Settings that need less memory for the same training, as ``key=value``, on as many ranks."""
+    """Settings that need less memory for the same training, as ``key=value``, on as many ranks;
+    of them, those that the rest of the configuration can be run with.
+    """
 
+    def problems(candidate: RunConfig) -> set[tuple[str, ...]]:
+        return {tuple(problem.keys) for problem in find_problems(candidate, grid.world_size)}
+
+    before = problems(config)
+    for text, changed in _candidates(config, grid):
+        if problems(changed) <= before:
+            yield text, changed
+
+
+def _candidates(config: RunConfig, grid: ProcessGrid) -> Iterator[tuple[str, RunConfig]]:
     def changed(section: str, **values: Any) -> tuple[str, RunConfig]:
         shown = " ".join(f"{section}.{name}={value}" for name, value in values.items())
         part = dataclasses.replace(getattr(config, section), **values)

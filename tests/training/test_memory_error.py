@@ -60,6 +60,19 @@ def test_remedies_keep_the_batch_and_fit_the_run(corpus: Path, tmp_path: Path) -
     assert {c.training.global_batch_size for c in named.values()} == {8}
 
 
+def test_what_would_be_refused_is_no_remedy(corpus: Path, tmp_path: Path) -> None:
+    """Stored predictions, for one, are not for ZeRO stage 3."""
+    config = run_config("egpt", corpus, tmp_path, training={"micro_batch_size": 2})
+    egpt = dataclasses.replace(config.model.egpt, token_memory=True)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, egpt=egpt))
+    two = dataclasses.replace(ProcessGrid(), dp_size=2)
+    assert "parallel.zero_stage=3" in dict(remedies(config, two))
+    data = dataclasses.replace(config.data, predictions="stored")
+    named = dict(remedies(dataclasses.replace(config, data=data), two))
+    assert named
+    assert "parallel.zero_stage=3" not in named
+
+
 def _allocate_on_cpu() -> None:
     torch.empty(2**50, dtype=torch.uint8)  # more than there are addresses
 
