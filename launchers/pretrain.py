@@ -13,9 +13,10 @@ Any value of the configuration can be changed behind it, as section.key=value:
 
     python launchers/pretrain.py --config X.yaml training.steps=100 optimizer.lr=1e-3
 
-Ctrl-C, SIGTERM or SIGUSR1 to the processes saves a checkpoint and ends the run; --resume goes on
-with it, exactly. Exit codes: 0 complete, or saved and stopped on request (130 by Ctrl-C on one
-process); 2 an error that the message says how to fix; 1 a bug.
+Ctrl-C, SIGTERM or SIGUSR1 to the processes saves a checkpoint and ends the run, and so does the end
+of whoever reads the output; --resume goes on with it, exactly. Exit codes: 0 complete, or saved and
+stopped on request (on one process 130 by Ctrl-C, 141 for want of a reader); 2 an error that the
+message says how to fix; 1 a bug.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ import re
 import select
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 CLOSED_PIPE_CODE = 141
 """Exit code of a program whose reader has left (``... | head``): that of a death by SIGPIPE."""
@@ -222,12 +223,15 @@ def flush_output() -> None:
         stream.flush()
 
 
-def reader_has_left() -> bool:
-    """Whether stdout or stderr is a pipe that nobody reads any more."""
-    return any(_is_closed_pipe(descriptor) for descriptor in (1, 2))
+def reader_has_left(error: BaseException) -> bool:
+    """Whether ``error`` is of printing to a pipe that nobody reads any more, or to a terminal that
+    is gone.
+    """
+    of_printing = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO)
+    return of_printing and any(_is_unread(descriptor) for descriptor in (1, 2))
 
 
-def _is_closed_pipe(descriptor: int) -> bool:
+def _is_unread(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
@@ -235,8 +239,59 @@ def _is_closed_pipe(descriptor: int) -> bool:
 
 def abandon_output() -> None:
     """Drop what is still to be printed: the interpreter's end would complain about it again."""
+    _drop(descriptor for descriptor in (1, 2) if descriptor == 1 or _is_unread(descriptor))
+
+
+def _drop(descriptors: Iterable[int]) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        if _is_closed_pipe(descriptor) or descriptor == 1:
-            os.dup2(nowhere, descriptor)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
     os.close(nowhere)
+
+
+@contextlib.contextmanager
+def outliving_readers(left: Callable[[], None]) -> Iterator[None]:
+    """Inside, no print fails because its reader has left: ``left`` is called, and what is printed
+    there from then on is dropped. Whatever prints is covered, libraries and their bars too.
+    """
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (  # None where there is none, as in a program without prepare()
+        stream and cast(TextIO, _OutlivingStream(stream, left)) for stream in streams
+    )
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+class _OutlivingStream:
+    """A stream whose methods that write outlive its reader; all else is the stream's own."""
+
+    def __init__(self, stream: TextIO, left: Callable[[], None]) -> None:
+        self._stream, self._left = stream, left
+
+    def write(self, text: str) -> int:
+        with self._outliving():
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        with self._outliving():
+            self._stream.writelines(lines)
+
+    def flush(self) -> None:
+        with self._outliving():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _outliving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not reader_has_left(error):
+                raise
+            _drop([descriptor for descriptor in (1, 2) if _is_unread(descriptor)])
+            self._left()

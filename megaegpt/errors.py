@@ -90,18 +90,17 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
             ):
                 time.sleep(_RANK_0_SPEAKS_S)
                 sys.exit(2)
-            _fail(str(error))
+            _end(f"error: {error}", 2)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr, flush=True)
-            sys.exit(130)
+            _end("interrupted", 130)
         except Exception as error:
-            if isinstance(error, BrokenPipeError) and environment.reader_has_left():
+            if environment.reader_has_left(error):
                 environment.abandon_output()
                 sys.exit(environment.CLOSED_PIPE_CODE)
             cause = environment.cause_of(error)
             if cause is None:
                 raise
-            _fail(cause)
+            _end(f"error: {cause}", 2)
 
     return wrapped
 
@@ -115,11 +114,11 @@ def _run(main: Callable[[], None]) -> None:
     environment.flush_output()
 
 
-def _fail(message: str) -> NoReturn:
-    with contextlib.suppress(OSError):  # a full disk behind stderr
-        print(f"error: {message}", file=sys.stderr, flush=True)
+def _end(message: str, code: int) -> NoReturn:
+    with contextlib.suppress(OSError):  # a full disk behind stderr, or its reader has left
+        print(message, file=sys.stderr, flush=True)
     try:
         environment.flush_output()
     except OSError:
         environment.abandon_output()
-    sys.exit(2)
+    sys.exit(code)

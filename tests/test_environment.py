@@ -6,6 +6,7 @@ import errno
 import getpass
 import io
 import os
+import pty
 import pwd
 import subprocess
 import sys
@@ -194,6 +195,28 @@ def test_a_reader_that_leaves_ends_a_program_quietly(lines: str) -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+_OUTLIVING = """
+import sys
+from megaegpt import environment
+
+with environment.outliving_readers(lambda: print("left", file=sys.stderr)):
+    for number in range(100):
+        print("line", number, flush=True)
+print("end")
+"""
+
+
+@pytest.mark.parametrize("reader", ["pipe", "terminal"])
+def test_a_reader_that_leaves_may_be_outlived(reader: str) -> None:
+    """It is told once; of the streams the other one stays."""
+    reading, writing = os.pipe() if reader == "pipe" else pty.openpty()
+    os.close(reading)
+    command = [sys.executable, "-c", _OUTLIVING]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"left\n")
 
 
 def test_output_to_a_full_disk_is_one_line() -> None:

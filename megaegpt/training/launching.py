@@ -5,6 +5,7 @@ Imports torch only where a run starts: a wrong command line is reported at once.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +14,7 @@ from megaegpt.arguments import number
 from megaegpt.collector import paused_collector
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.run import RunConfig
+from megaegpt.environment import CLOSED_PIPE_CODE
 from megaegpt.parallel.launcher_variables import is_launched, is_main_process, started_processes
 from megaegpt.training.command_line import RunParser
 
@@ -113,6 +115,7 @@ def start_run(
 
     Raises:
         KeyboardInterrupt: so it was, by Ctrl-C, on a single process.
+        SystemExit: so it was, for whoever read the output has left, on a single process.
     """
     from megaegpt.generation.generator import sample_text
     from megaegpt.parallel.launch import joined_processes
@@ -130,6 +133,8 @@ def start_run(
         complete = train(config, grid, resume=resume, stops=stops, sample_text=sample_text)
     if stops.interrupted and not is_launched():
         raise KeyboardInterrupt  # a script would go on behind an exit code of 0
+    if stops.unread and not is_launched():
+        sys.exit(CLOSED_PIPE_CODE)
     return complete
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from megaegpt.environment import is_other_rank
+from megaegpt.environment import is_other_rank, outliving_readers
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.launcher_variables import is_launched
 from megaegpt.parallel.together import start_all_reduce_max
@@ -19,7 +20,8 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 class StopRequests:
     """A context manager that turns SIGTERM, SIGUSR1 and Ctrl-C (SIGINT) into requests to save and
-    stop.
+    stop, and the end of whoever reads the output too: by the name of SIGPIPE, which Python ignores.
+    Often that is Ctrl-C's own doing, for the terminal sends it to all of ``... | tee log``.
 
     A second Ctrl-C ends a single process at once. The ranks of a launcher get several for one: of
     the terminal, and of the launcher, which ends them itself if they take too long.
@@ -34,15 +36,18 @@ class StopRequests:
         self._started = time.monotonic() if started is None else started
         self._signal = 0
         self._previous: dict[int, Any] = {}
+        self._output = contextlib.ExitStack()
         self._answers: Callable[[], list[int]] = lambda: [0, 0, 0]
 
     def __enter__(self) -> StopRequests:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as of a shell's background job
                 self._previous[number] = signal.signal(number, self._note)
+        self._output.enter_context(outliving_readers(self._note_unread))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._output.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -50,14 +55,23 @@ class StopRequests:
         if number == signal.SIGINT and self._signal != number:
             if not is_launched():
                 signal.signal(number, self._previous[number])
-            if not is_other_rank():  # print() may be what was interrupted
-                os.write(2, b"\nstopping: this step is finished and saved first\n")
+            _say("stopping: this step is finished and saved first")
         self._signal = number
+
+    def _note_unread(self) -> None:
+        if not self._signal:
+            _say("stopping, for nobody reads the output: this step is finished and saved first")
+            self._signal = signal.SIGPIPE
 
     @property
     def interrupted(self) -> bool:
         """Whether Ctrl-C was the request."""
         return self._signal == signal.SIGINT
+
+    @property
+    def unread(self) -> bool:
+        """Whether the end of whoever read the output was the request."""
+        return self._signal == signal.SIGPIPE
 
     def ask(self, failed: bool, grid: ProcessGrid) -> None:
         """Begin to ask all ranks: has one of them failed, and is there a reason to stop?
@@ -100,3 +114,9 @@ class StopRequests:
         minutes = (time.monotonic() - self._started) / 60
         late = self._limit is not None and minutes >= self._limit
         return [failed, self._signal, late]
+
+
+def _say(text: str) -> None:
+    if not is_other_rank():
+        with contextlib.suppress(OSError):  # its reader has left
+            os.write(2, f"\n{text}\n".encode())  # print() may be what was interrupted

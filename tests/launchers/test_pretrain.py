@@ -176,6 +176,34 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: P
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+def test_ctrl_c_that_ends_tee_too_saves(corpus: Path, tmp_path: Path, launcher: str) -> None:
+    """A terminal sends it to all that is in the foreground."""
+    config = _write_config(
+        tmp_path,
+        "gpt",
+        corpus,
+        training={"steps": 100_000, "eval_interval": 100_000},
+        checkpoint={"interval": 0},
+        logging={"interval": 1},
+    )
+    command = _command(launcher, "launchers/pretrain.py", "--config", str(config))
+    process: subprocess.Popen[str] = subprocess.Popen(
+        ["bash", "-c", '"$@" 2>&1 | tee "$0"', str(tmp_path / "log"), *command],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        # A shell's background job, as a test may be, ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    _wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(120)
+    latest = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
+    assert max(losses(tmp_path / "run")) == int(latest.removeprefix("step_"))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_killed_launcher_takes_its_ranks_along_and_the_run_goes_on_at_once(
     corpus: Path, tmp_path: Path, launcher: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from megaegpt import environment
 from megaegpt.config import EncoderConfig
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.windows import EvaluationWindows
@@ -286,6 +288,31 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     # The ranks had begun to agree on step 3 before the signal came.
     assert f"stopped by {name} after step 3 of 6; go on with --resume" in results[0][1]
     assert results[1][1] == ""  # one rank speaks
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000003"
+
+
+class _ReaderLeaves(io.StringIO):
+    """From the line of step 2 on, nobody reads."""
+
+    def write(self, text: str) -> int:
+        if "step 00002" in text:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        return super().write(text)
+
+
+def _lose_the_reader(corpus: Path, folder: Path) -> bool:
+    config = run_config("gpt", corpus, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "reader_has_left", lambda error: True)
+        with contextlib.redirect_stdout(_ReaderLeaves()):
+            return pretrain(config, grid_for(1))
+
+
+def test_the_end_of_who_reads_rank_0_saves_and_stops_all(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    assert distributed(2, _lose_the_reader, corpus, tmp_path) == [False, False]
+    # The ranks had begun to agree on step 3 before.
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000003"
 
 
