@@ -19,7 +19,7 @@ from megaegpt.data.tokens.shard_tokenizer import (
     tokenizer_of_shards,
 )
 from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.data.tokens.token_ids import check_ids, document_end
+from megaegpt.data.tokens.token_ids import check_document_end, check_ids, document_end
 from megaegpt.data.tokens.windows import EvaluationWindows, Windows
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.text_loss import nothing_to_predict
@@ -107,6 +107,7 @@ class PretrainingData:
         check_same_tokenizer(prefixes, self.tokenizer)
         verify_shards(prefixes, config.data.verify_checksums, rank, world_size)
         for stream in self.streams.values():
+            check_document_end(stream, model.document_end)
             check_ids(stream, model.vocab_size, rank, world_size)
         self._samples_drawn = config.batches.samples_before(config.training.steps)
 

@@ -10,7 +10,7 @@ from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokens.corpus_manifest import MANIFEST_NAME, Manifest
 from megaegpt.data.tokens.shards import Shard
 from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.errors import DataError
+from megaegpt.errors import ConfigError, DataError
 
 MAX_SCANNED_BYTES = 4 << 30
 """Bytes of tokens that are read at the start of a run; more would take longer than it should."""
@@ -84,6 +84,24 @@ def document_end(stream: TokenStream, tokenizer: Tokenizer) -> int:
             "data.mask_after_document_end to false"
         )
     return next(iter(found))
+
+
+def check_document_end(stream: TokenStream, end: int | None) -> None:
+    """Refuse shards whose manifest says that another token than ``end``, ``model.document_end``,
+    ends their documents: packed ones would see each other without a word. Shards that were made
+    without an end (``--no-append-eod``) have what somebody else put there.
+
+    Raises:
+        ConfigError: names the manifest and both tokens.
+    """
+    for (folder, _), manifest in _manifests(stream).items() if end is not None else ():
+        named = manifest.tokenizer.get("eot_token")
+        appended = manifest.plan.get("append_eod", True)
+        if appended and type(named) is int and named != end:
+            raise ConfigError(
+                f"model.document_end={end} ends no document of {folder}: its {MANIFEST_NAME} says "
+                f"that {named} does; set model.document_end to that"
+            )
 
 
 def _manifests(stream: TokenStream) -> dict[tuple[Path, str], Manifest]:

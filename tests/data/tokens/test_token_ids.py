@@ -16,7 +16,7 @@ from megaegpt.data.tokens.corpus_manifest import Manifest, describe_tokenizer
 from megaegpt.data.tokens.shards import ShardWriter
 from megaegpt.data.tokens.stream import TokenStream
 from megaegpt.data.tokens.token_ids import check_ids, document_end, known_byte_lengths
-from megaegpt.errors import DataError
+from megaegpt.errors import ConfigError, DataError
 from megaegpt.labels import IGNORE
 from megaegpt.training.run_data import PretrainingData
 from tests.data.corpora import write_shard
@@ -135,6 +135,27 @@ def test_what_ends_a_document_is_known_from_the_shards_manifests(tmp_path: Path)
         document_end(silent, TOKENIZER)
 
 
+@pytest.mark.parametrize("place", ["train", "validation", "validation_sets"])
+def test_shards_whose_documents_end_with_another_token_are_refused(
+    tmp_path: Path, place: str
+) -> None:
+    for name, end in (("good", 9), ("bad", 3)):
+        with_manifest(tmp_path / name, [1, 2, end] * 40, {"eot_token": end, "vocab_size": 10})
+    good, bad = (str(tmp_path / name / "train") for name in ("good", "bad"))
+    values = {"train": (good,)} | {place: ([f"further={bad}"] if "sets" in place else [bad])}
+    config = RunConfig(
+        model=ModelConfig(max_seq_len=16, document_end=9),
+        data=DataConfig(**values),  # type: ignore[arg-type]
+        training=TrainingConfig(steps=1),
+    )
+    with pytest.raises(ConfigError, match=r"document_end=9 .*/bad: its manifest\.json .* 3 does"):
+        PretrainingData(config)
+    PretrainingData(dataclasses.replace(config, data=DataConfig(train=(good,))))
+    manifest = Manifest.load(tmp_path / "bad")
+    dataclasses.replace(manifest, plan={"append_eod": False}).save(tmp_path / "bad")
+    PretrainingData(config)
+
+
 @pytest.mark.parametrize("kind", ["gpt", "egpt", "deepgpt"])
 @pytest.mark.parametrize("weights", [(), (1.0, 1.0)])
 def test_a_run_masks_what_follows_a_document_s_end_in_training_and_validation(
@@ -165,6 +186,8 @@ def test_a_run_masks_what_follows_a_document_s_end_in_training_and_validation(
         assert np.array_equal(after["targets"], np.where(ends, IGNORE, before["targets"]))
     model = dataclasses.replace(config.model, document_end=3)
     if kind == "gpt":  # then the token that attention starts anew after
+        for manifest in tmp_path.glob("*/manifest.json"):
+            manifest.unlink()
         both = PretrainingData(dataclasses.replace(config, data=data, model=model))
         batch = both.samples.batch(np.arange(4))
         assert np.array_equal(batch["targets"] == IGNORE, batch["tokens"] == 3)
