@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, Literal, TextIO, cast
 
 CLOSED_PIPE_CODE = 141
 """Exit code of a program whose reader has left (``... | head``): that of a death by SIGPIPE."""
@@ -94,8 +94,11 @@ _OF_THE_SYSTEM = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust repor
 
 
 def prepare() -> None:
-    """Let every text be printed, and give a user without a name or home what libraries ask for."""
-    sys.stdout, sys.stderr = _open_stream(sys.stdout), _open_stream(sys.stderr)
+    """Let every text be printed, an input that is not there be an empty one, and give a user
+    without a name or home what libraries ask for.
+    """
+    sys.stdin = _open_stream(sys.stdin, "r")  # first, for each takes the lowest number that is free
+    sys.stdout, sys.stderr = _open_stream(sys.stdout, "w"), _open_stream(sys.stderr, "w")
     for stream in (sys.stdout, sys.stderr):
         # A sample, a document or a path may hold what the terminal's encoding has not.
         if hasattr(stream, "reconfigure"):
@@ -103,9 +106,9 @@ def prepare() -> None:
     _name_the_user()
 
 
-def _open_stream(stream: TextIO | None) -> TextIO:
-    """Python has no stream where the descriptor was closed (``>&-``)."""
-    return open(os.devnull, "w", encoding="utf-8") if stream is None else stream
+def _open_stream(stream: TextIO | None, mode: Literal["r", "w"]) -> TextIO:
+    """Python has no stream where the descriptor was closed (``<&-``, ``>&-``)."""
+    return open(os.devnull, mode, encoding="utf-8") if stream is None else stream
 
 
 def _name_the_user() -> None:

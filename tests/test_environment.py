@@ -231,3 +231,23 @@ def test_output_to_a_full_disk_is_one_line() -> None:
 def test_closed_streams_are_no_failure() -> None:
     command = ["sh", "-c", 'exec "$0" -c "$1" 3 >&- 2>&-', sys.executable, _PRINTING]
     assert subprocess.run(command, check=False).returncode == 0
+
+
+_READING = """
+import sys
+from megaegpt.errors import exits_cleanly
+
+@exits_cleanly
+def main():
+    assert (sys.stdin.fileno(), sys.stdin.isatty()) == (0, False)
+    assert (sys.stdin.read(), sys.stdin.buffer.read()) == ("", b"")
+    assert sys.stdout.fileno() == 1
+
+main()
+"""
+
+
+def test_a_closed_input_is_one_without_content() -> None:
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, _READING]
+    done = subprocess.run(command, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
