@@ -125,7 +125,9 @@ def find_weights(folder: str | Path) -> Path:
             return candidate
     for latest in (place / "latest", place / "checkpoints" / "latest"):
         if named := folder_named_by(latest):
-            raise CheckpointError(f"{folder} holds no weights: {latest} {_why_unnamed(named)}")
+            raise CheckpointError(
+                f"{folder} holds no weights: {latest} {_why_unnamed(latest, named)}"
+            )
     raise CheckpointError(f"{folder} holds no weights: {_why_none(place)}")
 
 
@@ -153,8 +155,10 @@ def _why_none(place: Path) -> str:
     return f"give a folder with {_CONFIG} and {WEIGHTS}, a checkpoint, a run, or its checkpoints"
 
 
-def _why_unnamed(named: Path) -> str:
+def _why_unnamed(latest: Path, named: Path) -> str:
     """What is wrong with a file or link that names no checkpoint."""
+    if named == latest.parent:
+        return "is empty: give a checkpoint beside it"
     name = named.name
     if not name.isprintable() or len(name) >= _LONGEST_NAME:
         return "is damaged: it does not hold the name of a checkpoint"

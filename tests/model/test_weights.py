@@ -95,6 +95,8 @@ def test_a_sparse_file_of_gigabytes_is_refused_before_it_is_read(tmp_path):
     [
         (3 << 30, b"", "latest is damaged: it does not hold the name of a checkpoint"),
         (300, b"a" * 300, "latest is damaged: it does not hold the name of a checkpoint"),
+        (0, b"", "latest is empty: give a checkpoint beside it"),
+        (1, b"\n", "latest is empty: give a checkpoint beside it"),
         (14, b"step_00000007\n", "latest names 'step_00000007', and there is no such checkpoint"),
     ],
 )
