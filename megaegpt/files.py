@@ -273,10 +273,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, remedy: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``folder``, or what a link of this name leads to,
     synced, when the block ends well. What killed processes have left of the same ``folder`` is
     removed before.
+
+    Args:
+        remedy: what the user can do where it cannot be written.
 
     Raises:
         CheckpointError: ``folder`` holds something already or cannot be replaced, or writing failed
@@ -305,7 +308,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{folder} cannot be written: {reason}") from None
+        hint = "" if remedy is None else f"; {remedy}"
+        raise CheckpointError(f"{folder} cannot be written: {reason}{hint}") from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -141,7 +141,7 @@ def converted(source: Path) -> Path:
         return target
     told = telling_if_slow(f"converting {source}, once, into {target.parent} ...")
     try:
-        with told, whole_folder(target) as temporary:
+        with told, whole_folder(target, "MEGAEGPT_CACHE=FOLDER keeps it elsewhere") as temporary:
             import_model(source, temporary)
     except CheckpointError:
         if not target.is_dir():  # else another process was quicker, with the same result

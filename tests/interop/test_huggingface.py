@@ -348,6 +348,17 @@ def test_a_conversion_is_kept_until_the_folder_changes(tmp_path: Path, own_cache
     assert read_weights_config(second)[0].num_layers == 1
 
 
+def test_a_cache_that_cannot_be_written_can_be_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_gpt2().save_pretrained(tmp_path / "theirs")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MEGAEGPT_CACHE", str(tmp_path / "file" / "cache"))
+    message = r"/file/cache/converted/.* cannot be written: Not a directory; MEGAEGPT_CACHE=FOLDER"
+    with pytest.raises(CheckpointError, match=message):
+        resolve_weights_source(tmp_path / "theirs", GRID)
+
+
 def test_two_conversions_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of two machines that share a home: the slower one takes what the quicker one made."""
     random_gpt2().save_pretrained(tmp_path / "theirs")
