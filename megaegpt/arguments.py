@@ -90,5 +90,12 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text}: there is no home folder: set HOME") from None
 
 
+def input_name(text: str) -> str:
+    """The name or pattern of what is read: not empty, which would be the working directory."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("must be the name of a file or folder")
+    return text
+
+
 def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}...")

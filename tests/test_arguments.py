@@ -73,6 +73,11 @@ def test_two_hyphens_are_no_value(capsys: pytest.CaptureFixture[str]) -> None:
     "line",
     [
         ["tools.preprocess", "a.txt", "--output="],
+        ["tools.preprocess", "", "--output=a"],
+        ["tools.preprocess", "a.txt", "--output=a", "--validation="],
+        ["tools.train_tokenizer", "", "--output=a", "--vocab-size=300"],
+        ["tools.train_tokenizer", "-", "--output=a", "--vocab-size=300"],
+        ["tools.evaluate", "--checkpoint=a", "--text="],
         ["tools.prepare_data", "text", "--output="],
         ["tools.generate", "--checkpoint=", "--prompt=a"],
         ["tools.evaluate", "--checkpoint=", "--text=a"],

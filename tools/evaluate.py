@@ -35,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaegpt.arguments import ArgumentParser, integer, path
+from megaegpt.arguments import ArgumentParser, input_name, integer, path
 from megaegpt.errors import ConfigError, exits_cleanly
 from megaegpt.files import is_same_file, write_whole
 from megaegpt.generation.model_options import add_model_options, load_model
@@ -113,7 +113,13 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     """Add the evaluations, of which one is chosen, and the options of each."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", nargs="+", metavar="PREFIX", help="shards, without .bin and .idx")
-    what.add_argument("--text", nargs="+", metavar="FILE", help="texts, JSON Lines, or folders")
+    what.add_argument(
+        "--text",
+        nargs="+",
+        type=input_name,
+        metavar="FILE",
+        help="texts, JSON Lines, or folders",
+    )
     what.add_argument(
         "--lambada", type=path, metavar="FILE", help='last words: {"text": ...} a line'
     )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from megaegpt.arguments import ArgumentParser, integer, path, seed
+from megaegpt.arguments import ArgumentParser, input_name, integer, path, seed
 from megaegpt.data.preprocess.corpus import PreprocessOptions, Report, preprocess
 from megaegpt.data.preprocess.encode import EncodeOptions
 from megaegpt.data.preprocess.nanogpt import import_files
@@ -95,7 +95,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="files, folders, globs, or - for stdin")
+    add("inputs", nargs="*", type=input_name, metavar="INPUT",
+        help="files, folders, globs, or - for stdin")  # fmt: skip
     add("--output", type=path, required=True, metavar="DIR", help="folder of the shards")
     add("--format", choices=READERS, help="of the inputs (default: text or jsonl by their names)")
     add("--text-key", metavar="NAME", help="key or column of the text (default: text)")
@@ -125,6 +126,7 @@ def _add_split_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--validation",
         nargs="+",
+        type=input_name,
         default=[],
         metavar="INPUT",
         help="inputs of the validation split",

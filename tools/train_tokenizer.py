@@ -1,4 +1,4 @@
-"""Learn a tokenizer, a byte-level BPE, from documents of any kind that tools/preprocess.py reads.
+"""Learn a tokenizer, a byte-level BPE, from files of any kind that tools/preprocess.py reads.
 
     python tools/train_tokenizer.py corpus/ --vocab-size 32000 --output tokenizers/mine
     python tools/train_tokenizer.py pages.jsonl.zst --vocab-size 65536 --output tokenizers/chat \\
@@ -17,9 +17,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from megaegpt.arguments import ArgumentParser, integer, path
+from megaegpt.arguments import ArgumentParser, input_name, integer, path
 from megaegpt.bars import progress_bar
-from megaegpt.data.preprocess.jobs import check_text_key, find_inputs
+from megaegpt.data.preprocess.jobs import STDIN, check_text_key, find_inputs
 from megaegpt.data.readers import (
     READERS,
     Option,
@@ -67,9 +67,9 @@ def _parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="files, folders, or globs")
+    add("inputs", nargs="+", type=input_name, metavar="INPUT", help="files, folders, or globs")
     add("--output", type=path, required=True, metavar="FOLDER", help="a new folder")
-    add("--vocab-size", type=integer(257, 1 << 24), required=True, metavar="N", help="ids in all")
+    add("--vocab-size", type=integer(258, 1 << 24), required=True, metavar="N", help="ids in all")
     add(
         "--special-token",
         action="append",
@@ -93,7 +93,10 @@ def _parse_arguments() -> argparse.Namespace:
         help="stop at the first bad input, or leave it out and count (default: fail)",
     )
     add("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if STDIN in arguments.inputs:
+        parser.error("standard input (-) is not learned from: write it to a file first")
+    return arguments
 
 
 class _Texts:

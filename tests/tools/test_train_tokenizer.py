@@ -77,6 +77,9 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
         ConfigError, match="a vocabulary of 257 has no room for the 256 bytes and 2"
     ):
         train_byte_level_bpe([WORDS], "x", 257, ["<|user|>"])
+    with pytest.raises(ConfigError, match=r"no room .* for what is learned: give 259 at least"):
+        train_byte_level_bpe([WORDS], "x", 258, ["<|user|>"])
+    assert len(train_byte_level_bpe([WORDS], "x", 258).content["model"]["merges"]) == 1
     with pytest.raises(ConfigError, match="special tokens must differ"):
         train_byte_level_bpe([WORDS], "x", 300, ["<|endoftext|>"])
     for word in ("the", "q", "Ġthe"):

@@ -31,7 +31,7 @@ def train_byte_level_bpe(
 
     Raises:
         ConfigError: special tokens are empty, given twice, no text, or words of the texts, or they
-            leave no room for the bytes.
+            leave no room for the bytes and a pair.
         DataError: there are no texts.
     """
     special = [END_OF_TEXT, *special_tokens]
@@ -40,10 +40,10 @@ def train_byte_level_bpe(
     for token in special:
         if whole_characters(token) != token:
             raise ConfigError(f"the special token {token!r} is no text in UTF-8")
-    if vocab_size < _BYTES + len(special):
+    if vocab_size <= _BYTES + len(special):
         raise ConfigError(
             f"a vocabulary of {vocab_size} has no room for the {_BYTES} bytes and {len(special)} "
-            "special tokens"
+            f"special tokens, and for what is learned: give {_BYTES + len(special) + 1} at least"
         )
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
