@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megaegpt.arguments import ArgumentParser, integer, number, path, seed
+from megaegpt.arguments import ArgumentParser, input_name, integer, number, path, seed
 
 _POSITIVE = integer(1)
 _SHARE = number(above=0, most=1)
@@ -29,6 +29,7 @@ _SHARE = number(above=0, most=1)
         (_SHARE, "5e-1", 0.5),
         (number(), "-3.5", -3.5),
         (path, "a b", Path("a b")),
+        (input_name, "-", "-"),
     ],
 )
 def test_values_in_range_are_taken(parse: Callable[[str], Any], text: str, value: object) -> None:
@@ -48,6 +49,7 @@ def test_values_in_range_are_taken(parse: Callable[[str], Any], text: str, value
         (_SHARE, ("0", "1.1", "nan", "inf", "-inf", "x", ""), "a number above 0 and at most 1,"),
         (number(), ("nan", "1e999"), "a finite number, not"),
         (path, ("", "a\0b"), "the name of a file or folder"),
+        (input_name, ("", "a\0b"), "the name of a file or folder"),
     ],
 )
 def test_others_are_refused_with_what_is_allowed(
@@ -73,11 +75,7 @@ def test_two_hyphens_are_no_value(capsys: pytest.CaptureFixture[str]) -> None:
     "line",
     [
         ["tools.preprocess", "a.txt", "--output="],
-        ["tools.preprocess", "", "--output=a"],
-        ["tools.preprocess", "a.txt", "--output=a", "--validation="],
-        ["tools.train_tokenizer", "", "--output=a", "--vocab-size=300"],
         ["tools.train_tokenizer", "-", "--output=a", "--vocab-size=300"],
-        ["tools.evaluate", "--checkpoint=a", "--text="],
         ["tools.prepare_data", "text", "--output="],
         ["tools.generate", "--checkpoint=", "--prompt=a"],
         ["tools.evaluate", "--checkpoint=", "--text=a"],
@@ -99,6 +97,25 @@ def test_programs_refuse_empty_names_senseless_counts_and_options_of_no_use(
         importlib.import_module(line[0]).main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["tools.preprocess", "", "--output=a"],
+        ["tools.preprocess", "a.txt", "--output=a", "--validation="],
+        ["tools.train_tokenizer", "", "--output=a", "--vocab-size=300"],
+        ["tools.evaluate", "--checkpoint=a", "--text="],
+    ],
+    ids=lambda line: " ".join(line),
+)
+def test_an_input_without_a_name_is_not_the_working_directory(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit):
+        importlib.import_module(line[0]).main()
+    assert "must be the name of a file or folder" in capsys.readouterr().err
 
 
 def test_a_path_begins_at_home_where_a_shell_leaves_that_to_the_program(
