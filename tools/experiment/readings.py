@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megaegpt.bars import progress_bar
+from megaegpt.config import ModelConfig
 from megaegpt.data.tokens.windows import EvaluationWindows, tokens_before
 from megaegpt.errors import ConfigError
 from megaegpt.labels import IGNORE
@@ -23,19 +24,34 @@ from tools.experiment.measure import Text
 from tools.experiment.plan import ReadingPlan
 
 
-def load_reader(weights: str, reading: ReadingPlan, grid: ProcessGrid, dtype: torch.dtype) -> GPT:
-    """The encoder as a GPT, in eval mode, with the reading's rotary scaling.
+def reader_config(encoder: ModelConfig, reading: ReadingPlan, chunk_size: int) -> ModelConfig:
+    """The encoder's configuration with the reading's rotary scaling.
 
     Raises:
         ConfigError: the reading is longer than the encoder's context.
     """
-    config = read_weights_config(weights)[0]
+    config = encoder
     if (scaling := reading.rope_scaling).kind != "none":
         longer = int(config.max_seq_len * scaling.factor)
         config = dataclasses.replace(config, rope_scaling=scaling, max_seq_len=longer)
-    length = (reading.context or 0) + reading.overlap
-    if length > config.max_seq_len:
-        raise ConfigError(f"{weights} sees {config.max_seq_len} tokens, a reading needs {length}")
+    at_once = reading.context or chunk_size
+    if at_once + reading.overlap > config.max_seq_len:
+        raise ConfigError(
+            f"the encoder sees {config.max_seq_len} tokens, a reading of {at_once} at once and "
+            f"{reading.overlap} before them needs {at_once + reading.overlap}"
+        )
+    return config
+
+
+def load_reader(
+    weights: str, reading: ReadingPlan, chunk_size: int, grid: ProcessGrid, dtype: torch.dtype
+) -> GPT:
+    """The encoder as a GPT, in eval mode, with the reading's rotary scaling.
+
+    Raises:
+        ConfigError: see :func:`reader_config`.
+    """
+    config = reader_config(read_weights_config(weights)[0], reading, chunk_size)
     model = empty_model(config, grid).to(device=grid.device, dtype=dtype)
     load_weights(model, weights, grid)
     assert isinstance(model, GPT)

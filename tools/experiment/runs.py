@@ -22,7 +22,7 @@ from megaegpt.config.loading import (
 )
 from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer
 from megaegpt.data.tokens.stream import TokenStream
-from megaegpt.errors import CheckpointError, DataError
+from megaegpt.errors import CheckpointError, ConfigError, DataError
 from megaegpt.evaluation.history import HISTORIES
 from megaegpt.files import locked_folder, write_whole
 from megaegpt.generation.trained import LoadedModel, load_for_inference
@@ -50,7 +50,7 @@ from tools.experiment.measure import (
 )
 from tools.experiment.place import describe_machine
 from tools.experiment.plan import Budget, ExperimentPlan, ReadingPlan, decoder_values, make_run
-from tools.experiment.readings import load_reader, reading_nats
+from tools.experiment.readings import load_reader, reader_config, reading_nats
 from tools.experiment.texts import prepare_corpus, prepare_encoder_texts
 
 RESULT, READINGS = "result.json", "readings"
@@ -98,6 +98,7 @@ class Experiment:
             self._run()
 
     def _run(self) -> None:
+        self._check_readings()
         for name in self.plan.corpora:
             prepare_corpus(self.plan, name, self.folder / "data" / name, self._tokenizer)
         self._encoder = self._prepare_encoder()
@@ -112,6 +113,19 @@ class Experiment:
                 self._measure_reading(name, reading)
 
     # -- the encoder ------------------------------------------------------------------------------
+
+    def _check_readings(self) -> None:
+        """Refuse what the encoder cannot read, which is measured behind all that is trained."""
+        if self._source is not None:
+            encoder = read_weights_config(self._source)[0]
+        else:
+            encoder = run_config_from_dict(self.plan.encoder.run, []).model
+        baseline = run_config_from_dict(decoder_values(self.plan, self.plan.baseline), [])
+        for name in self.plan.readings:
+            try:
+                reader_config(encoder, self.plan.reading(name), baseline.model.egpt.chunk_size)
+            except ConfigError as error:
+                raise ConfigError(f"readings.{name}: {error}") from None
 
     def _prepare_encoder(self) -> str:
         """Return the weights for ``model.encoder.source``; pretrain them if the plan names none."""
@@ -157,7 +171,8 @@ class Experiment:
             return
         print(f"\n=== {corpus}: the encoder alone, {name}", flush=True)
         dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
-        gpt = load_reader(self._encoder, reading, self._grid, dtype)
+        size = config.model.egpt.chunk_size
+        gpt = load_reader(self._encoder, reading, size, self._grid, dtype)
         text = self._reported(config)
         nats = reading_nats(gpt, text, reading)
         losses = summarize(nats, text, self._tokenizer.token_byte_lengths)

@@ -18,8 +18,9 @@ import pytest
 
 from launchers import experiment
 from megaegpt.config.loading import config_to_yaml, load_config
-from megaegpt.errors import CheckpointError, DataError
+from megaegpt.errors import CheckpointError, ConfigError, DataError
 from megaegpt.files import locked_folder
+from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.training.stopping import StopRequests
 from tests.distributed.harness import Distributed, grid_for
 from tests.tiny.runs import StopAfter
@@ -362,6 +363,19 @@ def test_losses_of_a_frozen_decoder_are_those_of_what_is_stored(
     assert len(steps["smaller_chunks"]["losses"]["true"]["by_chunk"]) == 8
     page = markdown(report, []).partition("### By position inside the chunk")[2]
     assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("reading", "needed"),
+    [({"overlap": 24}, "16 at once and 24 before them needs 40"), ({"context": 48}, "needs 48")],
+)
+def test_a_reading_longer_than_the_encoders_context_is_refused_before_anything_is_trained(
+    reading: dict[str, int], needed: str, tmp_path: Path
+) -> None:
+    plan = dataclasses.replace(smoke(tmp_path), readings={"longer": reading})
+    with pytest.raises(ConfigError, match=f"readings.longer: the encoder sees 32 .*{needed}"):
+        Experiment(plan, ProcessGrid(), StopRequests()).run()
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_time_limit_for_a_report_alone_is_refused(
