@@ -95,8 +95,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("inputs", nargs="*", type=input_name, metavar="INPUT",
-        help="files, folders, globs, or - for stdin")  # fmt: skip
+    of_inputs = "files, folders, globs, or - for stdin"
+    add("inputs", nargs="*", type=input_name, metavar="INPUT", help=of_inputs)
     add("--output", type=path, required=True, metavar="DIR", help="folder of the shards")
     add("--format", choices=READERS, help="of the inputs (default: text or jsonl by their names)")
     add("--text-key", metavar="NAME", help="key or column of the text (default: text)")

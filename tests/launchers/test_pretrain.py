@@ -154,16 +154,21 @@ def test_a_dry_run_shows_everything_and_starts_nothing(corpus: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.long
-def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
-    config = _write_config(
-        tmp_path,
+def _endless_run(folder: Path, corpus: Path) -> Path:
+    """A configuration that saves when it is stopped and not before."""
+    return _write_config(
+        folder,
         "gpt",
         corpus,
         training={"steps": 100_000, "eval_interval": 100_000},
         checkpoint={"interval": 0},
         logging={"interval": 1},
     )
+
+
+@pytest.mark.long
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
+    config = _endless_run(tmp_path, corpus)
     process = _start("torchrun", "--config", str(config), "--resume")
     _wait_for(tmp_path / "run" / "metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
@@ -179,14 +184,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(corpus: Path, tmp_path: P
 @pytest.mark.parametrize("launcher", ["python", "torchrun"])
 def test_ctrl_c_that_ends_tee_too_saves(corpus: Path, tmp_path: Path, launcher: str) -> None:
     """A terminal sends it to all that is in the foreground."""
-    config = _write_config(
-        tmp_path,
-        "gpt",
-        corpus,
-        training={"steps": 100_000, "eval_interval": 100_000},
-        checkpoint={"interval": 0},
-        logging={"interval": 1},
-    )
+    config = _endless_run(tmp_path, corpus)
     command = _command(launcher, "launchers/pretrain.py", "--config", str(config))
     process: subprocess.Popen[str] = subprocess.Popen(
         ["bash", "-c", '"$@" 2>&1 | tee "$0"', str(tmp_path / "log"), *command],

@@ -215,22 +215,28 @@ def test_the_tables_replace_what_was_between_the_marks_of_a_page(report):
         insert(page, report, "other")
 
 
-def _stop_often(output: Path, encoder: Path) -> list[list[str]]:
-    """Names of the checkpoints after each stop."""
-    smallest = smoke(output)
-    plan = dataclasses.replace(
-        smallest,
-        corpora={"bible": smallest.corpora["bible"]},
+def _smallest(output: Path, encoder: Path, *variants: str) -> ExperimentPlan:
+    """One seed of some variants on one corpus, over an encoder that is there."""
+    plan = smoke(output)
+    return dataclasses.replace(
+        plan,
+        corpora={"bible": plan.corpora["bible"]},
         seeds=1,
         controls={},
         budgets=("steps",),
         readings={},
         memory_tokens=None,
         memory_lengths={},
-        encoder=dataclasses.replace(smallest.encoder, source=str(encoder)),
-        run=merged(smallest.run, {"training": {"steps": 12, "eval_interval": 4}}),
-        variants={"deepgpt": smallest.variants["deepgpt"]},
+        encoder=dataclasses.replace(plan.encoder, source=str(encoder)),
+        variants={name: plan.variants[name] for name in variants},
     )
+
+
+def _stop_often(output: Path, encoder: Path) -> list[list[str]]:
+    """Names of the checkpoints after each stop."""
+    plan = _smallest(output, encoder, "deepgpt")
+    training = {"training": {"steps": 12, "eval_interval": 4}}
+    plan = dataclasses.replace(plan, run=merged(plan.run, training))
     run, found = output / "runs/bible/steps/deepgpt/seed1", list[list[str]]()
     for steps in (5, 1, 1, 2):
         with pytest.raises(StoppedError):
@@ -257,19 +263,7 @@ def _scale_to_time(output: Path, encoder: Path) -> None:
     """Steps of ``egpt``, at half the baseline's speed, are half as many, whatever is measured of
     the runs that follow.
     """
-    smallest = smoke(output)
-    plan = dataclasses.replace(
-        smallest,
-        corpora={"bible": smallest.corpora["bible"]},
-        seeds=1,
-        controls={},
-        budgets=("steps",),
-        readings={},
-        memory_tokens=None,
-        memory_lengths={},
-        encoder=dataclasses.replace(smallest.encoder, source=str(encoder)),
-        variants={name: smallest.variants[name] for name in ("deepgpt", "egpt")},
-    )
+    plan = _smallest(output, encoder, "deepgpt", "egpt")
     runs = output / "runs/bible"
 
     def measured(variant: str, speed: float) -> None:
