@@ -11,7 +11,8 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero import Init
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from megaegpt.parallel.grid import DeepSpeedMpu
 from megaegpt.parallel.partitions import gathered
@@ -55,11 +56,15 @@ def hide_gathers(engine: Any) -> None:
 
 
 def _unseen(hook: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-    """Run the hook outside all dispatch modes."""
+    """Run the hook outside the dispatch mode of a selective checkpoint, but inside all others, of
+    which one may count what is sent.
+    """
+    selective = tuple(map(type, create_selective_checkpoint_contexts([])))  # of each pass
 
     @functools.wraps(hook)
     def run(module: nn.Module) -> None:
-        with _disable_current_modes():
+        hides = isinstance(_get_current_dispatch_mode(), selective)
+        with _pop_mode_temporarily() if hides else contextlib.nullcontext():
             hook(module)
 
     return run

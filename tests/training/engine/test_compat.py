@@ -83,7 +83,8 @@ PRIVATE_IN_TORCH = {
     "torch.ops.aten._weight_int8pack_mm",
     "torch.testing._internal.distributed.fake_pg.FakeStore",
     "torch.utils._python_dispatch.TorchDispatchMode",
-    "torch.utils._python_dispatch._disable_current_modes",
+    "torch.utils._python_dispatch._get_current_dispatch_mode",
+    "torch.utils._python_dispatch._pop_mode_temporarily",
     "torch.utils._pytree.tree_leaves",
 }
 PRIVATE_OF_SOME_BUILDS = {
