@@ -32,10 +32,10 @@ def _cache_at(folder: str) -> Iterator[None]:
 
 @torch.no_grad()
 def logits_and_states(source: str, tokens: Tensor, cache: str) -> tuple[Tensor, Tensor]:
-    """Of ``source`` as a GPT to train on, and as a frozen encoder, over two tensor-parallel ranks:
-    (B, T, V) with the columns of padding, and (B, T, C).
+    """Of ``source`` as a GPT to train on, and as a frozen encoder, which all ranks are
+    tensor-parallel for: (B, T, V) with the columns of padding, and (B, T, C).
     """
-    grid = grid_for(2)
+    grid = grid_for(dist.get_world_size())
     with _cache_at(cache):
         folder = resolve_weights_source(source, grid)
     gpt = empty_model(read_weights_config(folder)[0], grid).eval()

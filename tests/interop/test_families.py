@@ -107,17 +107,26 @@ def test_greedy_text_under_the_cache_is_theirs(tmp_path: Path, case: str, new: i
     )
 
 
-@pytest.mark.parametrize("case", ["llama_with_biases", "qwen3", "olmo2"])
-def test_two_ranks_compute_what_one_does(
-    tmp_path: Path, distributed: Distributed, case: str
+OVER_TWO = [(case, {}, 2) for case in ("llama_with_biases", "qwen3", "olmo2")]
+OVER_FOUR = [
+    pytest.param(
+        case, {"num_key_value_heads": 4} if case == "olmo2" else {}, 4, marks=pytest.mark.long
+    )
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize(("case", "changes", "ranks"), [*OVER_TWO, *OVER_FOUR])
+def test_ranks_compute_what_one_does(
+    tmp_path: Path, distributed: Distributed, case: str, changes: dict[str, int], ranks: int
 ) -> None:
-    """OLMo 2's norm is over the heads of both."""
-    theirs = _saved(case, tmp_path / "theirs")
+    """OLMo 2's norm is over the heads of all, so that each needs a key head of its own."""
+    theirs = _saved(case, tmp_path / "theirs", **changes)
     with torch.no_grad():
         expected = theirs(sequences()).logits
         states = theirs.base_model(sequences()).last_hidden_state
     source, cache = str(tmp_path / "theirs"), str(tmp_path / "cache")
-    for logits, ours in distributed(2, logits_and_states, source, sequences(), cache):
+    for logits, ours in distributed(ranks, logits_and_states, source, sequences(), cache):
         assert _relative(logits[..., :VOCAB], expected) < 1e-5
         assert _relative(ours, states) < 1e-5
 
