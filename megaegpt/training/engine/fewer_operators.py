@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.engine.norms import in_pieces
+from megaegpt.training.engine.norms import in_pieces, sum_of_squares
 from megaegpt.training.engine.replicas import is_counted
 
 
@@ -56,20 +56,13 @@ def _norm_of_partition(
     others: list[Tensor] = []
     for gradient, parameter in zip(real, parameters, strict=False):  # padding of an empty share
         (counted if is_counted(parameter, grid) else others).append(gradient)
-    total = torch.zeros((), dtype=torch.float32, device=grid.device)
-    if counted:
-        total += _norms(counted).square().sum().float()
+    total = sum_of_squares(counted, grid.device).float()
     if others:  # not counted, but none of them may be infinite
-        total += 0.0 * _norms(others).sum().float()
+        total += 0.0 * sum_of_squares(others, grid.device).float()
     for group in (grid.replica_group, grid.tp_group):
         if group is not None:
             dist.all_reduce(total, group=group)
     return total.sqrt()
-
-
-def _norms(gradients: list[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
-    """The 2-norm of each, added up in ``dtype``."""
-    return torch.stack(torch._foreach_norm(gradients, 2, dtype))
 
 
 @torch.no_grad()
@@ -108,4 +101,5 @@ def _for_norm_or_clipping(
     ]
     if not counted:
         return [torch.zeros((), device=grid.device)], {}
-    return [_norms([*in_pieces(counted)], torch.float32).square().sum().sqrt()], {}
+    norms = torch._foreach_norm([*in_pieces(counted)], 2, torch.float32)
+    return [torch.stack(norms).square().sum().sqrt()], {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megaegpt.model.parts import part_of
 from megaegpt.parallel.grid import ProcessGrid
-from megaegpt.training.engine.norms import in_pieces
+from megaegpt.training.engine.norms import in_pieces, sum_of_squares
 from megaegpt.training.engine.replicas import is_counted
 
 
@@ -57,9 +57,7 @@ class ModuleNorms:
         """
         grid = self._grid
         counted = [piece for parameter, piece in self._pieces() if is_counted(parameter, grid)]
-        square = torch.zeros((), dtype=torch.float64, device=grid.device)
-        if counted:
-            square += torch.stack(torch._foreach_norm(counted, 2, torch.float64)).square().sum()
+        square = sum_of_squares(counted, grid.device)
         self._add_up(square)
         return square.sqrt() / loss_scale
 
