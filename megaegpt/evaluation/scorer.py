@@ -5,8 +5,9 @@ Shapes: B rows, T tokens, C hidden, V vocabulary, m predicted tokens of a batch.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from megaegpt.bars import progress_bar
 from megaegpt.errors import DataError
 from megaegpt.evaluation.text import inputs_of
+from megaegpt.evaluation.text_loss import AbandonedEvaluationError
 from megaegpt.generation.trained import LoadedModel
 from megaegpt.labels import IGNORE, NOTHING_BEFORE
 from megaegpt.parallel.grid import ProcessGrid
@@ -92,6 +94,15 @@ class Scorer:
         self._vocab_size, self._preceding = config.vocab_size, config.preceding_tokens
         few_shapes = 128 if grid.device.type == "cuda" else 1  # a kernel may be made for each
         self._multiple_of = math.lcm(config.length_multiple, few_shapes)
+        self._why_end: Callable[[], str | None] = lambda: None
+
+    def unless(self, why_end: Callable[[], str | None]) -> Scorer:
+        """The same, whose :meth:`score` raises ``AbandonedEvaluationError`` when this, which every
+        rank calls before each of its batches, and equally often, gives a reason on all ranks.
+        """
+        other = copy.copy(self)
+        other._why_end = why_end
+        return other
 
     def check(self, pairs: Sequence[Pair]) -> None:
         """Refuse pairs that cannot be scored.
@@ -126,12 +137,15 @@ class Scorer:
         grid, size = self._grid, self._batch_size
         found = torch.zeros(2, len(pairs), dtype=torch.float64, device=grid.device)
         by_length = sorted(range(len(pairs)), key=lambda n: sum(map(len, pairs[n])), reverse=True)
-        firsts = range(grid.replica_rank * size, len(pairs), grid.replica_size * size)
-        for first in progress_bar(
-            firsts, title, unit="batch", disable=not (title and grid.is_main)
+        rounds = range(0, len(pairs), grid.replica_size * size)
+        for start in progress_bar(
+            rounds, title, unit="batch", disable=not (title and grid.is_main)
         ):
-            numbers = by_length[first : first + size]
-            found[:, numbers] = self._score_batch([pairs[number] for number in numbers])
+            if (reason := self._why_end()) is not None:
+                raise AbandonedEvaluationError(reason)
+            first = start + grid.replica_rank * size
+            if numbers := by_length[first : first + size]:
+                found[:, numbers] = self._score_batch([pairs[number] for number in numbers])
         if grid.replica_group is not None:
             dist.all_reduce(found, group=grid.replica_group)  # one rank has a value, the others 0
         likelihoods, greedy = found.tolist()

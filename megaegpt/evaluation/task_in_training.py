@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,15 +41,22 @@ class TaskInTraining:
             except DataError as error:
                 raise DataError(f"the task {name} ({path}): {error}") from None
 
-    def evaluate(self) -> TaskResult:
+    def evaluate(self, why_end: Callable[[], str | None] = lambda: None) -> TaskResult:
         """Collective over all ranks. The model is left in the mode it was in.
 
         Compiled blocks run uncompiled: every length of a batch would be compiled anew.
+
+        Args:
+            why_end: as that of :meth:`~megaegpt.evaluation.text_loss.Evaluator.evaluate`.
+
+        Raises:
+            AbandonedEvaluationError: ``why_end`` gave a reason.
         """
         was_training = self._model.training
         self._model.eval()
         try:
             with torch.compiler.set_stance("force_eager"):
-                return self._task.score(self._scorer, self._task.examples, None)
+                scorer = self._scorer.unless(why_end)
+                return self._task.score(scorer, self._task.examples, None)
         finally:
             self._model.train(was_training)

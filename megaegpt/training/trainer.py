@@ -19,7 +19,7 @@ from megaegpt.data.tokens.batch import Batch
 from megaegpt.data.tokens.loader import TrainingLoader
 from megaegpt.errors import CheckpointError, MegaEGPTError, TrainingError
 from megaegpt.evaluation.task_in_training import TaskInTraining
-from megaegpt.evaluation.text_loss import AbandonedEvaluationError, Evaluation, Evaluator
+from megaegpt.evaluation.text_loss import AbandonedEvaluationError, Evaluator
 from megaegpt.model.base import LanguageModel
 from megaegpt.parallel.together import (
     all_gather_object,
@@ -247,15 +247,9 @@ class Trainer:
         """Losses on the validation sets, the tasks, and a generated sample; False if all was left
         for a request to stop, and the run is saved.
         """
-        judged: dict[str, float] = {}
         try:
             with self._not_training():
-                for name, result in self._validation().items():
-                    of_set = "" if name == "validation" else f"{name}: "
-                    self.monitor.log(f"step {self.done}: {of_set}{result}")
-                    self.monitor.validation(self.done, result, name)
-                    judged[name] = result.loss
-                judged |= self._try_out()
+                judged = self._measure()
                 self.monitor.flush()
         except AbandonedEvaluationError as end:
             self._leave_evaluation(str(end))
@@ -264,12 +258,32 @@ class Trainer:
             self._judge(value)
         return True
 
-    def _validation(self) -> dict[str, Evaluation]:
-        """Of each set, all of which are on record or none."""
-        why_end, results = self.stops.watch(self._grid), {}
+    def _measure(self) -> dict[str, float]:
+        """Losses and the tasks' errors. All of them are recorded or none, for what is left is made
+        up for whole.
+        """
+        why_end, losses, tried = self.stops.watch(self._grid), {}, {}
         for name, evaluator in self.evaluators.items():
-            results[name] = self._same_everywhere(evaluator.evaluate(self.model, why_end))
-        return results
+            loss = self._same_everywhere(evaluator.evaluate(self.model, why_end))
+            of_set = "" if name == "validation" else f"{name}: "
+            self.monitor.log(f"step {self.done}: {of_set}{loss}")
+            losses[name] = loss
+        whole = self.tasks or self.sample is not None
+        with self.engine.whole_model() if whole else contextlib.nullcontext():
+            for name, task in self.tasks.items():
+                tried[name] = self._same_everywhere(task.evaluate(why_end))
+                self.monitor.log(f"step {self.done}: {name}: {tried[name]}")
+            for name, loss in losses.items():
+                self.monitor.validation(self.done, loss, name)
+            for name, result in tried.items():
+                self.monitor.task(self.done, result, name)
+            self._report_metrics()
+            if self.sample is not None:
+                text = self.sample()
+                self.monitor.log(f"step {self.done}: sample\n{text}")
+                self.monitor.text("sample", text, self.done)
+        by_loss = {name: loss.loss for name, loss in losses.items()}
+        return by_loss | {name: result.error for name, result in tried.items()}
 
     def _leave_evaluation(self, reason: str) -> None:
         self.stops.answer()  # about a step that is not taken
@@ -277,27 +291,6 @@ class Trainer:
             f"step {self.done}: the evaluation was left for {reason}; --resume makes up for it"
         )
         self._stop(reason)
-
-    def _try_out(self) -> dict[str, float]:
-        """Log what the model does with tasks, its own metrics, and a generated sample.
-
-        Returns:
-            The errors of the tasks.
-        """
-        errors = {}
-        whole = self.tasks or self.sample is not None
-        with self.engine.whole_model() if whole else contextlib.nullcontext():
-            for name, task in self.tasks.items():
-                measured = self._same_everywhere(task.evaluate())
-                self.monitor.log(f"step {self.done}: {name}: {measured}")
-                self.monitor.task(self.done, measured, name)
-                errors[name] = measured.error
-            self._report_metrics()
-            if self.sample is not None:
-                text = self.sample()
-                self.monitor.log(f"step {self.done}: sample\n{text}")
-                self.monitor.text("sample", text, self.done)
-        return errors
 
     def _same_everywhere(self, result: T) -> T:
         """Rank 0's, for what follows from it must be the same everywhere, to the last bit."""

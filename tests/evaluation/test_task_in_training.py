@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,14 @@ import torch
 from megaegpt.config.run import RunConfig
 from megaegpt.errors import DataError
 from megaegpt.evaluation.scorer import Scorer
-from megaegpt.evaluation.tasks import read_hellaswag, read_lambada, score_hellaswag, score_lambada
+from megaegpt.evaluation.task_in_training import TaskInTraining
+from megaegpt.evaluation.tasks import (
+    TaskResult,
+    read_hellaswag,
+    read_lambada,
+    score_hellaswag,
+    score_lambada,
+)
 from megaegpt.generation.trained import load_for_inference
 from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
@@ -151,6 +161,33 @@ def test_a_run_without_validation_does_not_score_its_tasks_again_when_it_goes_on
     distributed(1, _twice, corpus, tasks, tmp_path)
     steps = [r["step"] for r in records(tmp_path) if "task_error/words" in r]
     assert steps == [2, 4]
+
+
+def _stop_in_tasks(corpus: Path, tasks: Path, folder: Path) -> tuple[bool, str]:
+    config, shown = _config("gpt", corpus, tasks, folder), io.StringIO()
+    original = TaskInTraining.evaluate
+
+    def with_signal(self: TaskInTraining, why_end: Callable[[], str | None]) -> TaskResult:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, why_end)
+
+    with contextlib.redirect_stdout(shown):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TaskInTraining, "evaluate", with_signal)
+            complete = pretrain(config, grid_for(1))
+        pretrain(config, grid_for(1), resume=True)
+    return complete, shown.getvalue()
+
+
+def test_a_signal_in_tasks_leaves_the_evaluation_for_the_next_start(
+    corpus: Path, tasks: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    results = distributed(2, _stop_in_tasks, corpus, tasks, tmp_path)
+    assert not any(complete for complete, _ in results)
+    assert "step 2: the evaluation was left for SIGTERM" in results[0][1]
+    assert {*_measures(tmp_path)["task_error/words"]} == {2, 4}
+    recorded = [r["step"] for r in records(tmp_path) if "validation_loss" in r]
+    assert recorded == [2, 4]
 
 
 def _refuses(corpus: Path, entry: str, vocab_size: int, message: str, folder: Path) -> None:
