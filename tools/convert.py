@@ -31,9 +31,10 @@ export   The weights of a run, a checkpoint or a weights folder for other progra
          PEFT's, PeftModel.from_pretrained, over the exported base.
 merge    An adapter, of a run with training.lora, and the weights beside which it was trained, as
          weights in fp32. They are looked for where the run found them, or at --base.
-masters  The fp32 weights that the optimizer of a checkpoint keeps, as a folder of ours. A run in
-         bf16 or fp16 computes with rounded ones, which its checkpoints hold under weights/: take
-         those for inference, and these to train further.
+masters  The fp32 weights that the optimizer of a checkpoint keeps, as a folder of ours; of a run
+         with training.lora its adapter, in fp32. A run in bf16 or fp16 computes with rounded ones,
+         which its checkpoints hold under weights/: take those for inference, and these to train
+         further or to merge.
 list     What a run, a checkpoint or a weights folder holds.
 reshape  A checkpoint with its optimizer state, merged or split for as many processes as run this:
          one writes it for one rank, torchrun's for their number, tensor- times data-parallel. A

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from megaegpt.config import DataConfig, LoRAConfig, ModelConfig
 from megaegpt.config.data import InstructionConfig
@@ -24,10 +25,17 @@ from megaegpt.interop.merging import merge_adapter
 from megaegpt.model.adapter_files import read_adapter
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
-from megaegpt.model.weights import find_weights, load_weights, save_weights
+from megaegpt.model.weights import (
+    find_weights,
+    load_weights,
+    read_weights_config,
+    save_weights,
+)
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.planning.memory import estimate_memory
+from megaegpt.training.checkpoint.folders import find_checkpoint
 from megaegpt.training.checkpoint.manifest import Manifest
+from megaegpt.training.checkpoint.masters import export_masters
 from megaegpt.training.checkpoint.reshaping import reshape
 from megaegpt.training.finetuning import finetune
 from megaegpt.training.pretraining import pretrain
@@ -108,6 +116,23 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         for name in ("straight", "interrupted")
     ]
     assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+def test_masters_of_adapters_are_an_adapter_in_fp32(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    run = adapter_run(corpus, tmp_path / "run", training={"precision": "bf16", "steps": 3})
+    distributed(1, train, run)
+    export_masters(find_checkpoint(tmp_path / "run"), tmp_path / "masters")
+    saved = load_file(find_weights(tmp_path / "run") / "adapter.safetensors")
+    precise = load_file(tmp_path / "masters" / "adapter.safetensors")
+    assert saved.keys() == precise.keys()
+    for name, value in precise.items():
+        assert value.dtype == torch.float32
+        assert value.to(saved[name].dtype).equal(saved[name]), name
+    assert any(not value.equal(saved[name].float()) for name, value in precise.items())
+    merge_adapter(tmp_path / "masters", corpus / "encoder", tmp_path / "merged")
+    assert read_weights_config(tmp_path / "merged")[0] == read_adapter(tmp_path / "masters").config
 
 
 def test_a_run_at_zero_stage_3_goes_on_behind_the_first_save_of_its_second_life(

@@ -1,4 +1,4 @@
-"""The fp32 weights that the optimizer of a checkpoint keeps, as a folder of weights."""
+"""The fp32 weights that the optimizer of a checkpoint keeps, as a folder of weights or adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from megaegpt.errors import CheckpointError
 from megaegpt.files import check_tensor_file, whole_folder
 from megaegpt.interop.vocabulary_files import copy_tokenizer
-from megaegpt.model.weights import WEIGHTS, read_weights_config, write_weights
+from megaegpt.model.adapter_files import read_adapter, write_adapter
+from megaegpt.model.weights import ADAPTER, WEIGHTS, read_any_config, write_weights
 from megaegpt.training.checkpoint.deepspeed_state import loading, make_scratch
 from megaegpt.training.checkpoint.manager import STATE
 from megaegpt.training.checkpoint.manifest import Manifest, Topology, verify_files
@@ -24,7 +25,8 @@ def export_masters(checkpoint: Path, output: Path) -> Manifest:
 
     A run in half precision computes with rounded weights, which are what its checkpoints hold under
     ``weights``: right for inference. Its optimizer goes on from these; so does further training.
-    Frozen parameters have no such value and are taken as they are.
+    Frozen parameters have no such value and are taken as they are. Of a run with adapters these
+    alone are trained, and come out as its adapter does.
 
     Returns:
         What the checkpoint is.
@@ -35,26 +37,30 @@ def export_masters(checkpoint: Path, output: Path) -> Manifest:
     """
     manifest = Manifest.read(checkpoint)
     verify_files(manifest.files, checkpoint)
-    config, extra = read_weights_config(checkpoint / "weights")
+    config, extra, is_whole = read_any_config(checkpoint / "weights")
     shapes = {name: tuple(shape) for name, shape in manifest.parameters.items()}
     source, stage = checkpoint / STATE, Topology(**manifest.topology).zero_stage
     with whole_folder(output) as temporary:
         scratch = temporary / "scratch"
         make_scratch(scratch, source)
-        tensors = {name: value.float() for name, value in _weights(checkpoint).items()}
+        saved = _tensors(checkpoint / "weights" / (WEIGHTS if is_whole else ADAPTER))
+        tensors = {name: value.float() for name, value in saved.items()}
         with loading(source):
             convert(source, scratch / "universal", shapes, stage)
             for name, shape in shapes.items():
                 whole = read_parameter(scratch / "universal", name, FP32, shape)
                 tensors[name] = whole.clone(memory_format=torch.contiguous_format)
         shutil.rmtree(scratch)
-        write_weights(tensors, config, temporary, extra)
+        if is_whole:
+            write_weights(tensors, config, temporary, extra)
+        else:
+            adapter = read_adapter(checkpoint / "weights")
+            write_adapter(tensors, temporary, config, adapter.lora, adapter.base, adapter.extra)
         copy_tokenizer(checkpoint / "weights", temporary)
     return manifest
 
 
-def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint / "weights" / WEIGHTS
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
     check_tensor_file(path)
     try:
         return load_file(path)
