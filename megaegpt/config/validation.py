@@ -13,6 +13,7 @@ from megaegpt.config.freezing import part_problem
 from megaegpt.config.lora import LoRAConfig, target_problem
 from megaegpt.config.model import ModelConfig
 from megaegpt.config.model_rules import has_effect, model_problems
+from megaegpt.config.parallel import ParallelConfig
 from megaegpt.config.parameter_groups import parameter_group_problems
 from megaegpt.config.parsing import Problem, raise_problems
 from megaegpt.config.paths import path_problems
@@ -42,13 +43,15 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
     raise_problems("configuration", find_problems(config, world_size))
 
 
-def validate_model(model: ModelConfig, source: str) -> None:
-    """Check the rules of a model by itself; the encoder's source may still be open.
+def validate_model(model: ModelConfig, source: str, tp: int = 1) -> None:
+    """Check the rules of a model by itself, on ``tp`` tensor-parallel ranks; the encoder's source
+    may still be open.
 
     Raises:
         ConfigError: one message that lists all problems, beginning with ``source``.
     """
-    problems = find_problems(RunConfig(model=model))
+    problems = find_problems(RunConfig(model=model, parallel=ParallelConfig(tp)))
+    source = f"{source} on {tp} tensor-parallel ranks" if tp > 1 else source
     about_run = {"model.encoder.source"}
     raise_problems(
         source,

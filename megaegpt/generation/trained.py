@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from megaegpt.config import ModelConfig
+from megaegpt.config.validation import validate_model
 from megaegpt.data.instruction.chat_template import ChatTemplate, load_chat_template
 from megaegpt.data.tokenizer import Tokenizer
 from megaegpt.data.tokenizers.tokenizer_files import has_tokenizer, load_tokenizer
@@ -69,8 +70,8 @@ def load_for_inference(
 
     Raises:
         CheckpointError: something is missing or damaged, or the encoder is another one.
-        ConfigError: the weights' description is not valid, or ``encoder_source`` is given for a
-            model that has no encoder.
+        ConfigError: the weights' description is not valid or does not fit the tensor-parallel size,
+            or ``encoder_source`` is given for a model that has no encoder.
         DataError: the tokenizer's vocabulary cannot be had.
     """
     weights = resolve_weights_source(folder, grid)
@@ -79,6 +80,7 @@ def load_for_inference(
         config, extra = read_weights_config(weights)
     else:
         config, extra = adapter.config, adapter.extra
+    validate_model(config, str(weights), grid.tp_size)
     if encoder_source is not None and not config.needs_encoder:
         raise ConfigError(
             f"{weights} is a plain gpt, without an encoder: leave the encoder {encoder_source} out"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megaegpt.config import EncoderConfig, ModelConfig
 from megaegpt.config.arithmetic import arithmetic_differences, model_arithmetic
+from megaegpt.config.validation import validate_model
 from megaegpt.errors import ConfigError
 from megaegpt.labels import NOTHING_BEFORE
 from megaegpt.model.base import LanguageModel
@@ -44,7 +45,7 @@ class FrozenEncoder(nn.Module):
         """Load the GPT that ``config.source`` names, cut for ``grid``, on its device, in ``dtype``.
 
         Raises:
-            ConfigError: no source, or it is not a GPT.
+            ConfigError: no source, or it is not a GPT, or none that ``grid`` can cut.
             CheckpointError: the folder is missing or damaged.
         """
         if config.source is None:
@@ -55,6 +56,7 @@ class FrozenEncoder(nn.Module):
                 f"model.encoder.source={config.source} is of kind {model_config.kind}; "
                 "an encoder must be a gpt"
             )
+        validate_model(model_config, config.source, grid.tp_size)
         gpt = GPT(model_config, grid)
         load_weights(gpt, config.source, grid)
         if config.layers is not None:

@@ -33,6 +33,12 @@ GRID = ProcessGrid()
 BIG_VOCABULARY = {"vocab_size": 50257, "hidden_size": 16, "num_heads": 2}
 
 
+class RankOfTwo(ProcessGrid):
+    """A place in a tensor-parallel pair that communicates with nobody."""
+
+    world_size = 1
+
+
 def save_gpt(folder: Path, seed: int = 1, **changes: object) -> Path:
     """A tiny GPT for the real tokenizer."""
     model = build_model(replace(GPT, **(BIG_VOCABULARY | changes)), GRID, seed=seed)
@@ -86,6 +92,23 @@ def test_a_library_that_is_not_known_is_refused_for_a_tiny_model_too(
     monkeypatch.setenv("MEGAEGPT_KERNELS", "mkl")
     with pytest.raises(ConfigError, match="MEGAEGPT_KERNELS=mkl is not known"):
         choose_products(build_model(GPT, GRID))
+
+
+@pytest.mark.parametrize("kind", ["gpt", "encoder"])
+def test_ranks_that_cannot_share_a_model_or_its_encoder_are_refused_by_name(
+    tmp_path: Path, kind: str
+) -> None:
+    nine = save_gpt(tmp_path / "gpt", hidden_size=18, num_heads=9)
+    if kind == "encoder":
+        config = replace(EGPT, **(BIG_VOCABULARY | {"hidden_size": 18}))
+        description = FrozenEncoder.from_source(EncoderConfig(str(nine)), GRID).description()
+        model = build_model(replace(config, encoder=EncoderConfig(str(nine))), GRID, seed=2)
+        save_weights(model, tmp_path / "egpt", GRID, description)
+    source = tmp_path / ("gpt" if kind == "gpt" else "egpt")
+    ours = re.escape(f"{nine} on 2 tensor-parallel ranks: model.num_heads=9 is not divisible by")
+    with pytest.raises(ConfigError, match=f"^{ours} .*: use one of 1, 3, 9$"):
+        load_for_inference(source, RankOfTwo(tp_size=2))
+    assert load_for_inference(source, GRID).model.config.hidden_size == 18
 
 
 @pytest.mark.parametrize("name", VARIANTS)
