@@ -225,7 +225,7 @@ class ModelConfig:
         """Columns of a head that are rotated: an even number (``model_rules`` checks it)."""
         if self.attention == "latent":
             return self.rope_head_dim or 0
-        return int(self.head_size * self.rope_fraction)
+        return int(self.head_size * self.rope_fraction + 1e-6)  # 0.58 of 100 is 57.99999999999999
 
     @property
     def rope_original_length(self) -> float | None:

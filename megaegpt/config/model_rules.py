@@ -27,6 +27,9 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {
 }
 """Where a key has an effect, if not everywhere; the other keys of ``egpt`` are an egpt's."""
 
+_ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+_LEAST, _MOST = 1e-30, 1e30  # beyond all use, and far from where fp64 ends
+
 
 def has_effect(model: ModelConfig, key: str) -> bool:
     """Whether a key of the ``model`` section, such as ``egpt.history``, means something for it."""
@@ -88,6 +91,14 @@ def _rotary(model: ModelConfig) -> Iterator[Problem]:
             ("model.rope_scaling.kind", "model.positions"),
             f"model.rope_scaling.kind={scaling.kind} has no effect without model.positions=rotary",
         )
+    for name in ("rope_base", *(f"rope_scaling.{key}" for key in _ROPE_NUMBERS)):
+        value = getattr(scaling, name.removeprefix("rope_scaling."), model.rope_base)
+        if not _LEAST <= value <= _MOST:
+            yield Problem(
+                (f"model.{name}",),
+                f"model.{name}={value} must be from {_LEAST} to {_MOST}: frequencies are powers "
+                "and ratios of it",
+            )
     if scaling.kind == "none" and scaling.factor != 1.0:
         yield Problem(
             ("model.rope_scaling.kind", "model.rope_scaling.factor"),
@@ -99,6 +110,12 @@ def _rotary(model: ModelConfig) -> Iterator[Problem]:
             ("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor"),
             f"model.rope_scaling.high_freq_factor={scaling.high_freq_factor} must be above "
             f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor}",
+        )
+    if scaling.kind == "yarn" and model.rope_base <= 1:
+        yield Problem(
+            ("model.rope_scaling.kind", "model.rope_base"),
+            "model.rope_scaling.kind=yarn divides the frequencies of slow pairs: "
+            f"model.rope_base={model.rope_base} must be above 1, so that later pairs are slower",
         )
     if scaling.kind == "yarn" and scaling.beta_fast <= scaling.beta_slow:
         yield Problem(

@@ -81,6 +81,29 @@ REFUSED = [
         "rope_scaling.factor=2.0 has no effect without model.rope_scaling.kind",
     ),
     (
+        {
+            "model": {
+                "positions": "rotary",
+                "rope_base": 1.0,
+                "rope_scaling": RopeScalingConfig("yarn", 4.0),
+            }
+        },
+        "rope_scaling.kind=yarn divides the frequencies of slow pairs: model.rope_base=1.0 must be",
+    ),
+    (
+        {"model": {"positions": "rotary", "rope_scaling": RopeScalingConfig("ntk", 1e300)}},
+        "model.rope_scaling.factor=1e+300 must be from 1e-30 to 1e+30",
+    ),
+    (
+        {
+            "model": {
+                "positions": "rotary",
+                "rope_scaling": RopeScalingConfig("yarn", 4.0, beta_fast=1e308),
+            }
+        },
+        "model.rope_scaling.beta_fast=1e+308 must be from 1e-30 to 1e+30",
+    ),
+    (
         {"model": {"attention": "latent", "qk_norm": "head"}},
         "qk_norm=head cannot be combined with model.attention=latent",
     ),

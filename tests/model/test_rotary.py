@@ -130,6 +130,11 @@ def test_a_fraction_of_a_head_is_rotated_and_the_rest_is_not():
     torch.testing.assert_close(turned[..., :16], whole.rotate(x[..., :16]))
 
 
+@pytest.mark.parametrize(("fraction", "width"), [(0.58, 58), (0.29, 29), (0.25, 25), (1.0, 100)])
+def test_a_fraction_in_decimals_is_of_as_many_columns_as_it_says(fraction, width):
+    assert replace(HEAD_64, head_dim=100, rope_fraction=fraction).rope_size == width
+
+
 SCALED = {
     "linear": (RopeScalingConfig("linear", 4.0), {"rope_type": "linear", "factor": 4.0}),
     "yarn": (
