@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -105,7 +106,9 @@ class TokenizerDefinition:
 
     @property
     def added_tokens(self) -> list[dict[str, Any]]:
-        """Tokens that are found in a text as a whole, special ones among them."""
+        """Tokens that are found in a text as a whole, special ones among them: by their entry, or
+        because the settings name them.
+        """
         found = self.content.get("added_tokens")
         where = f"{self.where}: added_tokens"
         added = conform([] if found is None else found, list[Any], where, remedy=_REMEDY)
@@ -119,7 +122,8 @@ class TokenizerDefinition:
             if type(token.get("id")) is not int:
                 name = token["content"]
                 raise DataError(f"{self.where} is damaged: {name!r:.40} has no id; {_REMEDY}")
-        return added
+        named = {token_name(self.settings.get(f"{kind}_token")) for kind in NAMED}
+        return [{**t, "special": True} if t["content"] in named else t for t in added]
 
     def end_of_text(self, vocabulary: Mapping[str, int]) -> str:
         """The name of the token that ends a document.
@@ -158,6 +162,7 @@ def read_definition(place: Path) -> TokenizerDefinition:
     if not isinstance(content.get("model"), dict):
         raise DataError(f"{file} is damaged: it has no model, as every {TOKENIZER_FILE} has one")
     settings = _read_if_there(folder / SETTINGS_FILE)
+    content |= _added_tokens_beside(folder, settings, content, file)
     if token_name(settings.get("eos_token")) is None:
         settings |= _end_from_other_files(folder, content)
     settings |= _chat_template_beside(folder)
@@ -165,6 +170,27 @@ def read_definition(place: Path) -> TokenizerDefinition:
     return TokenizerDefinition(
         Path(str(name)).name, str(file), content, settings, _ends_of_texts(folder)
     )
+
+
+def _added_tokens_beside(
+    folder: Path, settings: Mapping[str, Any], content: dict[str, Any], file: Path
+) -> dict[str, Any]:
+    """``added_tokens`` with those that the files beside ``tokenizer.json`` alone have, in the order
+    of their ids; as in transformers, their ids follow those that are taken.
+    """
+    listed = sorted(_listed_tokens(folder, settings).values(), key=lambda token: token["id"])
+    if not listed:
+        return {}
+    definition = TokenizerDefinition("", str(file), content)
+    added, ids = content.get("added_tokens") or [], definition.vocabulary
+    known = {token["content"] for token in definition.added_tokens}
+    free = itertools.count(max(ids.values(), default=-1) + 1)
+    more = [
+        {**token, "id": ids[name] if (name := token["content"]) in ids else next(free)}
+        for token in listed
+        if token["content"] not in known
+    ]
+    return {"added_tokens": [*added, *more]}
 
 
 def read_older_definition(folder: Path) -> TokenizerDefinition:
@@ -210,13 +236,25 @@ def _check_words(kind: Any, file: Path) -> None:
 def _older_added_tokens(
     folder: Path, settings: Mapping[str, Any], vocabulary: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """``added_tokens`` by id: ``added_tokens_decoder`` of the settings or, before there was one,
-    ``added_tokens.json``; and special tokens of the vocabulary, which are in neither.
+    """``added_tokens`` by id: those that are listed, and special tokens of the vocabulary, which
+    are not.
     """
-    named = (settings, _read_if_there(folder / _SPECIAL_TOKENS_FILE))
-    special = {END_OF_TEXT}.union(*map(_special_names, named))
+    special = _special_names(folder, settings)
     added = {n: added_token(vocabulary[n], n) for n in special if n in vocabulary}
-    if (listed := settings.get("added_tokens_decoder")) is not None:
+    added |= _listed_tokens(folder, settings)
+    return sorted(added.values(), key=lambda token: token["id"])
+
+
+def _listed_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Entries of ``added_tokens_decoder`` of the settings or, before there was one, of
+    ``added_tokens.json``, by name.
+    """
+    added: dict[str, dict[str, Any]] = {}
+    listed, file = settings.get("added_tokens_decoder"), folder / _ADDED_TOKENS_FILE
+    if listed is None and not os.path.lexists(file):
+        return added
+    special = _special_names(folder, settings)
+    if listed is not None:
         where = f"{folder / SETTINGS_FILE}: added_tokens_decoder"
         for key, entry in conform(listed, dict[str, dict[str, Any]], where, remedy=_REMEDY).items():
             name = token_name(entry)
@@ -225,16 +263,19 @@ def _older_added_tokens(
             flags = {flag: bool(entry.get(flag)) for flag in _FLAGS}
             is_special = bool(entry.get("special")) or name in special
             added[name] = added_token(int(key), name, is_special) | flags
-    elif os.path.lexists(file := folder / _ADDED_TOKENS_FILE):
+    else:
         for name, number in read_json(file, dict[str, int], remedy=_REMEDY).items():
             added[name] = added_token(number, name, name in special)
-    return sorted(added.values(), key=lambda token: token["id"])
+    return added
 
 
-def _special_names(settings: Mapping[str, Any]) -> set[str]:
-    several = [settings.get(key) for key in _MORE_SPECIAL]
-    values = [value for more in several if isinstance(more, list) for value in more]
-    values += [settings.get(f"{kind}_token") for kind in NAMED]
+def _special_names(folder: Path, settings: Mapping[str, Any]) -> set[str]:
+    """Of special tokens by the settings and the file for them alone."""
+    values: list[Any] = [END_OF_TEXT]
+    for said in (settings, _read_if_there(folder / _SPECIAL_TOKENS_FILE)):
+        several = [said.get(key) for key in _MORE_SPECIAL]
+        values += [value for more in several if isinstance(more, list) for value in more]
+        values += [said.get(f"{kind}_token") for kind in NAMED]
     return {name for name in map(token_name, values) if name is not None}
 
 

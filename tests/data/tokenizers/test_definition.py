@@ -157,6 +157,56 @@ def test_added_tokens_of_the_older_form_are_those_of_transformers(
             assert ours.encode_with_special_tokens(text) == wanted
 
 
+_TEXTS = ["<|im_start|>user\nhi  <|im_end|> <think>so</think>", "a <think> b$c", " <|endoftext|> "]
+
+
+def _gives_the_ids_of_transformers(folder: Path) -> None:
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in _TEXTS:
+        plain = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ours.encode(text) == plain
+        wanted = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode_with_special_tokens(text) == wanted
+
+
+@pytest.mark.parametrize("by_settings", [True, False])
+def test_added_tokens_that_tokenizer_json_lacks_are_those_of_transformers(
+    by_settings: bool, tmp_path: Path
+) -> None:
+    """The ids that the other files say hold only where no other token has them."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    listed = [(0, "<|endoftext|>"), (1, "<|im_start|>"), (5, "$"), (6, "<|im_end|>")]
+    assert trained_definition().vocabulary["$"] == 5
+    named: dict[str, Any] = {"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizer"}
+    if by_settings:
+        named["added_tokens_decoder"] = {
+            str(number): {**flags, "content": name, "special": name.startswith("<|")}
+            for number, name in [*listed, (709, "<think>")]
+        }
+    else:
+        (tmp_path / "added_tokens.json").write_text('{"<think>": 701, "<|im_end|>": 700}')
+    write(tmp_path, trained_definition().content, **named)
+    ours = load_tokenizer(tmp_path)
+    assert (ours.eot_token, ours.vocab_size) == (700, 702)
+    _gives_the_ids_of_transformers(tmp_path)
+    (tmp_path / "saved").mkdir()
+    save_tokenizer(ours, tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
+    _gives_the_ids_of_transformers(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["bos", "pad", "unk"])
+def test_special_tokens_that_the_settings_name_are_no_text_whatever_their_entry_says(
+    kind: str, tmp_path: Path
+) -> None:
+    content = copy.deepcopy(trained_definition().content)
+    for token in content["added_tokens"]:
+        token["special"] = False
+    write(tmp_path, content, eos_token="<|endoftext|>", **{f"{kind}_token": "<|im_start|>"})
+    assert 1 not in load_tokenizer(tmp_path).encode("<|im_start|>user")
+    _gives_the_ids_of_transformers(tmp_path)
+
+
 @pytest.mark.parametrize("listed", [{"x": {"content": "a"}}, {"7": {}}, {"9" * 5000: {}}, [7]])
 def test_damaged_added_tokens_of_the_older_form_are_named(listed: Any, tmp_path: Path) -> None:
     write_older(tmp_path, added_tokens_decoder=listed)
