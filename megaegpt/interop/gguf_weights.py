@@ -94,10 +94,11 @@ def gguf_description(header: GGUFHeader, family: Family) -> Description:
         needed = key in _NEEDED or key.endswith("epsilon")
         if needed and family.gguf_keys[key] not in theirs:
             raise said.error(f"{key} is missing")
-    embedding = header.tensors.get(f"{family.places['embedding'].gguf}.weight")
-    theirs["vocab_size"] = 0 if embedding is None else embedding.shape[0]
-    rows = theirs["vocab_size"]
-    if embedding is not None and (vocab_size := own.get("vocab_size", rows)) != rows:
+    embedding = header.tensors.get(name := f"{family.places['embedding'].gguf}.weight")
+    if embedding is None:
+        raise CheckpointError(f"{header.path}: {name} is missing")
+    theirs["vocab_size"] = rows = embedding.shape[0]
+    if (vocab_size := own.get("vocab_size", rows)) != rows:
         raise said.error(f"vocab_size={shown(vocab_size)}, and the embedding has {rows} rows")
     theirs["tie_word_embeddings"] = f"{family.places['head'].gguf}.weight" not in header.tensors
     if any("mlp_bias" in concern.keys for concern in family.concerns):

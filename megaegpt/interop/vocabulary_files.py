@@ -42,10 +42,11 @@ def tokenizer_beside(
             print(f"notice: no tokenizer goes with the weights: {error}", file=sys.stderr)
             return None
         if tokenizer.vocab_size > config.vocab_size:
+            advice = "; without its files the weights alone are taken"
             raise CheckpointError(
                 f"{source} holds a tokenizer of {tokenizer.vocab_size} tokens and a model of "
-                f"{config.vocab_size}: it is another model's; without its files the weights alone "
-                "are taken"
+                f"{config.vocab_size}: it is another model's"
+                f"{'' if source.suffix == SUFFIX else advice}"
             )
         return tokenizer
     if trained_with is None:

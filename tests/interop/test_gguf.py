@@ -318,8 +318,8 @@ def test_damage_is_a_line_and_nothing_else(tmp_path: Path) -> None:
 # -- metadata -------------------------------------------------------------------------------------
 
 
-def _with_metadata(path: Path, arch: str = "qwen3", **changes: Any) -> Path:
-    """The file again with other metadata; None leaves a key out."""
+def _with_metadata(path: Path, arch: str = "qwen3", without: str = "", **changes: Any) -> Path:
+    """The file again with other metadata, or without a tensor; None leaves a key out."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(path.with_name("changed.gguf"), arch)
     values = {key: field.contents() for key, field in reader.fields.items() if "." in key}
@@ -329,6 +329,8 @@ def _with_metadata(path: Path, arch: str = "qwen3", **changes: Any) -> Path:
             kinds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
             kinds.get(type(value), writer.add_array)(key, value)
     for tensor in reader.tensors:
+        if tensor.name == without:
+            continue
         writer.add_tensor(tensor.name, np.array(tensor.data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -341,6 +343,7 @@ def _with_metadata(path: Path, arch: str = "qwen3", **changes: Any) -> Path:
     ("changes", "words"),
     [
         ({"arch": "gptneox"}, "general.architecture=gptneox is not supported, only gpt2, llama"),
+        ({"without": "token_embd.weight"}, r"changed\.gguf: token_embd\.weight is missing"),
         ({"block_count": None}, "block_count is missing"),
         ({"block_count": 3}, "it holds 2 layers, block_count is 3"),
         ({"embedding_length": "24"}, "hidden_size must be an integer"),

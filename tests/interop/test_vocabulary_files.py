@@ -13,10 +13,11 @@ from megaegpt.data.instruction.named_templates import NAMED_TEMPLATES
 from megaegpt.data.tokenizers.gguf_vocabulary import read_gguf_definition
 from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer, save_tokenizer
+from megaegpt.errors import CheckpointError
 from megaegpt.interop.export import export_huggingface
 from megaegpt.interop.gguf_export import export_gguf
 from megaegpt.interop.peft import export_peft
-from megaegpt.interop.vocabulary_files import is_gpt2_tokenizer
+from megaegpt.interop.vocabulary_files import is_gpt2_tokenizer, tokenizer_beside
 from megaegpt.model.adapter_files import Base, save_adapter
 from megaegpt.model.adapters import add_adapters, initialize_adapters
 from megaegpt.model.build import build_model
@@ -76,6 +77,18 @@ def test_gpt2s_vocabulary_with_other_rules_is_not_taken_for_its_tokenizer(tmp_pa
     assert is_gpt2_tokenizer(tokenizer, config)
     tokenizer.adds_bos = True
     assert not is_gpt2_tokenizer(tokenizer, config)
+
+
+def test_a_tokenizer_of_another_model_can_be_taken_from_its_folder_but_not_from_a_file(
+    tuned: Path, tmp_path: Path
+) -> None:
+    smaller = dataclasses.replace(GPT, vocab_size=699)
+    with pytest.raises(CheckpointError, match="it is another model's; without its files"):
+        tokenizer_beside(tuned / "weights", smaller)
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    export_gguf(tuned / "weights", tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"it is another model's$"):
+        tokenizer_beside(tmp_path / "model.gguf", smaller)
 
 
 def test_a_gguf_file_of_what_was_tuned_on_tasks_has_their_prompt(

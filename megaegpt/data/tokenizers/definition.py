@@ -44,6 +44,7 @@ class TokenizerDefinition:
         settings: of ``tokenizer_config.json``: names of special tokens, the chat template.
         ends: ids at which a model stops to write, by ``generation_config.json``; those that are no
             tokens do not count.
+        is_gguf: ``where`` is a GGUF file, of whose metadata the other parts were made.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TokenizerDefinition:
     content: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
+    is_gguf: bool = False
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -135,10 +137,10 @@ class TokenizerDefinition:
         if named is None:
             named = next((name for name in _ENDS if name in vocabulary), None)
         if named is None:
-            raise DataError(
-                f"{self.where}: no token ends a document: name one as eos_token in "
-                f"{SETTINGS_FILE} beside it"
-            )
+            advice = f"name one as eos_token in {SETTINGS_FILE} beside it"
+            if self.is_gguf:
+                advice = f"give the folder of the model's {TOKENIZER_FILE} instead"
+            raise DataError(f"{self.where}: no token ends a document: {advice}")
         if named not in vocabulary:
             raise DataError(f"{self.where}: its eos_token {named!r:.40} is no token of it")
         return named

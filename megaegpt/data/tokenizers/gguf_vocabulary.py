@@ -101,7 +101,8 @@ def _definition(found: Mapping[str, Any], file: Path) -> TokenizerDefinition:
     )
     name = str(found.get("general.name") or file.stem)
     ends = tuple(end for kind in _ENDS if type(end := found.get(f"{_KEY}{kind}_token_id")) is int)
-    return TokenizerDefinition(name, str(file), content, _settings(found, tokens, file), ends)
+    settings = _settings(found, tokens, file)
+    return TokenizerDefinition(name, str(file), content, settings, ends, is_gguf=True)
 
 
 def _list_of(kind: type[T], found: Mapping[str, Any], name: str, file: Path) -> list[T]:

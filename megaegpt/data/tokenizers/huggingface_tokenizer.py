@@ -39,6 +39,7 @@ from megaegpt.data.tokenizers.split_pattern import split_expression
 from megaegpt.errors import DataError
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_PLACE_IN_JSON = re.compile(r" at line \d+ column \d+")
 _BLANK_MARK = "\u2581"
 _TEMPLATES = ("TemplateProcessing", "RobertaProcessing", "BertProcessing")
 _GPT2_DIGEST = "5834566ba7a113a3493831eb98ffca7a823466defe0d57779312bf57c98f2739"
@@ -354,9 +355,10 @@ def _library_of(definition: TokenizerDefinition, end: str) -> tokenizers.Tokeniz
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the library is no Exception
+        newer = f", or newer than the library tokenizers {tokenizers.__version__}"
+        reason = _PLACE_IN_JSON.sub("", str(error)[:200])  # of what is made here, not of the file
         raise DataError(
-            f"{definition.where} is damaged, or newer than the library tokenizers "
-            f"{tokenizers.__version__}: {str(error)[:200]}"
+            f"{definition.where} is damaged{'' if definition.is_gguf else newer}: {reason}"
         ) from None
     library.encode_special_tokens = True
     return library
