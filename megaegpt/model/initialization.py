@@ -58,17 +58,30 @@ _SAME = (
     "layer_norm_eps",
 )
 """Fields that decide the shapes and the meaning of a block's weights."""
+_KEYS = {
+    "kv_heads": "num_kv_heads",
+    "head_size": "head_dim",
+    "ffn_size": "ffn_hidden_size",
+    "latent_size": "latent_dim",
+    "has_qkv_bias": "qkv_bias",
+    "rope_original_length": "rope_scaling.original_max_seq_len",
+}
+"""Keys of fields whose defaults are resolved."""
 
 
 def initialization_problems(decoder: ModelConfig, encoder: ModelConfig) -> list[str]:
     """Why ``decoder`` cannot start as the end of ``encoder``; empty if it can."""
     rotary = "rotary" in (encoder.positions, decoder.positions)
-    problems = [
-        f"its {name} is {getattr(encoder, name)}, model's {getattr(decoder, name)}, and "
-        "model.encoder.initialize_decoder copies blocks"
+    latent = "latent" in (encoder.attention, decoder.attention)
+    differences = [
+        f"its {_KEYS.get(name, name)} is {getattr(encoder, name)}, model's {getattr(decoder, name)}"
         for name in (*_SAME, *(_SAME_ROTARY if rotary else ()))
-        if getattr(encoder, name) != getattr(decoder, name)
+        if getattr(encoder, name) != getattr(decoder, name) and (latent or name != "latent_size")
     ]
+    problems = []
+    if differences:
+        copied = "model.encoder.initialize_decoder copies its blocks"
+        problems.append(f"{copied}, and {', '.join(differences)}")
     if rotary and decoder.kind == "egpt" and not decoder.egpt.local_attention:
         problems.append(
             "model.encoder.initialize_decoder copies rotary positions of tokens: without "

@@ -140,12 +140,21 @@ def test_what_cannot_start_as_the_encoder_is_refused_by_name(changes, words):
     )
 
 
+def test_differences_from_the_encoder_are_said_once_and_by_the_keys_of_the_configuration():
+    wider = replace(EGPT, hidden_size=32, ffn_hidden_size=48)
+    (problem,) = initialization_problems(wider, GPT)
+    assert problem == (
+        "model.encoder.initialize_decoder copies its blocks, and its head_dim is 8, model's 16, "
+        "its ffn_hidden_size is 64, model's 48"
+    )
+
+
 def test_frequencies_that_follow_from_the_context_must_be_the_encoders():
     yarn = RopeScalingConfig("yarn", factor=4.0)
     encoder = replace(GPT, positions="rotary", rope_scaling=yarn, max_seq_len=256)
     egpt = replace(EGPT, positions="rotary", rope_scaling=yarn, max_seq_len=64)
-    (problem,) = (p for p in initialization_problems(egpt, encoder) if "length" in p)
-    assert "rope_original_length is 64.0, model's 16.0" in problem
+    (problem,) = initialization_problems(egpt, encoder)
+    assert "its rope_scaling.original_max_seq_len is 64.0, model's 16.0" in problem
 
 
 @pytest.mark.parametrize("layers", [None, 3])
