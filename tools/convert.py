@@ -49,7 +49,7 @@ from typing import Any
 
 from megaegpt.arguments import ArgumentParser, integer, path
 from megaegpt.bars import telling_if_slow
-from megaegpt.errors import ConfigError, exits_cleanly
+from megaegpt.errors import CheckpointError, ConfigError, exits_cleanly
 
 
 @exits_cleanly
@@ -183,16 +183,25 @@ def _export(arguments: argparse.Namespace) -> None:
     from megaegpt.data.tokenizers.tokenizer_files import TOKENIZER_FILES
     from megaegpt.gguf_files import SUFFIX
     from megaegpt.interop.export import export_weights
+    from megaegpt.interop.foreign_models import find_foreign
     from megaegpt.interop.gguf_export import export_gguf
+    from megaegpt.interop.hub import is_model_name
     from megaegpt.interop.peft import export_peft
-    from megaegpt.interop.translation import nearest_family
+    from megaegpt.interop.translation import lack, nearest_family
     from megaegpt.model.weights import find_weights, is_adapter, read_weights_config
     from megaegpt.precision import DTYPES
 
-    weights, output = find_weights(arguments.source), arguments.output
+    source, output = arguments.source, arguments.output
+    foreign = find_foreign(source)
+    if foreign is not None or (not source.exists() and is_model_name(str(source))):
+        raise CheckpointError(
+            f"{foreign or source} is a model in another form: import it first, by "
+            f"tools/convert.py import {foreign or source} FOLDER, and export that folder"
+        )
+    weights = find_weights(source)
     if is_adapter(weights) and output.suffix != SUFFIX:  # a file of llama.cpp's has whole weights
-        title = export_peft(weights, output)
-        print(f"{output}: an adapter in PEFT's form, of a {title}")
+        base = export_peft(weights, output)
+        print(f"{output}: an adapter in PEFT's form, of {base}")
         return
     config, _ = read_weights_config(weights)
     family, _ = nearest_family(config)
@@ -202,13 +211,13 @@ def _export(arguments: argparse.Namespace) -> None:
         export_gguf(weights, output, DTYPES[dtype])
         print(f"{output}: a GGUF file in {dtype}")
     elif differences := export_weights(weights, output, DTYPES[dtype]):
-        reason = f"Hugging Face's {family.title} has no {', '.join(differences)}"
+        reason = f"it is no model of Hugging Face's: {lack(family, differences)}"
         print(f"{output}: as safetensors in the type that it has; {reason}")
         return
     else:
         has_tokenizer = any((output / name).exists() for name in TOKENIZER_FILES)
         print(
-            f"{output}: in Hugging Face's form, a {family.title} in {dtype}, "
+            f"{output}: in Hugging Face's form, {family} in {dtype}, "
             f"{'with' if has_tokenizer else 'without'} a tokenizer"
         )
     if config.document_end is not None:

@@ -22,7 +22,7 @@ from megaegpt.interop.families import Family
 from megaegpt.interop.tensor_files import check_finite
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.tensor_writer import write_tensors
-from megaegpt.interop.translation import CONFIG, nearest_family, to_theirs
+from megaegpt.interop.translation import CONFIG, lack, nearest_family, to_theirs
 from megaegpt.interop.vocabulary_files import (
     copy_tokenizer,
     tokenizer_beside,
@@ -87,8 +87,7 @@ def export_huggingface(
     family, differences = nearest_family(config)
     if differences:
         raise CheckpointError(
-            f"{weights} is no model of Hugging Face's: {family.title} has no "
-            f"{', '.join(differences)}"
+            f"{weights} is no model of Hugging Face's: {lack(family, differences)}"
         )
     verify_weights(weights)
     layout = TensorLayout(config, family, gguf=False)

@@ -25,7 +25,7 @@ from megaegpt.interop.gguf_weights import (
 )
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.tensor_writer import narrowed
-from megaegpt.interop.translation import differences, to_theirs
+from megaegpt.interop.translation import differences, lack, to_theirs
 from megaegpt.interop.vocabulary_files import tokenizer_beside, tuned_template
 from megaegpt.model.weights import read_weights_config, verify_weights
 
@@ -99,8 +99,7 @@ def _family_of(config: ModelConfig, weights: Path) -> Family:
     family, lacking = min(found, key=lambda pair: len(pair[1]))
     if lacking:
         raise CheckpointError(
-            f"{weights} is no model of llama.cpp's: {family.title} has no {', '.join(lacking)} "
-            "there"
+            f"{weights} is no model of llama.cpp's: {lack(family, lacking)} there"
         )
     return family
 

@@ -33,7 +33,7 @@ from megaegpt.interop.families import Family
 from megaegpt.interop.hub import HUB_PREFIX
 from megaegpt.interop.tensor_files import check_finite
 from megaegpt.interop.tensor_layout import TensorLayout
-from megaegpt.interop.translation import nearest_family
+from megaegpt.interop.translation import lack, nearest_family
 from megaegpt.interop.vocabulary_files import (
     copy_tokenizer,
     tokenizer_beside,
@@ -107,7 +107,7 @@ def export_peft(adapter_folder: Path, output: Path) -> str:
     exported base.
 
     Returns:
-        The family of its base.
+        What its base is, with an article.
 
     Raises:
         CheckpointError: the adapter is damaged, its model is no family of Hugging Face's, or
@@ -119,8 +119,8 @@ def export_peft(adapter_folder: Path, output: Path) -> str:
     family, differences = nearest_family(adapter.config)
     if differences:
         raise CheckpointError(
-            f"{adapter_folder} is an adapter of no model of Hugging Face's: {family.title} has no "
-            f"{', '.join(differences)}; merge it by tools/convert.py merge"
+            f"{adapter_folder} is an adapter of no model of Hugging Face's: "
+            f"{lack(family, differences)}; merge it by tools/convert.py merge"
         )
     with open_adapter(adapter) as file:
         ours: dict[str, dict[str, Tensor]] = {}
@@ -141,7 +141,7 @@ def export_peft(adapter_folder: Path, output: Path) -> str:
             said = adapter.extra.get("tokenizer_fingerprint")
             tokenizer = tokenizer_beside(adapter_folder, adapter.config, said)
             write_tuned_template(adapter_folder, adapter.extra, tokenizer, folder)
-    return family.title
+    return str(family)
 
 
 def _their_factors(

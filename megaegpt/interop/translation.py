@@ -127,6 +127,13 @@ def differences(config: ModelConfig, family: Family) -> list[str]:
     ]
 
 
+def lack(family: Family, differences: list[str]) -> str:
+    """A clause about :func:`differences` from the family that comes nearest."""
+    if any(text.startswith("kind=") for text in differences):  # and it comes no nearer than others
+        return f"no family has {', '.join(differences)}"
+    return f"{family.title} has no {', '.join(differences)}"
+
+
 def nearest_family(config: ModelConfig) -> tuple[Family, list[str]]:
     """The family that computes a model of ours, or comes nearest to it, and what it lacks."""
     found = [(family, differences(config, family)) for family in FAMILIES]

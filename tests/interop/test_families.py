@@ -29,7 +29,14 @@ from megaegpt.interop.families import FAMILIES
 from megaegpt.interop.foreign_models import import_model, read_foreign
 from megaegpt.interop.tensor_files import StoredTensor, open_tensors
 from megaegpt.interop.tensor_layout import TensorLayout
-from megaegpt.interop.translation import differences, family_of, nearest_family, to_ours, to_theirs
+from megaegpt.interop.translation import (
+    differences,
+    family_of,
+    lack,
+    nearest_family,
+    to_ours,
+    to_theirs,
+)
 from megaegpt.model.build import empty_model
 from megaegpt.model.gpt import GPT
 from megaegpt.model.rotary import rotary_frequencies
@@ -353,3 +360,14 @@ def test_scaling_by_a_larger_base_is_exported_as_that_base() -> None:
     torch.testing.assert_close(
         rotary_frequencies(again, device), rotary_frequencies(scaled, device), rtol=1e-14, atol=0
     )
+
+
+def test_what_is_no_gpt_is_lacked_by_all_families() -> None:
+    family, lacking = nearest_family(ModelConfig(kind="egpt"))
+    assert lack(family, lacking) == "no family has kind=egpt"
+    family, lacking = nearest_family(ModelConfig(attention="latent"))
+    assert lack(family, lacking) == "GPT-2 has no attention=latent"
+
+
+def test_families_have_their_articles() -> None:
+    assert {"a Llama", "a GPT-2", "a Qwen 3", "an OLMo 2"} < set(map(str, FAMILIES))

@@ -135,7 +135,8 @@ def test_other_models_are_exported_as_they_are(convert: _Convert, tmp_path: Path
     save_weights(build_model(config, GRID), tmp_path / "weights", GRID)
     said = convert("export", tmp_path / "weights", tmp_path / "out")
     assert said.endswith(
-        "as safetensors in the type that it has; Hugging Face's GPT-2 has no attention=latent\n"
+        "as safetensors in the type that it has; it is no model of Hugging Face's: "
+        "GPT-2 has no attention=latent\n"
     )
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "weights" / name).read_bytes()
@@ -173,6 +174,18 @@ def test_mistakes_are_one_line(convert: _Convert, weights: Path, tmp_path: Path)
     assert not out.exists()
     convert("export", weights, out)
     assert "have no checksums to verify" in convert.fails("list", out, "--verify")
+
+
+def test_what_was_never_imported_is_exported_no_more_than_it_is_named(
+    convert: _Convert, tmp_path: Path
+) -> None:
+    theirs, file, out = tmp_path / "theirs", tmp_path / "a.gguf", tmp_path / "out"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "llama"}')
+    file.write_bytes(b"GGUF")
+    for source in (theirs, file, "smollm2-135m", "hf:someone/model"):
+        said = convert.fails("export", source, out)
+        assert f"{source} is a model in another form: import it first" in said
 
 
 def test_list_finds_damaged_weights(convert: _Convert, weights: Path) -> None:

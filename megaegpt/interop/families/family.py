@@ -87,3 +87,7 @@ class Family:
     """Its layers have biases; a model saved without any has biases of 0."""
     gguf_pairs_rows: bool = False
     """llama.cpp rotates neighbouring columns, so query and key rows are in another order there."""
+
+    def __str__(self) -> str:
+        """One of its models, with its article."""
+        return f"{'an' if self.title[0] in 'AEIO' else 'a'} {self.title}"
