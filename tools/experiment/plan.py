@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,6 +145,8 @@ def load_plan(path: str | Path) -> ExperimentPlan:
     """
     values, problems = read_yaml(find_run_file(path))
     plan = parse_section(ExperimentPlan, values, "", problems)
+    if unnamed := _name_problems(plan):
+        raise_problems(str(path), [*problems, *unnamed])
     for name, values in plan.corpora.items():
         corpus = parse_section(CorpusPlan, values, f"corpora.{name}.", problems)
         problems += range_problems(corpus, f"corpora.{name}.")
@@ -162,7 +164,25 @@ def load_plan(path: str | Path) -> ExperimentPlan:
         if plan.encoder.source is None:
             problems += _run_problems("encoder.run", plan.encoder.run)
     raise_problems(str(path), problems)
-    return plan
+    budgets = tuple(budget for budget in BUDGETS if budget in plan.budgets)  # steps before others
+    return replace(plan, budgets=budgets)
+
+
+def _name_problems(plan: ExperimentPlan) -> list[Problem]:
+    """Names are joined with others, and name folders: 512 is none in YAML, and "512" is."""
+    named = {
+        "corpora": plan.corpora,
+        "readings": plan.readings,
+        "variants": plan.variants,
+        "memory_lengths": plan.memory_lengths,
+        "controls": [*plan.controls, *plan.controls.values()],
+    }
+    return [
+        Problem((key,), f"{key}: {name!r:.50} is no name: quote it")
+        for key, names in named.items()
+        for name in names
+        if not isinstance(name, str)
+    ]
 
 
 def _reading_problems(reading: ReadingPlan, prefix: str) -> Iterator[Problem]:
@@ -175,6 +195,8 @@ def _reading_problems(reading: ReadingPlan, prefix: str) -> Iterator[Problem]:
 
 def _corpus_problems(plan: ExperimentPlan) -> list[Problem]:
     found, trained = [], list[str]()
+    if plan.encoder.source is None and "encoder" in plan.corpora:
+        found.append("corpora.encoder: what the encoder is pretrained on is called so: rename it")
     for name in plan.corpora:
         corpus = plan.corpus(name)
         if corpus.runs_of is None:

@@ -81,6 +81,12 @@ def test_everything_wrong_is_said_at_once(tmp_path):
             "give held_out, and leave train out",
         ),
         ("readings: [dense]", "readings: [x]", "readings: x: not in readings"),
+        ("  dense: {", "  4096: {", r"wrong\.yaml: readings: 4096 is no name: quote it"),
+        ("  bible: {", "  1984: {", r"wrong\.yaml: corpora: 1984 is no name: quote it"),
+        ("  egpt_no_history:", "  512:", r"wrong\.yaml: variants: 512 is no name: quote it"),
+        ("{egpt: egpt_no", "{512: egpt_no", r"wrong\.yaml: controls: 512 is no name: quote it"),
+        ("{egpt_improved: [", "{8: [", r"wrong\.yaml: memory_lengths: 8 is no name: quote it"),
+        ("  bible: {", "  encoder: {", r"corpora\.encoder: what the encoder is pretrained on is"),
         ("overlap: 8", "overlap: -8", r"readings\.behind_8\.overlap=-8 must not be negative"),
         ("overlap: 8", "context: -3", r"readings\.behind_8\.context=-3 must be greater than 0"),
         ("overlap: 8", "rope_scaling: {factor: 2.0}", r"behind_8\.rope_scaling has no kind"),
@@ -136,6 +142,13 @@ def test_what_is_trained_and_chunks_of_another_size_may_differ(tmp_path):
     whole = (CONFIGS / "smoke.yaml").read_text()
     path.write_text(whole.replace("model: {kind: egpt}", changed))
     assert "freeze" in load_plan(path).variants["egpt"]["training"]
+
+
+def test_equal_steps_come_before_what_is_scaled_from_them(tmp_path):
+    path = tmp_path / "plan.yaml"
+    whole = (CONFIGS / "smoke.yaml").read_text()
+    path.write_text(whole.replace("[steps, flops]", "[time, steps]"))
+    assert load_plan(path).budgets == ("steps", "time")
 
 
 def test_a_base_left_empty_is_none(tmp_path):
