@@ -48,23 +48,28 @@ def _machines(folder: Path) -> list[str]:
 
 
 def _corpus(plan: ExperimentPlan, folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {"encoder": _over_seeds([folder / "encoder"])}
+    result: dict[str, Any] = {"encoder": _over_seeds({1: folder / "encoder"})}
     result["readings"] = {}
     for name in plan.readings_on(folder.name):
         run = folder / READINGS / name
         if (run / RESULT).exists():
             check_reading(run, plan.reading(name))
-            result["readings"][name] = _over_seeds([run])
+            result["readings"][name] = _over_seeds({1: run})
     for budget in plan.budgets:
         found = {}
         for variant in plan.variants_on(folder.name):
-            runs = sorted(path.parent for path in (folder / budget / variant).glob(f"*/{RESULT}"))
-            if runs:
+            if runs := _by_seed(folder / budget / variant):
                 found[variant] = _over_seeds(runs, plan.memory_tokens)
         result[budget] = found or ({} if _has_equal_steps(plan, folder, budget) else None)
     if not result["steps"]:
         raise DataError(f"{folder}: no variant is finished; train before it is reported")
     return result
+
+
+def _by_seed(folder: Path) -> dict[int, Path]:
+    """The finished runs of a variant, by the seed that a folder is named after."""
+    names = [path.parent.name.removeprefix("seed") for path in folder.glob(f"seed*/{RESULT}")]
+    return {n: folder / f"seed{n}" for n in sorted(int(name) for name in names if name.isdecimal())}
 
 
 def _has_equal_steps(plan: ExperimentPlan, folder: Path, budget: str) -> bool:
@@ -74,13 +79,14 @@ def _has_equal_steps(plan: ExperimentPlan, folder: Path, budget: str) -> bool:
     return all(steps.get(variant) == equal for variant in plan.variants_on(folder.name))
 
 
-def _over_seeds(runs: list[Path], memory_tokens: int | None = None) -> dict[str, Any]:
+def _over_seeds(runs: dict[int, Path], memory_tokens: int | None = None) -> dict[str, Any]:
     """The runs of one variant, and of its losses those that all of them have."""
-    results = [read_result(run) for run in runs]
+    by_seed = {seed: read_result(run) for seed, run in runs.items()}
+    results = list(by_seed.values())
     first, training = results[0], [r["training"] for r in results]
-    losses = _by_name([r["losses"] for r in results])
+    losses = _by_name({seed: r["losses"] for seed, r in by_seed.items()})
     losses = {kind: losses[kind] for kind in HISTORIES if kind in losses}
-    held = _by_name([r.get(HELD, {}) for r in results])
+    held = _by_name({seed: r.get(HELD, {}) for seed, r in by_seed.items()})
     if str(memory_tokens) in held:
         losses[CARRIED] = held[str(memory_tokens)]
     return {
@@ -100,12 +106,13 @@ def _over_seeds(runs: list[Path], memory_tokens: int | None = None) -> dict[str,
     }
 
 
-def _by_name(results: list[dict[str, Any]]) -> dict[str, Any]:
-    names = set.intersection(*(set(result) for result in results))
-    return {name: _losses([result[name] for result in results]) for name in names}
+def _by_name(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    names = set.intersection(*(set(result) for result in results.values()))
+    return {n: _losses({seed: result[n] for seed, result in results.items()}) for n in names}
 
 
-def _losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _losses(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    runs = list(by_seed.values())
     totals = [run["loss"] for run in runs]
     columns = {
         name: [mean(values) for values in zip(*(run[name] for run in runs), strict=True)]
@@ -115,7 +122,7 @@ def _losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "mean": mean(totals),
         "sd": stdev(totals) if len(totals) > 1 else None,
-        "by_seed": totals,
+        "by_seed": {str(seed): run["loss"] for seed, run in by_seed.items()},
         "nats_per_byte": mean(run["nats_per_byte"] for run in runs),
         **columns,
         "by_position": binned(columns["by_position"]),
@@ -175,8 +182,10 @@ def compare_losses(other: dict[str, Any], loss: dict[str, Any], name: str) -> st
     shown = f"{loss['mean']:.4f} nats/token, {name} {other['mean']:.4f}"
     if loss["sd"] is None or other["sd"] is None:
         return f"has {shown}; one seed says nothing about the spread"
-    pairs = zip(loss["by_seed"], other["by_seed"], strict=False)  # some may still be missing
-    gains = [b - a for a, b in pairs]
+    ours, theirs = loss["by_seed"], other["by_seed"]
+    gains = [theirs[seed] - own for seed, own in ours.items() if seed in theirs]
+    if len(gains) < 2:  # the others are still missing
+        return f"has {shown}; less than two seeds of both say nothing about the spread"
     gain, spread = mean(gains), max(loss["sd"], other["sd"])
     verdict = "no difference" if abs(gain) <= 2 * spread else "better" if gain > 0 else "worse"
     return (
@@ -245,7 +254,7 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
                 parts += [f"### {title[0].upper()}{title[1:]}", _main_table(corpus, budget)]
         parts += ["### By chunk of the window (earlier chunks there are)", _by_chunk(corpus)]
         if history := _by_history(corpus):
-            parts += ["### What a history is worth, by its length in chunks", history]
+            parts += ["### What a history is worth, by the chunks there are before", history]
         if lengths := _by_length(corpus):
             parts += ["### What a history is worth by the tokens held", _GAIN_BY_LENGTH, lengths]
         parts += ["### By position inside the chunk", _by_position(corpus)]
@@ -311,8 +320,9 @@ def _by_chunk(corpus: dict[str, Any]) -> str:
 
 
 def _by_history(corpus: dict[str, Any]) -> str:
-    """Nats a token by which losses without a history are above those with one of so many chunks; of
-    a window's, and behind the first window of a memory that goes on.
+    """Nats a token by which losses without a history are above those with one, by how many chunks
+    there are before, of which it may hold less; of a window's, and behind the first window of a
+    memory that goes on.
     """
     rows = {}
     for name, result in corpus["steps"].items():

@@ -131,7 +131,8 @@ def test_positions_are_binned_by_powers_of_two() -> None:
 
 def _losses(*by_seed: float) -> dict[str, Any]:
     sd = stdev(by_seed) if len(by_seed) > 1 else None
-    return {"mean": mean(by_seed), "sd": sd, "by_seed": by_seed}
+    seeds = {str(seed): loss for seed, loss in enumerate(by_seed, 1)}
+    return {"mean": mean(by_seed), "sd": sd, "by_seed": seeds}
 
 
 @pytest.mark.parametrize(

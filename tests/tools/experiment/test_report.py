@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from launchers import experiment
 from megaegpt.errors import DataError
 from tests.report.test_runs import RECORDS, make_run
+from tools.experiment.plan import load_plan
+from tools.experiment.report import collect
 from tools.experiment.runs import RESULT, best_step, read_result
 
 _LOSSES = {
@@ -71,6 +74,36 @@ def test_a_damaged_result_is_named(tmp_path: Path, changes: dict[str, Any], told
     with pytest.raises(DataError, match=r"result\.json is damaged") as raised:
         read_result(tmp_path)
     assert told in str(raised.value)
+
+
+def test_gains_are_of_the_seeds_that_both_variants_have(tmp_path: Path) -> None:
+    plan = load_plan("configs/experiments/smoke.yaml")
+    corpora, readings = {"bible": {"train": ["king_james_bible"]}}, dict[str, Any]()
+    plan = replace(plan, output=str(tmp_path), corpora=corpora, readings=readings, controls={})
+
+    def finish(folder: str, loss: float) -> None:
+        run = tmp_path / "runs" / "bible" / folder
+        run.mkdir(parents=True)
+        losses = {"true": {**_LOSSES, "loss": loss}}
+        (run / RESULT).write_text(json.dumps({**_GOOD, "losses": losses}))
+
+    finish("encoder", 30.0)
+    for seed in range(1, 12):
+        finish(f"steps/deepgpt/seed{seed}", 10.0 + seed**2)
+    for seed in (2, 10, 11):
+        finish(f"steps/egpt/seed{seed}", 9.0 + seed**2)
+    finish("steps/egpt_improved/seed3", 9.0)
+    finish("steps/egpt_improved/seed12", 10.0)
+    report = collect(plan)
+    assert list(report["corpora"]["bible"]["steps"]["egpt"]["losses"]["true"]["by_seed"]) == [
+        "2",
+        "10",
+        "11",
+    ]
+    first, second = report["findings"][:2]
+    assert "a gain of +1.0000" in first
+    assert "(and the gain itself by 0.0000)" in first
+    assert second.endswith("less than two seeds of both say nothing about the spread")
 
 
 def test_a_checkpoint_is_chosen_by_a_finite_loss(tmp_path: Path) -> None:
