@@ -6,8 +6,9 @@ It prepares the texts, pretrains the encoder, trains every variant with every se
 that was held out, and writes the report.
 
 One process, on the GPU if there is one. What is finished is not done again: after an interruption
-(Ctrl-C and SIGTERM save first) the same command goes on. The report is in the plan's output:
-report.md, report.json, two PNGs for each corpus and one of histories by length (with matplotlib).
+(Ctrl-C and SIGTERM save first) the same command goes on, wherever the output was moved to. The
+report is in the plan's output: report.md, report.json, two PNGs for each corpus and one of
+histories by length (with matplotlib).
 
 --report-only writes it from the runs that are finished. --insert-into PAGE.md also puts its tables
 of losses into a page, between the lines <!-- experiment NAME --> (NAME.yaml is the configuration)

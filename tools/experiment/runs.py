@@ -37,6 +37,7 @@ from megaegpt.precision import DTYPES, resolve_precision
 from megaegpt.report.runs import read_run
 from megaegpt.training.feature_stores import find_encoder, prepare_store
 from megaegpt.training.frozen_predictions import FrozenDecoder
+from megaegpt.training.identity import flatten, show_value
 from megaegpt.training.pretraining import pretrain
 from megaegpt.training.stopping import StopRequests
 from tools.experiment.costs import reading_cost, variant_cost
@@ -59,6 +60,16 @@ STEPS = "steps.json"
 included that have no runs of their own for it."""
 HELD = "held"
 """Losses with a token memory that goes on over the whole reported text, by the tokens it holds."""
+_PATHS = (
+    "checkpoint.directory",
+    "logging.directory",
+    "model.encoder.source",
+    "data.train",
+    "data.validation",
+    "data.features",
+    "data.vocabulary",
+)
+"""Keys of a run's configuration that name files of the experiment, or of its encoder."""
 _READING = "reading"
 """How the encoder read, of a result of it alone."""
 
@@ -314,7 +325,9 @@ class Experiment:
         over the whole text and holds so many tokens.
         """
         dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
-        loaded = load_for_inference(weights, self._grid, dtype)
+        # That which the weights name is where the output was when they were trained.
+        source = self._encoder if read_weights_config(weights)[0].needs_encoder else None
+        loaded = load_for_inference(weights, self._grid, dtype, encoder_source=source)
         text = self._reported(config)
         stores = self._stores(config, loaded, text)
         byte_lengths = self._tokenizer.token_byte_lengths
@@ -377,10 +390,13 @@ class Experiment:
     def _is_done(self, folder: Path, config: RunConfig) -> bool:
         """Whether the run is finished; refuses to go on where another one was begun."""
         begun = folder / "run.yaml"
-        if begun.exists() and _kept_alike(load_config(begun), config) != config:
-            raise CheckpointError(
-                f"{folder} is a run of another configuration: remove it, or choose another output"
-            )
+        if begun.exists():
+            place = folder.relative_to(self.folder)
+            if differences := _differences(load_config(begun), config, place):
+                raise CheckpointError(
+                    f"{folder} is a run of another configuration: {'; '.join(differences)}. Choose "
+                    "another output; or remove it, if it is not needed any more"
+                )
         return (folder / RESULT).exists()
 
     def _finish(self, folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
@@ -479,6 +495,46 @@ def _kept_alike(config: RunConfig, other: RunConfig) -> RunConfig:
     keep, keep_every = other.checkpoint.keep, other.checkpoint.keep_every
     checkpoint = replace(config.checkpoint, keep=keep, keep_every=keep_every)
     return replace(config, checkpoint=checkpoint)
+
+
+def _differences(begun: RunConfig, config: RunConfig, place: Path) -> list[str]:
+    """Keys in which a run at ``place`` in the output was another one when it was begun. The output
+    may have been named otherwise then, or have been elsewhere: paths inside are compared from it.
+    """
+    begun = _kept_alike(begun, config)
+    there, here = flatten(begun), flatten(config)
+    placed_there, placed_here = (
+        _placed(values, _output(of, place)) for values, of in ((there, begun), (here, config))
+    )
+    return [
+        f"{key} is {show_value(there[key])} there and {show_value(here[key])} here"
+        for key in here
+        if placed_there[key] != placed_here[key]
+    ]
+
+
+def _output(config: RunConfig, place: Path) -> Path | None:
+    """The experiment's output as it was named for a run at ``place`` in it; None: the run was at
+    another place.
+    """
+    folder, depth = Path(config.logging.directory), len(place.parts)
+    return folder.parents[depth - 1] if folder.parts[-depth:] == place.parts else None
+
+
+def _placed(values: dict[str, Any], output: Path | None) -> dict[str, Any]:
+    """A run's values by dotted key, with its paths from the output, or from the root."""
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [placed(item) for item in value]
+        if value is None:
+            return None
+        path = Path(value)
+        if output is not None and path.is_relative_to(output):
+            return path.relative_to(output)
+        return path.absolute()
+
+    return {key: placed(value) if key in _PATHS else value for key, value in values.items()}
 
 
 def _last_weights(config: RunConfig) -> Path:
