@@ -164,6 +164,7 @@ class Experiment:
         config = self._config(corpus, self.plan.baseline, folder, 1, None)
         if self._is_done(folder, config):
             return
+        self._heed_stops()
         result = self._measure(config, self._encoder, ("true",))
         gpt = read_weights_config(self._encoder)[0]
         values = {"model": {**config_to_dict(gpt), "kind": "gpt"}}
@@ -180,6 +181,7 @@ class Experiment:
         if self._is_done(folder, config):
             check_reading(folder, reading)
             return
+        self._heed_stops()
         print(f"\n=== {corpus}: the encoder alone, {name}", flush=True)
         dtype = DTYPES[resolve_precision(config.training.precision, self._grid.device)]
         size = config.model.egpt.chunk_size
@@ -270,9 +272,11 @@ class Experiment:
             return
         print(f"\n=== {corpus}, equal {budget}: {variant}, seed {seed}", flush=True)
         if trained != folder:
+            self._heed_stops()
             self._measure_run(config, trained, folder, lengths)
             return
         self._train(config, folder)
+        self._heed_stops()
         chosen = best_step(folder)
         weights = folder / "checkpoints" / f"step_{chosen:08d}" / "weights"
         kinds = HISTORIES if config.model.has_history else ("true",)
@@ -298,6 +302,7 @@ class Experiment:
         result = read_result(folder)
         held = result.get(HELD, {})
         if missing := [tokens for tokens in lengths if str(tokens) not in held]:
+            self._heed_stops()
             print(f"\n=== {folder}: holding {', '.join(map(str, missing))} tokens", flush=True)
             measured = self._measure(config, str(trained / "weights"), (), missing)
             _write_result(folder, {**result, HELD: {**held, **measured[HELD]}})
@@ -312,6 +317,12 @@ class Experiment:
             torch.cuda.reset_peak_memory_stats()
         write_whole(_whole_folder(folder) / "run.yaml", config_to_yaml(config).encode())
         if not pretrain(config, self._grid, resume=True, stops=self._stops):
+            raise StoppedError
+
+    def _heed_stops(self) -> None:
+        """Stop here on a request: what follows is long, and is not left before it is finished."""
+        self._stops.ask(failed=False, grid=self._grid)
+        if self._stops.answer()[1] is not None:
             raise StoppedError
 
     def _measure(

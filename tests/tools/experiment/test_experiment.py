@@ -56,7 +56,7 @@ def _stop_and_go_on(output: Path) -> dict[str, Any]:
     """
     plan = smoke(output)
     with pytest.raises(StoppedError):
-        _run(plan, StopAfter(6 + 4 + 1))
+        _run(plan, StopAfter(6 + 1 + 4 + 1 + 1))  # steps, and two measurements
     _run(plan)
     report = collect(plan)
     before = {p: p.stat().st_mtime_ns for p in output.rglob(RESULT)}
@@ -245,7 +245,7 @@ def _stop_often(output: Path, encoder: Path) -> list[list[str]]:
     training = {"training": {"steps": 12, "eval_interval": 4}}
     plan = dataclasses.replace(plan, run=merged(plan.run, training))
     run, found = output / "runs/bible/steps/deepgpt/seed1", list[list[str]]()
-    for steps in (5, 1, 1, 2):
+    for steps in (1 + 5, 1, 1, 2, 3):  # behind a measurement; in the end before the next one
         with pytest.raises(StoppedError):
             _run(plan, StopAfter(steps))
         plan = dataclasses.replace(plan, output=os.path.relpath(output))
@@ -264,7 +264,27 @@ def test_evaluated_checkpoints_outlive_any_number_of_stops(
 ) -> None:
     (found,) = distributed(1, _stop_often, tmp_path, output / "encoder" / "weights")
     assert all("step_00000004" in names for names in found), found
-    assert "step_00000008" in found[-1], found
+    assert {"step_00000008", "step_00000012"} <= set(found[-1]), found
+
+
+def _stop_before_measurements(output: Path) -> None:
+    plan, late = smoke(output), StopRequests(exit_minutes=0.0)
+    for unit in ("bible/encoder", "bible/readings/dense", "sources/steps/deepgpt/seed1"):
+        folder = output / "runs" / unit
+        kept = folder.rename(output / "kept")
+        with pytest.raises(StoppedError):
+            _run(plan, late)
+        assert not (folder / RESULT).exists()
+        kept.rename(folder)
+    _run(plan, late)  # nothing is missing
+    with pytest.raises(StoppedError):
+        _run(dataclasses.replace(plan, memory_tokens=32), late)
+
+
+def test_a_request_to_stop_is_heeded_before_every_measurement(
+    report: dict[str, Any], output: Path, distributed: Distributed
+) -> None:
+    distributed(1, _stop_before_measurements, output)
 
 
 def _scale_to_time(output: Path, encoder: Path) -> None:
