@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megaegpt.config import RunConfig
+from megaegpt.config import OptimizerConfig, RunConfig
 from megaegpt.config.loading import (
     config_to_dict,
     config_to_yaml,
@@ -205,13 +205,16 @@ class Experiment:
         self, corpus: str, variant: str, folder: Path, seed: int, steps: int | None
     ) -> RunConfig:
         data, values = self.folder / "data" / corpus, decoder_values(self.plan, variant)
-        training = {"seed": seed} if steps is None else {"seed": seed, "steps": steps}
         encoder = values["model"]["encoder"]
         store = f"{encoder.get('layers') or 'all'}_layers_overlap_{encoder.get('overlap', 0)}"
         own, base = (
             run_config_from_dict(of, [])
             for of in (values, decoder_values(self.plan, self.plan.baseline))
         )
+        training, optimizer = {"seed": seed}, dict[str, int]()
+        if steps is not None:
+            training["steps"] = steps
+            optimizer["warmup_steps"] = _fitting_warmup(own.optimizer, steps)
         size = own.model.egpt.chunk_size
         if own.data.token_features == "stored" and size != base.model.egpt.chunk_size:
             store += f"_chunks_of_{size}"
@@ -227,6 +230,7 @@ class Experiment:
                 "features": str(data / "features" / store),
             },
             training=training,
+            optimizer=optimizer,
         )
 
     def _steps(self, corpus: str, budget: Budget) -> dict[str, int]:
@@ -546,6 +550,17 @@ def _placed(values: dict[str, Any], output: Path | None) -> dict[str, Any]:
         return path.absolute()
 
     return {key: placed(value) if key in _PATHS else value for key, value in values.items()}
+
+
+def _fitting_warmup(optimizer: OptimizerConfig, steps: int) -> int:
+    """The warm-up's steps, or as many of them as a run that is scaled to ``steps`` can hold."""
+    if optimizer.schedule == "wsd":
+        room = steps - (optimizer.decay_steps or steps // 5)
+    elif optimizer.schedule == "constant" or optimizer.decay_steps is not None:
+        return optimizer.warmup_steps
+    else:
+        room = steps - 1
+    return min(optimizer.warmup_steps, max(0, room))
 
 
 def _last_weights(config: RunConfig) -> Path:

@@ -289,9 +289,10 @@ def test_a_request_to_stop_is_heeded_before_every_measurement(
 
 def _scale_to_time(output: Path, encoder: Path) -> None:
     """Steps of ``egpt``, at half the baseline's speed, are half as many, whatever is measured of
-    the runs that follow.
+    the runs that follow; of the warm-up as many as fit.
     """
     plan = _smallest(output, encoder, "deepgpt", "egpt")
+    plan = dataclasses.replace(plan, run=merged(plan.run, {"optimizer": {"warmup_steps": 3}}))
     runs = output / "runs/bible"
 
     def measured(variant: str, speed: float) -> None:
@@ -315,6 +316,8 @@ def _scale_to_time(output: Path, encoder: Path) -> None:
     assert "step" not in _run(plan)
     assert read_result(runs / "time/egpt/seed1")["training"]["steps"] == 2
     assert not (runs / "time/deepgpt").exists()
+    warmups = {b: load_config(runs / b / "egpt/seed1/run.yaml").optimizer for b in plan.budgets}
+    assert [optimizer.warmup_steps for optimizer in warmups.values()] == [3, 1]
 
 
 def test_a_runs_steps_within_a_budget_of_time_stay_as_they_are(
