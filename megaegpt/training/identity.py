@@ -245,11 +245,14 @@ def judged_by(config: RunConfig, fingerprints: Mapping[str, str]) -> str:
     if task is None:
         of_set = "validation" if name == "validation" else f"validation_{name}"
         found = fingerprints.get(f"the {of_set} split") or fingerprints.get("the validation rows")
-        return f"{name} {found} in samples of {config.model.sample_len}"
+        # Named where it is on, so that what earlier checkpoints say without it stays.
+        masked = ", masked after documents" if config.data.mask_after_document_end else ""
+        return f"{name} {found} in samples of {config.model.sample_len}{masked}"
     try:
-        return f"{name} {hashlib.sha256(task.read_bytes()).hexdigest()}"
+        found = hashlib.sha256(task.read_bytes()).hexdigest()
     except OSError:  # who reads it says so
         return name
+    return f"{name} {found} in contexts of {config.model.sample_len}"
 
 
 def check_resume(

@@ -314,11 +314,17 @@ def test_weights_of_another_arithmetic_are_refused_and_what_may_be_meant_is_name
 
 
 def test_what_the_best_is_chosen_on_has_a_fingerprint(config: RunConfig, tmp_path: Path) -> None:
-    def judged(fingerprint: str = "a", best_of: str = "validation", length: int = 8) -> str:
+    def judged(
+        fingerprint: str = "a", best_of: str = "validation", length: int = 8, masked: bool = False
+    ) -> str:
         changed = dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, max_seq_len=length),
-            data=dataclasses.replace(config.data, tasks=(f"words={tmp_path}/words.jsonl",)),
+            data=dataclasses.replace(
+                config.data,
+                tasks=(f"words={tmp_path}/words.jsonl",),
+                mask_after_document_end=masked,
+            ),
             checkpoint=dataclasses.replace(config.checkpoint, best_of=best_of),
         )
         known = {"the training samples": "x", "the validation split": fingerprint}
@@ -327,6 +333,8 @@ def test_what_the_best_is_chosen_on_has_a_fingerprint(config: RunConfig, tmp_pat
     (tmp_path / "words.jsonl").write_text("one", encoding="utf-8")
     found = [judged(), judged("b"), judged(best_of="other"), judged(best_of="words")]
     (tmp_path / "words.jsonl").write_text("two", encoding="utf-8")
-    found += [judged(best_of="words"), judged(length=16)]
+    found += [judged(best_of="words"), judged(best_of="words", length=16)]
+    found += [judged(length=16), judged(masked=True)]
     assert len(set(found)) == len(found)
-    assert judged() == found[0]
+    assert judged() == found[0] == "validation a in samples of 8"  # as in earlier checkpoints
+    assert judged(best_of="words", masked=True) == judged(best_of="words")
