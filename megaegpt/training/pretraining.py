@@ -152,8 +152,9 @@ def train(
     size = measure_model(config, encoder_config, data.tokens_per_sample)
     with raising_together(grid):
         best, done = BestLoss.restored(state.get("best", {})), state.get("step", 0)
-        if state.get("judged") not in (None, judged):
-            best = BestLoss(counted=done)
+        judged_anew = state.get("judged") not in (None, judged)
+        if judged_anew:
+            best = BestLoss()
             if config.training.patience is not None or config.checkpoint.keep_best:
                 notices.append("the best is sought anew: it was chosen on something else before")
         engine.spike_guard.restore(state.get("gradient_norms", []))
@@ -181,6 +182,7 @@ def train(
         identity=identity,
         progress=data.samples.progress if isinstance(data.samples, Blend) else None,
         best=best,
+        judged_anew=judged_anew,
         done=state.get("step", 0),
         skipped=state.get("skipped", 0),
         spikes=state.get("spikes", 0),

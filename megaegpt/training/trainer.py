@@ -69,6 +69,9 @@ class Trainer:
     """Number of samples -> values of the data to record, such as a blend's tokens by corpus."""
     best: BestLoss = field(default_factory=BestLoss)
     """The best loss of the evaluations so far."""
+    judged_anew: bool = False
+    """The best was chosen on something else before: what is on record of step ``done`` is no loss
+    to compare with."""
     done: int = 0
     """Optimizer steps done."""
     skipped: int = 0
@@ -328,7 +331,8 @@ class Trainer:
         loss = broadcast_object(lambda: self.monitor.judged_value(self.done), self._grid)
         if loss is None:
             return not self._due(self.config.training.eval_interval) or self.evaluate()
-        if self.config.checkpoint.best_of in {*self.evaluators, *self.tasks}:
+        measured = self.config.checkpoint.best_of in {*self.evaluators, *self.tasks}
+        if measured and not self.judged_anew:
             self._judge(loss)
         return True
 

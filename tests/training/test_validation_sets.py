@@ -130,7 +130,7 @@ def test_the_best_is_sought_anew_on_another_text(
     assert "notice: the best is sought anew: it was chosen on something else before" in shown
     assert "ended after step" not in shown
     saved = Manifest.read(tmp_path / "checkpoints" / "step_00000009")
-    assert saved.trainer["best"] == {"loss": None, "step": 0, "counted": 6, "without": 0}
+    assert saved.trainer["best"] == {"loss": None, "step": 0, "counted": 0, "without": 0}
     assert (tmp_path / "checkpoints" / "best").resolve().name == "step_00000009"
     found = validation_losses(tmp_path)
     assert found[9] > found[6]

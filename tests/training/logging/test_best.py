@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import math
@@ -161,6 +162,35 @@ def test_a_run_with_more_steps_knows_the_best_that_its_checkpoint_does_not(
     distributed(1, _go_on_after_the_end, corpus, tmp_path)
     assert validation_losses(tmp_path) == {2: 3.0, 3: 2.0, 4: 2.5, 6: 2.6}
     assert os.readlink(tmp_path / "checkpoints" / "best") == "step_00000003"
+
+
+def _go_on_by_another_set(corpus: Path, folder: Path) -> str:
+    global _script
+    _script = iter([1.0, 1.0, *[9.0, 2.0], *[9.0, 3.0], *[9.0, 3.0]])  # validation, the other
+    first = run_config(
+        "gpt",
+        corpus,
+        folder,
+        training={"steps": 9, "eval_interval": 1, "patience": 2},
+        checkpoint={"interval": 1, "keep_best": True},
+    )
+    data = dataclasses.replace(first.data, validation_sets=(f"other={corpus}/train",))
+    judging = dataclasses.replace(first.checkpoint, best_of="other")
+    other = dataclasses.replace(first, data=data, checkpoint=judging)
+    shown = io.StringIO()
+    with _scripted(), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
+        pretrain(first, grid_for(1), stops=StopAfter(2))
+        pretrain(other, grid_for(1), resume=True)
+    return shown.getvalue()
+
+
+def test_an_evaluation_made_on_resuming_counts_where_the_best_is_sought_anew(
+    corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    (shown,) = distributed(1, _go_on_by_another_set, corpus, tmp_path)
+    assert "notice: the best is sought anew" in shown
+    assert "ended after step 4 of 9: no validation loss better than 2.0000, that of step 2" in shown
+    assert os.readlink(tmp_path / "checkpoints" / "best") == "step_00000002"
 
 
 def _die_before_the_best_is_marked(corpus: Path, folder: Path) -> None:
