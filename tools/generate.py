@@ -199,7 +199,8 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
         "--instruction",
         metavar="TEXT",
         help="a task for a model from launchers/finetune.py, put into the format that it was "
-        "trained with; the answer alone is shown",
+        "trained with; for another model, into its chat template (without one: Alpaca's prompt); "
+        "the answer alone is shown",
     )
     parser.add_argument(
         "--input", default="", metavar="TEXT", help="what the --instruction is about, if anything"

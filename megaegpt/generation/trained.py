@@ -45,7 +45,7 @@ class LoadedModel(NamedTuple):
     chat_template: ChatTemplate | None = None
     """How it is talked to: the template that lies with the weights, else its tokenizer's own."""
     asked_in_chats: bool = False
-    """It was tuned on that template here: an instruction is a user's message."""
+    """An instruction is a user's message in that template, and no task in Alpaca's prompt."""
 
 
 def load_for_inference(
@@ -119,7 +119,7 @@ def load_for_inference(
             file=sys.stderr,
         )
     chat = _chat_template(weights, tokenizer, extra)
-    in_chats = extra.get(INSTRUCTIONS) == "chats" and chat is not None
+    in_chats = chat is not None and _is_asked_in_chats(chat, tokenizer, extra)
     return LoadedModel(model, encoder, tokenizer, own, chat, in_chats)
 
 
@@ -129,6 +129,15 @@ def _chat_template(
     if (source := tuned_template(weights, extra, tokenizer)) is not None:
         return ChatTemplate(source, f"of {weights}")
     return None if tokenizer.chat_template is None else load_chat_template(tokenizer)
+
+
+def _is_asked_in_chats(chat: ChatTemplate, tokenizer: Tokenizer, extra: Mapping[str, Any]) -> bool:
+    """Weights of another form do not say what they were tuned on, those among them that were ours
+    before; their template does: what was tuned on tasks is exported with Alpaca's.
+    """
+    if INSTRUCTIONS in extra:
+        return bool(extra[INSTRUCTIONS] == "chats")
+    return chat.source != load_chat_template(tokenizer, "alpaca").source
 
 
 def choose_products(model: nn.Module) -> None:

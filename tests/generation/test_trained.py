@@ -13,12 +13,17 @@ import torch
 
 from megaegpt.config import EncoderConfig, ModelConfig
 from megaegpt.data.instruction.conversations import Message
+from megaegpt.data.instruction.named_templates import NAMED_TEMPLATES
 from megaegpt.data.instruction.records import Instruction
-from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
+from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from megaegpt.data.tokenizers.tokenizer_files import CHAT_TEMPLATE_FILE, save_tokenizer
 from megaegpt.errors import CheckpointError, ConfigError
 from megaegpt.generation.chat import find_chat
 from megaegpt.generation.generator import TextGenerator
 from megaegpt.generation.trained import choose_products, load_for_inference, round_to_int8
+from megaegpt.interop.export import export_huggingface
+from megaegpt.interop.foreign_models import import_model
+from megaegpt.interop.gguf_export import export_gguf
 from megaegpt.model.build import build_model
 from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
@@ -27,7 +32,7 @@ from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.int8_weights import Int8Weight
 from tests.generation.test_generator import VARIANTS
 from tests.tiny.models import EGPT, GPT, SAMPLING_24, build_with_encoder, prompt
-from tests.tiny.tokenizers import BLANK_FIRST, trained_tokenizer, with_bos
+from tests.tiny.tokenizers import BLANK_FIRST, changed, trained_tokenizer, with_bos
 
 GRID = ProcessGrid()
 BIG_VOCABULARY = {"vocab_size": 50257, "hidden_size": 16, "num_heads": 2}
@@ -292,6 +297,43 @@ def test_a_model_that_was_tuned_on_tasks_is_talked_to_in_their_prompt(tmp_path: 
     messages = (Message("user", task.instruction),)
     expected = loaded.tokenizer.encode_prompt(task.prompt)
     assert loaded.chat_template.encode_prompt(messages, loaded.tokenizer) == expected
+
+
+@pytest.mark.parametrize("form", ["theirs", "model.gguf"])
+@pytest.mark.parametrize("tuned_on", ["tasks", "chats"])
+def test_a_tuned_model_is_asked_as_it_was_tuned_in_another_form_too(
+    tuned_on: str, form: str, tmp_path: Path
+) -> None:
+    definition = changed()
+    definition.settings["chat_template"] = NAMED_TEMPLATES["llama3"]
+    tokenizer = HuggingFaceTokenizer(definition)
+    extra = {"instructions": tuned_on, "tokenizer_fingerprint": tokenizer.fingerprint}
+    model = build_model(replace(GPT, vocab_size=tokenizer.vocab_size), GRID, seed=1)
+    save_weights(model, tmp_path / "ours", GRID, extra)
+    save_tokenizer(tokenizer, tmp_path / "ours")
+    if tuned_on == "chats":
+        (tmp_path / "ours" / CHAT_TEMPLATE_FILE).write_text(NAMED_TEMPLATES["chatml"])
+    if form == "model.gguf":
+        pytest.importorskip("gguf", reason="the package gguf is not installed")
+        export_gguf(tmp_path / "ours", tmp_path / form)
+    else:
+        export_huggingface(tmp_path / "ours", tmp_path / form)
+    import_model(tmp_path / form, tmp_path / "again")
+    template = NAMED_TEMPLATES["chatml" if tuned_on == "chats" else "alpaca"]
+    for name in ("ours", "again"):
+        loaded = load_for_inference(tmp_path / name, GRID)
+        assert loaded.asked_in_chats == (tuned_on == "chats")
+        assert loaded.chat_template is not None
+        assert loaded.chat_template.source == template
+
+
+def test_a_model_of_others_is_asked_in_its_tokenizers_template(tmp_path: Path) -> None:
+    definition = changed()
+    save_gpt(tmp_path, vocab_size=700)
+    for template in (None, NAMED_TEMPLATES["chatml"]):
+        definition.settings["chat_template"] = template
+        save_tokenizer(HuggingFaceTokenizer(definition), tmp_path)
+        assert load_for_inference(tmp_path, GRID).asked_in_chats == (template is not None)
 
 
 @pytest.mark.parametrize(
