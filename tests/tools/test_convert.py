@@ -430,3 +430,14 @@ def test_masters_are_the_fp32_weights_that_the_optimizer_has(
         "tokenizer_config.json",
     }
     assert "exists already" in convert.fails("masters", tmp_path / "run", tmp_path / "masters")
+
+
+def test_on_a_cpu_deepspeed_says_nothing_among_what_masters_says(tmp_path: Path) -> None:
+    """It is imported by another way than a run's, which imports an engine."""
+    command = [sys.executable, "tools/convert.py", "masters", tmp_path / "absent", tmp_path / "new"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("DS_ACCELERATOR", None)  # which this process has by now
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "absent" in done.stderr
+    assert done.stdout == ""

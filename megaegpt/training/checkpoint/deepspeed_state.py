@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import megaegpt.training.accelerator  # noqa: F401, before DeepSpeed
+
+# isort: split
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -7,7 +7,6 @@ of it that it does not promise is listed in ``compat.py``.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if not torch.cuda.is_available() or os.environ.get("MEGAEGPT_DEVICE") == "cpu":
-    # DeepSpeed looks for devices, and warns, as it is imported.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import megaegpt.training.accelerator  # noqa: F401, before DeepSpeed
+
+# isort: split
 import deepspeed
 
 from megaegpt.config.deepspeed_config import deepspeed_config
