@@ -61,7 +61,8 @@ def _preview(config: RunConfig) -> Preview:
     if missing := [name for name in records if not Path(name).exists()]:
         return _unread(config, f"there are no records yet: {', '.join(missing)}")
     data = InstructionData(config)
-    lines = [f"{'data':<11}{data.describe()}"]
+    samples = config.batches.samples_before(config.training.steps)
+    lines = [f"{'data':<11}{data.describe(samples)}"]
     return Preview(config, lines, data.tokens_per_sample, data.longest_sample)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from megaegpt.config.ranges import BatchSize, PositiveInt
@@ -26,10 +27,17 @@ class BatchSchedule:
     Args:
         final: samples of a step after the ramp.
         ramp: how it gets there; the defaults have no ramp.
+        offset: samples that a run has drawn more, or less, than by this schedule: with other sizes,
+            before it went on with these.
     """
 
     final: int
     ramp: BatchRampConfig = BatchRampConfig()
+    offset: int = 0
+
+    def going_on(self, step: int, sample: int) -> BatchSchedule:
+        """The same sizes, with ``sample`` as the number of the first sample of step ``step``."""
+        return dataclasses.replace(self, offset=self.offset + sample - self.samples_before(step))
 
     @property
     def ramp_steps(self) -> int:
@@ -45,12 +53,12 @@ class BatchSchedule:
     def samples_before(self, step: int) -> int:
         """Samples of the steps 0 .. ``step - 1`` together: the number of the step's first one."""
         if self.ramp.start is None:
-            return step * self.final
+            return self.offset + step * self.final
         small = min(step, self.ramp_steps)
         whole, rest = divmod(small, self.ramp.steps)
         at_start = small * self.ramp.start
         grown = self.ramp.increment * (self.ramp.steps * whole * (whole - 1) // 2 + rest * whole)
-        return at_start + grown + (step - small) * self.final
+        return self.offset + at_start + grown + (step - small) * self.final
 
     def sizes(self) -> list[int]:
         """Every size in the order of the steps."""

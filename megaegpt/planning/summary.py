@@ -78,6 +78,7 @@ def describe_run(
     device: str,
     memory: MemoryEstimate | None = None,
     sample_tokens: float | None = None,
+    total_tokens: int | None = None,
 ) -> list[str]:
     """The derived quantities, a line each.
 
@@ -87,6 +88,7 @@ def describe_run(
         device: its name.
         memory: of a rank; a running job measures it instead.
         sample_tokens: of a sample on average; None: all are as long as the model takes.
+        total_tokens: of the run; None: those of samples and steps that are all as configured.
     """
     training, tp = config.training, config.parallel.tensor_parallel_size
     cp = config.parallel.context_parallel_size
@@ -100,14 +102,15 @@ def describe_run(
     if sample_tokens is not None and sample_tokens != tokens:
         tokens, samples = sample_tokens, f"samples of {sample_tokens:,.0f} on average"
     per_step = round(training.global_batch_size * tokens)
-    total = round(config.batches.samples_before(training.steps) * tokens)
+    if total_tokens is None:
+        total_tokens = round(config.batches.samples_before(training.steps) * tokens)
     lines = {
         "model": f"{config.model.kind}, {size.parameters:,} trainable parameters",
         "ranks": f"{tp * cp * dp_size} = {tp} tensor-parallel{over_context} x {dp_size} "
         f"data-parallel, ZeRO stage {stage}{offloaded}, {precision} on {device}",
         "step": f"{per_step:,} tokens = {training.global_batch_size} {samples} = "
         f"{dp_size} ranks x {accumulation} micro-steps x {training.chosen_micro_batch_size}",
-        "run": f"{training.steps:,} steps, {short_count(total)} tokens",
+        "run": f"{training.steps:,} steps, {short_count(total_tokens)} tokens",
         "operations": f"{short_count(size.flops_per_token)}FLOP a token, "
         f"{short_count(size.flops_per_token * per_step)}FLOP a step",
     }

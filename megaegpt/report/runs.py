@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,24 @@ class Run:
     def tokens_before(self, step: int) -> int:
         """Tokens predicted in the first ``step`` steps together, padding not counted.
 
-        Runs of earlier versions have no mean of their samples on record: all count as full ones.
+        Steps that are not on record yet are taken to be as in the configuration, and so are runs of
+        earlier versions, which have no tokens on record; without a mean of their samples either,
+        all count as full ones.
         """
+        steps, tokens = self._tokens_seen
+        last = bisect.bisect_right(steps, step) - 1
         means = self.finite("tokens_per_sample")
         per_sample = means[-1] if means else self.config.model.sample_len
-        return round(self.config.batches.samples_before(step) * per_sample)
+        batches = self.config.batches
+        samples = batches.samples_before(step) - batches.samples_before(steps[last])
+        return round(tokens[last] + samples * per_sample)
+
+    @cached_property
+    def _tokens_seen(self) -> tuple[list[int], list[float]]:
+        """Steps in ascending order, the first of them 0, and the tokens seen up to each."""
+        points = zip(*self.curve("tokens_seen"), strict=True)
+        known = {0: 0.0} | {step: count for step, count in points if math.isfinite(count)}
+        return list(known), list(known.values())
 
     def last_validation(self) -> dict[str, Any] | None:
         """The record of the latest evaluation, if there was one."""

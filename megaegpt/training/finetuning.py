@@ -219,7 +219,6 @@ class InstructionData:
         self.tokens_per_sample = samples.tokens_per_row
         self.streams: Mapping[str, TokenStream] = {}
         self.num_chunks = 1
-        self._epochs = config.batches.samples_before(config.training.steps) / len(self.samples)
         self._width_multiple = _WIDTH_MULTIPLES[device_type()]
         if self._model.needs_encoder:  # rows of whole chunks
             self._width_multiple = self._model.length_multiple
@@ -287,11 +286,12 @@ class InstructionData:
         """Without the padding behind the longest answer."""
         return trim_padding(batch, self._width_multiple)
 
-    def describe(self) -> str:
+    def describe(self, samples: int) -> str:
         """One line on the records."""
         train, *held_out = (len(dataset) for dataset in self._datasets)
         dropped = sum(dataset.dropped for dataset in self._datasets)
         cut = sum(dataset.cut for dataset in self._datasets)
+        epochs = samples / len(self.samples)
         notes = [
             f"{count:,} {what}"
             for count, what in (
@@ -303,7 +303,7 @@ class InstructionData:
         ]
         return (
             f"{train:,} training records in {len(self.samples):,} rows of "
-            f"{self.tokens_per_sample:.0f} tokens on average (the run is {self._epochs:.2f} "
+            f"{self.tokens_per_sample:.0f} tokens on average (the run is {epochs:.2f} "
             f"epochs), {sum(held_out) or 'no'} validation records"
             + self._describe_prompts()
             + (f"; {', '.join(notes)}" if notes else "")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megaegpt.collector import paused_collector
-from megaegpt.config import GenerationConfig, RunConfig
+from megaegpt.config import BatchSchedule, GenerationConfig, RunConfig
 from megaegpt.config.loading import config_to_yaml
 from megaegpt.config.validation import validate
 from megaegpt.config.validation_sets import task_files
@@ -47,6 +47,7 @@ from megaegpt.training.consistency import (
     configuration_facts,
     corpus_facts,
 )
+from megaegpt.training.consumption import Consumption
 from megaegpt.training.engine.deterministic import make_deterministic
 from megaegpt.training.feature_stores import load_encoder, needs_store, prepare_store
 from megaegpt.training.frozen_predictions import FrozenDecoder
@@ -124,6 +125,8 @@ def train(
         ):
             return True
         state = saved.trainer
+    consumption = Consumption.restored(config.batches, data.tokens_per_sample, state)
+    notices += consumption.notices(state, identity)
     _settle_trials(config, grid, precision)
     compiles = config.training.compile and compile_problem(grid.device.type) is None
     encoder_config = None if encoder is None else encoder.config
@@ -162,12 +165,13 @@ def train(
         if begins and (kept := set_aside_records(config.logging.directory)):
             notices.append(f"records of an earlier run lay here: they are in {kept} now")
         monitor = _monitor(config, grid, data, done)
-    _introduce(config, grid, monitor, data, size, precision, state, resume, notices)
+    _introduce(config, grid, monitor, data, consumption, size, precision, state, resume, notices)
     trainer = Trainer(
         config=config,
         model=model,
         engine=engine,
-        loader=_loader(config, grid, data, inputs, state.get("step", 0)),
+        loader=_loader(config, grid, data, inputs, consumption.batches, state.get("step", 0)),
+        consumption=consumption,
         checkpoints=checkpoints,
         monitor=monitor,
         meter=_meter(config, grid, data, size, precision),
@@ -291,13 +295,18 @@ def _inputs(
 
 
 def _loader(
-    config: RunConfig, grid: ProcessGrid, data: RunData, inputs: ModelInputs, start_step: int
+    config: RunConfig,
+    grid: ProcessGrid,
+    data: RunData,
+    inputs: ModelInputs,
+    batches: BatchSchedule,
+    start_step: int,
 ) -> TrainingLoader:
     """This rank's micro-batches from a step on."""
     return TrainingLoader(
         data.samples,
         grid,
-        config.batches,
+        batches,
         config.training.chosen_micro_batch_size,
         start_step,
         config.data.prefetch,
@@ -400,6 +409,7 @@ def _introduce(
     grid: ProcessGrid,
     monitor: Monitor,
     data: RunData,
+    consumption: Consumption,
     size: ModelSize,
     precision: Precision,
     state: TrainerState,
@@ -413,12 +423,20 @@ def _introduce(
             write_whole(Path(config.logging.directory) / "config.yaml", resolved.encode())
     monitor.configuration(config)
     name = device_name(grid.device)
-    tokens = data.tokens_per_sample
-    for line in describe_run(config, size, grid.dp_size, precision, name, sample_tokens=tokens):
+    steps = config.training.steps
+    for line in describe_run(
+        config,
+        size,
+        grid.dp_size,
+        precision,
+        name,
+        sample_tokens=data.tokens_per_sample,
+        total_tokens=consumption.tokens(steps),
+    ):
         monitor.log(line)
     if grid.device.type == "cpu" and grid.world_size > 1:
         monitor.log(f"{'threads':<11}{describe_threads()}")
-    monitor.log(f"{'data':<11}{data.describe()}")
+    monitor.log(f"{'data':<11}{data.describe(consumption.batches.samples_before(steps))}")
     if (slow := slow_precision_notice(precision, grid.device)) is not None:
         notices = [slow, *notices]
     on_gpu = grid.device.type == "cuda"  # where the head's loss is compiled in any case

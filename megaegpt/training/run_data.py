@@ -50,8 +50,8 @@ class RunData(Protocol):
     def trim(self, batch: Batch) -> Batch:
         """A micro-batch without the columns that nothing is learned from."""
 
-    def describe(self) -> str:
-        """One line for people."""
+    def describe(self, samples: int) -> str:
+        """One line for people, of a run that draws so many samples."""
 
     def prompt(self, text: str) -> Prompt:
         """``generation.prompt``, as a model that learns from this data is asked."""
@@ -109,7 +109,6 @@ class PretrainingData:
         for stream in self.streams.values():
             check_document_end(stream, model.document_end)
             check_ids(stream, model.vocab_size, rank, world_size)
-        self._samples_drawn = config.batches.samples_before(config.training.steps)
 
     def _windows(self, config: RunConfig, stream: TokenStream, what: str) -> Windows:
         """A whole stream to be evaluated.
@@ -132,15 +131,15 @@ class PretrainingData:
         """Every column is learned from."""
         return batch
 
-    def describe(self) -> str:
+    def describe(self, samples: int) -> str:
         """One line on the splits."""
         validation = self.streams.get("validation")
         held_out = f"{len(validation):,}" if validation else "no"
         sets = (f", {len(self.streams[f'validation_{n}']):,} of {n}" for n in self.validation_sets)
         if isinstance(self.samples, Blend):
-            run = f"the run is {self.samples.describe(self._samples_drawn)}"
+            run = f"the run is {self.samples.describe(samples)}"
         else:
-            epochs = self._samples_drawn / len(self.samples)
+            epochs = samples / len(self.samples)
             run = f"{len(self.samples):,} samples; the run is {epochs:.2f} epochs"
         return (
             f"{len(self.streams['train']):,} training tokens ({run}), {held_out} validation tokens"

@@ -28,6 +28,7 @@ from megaegpt.parallel.together import (
     raise_together,
 )
 from megaegpt.training.checkpoint.manager import CheckpointManager, Parts
+from megaegpt.training.consumption import Consumption
 from megaegpt.training.logging.best import BestLoss
 from megaegpt.training.logging.metrics import SpeedMeter, Stopwatch, log_line
 from megaegpt.training.logging.monitor import Monitor
@@ -50,6 +51,7 @@ class Trainer:
     model: LanguageModel
     engine: Engine
     loader: TrainingLoader
+    consumption: Consumption
     checkpoints: CheckpointManager
     monitor: Monitor
     meter: SpeedMeter
@@ -179,6 +181,7 @@ class Trainer:
             zip(losses, norms, results, strict=True), first
         ):
             values = {"loss": loss, "grad_norm": norm, "lr": result.lr}
+            values["tokens_seen"] = self.consumption.tokens(step)
             if result.module_norms is not None:
                 norms_of = result.module_norms.tolist()
                 named = zip(self.engine.module_norms.names, norms_of, strict=True)
@@ -200,7 +203,7 @@ class Trainer:
         gc.collect(1)
 
     def _data_progress(self) -> Mapping[str, float]:
-        samples = self.config.batches.samples_before(self.done)
+        samples = self.consumption.batches.samples_before(self.done)
         return {} if self.progress is None else self.progress(samples)
 
     def save(self) -> None:
@@ -221,6 +224,7 @@ class Trainer:
     def _progress(self) -> dict[str, Any]:
         """The part of the loop's state that grows."""
         progress = {"step": self.done, "skipped": self.skipped, "best": self.best.state()}
+        progress |= self.consumption.state(self.done)
         if (guard := self.engine.spike_guard).is_on:
             progress |= {"spikes": self.spikes, "gradient_norms": guard.state()}
         return progress
@@ -395,7 +399,7 @@ class Trainer:
 
     def _samples_of(self, before: int) -> tuple[int, int]:
         """Numbers of the first and the last sample of the step after ``before`` steps."""
-        batches = self.config.batches
+        batches = self.consumption.batches
         return batches.samples_before(before), batches.samples_before(before + 1) - 1
 
     def _check_losses(self, results: list[StepResult], losses: list[float]) -> None:

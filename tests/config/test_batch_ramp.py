@@ -41,6 +41,18 @@ def test_samples_before_a_step_are_the_sum_of_the_steps_before(
         seen += schedule.size(step)
 
 
+@pytest.mark.parametrize("ramp", [BatchRampConfig(), BatchRampConfig(2, 2, 3)])
+def test_a_schedule_that_goes_on_has_its_sizes_from_the_sample_on_that_it_is_given(
+    ramp: BatchRampConfig,
+) -> None:
+    schedule = BatchSchedule(8, ramp)
+    moved = schedule.going_on(5, 100)
+    assert moved.samples_before(5) == 100
+    assert [moved.size(step) for step in range(20)] == [schedule.size(step) for step in range(20)]
+    assert moved.samples_before(9) - 100 == schedule.samples_before(9) - schedule.samples_before(5)
+    assert moved.going_on(9, schedule.samples_before(9)) == schedule
+
+
 @pytest.mark.parametrize("step", [0, 10**9])
 def test_a_far_step_costs_nothing(step: int) -> None:
     schedule = BatchSchedule(1 << 20, BatchRampConfig(start=1, increment=1, steps=1))

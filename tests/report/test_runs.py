@@ -47,6 +47,19 @@ def test_tokens_seen_are_those_of_samples_that_are_not_all_full(tmp_path: Path) 
     assert [run.tokens_before(step) for step in (0, 2, 3)] == [0, 9, 14]
 
 
+def test_tokens_seen_are_those_on_record_whatever_the_configuration_is_by_now(
+    tmp_path: Path,
+) -> None:
+    """A run that went on with another batch has left its last configuration alone."""
+    told: list[dict[str, object]] = [
+        {"step": step, "loss": 3.0, "tokens_seen": tokens}
+        for step, tokens in ((1, 64), (2, 128), (3, 144))
+    ]
+    validation: dict[str, object] = {"step": 5, "validation_loss": 3.0}  # ahead of its steps
+    run = read_run(make_run(tmp_path / "run", [*told, validation]))
+    assert [run.tokens_before(step) for step in (0, 1, 2, 3, 5)] == [0, 64, 128, 144, 144 + 2 * 16]
+
+
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "running", RECORDS)
     with open(folder / "metrics.jsonl", "a") as file:

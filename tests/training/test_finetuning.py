@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from megaegpt.model.encoder import FrozenEncoder
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.report.runs import read_run
+from megaegpt.training.checkpoint.manifest import Manifest
 from megaegpt.training.finetuning import (
     InstructionData,
     finetune,
@@ -219,6 +221,42 @@ def test_tokens_seen_are_those_of_the_records_and_not_of_full_windows(
     assert mean is not None
     assert int(mean[1]) < LENGTH / 2
     assert run.tokens_before(run.steps) == pytest.approx(samples * int(mean[1]), abs=samples / 2)
+
+
+def _go_on_otherwise(corpus: Path, folder: Path, packing: bool) -> list[str]:
+    """Three steps of 8 rows, three of 2, and three whose rows are packed otherwise."""
+    shown = []
+    for number, (size, packed) in enumerate(((8, packing), (2, packing), (2, not packing))):
+        config = _config(
+            "gpt",
+            corpus,
+            folder,
+            packed,
+            training={"global_batch_size": size, "steps": 9},
+            checkpoint={"keep": 3},
+        )
+        shown.append(_finetune(config, resume=number > 0, stops=StopAfter(3)))
+    return shown
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_run_of_another_batch_or_packing_goes_on_behind_the_rows_that_were_seen(
+    packing: bool, corpus: Path, tmp_path: Path, distributed: Distributed
+) -> None:
+    ((_, smaller, repacked),) = distributed(1, _go_on_otherwise, corpus, tmp_path, packing)
+    states = [
+        Manifest.read(tmp_path / "checkpoints" / f"step_{step:08d}").trainer for step in (3, 6, 9)
+    ]
+    assert "notice: the data goes on behind the 24 samples that were drawn" in smaller
+    assert [state["samples"] for state in states[:2]] == [24, 30]
+    rows, others = states[0]["tokens_per_sample"], states[2]["tokens_per_sample"]
+    assert (rows < others) != packing
+    first = math.ceil(30 * rows / others)
+    assert states[2]["samples"] == first + 6
+    assert f"behind as many tokens as were seen, at sample {first}" in repacked
+    run = read_run(tmp_path)
+    seen = [24 * rows, 30 * rows, 30 * rows + 6 * others]
+    assert [run.tokens_before(step) for step in (3, 6, 9)] == [round(tokens) for tokens in seen]
 
 
 def test_packed_answers_cost_what_they_cost_alone() -> None:
