@@ -39,6 +39,9 @@ MODELS = {
     "gpt_untied": replace(GPT, tied_embeddings=False),
     "egpt": EGPT,
     "egpt_improved": IMPROVED,
+    "egpt_improved_llama": replace(
+        variant("qwen3", "rotary_extended", GPT), kind="egpt", egpt=IMPROVED.egpt
+    ),
     "egpt_memory": replace(
         EGPT,
         egpt=replace(EGPT.egpt, token_memory=True, memory_dim=8, memory_pointers=2),
@@ -211,6 +214,27 @@ def _shallow(config: ModelConfig) -> ModelConfig:
 def test_every_variant_is_the_same_at_tp_1_2_and_4(distributed, positions):
     """Among them fewer key and value heads than ranks."""
     configs = {name: _shallow(variant(name, positions)) for name in ATTENTION}
+    ranks = distributed(4, _compare_all, configs, torch.float64, VARIANT_STEPS)
+    _assert_same(ranks, configs, 1e-9)
+
+
+def _decoders() -> dict[str, ModelConfig]:
+    """EGPT in its forms and DeepGPT with the blocks of Llama's families; EGPT's original form, in
+    which rotary positions are the numbers of chunks, too.
+    """
+    forms = {name: config for name, config in MODELS.items() if config.kind != "gpt"}
+    return {
+        f"{name}-{block}": replace(
+            variant(block, "rotary_extended", GPT), kind=form.kind, egpt=form.egpt
+        )
+        for name, form in forms.items()
+        for block in ("qwen2", "qwen3", "olmo2")
+    }
+
+
+@pytest.mark.long
+def test_every_decoder_with_llamas_block_is_the_same_at_tp_1_2_and_4(distributed):
+    configs = _decoders()
     ranks = distributed(4, _compare_all, configs, torch.float64, VARIANT_STEPS)
     _assert_same(ranks, configs, 1e-9)
 

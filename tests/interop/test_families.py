@@ -37,9 +37,11 @@ from megaegpt.interop.translation import (
     to_ours,
     to_theirs,
 )
+from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import empty_model
 from megaegpt.model.gpt import GPT
 from megaegpt.model.rotary import rotary_frequencies
+from megaegpt.model.segments import padding_segments
 from megaegpt.model.weights import load_weights, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed
@@ -93,6 +95,29 @@ def test_logits_loss_and_every_gradient_are_theirs(tmp_path: Path, case: str) ->
         assert _relative(layout.give(name, gradients.get), expected[layout.full_name(name)]) <= (
             FP64
         ), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_rows_padded_on_the_left_have_their_logits(tmp_path: Path, case: str) -> None:
+    """Computed at once, and in pieces through a cache, the first of which ends behind the padding
+    of every row.
+    """
+    theirs = in_fp64(_saved(case, tmp_path / "theirs"))
+    ours = _imported(tmp_path / "theirs", tmp_path / "ours").double()
+    tokens, real = sequences(33, rows=3), torch.ones(3, 33, dtype=torch.bool)
+    real[0, :12] = real[2, :3] = False
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    expected = theirs(tokens, attention_mask=real.long(), position_ids=positions).logits[real]
+    segments = padding_segments(real)
+    at_once = ours.logits(tokens, segments=segments)[real]
+    assert _relative(at_once[:, :VOCAB], expected) <= FP64
+
+    cache = KVCache(ours.config, GRID, 3, 33, dtype=torch.float64)
+    sizes = [13, 1, 7, 1, 11]
+    pieces = zip(tokens.split(sizes, dim=1), segments.split(sizes, dim=1), strict=True)
+    cached = torch.cat([ours.logits(piece, cache, own) for piece, own in pieces], dim=1)[real]
+    assert _relative(cached[:, :VOCAB], expected) <= FP64
 
 
 GREEDY = [(case, 35) for case in ("llama3", "llama_yarn", "mistral", "qwen2", "qwen3", "olmo2")]
