@@ -7,7 +7,9 @@ import functools
 import importlib.metadata
 import io
 import json
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +133,8 @@ def assert_transformers_ids(
         assert ours.encode(text) == ids
 
 
-def test_ids_are_those_of_transformers_on_adversarial_text(
-    both: tuple[Tokenizer, PreTrainedTokenizerBase],
-) -> None:
+def adversarial_texts() -> list[str]:
+    """Contractions, blanks, joiners and marks in random order, one ``\\x04`` among them."""
     source = random.Random(1)
     pieces = ["'s", "'LL", "<|im_start|>", "<|", "½", "٣", "12", "e\u0301", "\u200d", "\u0085"]
     pieces += [
@@ -152,32 +153,59 @@ def test_ids_are_those_of_transformers_on_adversarial_text(
         "\x04",
     ]
     pieces += ["\ue000", "a", "B", "_", "...", "€", "\u0378", "\U00016ff5", "word", " the"]
-    assert_transformers_ids(both, ["".join(source.choices(pieces, k=12)) for _ in range(3000)])
+    return ["".join(source.choices(pieces, k=12)) for _ in range(3000)]
+
+
+def test_ids_are_those_of_transformers_on_adversarial_text(
+    both: tuple[Tokenizer, PreTrainedTokenizerBase],
+) -> None:
+    assert_transformers_ids(both, adversarial_texts())
     ours, theirs = both
     chat = "<|im_start|>user\nhi <|im_start|>"
     assert ours.encode_with_special_tokens(chat) == theirs.encode(chat, add_special_tokens=False)
     assert ours.special_tokens["<|im_start|>"] not in ours.encode(chat)
 
 
-def test_ids_are_those_of_transformers_on_real_corpora(
-    both: tuple[Tokenizer, PreTrainedTokenizerBase], data_dir: Path
+def test_adversarial_text_comes_back_from_its_ids(
+    both: tuple[Tokenizer, PreTrainedTokenizerBase],
 ) -> None:
-    """A piece of every text, another one in each."""
-    pieces = []
-    for number, path in enumerate(sorted(data_dir.rglob("*"))):
+    """Of bytes that the vocabulary has: SmolLM2's lacks some."""
+    ours, _ = both
+    texts = [text for text in adversarial_texts() if "\x04" not in text]
+    assert len(texts) > 1000
+    assert [text for text in texts if ours.decode(ours.encode(text)) != text] == []
+
+
+def corpora(folder: Path) -> Iterator[str]:
+    """A piece of every text below ``folder``, another one in each; all of them with
+    MEGAEGPT_ALL_TEXTS=1, every document of a ``.zst`` file as one.
+    """
+    whole = bool(os.environ.get("MEGAEGPT_ALL_TEXTS"))
+    for number, path in enumerate(sorted(folder.rglob("*"))):
         if path.suffix in (".txt", ".json", ".md"):
             text = path.read_text(encoding="utf-8-sig")
         elif path.suffix in (".zst", ".bz2"):
             with open_bytes(path) as file:
-                text = io.TextIOWrapper(file, "utf-8").read(100_000)
+                lines = io.TextIOWrapper(file, "utf-8")
+                if whole and path.suffix == ".zst":
+                    yield from (json.loads(line)["text"] for line in lines)
+                    continue
+                text = lines.read(None if whole else 100_000)
         else:
             continue
         start = number * 7919 % max(1, len(text) - 20_000)
-        pieces.append(text[start : start + 20_000])
-    assert pieces
-    assert_transformers_ids(both, pieces)
-    for piece in pieces:
-        assert both[0].decode(both[0].encode(piece)) == piece
+        yield text if whole else text[start : start + 20_000]
+
+
+def test_ids_are_those_of_transformers_on_real_corpora(
+    both: tuple[Tokenizer, PreTrainedTokenizerBase], data_dir: Path
+) -> None:
+    count = 0
+    for text in corpora(data_dir):
+        assert_transformers_ids(both, [text])
+        assert both[0].decode(both[0].encode(text)) == text
+        count += 1
+    assert count
 
 
 def test_bytes_that_a_vocabulary_lacks_are_left_out_as_the_library_does(
