@@ -71,7 +71,8 @@ def _egpt_input(
     weights: dict[str, Tensor], config, state: Tensor, chunk: int, offset: int
 ) -> Tensor:
     """A state (C,) as the decoder takes it in."""
-    x = _linear(weights, "input_mlp.down", _gelu(_linear(weights, "input_mlp.up", state)))
+    x = _linear(weights, "input_mlp.up", state)
+    x = _linear(weights, "input_mlp.down", _gelu(config, x))
     if config.egpt.adapter_residual:
         x = state + x
     if config.positions == "learned":
@@ -165,13 +166,15 @@ def _rms_norm(weights: dict[str, Tensor], name: str, x: Tensor, eps: float) -> T
 def _mlp(weights: dict[str, Tensor], config, x: Tensor) -> Tensor:
     h = _linear(weights, "mlp.up", x)
     if config.mlp == "gelu":
-        return _linear(weights, "mlp.down", _gelu(h))
+        return _linear(weights, "mlp.down", _gelu(config, h))
     gate = _linear(weights, "mlp.gate", x)
-    act = gate / (1 + torch.exp(-gate)) if config.mlp == "swiglu" else _gelu(gate)
+    act = gate / (1 + torch.exp(-gate)) if config.mlp == "swiglu" else _gelu(config, gate)
     return _linear(weights, "mlp.down", act * h)
 
 
-def _gelu(h: Tensor) -> Tensor:
+def _gelu(config, h: Tensor) -> Tensor:
+    if config.activation == "gelu":
+        return 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
     return 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
 
 
@@ -186,15 +189,19 @@ def _sinusoid(position: int, width: int) -> Tensor:
 def _frequency(config, pair: int, size: int) -> float:
     """Radians a token of a pair of ``size`` rotated columns, scaled as the papers define it."""
     scaling, base = config.rope_scaling, config.rope_base
+    if scaling.kind == "ntk":
+        base *= scaling.factor ** (size / (size - 2)) if size > 2 else 1
     frequency = base ** (-2 * pair / size)
-    length = scaling.original_max_seq_len
+    length = scaling.original_max_seq_len or config.max_seq_len / scaling.factor
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
     if scaling.kind == "yarn":
         first, last = (
             size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
             for turns in (scaling.beta_fast, scaling.beta_slow)
         )
         first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
-        kept = 1 - min(max((pair - first) / (last - first), 0), 1)
+        kept = 1 - min(max((pair - first) / ((last - first) or 0.001), 0), 1)  # as published
     elif scaling.kind == "llama3":
         wavelength = 2 * math.pi / frequency
         low, high = scaling.low_freq_factor, scaling.high_freq_factor

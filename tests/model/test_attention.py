@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megaegpt.config import ModelConfig, RopeScalingConfig
+from megaegpt.config.model_rules import model_problems
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.attention.causal import (
     Segments,
@@ -50,6 +53,74 @@ def _against_naive(config, tokens, segments=None) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_computes_what_its_definition_says(name):
     _against_naive(VARIANTS[name], tokens_of(BASE, 1, T))
+
+
+SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
+CHOICES: dict[str, tuple] = {
+    "num_layers": (1, 2, 3),
+    "hidden_size": (24, 32),
+    "head_dim": (None, 6, 8, 12),
+    "norm": ("layer_norm", "rms_norm"),
+    "norm_placement": ("pre", "post"),
+    "mlp": ("gelu", "swiglu", "geglu"),
+    "activation": ("gelu", "gelu_tanh"),
+    "ffn_hidden_size": (None, 44),
+    "bias": (True, False),
+    "tied_embeddings": (True, False),
+    "logit_softcap": (None, 2.0),
+    "positions": ("learned", "sinusoidal", "rotary", "rotary", "rotary", "none"),
+}
+OF_HEADS: dict[str, tuple] = {
+    "num_kv_heads": (None, 1, 2),
+    "qk_norm": ("none", "head", "projection"),
+    "qkv_bias": (None, True, False),
+    "window": (None, 1, 3, 5),
+    "window_every": (None, 1, 2),
+    "rope_fraction": (1.0, 0.5, 0.25),
+}
+OF_LATENTS: dict[str, tuple] = {
+    "attention": ("latent",),
+    "latent_dim": (None, 6),
+    "query_latent_dim": (None, 10),
+    "latent_norm": (True, False),
+    "rope_head_dim": (2, 4, 6),
+}
+ROTARY: dict[str, tuple] = {
+    "rope_pairs": ("halves", "interleaved"),
+    "rope_base": (10000.0, 100.0, 500000.0),
+}
+
+
+def _drawn(seed: int) -> ModelConfig:
+    """Any keys of the model that go together."""
+    draw = random.Random(seed)
+    while True:
+        of_attention = OF_LATENTS if draw.random() < 0.3 else OF_HEADS
+        choices = CHOICES | of_attention | ROTARY
+        config = replace(BASE, **{name: draw.choice(kinds) for name, kinds in choices.items()})
+        kind = SCALINGS[seed % len(SCALINGS)]
+        if config.positions == "rotary" and kind != "none":
+            length = draw.choice([None, 10, 40]) if kind in ("yarn", "llama3") else None
+            config = replace(config, rope_scaling=RopeScalingConfig(kind, 4.0, length))
+        if not list(model_problems(config, 1)):
+            return config
+
+
+DRAWN = [_drawn(seed) for seed in range(20)]
+
+
+@pytest.mark.parametrize("number", range(len(DRAWN)))
+def test_keys_in_any_combination_compute_what_they_say(number):
+    segments = padding_segments(torch.tensor([[False] * number + [True] * (T - number)]))
+    _against_naive(DRAWN[number], tokens_of(BASE, 1, T), segments if number < T else None)
+
+
+def test_the_combinations_have_every_scaling_and_both_kinds_of_gelu():
+    assert {config.rope_scaling.kind for config in DRAWN} == set(SCALINGS)
+    assert {config.activation for config in DRAWN if config.mlp != "swiglu"} == {
+        "gelu",
+        "gelu_tanh",
+    }
 
 
 PADDED = {
