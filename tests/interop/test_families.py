@@ -396,3 +396,20 @@ def test_what_is_no_gpt_is_lacked_by_all_families() -> None:
 
 def test_families_have_their_articles() -> None:
     assert {"a Llama", "a GPT-2", "a Qwen 3", "an OLMo 2"} < set(map(str, FAMILIES))
+
+
+@torch.no_grad()
+def test_scaling_by_a_larger_base_computes_what_that_base_does(tmp_path: Path) -> None:
+    """A Llama of transformers at four times the length, whose base is the one that NTK gives."""
+    base = 500.0 * 4.0 ** (6 / (6 - 2))  # heads of 6 columns
+    parameters = {"rope_type": "default", "rope_theta": base}
+    theirs = in_fp64(_saved("llama", tmp_path / "theirs", rope_parameters=parameters))
+    import_model(tmp_path / "theirs", tmp_path / "ours")
+    config = read_weights_config(tmp_path / "ours")[0]
+    assert (config.rope_base, config.head_size) == (base, 6)
+    scaling = RopeScalingConfig("ntk", 4.0)
+    config = dataclasses.replace(config, rope_base=500.0, rope_scaling=scaling)
+    ours = empty_model(config, GRID).eval()
+    load_weights(ours, tmp_path / "ours", GRID)
+    logits = ours.double().logits(sequences())
+    assert _relative(logits[..., :VOCAB], theirs(sequences()).logits) <= FP64

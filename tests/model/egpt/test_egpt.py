@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megaegpt.config import EGPTConfig, ModelConfig
+from megaegpt.config import EGPTConfig, ModelConfig, RopeScalingConfig
 from megaegpt.model.attention.cache import KVCache
 from megaegpt.model.build import build_model
 from megaegpt.model.egpt.egpt import EGPT
@@ -40,6 +40,15 @@ VARIANTS = {
     "window_2": replace(ORIGINAL, window=2),
     "window_3_local": replace(_variant(local_attention=True), window=3),
     "grouped_query": replace(ORIGINAL, num_kv_heads=1),
+    "exact_gelu": replace(ORIGINAL, activation="gelu"),
+    "linear_scaling": replace(
+        ORIGINAL, positions="rotary", rope_scaling=RopeScalingConfig("linear", 4.0)
+    ),
+    "ntk_scaling_local": replace(
+        _variant(local_attention=True),
+        positions="rotary",
+        rope_scaling=RopeScalingConfig("ntk", 4.0),
+    ),
     "adapter": _variant(adapter_residual=True),
     "no_history": _variant(history=False, local_attention=True),
     "sink": replace(_variant(local_attention=True, attention_sink=True), positions="rotary"),
