@@ -5,8 +5,11 @@ what they seem.
 from __future__ import annotations
 
 import random
+import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megaegpt.config import ModelConfig
+from megaegpt.data.tokenizers.gguf_vocabulary import gguf_vocabulary
 from megaegpt.data.tokenizers.tokenizer_files import (
     CHAT_TEMPLATE_FILE,
     load_tokenizer,
@@ -318,20 +322,31 @@ def test_damage_is_a_line_and_nothing_else(tmp_path: Path) -> None:
 # -- metadata -------------------------------------------------------------------------------------
 
 
-def _with_metadata(path: Path, arch: str = "qwen3", without: str = "", **changes: Any) -> Path:
-    """The file again with other metadata, or without a tensor; None leaves a key out."""
+def _with_metadata(
+    path: Path,
+    arch: str = "qwen3",
+    vocabulary: Mapping[str, Any] = MappingProxyType({}),
+    without: str = "",
+    **changes: Any,
+) -> Path:
+    """The file again with other metadata; None leaves a key out.
+
+    Args:
+        vocabulary: keys of a tokenizer.
+        without: a tensor that is left out.
+    """
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(path.with_name("changed.gguf"), arch)
     values = {key: field.contents() for key, field in reader.fields.items() if "." in key}
     changes = {f"qwen3.{key.replace('__', '.')}": value for key, value in changes.items()}
-    for key, value in (values | changes).items():
+    for key, value in {**values, **changes, **vocabulary}.items():
         if not key.startswith(("GGUF.", "general.")) and value is not None:
             kinds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+            kinds[bool] = writer.add_bool
             kinds.get(type(value), writer.add_array)(key, value)
     for tensor in reader.tensors:
-        if tensor.name == without:
-            continue
-        writer.add_tensor(tensor.name, np.array(tensor.data))
+        if tensor.name != without:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -368,6 +383,28 @@ def test_metadata_of_another_model_is_refused_by_its_name(
     with pytest.raises(CheckpointError, match=words) as caught:
         import_model(path, tmp_path / "again")
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_k_norm.weight", "output_norm.weight"])
+def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
+    path = _with_metadata(_file("qwen3", tmp_path), without=name)
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} is missing") as caught:
+        import_model(path, tmp_path / "again")
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused_before_weights_are_written(
+    tmp_path: Path,
+) -> None:
+    larger = gguf_vocabulary(trained_tokenizer(), 700)
+    assert larger is not None
+    path = _with_metadata(_file("qwen3", tmp_path), vocabulary=larger)
+    with pytest.raises(
+        CheckpointError, match=r"holds a tokenizer of 700 tokens and a model of 101"
+    ):
+        import_model(path, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_factor_without_a_type_is_of_linear_scaling_as_for_llama_cpp(tmp_path: Path) -> None:
