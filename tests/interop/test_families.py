@@ -5,10 +5,7 @@ exported is the same again.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,12 @@ from megaegpt.config import GenerationConfig, ModelConfig, RopeScalingConfig
 from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.generation.generator import TextGenerator
-from megaegpt.interop import foreign_models
+from megaegpt.interop import export, foreign_models
 from megaegpt.interop.description import Description
 from megaegpt.interop.export import export_huggingface
 from megaegpt.interop.families import FAMILIES
 from megaegpt.interop.foreign_models import import_model, read_foreign
-from megaegpt.interop.tensor_files import StoredTensor, open_tensors
+from megaegpt.interop.tensor_files import open_tensors
 from megaegpt.interop.tensor_layout import TensorLayout
 from megaegpt.interop.translation import (
     differences,
@@ -46,6 +43,7 @@ from megaegpt.model.weights import load_weights, read_weights_config
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed
 from tests.interop.over_ranks import logits_and_states
+from tests.interop.tensors_alive import TensorsAlive
 from tests.tiny.families import CASES, VOCAB, in_fp64, random_model, sequences
 from tests.tiny.tokenizers import trained_tokenizer
 
@@ -203,35 +201,20 @@ def test_half_precision_is_read_and_written(tmp_path: Path, dtype: torch.dtype) 
     assert AutoConfig.from_pretrained(tmp_path / "again").dtype == dtype
 
 
-def _watched(alive: list[int]) -> Callable[[Path], dict[str, StoredTensor]]:
-    """``open_tensors``, with ``alive`` growing by how many of the tensors are there at a time."""
-    there: weakref.WeakSet[Tensor] = weakref.WeakSet()
-
-    def read(stored: StoredTensor) -> Tensor:
-        tensor = stored.read().clone()
-        there.add(tensor)
-        alive.append(len(there))
-        return tensor
-
-    def opened(folder: Path) -> dict[str, StoredTensor]:
-        return {
-            name: dataclasses.replace(stored, read=functools.partial(read, stored))
-            for name, stored in open_tensors(folder).items()
-        }
-
-    return opened
-
-
 @pytest.mark.parametrize("case", ["gpt2", "olmo2"])
 def test_one_tensor_at_a_time_is_in_memory(
     tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive: list[int] = []
-    monkeypatch.setattr(foreign_models, "open_tensors", _watched(alive))
+    reading, writing = TensorsAlive(), TensorsAlive()
+    monkeypatch.setattr(foreign_models, "open_tensors", reading.opening(open_tensors))
+    monkeypatch.setattr(export, "open_ours", writing.open_ours)
     _saved(case, tmp_path / "theirs")
     import_model(tmp_path / "theirs", tmp_path / "ours")
-    assert len(alive) > 20
-    assert max(alive) <= 2  # the last one, until the next has its name
+    export_huggingface(tmp_path / "ours", tmp_path / "again")
+    assert min(len(reading.counts), len(writing.counts)) > 20
+    assert max(reading.counts) <= 2  # the last one, until the next has its name
+    parts = 3 if case == "gpt2" else 1  # queries, keys and values are one tensor there
+    assert max(writing.counts) <= parts + 1
 
 
 # -- descriptions ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megaegpt.config import ModelConfig
+from megaegpt.config import GenerationConfig, ModelConfig
 from megaegpt.data.tokenizers.gguf_vocabulary import gguf_vocabulary
 from megaegpt.data.tokenizers.tokenizer_files import (
     CHAT_TEMPLATE_FILE,
@@ -26,7 +26,9 @@ from megaegpt.data.tokenizers.tokenizer_files import (
     save_tokenizer,
 )
 from megaegpt.errors import CheckpointError, MegaEGPTError
+from megaegpt.generation.generator import TextGenerator
 from megaegpt.gguf_files import read_gguf_header
+from megaegpt.interop import foreign_models, gguf_export
 from megaegpt.interop.export import export_huggingface
 from megaegpt.interop.foreign_models import find_foreign, import_model, need_foreign, read_foreign
 from megaegpt.interop.gguf_export import export_gguf
@@ -36,10 +38,12 @@ from megaegpt.interop.gguf_weights import (
     gguf_tensors,
 )
 from megaegpt.interop.sources import resolve_weights_source, source_config
-from megaegpt.model.build import build_model
-from megaegpt.model.weights import read_weights_config, save_weights
+from megaegpt.model.build import build_model, empty_model
+from megaegpt.model.gpt import GPT
+from megaegpt.model.weights import load_weights, read_weights_config, save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from tests.damage import damaged
+from tests.interop.tensors_alive import TensorsAlive
 from tests.tiny.families import random_model
 from tests.tiny.tokenizers import trained_tokenizer
 
@@ -81,6 +85,21 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, case: str) -> None:
         export_huggingface(tmp_path / name, tmp_path / f"{name}_theirs")
     texts = [(tmp_path / f"{n}_theirs" / "config.json").read_text() for n in ("ours", "again")]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama_with_biases", "olmo2"])
+def test_one_tensor_at_a_time_is_in_memory(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp's order of rows is made of one tensor, too."""
+    reading, writing = TensorsAlive(), TensorsAlive()
+    monkeypatch.setattr(foreign_models, "gguf_tensors", reading.opening(gguf_tensors))
+    monkeypatch.setattr(gguf_export, "open_ours", writing.open_ours)
+    import_model(_file(case, tmp_path), tmp_path / "again")
+    assert min(len(reading.counts), len(writing.counts)) > 20
+    assert max(reading.counts) <= 2  # the last one, until the next has its name
+    parts = 3 if case == "gpt2" else 1  # queries, keys and values are one tensor there
+    assert max(writing.counts) <= parts + 1
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama_tied", "qwen2", "qwen3"])
@@ -157,6 +176,40 @@ def test_llama_cpp_finds_the_tokenizer_in_the_file(
     assert load_tokenizer(tmp_path / "again").fingerprint == tokenizer.fingerprint
     said = capsys.readouterr()
     assert "notice" not in said.out + said.err
+
+
+@pytest.mark.long
+def test_llama_cpp_writes_what_ours_does(tmp_path: Path) -> None:
+    """30 greedy tokens; as text, which is all that its server gives."""
+    llama = pytest.importorskip("xllamacpp", reason="pip install xllamacpp to run llama.cpp")
+    weights = _ours("llama", tmp_path, vocab_size=700, max_position_embeddings=64)
+    tokenizer = trained_tokenizer()
+    save_tokenizer(tokenizer, weights)
+    export_gguf(weights, tmp_path / "model.gguf", torch.float32)
+    model = empty_model(read_weights_config(weights)[0], ProcessGrid()).eval()
+    load_weights(model, weights, ProcessGrid())
+    assert isinstance(model, GPT)
+    prompt = tokenizer.encode("Shards of tokens")
+    greedy = GenerationConfig(max_new_tokens=30, temperature=0.0)
+    written = list(TextGenerator(model).stream(prompt, greedy))
+
+    options = llama.CommonParams()
+    options.model.path = str(tmp_path / "model.gguf")
+    options.n_parallel, options.n_ctx, options.verbosity = 1, 64, -1
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+    options.cache_type_k = options.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    answer = llama.Server(options).handle_completions(
+        {
+            "prompt": prompt,
+            "max_tokens": 30,
+            "samplers": ["temperature"],
+            "temperature": 0.0,
+            "ignore_eos": True,
+        }
+    )
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["text"] == tokenizer.decode(written)
 
 
 def test_the_template_that_a_model_was_tuned_on_goes_with_gpt2s_tokenizer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from megaegpt.config import GenerationConfig
+from megaegpt.data.readers.gutenberg import cut_wrapper, straighten_quotes
+from megaegpt.data.readers.inputs import read_text
 from megaegpt.data.tokenizers.tokenizer_files import load_tokenizer
 from megaegpt.errors import CheckpointError
 from megaegpt.generation.generator import TextGenerator
@@ -89,6 +92,22 @@ def prompt(file: Path) -> Tensor:
     return torch.tensor([tokenizer(TEXT)["input_ids"]])
 
 
+@pytest.fixture(scope="module")
+def book(file: Path, data_dir: Path) -> Tensor:
+    """(1, 8193) from the start of War and Peace's last fifth: wrapped lines joined, quotation marks
+    straight, and cut by transformers' own tokenizer.
+    """
+    path = data_dir / "books" / "war_and_peace.txt"
+    if not path.exists():
+        pytest.skip(f"{path} does not exist")
+    text = straighten_quotes(cut_wrapper(read_text(path), str(path)))
+    text = "\n\n".join(" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    start = int(len(ids) * 0.8)
+    return torch.tensor([ids[start : start + 8193]])
+
+
 def test_its_weights_are_what_transformers_dequantises(
     imported: Path, theirs: LlamaForCausalLM
 ) -> None:
@@ -109,6 +128,28 @@ def test_its_logits_and_loss_are_theirs(
     assert difference <= 1e-5, difference
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], prompt[0, 1:])
     assert 1.0 < loss < 4.0  # the text is famous
+
+
+@torch.no_grad()
+@pytest.mark.long
+@pytest.mark.parametrize("length", [1024, 8192])
+def test_its_loss_on_a_book_is_theirs(
+    ours: GPT, theirs: LlamaForCausalLM, book: Tensor, length: int
+) -> None:
+    """Nats a token of 8,192, in chunks of ``length``."""
+    found = expected = 0.0
+    for start in range(0, 8192, length):
+        chunk = book[:, start : start + length + 1]
+        inputs, targets = chunk[:, :-1], chunk[:, 1:]
+        found += ours(inputs, targets).item()
+        states = theirs.base_model(inputs).last_hidden_state
+        for part, wanted in zip(states.split(1024, dim=1), targets.split(1024, dim=1), strict=True):
+            logits = theirs.lm_head(part)  # a gigabyte and a half of all 8,192
+            expected += torch.nn.functional.cross_entropy(
+                logits[0], wanted[0], reduction="sum"
+            ).item()
+    assert found / 8192 == pytest.approx(expected / 8192, rel=0, abs=1e-3)
+    assert 3.0 < expected / 8192 < 4.0
 
 
 @torch.no_grad()
@@ -147,6 +188,18 @@ def test_its_greedy_text_is_theirs(ours: GPT, theirs: LlamaForCausalLM, prompt: 
         prompt, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert text == expected[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.long
+def test_transformers_loads_the_same_weights_from_what_is_exported(
+    imported: Path, theirs: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    export_huggingface(imported, tmp_path / "theirs")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    found, expected = again.state_dict(), theirs.state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    (tmp_path / "theirs" / WEIGHTS).unlink()  # half a gigabyte
 
 
 def test_its_tokenizer_goes_in_and_out_with_it(
