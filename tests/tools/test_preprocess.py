@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,10 @@ import psutil
 import pytest
 
 from megaegpt.data.tokenizer import Tokenizer
+from megaegpt.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.data.tokens.shards import Shard
+from tests.tiny.tokenizers import BLANK_FIRST, changed
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +52,21 @@ def test_the_report_names_the_program_that_has_tokenized(tmp_path: Path, backend
     output = tmp_path / "out"
     result = run(tmp_path / "a.txt", "--output", output, "--tokenizer-backend", backend)
     assert f"tokenizer   gpt2, on {backend}\n" in result.stdout.decode()
+
+
+def test_a_tokenizer_that_is_no_byte_level_bpe_is_said_to_be_slow(tmp_path: Path) -> None:
+    """In one line: what it runs on, and why not on what is faster."""
+    (tmp_path / "marks").mkdir()
+    marks = changed(pre_tokenizer=BLANK_FIRST, decoder=BLANK_FIRST)
+    save_tokenizer(HuggingFaceTokenizer(marks), tmp_path / "marks")
+    (tmp_path / "a.txt").write_text("A text.")
+    options = ("--vocabulary", tmp_path / "marks")
+    result = run(tmp_path / "a.txt", "--output", tmp_path / "out", *options)
+    assert result.returncode == 0, result.stderr.decode()
+    assert re.findall(r"^tokenizer.*", result.stdout.decode(), re.MULTILINE) == [
+        "tokenizer   pages, on the library tokenizers, several times slower than tiktoken: "
+        "it is no byte-level BPE"
+    ]
 
 
 def test_standard_input_fills_one_shard(tmp_path: Path) -> None:
