@@ -23,6 +23,7 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from megaegpt.data.tokenizers.tokenizer_files import save_tokenizer
 from megaegpt.errors import ConfigError, DataError
 from megaegpt.evaluation.generation_options import read_options
 from megaegpt.evaluation.harness import HarnessModel, measures, rolling_pairs, run_harness
@@ -33,7 +34,8 @@ from megaegpt.model.build import build_model
 from megaegpt.model.weights import save_weights
 from megaegpt.parallel.grid import ProcessGrid
 from tests.distributed.harness import Distributed, grid_for
-from tests.tiny.models import GPT
+from tests.tiny.models import GPT, variant
+from tests.tiny.tokenizers import trained_tokenizer
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 QUESTIONS = [
@@ -65,12 +67,21 @@ metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
 LONG = "It was a dark and stormy night; the rain fell in torrents, " * 6
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights in our form and in theirs, and two tasks."""
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights in our form and in theirs, a Llama's with a tokenizer of its own, and two tasks."""
     folder = tmp_path_factory.mktemp("harness")
     config = replace(GPT, vocab_size=50257, hidden_size=16, num_heads=2, max_seq_len=32)
-    save_weights(build_model(config, ProcessGrid(), seed=1), folder / "ours", ProcessGrid())
+    extra = {}
+    if request.param == "llama":
+        blocks = variant("multi_query", "rotary", config)
+        blocks = replace(blocks, norm="rms_norm", mlp="swiglu", bias=False)
+        config = replace(blocks, vocab_size=trained_tokenizer().vocab_size)
+        extra = {"tokenizer_fingerprint": trained_tokenizer().fingerprint}
+    grid = ProcessGrid()
+    save_weights(build_model(config, grid, seed=1), folder / "ours", grid, extra)
+    if extra:
+        save_tokenizer(trained_tokenizer(), folder / "ours")
     export_huggingface(folder / "ours", folder / "theirs")
     file = folder / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, QUESTIONS)))
@@ -287,11 +298,14 @@ def test_sampling_draws_from_the_probabilities_of_the_harness(
         return probabilities.argmax(-1, keepdim=True)
 
     with torch.inference_mode():
-        logits = model.model.head.full_logits(model.model.hidden_states(tokens)[:, -1])[:, :50257]
+        logits = model.model.head.full_logits(model.model.hidden_states(tokens)[:, -1])
+        logits = logits[:, : model.tokenizer.vocab_size]
         for options in sampled:
             kept, ids = candidates(logits, read_options(options).config)
             probabilities = torch.zeros_like(logits)
-            probabilities.scatter_(1, torch.arange(50257)[None] if ids is None else ids, kept)
+            probabilities.scatter_(
+                1, torch.arange(logits.shape[1])[None] if ids is None else ids, kept
+            )
             with monkeypatch.context() as patched:
                 patched.setattr(torch, "multinomial", multinomial)
                 seen.clear()
