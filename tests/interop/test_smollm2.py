@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,9 @@ from tests.interop.over_ranks import loss_over_ranks
 from tests.tiny.families import in_fp64
 
 GRID = ProcessGrid()
+_ALL = pytest.mark.skipif(
+    not os.environ.get("MEGAEGPT_ALL_TEXTS"), reason="takes minutes: MEGAEGPT_ALL_TEXTS=1"
+)
 TEXT = """"Well, Prince, so Genoa and Lucca are now just family estates of the Buonapartes.
 But I warn you, if you don't tell me that this means war, if you still try to defend the
 infamies and horrors perpetrated by that Antichrist, I really believe he is Antichrist, I will
@@ -132,13 +136,15 @@ def test_its_logits_and_loss_are_theirs(
 
 @torch.no_grad()
 @pytest.mark.long
-@pytest.mark.parametrize("length", [1024, 8192])
+@pytest.mark.parametrize(("tokens", "length"), [(2048, 1024), pytest.param(8192, 8192, marks=_ALL)])
 def test_its_loss_on_a_book_is_theirs(
-    ours: GPT, theirs: LlamaForCausalLM, book: Tensor, length: int
+    ours: GPT, theirs: LlamaForCausalLM, book: Tensor, tokens: int, length: int
 ) -> None:
-    """Nats a token of 8,192, in chunks of ``length``."""
+    """Nats a token, in chunks of ``length``; its whole context, which takes minutes, with
+    MEGAEGPT_ALL_TEXTS=1.
+    """
     found = expected = 0.0
-    for start in range(0, 8192, length):
+    for start in range(0, tokens, length):
         chunk = book[:, start : start + length + 1]
         inputs, targets = chunk[:, :-1], chunk[:, 1:]
         found += ours(inputs, targets).item()
@@ -148,8 +154,8 @@ def test_its_loss_on_a_book_is_theirs(
             expected += torch.nn.functional.cross_entropy(
                 logits[0], wanted[0], reduction="sum"
             ).item()
-    assert found / 8192 == pytest.approx(expected / 8192, rel=0, abs=1e-3)
-    assert 3.0 < expected / 8192 < 4.0
+    assert found / tokens == pytest.approx(expected / tokens, rel=0, abs=1e-3)
+    assert 3.0 < expected / tokens < 4.0
 
 
 @torch.no_grad()
