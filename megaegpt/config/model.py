@@ -69,7 +69,7 @@ class EGPTConfig:
     memory_pointers: TensorSize = 1
     """Pointers into the token memory, each with projections and a share of its own."""
     memory_chunks: TensorSize | None = None
-    """Earlier chunks whose keys a token is compared with, those of the most similar mean key; None:
+    """Earlier chunks whose keys a token is compared with, those of the highest mean score; None:
     all."""
     adapter_residual: bool = False
     """States are added to the output of the MLP that they go through first; it and the chunk and

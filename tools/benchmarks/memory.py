@@ -42,20 +42,34 @@ def memory_by_tokens(hidden: int, vocab_size: int, repetitions: int) -> list[dic
             states = torch.randn(2, 1, 1, hidden)
             logits = torch.randn(1, 1, vocab_size)
             held.append(states[0], torch.zeros(1, 1, dtype=torch.long))
-            row[f"{name}_ms"] = _milliseconds(
-                lambda: held.mix(states[0], states[1], logits),  # noqa: B023
+            keys = held.earlier.keys
+            query = torch.randn(1, module.pointers, 1, module.dim)
+            times = _milliseconds(
+                {
+                    "all": lambda: held.mix(states[0], states[1], logits),  # noqa: B023
+                    "products": lambda: query @ keys.to(query.dtype).transpose(-1, -2),  # noqa: B023
+                    "read": keys.sum,
+                },
                 repetitions,
             )
-            keys = tokens * module.dim * module.pointers * 4
-        row["bytes"] = keys
-        numbers = torch.ones(keys // 4)
-        row["read_ms"] = _milliseconds(numbers.sum, repetitions)
+            row[f"{name}_ms"] = times["all"]
+            if name == "all":
+                row |= {"products_ms": times["products"], "read_ms": times["read"]}
+                row["bytes"] = keys.nbytes
         rows.append(row)
-    columns = ("all keys, ms", "in int8, ms", f"{_CHUNKS} chunks, ms", "bytes read, ms")
-    table = [["held tokens", "keys, MB", *columns]]
+    titles = {
+        "held": "held tokens",
+        "bytes": "keys, MB",
+        "all_ms": "all keys, ms",
+        "products_ms": "their products, ms",
+        "read_ms": "reading them, ms",
+        "all_int8_ms": "in int8, ms",
+        "few_ms": f"{_CHUNKS} chunks, ms",
+    }
+    table = [list(titles.values())]
     for row in rows:
-        times = [f"{row[name]:.2f}" for name in ("all_ms", "all_int8_ms", "few_ms", "read_ms")]
-        table.append([f"{row['held']:,}", f"{row['bytes'] / 1e6:.1f}", *times])
+        cells = [f"{row[name]:.2f}" for name in titles if name.endswith("_ms")]
+        table.append([f"{row['held']:,}", f"{row['bytes'] / 1e6:.1f}", *cells])
     print("what the token memory adds to a token that is written")
     print(format_table(table))
     return rows
@@ -77,12 +91,16 @@ def _filled(
     return held, module
 
 
-def _milliseconds(look_up: Callable[[], object], repetitions: int) -> float:
-    """The median time of one call."""
-    look_up()
-    times = []
+def _milliseconds(calls: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """The median time of each call, in turns, so that none finds in the cache what it read before
+    and others did not.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
     for _ in range(repetitions):
-        began = time.perf_counter()
-        look_up()
-        times.append(1e3 * (time.perf_counter() - began))
-    return median(times)
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: median(taken) for name, taken in times.items()}

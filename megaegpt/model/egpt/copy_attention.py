@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 from megaegpt.model.egpt.same_ids import (
+    FEWEST_LOOKED_UP,
     Found,
     KeyIds,
     SameTokens,
     Shape,
     SortedIds,
+    SortedKeys,
     Visible,
     lists_places,
 )
@@ -86,8 +88,7 @@ class Scoring(NamedTuple):
     """(H, 2): added where the token is the query's, and where the one before is the same too."""
     chunk_size: int
     most_chunks: int | None = None
-    """Earlier chunks that a query sees, those whose mean key its scores are highest for; None:
-    all."""
+    """Earlier chunks that a query sees, those with the highest mean score; None: all."""
     at_once: int | None = None
     """Scores that are computed at once; None: as the device has it."""
 
@@ -129,16 +130,42 @@ class _Block(NamedTuple):
 class _Lookup(NamedTuple):
     """The ids of keys, and of the tokens behind them, sorted by row; None: they are compared."""
 
-    tokens: tuple[SortedIds, ...] | None = None
-    successors: tuple[SortedIds, ...] | None = None
+    tokens: SortedKeys | None = None
+    successors: SortedKeys | None = None
 
     @staticmethod
     def of(earlier: Keys, own: Keys) -> _Lookup:
         """Of the keys of a chunk and of all before it."""
         if not lists_places(own.text):
             return _Lookup()
-        _, tokens, successors = (torch.cat(ids, dim=1) for ids in _both(earlier, own))
-        return _Lookup(SortedIds.of(tokens), SortedIds.of(successors))
+        _, *both = (torch.cat(ids, dim=1) for ids in _both(earlier, own))
+        return _Lookup(*(SortedKeys(SortedIds.of(ids), 0, ids.shape[1]) for ids in both))
+
+    @staticmethod
+    def of_text(text: Tensor) -> _Lookup:
+        """Of keys whose ids and successors are those of one text, :attr:`Keys.text`, and of which
+        there are many.
+        """
+        if not lists_places(text) or text.shape[1] < FEWEST_LOOKED_UP:
+            return _Lookup()
+        rows, count = SortedIds.of(text), text.shape[1] - 2
+        return _Lookup(SortedKeys(rows, 1, count), SortedKeys(rows, 2, count))
+
+
+class EarlierKeys(NamedTuple):
+    """What all queries of a chunk find alike in the keys of the chunks before it."""
+
+    bias: Tensor
+    """(H, J), by distance"""
+    known: Tensor
+    """(B, J): whether the token behind a key is"""
+    lookup: _Lookup
+
+    @staticmethod
+    def of(keys: Keys, scoring: Scoring) -> EarlierKeys:
+        """Of whole chunks."""
+        bias = _bias_by_chunk(keys.num_keys, scoring)
+        return EarlierKeys(bias, keys.text[:, 2:] >= 0, _Lookup.of_text(keys.text))
 
 
 class _Scan(NamedTuple):
@@ -271,12 +298,20 @@ def _products_by_parts(queries: Tensor, keys: Tensor) -> Tensor:
     return scores
 
 
-def _seen_in_window(queries: Tensor, block: _Block, scoring: Scoring) -> _Seen:
-    """All earlier keys of a block; of each query's own choice where ``most_chunks`` says so."""
+def _seen_in_window(
+    queries: Tensor, block: _Block, scoring: Scoring, found: EarlierKeys | None = None
+) -> _Seen:
+    """All earlier keys of a block; of each query's own choice where ``most_chunks`` says so.
+    ``found``: in them before.
+    """
     before, tokens, successors = (
         torch.cat(ids, dim=1).unsqueeze(1) for ids in _both(block.earlier, block.own)
     )
-    count, known, chosen = block.earlier.num_keys, successors >= 0, None
+    count, chosen = block.earlier.num_keys, None
+    if found is None:
+        known = successors >= 0
+    else:
+        known = torch.cat([found.known, block.own.text[:, 2:] >= 0], dim=1).unsqueeze(1)
     wanted_before = block.own.text[:, block.offsets]
     if block.from_chunk is not None:
         keys = torch.arange(tokens.shape[2], device=queries.device)
@@ -284,10 +319,10 @@ def _seen_in_window(queries: Tensor, block: _Block, scoring: Scoring) -> _Seen:
         known = known & (keys >= begin).unsqueeze(1)
     most = scoring.most_chunks
     if most is not None and most * scoring.chunk_size < count:
-        chosen = _chosen(_precise(queries), block, most, scoring.chunk_size)
+        chosen = _chosen(_precise(queries), block, most, scoring)
     return _Seen(
         (block.earlier.keys, block.own.keys),
-        _bias_by_key(block, scoring).unsqueeze(0),
+        _bias_by_key(block, scoring, found).unsqueeze(0),
         before,
         KeyIds(tokens, block.lookup.tokens),
         KeyIds(successors, block.lookup.successors),
@@ -311,32 +346,49 @@ def _unlike_keys(before: Tensor) -> Tensor:
     return before.masked_fill(before < 0, _UNKNOWN - 1)
 
 
-def _bias_by_key(block: _Block, scoring: Scoring) -> Tensor:
+def _bias_by_key(block: _Block, scoring: Scoring, found: EarlierKeys | None) -> Tensor:
     """(H, K)"""
-    far = scoring.distance_bias[:, _distances(block, scoring)]  # (H, chunks)
+    far = _bias_by_chunk(block.earlier.num_keys, scoring) if found is None else found.bias
     own = scoring.distance_bias[:, :1].expand(-1, block.own.num_keys)
-    return torch.cat([far.repeat_interleave(scoring.chunk_size, dim=1), own], dim=1)
+    return torch.cat([far, own], dim=1)
 
 
-def _distances(block: _Block, scoring: Scoring) -> Tensor:
+def _bias_by_chunk(num_keys: int, scoring: Scoring) -> Tensor:
+    """(H, J) of keys of earlier chunks"""
+    far = scoring.distance_bias[:, _distances(num_keys, scoring)]  # (H, chunks)
+    return far.repeat_interleave(scoring.chunk_size, dim=1)
+
+
+def _distances(num_keys: int, scoring: Scoring) -> Tensor:
     """The column of ``distance_bias`` for each earlier chunk of keys."""
-    chunks = block.earlier.num_keys // scoring.chunk_size
-    distances = torch.arange(chunks, 0, -1, device=block.offsets.device)
+    distances = torch.arange(
+        num_keys // scoring.chunk_size, 0, -1, device=scoring.distance_bias.device
+    )
     return distances.clamp(max=scoring.distance_bias.shape[1] - 1)
 
 
 def mean_keys(keys: Tensor, chunk_size: int) -> Tensor:
     """Keys (B, H, J, D) of whole chunks -> (B, H, chunks, D) in at least fp32."""
-    return _precise(keys).unflatten(2, (-1, chunk_size)).mean(3)
+    means = _precise(keys).unflatten(2, (-1, chunk_size)).mean(3)
+    return means / 127 if keys.dtype == torch.int8 else means
 
 
-def _chosen(queries: Tensor, block: _Block, most: int, size: int) -> Tensor:
+def _mean_scores(queries: Tensor, means: Tensor, scoring: Scoring) -> Tensor:
+    """The mean over each earlier chunk's keys of scores, tokens that are the same aside: queries
+    (B, H, R, D), :func:`mean_keys` (B, H, chunks, D) -> (B, H, R, chunks).
+    """
+    distances = _distances(means.shape[2] * scoring.chunk_size, scoring)
+    bias = scoring.distance_bias[:, distances].unsqueeze(1)  # (H, 1, chunks)
+    return queries @ means.to(queries.dtype).transpose(-1, -2) + bias
+
+
+def _chosen(queries: Tensor, block: _Block, most: int, scoring: Scoring) -> Tensor:
     """Which keys are of the earlier chunks that each query sees, or of its own: (B, H, R, K)."""
-    means = mean_keys(block.earlier.keys, size)
-    similar = queries @ means.to(queries.dtype).transpose(-1, -2)  # (B, H, R, chunks)
+    size = scoring.chunk_size
+    similar = _mean_scores(queries, mean_keys(block.earlier.keys, size), scoring)
     if block.from_chunk is not None:
-        hidden = torch.arange(means.shape[2], device=means.device) < block.from_chunk
-        similar = similar.masked_fill(hidden[:, None, None], -torch.inf)
+        places = torch.arange(similar.shape[3], device=similar.device)
+        similar = similar.masked_fill((places < block.from_chunk)[:, None, None], -torch.inf)
     best = similar.topk(most, dim=-1).indices
     chosen = torch.zeros_like(similar, dtype=torch.bool).scatter_(-1, best, True)
     chosen = chosen.repeat_interleave(size, dim=-1)
@@ -350,7 +402,7 @@ def _seen_by_one(
     chunks: the keys of others are not read. ``means``: :func:`mean_keys` of the earlier ones.
     """
     size = scoring.chunk_size
-    similar = _precise(queries).to(means.dtype) @ means.transpose(-1, -2)
+    similar = _mean_scores(_precise(queries).to(means.dtype), means, scoring)
     chunks = similar.squeeze(2).topk(most, dim=-1).indices.sort(dim=-1).values  # (B, H, M)
     row, pointer = (
         torch.arange(n, device=chunks.device).view(shape)
@@ -379,28 +431,30 @@ def _seen_by_one(
     )
 
 
-def _weights(scores: Tensor, log_sum: Tensor) -> Tensor:
-    """exp(scores - log_sum) in place; 0 in rows that see nothing."""
-    nothing = log_sum == -torch.inf
-    return scores.sub_(log_sum.masked_fill(nothing, 0.0).unsqueeze(-1)).exp_()
+def _weights(scores: Tensor, nothing: Tensor) -> Tensor:
+    """The softmax in place of scores (B, H, R, K); 0 in rows (B, H, R) that see nothing. It is one
+    operator: each row stays in a CPU's cache from its largest score to the division by its sum.
+    """
+    first = scores[..., 0]
+    first.masked_fill_(nothing, 0.0)
+    torch.softmax(scores, -1, out=scores)
+    first.masked_fill_(nothing, 0.0)
+    return scores
 
 
-def _weigh(found: _Scores) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Weights, in place of the scores, their log_sum (B, H, R), and what is known of how sure they
-    are: all of :class:`Pointers` but the probability.
+def _weigh(found: _Scores) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Weights, in place of the scores, and what is known of how sure they are: all of
+    :class:`Pointers` but the probability.
     """
     most, nearest = largest(found.scores)  # (B, H, R)
     nothing = most == -torch.inf
-    weights = _weights(found.scores, most)
-    total = weights.sum(-1)
-    log_sum = most + total.log()
-    weights /= total.masked_fill(nothing, 1.0).unsqueeze(-1)
+    weights = _weights(found.scores, nothing)
+    peak = weights.gather(-1, nearest.unsqueeze(-1)).squeeze(-1).log()
     successors = found.successors.ids.expand(-1, nearest.shape[1], -1)  # (B, H, K)
     agrees = found.followed_by(successors.gather(2, nearest))
-    agreement = agrees.sums(weights).log().masked_fill(nothing, 0.0)
-    peak = (most - log_sum).masked_fill(nothing, 0.0)
+    agreement = agrees.sums(weights).log()
     longest = found.same.longest().expand_as(most)
-    return weights, log_sum, (most, peak, agreement, longest)
+    return weights, (most, *(x.masked_fill(nothing, 0.0) for x in (peak, agreement)), longest)
 
 
 def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -436,17 +490,17 @@ class _CopyAttention(torch.autograd.Function):
         scan = scan.of(earlier_keys, own_keys, distance_bias, match_bonus)
         precise = torch.promote_types(queries.dtype, torch.float32)
         empty = queries.new_empty(queries.shape[:3], dtype=precise)
-        probability, log_sum, largest, peak, agreement = (torch.empty_like(empty) for _ in range(5))
+        probability, largest, peak, agreement = (torch.empty_like(empty) for _ in range(4))
         longest = torch.empty_like(empty, dtype=torch.long)
         for block in scan.blocks(queries):
             part = (..., block.rows)
             found = scan.scores(queries[:, :, block.rows], block)
-            weights, log_sum[part], sureness = _weigh(found)
+            weights, sureness = _weigh(found)
             largest[part], peak[part], agreement[part], longest[part] = sureness
             hits = found.followed_by(scan.targets[:, None, block.rows])
             probability[part] = hits.sums(weights)
         ctx.save_for_backward(
-            queries, earlier_keys, own_keys, distance_bias, match_bonus, probability, log_sum
+            queries, earlier_keys, own_keys, distance_bias, match_bonus, probability, largest
         )
         ctx.scan = scan
         ctx.mark_non_differentiable(largest, peak, agreement, longest)
@@ -455,16 +509,16 @@ class _CopyAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         by_probability = grads[0]
-        queries, *parameters, probability, log_sum = ctx.saved_tensors
+        queries, *parameters, probability, largest = ctx.saved_tensors
         scan: _Scan = ctx.scan.of(*parameters)
         by_queries, *by_parameters = (
-            torch.zeros_like(x, dtype=log_sum.dtype) for x in (queries, *parameters)
+            torch.zeros_like(x, dtype=largest.dtype) for x in (queries, *parameters)
         )
         for block in scan.blocks(queries):
             part = (..., block.rows)
             rows = queries[:, :, block.rows]
             found = scan.scores(rows, block)
-            weights = _weights(found.scores, log_sum[part])
+            weights = _weights(found.scores, largest[part] == -torch.inf)
             scale, known = by_probability[part], probability[part]
             hits = found.followed_by(scan.targets[:, None, block.rows])
             by_scores = hits.multiply_(weights, scale * (1 - known), -scale * known)
@@ -495,7 +549,7 @@ def _add_gradients(
         by_keys[:, :, start : start + keys.shape[2]] += part.transpose(-1, -2) @ queries
     by_key = by_scores.sum((0, 2))  # (H, K)
     by_chunk = by_key[:, :count].unflatten(1, (-1, scan.scoring.chunk_size)).sum(2)
-    by_bias.index_add_(1, _distances(block, scan.scoring), by_chunk)
+    by_bias.index_add_(1, _distances(count, scan.scoring), by_chunk)
     by_bias[:, 0] += by_key[:, count:].sum(1)
     by_bonus += found.same.by_bonus(by_scores)
     return by_queries
@@ -538,6 +592,7 @@ def pointed_at(
     own: Keys,
     scoring: Scoring,
     means: Tensor | None = None,
+    in_earlier: EarlierKeys | None = None,
 ) -> tuple[Tensor, Tensor, Pointers]:
     """Weights (B, H, T, K) of the keys that are compared with queries of one chunk, the tokens
     behind these keys (B, H or 1, K), and the pointers, without any target. No gradient.
@@ -549,14 +604,16 @@ def pointed_at(
         own: keys of the chunk from its first token to at least the last of ``offsets``.
         means: :func:`mean_keys` of the earlier ones. With them, and one query a row, only the keys
             of the ``most_chunks`` that it sees are read.
+        in_earlier: :meth:`EarlierKeys.of` the earlier ones; None: it is made.
     """
-    block = _Block(slice(None), offsets, 0, earlier, own, None, _Lookup())
+    lookup = _Lookup() if in_earlier is None else in_earlier.lookup
+    block = _Block(slice(None), offsets, 0, earlier, own, None, lookup)
     most = scoring.most_chunks
     if most is not None and means is not None and most < means.shape[2] and len(offsets) == 1:
         seen = _seen_by_one(queries, block, scoring, means, most)
     else:
-        seen = _seen_in_window(queries, block, scoring)
+        seen = _seen_in_window(queries, block, scoring, in_earlier)
     found = _scores(queries, seen, scoring.match_bonus)
-    weights, _, sureness = _weigh(found)
+    weights, sureness = _weigh(found)
     nothing = torch.zeros_like(sureness[0])
     return weights, found.successors.ids, Pointers(nothing, *sureness)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaegpt.errors import ConfigError
 from megaegpt.labels import NOTHING_BEFORE
-from megaegpt.model.egpt.copy_attention import Keys, mean_keys
+from megaegpt.model.egpt.copy_attention import EarlierKeys, Keys, mean_keys
 from megaegpt.model.egpt.token_memory import TokenMemory, mixed
 
 KeyType = Literal["fp32", "fp16", "int8"]
@@ -84,6 +84,7 @@ class HeldTokens:
         self._means = mean_keys(self._whole.keys, size)
         self._current = Keys(like.new_empty(*shape, size, module.dim), ids)
         self._length = 0  # tokens of the current chunk
+        self._in_whole: EarlierKeys | None = None  # not asked for yet behind the last whole chunk
 
     @property
     def earlier(self) -> Keys:
@@ -120,7 +121,7 @@ class HeldTokens:
         self._whole = whole.cut(max(whole.num_keys - most, 0), whole.num_keys)
         text[:, 0] = text[:, -2]
         text[:, 1:] = NOTHING_BEFORE
-        self._length = 0
+        self._length, self._in_whole = 0, None
 
     def mix(self, newest: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
         """Log-probabilities (B, 1, V) of what is behind the newest token.
@@ -133,7 +134,10 @@ class HeldTokens:
         query = self._module.ask(newest, hidden)
         offsets = torch.full((1,), self._length - 1, device=logits.device)
         own = self._current.cut(0, self._length)
-        return mixed(self._module, query, offsets, self._whole, own, logits, self._means)
+        if self._in_whole is None:
+            self._in_whole = EarlierKeys.of(self._whole, self._module.scoring())
+        known = self._means, self._in_whole
+        return mixed(self._module, query, offsets, self._whole, own, logits, *known)
 
     def precise_keys(self) -> Tensor:
         """The keys (B, H, J, D) of whole chunks as numbers in at least fp32, whatever they are held

@@ -27,8 +27,8 @@ MOST_LISTED = 1 / 20
 queries and 16,384 keys, forward and backward on one CPU core: lists take 0.4 s where 1 pair in
 5,000 has it, 0.8 s at 1 in 20, 2.4 s at 1 in 4; masks 0.8 s.)"""
 
-_FEW = 4
-"""So many queries are compared with all keys sooner than keys are sorted."""
+FEWEST_LOOKED_UP = 1 << 15
+"""With fewer keys than these the ids of one query are compared sooner than looked up."""
 
 Shape = tuple[int, int, int, int]
 """(B, H, R, K)"""
@@ -65,10 +65,24 @@ class Spans(NamedTuple):
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The query and the key (n,) of every pair that has the same."""
+        if len(self.counts) == 1:
+            first, count = int(self.first), int(self.counts)
+            return self.first.new_zeros(count), self.order[first : first + count]
         queries = torch.arange(len(self.counts)).repeat_interleave(self.counts)
         # from a place in the list to one in the order
         shift = self.first - (self.counts.cumsum(0) - self.counts)
         return queries, self.order[torch.arange(len(queries)) + shift[queries]]
+
+
+class SortedKeys(NamedTuple):
+    """Keys whose ids are sorted."""
+
+    rows: tuple[SortedIds, ...]
+    """Of each row"""
+    first: int
+    """The place in them of the first key's id"""
+    num_keys: int
+    """Behind them may be more ids. Keys behind these are compared."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +91,8 @@ class KeyIds:
 
     ids: Tensor
     """(B, G, K)"""
-    sorted: tuple[SortedIds, ...] | None = None
-    """Of each row, where G is 1, of these keys and perhaps more behind them; None: they are
-    compared."""
+    sorted: SortedKeys | None = None
+    """The first of them, where G is 1; None: all are compared."""
 
     def having(self, wanted: Tensor, shape: Shape) -> Found:
         """Which of them are the id that each query wants, (B, H or 1, R); among scores of
@@ -87,32 +100,43 @@ class KeyIds:
         """
         if not lists_places(self.ids):
             return FoundMask(equal_ids(wanted, self.ids))
-        if self.sorted is None or shape[2] <= _FEW:
+        if self.sorted is None:
             mask = equal_ids(wanted, self.ids)
             if int(mask.count_nonzero()) > MOST_LISTED * mask.numel():
                 return FoundMask(mask)
             return FoundPlaces(mask.expand(shape).flatten().nonzero().squeeze(1), shape)
         spans = [
-            [keys.find(ids) for ids in row] for keys, row in zip(self.sorted, wanted, strict=True)
+            [keys.find(ids) for ids in row]
+            for keys, row in zip(self.sorted.rows, wanted, strict=True)
         ]
         pairs = sum(int(found.counts.sum()) for row in spans for found in row)
         if pairs > MOST_LISTED * wanted.numel() * shape[3]:
             return FoundMask(equal_ids(wanted, self.ids))
-        return FoundPlaces(_flat(spans, shape), shape)
+        listed = _flat(spans, self.sorted, shape)
+        if self.sorted.num_keys < shape[3]:
+            listed = torch.cat([listed, self._compared(wanted, shape, self.sorted.num_keys)])
+        return FoundPlaces(listed, shape)
+
+    def _compared(self, wanted: Tensor, shape: Shape, first: int) -> Tensor:
+        """The places (n,) in flattened scores of a shape of what is found from a key on."""
+        mask = equal_ids(wanted, self.ids[..., first:]).expand(*shape[:3], -1)
+        row, key = mask.flatten(0, 2).nonzero().unbind(1)
+        return row * shape[3] + first + key
 
 
-def _flat(spans: list[list[Spans]], shape: Shape) -> Tensor:
+def _flat(spans: list[list[Spans]], keys: SortedKeys, shape: Shape) -> Tensor:
     """The places (n,) in flattened scores of a shape of what is found for each row and pointer, or
     for all pointers of a row.
     """
-    _, pointers, queries, keys = shape
+    _, pointers, queries, width = shape
     flat = []
     for row, by_pointer in enumerate(spans):
         pairs = [found.pairs() for found in by_pointer]
         for pointer in range(pointers):
-            query, key = pairs[pointer if len(pairs) > 1 else 0]
-            places = ((row * pointers + pointer) * queries + query) * keys + key
-            flat.append(places[key < keys])
+            query, place = pairs[pointer if len(pairs) > 1 else 0]
+            key = place - keys.first
+            places = ((row * pointers + pointer) * queries + query) * width + key
+            flat.append(places[(key >= 0) & (key < min(keys.num_keys, width))])
     return torch.cat(flat)
 
 

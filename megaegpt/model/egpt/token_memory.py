@@ -31,7 +31,14 @@ from torch import Tensor, nn
 
 from megaegpt.config import ModelConfig
 from megaegpt.model.block import block_norm
-from megaegpt.model.egpt.copy_attention import Keys, Pointers, Scoring, point, pointed_at
+from megaegpt.model.egpt.copy_attention import (
+    EarlierKeys,
+    Keys,
+    Pointers,
+    Scoring,
+    point,
+    pointed_at,
+)
 from megaegpt.parallel.grid import ProcessGrid
 from megaegpt.parallel.params import new_parameter
 
@@ -239,19 +246,21 @@ def mixed(
     own: Keys,
     logits: Tensor,
     means: Tensor | None = None,
+    in_earlier: EarlierKeys | None = None,
 ) -> Tensor:
     """Log-probabilities of tokens of one chunk: the head's logits (B, T, V), with or without
-    padding, mixed with what the keys say. Offsets, keys and their means are those of
+    padding, mixed with what the keys say. Offsets, keys and what is known of them are those of
     :func:`~megaegpt.model.egpt.copy_attention.pointed_at`.
     """
     scoring = module.scoring()
-    weights, ids, found = pointed_at(query.queries, offsets, earlier, own, scoring, means)
+    weights, ids, found = pointed_at(
+        query.queries, offsets, earlier, own, scoring, means, in_earlier
+    )
     log_shares = module.log_shares(query, found)  # (B, 1 + H, T)
-    by_key = weights * log_shares[:, 1:].exp().unsqueeze(-1)  # (B, H, T, K)
+    by_key = weights.mul_(log_shares[:, 1:].exp().unsqueeze(-1))  # (B, H, T, K)
     by_memory = torch.zeros_like(logits, dtype=by_key.dtype)
     for pointer, tokens in zip(by_key.unbind(1), _each(ids, by_key.shape[1]), strict=True):
-        by_memory.scatter_add_(
-            2, tokens.long().clamp(min=0).unsqueeze(1).expand_as(pointer), pointer
-        )
+        known = tokens.long().clamp_(min=0).unsqueeze(1)
+        by_memory.scatter_add_(2, known.expand_as(pointer), pointer)
     by_head = logits.to(by_key.dtype).log_softmax(-1) + log_shares[:, 0].unsqueeze(-1)
     return torch.logaddexp(by_head, by_memory.log())

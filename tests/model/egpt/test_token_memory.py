@@ -84,8 +84,10 @@ def _unit(model: EGPT, weight: torch.Tensor, h: int, state: torch.Tensor) -> tor
     return projected / projected.norm()
 
 
-def _most_similar(model: EGPT, h: int, query: torch.Tensor, keys: list[Place]) -> list[int]:
-    """Earlier chunks that are seen."""
+def _most_similar(
+    model: EGPT, h: int, query: torch.Tensor, chunk: int, keys: list[Place]
+) -> list[int]:
+    """Earlier chunks that are seen by a scaled query in a chunk: of the highest mean score."""
     most = model.config.egpt.memory_chunks
     if most is None:
         return [place.chunk for place in keys]
@@ -93,8 +95,10 @@ def _most_similar(model: EGPT, h: int, query: torch.Tensor, keys: list[Place]) -
     for place in keys:
         unit = _unit(model, model.token_memory.key, h, place.state)
         of_chunk.setdefault(place.chunk, []).append(unit)
+    bias = RATE * model.token_memory.distance[h]
     similar = {
-        chunk: (query @ torch.stack(units).mean(0)).item() for chunk, units in of_chunk.items()
+        other: (query @ torch.stack(units).mean(0) + bias[min(chunk - other, N - 1)]).item()
+        for other, units in of_chunk.items()
     }
     return sorted(similar, key=similar.__getitem__, reverse=True)[:most]
 
@@ -108,7 +112,7 @@ def _pointer(
     memory = model.token_memory
     scale = (RATE * memory.log_scale[h]).exp()
     query = _unit(model, memory.query, h, place.state)
-    chunks = _most_similar(model, h, query, earlier)
+    chunks = _most_similar(model, h, scale * query, place.chunk, earlier)
     seen = [key for key in earlier if key.chunk in chunks and key.behind >= 0] + own
     if not seen:
         return None
@@ -217,7 +221,7 @@ def test_log_probabilities_are_those_of_the_definition():
     torch.testing.assert_close(found.exp(), expected[chosen])
 
 
-def test_only_the_chunks_of_the_most_similar_mean_key_are_seen():
+def test_only_the_chunks_of_the_highest_mean_score_are_seen():
     model, batch = _model(changed(memory_chunks=1)), _batch()
     with torch.no_grad():
         nats = model(**batch, reduction="none")
@@ -283,13 +287,14 @@ def test_a_token_changes_nothing_that_is_predicted_up_to_it():
     assert not torch.isclose(before[:, place], after[:, place]).any()
 
 
-@pytest.mark.parametrize("most_listed", [1.0, 0.0])
+@pytest.mark.parametrize(("most_listed", "looked_up"), [(1.0, 0), (1.0, 99), (0.0, 0)])
 @pytest.mark.parametrize(("dtype", "most"), [(None, None), ("int8", None), (None, 2)])
 @torch.no_grad()
 def test_token_by_token_the_memory_says_what_it_does_to_a_window(
-    dtype, most, most_listed, monkeypatch
+    dtype, most, most_listed, looked_up, monkeypatch
 ):
     monkeypatch.setattr(same_ids, "MOST_LISTED", most_listed)
+    monkeypatch.setattr(copy_attention, "FEWEST_LOOKED_UP", looked_up)
     model, batch = _model(changed(memory_chunks=most)), _batch()
     batch["text"][:, 0] = torch.tensor([3, 1])  # the window is not the start of its text
     expected = naive_probabilities(model, batch)
@@ -406,14 +411,17 @@ def test_in_bf16_the_memory_costs_what_it_does_in_fp32():
     assert rounded == pytest.approx(exact, rel=5e-3)
 
 
-@pytest.mark.parametrize("queries", [2, 16])  # compared with all keys, looked up among them
+@pytest.mark.parametrize("looked_up", [0, 300, 512])  # of 512; others are compared
 @pytest.mark.parametrize("over", [0, 1])
-def test_ids_that_come_again_too_often_are_not_listed(queries, over):
-    keys, pointers = 512, 2
+def test_ids_that_come_again_too_often_are_not_listed(looked_up, over):
+    keys, pointers, queries = 512, 2, 16
     repeated = int(keys * same_ids.MOST_LISTED) + over
     ids = torch.arange(1, 1 + keys)
     ids[torch.randperm(keys, generator=torch.Generator().manual_seed(0))[:repeated]] = 0
-    key_ids = same_ids.KeyIds(ids.view(1, 1, -1), same_ids.SortedIds.of(ids.unsqueeze(0)))
+    text = torch.cat([ids[-1:], ids]).unsqueeze(0)  # what is before the first key is none
+    rows = same_ids.SortedIds.of(text)
+    known = same_ids.SortedKeys(rows, 1, looked_up) if looked_up else None
+    key_ids = same_ids.KeyIds(ids.view(1, 1, -1), known)
     wanted = torch.zeros(1, 1, queries, dtype=torch.long)
     found = key_ids.having(wanted, (1, pointers, queries, keys))
     assert isinstance(found, same_ids.FoundMask if over else same_ids.FoundPlaces)
