@@ -40,12 +40,12 @@ class SortedIds(NamedTuple):
     ids: Tensor
     """(K,) ascending"""
     order: Tensor
-    """(K,): of which key each is"""
+    """(K,) int32: of which key each is"""
 
     @staticmethod
     def of(ids: Tensor) -> tuple[SortedIds, ...]:
         """Of each row of ids (B, K) in any order."""
-        return tuple(SortedIds(*row.sort()) for row in ids)
+        return tuple(SortedIds(row, order.int()) for row, order in map(Tensor.sort, ids))
 
     def find(self, wanted: Tensor) -> Spans:
         """Where ids (R,) are."""
