@@ -23,56 +23,54 @@ _LOOK_UPS: tuple[tuple[str, int | None, KeyType], ...] = (
     ("all_int8", None, "int8"),
     ("few", _CHUNKS, "fp32"),
 )
+_COLUMNS = {
+    "held": "held tokens",
+    "bytes": "keys, MB",
+    "all_ms": "all keys, ms",
+    "products_ms": "their products, ms",
+    "read_ms": "reading them, ms",
+    "all_int8_ms": "in int8, ms",
+    "few_ms": f"{_CHUNKS} chunks, ms",
+}
 
 
 def memory_by_tokens(hidden: int, vocab_size: int, repetitions: int) -> list[dict[str, Any]]:
-    """Time the look-up of one token, with all held keys and with those of a few chunks, and how
-    fast as many bytes as the keys have can be read.
+    """Time the look-up of one token, with all held keys and with those of a few chunks, and, in
+    turns with the first, the products of all keys and the reading of them alone.
 
     Args:
         hidden: width of the model.
         vocab_size: of the probabilities that are mixed.
         repetitions: counted look-ups, of which the median is taken.
     """
-    rows = []
-    for tokens in _HELD:
-        row: dict[str, Any] = {"held": tokens}
-        for name, chunks, dtype in _LOOK_UPS:
-            held, module = _filled(hidden, vocab_size, MemoryLimits(tokens, dtype), chunks)
-            states = torch.randn(2, 1, 1, hidden)
-            logits = torch.randn(1, 1, vocab_size)
-            held.append(states[0], torch.zeros(1, 1, dtype=torch.long))
-            keys = held.earlier.keys
-            query = torch.randn(1, module.pointers, 1, module.dim)
-            times = _milliseconds(
-                {
-                    "all": lambda: held.mix(states[0], states[1], logits),  # noqa: B023
-                    "products": lambda: query @ keys.to(query.dtype).transpose(-1, -2),  # noqa: B023
-                    "read": keys.sum,
-                },
-                repetitions,
-            )
-            row[f"{name}_ms"] = times["all"]
-            if name == "all":
-                row |= {"products_ms": times["products"], "read_ms": times["read"]}
-                row["bytes"] = keys.nbytes
-        rows.append(row)
-    titles = {
-        "held": "held tokens",
-        "bytes": "keys, MB",
-        "all_ms": "all keys, ms",
-        "products_ms": "their products, ms",
-        "read_ms": "reading them, ms",
-        "all_int8_ms": "in int8, ms",
-        "few_ms": f"{_CHUNKS} chunks, ms",
-    }
-    table = [list(titles.values())]
+    rows = [_row(tokens, hidden, vocab_size, repetitions) for tokens in _HELD]
+    table = [list(_COLUMNS.values())]
     for row in rows:
-        cells = [f"{row[name]:.2f}" for name in titles if name.endswith("_ms")]
-        table.append([f"{row['held']:,}", f"{row['bytes'] / 1e6:.1f}", *cells])
+        times = [f"{row[name]:.2f}" for name in _COLUMNS if name.endswith("_ms")]
+        table.append([f"{row['held']:,}", f"{row['bytes'] / 1e6:.1f}", *times])
     print("what the token memory adds to a token that is written")
     print(format_table(table))
     return rows
+
+
+def _row(tokens: int, hidden: int, vocab_size: int, repetitions: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"held": tokens}
+    states, logits = torch.randn(2, 1, 1, hidden), torch.randn(1, 1, vocab_size)
+    for name, chunks, dtype in _LOOK_UPS:
+        held, module = _filled(hidden, vocab_size, MemoryLimits(tokens, dtype), chunks)
+        held.append(states[0], torch.zeros(1, 1, dtype=torch.long))
+        keys = held.earlier.keys
+        query = torch.randn(1, module.pointers, 1, module.dim)
+        calls: dict[str, Callable[[], object]] = {
+            name: lambda: held.mix(states[0], states[1], logits)  # noqa: B023
+        }
+        if name == "all":
+            row["bytes"] = keys.nbytes
+            calls["products"] = lambda: query @ keys.transpose(-1, -2)  # noqa: B023
+            calls["read"] = keys.sum
+        times = _milliseconds(calls, repetitions)
+        row |= {f"{call}_ms": time for call, time in times.items()}
+    return row
 
 
 def _filled(
