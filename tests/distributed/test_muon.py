@@ -77,6 +77,7 @@ def _in(precision: str, tp: int, stage: int) -> RunConfig:
     )
 
 
+@pytest.mark.long
 def test_in_bf16_it_learns_as_in_fp32(distributed: Distributed) -> None:
     """Stage 1, whose optimizer is another there, and stage 2; replicas stay equal."""
     layouts = [("fp32", 1, 1)] + [("bf16", tp, stage) for tp in (1, 2) for stage in (1, 2)]

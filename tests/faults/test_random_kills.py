@@ -115,6 +115,7 @@ class KilledRun:
         self.period = (time.monotonic() - first) * self.config.checkpoint.interval / STEPS
 
 
+@pytest.mark.long
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
     corpus: Path, tmp_path: Path
 ) -> None:

@@ -112,6 +112,7 @@ def book(file: Path, data_dir: Path) -> Tensor:
     return torch.tensor([ids[start : start + 8193]])
 
 
+@pytest.mark.long
 def test_its_weights_are_what_transformers_dequantises(
     imported: Path, theirs: LlamaForCausalLM
 ) -> None:
@@ -124,6 +125,7 @@ def test_its_weights_are_what_transformers_dequantises(
 
 
 @torch.no_grad()
+@pytest.mark.long
 def test_its_logits_and_loss_are_theirs(
     ours: GPT, theirs: LlamaForCausalLM, prompt: Tensor
 ) -> None:

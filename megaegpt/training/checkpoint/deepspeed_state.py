@@ -41,7 +41,23 @@ from megaegpt.training.checkpoint.universal import (
     universal_info,
 )
 
-_TRUSTED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+def _member(members: Any, name: str) -> ZeroStageEnum:
+    """What a pickled stage asks ``getattr`` for: some Pythons, 3.11.2 say, write members of an Enum
+    so.
+    """
+    if members is not ZeroStageEnum:
+        raise pickle.UnpicklingError(f"getattr of {members!r} is not allowed")
+    return ZeroStageEnum[name]
+
+
+_TRUSTED = [
+    DynamicLossScaler,
+    LossScaler,
+    ZeroStageEnum,
+    fragment_address,
+    (_member, "builtins.getattr"),
+]
 _SAFE_LOADING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _SPACE_TO_RESHAPE = 3
 """Times the checkpoint's size: fragments, joined tensors, and copies of the weights."""
@@ -202,7 +218,7 @@ def loading(folder: Path) -> Iterator[None]:
             open(os.devnull, "w") as nowhere,
             contextlib.redirect_stdout(nowhere),
             contextlib.redirect_stderr(nowhere),  # progress bars
-            torch.serialization.safe_globals(_TRUSTED_CLASSES),
+            torch.serialization.safe_globals(_TRUSTED),
         ):
             yield
     except _LOADING_ERRORS as error:
