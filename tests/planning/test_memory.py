@@ -124,6 +124,7 @@ def assert_estimates(configs: list[RunConfig], dp: int, *measured: list[int]) ->
             assert LOW < estimate.total / peak < HIGH, (config, estimate, peak)
 
 
+@pytest.mark.long
 def test_estimate_is_what_one_rank_takes(distributed: Distributed) -> None:
     configs = [
         run_config(1, 0, "fp32", accumulation=2),

@@ -118,6 +118,7 @@ def _run(
     )
 
 
+@pytest.mark.long
 def test_data_parallel_traffic_is_what_training_sends(distributed: Distributed) -> None:
     configs = [_run(1, precision, stage) for precision in ("fp32", "bf16") for stage in (0, 1, 2)]
     small_too = {"stage3_param_persistence_threshold": 0}  # gathers them in every micro-step
