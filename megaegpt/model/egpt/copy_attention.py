@@ -299,19 +299,19 @@ def _products_by_parts(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _seen_in_window(
-    queries: Tensor, block: _Block, scoring: Scoring, found: EarlierKeys | None = None
+    queries: Tensor, block: _Block, scoring: Scoring, in_earlier: EarlierKeys | None = None
 ) -> _Seen:
     """All earlier keys of a block; of each query's own choice where ``most_chunks`` says so.
-    ``found``: in them before.
+    ``in_earlier``: see :func:`pointed_at`.
     """
     before, tokens, successors = (
         torch.cat(ids, dim=1).unsqueeze(1) for ids in _both(block.earlier, block.own)
     )
     count, chosen = block.earlier.num_keys, None
-    if found is None:
+    if in_earlier is None:
         known = successors >= 0
     else:
-        known = torch.cat([found.known, block.own.text[:, 2:] >= 0], dim=1).unsqueeze(1)
+        known = torch.cat([in_earlier.known, block.own.text[:, 2:] >= 0], dim=1).unsqueeze(1)
     wanted_before = block.own.text[:, block.offsets]
     if block.from_chunk is not None:
         keys = torch.arange(tokens.shape[2], device=queries.device)
@@ -322,7 +322,7 @@ def _seen_in_window(
         chosen = _chosen(_precise(queries), block, most, scoring)
     return _Seen(
         (block.earlier.keys, block.own.keys),
-        _bias_by_key(block, scoring, found).unsqueeze(0),
+        _bias_by_key(block, scoring, in_earlier).unsqueeze(0),
         before,
         KeyIds(tokens, block.lookup.tokens),
         KeyIds(successors, block.lookup.successors),
@@ -346,9 +346,9 @@ def _unlike_keys(before: Tensor) -> Tensor:
     return before.masked_fill(before < 0, _UNKNOWN - 1)
 
 
-def _bias_by_key(block: _Block, scoring: Scoring, found: EarlierKeys | None) -> Tensor:
+def _bias_by_key(block: _Block, scoring: Scoring, in_earlier: EarlierKeys | None) -> Tensor:
     """(H, K)"""
-    far = _bias_by_chunk(block.earlier.num_keys, scoring) if found is None else found.bias
+    far = _bias_by_chunk(block.earlier.num_keys, scoring) if in_earlier is None else in_earlier.bias
     own = scoring.distance_bias[:, :1].expand(-1, block.own.num_keys)
     return torch.cat([far, own], dim=1)
 
